@@ -1,0 +1,82 @@
+"""What the data path hands over (`Batch`) and what an objective asks of it (`ViewPlan`).
+
+This module is the seam between `data/` and everything above it; it depends on torch alone.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop of an image.
+
+    `random_resized`: area share uniform in `scale`, aspect ratio (width / height) log-uniform in `ratio`,
+    as torchvision's RandomResizedCrop. `center`: the largest centred box with the output's aspect ratio,
+    its sides multiplied by `crop_share` (0.875 is the classical "resize 256, crop 224").
+    """
+
+    size: tuple[int, int]  # (height, width) of the view, pixels
+    crop: Literal["random_resized", "center"] = "random_resized"
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_share: float = 1.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    flip: float = 0.5  # probability of a horizontal flip; the flip itself is done on the device
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """The views that an objective wants of every sample, and how their pixels are normalised on the device."""
+
+    views: tuple[View, ...]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def fingerprint(self) -> str:
+        """A short hash of everything that changes a pixel; part of the loader's state."""
+        return hashlib.blake2b(repr(sorted(asdict(self).items())).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch of B samples with V views each.
+
+    Every random choice about a sample derives from its seed, never from a rank, a worker or the time.
+    `labels` are for monitors and evaluators; an objective never reads them.
+    """
+
+    views: tuple[Tensor, ...]  # V tensors, each (B, 3, H, W) uint8, not flipped yet
+    boxes: Tensor  # (B, V, 4) int32: top, left, height, width of the crop in pixels of the source image
+    flips: Tensor  # (B, V) bool: whether the device flips this view horizontally
+    seeds: Tensor  # (B,) int64, a hash of (run seed, position in the endless order)
+    sample_ids: Tensor  # (B,) int64, place in the data set's index, stable across runs
+    positions: Tensor  # (B,) int64, place in the endless order: epoch = position // num_samples
+    labels: Tensor | None = None  # (B, ...)
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`; copies are asynchronous where the memory is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> "Batch":
+        changes = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                changes[field.name] = tuple(map(function, value))
+            elif value is not None:
+                changes[field.name] = function(value)
+        return replace(self, **changes)

@@ -1,0 +1,17 @@
+"""The two kinds of failure that a person is told about in one sentence.
+
+Both stand on the lowest floor so that every folder can raise them; the doors in `launch/` print the
+sentence without a traceback and leave with the exit code of the class.
+"""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message says what is wrong, where, and what to write instead."""
+
+    exit_code = 2
+
+
+class RunStopped(Exception):
+    """A run that cannot go on (too many bad samples, a loss that stays non-finite); says what to look at."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""Training: configuration, encoders, schedules, optimizers, the engine and what watches it."""

@@ -1,0 +1,267 @@
+"""The configuration of a run: typed, strict, and refused whole with every mistake at once.
+
+- One YAML a recipe; `key.sub=value` on the command line overrides it; the values are YAML too.
+- A key that does not exist is refused with the nearest one that does.
+- What the sections of this file cannot know (an objective's own options) is validated by the caller's
+  `options_for`, so that this module imports no objective.
+"""
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ShuffleConfig(Section):
+    """How the endless order mixes shards; see data/order.py. Part of what a resume must find unchanged."""
+
+    streams: int = Field(8, ge=1)
+    span: int = Field(256, ge=1)
+    window: int = Field(16384, ge=1)
+
+
+class DataConfig(Section):
+    shards: str | list[str]
+    num_workers: int | Literal["auto"] = "auto"  # auto: the cores of this machine shared by its ranks
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    shuffle: ShuffleConfig = ShuffleConfig()
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @field_validator("num_workers")
+    @classmethod
+    def _not_negative(cls, value):
+        if value != "auto" and value < 0:
+            raise ValueError("must be 0 or more, or auto")
+        return value
+
+
+class EncoderConfig(Section):
+    name: str  # a timm architecture
+    image_size: int | tuple[int, int]  # pixels; (height, width) where they differ
+    patch_size: int | None = None  # vision transformers; the architecture's own unless given
+    pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
+    kwargs: dict[str, Any] = {}  # passed to timm.create_model: depth, embed_dim, drop_path_rate, ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "sgd", "lion", "nadamw", "lars", "lamb"] = "adamw"
+    lr: float = Field(gt=0)
+    lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: peak = lr x global_batch / 256
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)
+    weight_decay_end: float | None = Field(None, ge=0)  # half a cosine to here over the run; None: constant
+    decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
+    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
+    min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
+
+
+class TrainConfig(Section):
+    epochs: float = Field(gt=0)
+    global_batch: int = Field(ge=1)  # samples an optimizer step, over all ranks
+    micro_batch: int | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    gradient_clipping: float = Field(0.0, ge=0)  # 0: off
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    max_nonfinite_steps: int = Field(10, ge=1)  # in a row, before the run stops
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(1000, ge=1)
+    keep: int = Field(3, ge=1)
+
+
+class LogConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    pictures_every_steps: int = Field(500, ge=0)  # 0: none
+
+
+class ResumeConfig(Section):
+    checkpoint: str = "auto"  # auto: the run's newest valid one, if any; or the path of one
+    allow_changed_data: bool = False
+    allow_changed_config: bool = False
+
+
+class EvaluateConfig(Section):
+    """Labelled shards that `prelude probe` and `prelude knn` use for this run unless told otherwise."""
+
+    train_shards: str | list[str]
+    test_shards: str | list[str]
+    label: str = "cls"  # extension of the label's member in the tar
+
+
+class Config(Section):
+    run_dir: str
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataConfig
+    encoder: EncoderConfig
+    objective: dict[str, Any]  # `name`, and the options of that objective
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    resume: ResumeConfig = ResumeConfig()
+    evaluate: EvaluateConfig | None = None
+    deepspeed: dict[str, Any] | str = {}  # merged into what the engine builds; a dictionary or a JSON file
+
+    @model_validator(mode="after")
+    def _lars_and_friends_need_whole_tensors(self):
+        if self.optimizer.name in ("lars", "lamb") and self.train.zero_stage > 0:
+            raise ValueError(
+                f"optimizer.name={self.optimizer.name} needs the norm of each whole parameter, which ZeRO stage "
+                f"{self.train.zero_stage} splits over ranks; write train.zero_stage=0, or optimizer.name=adamw"
+            )
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        return self.optimizer.lr * self.lr_factor
+
+    @property
+    def lr_factor(self) -> float:
+        return self.train.global_batch / 256 if self.optimizer.lr_rule == "per_256" else 1.0
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
+
+
+def load_config(
+    recipe: str | Path, overrides: list[str] = (), options_for: Callable[[str], type[BaseModel]] | None = None
+) -> Config:
+    """Reads a recipe, applies `key.sub=value` overrides, and validates all of it.
+
+    `options_for(name)` returns the options model of an objective and raises UserError for an unknown one.
+    Raises UserError with every mistake found.
+    """
+    values = read_recipe(recipe)
+    for override in overrides:
+        _apply(values, override)
+    return validate_config(values, str(recipe), options_for)
+
+
+def read_recipe(recipe: str | Path) -> dict:
+    path = find_recipe(recipe)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
+    return values
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """A file, or the name of one of the recipes that ship in configs/ (`quickstart`)."""
+    shipped = Path(__file__).resolve().parents[1] / "configs"
+    for candidate in (Path(recipe), shipped / Path(recipe).name, shipped / f"{recipe}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(Path(recipe).stem, names, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"write a file, or one of: {', '.join(names)}."
+    raise UserError(f"No config at {recipe}; {hint}")
+
+
+def validate_config(values: dict, source: str, options_for=None) -> Config:
+    mistakes, config = [], None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_sentence(e, Config, "") for e in error.errors()]
+    objective = values.get("objective")
+    if options_for and isinstance(objective, dict):
+        resolved, more = _objective_options(objective, options_for)
+        mistakes += more
+    if mistakes:
+        count = f"Found {len(mistakes)} error{'s' * (len(mistakes) > 1)} in {source}:"
+        raise UserError("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
+    if options_for:
+        config = config.model_copy(update={"objective": resolved})
+    return config
+
+
+def _objective_options(objective: dict, options_for) -> tuple[dict, list[str]]:
+    given = dict(objective)
+    name = given.pop("name", None)
+    if not isinstance(name, str):
+        return {}, ["objective.name is missing: write the name of an objective, such as mae."]
+    try:
+        model = options_for(name)
+        return {"name": name, **model.model_validate(given).model_dump()}, []
+    except UserError as error:
+        return {}, [str(error)]
+    except ValidationError as error:
+        return {}, [_sentence(e, model, "objective.") for e in error.errors()]
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r} is not an override; write key.sub=value, such as train.epochs=10.")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            raise UserError(f"{override!r} sets a key below {parent!r}, which is a plain value.")
+        values = values[parent]
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[leaf] = text  # a shard pattern that starts with a brace is text, not a mapping
+    if isinstance(values[leaf], str) and _is_number(values[leaf]):
+        values[leaf] = float(values[leaf])  # YAML 1.1 reads 1e-3 as text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _sentence(error: dict, model: type[BaseModel], prefix: str) -> str:
+    """One mistake in one sentence, ending with what to write instead."""
+    loc = [str(part) for part in error["loc"] if not _names_a_branch(part)]
+    where = prefix + ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, loc[:-1])
+        near = difflib.get_close_matches(loc[-1], known, 1, 0.5)
+        hint = f"did you mean {'.'.join([prefix + loc[0], *loc[1:-1], near[0]]) if len(loc) > 1 else prefix + near[0]}?"
+        return f"{where} does not exist; {hint if near else 'the keys here are ' + ', '.join(known) + '.'}"
+    if error["type"] == "missing":
+        return f"{where} is missing: write a value for it."
+    message = error["msg"].removeprefix("Value error, ")
+    if not where:
+        return message + "."
+    return f"{where}={error['input']!r} is refused: {message[0].lower() + message[1:]}."
+
+
+def _names_a_branch(part) -> bool:
+    """pydantic adds the branch of a union (`int`, `tuple[int, int]`, `literal['auto']`) to an error's place."""
+    return isinstance(part, str) and (part in ("int", "str", "dict", "EvaluateConfig") or "[" in part)
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [a for a in getattr(annotation, "__args__", (annotation,)) if isinstance(a, type)]
+        model = next(a for a in options if issubclass(a, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,39 @@
+"""Randomness as a pure function of seeds, the same on every device.
+
+- A draw depends on (seed, stream, index) alone: not on a rank, a worker, a batch's size or the time.
+- Integer arithmetic only (the finaliser of SplitMix64), so CPU and GPU agree bit for bit.
+- `stream` separates uses (a mask, a colour, a rotation) that read the same seeds.
+"""
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """A logical shift: torch shifts int64 arithmetically, so the copied sign bits are cleared."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLY_1
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLY_2
+    return x ^ _shift_right(x, 31)
+
+
+def random_bits(seeds: Tensor, count: int, stream: int) -> Tensor:
+    """`count` independent 63-bit integers for each seed.
+
+    seeds: (B,) int64. Returns (B, count) int64, each in [0, 2**63).
+    """
+    index = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device)
+    start = _mix(seeds + _GOLDEN * (2 * stream + 1))  # (B,)
+    return _shift_right(_mix(start[:, None] + index * _GOLDEN), 1)
+
+
+def uniform(seeds: Tensor, count: int, stream: int) -> Tensor:
+    """`count` uniform numbers for each seed. Returns (B, count) float32 in [0, 1), multiples of 2**-24."""
+    return (random_bits(seeds, count, stream) >> 39).to(torch.float32) * 2.0**-24

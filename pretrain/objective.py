@@ -1,0 +1,63 @@
+"""What every self-supervised objective is, to the engine, the store and the evaluators.
+
+Adding one needs no change to the engine: subclass `Objective`, and name it in the config, as one of ours
+(`objective.name: mae`), as `module:Class`, or through the entry-point group `prelude.objectives`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from data.batch import Batch, ViewPlan
+from pretrain.schedules import Progress
+
+
+class Options(BaseModel):
+    """Base of an objective's settings: strict, so that a key nobody reads is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Loss:
+    total: Tensor  # scalar, with gradient
+    parts: dict[str, Tensor] = field(default_factory=dict)  # detached scalars, for the log
+
+
+class Objective(nn.Module, ABC):
+    """One self-supervised method around one encoder.
+
+    `forward` is the whole of the method's computation, loss included, so that a distributed engine sees one
+    call a micro-batch. Randomness comes from `batch.seeds` through `pretrain.draws`.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    # The batch is averaged sample by sample, so that accumulating micro-batches changes nothing. An objective
+    # whose loss is a statistic of the whole batch says False, and the engine then refuses accumulation.
+    accumulates: ClassVar[bool] = True
+
+    encoder: nn.Module  # a timm model under its own parameter names
+    views: ViewPlan  # what it wants from the data path
+
+    def __init__(self, encoder: nn.Module, options: Options, *, image_size: tuple[int, int], mean, std):
+        super().__init__()
+        self.encoder = encoder
+        self.options = options
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: Progress) -> Loss: ...
+
+    def after_step(self, progress: Progress) -> None:
+        """Called once after every optimizer step that was applied: momentum teachers and the like."""
+
+    def exported_encoder(self) -> nn.Module:
+        """The submodule that the paper evaluates; its weights are what is probed and exported."""
+        return self.encoder
+
+    def pictures(self, batch: Batch) -> dict[str, Image.Image]:
+        """What a person looks at to see what is being learned; none unless a method has something to show."""
+        return {}

@@ -1,0 +1,45 @@
+"""Where a run stands, and the values that depend on nothing else.
+
+Every scheduled value is a pure function of the optimizer step: nothing to save, nothing to drift on resume.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` optimizer steps are done; the next one is number `step` (from 0)."""
+
+    step: int
+    num_steps: int
+    steps_per_epoch: float
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return min(self.step / self.num_steps, 1.0)
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+
+def cosine(start: float, end: float, fraction: float) -> float:
+    """Half a cosine from `start` to `end`; flat outside [0, 1], so a run that goes on too long never climbs."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
+
+
+def linear(start: float, end: float, fraction: float) -> float:
+    return start + (end - start) * min(max(fraction, 0.0), 1.0)
+
+
+def warmup_cosine(step: float, *, warmup: float, total: float, start: float, peak: float, end: float) -> float:
+    """Linear from `start` to `peak` over `warmup` steps, then half a cosine to `end` at `total`.
+
+    The first value is `start` itself: with start 0 the first update of a run changes nothing, as in the
+    official MAE code.
+    """
+    if step < warmup:
+        return linear(start, peak, step / warmup)
+    return cosine(peak, end, (step - warmup) / max(total - warmup, 1))
