@@ -68,6 +68,10 @@ class Batch:
         """The same batch on `device`; copies are asynchronous where the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def head(self, count: int) -> "Batch":
+        """The first `count` samples."""
+        return self._map(lambda tensor: tensor[:count])
+
     def pin_memory(self) -> "Batch":
         return self._map(Tensor.pin_memory)
 

@@ -60,16 +60,25 @@ class EncoderConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd", "lion", "nadamw", "lars", "lamb"] = "adamw"
+    name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
     lr: float = Field(gt=0)
     lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: peak = lr x global_batch / 256
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # adamw, lamb
+    momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars
     weight_decay: float = Field(0.05, ge=0)
     weight_decay_end: float | None = Field(None, ge=0)  # half a cosine to here over the run; None: constant
     decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
     warmup_epochs: float = Field(0.0, ge=0)
     warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self):
+        unread = {"sgd": "betas", "lars": "betas"}.get(self.name, "momentum")
+        if getattr(self, unread) != type(self).model_fields[unread].default:
+            read = "momentum" if unread == "betas" else "betas"
+            raise ValueError(f"{self.name} has no {unread}; write {read}")
+        return self
 
 
 class TrainConfig(Section):
@@ -130,6 +139,25 @@ class Config(Section):
                 f"{self.train.zero_stage} splits over ranks; write train.zero_stage=0, or optimizer.name=adamw"
             )
         return self
+
+    def batching(self, world_size: int) -> tuple[int, int]:
+        """(samples a rank holds at once, micro-batches an optimizer step) at this number of ranks."""
+        batch, micro = self.train.global_batch, self.train.micro_batch
+        if micro == "auto":
+            if batch % world_size:
+                near = max(round(batch / world_size), 1) * world_size
+                raise UserError(
+                    f"train.global_batch={batch} cannot be shared equally by {world_size} ranks; "
+                    f"write train.global_batch={near}."
+                )
+            return batch // world_size, 1
+        if batch % (micro * world_size):
+            near = max(round(batch / (micro * world_size)), 1) * micro * world_size
+            raise UserError(
+                f"train.global_batch={batch} is no multiple of {world_size} ranks x train.micro_batch={micro}; "
+                f"write train.global_batch={near}, or another train.micro_batch."
+            )
+        return micro, batch // (micro * world_size)
 
     @property
     def peak_lr(self) -> float:

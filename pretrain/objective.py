@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from data.batch import Batch, ViewPlan
+from pretrain.config import EncoderConfig
+from pretrain.encoders import check_encoder
 from pretrain.schedules import Progress
 
 
@@ -47,6 +49,14 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.encoder = encoder
         self.options = options
+
+    @classmethod
+    def check(cls, options: Options, encoder: EncoderConfig) -> None:
+        """Refuses options and an encoder that cannot work together, before anything is built.
+
+        Raises UserError. An objective with demands of its own adds them to this one.
+        """
+        check_encoder(encoder, tokens=False)
 
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Loss: ...

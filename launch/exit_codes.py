@@ -1,0 +1,20 @@
+"""How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 75 pre-empted (run it again)."""
+
+import sys
+from collections.abc import Callable
+
+from data.errors import RunStopped, UserError
+
+PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
+
+
+def door(main: Callable[[], int]) -> int:
+    """Runs `main`, telling a foreseen failure in its own sentence instead of a traceback."""
+    try:
+        return main()
+    except (UserError, RunStopped) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

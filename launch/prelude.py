@@ -1,0 +1,48 @@
+"""`prelude`: one name for all the doors."""
+
+import importlib
+import sys
+
+from launch.exit_codes import door
+
+COMMANDS = {
+    "quickstart": ("launch.quickstart", "pretrain, probe and export on a small data set that is made on the spot"),
+    "pretrain": ("launch.pretrain", "train an encoder on unlabelled shards"),
+    "probe": ("launch.linear_probe", "linear probe of a frozen encoder"),
+    "knn": ("launch.knn", "k-nearest-neighbour accuracy of a frozen encoder"),
+    "export": ("launch.export", "write a run's encoder as a plain timm checkpoint"),
+    "shards": ("launch.shards", "look at shards before training on them"),
+}
+
+USAGE = """usage: prelude COMMAND ...
+
+Self-supervised pretraining of image encoders from tar shards.
+
+commands:
+{commands}
+
+`prelude COMMAND --help` says what a command takes. To train on several devices or nodes, start the same door
+with a launcher: deepspeed --num_gpus 8 launch/pretrain.py --config ..."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    width = max(map(len, COMMANDS))
+    usage = USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: prelude has no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    sys.argv[0] = f"prelude {argv[0]}"  # the name that argparse shows in a command's own help
+    return module.main(argv[1:])
+
+
+def run() -> None:
+    raise SystemExit(door(main))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,251 @@
+"""Encoders: any timm architecture, built reproducibly, and run on a chosen subset of its patch tokens.
+
+- An encoder stays a timm model under timm's own parameter names, so its weights load in plain timm.
+- The same seed gives the same weights, and building one never moves a global generator.
+- `check_encoder` refuses what cannot work without allocating a single weight.
+- `forward_tokens` computes what timm's `forward_features` computes, for the tokens that are kept and no others:
+  a patch that is not kept is neither projected nor read.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data.errors import UserError
+from pretrain.config import EncoderConfig
+from pretrain.position import sincos_table
+
+_HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
+_ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
+
+
+@dataclass(frozen=True)
+class EncoderSummary:
+    """What is known of an encoder before it has weights."""
+
+    num_parameters: int  # trained ones
+    width: int  # channels of a feature
+    grid: tuple[int, int] | None  # (rows, columns) of patches, where the architecture has patches
+    patch_size: tuple[int, int] | None  # (height, width) in pixels
+
+
+def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
+    """Refuses an encoder that cannot be built or, with `tokens`, cannot run on a subset of its patches.
+
+    The architecture is laid out on the meta device, which costs a fraction of a second at any size.
+    Raises UserError.
+    """
+    with torch.device("meta"):
+        model = _create(config)
+    _check_patches_fit(model, config)
+    if tokens:
+        _check_tokens(model, config.name)
+    table = _has_fixed_table(model, config)
+    patches = model.patch_embed if isinstance(getattr(model, "patch_embed", None), PatchEmbed) else None
+    fixed = model.pos_embed.numel() if table else 0
+    return EncoderSummary(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()) - fixed,
+        width=model.num_features,
+        grid=patches.grid_size if patches else None,
+        patch_size=patches.patch_size if patches else None,
+    )
+
+
+def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
+    """A timm model without a classifier, with random weights that depend on `seed` alone.
+
+    Where the architecture has a table of positions and `config.pos_embed` is `sincos`, the table is fixed and
+    stored as a buffer under timm's name `pos_embed`; rows of class, distillation and register tokens are zero.
+    Raises UserError.
+    """
+    with seeded(seed):
+        model = _create(config)
+    _check_patches_fit(model, config)
+    if _has_fixed_table(model, config):
+        table = sincos_table(model.pos_embed.shape[-1], model.patch_embed.grid_size)  # (L, D)
+        prefix = table.new_zeros(model.pos_embed.shape[1] - len(table), table.shape[1])
+        # A buffer, not a frozen parameter: optimizers and ZeRO partitions then never meet it.
+        del model.pos_embed
+        model.register_buffer("pos_embed", torch.cat([prefix, table])[None])  # (1, prefix + L, D)
+    return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights drawn inside depend on `seed` alone; the CPU generator is as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every accelerator as well
+        yield
+
+
+def forward_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Features of the prefix tokens and of the kept patches, after the final norm.
+
+    images: (B, 3, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
+    Returns (B, prefix + K, D), patches in the order of `keep`. Position rows go with their patches, so a
+    feature depends on which patches are kept and not on their order. `check_encoder(tokens=True)` has
+    accepted the architecture.
+    """
+    if keep is None:
+        return vit.forward_features(images)
+    tokens = vit.norm_pre(vit.pos_drop(_embed_kept(vit, images, keep)))
+    return vit.norm(run_blocks(vit.blocks, tokens, checkpointing=vit.grad_checkpointing))
+
+
+def gather_patches(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tensor:
+    """The pixels of some patches, read straight from the images without laying out the others.
+
+    images: (B, C, H, W). ids: (B, K) in raster order. Returns (B, K, C, p_h, p_w).
+    """
+    height, width = patch_size
+    num_columns = images.shape[3] // width
+    grid = images.unflatten(3, (num_columns, width)).unflatten(2, (-1, height))  # (B, C, rows, p_h, columns, p_w)
+    sample = torch.arange(len(images), device=images.device)[:, None]
+    return grid[sample, :, ids // num_columns, :, ids % num_columns]
+
+
+def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, *, checkpointing: bool) -> Tensor:
+    """Blocks in order, activations recomputed in the backward pass where `checkpointing`. (B, N, D) to the same."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            tokens = checkpoint(block, tokens, use_reentrant=False)
+        else:
+            tokens = block(tokens)
+    return tokens
+
+
+def _embed_kept(vit: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:
+    """Prefix tokens and kept patches with their positions. Returns (B, prefix + K, D)."""
+    projection = vit.patch_embed.proj
+    patches = gather_patches(images, vit.patch_embed.patch_size, keep).flatten(2)  # (B, K, C * p_h * p_w)
+    # A convolution whose stride is its kernel is one matrix product per patch; only kept patches pay for it.
+    tokens = vit.patch_embed.norm(F.linear(patches, projection.weight.flatten(1), projection.bias))
+    num_prefix_rows = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    table = vit.pos_embed[0]  # (prefix rows + L, D)
+    tokens = tokens + F.embedding(keep + num_prefix_rows, table)
+    prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+    if not prefix:
+        return tokens
+    prefix = torch.cat(prefix, dim=1)  # (1, prefix, D)
+    if num_prefix_rows:
+        prefix = prefix + table[:num_prefix_rows]
+    return torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+
+
+def _create(config: EncoderConfig) -> nn.Module:
+    name = config.name
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names what there is."
+        raise UserError(f"encoder.name={name} is not an architecture of timm {timm.__version__}; {hint}")
+    for key in config.kwargs:
+        if key in _HOME_OF:
+            raise UserError(f"encoder.kwargs.{key} has its own key; write encoder.{_HOME_OF[key]}.")
+        if key in _ALWAYS:
+            raise UserError(f"encoder.kwargs.{key} is the same for every encoder here; leave it out.")
+    kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
+    try:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)  # takes any size
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        given = ", ".join(f"{key}={value}" for key, value in {"image_size": config.image_size, **kwargs}.items())
+        raise UserError(f"timm cannot build encoder.name={name} with {given}: {reason}") from error
+
+
+def _check_patches_fit(model: nn.Module, config: EncoderConfig) -> None:
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+        return
+    fits = []
+    for side, patch in zip(config.size, embed.patch_size, strict=True):
+        below = side // patch * patch
+        fits.append(sorted({below or patch, below + patch}) if side % patch else [side])
+    if all(len(sides) == 1 for sides in fits) and min(min(config.size), *embed.patch_size) > 0:
+        return
+    square = config.size[0] == config.size[1] and embed.patch_size[0] == embed.patch_size[1]
+    choices = fits[0] if square else [[sides[0] for sides in fits], [sides[-1] for sides in fits]]
+    raise UserError(
+        f"encoder.image_size={_plain(config.size)} is not a whole number of patches of {_plain(embed.patch_size)} "
+        f"pixels; write encoder.image_size={' or '.join(str(choice) for choice in choices)}."
+    )
+
+
+def _plain(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def _has_fixed_table(model: nn.Module, config: EncoderConfig) -> bool:
+    """Whether the model's table of positions is to be replaced by the fixed one."""
+    table = getattr(model, "pos_embed", None)
+    if not isinstance(table, nn.Parameter):
+        if config.pos_embed == "learned":
+            raise UserError(
+                f"encoder.pos_embed=learned has no effect on {config.name}, which has no table of positions; "
+                "leave the key out."
+            )
+        return False
+    if config.pos_embed == "learned":
+        return False
+    embed = getattr(model, "patch_embed", None)
+    num_prefix = getattr(model, "num_prefix_tokens", 0)
+    one_row_a_token = (
+        isinstance(embed, PatchEmbed)
+        and table.ndim == 3
+        and table.shape[1] - embed.num_patches in (0, num_prefix)
+        and table.shape[2] % 4 == 0
+    )
+    if not one_row_a_token:
+        raise UserError(
+            f"encoder.pos_embed=sincos does not fit the table of positions of {config.name}, which has shape "
+            f"{tuple(table.shape)}; write encoder.pos_embed=learned."
+        )
+    return True
+
+
+def _check_tokens(model: nn.Module, name: str) -> None:
+    """Refuses an architecture that `forward_tokens` would run differently from timm."""
+    same_forward = isinstance(model, VisionTransformer) and all(
+        getattr(type(model), method) is getattr(VisionTransformer, method)
+        for method in ("forward_features", "_pos_embed")
+    )
+    if not same_forward:
+        raise UserError(
+            f"encoder.name={name} builds a {type(model).__name__}, which cannot run on a part of its patches as this "
+            "objective does; write a timm VisionTransformer, such as encoder.name=vit_base_patch16_224."
+        )
+    if type(model.patch_embed) is not PatchEmbed:
+        raise UserError(
+            f"encoder.name={name} cuts patches with a {type(model.patch_embed).__name__}, which mixes neighbouring "
+            "patches; write a plain one, such as encoder.name=vit_base_patch16_224."
+        )
+    if model.pos_embed is None:
+        raise UserError(f"encoder.name={name} has no table of positions; write encoder.kwargs={{pos_embed: learn}}.")
+    if isinstance(model.norm, nn.Identity):
+        raise UserError(
+            f"encoder.name={name} norms only what it pools, and this objective reads every token after the final "
+            "norm; write encoder.kwargs={fc_norm: false, final_norm: true}."
+        )
+    if model.attn_pool is not None:
+        raise UserError(
+            f"encoder.name={name} pools with attention, whose weights this objective would never train; write "
+            f"encoder.kwargs={{global_pool: {'token' if model.has_class_token else 'avg'}, fc_norm: false}}."
+        )
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise UserError(
+            "encoder.kwargs.patch_drop_rate drops patches a second time, besides those that the objective hides; "
+            "leave it out."
+        )

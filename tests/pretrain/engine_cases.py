@@ -1,0 +1,153 @@
+"""Run by test_engine.py through the real launcher: trains a small model in several ways and saves the weights.
+
+`deepspeed ... engine_cases.py OUT` writes OUT/CASE.pt on rank 0: the weights, and what was logged.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import nn
+
+from data.batch import Batch, View, ViewPlan
+from data.errors import RunStopped
+from pretrain import distributed
+from pretrain.config import Config
+from pretrain.engine import Engine
+from pretrain.images import images
+from pretrain.monitors import Monitor
+from pretrain.objective import Loss, Objective, Options
+
+NUM_SAMPLES = 40
+SIZE = 8
+COMMON = {"epochs": 1.2, "global_batch": 8, "precision": "fp32"}
+CASES = {
+    "plain": {"train": {}},
+    "accumulated": {"train": {"micro_batch": 2}},
+    "clipped": {"train": {"gradient_clipping": 0.05}},
+    "zero1": {"train": {"zero_stage": 1, "micro_batch": 2, "gradient_clipping": 0.05}},
+    "zero2": {"train": {"zero_stage": 2}},
+    "one_bad_step": {"train": {}, "bad_steps": [2]},
+    "one_bad_step_accumulated": {"train": {"micro_batch": 2}, "bad_steps": [2]},
+    "one_bad_step_zero1": {"train": {"zero_stage": 1}, "bad_steps": [2]},
+    "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
+    "bf16": {"train": {"precision": "bf16"}},
+}
+
+
+class Regression(Objective):
+    """A model small enough to be checked by hand, with an EMA copy and a loss that can be poisoned."""
+
+    def __init__(self, bad_steps=()):
+        super().__init__(nn.Linear(3 * SIZE * SIZE, 4), Options(), image_size=(SIZE, SIZE), mean=None, std=None)
+        self.views = ViewPlan((View((SIZE, SIZE)),))
+        self.head = nn.Linear(4, 1)
+        self.register_buffer("average", self.head.weight.detach().clone())
+        self.bad_steps = set(bad_steps)
+
+    def forward(self, batch, progress):
+        hidden = self.encoder(images(batch, self.views)[0].flatten(1)).tanh()
+        target = (batch.seeds % 7).float()[:, None] / 7
+        loss = (self.head(hidden).float() - target).square().mean()
+        # Poisoned on one rank only: every rank must still decide alike.
+        if progress.step in self.bad_steps and distributed.rank() == distributed.world_size() - 1:
+            loss = loss * math.nan
+        return Loss(loss, {"mean_output": hidden.detach().mean()})
+
+    def after_step(self, progress):
+        self.average.lerp_(self.head.weight.detach(), 0.5)
+
+
+def batch_at(positions: torch.Tensor) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (NUM_SAMPLES, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    ids = positions % NUM_SAMPLES
+    flips = (positions % 3 == 0)[:, None]
+    boxes = torch.zeros(len(ids), 1, 4, dtype=torch.int32)
+    return Batch((pixels[ids],), boxes, flips, seeds=positions * 31, sample_ids=ids, positions=positions)
+
+
+class MemoryLoader:
+    """The loader's rule of positions, over images in memory."""
+
+    num_samples = NUM_SAMPLES
+    bad = SimpleNamespace(num_bad=0, num_read=0)
+
+    def __init__(self, micro_batch):
+        self.micro_batch, self.samples = micro_batch, 0
+
+    def __iter__(self):
+        world = distributed.world_size()
+        while True:
+            positions = self.samples + torch.arange(self.micro_batch) * world + distributed.rank()
+            self.samples += self.micro_batch * world
+            yield batch_at(positions)
+
+    def state_dict(self):
+        return {}
+
+
+class NoStore:
+    def newest(self):
+        return None
+
+    def save(self, step, engine, meta):
+        return Path(f"step-{step}")
+
+
+class Recorder(Monitor):
+    def __init__(self):
+        self.records = []
+
+    def record(self, record):
+        self.records.append(record)
+
+
+def config_of(case: dict, out: Path) -> Config:
+    return Config.model_validate(
+        {
+            "run_dir": str(out),
+            "data": {"shards": "none"},
+            "encoder": {"name": "none", "image_size": SIZE},
+            "objective": {"name": "regression"},
+            "train": COMMON | case["train"],
+            "optimizer": {"lr": 0.02, "lr_rule": "absolute", "warmup_epochs": 0.5, "weight_decay_end": 0.2},
+            "log": {"every_steps": 1},
+        }
+    )
+
+
+def run_case(name: str, out: Path) -> None:
+    case = CASES[name]
+    config = config_of(case, out)
+    torch.manual_seed(0)
+    objective = Regression(case.get("bad_steps", ()))
+    recorder, store = Recorder(), NoStore()
+    micro_batch, _ = config.batching(distributed.world_size())
+    engine = Engine(config, objective, MemoryLoader(micro_batch), store, [recorder])
+    message = ""
+    try:
+        engine.run()
+    except RunStopped as error:
+        message = str(error)
+    if distributed.is_main():
+        torch.save(objective.state_dict(), out / f"{name}.pt")
+        records = [vars(record) for record in recorder.records]
+        (out / f"{name}.json").write_text(json.dumps({"records": records, "message": message}))
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])
+    distributed.start()
+    for name in CASES:
+        run_case(name, out)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The engine through the real launcher, on one and two ranks, against plain torch on the joined batch."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.optimizers import apply_schedule, build_optimizer
+from pretrain.schedules import Progress
+
+sys.path.insert(0, str(Path(__file__).parent))
+import engine_cases  # noqa: E402
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def runs(request, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp(f"world{request.param}")
+    script = Path(__file__).with_name("engine_cases.py")
+    command = ["deepspeed", "--num_gpus", str(request.param), "--master_port", str(free_port()), str(script), str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+def reference(name: str) -> tuple[dict, list[float]]:
+    """The same training written out in plain torch: (weights, loss of each step)."""
+    case = engine_cases.CASES[name]
+    config = engine_cases.config_of(case, Path("x"))
+    torch.manual_seed(0)
+    model = engine_cases.Regression()
+    optimizer = build_optimizer(model, config)
+    num_steps = math.ceil(config.train.epochs * engine_cases.NUM_SAMPLES / 8)
+    losses = []
+    for step in range(num_steps):
+        progress = Progress(step, num_steps, engine_cases.NUM_SAMPLES / 8)
+        apply_schedule(optimizer.param_groups, config, progress)
+        loss = model(engine_cases.batch_at(torch.arange(8) + 8 * step), progress).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        if step in case.get("bad_steps", ()):
+            continue
+        loss.backward()
+        if config.train.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
+        optimizer.step()
+        model.after_step(progress)
+    return model.state_dict(), losses
+
+
+SOUND = [name for name in engine_cases.CASES if name not in ("all_bad", "bf16")]
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_training_equals_plain_torch_on_the_joined_batch(runs, name):
+    weights, losses = reference(name)
+    ours = torch.load(runs / f"{name}.pt", weights_only=True)
+    for key, value in weights.items():
+        torch.testing.assert_close(ours[key], value, rtol=2e-5, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
+    logged = json.loads((runs / f"{name}.json").read_text())["records"]
+    bad = engine_cases.CASES[name].get("bad_steps", ())
+    for step, (record, loss) in enumerate(zip(logged, losses, strict=True)):
+        assert step in bad or record["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logged[-1]["skipped_steps"] == len(bad)
+
+
+def test_a_run_that_stays_non_finite_stops_and_says_what_to_do(runs):
+    logged = json.loads((runs / "all_bad.json").read_text())
+    assert "not finite in 3 steps in a row" in logged["message"]
+    assert "optimizer.lr" in logged["message"]
+    torch.manual_seed(0)
+    untouched = engine_cases.Regression().state_dict()
+    ours = torch.load(runs / "all_bad.pt", weights_only=True)
+    assert all(torch.equal(ours[key], untouched[key]) for key in untouched)
+
+
+def test_bf16_computes_in_lower_precision_and_keeps_float32_weights(runs):
+    ours = torch.load(runs / "bf16.pt", weights_only=True)
+    exact, _ = reference("plain")
+    assert all(value.dtype == torch.float32 for value in ours.values())
+    difference = (ours["encoder.weight"] - exact["encoder.weight"]).abs().max()
+    assert 1e-6 < difference < 0.05
