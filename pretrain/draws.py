@@ -30,7 +30,8 @@ def random_bits(seeds: Tensor, count: int, stream: int) -> Tensor:
     seeds: (B,) int64. Returns (B, count) int64, each in [0, 2**63).
     """
     index = torch.arange(1, count + 1, dtype=torch.int64, device=seeds.device)
-    start = _mix(seeds + _GOLDEN * (2 * stream + 1))  # (B,)
+    offset = (_GOLDEN * (2 * stream + 1) + 2**63) % 2**64 - 2**63  # wrapped: Python's integers do not overflow
+    start = _mix(seeds + offset)  # (B,)
     return _shift_right(_mix(start[:, None] + index * _GOLDEN), 1)
 
 
