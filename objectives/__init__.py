@@ -1,0 +1,66 @@
+"""Self-supervised objectives, found by name and imported only when one is asked for.
+
+A name in a config is one of ours (`mae`), a class anywhere on the import path (`package.module:Class`), or one
+that an installed package offers in the entry-point group `prelude.objectives`.
+"""
+
+import difflib
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from data.errors import UserError
+from pretrain.config import Config
+from pretrain.encoders import build_encoder, seeded
+from pretrain.objective import Objective, Options
+
+OURS = {
+    "mae": "objectives.mae:MAE",
+}
+ENTRY_POINTS = "prelude.objectives"
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The class behind `objective.name`. Raises UserError for a name that leads nowhere."""
+    offered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)} | OURS
+    if name not in offered and ":" not in name:
+        near = difflib.get_close_matches(name, offered, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(sorted(offered))}, or module:Class."
+        raise UserError(f"objective.name={name} is not known; {hint}")
+    return _imported(offered.get(name, name), name)
+
+
+def options_for(name: str) -> type[Options]:
+    """The model of an objective's settings, as `pretrain.config.load_config` wants it. Raises UserError."""
+    return objective_class(name).Options
+
+
+def check_objective(config: Config) -> None:
+    """Refuses, before anything is built, an objective that cannot work with this encoder. Raises UserError."""
+    cls, options = _chosen(config)
+    cls.check(options, config.encoder)
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective around a fresh encoder; its weights depend on `config.seed` alone. Raises UserError."""
+    cls, options = _chosen(config)
+    encoder = build_encoder(config.encoder, seed=config.seed)
+    with seeded(config.seed + 2**31):  # seeds are below 2**31: no run's encoder starts from these draws
+        return cls(encoder, options, image_size=config.encoder.size, mean=config.data.mean, std=config.data.std)
+
+
+def _chosen(config: Config) -> tuple[type[Objective], Options]:
+    given: dict[str, Any] = dict(config.objective)
+    cls = objective_class(given.pop("name"))
+    return cls, cls.Options.model_validate(given)
+
+
+def _imported(path: str, name: str) -> type[Objective]:
+    module, _, attribute = path.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"objective.name={name} cannot be imported: {error}; write module:Class.") from error
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise UserError(f"objective.name={name} is not an Objective; subclass pretrain.objective.Objective.")
+    return cls

@@ -1,0 +1,209 @@
+"""Masked autoencoder (He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377).
+
+Most patches of an image are hidden. A ViT encodes the visible ones; a small decoder, thrown away afterwards,
+predicts the pixels of the hidden ones:
+
+    latent    = encoder(visible patches)
+    predicted = decoder(latent, mask token + position of every hidden patch)
+    loss      = mean over hidden patches of |predicted - target|^2 / (pixels of a patch)
+
+- The target is a patch's pixels, brought to mean 0 and variance 1 within the patch where `norm_pix_loss` is on.
+- Visible patches carry no loss and hidden pixels never reach the encoder.
+- Targets and loss are float32 at least, under any autocast.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from PIL import Image
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from data.batch import Batch, View, ViewPlan
+from data.errors import UserError
+from objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
+from pretrain.config import EncoderConfig
+from pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks
+from pretrain.images import denormalise
+from pretrain.images import images as device_images
+from pretrain.objective import Loss, Objective, Options
+from pretrain.position import sincos_table
+from pretrain.schedules import Progress
+
+_EPSILON = 1e-6  # added to a patch's variance, so that a flat patch has target 0
+_NUM_PICTURES = 8
+_GAP = 2  # pixels between two images of a picture
+
+
+class MAEOptions(Options):
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that is hidden
+    norm_pix_loss: bool = True  # predict patches of mean 0 and variance 1 rather than plain pixels
+    decoder_dim: int = Field(512, ge=4)
+    decoder_depth: int = Field(8, ge=1)
+    decoder_num_heads: int = Field(16, ge=1)
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_range(cls, value):
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("write two shares of the area, such as [0.2, 1.0]")
+        return value
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the decoder says of the R hidden patches of each image, and what they are."""
+
+    predicted: Tensor  # (B, R, p_h * p_w * 3): a patch's values by row, column, channel, the channel fastest
+    pixels: Tensor  # (B, R, p_h * p_w * 3), the same order
+    mask: PatchMask
+
+
+class MAE(Objective):
+    Options = MAEOptions
+
+    def __init__(self, encoder: nn.Module, options: MAEOptions, *, image_size, mean, std):
+        super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
+        view = View(size=image_size, scale=options.crop_scale, interpolation="bicubic", flip=options.flip)
+        self.views = ViewPlan(views=(view,), mean=mean, std=std)
+        self.patch_size = encoder.patch_embed.patch_size  # (p_h, p_w)
+        self.grid = encoder.patch_embed.grid_size  # (rows, columns)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_keep = num_kept(self.num_patches, options.mask_ratio)
+
+        dim = options.decoder_dim
+        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.decoder_blocks = transformer_blocks(dim, options.decoder_depth, options.decoder_num_heads)
+        self.decoder_norm = LayerNorm(dim)
+        self.decoder_pred = nn.Linear(dim, self.patch_size[0] * self.patch_size[1] * 3)
+        self.register_buffer("decoder_pos_embed", sincos_table(dim, self.grid), persistent=False)  # (L, dim)
+        self._initialise()
+
+    @classmethod
+    def check(cls, options: MAEOptions, encoder: EncoderConfig) -> None:
+        summary = check_encoder(encoder, tokens=True)
+        num_patches = summary.grid[0] * summary.grid[1]
+        if not 0 < num_kept(num_patches, options.mask_ratio) < num_patches:
+            raise UserError(
+                f"objective.mask_ratio={options.mask_ratio} of {num_patches} patches leaves none to "
+                f"{'hide' if options.mask_ratio < 0.5 else 'see'}; write objective.mask_ratio=0.75, or a smaller "
+                "encoder.patch_size."
+            )
+        if options.decoder_dim % options.decoder_num_heads or options.decoder_dim % 4:
+            raise UserError(
+                f"objective.decoder_dim={options.decoder_dim} must be a multiple of 4 and of "
+                f"objective.decoder_num_heads={options.decoder_num_heads}; write 512 and 16, as in the paper."
+            )
+
+    def forward(self, batch: Batch, progress: Progress) -> Loss:
+        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        return self.loss(self.reconstruct(images, mask_noise(batch.seeds, self.num_patches)))
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """Predicts the hidden patches of normalised images.
+
+        images: (B, 3, H, W) normalised. noise: (B, L); the patches with the smallest noise stay visible.
+        """
+        mask = random_mask(noise, self.num_keep)
+        latent = forward_tokens(self.encoder, images, mask.keep)  # (B, prefix + K, D)
+        pixels = gather_patches(images, self.patch_size, mask.removed)  # (B, R, 3, p_h, p_w)
+        return Reconstruction(self._decode(latent, mask), rearrange(pixels, "b r c h w -> b r (h w c)"), mask)
+
+    def loss(self, reconstruction: Reconstruction) -> Loss:
+        """Mean squared error on hidden patches.
+
+        `pixel_mse` in the parts is the error in normalised pixels whatever the target, so that runs with and
+        without `norm_pix_loss` compare.
+        """
+        with torch.autocast(reconstruction.pixels.device.type, enabled=False):
+            mean, scale = self._target_statistics(reconstruction.pixels)
+            target = (reconstruction.pixels - mean) / scale
+            error = (
+                (reconstruction.predicted.to(target.dtype) - target).square().mean(dim=-1, keepdim=True)
+            )  # (B, R, 1)
+            return Loss(error.mean(), {"pixel_mse": (error.detach() * scale.square()).mean()})
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Image.Image]:
+        """One row an image: what the encoder sees, what is predicted, the original.
+
+        Predictions are brought back to pixels with the true mean and variance of their patch, which the model
+        does not know, and visible patches are pasted as they are.
+        """
+        (images,) = device_images(batch, self.views)
+        images = images[:_NUM_PICTURES]
+        result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_patches))
+        mean, scale = self._target_statistics(result.pixels)
+        restored = result.predicted.to(images.dtype) * scale + mean  # (B, R, P)
+        original = patchify(images, self.patch_size)  # (B, L, P)
+        where = result.mask.removed[..., None].expand_as(restored)
+        panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
+        drawn = [denormalise(unpatchify(panel, self.patch_size, self.grid), self.views) for panel in panels]
+        return {"reconstruction": _sheet(torch.stack(drawn, dim=1))}
+
+    def _decode(self, latent: Tensor, mask: PatchMask) -> Tensor:
+        """Decoder over the whole image, read out at the hidden patches. Returns (B, R, p_h * p_w * 3).
+
+        Tokens stay in the order prefix, visible, hidden, each with the position of its own patch. Attention
+        does not see the order, so the result is that of the paper's raster order without unshuffling.
+        """
+        prefix = latent.shape[1] - mask.keep.shape[1]  # prefix tokens have no place in the image: position zero
+        tokens = self.decoder_embed(latent)  # (B, prefix + K, dim)
+        positions = self.decoder_pos_embed
+        tokens = torch.cat(
+            [
+                tokens[:, :prefix].to(positions.dtype),
+                tokens[:, prefix:] + positions[mask.keep],
+                self.mask_token + positions[mask.removed],
+            ],
+            dim=1,
+        )  # (B, prefix + L, dim)
+        tokens = run_blocks(self.decoder_blocks, tokens, checkpointing=self.encoder.grad_checkpointing)
+        hidden = tokens[:, -mask.removed.shape[1] :]
+        return self.decoder_pred(self.decoder_norm(hidden))
+
+    def _target_statistics(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, scale) of each patch, so that target = (pixels - mean) / scale. Each (B, R, 1)."""
+        if not self.options.norm_pix_loss:
+            return torch.zeros_like(pixels[..., :1]), torch.ones_like(pixels[..., :1])
+        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)  # unbiased, as in the official code
+        return mean, (variance + _EPSILON).sqrt()
+
+    def _initialise(self) -> None:
+        xavier_init(self)
+        projection = self.encoder.patch_embed.proj
+        nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))  # as the matrix it acts as
+        if projection.bias is not None:  # not zero: the official code leaves the convolution's default
+            bound = projection.weight[0].numel() ** -0.5
+            nn.init.uniform_(projection.bias, -bound, bound)
+        for token in (self.encoder.cls_token, self.encoder.reg_token, self.mask_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) to (B, L, p_h * p_w * 3): patches in raster order, the channel fastest within a patch."""
+    height, width = patch_size
+    return rearrange(images, "b c (r h) (k w) -> b (r k) (h w c)", h=height, w=width)
+
+
+def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`; grid is (rows, columns)."""
+    (height, width), (rows, columns) = patch_size, grid
+    return rearrange(patches, "b (r k) (h w c) -> b c (r h) (k w)", r=rows, k=columns, h=height, w=width)
+
+
+def _sheet(images: Tensor) -> Image.Image:
+    """(rows, columns, 3, H, W) uint8 as one image with white lines between."""
+    rows, columns, _, height, width = images.shape
+    sheet = torch.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, dtype=torch.uint8)
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * (height + _GAP), column * (width + _GAP)
+            sheet[top : top + height, left : left + width] = images[row, column].permute(1, 2, 0).cpu()
+    return Image.fromarray(sheet.numpy())
