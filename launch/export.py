@@ -1,0 +1,37 @@
+"""Write a run's encoder as a plain timm checkpoint.
+
+    prelude export runs/mae --to encoder
+    python -c "import timm; print(timm.create_model('local-dir:encoder', pretrained=True))"
+"""
+
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+
+import argparse
+from pathlib import Path
+
+from checkpoints.export import export_encoder
+from launch.exit_codes import door
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    to = Path(args.to) if args.to else Path(args.source) / "export"
+    report = export_encoder(args.source, to)
+    print(report)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="RUN", help="a run folder, or one of its checkpoints")
+    parser.add_argument("--to", metavar="DIR", help="where to write it (default: RUN/export)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(door(main))

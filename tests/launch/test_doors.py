@@ -1,0 +1,82 @@
+"""What a person meets at the doors: help that reads, and mistakes answered in one sentence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import BIN, ROOT, deepspeed
+
+from launch import prelude
+from launch.exit_codes import door
+
+
+def run(capsys, *argv: str) -> tuple[int, str]:
+    code = door(lambda: prelude.main(list(argv)))
+    return code, capsys.readouterr().err
+
+
+MISTAKES = {
+    "a wrong key": (["train.epoch=3"], "train.epoch does not exist; did you mean train.epochs?"),
+    "no shards": (["data.shards=/nowhere/train-{000..003}.tar"], "/nowhere/train-"),
+    "a patch that does not divide the image": (["encoder.patch_size=5"], "encoder.patch_size=5"),
+    "a batch that does not divide": (["train.micro_batch=5"], "train.micro_batch=5"),
+    "a convnet for MAE": (["encoder.name=resnet18", "encoder.kwargs={}"], "resnet18"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_typical_mistake_is_one_clear_sentence_and_exit_code_2(mistake, recipe, tmp_path, capsys):
+    overrides, expected = MISTAKES[mistake]
+    code, message = run(capsys, "pretrain", "--config", str(recipe), f"run_dir={tmp_path / 'run'}", *overrides)
+    assert code == 2
+    assert expected in message
+    assert "Traceback" not in message
+    assert len(message.strip().splitlines()) <= 2  # the sentence, below a line that counts the errors of a config
+
+
+def test_a_missing_named_checkpoint_is_an_error_and_no_fresh_start(recipe, tmp_path):
+    command = [sys.executable, "launch/pretrain.py", "--config", str(recipe), f"run_dir={tmp_path / 'run'}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "resume.checkpoint=/nowhere/step-00000005"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "/nowhere/step-00000005" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    code = prelude.main(["pretrain", "--dry-run", "--config", str(recipe), f"run_dir={run_dir}"])
+    output = capsys.readouterr().out
+    assert code == 0
+    for expected in ("parameters", "GFLOPs", "12.5 steps an epoch, 38 in all", "MiB", "200 samples", "first samples"):
+        assert expected in output
+    assert not run_dir.exists()
+
+
+def test_the_script_finds_the_package_that_shares_its_name(recipe, tmp_path):
+    """Through the real launcher, from another folder: `launch/pretrain.py` must not hide the package `pretrain`."""
+    command = [*deepspeed(1), str(ROOT / "launch/pretrain.py"), "--config", str(recipe), "--dry-run"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "steps an epoch" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in prelude.COMMANDS)])
+def test_every_command_explains_itself(command, capsys):
+    try:
+        code = prelude.main([*command, "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr().out
+    assert code == 0
+    assert output.startswith(f"usage: {' '.join(['prelude', *command])}")
+    assert max(map(len, output.splitlines())) <= 120
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    code, message = run(capsys, "prob")
+    assert code == 2 and "probe" in message
