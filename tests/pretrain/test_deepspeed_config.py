@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+
+from data.errors import UserError
+from pretrain import precision
+from pretrain.config import Config
+from pretrain.deepspeed_config import build
+
+
+def config(deepspeed=None, **train) -> Config:
+    return Config.model_validate(
+        {
+            "run_dir": "x",
+            "data": {"shards": "x"},
+            "encoder": {"name": "x", "image_size": 8},
+            "objective": {"name": "x"},
+            "train": {"epochs": 1, "global_batch": 8} | train,
+            "optimizer": {"lr": 1},
+            "deepspeed": deepspeed or {},
+        }
+    )
+
+
+def built(settings: Config, numel: int = 10_001) -> dict:
+    return build(settings, micro_batch=4, accumulation=2, precision="fp32", numel=numel)
+
+
+def test_what_deepspeed_would_choose_itself_is_always_written():
+    settings = built(config())
+    assert settings["gradient_clipping"] == 0.0  # left out, it would clip at 1
+    assert settings["train_micro_batch_size_per_gpu"] == 4 and settings["gradient_accumulation_steps"] == 2
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 10_240  # left out, 2 GB are allocated
+    assert settings["torch_autocast"] == {"enabled": False}
+    assert built(config(zero_stage=2, gradient_clipping=0.5))["gradient_clipping"] == 0.5
+
+
+def test_pass_through_is_merged_from_a_dictionary_or_a_file(tmp_path):
+    passed = {"comms_logger": {"enabled": True}, "zero_optimization": {"overlap_comm": True}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(passed))
+    for given in (passed, str(file)):
+        settings = built(config(given, zero_stage=1))
+        assert settings["comms_logger"] == {"enabled": True}
+        assert settings["zero_optimization"]["overlap_comm"] is True
+        assert settings["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("passed", "sentence"),
+    [
+        ({"gradient_clipping": 1.0}, "write train.gradient_clipping=... and remove it"),
+        ({"fp16": {"enabled": True}}, "write train.precision=... and remove it"),
+        ({"optimizer": {"type": "Adam"}}, "write optimizer.name=... and remove it"),
+        ({"zero_optimization": {"stage": 3}}, "write train.zero_stage=3 and remove it"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "remove offload_*"),
+        ({"comm_logger": {}}, "did you mean comms_logger?"),
+        ("/nowhere/ds.json", "deepspeed=/nowhere/ds.json cannot be read"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(passed, sentence):
+    with pytest.raises(UserError) as error:
+        built(config(passed))
+    assert sentence in str(error.value)
+
+
+def test_precision_is_resolved_by_the_hardware_or_refused():
+    cpu = torch.device("cpu")
+    assert precision.resolve(config(precision="bf16"), cpu) == "bf16"
+    assert precision.resolve(config(), cpu) == ("bf16" if precision.fast_bf16(cpu) else "fp32")
+    assert precision.resolve(config(precision="fp16"), cpu) == "fp16"
+    with pytest.raises(UserError, match="train.precision=bf16, or train.zero_stage=0"):
+        precision.resolve(config(precision="fp16", zero_stage=1), cpu)
+    # An empty list: DeepSpeed would otherwise reduce the gradients of linear layers in the lower precision.
+    assert precision.autocast_section("bf16") == {
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }

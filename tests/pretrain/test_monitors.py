@@ -1,0 +1,80 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.monitors import ConsoleMonitor, JsonlMonitor, StepRecord, TensorBoardMonitor
+from pretrain.schedules import Progress
+
+RECORD = StepRecord(
+    step=5,
+    num_steps=100,
+    epoch=0.5,
+    loss=0.75,
+    parts={"pixel_mse": 0.25},
+    lr=1e-3,
+    weight_decay=0.05,
+    grad_norm=2.0,
+    images_per_second=321.0,
+    data_wait=0.03,
+    eta_seconds=3725.0,
+    skipped_steps=0,
+    bad_samples=2,
+)
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume_even_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlMonitor(path)
+    first.start(Progress(0, 100, 10.0))
+    for step in (1, 2, 3):
+        first.record(replace(RECORD, step=step))
+    first.close()
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    second = JsonlMonitor(path)
+    second.start(Progress(2, 100, 10.0))
+    second.record(replace(RECORD, step=3, loss=0.5))
+    second.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.75), (2, 0.75), (3, 0.5)]
+    assert lines[0]["parts"] == {"pixel_mse": 0.25}
+
+
+def test_tensorboard_has_the_scalars_and_the_pictures(tmp_path):
+    monitor = TensorBoardMonitor(tmp_path)
+    monitor.start(Progress(0, 100, 10.0))
+    monitor.record(RECORD)
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    monitor.pictures(5, {"reconstruction": picture})
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("train/loss")[0].value == 0.75
+    assert events.Scalars("parts/pixel_mse")[0].step == 5
+    assert events.Images("reconstruction")[0].width == 4
+    assert Image.open(tmp_path / "pictures" / "reconstruction-00000005.png").tobytes() == picture.tobytes()
+
+
+def printed(is_terminal: bool, records: list[StepRecord]) -> str:
+    monitor = ConsoleMonitor()
+    monitor.console = Console(record=True, force_terminal=is_terminal, width=160, file=open("/dev/null", "w"))
+    monitor.start(Progress(0, 100, 10.0))
+    for record in records:
+        monitor.record(record)
+    monitor.close()
+    return monitor.console.export_text()
+
+
+def test_the_console_says_how_the_run_is_doing():
+    for terminal in (True, False):
+        text = printed(terminal, [RECORD])
+        for expected in ("loss 0.7500", "321 images/s", "data wait 3%", "ETA 1:02:05", "bad samples 2", "5/100"):
+            assert expected in text
+
+
+def test_a_log_file_gets_a_line_for_every_twentieth_of_the_run():
+    text = printed(False, [replace(RECORD, step=step) for step in range(1, 101)])
+    assert len(text.strip().splitlines()) == 20
