@@ -14,12 +14,12 @@ import json
 import sys
 from pathlib import Path
 
+from data.loader import build_loader
 from rich.console import Console
 from rich.table import Table
 
 from checkpoints.store import Store
 from data.errors import UserError
-from data.loader import build_loader
 from data.order import Shuffle
 from launch.exit_codes import PREEMPTED, door
 from objectives import build_objective, check_objective, options_for

@@ -123,9 +123,8 @@ class MAE(Objective):
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
             mean, scale = self._target_statistics(reconstruction.pixels)
             target = (reconstruction.pixels - mean) / scale
-            error = (
-                (reconstruction.predicted.to(target.dtype) - target).square().mean(dim=-1, keepdim=True)
-            )  # (B, R, 1)
+            residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * 3)
+            error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
             return Loss(error.mean(), {"pixel_mse": (error.detach() * scale.square()).mean()})
 
     @torch.no_grad()

@@ -170,16 +170,16 @@ def _check_patches_fit(model: nn.Module, config: EncoderConfig) -> None:
     embed = getattr(model, "patch_embed", None)
     if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
         return
-    fits = []
-    for side, patch in zip(config.size, embed.patch_size, strict=True):
-        below = side // patch * patch
-        fits.append(sorted({below or patch, below + patch}) if side % patch else [side])
-    if all(len(sides) == 1 for sides in fits) and min(min(config.size), *embed.patch_size) > 0:
+    patch = embed.patch_size
+    if all(side > 0 and side % part == 0 for side, part in zip(config.size, patch, strict=True)):
         return
-    square = config.size[0] == config.size[1] and embed.patch_size[0] == embed.patch_size[1]
-    choices = fits[0] if square else [[sides[0] for sides in fits], [sides[-1] for sides in fits]]
+    below = [max(side // part, 1) * part for side, part in zip(config.size, patch, strict=True)]
+    above = [max(-(-side // part), 1) * part for side, part in zip(config.size, patch, strict=True)]
+    choices = [below] if below == above else [below, above]
+    if config.size[0] == config.size[1] and patch[0] == patch[1]:
+        choices = [sides[0] for sides in choices]
     raise UserError(
-        f"encoder.image_size={_plain(config.size)} is not a whole number of patches of {_plain(embed.patch_size)} "
+        f"encoder.image_size={_plain(config.size)} is not a whole number of patches of {_plain(patch)} "
         f"pixels; write encoder.image_size={' or '.join(str(choice) for choice in choices)}."
     )
 
@@ -203,7 +203,7 @@ def _has_fixed_table(model: nn.Module, config: EncoderConfig) -> bool:
     embed = getattr(model, "patch_embed", None)
     num_prefix = getattr(model, "num_prefix_tokens", 0)
     one_row_a_token = (
-        isinstance(embed, PatchEmbed)
+        getattr(embed, "grid_size", None) is not None
         and table.ndim == 3
         and table.shape[1] - embed.num_patches in (0, num_prefix)
         and table.shape[2] % 4 == 0

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from data.batch import Batch
 from data.errors import RunStopped, UserError
 from pretrain import deepspeed_config, distributed, optimizers, precision
 from pretrain.config import Config
@@ -140,8 +139,8 @@ class Engine:
         if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
             raise RunStopped(
                 f"The loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, the last being "
-                f"step {self.progress.step}; the last good checkpoint is {self._last_checkpoint()}. Lower optimizer.lr, "
-                f"or write train.precision=fp32."
+                f"step {self.progress.step}; the last good checkpoint is {self._last_checkpoint()}. "
+                "Lower optimizer.lr, or write train.precision=fp32."
             )
         if read and bad / read > self.config.data.max_bad_share and bad > self.micro_batch:
             raise RunStopped(

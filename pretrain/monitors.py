@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from pretrain.schedules import Progress
+
+_SCALARS = ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "epoch", "bad_samples")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class ConsoleMonitor(Monitor):
     def record(self, record: StepRecord) -> None:
         text = (
             f"epoch {record.epoch:.2f}  loss {record.loss:.4f}  lr {record.lr:.2e}  "
-            f"{record.images_per_second:.0f} images/s  data wait {record.data_wait:.0%}  ETA {_time(record.eta_seconds)}"
+            f"{record.images_per_second:.0f} images/s  data wait {record.data_wait:.0%}  "
+            f"ETA {_time(record.eta_seconds)}"
         )
         if record.skipped_steps:
             text += f"  skipped {record.skipped_steps}"
@@ -121,7 +125,7 @@ class TensorBoardMonitor(Monitor):
         values = asdict(record)
         for name, value in values.pop("parts").items():
             self.writer.add_scalar(f"parts/{name}", value, record.step)
-        for name in ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "epoch", "bad_samples"):
+        for name in _SCALARS:
             self.writer.add_scalar(f"train/{name}", values[name], record.step)
 
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BIN, ROOT, deepspeed
+from runs import BIN, ROOT, deepspeed
 
 from launch import prelude
 from launch.exit_codes import door

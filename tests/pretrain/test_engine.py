@@ -3,33 +3,23 @@
 import json
 import math
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import engine_cases
 import pytest
 import torch
+from runs import BIN, ROOT, deepspeed
 
 from pretrain.optimizers import apply_schedule, build_optimizer
 from pretrain.schedules import Progress
-
-sys.path.insert(0, str(Path(__file__).parent))
-import engine_cases  # noqa: E402
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def runs(request, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp(f"world{request.param}")
-    script = Path(__file__).with_name("engine_cases.py")
-    command = ["deepspeed", "--num_gpus", str(request.param), "--master_port", str(free_port()), str(script), str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [*deepspeed(request.param), engine_cases.__file__, str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out

@@ -77,9 +77,7 @@ def test_warmup_lr_and_min_lr_follow_the_same_rule_as_lr():
     assert (first, last) == pytest.approx((16e-5, 16e-6))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("adamw", "AdamW"), ("sgd", "SGD"), ("lars", "Lars"), ("lamb", "Lamb")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("sgd", "SGD"), ("lars", "Lars"), ("lamb", "Lamb")])
 def test_every_optimizer_takes_the_schedule(name, kind):
     settings = config(name=name, momentum=0.8) if name in ("sgd", "lars") else config(name=name, betas=(0.8, 0.9))
     model = Model()

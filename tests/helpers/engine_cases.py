@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import torch
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""A small run that every test of the doors starts in its own way."""
+"""One start of a training run through a real launcher, to be waited for, signalled and looked into."""
 
 import json
 import os
@@ -9,40 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import yaml
 from safetensors.torch import load_file
-
-from data.shapes import write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-NUM_SAMPLES = 200
-NUM_STEPS = 38  # ceil(3 epochs x 200 samples / 16), so that epochs end in mid-batch
-
-
-@pytest.fixture(scope="session")
-def recipe(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    write_shards(folder / "shapes", "train", num_samples=NUM_SAMPLES, seed=0, image_size=16)
-    config = {
-        "run_dir": str(folder / "run"),
-        "data": {"shards": str(folder / "shapes" / "train-*.tar"), "num_workers": 1, "shuffle": {"window": 64}},
-        "encoder": {
-            "name": "vit_tiny_patch16_224",
-            "image_size": 16,
-            "patch_size": 4,
-            "kwargs": {"depth": 2, "embed_dim": 32, "num_heads": 2},
-        },
-        "objective": {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-        "train": {"epochs": 3, "global_batch": 16, "precision": "fp32"},
-        "optimizer": {"lr": 0.01, "warmup_epochs": 0.5},
-        "checkpoint": {"every_steps": 5, "keep": 2},
-        "log": {"every_steps": 1, "pictures_every_steps": 20},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
 
 
 class Run:
@@ -53,7 +23,7 @@ class Run:
         script = str(ROOT / "launch" / "pretrain.py")
         command = [*launcher, script, "--config", str(recipe), f"run_dir={run_dir}", *overrides]
         path = f"{BIN}:{os.environ['PATH']}"
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(Path(__file__).parent)}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT / "tests" / "helpers")}
         run_dir.mkdir(parents=True, exist_ok=True)
         self.output = run_dir.parent / f"{run_dir.name}.out"
         with open(self.output, "a") as output:
@@ -82,8 +52,8 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def final_weights(self) -> dict:
-        return load_file(self.run_dir / "checkpoints" / f"step-{NUM_STEPS:08d}" / "model.safetensors")
+    def weights(self, step: int) -> dict:
+        return load_file(self.run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
     def records(self) -> dict[int, dict]:
         """What was drawn for each position, over all ranks and all starts; a position drawn twice must agree."""
@@ -96,6 +66,7 @@ class Run:
 
 
 def deepspeed(num_ranks: int) -> list[str]:
+    """The real launcher, on a port of its own so that two can run on one host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
