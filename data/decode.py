@@ -1,0 +1,166 @@
+"""From an image file's bytes to RGB pixels, or to a short reason why not.
+
+- JPEG goes through simplejpeg (libjpeg-turbo) and, where that is not installed, through torchvision; every
+  other format, and every JPEG that those refuse (CMYK, a recoverable warning), through PIL. PIL therefore has the
+  last word on whether an image is bad, and which images are bad does not depend on what is installed.
+- The size is read from the header and checked before a pixel is decoded.
+- The result is always three channels of 8 bits, the same as PIL's `convert("RGB")`: grey is repeated, palettes are
+  looked up, CMYK is converted, an alpha channel is dropped (not composited), the first frame of an animation is
+  taken. 16-bit grey keeps its upper 8 bits, where PIL would clip it to white.
+- EXIF orientation is ignored: pixels come as they are stored, as PIL, torchvision and timm read them.
+- Nothing is written to the console and no state is shared: safe from any number of threads.
+"""
+
+import functools
+import io
+import struct
+import warnings
+import zlib
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+Backend = Literal["simplejpeg", "torchvision", "pil"]
+
+MAX_PIXELS = 64 * 2**20
+"""Larger images are refused: 64 Mi pixels are 192 MiB of RGB. Below PIL's own limit, so that ours is the one met."""
+
+# A list of our own: PIL also registers formats that start other programs (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# What PIL's parsers have been seen to raise, or plausibly raise, on damaged bytes.
+_PIL_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, RuntimeError,
+    MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+# Set once, here: `warnings.catch_warnings` around each call would not be safe between threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class BadImage(Exception):
+    """Bytes that give no image. The message is a short reason, one of few, so that reasons can be counted."""
+
+
+def decode(image: bytes, backend: Backend | None = None) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, C-contiguous and writable.
+
+    `backend` forces one decoder alone, for comparisons. Raises BadImage when no pixels can be had; ImportError
+    when the forced backend is not installed.
+    """
+    if not image:
+        raise BadImage("empty")
+    if backend is not None:
+        return _DECODERS[backend](image)
+    if image.startswith(b"\xff\xd8\xff"):
+        if _ends_in_a_hole(image):
+            raise BadImage("truncated")
+        try:
+            return _decode_jpeg(image)
+        except BadImage:
+            pass
+    return _decode_pil(image)
+
+
+def _ends_in_a_hole(jpeg: bytes) -> bool:
+    """Whether the file's end was allocated but never written: zeros are valid codes, so no decoder is sure to notice.
+
+    A whole file may be padded too, but has its end marker (FF D9) after the start of its last scan (FF DA).
+    """
+    return jpeg.endswith(bytes(16)) and jpeg.rfind(b"\xff\xd9") < jpeg.rfind(b"\xff\xda")
+
+
+def _decode_jpeg(image: bytes) -> np.ndarray:
+    if simplejpeg is not None:
+        return _decode_simplejpeg(image)
+    if _torchvision_io() is not None:
+        return _decode_torchvision(image)
+    raise BadImage("no fast JPEG decoder")
+
+
+def _decode_simplejpeg(image: bytes) -> np.ndarray:
+    if simplejpeg is None:
+        raise ImportError("simplejpeg is not installed")
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        _check_size(height, width)
+        # Strict, because a lenient decoder returns a truncated image as a grey one.
+        return simplejpeg.decode_jpeg(image, "RGB", strict=True)
+    except ValueError as error:
+        raise BadImage("undecodable") from error
+
+
+def _decode_torchvision(image: bytes) -> np.ndarray:
+    io_module = _torchvision_io()
+    if io_module is None:
+        raise ImportError("torchvision.io.decode_jpeg is not available")
+    with _open(image) as header:
+        if header.format != "JPEG" or header.mode not in ("RGB", "L"):
+            raise BadImage("undecodable")  # its CMYK differs from PIL's
+    import torch  # here, as torchvision is: plain decoding needs neither
+
+    try:
+        # A copy into a bytearray, because torch warns about memory that it may not write.
+        encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+        pixels = io_module.decode_jpeg(encoded, io_module.ImageReadMode.RGB)  # (3, H, W)
+    except RuntimeError as error:
+        raise BadImage("undecodable") from error
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+@functools.cache
+def _torchvision_io():
+    """torchvision.io, or None without it: imported late, as it takes a second and most never need it."""
+    try:
+        import torchvision.io
+    except ImportError:
+        return None
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torchvision\.io")
+    return torchvision.io if hasattr(torchvision.io, "decode_jpeg") else None
+
+
+def _decode_pil(image: bytes) -> np.ndarray:
+    with _open(image) as opened:
+        try:
+            if opened.mode.startswith("I"):  # I;16 and its byte orders, and I, which older PILs give 16-bit PNGs
+                grey = (np.asarray(opened).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            if opened.mode == "F":
+                raise BadImage("floating point pixels")  # they have no range that could be mapped to 0..255
+            return np.array(opened.convert("RGB"))
+        except _PIL_ERRORS as error:
+            raise BadImage("truncated" if "truncated" in str(error).lower() else "undecodable") from error
+
+
+def _open(image: bytes) -> Image.Image:
+    """PIL's lazy image: the header read and its size checked, no pixel decoded."""
+    try:
+        opened = Image.open(io.BytesIO(image), formats=_installed_formats())
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels") from error
+    except _PIL_ERRORS as error:
+        raise BadImage("not an image") from error
+    _check_size(opened.height, opened.width)
+    return opened
+
+
+@functools.cache
+def _installed_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage("too many pixels")
+    if height * width == 0:
+        raise BadImage("no pixels")
+
+
+_DECODERS = {"simplejpeg": _decode_simplejpeg, "torchvision": _decode_torchvision, "pil": _decode_pil}

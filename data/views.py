@@ -1,0 +1,117 @@
+"""From an image's bytes to the crops of a view plan: decoded once, cut and resized in uint8.
+
+- Box and flip of view v are a function of (seed, v) and the image's size alone: neither the other views of the
+  plan, nor a rank, a worker or the time can change them.
+- Resizing is torch's antialiased uint8 kernel, which agrees with PIL's to within rounding, written straight into
+  the caller's memory; a crop that already has the view's size is copied unchanged.
+- No float image exists here: flip, normalisation and colour are the device's work, see `pretrain.images`.
+- Safe from any number of threads; nothing is kept between calls.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.batch import View, ViewPlan
+from data.decode import decode
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the source image
+
+
+def read_views(image: bytes, plan: ViewPlan, seed: int, out: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Decode `image` and write its views into `out`.
+
+    out: one (H, W, 3) uint8 C-contiguous array for each view of the plan, of that view's size.
+    Returns boxes (V, 4) int32 as top, left, height, width in the source image, and flips (V,) bool.
+    The pixels are not flipped. Raises data.decode.BadImage.
+    """
+    pixels = decode(image)
+    height, width, _ = pixels.shape
+    boxes = np.empty((len(plan.views), 4), np.int32)
+    flips = np.empty(len(plan.views), np.bool_)
+    for v, view in enumerate(plan.views):
+        box, flips[v] = draw(view, height, width, view_generator(seed, v))
+        boxes[v] = box
+        _write_crop(pixels, box, view.interpolation, out[v])
+    return boxes, flips
+
+
+def view_generator(seed: int, v: int) -> random.Random:
+    """The source of view v's draws. Any 64-bit seed: the two halves of the range stay distinct."""
+    return random.Random((seed % 2**64) << 16 | v)
+
+
+def draw(view: View, height: int, width: int, generator: random.Random) -> tuple[Box, bool]:
+    """The view's box in an image of height x width pixels, and whether it is flipped.
+
+    Only `random()` is called, whose sequence Python guarantees across versions; the flip comes first, so that
+    it does not depend on the image's size.
+    """
+    flip = generator.random() < view.flip
+    if view.crop == "center":
+        return _center_box(view, height, width), flip
+    return _random_resized_box(view, height, width, generator), flip
+
+
+def _random_resized_box(view: View, height: int, width: int, generator: random.Random) -> Box:
+    """The box of Inception's crop (Szegedy et al. 2015), with the tries and the fallback of torchvision."""
+    low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
+    for _ in range(10):
+        area = height * width * (view.scale[0] + (view.scale[1] - view.scale[0]) * generator.random())
+        ratio = math.exp(low + (high - low) * generator.random())
+        box_width = round(math.sqrt(area * ratio))
+        box_height = round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int((height - box_height + 1) * generator.random())
+            left = int((width - box_width + 1) * generator.random())
+            return top, left, box_height, box_width
+
+    # The image is too long or too flat: the largest centred box with an allowed aspect ratio.
+    ratio = min(max(width / height, min(view.ratio)), max(view.ratio))
+    box_height = min(height, max(1, round(width / ratio)))
+    box_width = min(width, max(1, round(height * ratio)))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _center_box(view: View, height: int, width: int) -> Box:
+    pixels_per_pixel = min(height / view.size[0], width / view.size[1])
+    box_height = max(1, round(view.size[0] * pixels_per_pixel * view.crop_share))
+    box_width = max(1, round(view.size[1] * pixels_per_pixel * view.crop_share))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _write_crop(pixels: np.ndarray, box: Box, interpolation: str, out: np.ndarray) -> None:
+    """pixels: (H, W, 3) uint8; out: (h, w, 3) uint8, filled with the box resized to it."""
+    top, left, height, width = box
+    crop = pixels[top : top + height, left : left + width]
+    if crop.shape == out.shape:
+        out[:] = crop
+        return
+    source, target = _as_image(crop), _as_image(out)
+    if interpolation in _RESIZE_INTO:
+        _RESIZE_INTO[interpolation](source, out.shape[:2], False, out=target)
+    else:
+        target.copy_(F.interpolate(source, out.shape[:2], mode=interpolation, antialias=True))
+
+
+def _as_image(array: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) array as a (1, 3, H, W) channels_last tensor on the same memory."""
+    return torch.from_numpy(array).permute(2, 0, 1)[None]
+
+
+def _find_resize_into() -> dict:
+    """The kernels under `F.interpolate`, which can write into given memory; empty where torch has renamed them."""
+    try:
+        return {
+            "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+            "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+        }
+    except AttributeError:
+        return {}
+
+
+_RESIZE_INTO = _find_resize_into()
