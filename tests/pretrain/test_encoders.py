@@ -22,9 +22,7 @@ VARIANTS = {
 
 def config(name="vit_base_patch16_224", image_size=(16, 24), patch_size=8, pos_embed="sincos", **kwargs):
     given = {**TINY, **kwargs} if name.startswith(("vit", "deit")) else kwargs
-    return EncoderConfig(
-        name=name, image_size=image_size, patch_size=patch_size, pos_embed=pos_embed, kwargs=given
-    )
+    return EncoderConfig(name=name, image_size=image_size, patch_size=patch_size, pos_embed=pos_embed, kwargs=given)
 
 
 def randomised(model):
