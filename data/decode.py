@@ -88,8 +88,10 @@ def _decode_simplejpeg(image: bytes) -> np.ndarray:
     if simplejpeg is None:
         raise ImportError("simplejpeg is not installed")
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
         _check_size(height, width)
+        if colours in ("CMYK", "YCCK"):
+            raise BadImage("undecodable")  # its conversion differs from PIL's
         # Strict, because a lenient decoder returns a truncated image as a grey one.
         return simplejpeg.decode_jpeg(image, "RGB", strict=True)
     except ValueError as error:
@@ -102,7 +104,7 @@ def _decode_torchvision(image: bytes) -> np.ndarray:
         raise ImportError("torchvision.io.decode_jpeg is not available")
     with _open(image) as header:
         if header.format != "JPEG" or header.mode not in ("RGB", "L"):
-            raise BadImage("undecodable")  # its CMYK differs from PIL's
+            raise BadImage("undecodable")  # its CMYK conversion differs from PIL's
     import torch  # here, as torchvision is: plain decoding needs neither
 
     try:
