@@ -15,6 +15,26 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
+class Photometric:
+    """How the colours of a view are changed on the device; see pretrain/photometric.py.
+
+    Probabilities are those of the whole operation. Strengths are torchvision's: a brightness of 0.4 is a factor
+    uniform in [0.6, 1.4], a hue of 0.1 a turn uniform in [-0.1, 0.1] of the colour circle.
+    """
+
+    jitter: float = 0.0  # probability of the four below, applied in an order drawn for each sample
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grey: float = 0.0  # probability
+    blur: float = 0.0  # probability
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # standard deviation of the Gaussian, pixels of the view
+    solarise: float = 0.0  # probability
+    solarise_threshold: float = 0.5  # values from here up, of [0, 1], are inverted
+
+
+@dataclass(frozen=True)
 class View:
     """One crop of an image.
 
@@ -30,6 +50,8 @@ class View:
     crop_share: float = 1.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     flip: float = 0.5  # probability of a horizontal flip; the flip itself is done on the device
+    shift: int = 0  # pixels; on the device, a random move by at most that much, black moving in (pad, then crop)
+    photometric: Photometric | None = None  # on the device; None leaves the colours as they are
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
-"""The device's half of a view: from uint8 crops to flipped, normalised float images."""
+"""The device's half of a view: from uint8 crops to float images, flipped, shifted, recoloured and normalised."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Batch, ViewPlan
+from data.batch import Batch, View, ViewPlan
+from pretrain.draws import random_bits
+from pretrain.photometric import augment
+
+SHIFT_STREAM = 151  # of pretrain.draws; view v of a plan reads stream 151 + v
 
 
 def normalise(pixels: Tensor, plan: ViewPlan) -> Tensor:
@@ -21,9 +26,30 @@ def denormalise(images: Tensor, plan: ViewPlan) -> Tensor:
 
 
 def images(batch: Batch, plan: ViewPlan) -> tuple[Tensor, ...]:
-    """The batch's views as an encoder wants them: V tensors (B, 3, H, W) float32, flipped where drawn."""
-    out = []
-    for v, pixels in enumerate(batch.views):
-        flipped = torch.where(batch.flips[:, v, None, None, None], pixels.flip(-1), pixels)
-        out.append(normalise(flipped, plan))
-    return tuple(out)
+    """The batch's views as an encoder wants them: V tensors (B, 3, H, W) float32."""
+    return tuple(_image(batch, plan, v) for v in range(len(plan.views)))
+
+
+def _image(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
+    view, pixels = plan.views[v], batch.views[v]
+    pixels = torch.where(batch.flips[:, v, None, None, None], pixels.flip(-1), pixels)
+    if view.shift:
+        pixels = _shifted(pixels, view, batch.seeds, v)
+    if view.photometric is None:
+        return normalise(pixels, plan)
+    coloured = augment(pixels.float() / 255, view.photometric, batch.seeds, v)
+    mean = torch.tensor(plan.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(plan.std, device=pixels.device).view(3, 1, 1)
+    return torch.addcmul(-mean / std, coloured, 1 / std)
+
+
+def _shifted(pixels: Tensor, view: View, seeds: Tensor, v: int) -> Tensor:
+    """torchvision's RandomCrop(size, padding=shift): black on all sides, then a crop at a place drawn by the seed."""
+    height, width = view.size
+    start = random_bits(seeds, 2, SHIFT_STREAM + v) % (2 * view.shift + 1)  # (B, 2) top and left in the padded image
+    padded = F.pad(pixels, (view.shift,) * 4)
+    rows = start[:, 0, None] + torch.arange(height, device=pixels.device)  # (B, H)
+    columns = start[:, 1, None] + torch.arange(width, device=pixels.device)  # (B, W)
+    sample = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    # Advanced indices around a slice come first in the result: (B, H, W, 3)
+    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
