@@ -14,12 +14,12 @@ import json
 import sys
 from pathlib import Path
 
-from data.loader import build_loader
 from rich.console import Console
 from rich.table import Table
 
 from checkpoints.store import Store
 from data.errors import UserError
+from data.loader import build_loader
 from data.order import Shuffle
 from launch.exit_codes import PREEMPTED, door
 from objectives import build_objective, check_objective, options_for
@@ -79,6 +79,8 @@ def loader_of(config: Config, views):
         num_workers=distributed.cores_per_rank() if workers == "auto" else workers,
         shuffle=Shuffle(**config.data.shuffle.model_dump()),
         bad_samples_log=Path(config.run_dir) / "bad_samples.jsonl",
+        num_samples=config.data.num_samples,
+        max_bad_share=config.data.max_bad_share,
     )
 
 
@@ -122,8 +124,8 @@ def dry_run(config: Config) -> int:
     world_size = distributed.launched_world_size()
     for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
         table.add_row(*row)
-    table.add_row("data", f"{loader.num_samples} samples in {loader.index.num_shards} shards")
-    table.add_row("first samples", ", ".join(loader.preview(5)))
+    table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
+    table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     Console().print(table)
     return 0
 

@@ -172,7 +172,7 @@ class Engine:
                 grad_norm=self.grad_norm,
                 images_per_second=speed,
                 data_wait=data_wait,
-                eta_seconds=(self.progress.num_steps - step) * self.config.train.global_batch / speed,
+                eta_seconds=(self.progress.num_steps - step) * meter.seconds_per_step(),
                 skipped_steps=self.skipped_steps,
                 bad_samples=agreed.bad_samples,
             )
@@ -268,6 +268,7 @@ class Meter:
 
     def __init__(self, global_batch: int):
         self.global_batch = global_batch
+        self.started, self.total_steps = time.perf_counter(), 0
         self._reset()
 
     def waiting_for_data(self) -> "Meter":
@@ -281,6 +282,11 @@ class Meter:
 
     def step_done(self) -> None:
         self.steps += 1
+        self.total_steps += 1
+
+    def seconds_per_step(self) -> float:
+        """On average since the start, saving and pictures included: what an ETA is made of."""
+        return (time.perf_counter() - self.started) / self.total_steps
 
     def read(self) -> tuple[float, float]:
         elapsed = time.perf_counter() - self.since

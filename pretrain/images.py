@@ -15,7 +15,8 @@ def normalise(pixels: Tensor, plan: ViewPlan) -> Tensor:
     """(B, 3, H, W) uint8 in 0..255 to float32 with the plan's mean and standard deviation, in one multiply-add."""
     mean = torch.tensor(plan.mean, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(plan.std, device=pixels.device).view(3, 1, 1)
-    return torch.addcmul(-mean / std, pixels.float(), 1 / (255 * std))
+    floats = pixels.to(torch.float32, copy=True)  # a copy always, because the result overwrites it
+    return torch.addcmul(-mean / std, floats, 1 / (255 * std), out=floats)
 
 
 def denormalise(images: Tensor, plan: ViewPlan) -> Tensor:

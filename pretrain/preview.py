@@ -21,8 +21,8 @@ def describe(config: Config, objective: Objective, *, num_samples: int, world_si
     state = trainable * (4 + 4 + 8 / shared_by)  # weights and gradients whole, AdamW's two moments
     steps_per_epoch = num_samples / config.train.global_batch
     return [
-        ("parameters", f"{trainable / 1e6:.2f} M trained, {encoder / 1e6:.2f} M of them in the encoder"),
-        ("cost of an image", f"{flops / 1e9:.2f} GFLOPs forward and backward"),
+        ("parameters", f"{_count(trainable)} trained, {_count(encoder)} of them in the encoder"),
+        ("cost of an image", f"{_count(flops)}FLOPs forward and backward"),
         ("batch", f"{config.train.global_batch} = {world_size} ranks x {micro_batch} images x {accumulation}"),
         ("length", f"{steps_per_epoch:.1f} steps an epoch, {-int(-config.train.epochs * steps_per_epoch // 1)} in all"),
         ("peak learning rate", f"{config.peak_lr:.3g}"),
@@ -63,3 +63,11 @@ def blank_batch(plan: ViewPlan, size: int) -> Batch:
         sample_ids=torch.arange(size),
         positions=torch.arange(size),
     )
+
+
+def _count(number: float) -> str:
+    """1234567 as `1.23 M`."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f} "

@@ -51,7 +51,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, caps
     code = prelude.main(["pretrain", "--dry-run", "--config", str(recipe), f"run_dir={run_dir}"])
     output = capsys.readouterr().out
     assert code == 0
-    for expected in ("parameters", "GFLOPs", "12.5 steps an epoch, 38 in all", "MiB", "200 samples", "first samples"):
+    for expected in ("parameters", "MFLOPs", "12.5 steps an epoch, 38 in all", "MiB", "200 samples", "first samples"):
         assert expected in output
     assert not run_dir.exists()
 

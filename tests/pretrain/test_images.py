@@ -64,6 +64,12 @@ def test_images_are_flipped_where_drawn_and_only_there(device):
             torch.testing.assert_close(made[v][b].cpu(), normalise(pixels[None], PLAN)[0], atol=1e-6, rtol=1e-6)
 
 
+def test_normalise_leaves_its_input_as_it_was():
+    for pixels in (torch.full((1, 3, 2, 2), 9, dtype=torch.uint8), torch.full((1, 3, 2, 2), 9.0)):
+        normalise(pixels, PLAN)
+        assert (pixels == 9).all()
+
+
 def test_images_leave_the_batch_as_it_was():
     one, same = batch(), batch()
     images(one, PLAN)

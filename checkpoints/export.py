@@ -1,0 +1,196 @@
+"""An encoder as a folder that plain timm loads: `timm.create_model("local-dir:DIR", pretrained=True)`.
+
+- Nothing of ours is needed to load it: weights under timm's names, and timm's own config.json.
+- Published only after timm has loaded it in this process and its features agree with ours.
+- The folder appears whole: it is written beside its place and renamed into it.
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoints.sources import EXPORT_SECTION, OpenedEncoder, open_encoder
+from data.errors import RunStopped, UserError
+from pretrain.encoders import seeded
+
+# The same weights in the same operations on the same machine; relative to features that are larger than one.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    path: Path
+    architecture: str  # timm's name
+    fingerprint: str  # of the weights
+    max_difference: float  # absolute, between features of the reloaded model and of ours
+    num_parameters: int
+
+
+def export_encoder(source: str, to: str | Path) -> ExportReport:
+    """Writes the encoder of `source` (see `open_encoder`) to the folder `to`, replacing an earlier export there.
+
+    Raises UserError when `to` holds anything that is not an export of ours, or the disk refuses; RunStopped when
+    timm's features differ from ours, in which case nothing is published.
+    """
+    to = Path(to)
+    _refuse_to_overwrite(to)
+    encoder = open_encoder(source)
+    draft = to.absolute().parent / f".tmp-{to.absolute().name}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        tensors = {name: tensor.contiguous() for name, tensor in encoder.model.state_dict().items()}
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        (draft / "config.json").write_text(json.dumps(_timm_config(encoder), indent=2) + "\n")
+        difference = _feature_difference(encoder, draft)
+        (draft / "README.md").write_text(_card(encoder, to.absolute().name))
+        _publish(draft, to)
+    except OSError as error:
+        raise UserError(f"The export cannot be written to {to} ({error}); make room there or name another.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    numel = sum(tensor.numel() for tensor in encoder.model.parameters())
+    return ExportReport(to, encoder.config.name, encoder.fingerprint, difference, numel)
+
+
+def _refuse_to_overwrite(to: Path) -> None:
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    try:
+        ours = EXPORT_SECTION in json.loads((to / "config.json").read_text())
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise UserError(f"{to} exists and is no earlier export; name a new folder, or empty this one first.")
+
+
+def _publish(draft: Path, to: Path) -> None:
+    if to.exists() and any(to.iterdir()):
+        earlier = to.absolute().parent / f".tmp-earlier-{to.absolute().name}"
+        shutil.rmtree(earlier, ignore_errors=True)
+        os.rename(to, earlier)
+        os.rename(draft, to)
+        shutil.rmtree(earlier, ignore_errors=True)
+    else:
+        os.rename(draft, to)
+
+
+# ---- what timm reads
+
+
+def _timm_config(encoder: OpenedEncoder) -> dict:
+    """config.json: how to build the architecture, how to feed it, and a section of ours that timm reads past."""
+    model, config = encoder.model, encoder.config
+    known = timm.get_pretrained_cfg(config.name)
+    arguments = _model_arguments(encoder)
+    pretrained_cfg = {
+        "num_classes": 0,
+        "input_size": [3, *config.size],
+        "fixed_input_size": "img_size" in arguments,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "first_conv": known.first_conv if known else None,
+        "classifier": known.classifier if known else None,
+    }
+    return {
+        "architecture": config.name.partition(".")[0],
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained_cfg,
+        EXPORT_SECTION: {
+            "encoder": config.model_dump(mode="json"),
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
+            "fingerprint": encoder.fingerprint,
+            "origin": encoder.origin,
+        },
+    }
+
+
+def _model_arguments(encoder: OpenedEncoder) -> dict:
+    """Arguments of timm.create_model that shape the weights; what regularised the pretraining stays behind."""
+    config = encoder.config
+    arguments = {key: value for key, value in config.kwargs.items() if not key.endswith("_rate")}
+    if config.patch_size is not None:
+        arguments["patch_size"] = config.patch_size
+    if _takes_image_size(config.name, config.size, arguments):
+        arguments["img_size"] = list(config.size)
+    return arguments
+
+
+def _takes_image_size(name: str, size: tuple[int, int], arguments: dict) -> bool:
+    """Whether the architecture is built for one size (its table of positions) or takes any."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, pretrained=False, num_classes=0, img_size=size, **arguments)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return False
+    return True
+
+
+# ---- the proof, and the card
+
+
+@torch.no_grad()
+def _feature_difference(encoder: OpenedEncoder, folder: Path) -> float:
+    """Largest difference of pooled and unpooled features. Raises RunStopped above the tolerance."""
+    with seeded(0):
+        reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, *encoder.config.size, generator=torch.Generator().manual_seed(0))
+    largest = 0.0
+    for ours, timms in zip(_features(encoder.model, images), _features(reloaded, images), strict=True):
+        difference = (ours - timms).abs().max().item() if ours.shape == timms.shape else math.inf
+        largest = max(largest, difference)
+        if not difference <= TOLERANCE * max(1.0, ours.abs().max().item()):
+            raise RunStopped(
+                f"timm's features of {encoder.name} differ from ours by {difference:.1e}, so nothing was exported; "
+                f"timm {timm.__version__} builds {encoder.config.name} differently from how it was trained."
+            )
+    return largest
+
+
+def _features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    return model.forward_features(images), model(images)
+
+
+def _card(encoder: OpenedEncoder, folder: str) -> str:
+    origin, config = encoder.origin, encoder.config
+    height, width = config.size
+    facts = {
+        "Architecture": f"timm `{config.name}`, {encoder.model.num_features} features, {height} x {width} pixels",
+        "Objective": origin.get("objective"),
+        "Optimizer steps": origin.get("step"),
+        "Data set": origin.get("data") and f"fingerprint `{origin['data']}`",
+        "Pixels": f"in [0, 1], minus {list(encoder.mean)}, divided by {list(encoder.std)}",
+        "Weights": f"fingerprint `{encoder.fingerprint}`",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+    return f"""# {encoder.name}
+
+An image encoder that was pretrained without labels. It has no classifier.
+
+| | |
+|---|---|
+{table}
+
+```python
+import timm
+encoder = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+features = encoder(images)  # (B, 3, {height}, {width}) to (B, {encoder.model.num_features})
+```
+
+With `num_classes=N` timm adds a fresh classifier for fine-tuning. timm {timm.__version__} wrote this folder.
+"""

@@ -1,0 +1,42 @@
+"""Raw pixels as an encoder of their own: the floor that anything learned has to clear."""
+
+from torch import Tensor, nn
+
+from checkpoints.sources import OpenedEncoder
+from data.batch import IMAGENET_MEAN, IMAGENET_STD
+from data.errors import UserError
+from pretrain.config import EncoderConfig
+
+LARGEST = 32  # pixels a side of plain `pixels`: "tiny images", as in Torralba et al., 2008
+
+
+class Pixels(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, 3 * H * W) float32."""
+        return pixels.flatten(1).float()
+
+
+def is_pixels(source: str) -> bool:
+    return source.partition(":")[0] == "pixels"
+
+
+def open_pixels(source: str, beside: OpenedEncoder | None = None) -> OpenedEncoder:
+    """`pixels:32` sees images at 32 x 32; plain `pixels` as the encoder `beside` it does, if need be smaller.
+
+    Raises UserError where there is no size to take.
+    """
+    text = source.partition(":")[2]
+    if text:
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"{source!r} is no source; write pixels:32, with the side of the view in pixels.")
+        return _opened((int(text), int(text)), IMAGENET_MEAN, IMAGENET_STD)
+    if beside is None:
+        raise UserError("pixels alone has no image size; write pixels:32, or name an encoder beside it.")
+    shrink = min(1.0, LARGEST / max(beside.config.size))
+    height, width = (max(round(side * shrink), 1) for side in beside.config.size)
+    return _opened((height, width), beside.mean, beside.std)
+
+
+def _opened(size: tuple[int, int], mean, std) -> OpenedEncoder:
+    config = EncoderConfig(name="pixels", image_size=size)
+    return OpenedEncoder(Pixels(), config, mean, std, f"pixels {size[0]}x{size[1]}", "no weights")

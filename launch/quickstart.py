@@ -1,0 +1,79 @@
+"""Pretrain, probe and export on a small data set that is made on the spot.
+
+    prelude quickstart
+    prelude quickstart --seed 1 --run-dir runs/second
+
+Takes about two minutes on two cores and ends with a table: the pretrained encoder, the same encoder untrained,
+and raw pixels. A quickstart that was interrupted goes on where it stopped.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from checkpoints.export import export_encoder
+from data.shapes import write_shards
+from evaluators.frozen import evaluate, labelled_shards
+from evaluators.knn import knn
+from evaluators.linear_probe import linear_probe
+from evaluators.results import print_table
+from launch import pretrain
+from launch.exit_codes import door
+
+NUM_TRAIN, NUM_TEST = 4000, 1000
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    console, run = Console(stderr=True, highlight=False), Path(args.run_dir)
+    shards = run / "shapes"
+    console.print(f"[bold]1 of 4[/] making {NUM_TRAIN} + {NUM_TEST} images of shapes in {shards}")
+    write_shards(shards, "train", NUM_TRAIN, seed=args.seed)
+    write_shards(shards, "test", NUM_TEST, seed=args.seed)
+
+    console.print("[bold]2 of 4[/] pretraining without labels")
+    train, test = f"{shards}/train-*.tar", f"{shards}/test-*.tar"
+    settings = [f"run_dir={run}", f"seed={args.seed}", f"data.shards={train}"]
+    settings += [f"evaluate.train_shards={train}", f"evaluate.test_shards={test}"]
+    code = pretrain.main(["--config", "quickstart", *settings])
+    if code:
+        return code
+
+    console.print("[bold]3 of 4[/] probing the frozen encoder, the same one untrained, and raw pixels")
+    sources = [str(run), f"random:{run}", "pixels"]
+    results = evaluate(
+        sources,
+        [linear_probe, knn],
+        labelled_shards(sources),
+        seed=args.seed,
+        command=f"prelude quickstart --seed {args.seed} --run-dir {run}",
+    )
+    console.print("[bold]4 of 4[/] exporting the encoder for plain timm")
+    print(export_encoder(str(run), run / "export"))
+
+    print_table(results)
+    pictures = sorted((run / "pictures").glob("*.png"))
+    console.print(f"what it learned to fill in   {pictures[-1] if pictures else 'no picture was drawn'}")
+    console.print(f"curves                       tensorboard --logdir {run / 'tensorboard'}")
+    console.print(f"all numbers                  {run / 'metrics.jsonl'}, {run / 'evaluations'}")
+    console.print(f"the encoder                  timm.create_model('local-dir:{run / 'export'}', pretrained=True)")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run-dir", default="runs/quickstart", metavar="DIR", help="(default: runs/quickstart)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images and the weights (default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(door(main))

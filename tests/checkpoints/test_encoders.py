@@ -1,0 +1,262 @@
+"""Opening encoders from every kind of source, and exporting them to plain timm."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from checkpoints import export, sources
+from checkpoints.export import export_encoder
+from checkpoints.sources import open_encoder
+from checkpoints.store import Store
+from data.errors import RunStopped, UserError
+from pretrain.config import EncoderConfig
+from pretrain.encoders import build_encoder
+
+SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+ARCHITECTURES = {
+    "class token": EncoderConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=4, kwargs=SMALL),
+    "registers, no class token": EncoderConfig(
+        name="vit_base_patch16_reg4_gap_256", image_size=(32, 64), patch_size=8, kwargs=SMALL | {"drop_path_rate": 0.1}
+    ),
+    "resnet": EncoderConfig(name="resnet18", image_size=32, kwargs={"channels": [8, 16, 32, 64]}),
+    "convnext": EncoderConfig(
+        name="convnext_atto", image_size=64, kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
+    ),
+}
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture
+def make_run(tmp_path, save):
+    """A run folder with one checkpoint of `config`'s encoder, its teacher being what is exported."""
+
+    def make_run(config, steps=(7,)):
+        for step in steps:
+            teacher = build_encoder(config, seed=step)
+            generator = torch.Generator().manual_seed(step)
+            for name, buffer in teacher.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    buffer.uniform_(0.5, 1.5, generator=generator)
+            student = build_encoder(config, seed=100 + step)
+            tensors = {f"encoder.{name}": t for name, t in student.state_dict().items()}
+            tensors |= {f"teacher.encoder.{name}": t for name, t in teacher.state_dict().items()}
+            meta = {
+                "step": step,
+                "encoder": config.model_dump(mode="json"),
+                "exported": "teacher.encoder.",
+                "mean": list(MEAN),
+                "std": list(STD),
+                "loader": {"fingerprint": "0123abcd"},
+                "config": {"objective": {"name": "mae"}},
+            }
+            save(Store(tmp_path / "run" / "checkpoints"), step, meta=meta, encoder=tensors)
+        return tmp_path / "run", teacher.eval()
+
+    return make_run
+
+
+def pixels(config):
+    return torch.randn(2, 3, *config.size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_plain_timm_computes_the_same_features_from_an_export(make_run, tmp_path, config):
+    run, teacher = make_run(config)
+    report = export_encoder(str(run), tmp_path / "export")
+    model = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    images = pixels(config)
+    with torch.no_grad():
+        assert (model(images) - teacher(images)).abs().max() <= 1e-6
+        assert (model.forward_features(images) - teacher.forward_features(images)).abs().max() <= 1e-6
+    assert report.max_difference <= 1e-6 and report.architecture == config.name
+    assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == (list(MEAN), list(STD))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "run"]
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert all(fact in card for fact in ("mae", "| 7 |", "0123abcd", 'local-dir:export"', config.name))
+    assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True, num_classes=5)(images).shape == (2, 5)
+
+
+def test_an_export_needs_nothing_of_ours(make_run, tmp_path):
+    run, teacher = make_run(ARCHITECTURES["class token"])
+    export_encoder(str(run), tmp_path / "export")
+    script = (
+        "import sys, timm, torch; m = timm.create_model('local-dir:export', pretrained=True).eval();"
+        "x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1));"
+        "assert not any(n.split('.')[0] in ('checkpoints', 'pretrain', 'deepspeed') for n in sys.modules);"
+        "torch.save(m(x), 'features.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with torch.no_grad():
+        expected = teacher(pixels(ARCHITECTURES["class token"]))
+    assert (torch.load(tmp_path / "features.pt", weights_only=True) - expected).abs().max() <= 1e-6
+
+
+def test_every_source_of_the_same_weights_opens_the_same_encoder(make_run, tmp_path):
+    run, teacher = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
+    export_encoder(str(run), tmp_path / "export")
+    paths = [run, run / "checkpoints", run / "checkpoints" / "step-00000007", tmp_path / "export"]
+    opened = [open_encoder(str(path)) for path in paths]
+    for encoder in opened:
+        assert encoder.fingerprint == sources.fingerprint(teacher)
+        assert encoder.config == ARCHITECTURES["resnet"] and (encoder.mean, encoder.std) == (MEAN, STD)
+        assert encoder.origin == {"objective": "mae", "step": 7, "data": "0123abcd"}
+        assert not encoder.model.training and not any(p.requires_grad for p in encoder.model.parameters())
+    assert [encoder.name for encoder in opened] == ["run/step-00000007"] * 3 + ["export"]
+    older = open_encoder(str(run / "checkpoints" / "step-00000005"))
+    assert older.fingerprint != opened[0].fingerprint
+
+
+def test_random_weights_have_the_same_architecture_and_depend_on_the_seed_alone(make_run):
+    run, _ = make_run(ARCHITECTURES["class token"])
+    trained = open_encoder(str(run))
+    first, again, other = (open_encoder(f"random:{run}", seed=seed) for seed in (1, 1, 2))
+    assert first.fingerprint == again.fingerprint
+    assert len({trained.fingerprint, first.fingerprint, other.fingerprint}) == 3
+    assert {n: p.shape for n, p in first.model.state_dict().items()} == {
+        n: p.shape for n, p in trained.model.state_dict().items()
+    }
+    assert (first.mean, first.name) == (MEAN, "random:run/step-00000007")
+
+
+def test_timm_names_open_without_a_folder():
+    random = open_encoder("random:timm:resnet18", seed=3)
+    assert random.config.size == (224, 224) and random.name == "random:timm:resnet18"
+    assert random.fingerprint == sources.fingerprint(build_encoder(random.config, seed=3))
+    assert sources.describe("timm:vit_tiny_patch16_224").config.pos_embed == "learned"
+
+
+def test_pretrained_weights_keep_timms_pixels_and_drop_the_classifier(monkeypatch):
+    create = timm.create_model
+
+    def offline_timm(name, pretrained, **kwargs):
+        return create(name, pretrained=False, **kwargs)
+
+    monkeypatch.setattr(sources.timm, "create_model", offline_timm)
+    opened = open_encoder("timm:vit_tiny_patch16_224.augreg_in21k")
+    assert opened.mean == (0.5, 0.5, 0.5) and opened.model.num_classes == 0 and not opened.model.training
+
+
+def test_no_network_is_said_in_one_sentence(monkeypatch):
+    create = timm.create_model
+
+    def no_network(name, pretrained, **kwargs):
+        if pretrained:
+            raise FileNotFoundError("cannot find the requested files")
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(sources.timm, "create_model", no_network)
+    with pytest.raises(UserError, match="weights of resnet18 could not be fetched .*connect to the network"):
+        open_encoder("timm:resnet18")
+
+
+def test_sources_that_are_none_are_refused_with_what_to_write(tmp_path, make_run):
+    run, _ = make_run(ARCHITECTURES["resnet"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"architecture": "resnet18"}')
+    for source, why in [
+        (tmp_path / "nowhere", "There is no folder .*nowhere; write a run folder"),
+        (tmp_path / "empty", "holds no complete checkpoint and no export"),
+        (tmp_path / "foreign", "not one that an export writes"),
+        (run / "checkpoints" / "step-00000009", "There is no folder"),
+        ("timm:resnet19", "has no model resnet19"),
+        ("random:timm:resnet19", "has no model resnet19"),
+    ]:
+        with pytest.raises(UserError, match=why):
+            open_encoder(str(source))
+
+
+def test_weights_that_do_not_fit_are_named(make_run, tmp_path):
+    run, _ = make_run(ARCHITECTURES["resnet"])
+    export_encoder(str(run), tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    config["prelude"]["encoder"]["name"] = "resnet26"
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not hold the weights of resnet26: .*layer1.0.conv3.weight is missing"):
+        open_encoder(str(tmp_path / "export"))
+
+
+def test_a_damaged_checkpoint_is_not_opened_but_the_one_before_is(make_run):
+    run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
+    damaged = run / "checkpoints" / "step-00000007"
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\x00\x00\x80\x3f" * 2)
+    with pytest.raises(UserError, match="model.safetensors does not match its checksum"):
+        open_encoder(str(damaged))
+    assert open_encoder(str(run)).name == "run/step-00000005"
+
+
+def test_an_encoder_opens_without_the_optimizers_file(make_run):
+    run, _ = make_run(ARCHITECTURES["resnet"])
+    (run / "checkpoints" / "step-00000007" / "optimizer.safetensors").unlink()
+    assert open_encoder(str(run / "checkpoints" / "step-00000007")).origin["step"] == 7
+
+
+def test_a_pickle_in_an_export_is_never_run(make_run, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    run, _ = make_run(ARCHITECTURES["resnet"])
+    export_encoder(str(run), tmp_path / "export")
+    (tmp_path / "export" / "model.safetensors").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+        open_encoder(str(tmp_path / "export"))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_an_export_replaces_an_export_and_nothing_else(make_run, tmp_path):
+    run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
+    to = tmp_path / "export"
+    first = export_encoder(str(run / "checkpoints" / "step-00000005"), to)
+    (to / "leftover").touch()
+    second = export_encoder(str(run), to)
+    assert open_encoder(str(to)).fingerprint == second.fingerprint != first.fingerprint
+    assert not (to / "leftover").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").touch()
+    with pytest.raises(UserError, match="mine exists and is no earlier export"):
+        export_encoder(str(run), mine)
+    assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert export_encoder(str(run), empty).fingerprint == second.fingerprint
+
+
+def test_nothing_is_published_when_timm_computes_something_else(make_run, tmp_path, monkeypatch):
+    run, _ = make_run(ARCHITECTURES["resnet"])
+    features = export._features
+
+    def slightly_off(model, images):
+        off[0] += 1e-5
+        return tuple(f + off[0] for f in features(model, images))
+
+    off = [0.0]
+    monkeypatch.setattr(export, "_features", slightly_off)
+    with pytest.raises(RunStopped, match="nothing was exported"):
+        export_encoder(str(run), tmp_path / "export")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_full_disk_leaves_the_earlier_export(make_run, tmp_path, monkeypatch):
+    run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
+    to = tmp_path / "export"
+    first = export_encoder(str(run / "checkpoints" / "step-00000005"), to)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        export_encoder(str(run), to)
+    assert open_encoder(str(to)).fingerprint == first.fingerprint
+    shutil.rmtree(to)

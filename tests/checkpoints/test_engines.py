@@ -1,0 +1,184 @@
+"""Real engines under the real launcher: what one saved, another at any stage and world size goes on from.
+
+All jobs of a world size run in one launch, because a launch costs seconds.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("script.py")
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+# (stage, optimizer): every stage with Adam; the others where they may be used.
+PAIRS = [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (1, "lion"), (2, "sgd"), (0, "lars"), (0, "lamb")]
+# (stage, world) that saved -> (stage, world) that loads
+CROSSINGS = [
+    ((0, 1), (1, 2)),
+    ((0, 2), (1, 1)),
+    ((1, 2), (2, 2)),
+    ((2, 2), (0, 1)),
+    ((3, 2), (2, 1)),
+    ((0, 1), (3, 2)),
+]
+
+
+def launch(jobs: list[dict], folder: Path, world: int) -> None:
+    plan = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
+    plan.write_text(json.dumps(jobs))
+    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env = keep | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), str(plan)]
+    if world > 1:
+        env.pop("CUDA_VISIBLE_DEVICES")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(DEEPSPEED), "--num_gpus", str(world), "--master_port", str(port), str(SCRIPT), str(plan)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def crossing(source: tuple[int, int], target: tuple[int, int]) -> str:
+    return f"{source[0]}on{source[1]}-to-{target[0]}on{target[1]}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Everything that was trained, saved, loaded and refused; the tests only compare."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def store(stage, world, optimizer="adamw"):
+        return str(folder / f"store-{stage}on{world}-{optimizer}")
+
+    def dump(name):
+        return str(folder / name)
+
+    def crossings(world):
+        return [
+            dict(stage=b[0], seed=9, folder=store(*a), load="step-00000003", dump_loaded=dump(crossing(a, b)))
+            for a, b in CROSSINGS
+            if b[1] == world
+        ]
+
+    def saved_and_resumed(stage, world, optimizer, **more):
+        own = dict(stage=stage, optimizer=optimizer, folder=store(stage, world, optimizer), **more)
+        name = f"{stage}on{world}-{optimizer}"
+        yield own | dict(steps=3, save=True, more_steps=2, note="ü", dump=dump(f"{name}-uninterrupted"))
+        yield own | dict(
+            seed=9, load="step-00000003", dump_loaded=dump(f"{name}-loaded"), steps=2, dump=dump(f"{name}-resumed")
+        )
+
+    fp16 = saved_and_resumed(0, 1, "sgd", precision="float16")
+    launch([dict(stage=0, folder=store(0, 1), steps=3, save=True), *fp16], folder, world=1)
+
+    saved = store(0, 1)
+
+    def refused(name, **job):
+        return dict(stage=0, folder=saved, errors=dump(name)) | job
+
+    refusals = [
+        refused("missing", load="step-00000007"),
+        refused("model", load="step-00000003", width=8),
+        refused("optimizer", load="step-00000003", optimizer="sgd", stage=2),
+        refused("half", save=True, precision="bf16.enabled"),
+        refused("loss-scale", save=True, precision="float16", stage=1),
+        refused("full", load="step-00000003", steps=1, save=True, disk_full=True),
+    ]
+    pairs = [job for stage, optimizer in PAIRS for job in saved_and_resumed(stage, 2, optimizer)]
+    launch([*pairs, *crossings(2), *refusals], folder, world=2)
+    launch(crossings(1), folder, world=1)
+    return folder
+
+
+def read(folder: Path) -> tuple[dict, dict]:
+    """(every tensor by name, everything else)"""
+    tensors = load_file(folder / "tensors") | load_file(folder / "moments")
+    return tensors, json.loads((folder / "facts.json").read_text())
+
+
+def saved_by(runs: Path, stage: int, world: int, optimizer: str = "adamw") -> tuple[dict, dict]:
+    folder = runs / f"store-{stage}on{world}-{optimizer}" / "step-00000003"
+    tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+    return tensors, json.loads((folder / "state.json").read_text())
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("stage, optimizer", PAIRS)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(runs, stage, optimizer):
+    straight, facts = read(runs / f"{stage}on2-{optimizer}-uninterrupted")
+    resumed, resumed_facts = read(runs / f"{stage}on2-{optimizer}-resumed")
+    assert_same(straight, resumed)
+    assert facts["scalars"] == resumed_facts["scalars"]
+    assert resumed_facts["meta"] == {"step": 3, "note": "ü"}
+
+
+@pytest.mark.parametrize("source, target", CROSSINGS)
+def test_any_stage_and_world_size_takes_up_the_same_state(runs, source, target):
+    saved, saved_facts = saved_by(runs, *source)
+    loaded, loaded_facts = read(runs / crossing(source, target))
+    assert_same(saved, loaded)
+    assert saved_facts["scalars"] == loaded_facts["scalars"]
+
+
+@pytest.mark.parametrize("stage, optimizer", PAIRS)
+def test_a_checkpoint_holds_weights_teacher_buffers_and_moments(runs, stage, optimizer):
+    tensors, facts = saved_by(runs, stage, 2, optimizer)
+    moments = {"adamw": ["exp_avg", "exp_avg_sq"], "lamb": ["exp_avg", "exp_avg_sq"], "lion": ["exp_avg"]}
+    layers = ["conv.weight", "conv.bias", "norm.weight", "norm.bias", "head.weight", "head.bias", "scale"]
+    norms = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+    expected = {f"{network}.{name}" for network in ("encoder", "teacher") for name in layers + norms} | {"center"}
+    expected |= {f"encoder.{name}/{key}" for name in layers for key in moments.get(optimizer, ["momentum_buffer"])}
+    assert set(tensors) == expected
+    assert not torch.equal(tensors["teacher.head.weight"], tensors["encoder.head.weight"])
+    assert all(tensors[name].abs().sum() > 0 for name in tensors if name.endswith("exp_avg_sq"))
+    assert torch.equal(tensors["center"], torch.full((7,), 0.75))
+    if optimizer in ("adamw", "lamb"):
+        key = "step" if optimizer == "adamw" else "group.step"
+        assert {scalars[key]["value"] for scalars in facts["scalars"].values()} == {3.0}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_buffers_are_equal_on_all_ranks_after_a_load(runs, stage):
+    _, trained = read(runs / f"{stage}on2-adamw-uninterrupted")
+    _, loaded = read(runs / f"{stage}on2-adamw-loaded")
+    mine, other = trained["buffers"]
+    assert mine["encoder.norm.running_mean"] != other["encoder.norm.running_mean"], "nothing to make equal"
+    mine, other = loaded["buffers"]
+    assert mine == other
+
+
+def test_the_loss_scale_of_fp16_goes_on_where_it_was(runs):
+    straight, facts = read(runs / "0on1-sgd-uninterrupted")
+    resumed, resumed_facts = read(runs / "0on1-sgd-resumed")
+    assert_same(straight, resumed)
+    assert facts["loss_scaler"] == resumed_facts["loss_scaler"] and facts["loss_scaler"]["_growth_tracker"] == 5
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("missing", "step-00000007 is no complete checkpoint: there is no such folder"),
+        ("model", "another model: shapes differ .*encoder.head.weight .7, 180. against .8, 180."),
+        ("optimizer", "state of AdamW, this run uses SGD"),
+        ("half", "float32 weights, which deepspeed.bf16"),
+        ("loss-scale", "each rank has its own fp16 loss scale"),
+        ("full", "step-00000004 could not be saved .*No space left.*goes on from step-00000003"),
+    ],
+)
+def test_every_rank_hears_the_same_refusal(runs, name, sentence):
+    mine, other = json.loads((runs / name).read_text())
+    assert mine == other
+    assert re.search(sentence, mine), mine
+    assert mine.startswith("RunStopped" if name == "full" else "UserError")

@@ -1,0 +1,214 @@
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from checkpoints import store as stores
+from checkpoints.store import Store, read_checkpoint
+from data.errors import RunStopped, UserError
+
+
+def value_of(path) -> float:
+    """What was saved, having passed every checksum, and the same in all files."""
+    state, meta = read_checkpoint(path)
+    value = state.tensors["encoder.weight"][0, 0].item()
+    assert state.moments["encoder.weight"]["exp_avg"][0, 0].item() == -value
+    assert state.scalars["encoder.weight"]["step"]["value"] == value
+    return value
+
+
+def names(store) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def test_what_was_saved_is_read_back(tmp_path, save):
+    store = Store(tmp_path / "checkpoints")
+    path = save(store, 1000, 5.5, meta={"step": 1000, "mean": [0.1, 0.2, 0.3], "name": "é"})
+    assert path == store.newest() == tmp_path / "checkpoints" / "step-00001000"
+    state, meta = read_checkpoint(path)
+    assert meta == {"step": 1000, "mean": [0.1, 0.2, 0.3], "name": "é"}
+    assert value_of(path) == 5.5 and state.optimizer == "AdamW" and state.loss_scaler is None
+    assert state.tensors["center"].dtype == torch.int64 and state.tensors["center"].shape == ()
+    assert names(store) == ["latest", "step-00001000"]
+
+
+def test_the_newest_are_kept(tmp_path, save):
+    store = Store(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    assert names(store) == ["latest", "step-00000003", "step-00000004"]
+    assert (tmp_path / "latest").read_text() == "step-00000004\n"
+
+
+def test_an_empty_or_missing_folder_has_no_newest(tmp_path):
+    assert Store(tmp_path).newest() is None
+    assert Store(tmp_path / "nowhere").newest() is None
+
+
+@pytest.mark.parametrize("latest", [None, "", "step-00000099\n", "../../etc\n", "\x00\xff"])
+def test_a_wrong_latest_changes_nothing(tmp_path, save, latest):
+    store = Store(tmp_path)
+    for step in (1, 2):
+        save(store, step)
+    (tmp_path / "latest").unlink()
+    if latest is not None:
+        (tmp_path / "latest").write_text(latest)
+    assert store.newest().name == "step-00000002"
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[0 if path.suffix == ".json" else len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, empty, remove])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, save, caplog, damage, file):
+    store = Store(tmp_path)
+    for step in (1, 2):
+        save(store, step)
+    damage(tmp_path / "step-00000002" / file)
+    with caplog.at_level(logging.WARNING):
+        assert store.newest().name == "step-00000001"
+    (warning,) = caplog.messages
+    assert "step-00000002" in warning and file in warning
+    with pytest.raises(UserError, match=f"step-00000002 is no complete checkpoint: {file}"):
+        read_checkpoint(tmp_path / "step-00000002")
+
+
+def test_a_damaged_checkpoint_is_never_counted_among_the_kept(tmp_path, save):
+    store = Store(tmp_path, keep=2)
+    for step in (1, 2):
+        save(store, step)
+    truncate(tmp_path / "step-00000002" / "manifest.json")
+    save(store, 3)
+    assert names(store) == ["latest", "step-00000001", "step-00000003"]
+
+
+def test_a_run_that_went_back_goes_on_from_what_it_saved_last(tmp_path, save):
+    store = Store(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        save(store, step)
+    save(store, 25, 7.0)
+    assert value_of(store.newest()) == 7.0
+    assert names(store) == ["latest", "step-00000025", "step-00000030"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path, save):
+    store = Store(tmp_path)
+    save(store, 10, 1.0)
+    save(store, 10, 2.0)
+    assert value_of(store.newest()) == 2.0
+    assert names(store) == ["latest", "step-00000010"]
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path, save):
+    with pytest.raises(TypeError):
+        save(Store(tmp_path), 1, meta={"step": object()})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("os error 28")])
+def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path, save, monkeypatch, operation, error):
+    store = Store(tmp_path)
+    save(store, 1)
+
+    def fail(*_):
+        raise error
+
+    if operation == "write":
+        monkeypatch.setattr(stores, "save_file", fail)
+    else:
+        monkeypatch.setattr(stores.os, operation, fail)
+    with pytest.raises(RunStopped, match="step-00000002 could not be saved .*goes on from step-00000001"):
+        save(store, 2)
+    assert names(store) == ["latest", "step-00000001"] and value_of(store.newest()) == 1
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
+def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_path, save, monkeypatch, again):
+    """A child is killed before and in the middle of every operation that changes the disk, one child for each."""
+    found = []
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        store = Store(folder, keep=1)
+        save(store, 1, 1.0)
+        killed = killed_at(moment, lambda s=store: save(s, 1 if again else 2, 2.0))
+        found.append(value_of(store.newest()))
+        save(store, 3, 3.0)
+        assert names(store) == ["latest", "step-00000003"] and value_of(store.newest()) == 3.0
+        if not killed:
+            break
+    assert moment > 20, "a save has fewer operations than this test was written for"
+    assert found == sorted(found) and found[0] == 1.0 and found[-1] == 2.0
+
+
+def killed_at(moment: int, action) -> bool:
+    """Runs `action` in a child that kills itself at its n-th chance; False when it came to an end before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            kill_at(moment)
+            action()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def kill_at(moment: int) -> None:
+    """Two chances an operation: before it, and half-way through where it has a half."""
+    left = [moment]
+
+    def chance():
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
+    def guarded(function, half):
+        def call(*args, **kwargs):
+            chance()
+            if left[0] == 0:
+                half(*args)
+            chance()
+            return function(*args, **kwargs)
+
+        return call
+
+    def half_a_file(tensors, path):
+        path.write_bytes(b"\x10\x00")
+
+    def half_a_folder(path):
+        next(p for p in path.iterdir() if p.is_file()).unlink()
+
+    stores.save_file = guarded(stores.save_file, half_a_file)
+    shutil.rmtree = guarded(shutil.rmtree, half_a_folder)
+    for name in ("fsync", "rename", "replace"):
+        setattr(os, name, guarded(getattr(os, name), lambda *_: None))
+
+
+def test_the_folder_of_a_checkpoint_holds_no_pickle(tmp_path, save):
+    path = save(Store(tmp_path), 1)
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
+    for file in path.glob("*.json"):
+        json.loads(file.read_text())

@@ -1,0 +1,115 @@
+import json
+
+import pytest
+import yaml
+
+from checkpoints.sources import OpenedEncoder
+from data.errors import UserError
+from data.shapes import write_shards
+from evaluators import frozen
+from evaluators.frozen import Labelled, evaluate, labelled_shards, run_of
+from evaluators.knn import knn
+from evaluators.linear_probe import linear_probe
+from launch import knn as knn_door
+from launch import linear_probe as probe_door
+from launch.exit_codes import door
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shards(folder, "train", 120, image_size=16, samples_per_shard=60)
+    write_shards(folder, "test", 60, image_size=16)
+    return Labelled(f"{folder}/train-*.tar", f"{folder}/test-*.tar", "cls")
+
+
+@pytest.fixture
+def run(tmp_path, shapes):
+    """What a run leaves, as far as an evaluation looks at it."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (folder / "export").mkdir()
+    section = {"train_shards": shapes.train, "test_shards": shapes.test}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run_dir": str(folder), "evaluate": section}))
+    return folder
+
+
+@pytest.fixture
+def any_encoder(monkeypatch):
+    """Every source opens as small pixels under its own name; opening is tested elsewhere."""
+
+    def opened(source, *, seed=0):
+        small = frozen.open_pixels("pixels:8")
+        return OpenedEncoder(small.model, small.config, small.mean, small.std, f"encoder {source}", f"{source} {seed}")
+
+    monkeypatch.setattr(frozen, "open_encoder", opened)
+
+
+def test_one_table_of_every_source_by_every_evaluator(shapes):
+    said = []
+    results = evaluate(["pixels:8", "pixels:4"], [knn, linear_probe], shapes, say=said.append)
+    assert [(r.source, r.outcome.evaluator) for r in results] == [
+        ("pixels:8", "knn"),
+        ("pixels:8", "linear_probe"),
+        ("pixels:4", "knn"),
+        ("pixels:4", "linear_probe"),
+    ]
+    assert all(r.data["train"]["num_samples"] == 120 and r.data["test"]["num_samples"] == 60 for r in results)
+    assert "120 train and 60 test images" in said[0]
+
+
+def test_an_untrained_encoder_goes_the_whole_way(shapes):
+    (result,) = evaluate(["random:timm:test_vit.r160_in1k"], [knn], shapes, kinds=["cls"], seed=1)
+    assert result.outcome.chosen == {"features": "cls"}
+    assert result.features["view"]["size"] == (160, 160)
+
+
+def test_results_of_a_run_and_of_the_floors_beside_it_lie_in_the_run(run, any_encoder):
+    sources = ["pixels", str(run), f"random:{run}"]
+    evaluate(sources, [knn], labelled_shards(sources), seed=5, command="prelude knn")
+    written = [json.loads(path.read_text()) for path in (run / "evaluations").iterdir()]
+    assert {found["source"] for found in written} == set(sources)
+    (of_run,) = [found for found in written if found["source"] == str(run)]
+    assert of_run["encoder"]["fingerprint"] == f"{run} 5" and of_run["recipe"]["seed"] == 5
+    assert of_run["data"]["train"]["fingerprint"] != of_run["data"]["test"]["fingerprint"]
+    assert of_run["command"] == "prelude knn"
+    evaluate(sources, [knn], labelled_shards(sources), seed=5)
+    assert len(list((run / "evaluations").iterdir())) == 3  # the same evaluation overwrites its own file
+
+
+def test_the_run_of_a_source_is_found_from_its_parts(run, tmp_path):
+    for source in (run, run / "checkpoints" / "step-00000010", run / "export", f"random:{run}"):
+        assert run_of(str(source)) == run
+    for source in ("pixels:8", "timm:resnet18", str(tmp_path)):
+        assert run_of(source) is None
+
+
+def test_what_is_given_goes_before_what_the_run_says(run, shapes):
+    assert labelled_shards([str(run)]) == shapes
+    assert labelled_shards([str(run)], test="other.tar", label="json") == Labelled(shapes.train, "other.tar", "json")
+    with pytest.raises(UserError, match="--train SHARDS and --test SHARDS"):
+        labelled_shards(["timm:resnet18"])
+    with pytest.raises(UserError, match="write --test SHARDS"):
+        labelled_shards(["timm:resnet18"], train="a.tar")
+
+
+def test_testing_on_the_training_shards_is_told(shapes):
+    (result,) = evaluate(["pixels:4"], [knn], Labelled(shapes.train, shapes.train, "cls"))
+    assert any("same shards" in warning for warning in result.outcome.warnings)
+
+
+@pytest.mark.parametrize(("main", "evaluator"), [(knn_door.main, "knn"), (probe_door.main, "linear_probe")])
+def test_the_doors(main, evaluator, shapes, tmp_path, capsys):
+    argv = ["pixels:4", "--train", shapes.train, "--test", shapes.test, "--num-workers", "0", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert found["evaluator"] == evaluator
+    assert found["command"].startswith(f"prelude {'knn' if evaluator == 'knn' else 'probe'} pixels:4 --train")
+    assert "pixels 4x4" in capsys.readouterr().out
+
+
+def test_a_mistake_is_told_in_a_sentence(capsys):
+    assert door(lambda: knn_door.main(["pixels", "--train", "a.tar", "--test", "b.tar"])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error

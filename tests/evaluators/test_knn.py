@@ -1,0 +1,85 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from evaluators import knn as module
+from evaluators.knn import knn, search
+
+
+def brute_force(bank, labels, queries, num_classes, k, temperature, weighted, centred):
+    """Class rankings by loops over samples, neighbours and features."""
+    bank, queries = bank.double().tolist(), queries.double().tolist()
+    if centred:
+        mean = [sum(column) / len(bank) for column in zip(*bank, strict=True)]
+        bank = [[x - m for x, m in zip(row, mean, strict=True)] for row in bank]
+        queries = [[x - m for x, m in zip(row, mean, strict=True)] for row in queries]
+    rankings = []
+    for query in queries:
+        similar = []
+        for row, label in zip(bank, labels.tolist(), strict=True):
+            product = sum(a * b for a, b in zip(query, row, strict=True))
+            norm = math.sqrt(sum(a * a for a in query)) * math.sqrt(sum(b * b for b in row))
+            similar.append((product / norm, label))
+        votes = [0.0] * num_classes
+        for s, label in sorted(similar, reverse=True)[:k]:
+            votes[label] += math.exp(s / temperature) if weighted else 1.0
+        order = sorted(range(num_classes), key=lambda c: (-votes[c], c))
+        rankings.append([c for c in order if votes[c] > 0])
+    return rankings
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+def test_equals_brute_force(classes, weighted, centred, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)  # several chunks, the last one short
+    bank, labels = classes(130, 6, 12, seed=1)
+    queries, query_labels = classes(45, 6, 12, seed=2)
+    found = search(bank, labels, queries, query_labels, 12, (1, 5, 20, 50), weighted=weighted, centred=centred)
+    for k in (1, 5, 20, 50):
+        rankings = brute_force(bank, labels, queries, 12, k, module.TEMPERATURE, weighted, centred)
+        for name, guesses in (("top1", 1), ("top5", 5)):
+            hits = sum(int(y) in r[:guesses] for r, y in zip(rankings, query_labels, strict=True))
+            assert found[k][name].value == pytest.approx(100 * hits / 45), (k, name)
+
+
+def test_a_class_without_a_vote_is_never_among_the_five(features):
+    values = torch.eye(12)
+    labels = torch.arange(12)
+    found = search(values, labels, values + 0.01, labels.roll(1), 12, (1,), centred=False)
+    assert found[1]["top5"].value == 0
+
+
+def test_adding_a_constant_to_every_feature_changes_nothing_when_centred(classes):
+    bank, labels = classes(200, 8, 4, seed=1)
+    queries, query_labels = classes(100, 8, 4, seed=2)
+    plain = search(bank, labels, queries, query_labels, 4, (20,))
+    moved = search(bank + 5, labels, queries + 5, query_labels, 4, (20,))
+    assert plain == moved
+
+
+def test_headline_is_k_20_weighted_and_centred(problem):
+    train, test = problem
+    outcome = knn(train, test)
+    assert outcome.recipe["k"] == 20 and outcome.recipe["temperature"] == 0.07
+    assert outcome.numbers == outcome.details["by_features"]["mean"]["cosW, centred"][20]
+    assert set(outcome.numbers) == {"top1", "top5"}
+    others = outcome.details["by_features"]["mean"]["cosW, centred"]
+    assert sorted(others) == [1, 5, 10, 20, 50, 100, 200]
+
+
+def test_the_kind_of_feature_is_chosen_without_test_labels(problem):
+    train, test = problem
+    assert knn(train, test).chosen == {"features": "mean"}
+    swapped = {"cls": test["mean"], "mean": test["cls"]}
+    swapped = {kind: dataclasses.replace(f, values=test[kind].values) for kind, f in swapped.items()}
+    mixed = {kind: dataclasses.replace(f, labels=f.labels.roll(7)) for kind, f in swapped.items()}
+    assert knn(train, mixed).chosen == {"features": "mean"}
+
+
+def test_few_training_samples_are_all_neighbours(classes, features):
+    values, labels = classes(8, 4, 2, seed=1)
+    outcome = knn({"mean": features(values, labels)}, {"mean": features(values, labels)})
+    assert sorted(outcome.details["by_features"]["mean"]["cos"]) == [1, 5, 20]
+    assert "top5" not in outcome.numbers
