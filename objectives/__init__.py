@@ -15,7 +15,9 @@ from pretrain.encoders import build_encoder, seeded
 from pretrain.objective import Objective, Options
 
 OURS = {
+    "barlow_twins": "objectives.barlow_twins:BarlowTwins",
     "mae": "objectives.mae:MAE",
+    "rotation": "objectives.rotation:Rotation",
 }
 ENTRY_POINTS = "prelude.objectives"
 

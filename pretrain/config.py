@@ -66,20 +66,51 @@ class OptimizerConfig(Section):
     lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: peak = lr x global_batch / 256
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, lamb
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars
+    nesterov: bool = False  # sgd
     weight_decay: float = Field(0.05, ge=0)
     weight_decay_end: float | None = Field(None, ge=0)  # half a cosine to here over the run; None: constant
     decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
+    decay_vectors: bool = False  # whether biases and norms are decayed too
+    spared_lr_ratio: float = Field(1.0, gt=0)  # learning rate of what is not decayed, as a share of lr
     warmup_epochs: float = Field(0.0, ge=0)
     warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
+    milestones: list[float] = []  # epochs at which the rate is multiplied by milestone_factor; replaces the cosine
+    milestone_factor: float = Field(0.1, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self):
         unread = {"sgd": "betas", "lars": "betas"}.get(self.name, "momentum")
-        if getattr(self, unread) != type(self).model_fields[unread].default:
+        if self._is_set(unread):
             read = "momentum" if unread == "betas" else "betas"
             raise ValueError(f"{self.name} has no {unread}; write {read}")
+        if self.nesterov and self.name != "sgd":
+            raise ValueError(f"{self.name} has no nesterov; leave it out, or write name=sgd")
+        if self.decay_vectors and self._is_set("spared_lr_ratio"):
+            raise ValueError("decay_vectors leaves nothing undecayed for spared_lr_ratio; write one of the two")
+        if self.milestones and self.min_lr:
+            raise ValueError("min_lr ends the cosine, which milestones replace; write one of the two")
+        if not self.milestones and self._is_set("milestone_factor"):
+            raise ValueError("milestone_factor has no effect without milestones; write both")
         return self
+
+    @model_validator(mode="after")
+    def _lars_adapts_what_is_decayed(self):
+        if self.name == "lars" and not (self.weight_decay and self.weight_decay_end != 0):
+            raise ValueError("lars adapts only what is decayed; write a small weight_decay, such as 1e-6")
+        if self.name == "lars" and self.decay_vectors:
+            raise ValueError("lars would adapt biases and norms, whose size says nothing; leave decay_vectors out")
+        return self
+
+    @field_validator("milestones")
+    @classmethod
+    def _in_order(cls, value):
+        if any(epoch <= 0 for epoch in value) or sorted(set(value)) != value:
+            raise ValueError("write epochs above 0 in growing order, such as [60, 120, 160]")
+        return value
+
+    def _is_set(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
 
 
 class TrainConfig(Section):
@@ -138,6 +169,16 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.name={self.optimizer.name} needs the norm of each whole parameter, which ZeRO stage "
                 f"{self.train.zero_stage} splits over ranks; write train.zero_stage=0, or optimizer.name=adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_are_reached(self):
+        late = [epoch for epoch in self.optimizer.milestones if epoch >= self.train.epochs]
+        if late:
+            raise ValueError(
+                f"optimizer.milestones has {late[0]:g}, which a run of train.epochs={self.train.epochs:g} never "
+                "reaches; leave it out"
             )
         return self
 

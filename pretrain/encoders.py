@@ -79,6 +79,11 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
     return model
 
 
+def pooled_width(encoder: nn.Module) -> int:
+    """D of `encoder(images)`, (B, D). timm's `num_features` leaves out a head's hidden layer (MobileNetV3)."""
+    return encoder.head_hidden_size
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Weights drawn inside depend on `seed` alone; the CPU generator is as it was afterwards."""

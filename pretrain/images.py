@@ -33,6 +33,10 @@ def images(batch: Batch, plan: ViewPlan) -> tuple[Tensor, ...]:
 
 def _image(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
     view, pixels = plan.views[v], batch.views[v]
+    if pixels.device.type == "cpu":
+        # Crops come with their channels last, and oneDNN 3.x corrupts memory in the backward pass of a strided 1x1
+        # convolution on such images (the stems of RepVGG and MobileOne).
+        pixels = pixels.contiguous()
     pixels = torch.where(batch.flips[:, v, None, None, None], pixels.flip(-1), pixels)
     if view.shift:
         pixels = _shifted(pixels, view, batch.seeds, v)

@@ -1,8 +1,8 @@
 """Optimizers and their parameter groups.
 
 - Client torch optimizers only: nothing is compiled at start.
-- Two groups, decayed and not: biases and one-dimensional tensors are never decayed, and a recipe may spare
-  class, mask and register tokens too.
+- Two groups, decayed and not: biases and one-dimensional tensors are not decayed unless a recipe says so, and it
+  may spare class, mask and register tokens too. The undecayed group may have a learning rate of its own.
 - Learning rate and weight decay are set on every group before every step, from the step counter.
 """
 
@@ -13,24 +13,24 @@ from timm.optim import Lamb, Lars
 from torch import nn
 
 from pretrain.config import Config
-from pretrain.schedules import Progress, cosine, warmup_cosine
+from pretrain.schedules import Progress, cosine, linear, warmup_cosine
 
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
 
 
-def parameter_groups(module: nn.Module, *, decay_tokens: bool) -> list[dict]:
+def parameter_groups(module: nn.Module, *, decay_tokens: bool, decay_vectors: bool = False) -> list[dict]:
     """Trainable parameters in a decayed and an undecayed group, named so that they are never told apart by place.
 
     Decayed is what has more than one dimension and is no bias (the rule of the official MAE code); with
-    `decay_tokens=False`, tokens and position tables are spared too. Empty groups are left out, because
-    DeepSpeed removes them and would shift the others.
+    `decay_tokens=False`, tokens and position tables are spared too, and with `decay_vectors` no vector is. Empty
+    groups are left out, because DeepSpeed removes them and would shift the others.
     """
     decayed, spared = [], []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_token = name.rsplit(".", 1)[-1] in TOKENS
-        vector = parameter.ndim <= 1 or name.endswith(".bias")
+        vector = (parameter.ndim <= 1 or name.endswith(".bias")) and not decay_vectors
         (spared if vector or (is_token and not decay_tokens) else decayed).append(parameter)
     groups = [
         {"params": decayed, "name": "decayed", "decayed": True},
@@ -41,13 +41,13 @@ def parameter_groups(module: nn.Module, *, decay_tokens: bool) -> list[dict]:
 
 def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
     o = config.optimizer
-    groups = parameter_groups(module, decay_tokens=o.decay_tokens)
+    groups = parameter_groups(module, decay_tokens=o.decay_tokens, decay_vectors=o.decay_vectors)
     common = {"lr": config.peak_lr, "weight_decay": o.weight_decay}
     match o.name:
         case "adamw":
             return torch.optim.AdamW(groups, betas=o.betas, fused=True, **common)
         case "sgd":
-            return torch.optim.SGD(groups, momentum=o.momentum, **common)
+            return torch.optim.SGD(groups, momentum=o.momentum, nesterov=o.nesterov, **common)
         case "lars":
             return Lars(groups, momentum=o.momentum, trust_coeff=0.001, eps=0.0, **common)
         case "lamb":
@@ -57,22 +57,24 @@ def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
 def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
     """(learning rate, weight decay) of the next optimizer step."""
     o = config.optimizer
-    lr = warmup_cosine(
-        progress.step,
-        warmup=o.warmup_epochs * progress.steps_per_epoch,
-        total=progress.num_steps,
-        start=o.warmup_lr * config.lr_factor,
-        peak=config.peak_lr,
-        end=o.min_lr * config.lr_factor,
-    )
+    warmup, start = o.warmup_epochs * progress.steps_per_epoch, o.warmup_lr * config.lr_factor
+    if o.milestones:
+        passed = sum(progress.epoch >= epoch for epoch in o.milestones)
+        peak = config.peak_lr * o.milestone_factor**passed
+        lr = linear(start, peak, progress.step / warmup) if progress.step < warmup else peak
+    else:
+        end = o.min_lr * config.lr_factor
+        lr = warmup_cosine(
+            progress.step, warmup=warmup, total=progress.num_steps, start=start, peak=config.peak_lr, end=end
+        )
     end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
     return lr, cosine(o.weight_decay, end, progress.fraction)
 
 
 def apply_schedule(groups: Iterable[dict], config: Config, progress: Progress) -> tuple[float, float]:
-    """Sets every group for the next step; returns (learning rate, weight decay of the decayed group)."""
+    """Sets every group for the next step; returns (learning rate, weight decay) of the decayed group."""
     lr, weight_decay = scheduled(config, progress)
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = lr if group["decayed"] else lr * config.optimizer.spared_lr_ratio
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
     return lr, weight_decay

@@ -1,0 +1,157 @@
+"""Barlow Twins (Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", arXiv 2103.03230).
+
+Two views of every image go through the same encoder and projector. Each dimension of each view's embedding is
+standardised over the batch, and the correlations between the two views are pushed towards the identity:
+
+    c    = A^T B / N                                A, B: (N, D), columns of mean 0 and variance 1
+    loss = sum_i (c_ii - 1)^2 + weight * sum_{i != j} c_ij^2
+
+- The batch is the global one. The loss and its gradient at any number of ranks are those of one process with the
+  joined batch; the official gradient is smaller by the number of ranks.
+- The views are two forward passes: every batch norm sees one view at a time, as in the official code.
+- Standardisation, correlations and loss are float32 at least, under any autocast.
+- No D x D matrix is kept when D is large: see `objectives/cross_correlation.py`.
+"""
+
+import torch
+from PIL import Image
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from data.batch import Batch, Photometric, View, ViewPlan
+from objectives.cross_correlation import barlow_loss
+from objectives.pictures import sheet
+from pretrain.batch_norm import normalise_columns, synchronise
+from pretrain.collectives import row_counts
+from pretrain.encoders import pooled_width
+from pretrain.images import denormalise
+from pretrain.images import images as device_images
+from pretrain.objective import Loss, Objective, Options
+from pretrain.schedules import Progress
+
+_EPSILON = 1e-5  # added to the variance of a dimension
+_DEAD = 1e-3  # a dimension whose standard deviation over the batch is below this says nothing
+_NUM_PICTURES = 8
+
+
+class ColourOptions(Options):
+    """Probabilities and strengths, with torchvision's meaning. The defaults are those of BYOL that both views share."""
+
+    jitter: float = Field(0.8, ge=0, le=1)  # probability of the next four, in random order
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.2, ge=0)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    grey: float = Field(0.2, ge=0, le=1)  # probability
+    blur: float = Field(0.0, ge=0, le=1)  # probability
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+    solarise: float = Field(0.0, ge=0, le=1)  # probability
+
+    @field_validator("blur_sigma")
+    @classmethod
+    def _is_a_range(cls, value):
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("write two standard deviations above 0, such as [0.1, 2.0]")
+        return value
+
+
+class FirstView(ColourOptions):
+    blur: float = Field(1.0, ge=0, le=1)
+
+
+class SecondView(ColourOptions):
+    blur: float = Field(0.1, ge=0, le=1)
+    solarise: float = Field(0.2, ge=0, le=1)
+
+
+class BarlowTwinsOptions(Options):
+    projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
+    off_diagonal_weight: float = Field(0.0051, ge=0)
+    loss_scale: float = Field(1.0, gt=0)  # multiplies loss and gradient; 1 / ranks gives the official gradient
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+    view_1: FirstView = FirstView()
+    view_2: SecondView = SecondView()
+
+    @field_validator("projector")
+    @classmethod
+    def _has_layers(cls, value):
+        if not value or min(value) < 1 or value[-1] < 2:
+            raise ValueError("write the widths of one or more layers, such as [8192, 8192, 8192]")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_range(cls, value):
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("write two shares of the area, such as [0.08, 1.0]")
+        return value
+
+
+class BarlowTwins(Objective):
+    Options = BarlowTwinsOptions
+    accumulates = False
+
+    def __init__(self, encoder: nn.Module, options: BarlowTwinsOptions, *, image_size, mean, std):
+        super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
+        views = tuple(
+            View(
+                size=image_size,
+                scale=options.crop_scale,
+                interpolation="bicubic",
+                flip=options.flip,
+                photometric=Photometric(**colours.model_dump()),
+            )
+            for colours in (options.view_1, options.view_2)
+        )
+        self.views = ViewPlan(views=views, mean=mean, std=std)
+        self.projector = projector(pooled_width(encoder), options.projector)
+        synchronise(self)
+
+    def forward(self, batch: Batch, progress: Progress) -> Loss:
+        counts = row_counts(len(batch))
+        first, second = (self.projector(self.encoder(view)) for view in device_images(batch, self.views))
+        return self.loss(first, second, counts)
+
+    def loss(self, first: Tensor, second: Tensor, counts: list[int]) -> Loss:
+        """first, second: (n, D) embeddings of this rank's samples; counts: each rank's n.
+
+        Besides the two terms (`off_diagonal` unweighted), the parts say whether the embedding collapses:
+        `diagonal` rises to 1 as the views agree; `off_diagonal_rms` is 1 when all dimensions say the same;
+        `effective_dimensions` counts how many different things they say, from 1 to D; `embedding_std` and
+        `dead_dimensions` look at the embedding before it is standardised.
+        """
+        with torch.autocast(first.device.type, enabled=False):
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            both = torch.cat([first, second], dim=1).to(dtype)  # (n, 2 D): one message for both views
+            terms = barlow_loss(
+                *normalise_columns(both, _EPSILON).chunk(2, dim=1), self.options.off_diagonal_weight, counts
+            )
+            spread = both.detach().std(dim=0)  # over this rank's samples
+        return Loss(
+            terms.total * self.options.loss_scale,
+            {
+                "on_diagonal": terms.on_diagonal,
+                "off_diagonal": terms.off_diagonal,
+                "diagonal": terms.diagonal,
+                "off_diagonal_rms": terms.off_diagonal_rms,
+                "effective_dimensions": terms.effective_dimensions,
+                "embedding_std": spread.mean(),
+                "dead_dimensions": (spread < _DEAD).to(dtype).mean(),
+            },
+        )
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Image.Image]:
+        """One row an image: its two views, as the encoder sees them but for the normalisation."""
+        views = [denormalise(view[:_NUM_PICTURES], self.views) for view in device_images(batch, self.views)]
+        return {"views": sheet(torch.stack(views, dim=1))}
+
+
+def projector(in_features: int, widths: list[int]) -> nn.Sequential:
+    """Linear layers without bias, batch norm and ReLU between them, nothing after the last (section 3 and code)."""
+    layers: list[nn.Module] = []
+    for width in widths[:-1]:
+        layers += [nn.Linear(in_features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        in_features = width
+    return nn.Sequential(*layers, nn.Linear(in_features, widths[-1], bias=False))

@@ -1,0 +1,146 @@
+"""Batch norm whose statistics are those of the global batch, on CPU and GPU.
+
+- Output, gradient and running statistics equal those of one process with the joined batch, whatever each rank's
+  share of it; the running statistics are the same on all ranks to the last bit.
+- Modules keep their names, parameters and buffers: only the class of an instance changes, to a subclass.
+- One message forward (count, mean and squared deviations of each channel) and one backward.
+
+torch's own SyncBatchNorm refuses tensors on the CPU and replaces modules.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from data.errors import UserError
+from pretrain.collectives import gather_rows, sum_over_ranks
+from pretrain.distributed import world_size
+
+
+def synchronise(module: nn.Module) -> None:
+    """Makes every batch norm in `module` compute its statistics over all ranks, in place.
+
+    Raises UserError for a batch norm with a forward of its own, which nothing here knows how to share.
+    """
+    for name, norm in module.named_modules():
+        if not isinstance(norm, _BatchNorm) or isinstance(norm, _AcrossRanks):
+            continue
+        if type(norm) not in _SYNCHRONISED:
+            raise UserError(
+                f"{name} is a {type(norm).__name__}, whose statistics cannot be shared between ranks; choose an "
+                "encoder with plain batch norm, or none."
+            )
+        norm.__class__ = _SYNCHRONISED[type(norm)]
+
+
+def normalise_columns(values: Tensor, eps: float = 1e-5) -> Tensor:
+    """(n, D), this rank's rows, with each column brought to mean 0 and variance 1 over all ranks' rows.
+
+    The variance is the biased one, plus eps; no affine. Differentiable.
+    """
+    if world_size() == 1:
+        return F.batch_norm(values, None, None, training=True, eps=eps)
+    return _Normalise.apply(values, None, None, *global_statistics(values)[:2], eps)
+
+
+@torch.no_grad()
+def global_statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Biased (mean, variance) of each channel over all ranks, and the number of values behind them (a scalar).
+
+    values: (n, C, ...). Merged from each rank's own mean and squared deviations (Chan, Golub and LeVeque, 1979), so
+    that nothing cancels; every rank merges the same numbers in the same order. Returns (C,), (C,), () in float32
+    at least.
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    variance, mean = torch.var_mean(values, dim=_reduced(values), correction=0)
+    count = values.new_tensor([values.numel() // values.shape[1]])
+    message = torch.cat([count, mean, variance * count])
+    counts, means, deviations = gather_rows(message[None], [1] * world_size()).split([1, len(mean), len(mean)], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    variance = (deviations + counts * (means - mean).square()).sum(0) / total
+    return mean, variance, total
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalisation by statistics of the global batch, which the backward pass sees through."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, weight, bias, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(values, weight, mean, variance)
+        ctx.eps = eps
+        return F.batch_norm(values, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        values, weight, mean, variance = ctx.saved_tensors
+        shape = (1, -1) + (1,) * (values.ndim - 2)
+        per_channel = [statistic.view(shape) for statistic in (mean, (variance + ctx.eps).rsqrt())]
+        centred, inverse_std = values - per_channel[0], per_channel[1]
+        grad_sum = grad.sum(_reduced(grad), dtype=mean.dtype)  # (C,)
+        projection = (grad * centred).sum(_reduced(grad), dtype=mean.dtype) * inverse_std.flatten()  # (C,)
+        count = mean.new_tensor([values.numel() // values.shape[1]])
+        total = sum_over_ranks(torch.cat([count, grad_sum, projection]))
+        mean_grad, mean_projection = (total[1:] / total[0]).chunk(2)
+        scale = inverse_std if weight is None else inverse_std * weight.view(shape)
+        remainder = grad - mean_grad.view(shape) - centred * (inverse_std * mean_projection.view(shape))
+        grad_values = (scale * remainder).to(values.dtype)
+        if weight is None:
+            return grad_values, None, None, None, None, None
+        return grad_values, projection, grad_sum, None, None, None  # the engine sums what belongs to parameters
+
+
+class _AcrossRanks:
+    """Mixed in before a batch norm's class."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if world_size() == 1 or not self.training:
+            return super().forward(values)
+        self._check_input_dim(values)
+        mean, variance, count = global_statistics(values)
+        if self.track_running_stats:
+            self._update_running_statistics(mean, variance, count)
+        return self._finish(_Normalise.apply(values, self.weight, self.bias, mean, variance, self.eps))
+
+    def _finish(self, normalised: Tensor) -> Tensor:
+        return normalised
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
+        unbiased = variance * (count / (count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+class _BatchNorm1d(_AcrossRanks, nn.BatchNorm1d):
+    pass
+
+
+class _BatchNorm2d(_AcrossRanks, nn.BatchNorm2d):
+    pass
+
+
+class _BatchNorm3d(_AcrossRanks, nn.BatchNorm3d):
+    pass
+
+
+class _BatchNormAct2d(_AcrossRanks, BatchNormAct2d):
+    def _finish(self, normalised: Tensor) -> Tensor:
+        return self.act(self.drop(normalised))
+
+
+_SYNCHRONISED = {
+    nn.BatchNorm1d: _BatchNorm1d,
+    nn.BatchNorm2d: _BatchNorm2d,
+    nn.BatchNorm3d: _BatchNorm3d,
+    BatchNormAct2d: _BatchNormAct2d,
+}
+
+
+def _reduced(values: Tensor) -> list[int]:
+    """All dimensions but the channels'."""
+    return [dim for dim in range(values.ndim) if dim != 1]

@@ -1,0 +1,65 @@
+"""Sums over ranks that gradients pass through.
+
+Every rank computes the loss of the global batch, or its share of it, and the engine averages gradients over ranks.
+The gradient of `all_reduce` is therefore a sum over ranks as well: what reaches a parameter is the gradient of the
+sum of all ranks' losses, and the average turns it into that of one process with the joined batch.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.distributed import device, world_size
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return sum_over_ranks(grad)
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over ranks, on every rank, with its gradient."""
+    return tensor if world_size() == 1 else _AllReduce.apply(tensor)
+
+
+@torch.no_grad()
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The same without gradient, as a new tensor."""
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
+    """Every rank's rows, in the order of ranks; ranks with fewer than the most are filled up with rows of zeros.
+
+    rows: (n, ...), n = counts[this rank]. Returns (W * max(counts), ...), without gradient.
+    """
+    most = max(counts)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    if world_size() == 1:
+        return padded
+    gathered = rows.new_empty(world_size() * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    return gathered
+
+
+def row_counts(count: int) -> list[int]:
+    """Each rank's number of samples, on the host of every rank.
+
+    Exchanged rather than assumed: dividing by a nominal batch is wrong for every batch that is not full.
+    """
+    if world_size() == 1:
+        return [count]
+    counts = torch.tensor([count], device=device())
+    gathered = counts.new_empty(world_size())
+    dist.all_gather_into_tensor(gathered, counts)
+    return gathered.tolist()

@@ -1,0 +1,160 @@
+"""Run through the real launcher: Barlow Twins and rotation prediction, trained by the engine for a few steps.
+
+`deepspeed ... convnet_cases.py OUT` writes OUT/CASE.pt on rank 0: the weights and buffers, and what was logged.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from data.batch import Batch, ViewPlan
+from objectives import build_objective, options_for
+from pretrain import distributed
+from pretrain.config import Config, validate_config
+from pretrain.engine import Engine
+from pretrain.monitors import Monitor
+
+NUM_SAMPLES = 48
+GLOBAL_BATCH = 16
+NUM_STEPS = 3
+RESNET = {
+    "name": "resnet10t",
+    "image_size": 32,
+    "kwargs": {"channels": [4, 6, 8, 12], "stem_width": 8, "layers": [1, 1, 1, 1]},
+}
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "image_size": 32,
+    "patch_size": 16,
+    "kwargs": {"depth": 1, "embed_dim": 16, "num_heads": 2},
+}
+BARLOW = {
+    "name": "barlow_twins",
+    "projector": [24, 20],
+    "off_diagonal_weight": 0.02,
+    "view_1": {"blur": 0.5},
+}
+# A loss by samples where the batch is smaller than the embedding, by columns where it is not
+NARROW = BARLOW | {"projector": [24, 12]}
+ROTATION = {"name": "rotation", "crop_scale": None, "shift": 4}
+SGD = {"name": "sgd", "lr": 0.05, "nesterov": True, "decay_vectors": True, "milestones": [0.4]}
+LARS = {"name": "lars", "lr": 1.0, "weight_decay": 1e-4, "spared_lr_ratio": 0.02}
+ADAMW = {"name": "adamw", "lr": 1e-3}
+CASES = {
+    "barlow resnet sgd": (BARLOW, RESNET, SGD, 0),
+    "barlow resnet lars": (NARROW, RESNET, LARS, 0),
+    "barlow vit adamw": (BARLOW, VIT, ADAMW, 0),
+    "barlow vit adamw zero1": (BARLOW, VIT, ADAMW, 1),
+    "barlow vit adamw zero2": (NARROW, VIT, ADAMW, 2),
+    "rotation resnet sgd": (ROTATION, RESNET, SGD, 0),
+    "rotation vit adamw zero1": (ROTATION, VIT, ADAMW, 1),
+    "rotation vit adamw zero2": (ROTATION, VIT, ADAMW, 2),
+}
+
+
+def config_of(case: str, out: Path) -> Config:
+    objective, encoder, optimizer, stage = CASES[case]
+    values = {
+        "run_dir": str(out),
+        "data": {"shards": "none"},
+        "encoder": encoder,
+        "objective": objective,
+        "train": {"epochs": 1, "global_batch": GLOBAL_BATCH, "precision": "fp32", "zero_stage": stage},
+        "optimizer": {"lr_rule": "absolute"} | optimizer,
+        "log": {"every_steps": 1, "pictures_every_steps": 1},
+    }
+    return validate_config(values, case, options_for)
+
+
+def batch_at(positions: torch.Tensor, plan: ViewPlan) -> Batch:
+    """Images with something to tell apart: noise of one colour a sample, brighter at the top."""
+    generator = torch.Generator().manual_seed(1)
+    size = (NUM_SAMPLES, 3, *plan.views[0].size)
+    colours = torch.rand(NUM_SAMPLES, 3, 1, 1, generator=generator)
+    noise = torch.rand(size, generator=generator)
+    pixels = (255 * (0.4 * colours + 0.3 * noise + torch.linspace(0.3, 0, size[2])[:, None])).to(torch.uint8)
+    ids = positions % NUM_SAMPLES
+    num_views = len(plan.views)
+    return Batch(
+        views=tuple(pixels[ids].roll(2 * v, -1) for v in range(num_views)),
+        boxes=torch.zeros(len(ids), num_views, 4, dtype=torch.int32),
+        flips=(positions[:, None] + torch.arange(num_views)) % 3 == 0,
+        seeds=positions * 31,
+        sample_ids=ids,
+        positions=positions,
+    )
+
+
+class MemoryLoader:
+    """The loader's rule of positions, over images in memory."""
+
+    num_samples = NUM_SAMPLES
+    bad = SimpleNamespace(num_bad=0, num_read=0)
+
+    def __init__(self, micro_batch: int, plan: ViewPlan):
+        self.micro_batch, self.plan, self.samples = micro_batch, plan, 0
+
+    def __iter__(self):
+        world = distributed.world_size()
+        while True:
+            positions = self.samples + torch.arange(self.micro_batch) * world + distributed.rank()
+            self.samples += self.micro_batch * world
+            yield batch_at(positions, self.plan)
+
+    def state_dict(self):
+        return {}
+
+
+class NoStore:
+    def newest(self):
+        return None
+
+    def save(self, step, engine, meta):
+        return Path(f"step-{step}")
+
+
+class Recorder(Monitor):
+    def __init__(self):
+        self.records = []
+
+    def record(self, record):
+        self.records.append(record)
+
+
+def run_case(name: str, out: Path) -> None:
+    config = config_of(name, out)
+    objective = build_objective(config)
+    # As in a run: only the main rank watches, and draws pictures.
+    recorders = [Recorder()] if distributed.is_main() else []
+    micro_batch, _ = config.batching(distributed.world_size())
+    Engine(config, objective, MemoryLoader(micro_batch, objective.views), NoStore(), recorders).run()
+    gathered = distributed_buffers(objective)
+    if distributed.is_main():
+        torch.save(objective.state_dict(), out / f"{name}.pt")
+        records = [vars(record) for record in recorders[0].records]
+        same = all(torch.equal(gathered[0], other) for other in gathered)
+        (out / f"{name}.json").write_text(json.dumps({"records": records, "same_buffers": same}))
+
+
+def distributed_buffers(objective) -> list[torch.Tensor]:
+    """Each rank's buffers, in one vector."""
+    own = torch.cat([torch.zeros(1), *(buffer.flatten().float() for buffer in objective.buffers())])
+    gathered = [torch.empty_like(own) for _ in range(distributed.world_size())]
+    dist.all_gather(gathered, own)
+    return gathered
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])
+    distributed.start()
+    for name in CASES:
+        run_case(name, out)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

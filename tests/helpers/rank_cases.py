@@ -1,0 +1,109 @@
+"""Run by tests of everything that computes across ranks: the same few computations in worlds of several sizes.
+
+`python rank_cases.py OUT` writes OUT/WORLD-CASE-RANK.pt for every case, world and rank. Float64, so that only the
+order of sums is left to differ. Worlds are forked processes that talk over gloo.
+"""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from objectives import cross_correlation
+from objectives.barlow_twins import projector
+from objectives.cross_correlation import barlow_loss
+from pretrain.batch_norm import normalise_columns, synchronise
+from pretrain.collectives import row_counts
+
+WORLDS = {1: [8], 2: [5, 3], 4: [2, 2, 3, 1]}  # how the 8 samples are shared
+NUM = 8
+
+
+class Norms(nn.Module):
+    """Every kind of batch norm, with convolutions between them, and one that keeps a plain average."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm_act = BatchNormAct2d(4, act_layer=nn.SiLU)
+        self.norm_2d = nn.BatchNorm2d(4, momentum=None)
+        self.norm_1d = nn.BatchNorm1d(4 * 5 * 5)
+        self.norm_sequence = nn.BatchNorm1d(4, affine=False)
+        self.norm_3d = nn.BatchNorm3d(4, momentum=0.3)
+
+    def forward(self, images):
+        x = self.norm_2d(self.norm_act(self.conv(images)))  # (n, 4, 5, 5)
+        x = self.norm_3d(x[:, :, None])[:, :, 0]
+        x = self.norm_sequence(x.flatten(2)) + 3
+        return self.norm_1d(x.flatten(1)).sin()
+
+
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 5 + torch.randn(NUM, 3, 5, 5, generator=generator, dtype=torch.float64)
+
+
+def norms_of(rows: slice) -> dict:
+    """A sum of losses, two steps deep, so that running statistics move twice."""
+    torch.manual_seed(0)
+    model = Norms().double()
+    synchronise(model)
+    pixels = images()[rows].requires_grad_()
+    target = torch.linspace(0, 1, NUM, dtype=torch.float64)[rows, None]
+    for scale in (1.0, 2.0):
+        out = model(pixels * scale)
+        (out * target).sum().backward()
+    return results(model, out=out, input_grad=pixels.grad)
+
+
+def twins_of(rows: slice, samples_below: float) -> dict:
+    cross_correlation.SAMPLES_BELOW, cross_correlation.BLOCK_ELEMENTS = samples_below, 40
+    torch.manual_seed(0)
+    head = projector(3 * 5 * 5, [12, 10]).double()
+    synchronise(head)
+    pixels = images()[rows].flatten(1)
+    first, second = head(pixels), head(pixels.cos() * 2 + pixels)
+    both = normalise_columns(torch.cat([first, second], dim=1))
+    terms = barlow_loss(*both.chunk(2, dim=1), 0.05, row_counts(len(pixels)))
+    terms.total.backward()
+    return results(head, **{name: getattr(terms, name) for name in terms.__dataclass_fields__})
+
+
+def results(model: nn.Module, **more: torch.Tensor) -> dict:
+    grads = {f"grad {name}": p.grad for name, p in model.named_parameters()}
+    return grads | model.state_dict() | {name: value.detach() for name, value in more.items()}
+
+
+CASES = {
+    "norms": norms_of,
+    "twins by columns": lambda rows: twins_of(rows, samples_below=0.0),
+    "twins by samples": lambda rows: twins_of(rows, samples_below=1e9),
+}
+
+
+def in_world(rank: int, world: int, out: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{out}/store-{world}", rank=rank, world_size=world)
+    start = sum(WORLDS[world][:rank])
+    for name, case in CASES.items():
+        torch.save(case(slice(start, start + WORLDS[world][rank])), out / f"{world}-{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    fork = multiprocessing.get_context("fork")
+    for world in WORLDS:
+        ranks = [fork.Process(target=in_world, args=(rank, world, out)) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=60)
+            assert process.exitcode == 0, f"a rank of {world} failed"
+
+
+if __name__ == "__main__":
+    main()

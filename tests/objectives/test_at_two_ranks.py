@@ -1,0 +1,68 @@
+"""Barlow Twins and rotation prediction through the real launcher, on two ranks, against plain torch on the joined batch.
+
+Batch norm, LARS, ZeRO and the shares of the global batch are all in the way here; what is trained must be the same.
+"""
+
+import json
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import convnet_cases as cases
+import pytest
+import torch
+from runs import BIN, ROOT, deepspeed
+
+from objectives import build_objective
+from pretrain.optimizers import apply_schedule, build_optimizer
+from pretrain.schedules import Progress
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("two_ranks")
+    command = [*deepspeed(2), cases.__file__, str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+@cache
+def reference(name: str) -> tuple[dict, list[tuple[float, float]]]:
+    """The same training written out in plain torch: weights, and (loss, norm of the gradient) of each step."""
+    config = cases.config_of(name, Path("x"))
+    objective = build_objective(config)
+    optimizer = build_optimizer(objective, config)
+    logged = []
+    for step in range(cases.NUM_STEPS):
+        progress = Progress(step, cases.NUM_STEPS, cases.NUM_SAMPLES / cases.GLOBAL_BATCH)
+        apply_schedule(optimizer.param_groups, config, progress)
+        positions = torch.arange(cases.GLOBAL_BATCH) + cases.GLOBAL_BATCH * step
+        loss = objective(cases.batch_at(positions, objective.views), progress).total
+        optimizer.zero_grad()
+        loss.backward()
+        grads = [p.grad for p in objective.parameters() if p.grad is not None]
+        logged.append((loss.item(), torch.nn.utils.get_total_norm(grads).item()))
+        optimizer.step()
+    return objective.state_dict(), logged
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_two_ranks_train_what_one_process_trains(runs, name):
+    weights, logged = reference(name)
+    result = json.loads((runs / f"{name}.json").read_text())
+    for step, (record, (loss, norm)) in enumerate(zip(result["records"], logged, strict=True)):
+        assert record["loss"] == pytest.approx(loss, rel=2e-4), step
+        assert record["grad_norm"] == pytest.approx(norm, rel=2e-3), step
+    ours = torch.load(runs / f"{name}.pt", weights_only=True)
+    initial = build_objective(cases.config_of(name, Path("x"))).state_dict()
+    for key, value in weights.items():
+        difference, moved = (ours[key] - value).abs().max(), (value - initial[key]).abs().max()
+        assert difference <= 0.02 * moved + 1e-6, f"{key}: moved {moved:.2e}, apart {difference:.2e}"
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_running_statistics_are_the_same_on_both_ranks(runs, name):
+    assert json.loads((runs / f"{name}.json").read_text())["same_buffers"]
