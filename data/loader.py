@@ -44,7 +44,7 @@ def build_loader(
     num_samples: int | None = None,
     max_bad_share: float = 1.0,
 ) -> "Loader | StreamingLoader":
-    """A `Loader` where every shard is a local file, else a `StreamingLoader`, which needs `num_samples`.
+    """A `Loader` where every shard is a local file, else a `StreamingLoader`, which alone takes `num_samples`.
 
     max_bad_share: the share of samples that an index may leave out. Raises UserError past it, and as `ShardIndex` does.
     """
@@ -55,6 +55,10 @@ def build_loader(
     urls = expand_shards(shards)
     if any(map(is_remote, urls)):
         return StreamingLoader(urls, plan, num_samples=num_samples, **common)
+    if num_samples is not None:
+        raise UserError(
+            f"data.num_samples={num_samples} has no effect on local shards, which are counted; leave it out."
+        )
     index = ShardIndex(shards, label)
     if index.num_problems > max_bad_share * (index.num_samples + index.num_problems):
         shard, problems = next(iter(index.problems.items()))

@@ -138,6 +138,7 @@ def _results(stages: list, num_workers: int) -> Iterator[dict]:
         prefetch_factor=MICRO_BATCHES_AHEAD if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # or torch draws from the global one at each start
     )
     with _explained():
         for arrays in loader:

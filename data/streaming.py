@@ -72,7 +72,8 @@ class StreamingLoader(EndlessLoader):
         return len(self.urls)
 
     def preview(self, count: int) -> list[str]:
-        return ["drawn while streaming"]
+        """Nothing: what a stream brings is not known beforehand."""
+        return []
 
     def stages(self) -> list:
         where = dict(start=self.samples, micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size)

@@ -149,6 +149,17 @@ def test_the_cursor_counts_what_was_handed_over_and_not_what_was_prefetched(inde
     loader.close()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_that_is_running_can_be_sent_back(index, num_workers):
+    loader = loader_of(index, num_workers=num_workers)
+    take(loader, 2)
+    state = loader.state_dict()
+    after = by_position(take(loader, 2))
+    loader.load_state_dict(state)
+    assert by_position(take(loader, 2)) == after
+    loader.close()
+
+
 def test_the_state_is_small_and_plain(index):
     state = loader_of(index).state_dict()
     assert len(json.dumps(state)) < 400
@@ -304,6 +315,16 @@ def test_the_pipeline_can_be_sent_to_a_spawned_worker(index):
     assert arrays["sample_ids"].tolist() == next(loader).sample_ids.tolist()
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_no_global_generator_is_drawn_from(index, num_workers):
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    loader = loader_of(index, num_workers=num_workers)
+    take(loader, 3)
+    loader.close()
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all() and random.getstate() == python_state
+
+
 def test_the_source_is_a_webdataset_source(index):
     source = EndlessSource(index, SHUFFLE, 5, 0, 4, 0, 1)
     loader = wds.WebLoader(wds.DataPipeline(source, wds.map(lambda step: step)), batch_size=None, num_workers=2)
@@ -416,6 +437,11 @@ def test_build_loader_takes_what_the_config_says(write_shards):
     assert loader.num_samples == 8 and loader.num_shards == 2 and loader.num_workers == 0
     ids = next(loader_of(ShardIndex(paths), micro_batch=3, seed=1, label="")).sample_ids.tolist()
     assert loader.preview(3) == [f"{n // 4:03}.tar:{n:06}" for n in ids]
+
+
+def test_a_length_is_not_taken_for_data_that_are_counted(write_shards):
+    with pytest.raises(UserError, match="data.num_samples=3 has no effect on local shards"):
+        build_loader(write_shards([4]), PLAN, seed=1, micro_batch=2, num_samples=3)
 
 
 def test_too_many_samples_that_cannot_be_indexed_are_refused(tmp_path, write_tar, image):

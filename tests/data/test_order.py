@@ -55,7 +55,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_the_order_of_today_is_the_order_of_every_version():
     """A checkpoint must be resumed in the order in which it was begun: these numbers may never change."""
     order = Order([5, 0, 7, 1], 42, Shuffle(streams=3, span=2, window=4))
-    assert order.samples_at(np.arange(13)).tolist() == GOLDEN_IDS
+    assert order.samples_at(np.arange(26)).tolist() == GOLDEN_IDS
     assert sample_seed(42, 10**9) == GOLDEN_SEED
     assert [substitute(42, 7, attempt, 1000) for attempt in (1, 2, 3)] == GOLDEN_SUBSTITUTES
 
@@ -92,6 +92,6 @@ def test_seeds_and_substitutes_spread():
     assert set(drawn) == set(range(10))
 
 
-GOLDEN_IDS = [8, 0, 6, 4, 3, 5, 7, 2, 11, 12, 10, 1, 9]
+GOLDEN_IDS = [8, 0, 6, 4, 3, 5, 7, 2, 11, 12, 10, 1, 9, 11, 3, 5, 10, 12, 0, 4, 2, 1, 9, 8, 6, 7]
 GOLDEN_SEED = 2176686267598222202
 GOLDEN_SUBSTITUTES = [981, 265, 363]
