@@ -1,4 +1,4 @@
-"""Barlow Twins and rotation prediction through the real launcher, on two ranks, against plain torch on the joined batch.
+"""Barlow Twins and rotation prediction through the real launcher, on two ranks, against plain torch.
 
 Batch norm, LARS, ZeRO and the shares of the global batch are all in the way here; what is trained must be the same.
 """
@@ -30,12 +30,13 @@ def runs(tmp_path_factory) -> Path:
 
 
 @cache
-def reference(name: str) -> tuple[dict, list[tuple[float, float]]]:
-    """The same training written out in plain torch: weights, and (loss, norm of the gradient) of each step."""
+def reference(name: str) -> tuple[dict, list[tuple[float, float]], set[str]]:
+    """The same training written out in plain torch: weights, (loss, norm of the gradient) of each step, and what had
+    no gradient but rounding, which Adam amplifies: batch norm hides a constant that a ViT's last norm adds."""
     config = cases.config_of(name, Path("x"))
     objective = build_objective(config)
     optimizer = build_optimizer(objective, config)
-    logged = []
+    logged, idle = [], {name for name, _ in objective.named_parameters()}
     for step in range(cases.NUM_STEPS):
         progress = Progress(step, cases.NUM_STEPS, cases.NUM_SAMPLES / cases.GLOBAL_BATCH)
         apply_schedule(optimizer.param_groups, config, progress)
@@ -45,20 +46,24 @@ def reference(name: str) -> tuple[dict, list[tuple[float, float]]]:
         loss.backward()
         grads = [p.grad for p in objective.parameters() if p.grad is not None]
         logged.append((loss.item(), torch.nn.utils.get_total_norm(grads).item()))
+        idle = {key for key, p in objective.named_parameters() if key in idle and p.grad.norm() < 1e-5 * logged[-1][1]}
         optimizer.step()
-    return objective.state_dict(), logged
+    return objective.state_dict(), logged, idle
 
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_two_ranks_train_what_one_process_trains(runs, name):
-    weights, logged = reference(name)
+    weights, logged, idle = reference(name)
     result = json.loads((runs / f"{name}.json").read_text())
     for step, (record, (loss, norm)) in enumerate(zip(result["records"], logged, strict=True)):
         assert record["loss"] == pytest.approx(loss, rel=2e-4), step
         assert record["grad_norm"] == pytest.approx(norm, rel=2e-3), step
     ours = torch.load(runs / f"{name}.pt", weights_only=True)
     initial = build_objective(cases.config_of(name, Path("x"))).state_dict()
+    assert len(idle) < 0.1 * len(weights)
     for key, value in weights.items():
+        if key in idle:
+            continue
         difference, moved = (ours[key] - value).abs().max(), (value - initial[key]).abs().max()
         assert difference <= 0.02 * moved + 1e-6, f"{key}: moved {moved:.2e}, apart {difference:.2e}"
 

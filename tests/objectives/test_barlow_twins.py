@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from data.batch import Batch, Photometric
 from data.errors import UserError
 from objectives import build_objective, options_for
+from objectives.barlow_twins import projector
 from pretrain.config import validate_config
 from pretrain.images import denormalise, images
-from pretrain.optimizers import apply_schedule, build_optimizer
 from pretrain.preview import blank_batch
 from pretrain.schedules import Progress
 
@@ -70,16 +70,15 @@ def test_the_projector_is_the_paper_s():
         nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear,
     ]  # fmt: skip
     assert [isinstance(layer, nn.BatchNorm1d) for layer in layers] == [False, True, False] * 2 + [False]
-    assert [(layer.in_features, layer.out_features, layer.bias) for layer in layers if isinstance(layer, nn.Linear)] == [
-        (12, 24, None), (24, 20, None), (20, 16, None),
-    ]  # fmt: skip
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(12, 24), (24, 20), (20, 16)]
+    assert all(layer.bias is None for layer in linear)
 
 
 def test_the_paper_s_projector_has_its_published_size():
     with torch.device("meta"):
-        from objectives.barlow_twins import projector
-
-        assert sum(p.numel() for p in projector(2048, [8192] * 3).parameters()) == 2048 * 8192 + 2 * 8192**2 + 4 * 8192
+        head = projector(2048, [8192, 8192, 8192])
+    assert sum(p.numel() for p in head.parameters()) == 2048 * 8192 + 2 * 8192**2 + 4 * 8192
 
 
 def test_the_loss_is_the_paper_s_on_the_embeddings_of_two_separate_passes():
@@ -150,17 +149,14 @@ def test_a_dead_dimension_is_counted():
 
 
 def trained(off_diagonal_weight: float) -> dict[str, float]:
-    """The parts of the loss after a hundred small steps on a handful of images."""
+    """The parts of the loss after forty steps on a handful of images."""
     still = {"jitter": 0.5, "grey": 0.0, "blur": 0.0, "solarise": 0.0}
-    settings = config(
-        projector=[32, 16], off_diagonal_weight=off_diagonal_weight, view_1=still, view_2=still
-    ).model_copy(update={})
+    settings = config(projector=[32, 16], off_diagonal_weight=off_diagonal_weight, view_1=still, view_2=still)
     objective = build_objective(settings)
-    optimizer = build_optimizer(objective, settings)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
     batch = batch_of(objective, 32)
     batch = replace(batch, views=(batch.views[0],) * 2)
-    for step in range(80):
-        apply_schedule(optimizer.param_groups, settings, Progress(0, 100, 10.0))
+    for step in range(40):
         loss = objective(replace(batch, seeds=batch.seeds + step), START)
         optimizer.zero_grad()
         loss.total.backward()
@@ -170,9 +166,9 @@ def trained(off_diagonal_weight: float) -> dict[str, float]:
 
 def test_without_the_off_diagonal_the_embedding_collapses_in_redundancy_and_the_numbers_show_it():
     sound, broken = trained(0.1), trained(0.0)
-    assert sound["diagonal"] > 0.5 and broken["diagonal"] > 0.5  # both agree between the views
-    assert broken["off_diagonal_rms"] > 2 * sound["off_diagonal_rms"], (sound, broken)
-    assert broken["effective_dimensions"] < 0.5 * sound["effective_dimensions"], (sound, broken)
+    assert sound["diagonal"] > 0.7 and broken["diagonal"] > 0.7  # both agree between the views
+    assert sound["off_diagonal_rms"] < 0.4 and broken["off_diagonal_rms"] > 0.7, (sound, broken)
+    assert sound["effective_dimensions"] > 4 and broken["effective_dimensions"] < 2, (sound, broken)
 
 
 def test_the_picture_shows_both_views_before_normalisation():

@@ -10,28 +10,24 @@ from pretrain.preview import blank_batch
 from pretrain.schedules import Progress
 
 FAMILIES = {  # name: (pixels, further keys of the encoder)
-    "resnet10t": (32, {}),
-    "resnetv2_18": (32, {}),
+    "resnet10t": (32, {"kwargs": {"channels": [16, 32, 48, 64]}}),
+    "resnetv2_18": (32, {"kwargs": {"channels": [16, 32, 48, 64]}}),
+    "densenet121": (32, {"kwargs": {"block_config": [1, 2, 2, 1]}}),
     "convnext_atto": (32, {"patch_size": 2, "kwargs": {"depths": [1, 1, 1, 1]}}),
+    "regnety_002": (32, {}),
+    "repvgg_a0": (32, {}),
+    "efficientnet_lite0": (32, {}),
+    "mobilenetv3_small_050": (32, {}),
+    "ghostnet_050": (32, {}),
+    "dla46_c": (32, {}),
+    "starnet_s1": (32, {}),
+    "edgenext_xx_small": (64, {}),
     "vit_tiny_patch16_224": (32, {"kwargs": {"depth": 2}}),
     "deit_tiny_distilled_patch16_224": (32, {"kwargs": {"depth": 2}}),
     "eva02_tiny_patch14_224": (28, {"pos_embed": "learned", "kwargs": {"depth": 2}}),
     "swin_tiny_patch4_window7_224": (32, {"kwargs": {"depths": [1, 1, 1, 1], "embed_dim": 48, "window_size": 4}}),
-    "mobilenetv3_small_050": (32, {}),
-    "efficientnet_lite0": (32, {}),
-    "regnety_002": (32, {}),
-    "repvgg_a0": (32, {}),
-    "mobileone_s0": (32, {}),
-    "resnet33ts": (32, {"kwargs": {"stem_type": "3x3", "stem_pool": ""}}),
-    "dla46_c": (32, {}),
-    "densenet121": (32, {"kwargs": {"block_config": [1, 2, 2, 1]}}),
     "levit_128s": (64, {}),
-    "poolformer_s12": (32, {"kwargs": {"layers": [1, 1, 1, 1]}}),
-    "mixer_s32_224": (32, {"kwargs": {"num_blocks": 2}}),
-    "edgenext_xx_small": (64, {}),
-    "xcit_nano_12_p16_224": (32, {"pos_embed": "learned", "kwargs": {"depth": 2}}),
-    "ghostnet_050": (32, {}),
-    "starnet_s1": (32, {}),
+    "xcit_nano_12_p16_224": (32, {"kwargs": {"depth": 2}}),
 }
 
 
@@ -63,15 +59,35 @@ def test_a_family_trains_and_goes_back_to_timm(name, objective, tmp_path):
     assert sum(grad.abs().sum() for grad in grads) > 0 and all(grad.isfinite().all() for grad in grads)
 
     torch.save(built.exported_encoder().state_dict(), tmp_path / "encoder.pt")
-    kwargs = dict(config.encoder.kwargs) | ({"patch_size": 2} if config.encoder.patch_size else {})
-    if "img_size" in built.encoder.default_cfg or hasattr(built.encoder, "pos_embed") or "swin" in name:
-        kwargs["img_size"] = image_size
-    try:
-        plain = timm.create_model(name, num_classes=0, **kwargs)
-    except TypeError:
-        kwargs.pop("img_size")
-        plain = timm.create_model(name, num_classes=0, **kwargs)
+    plain = in_plain_timm(
+        name, image_size, **more.get("kwargs", {}), **{k: more[k] for k in ("patch_size",) if k in more}
+    )
     plain.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
     images = torch.randn(2, 3, image_size, image_size)
     with torch.no_grad():
         assert torch.equal(plain.eval()(images), built.exported_encoder().eval()(images))
+
+
+def in_plain_timm(name, image_size, **kwargs):
+    try:
+        return timm.create_model(name, num_classes=0, img_size=image_size, **kwargs)
+    except TypeError:  # takes any size
+        return timm.create_model(name, num_classes=0, **kwargs)
+
+
+STEMS = [  # the table of docs/objectives.md: name, pixels, keys of timm, resolution of the last stages
+    ("resnet18", 32, {}, [8, 4, 2, 1]),
+    ("resnet18", 64, {}, [16, 8, 4, 2]),
+    ("resnet18", 128, {}, [32, 16, 8, 4]),
+    ("resnet33ts", 32, {"stem_type": "3x3", "stem_pool": ""}, [16, 8, 4, 4]),
+    ("resnet18", 64, {"output_stride": 8}, [16, 8, 8, 8]),
+    ("convnext_atto", 32, {"patch_size": 1}, [32, 16, 8, 4]),
+]
+
+
+@pytest.mark.parametrize(("name", "pixels", "kwargs", "resolutions"), STEMS)
+def test_what_plain_timm_makes_of_small_images(name, pixels, kwargs, resolutions):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0, **kwargs)
+        maps = model.forward_intermediates(torch.empty(2, 3, pixels, pixels), intermediates_only=True)
+    assert [m.shape[-1] for m in maps[-4:]] == resolutions

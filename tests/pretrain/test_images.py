@@ -70,6 +70,12 @@ def test_normalise_leaves_its_input_as_it_was():
         assert (pixels == 9).all()
 
 
+def test_on_a_cpu_images_are_contiguous_whatever_the_layout_of_the_crops():
+    one = batch()
+    assert not one.views[0].is_contiguous()
+    assert all(image.is_contiguous() for image in images(one, PLAN))
+
+
 def test_images_leave_the_batch_as_it_was():
     one, same = batch(), batch()
     images(one, PLAN)

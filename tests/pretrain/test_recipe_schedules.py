@@ -89,7 +89,15 @@ ROTATION = {"name": "sgd", "lr": 0.1, "lr_rule": "absolute", "nesterov": True, "
 def test_milestones_have_the_published_values_of_rotation_prediction():
     settings = config({"epochs": 200}, **ROTATION, milestones=[60, 120, 160], milestone_factor=0.2)
     steps_per_epoch = 50000 / 128
-    for epoch, expected in [(0, 0.1), (59.999, 0.1), (60, 0.1 / 5), (119, 0.02), (120, 0.004), (160, 8e-4), (199, 8e-4)]:
+    for epoch, expected in [
+        (0, 0.1),
+        (59.999, 0.1),
+        (60, 0.1 / 5),
+        (119, 0.02),
+        (120, 0.004),
+        (160, 8e-4),
+        (199, 8e-4),
+    ]:
         lr, _ = scheduled(settings, Progress(round(epoch * 1000), 10**6, 1000.0))
         assert lr == pytest.approx(expected), epoch
     # An epoch need not be a whole number of steps: 60 of them end within step 23437
@@ -132,7 +140,13 @@ def test_each_key_changes_what_is_trained(key):
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     base = {"milestones": [3]} if key == "milestone_factor" else {}
-    values = {"nesterov": False, "decay_vectors": True, "spared_lr_ratio": 0.5, "milestones": [2], "milestone_factor": 0.5}
+    values = {
+        "nesterov": False,
+        "decay_vectors": True,
+        "spared_lr_ratio": 0.5,
+        "milestones": [2],
+        "milestone_factor": 0.5,
+    }
     assert not torch.equal(trained(**base), trained(**base, **{key: values[key]}))
 
 
