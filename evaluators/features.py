@@ -12,6 +12,9 @@ Kinds of feature:
 | `mean` | vision transformers | mean of the patch tokens after the final norm (I-JEPA) | D |
 | `lastK` | vision transformers | the same mean of each of the last K blocks, side by side (I-JEPA: `last4`) | K x D |
 | `pool` | all others | mean over the places of the last stage's map | D |
+| `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
+| `stages` | the same | the means of all stages, side by side | sum of D_K |
+| `stageKxG` | the same | stage K averaged over G x G cells of its map (RotNet probes about 9,000 values) | D_K x G x G |
 | `pixels` | no encoder | the view's normalised pixels, flattened | 3 x H x W |
 """
 
@@ -21,6 +24,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Batch, View, ViewPlan
@@ -66,12 +70,17 @@ def default_kinds(model: nn.Module) -> tuple[str, ...]:
 
 def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
     """Raises UserError for a kind of feature that this model does not have."""
+    num_stages = _num_stages(model)
     have = default_kinds(model) + (("last4",) if _has_tokens(model) else ())
+    have += ("stages", "stage0", f"stage{num_stages - 1}x4") if num_stages else ()
     for kind in kinds:
-        blocks = _blocks(kind)
+        blocks, stage = _blocks(kind), _stage(kind)
         if blocks and _has_tokens(model):
             if blocks > len(model.blocks):
                 raise UserError(f"{name} has {len(model.blocks)} blocks, so features={kind} cannot be had; write less.")
+        elif stage and num_stages:
+            if stage[0] >= num_stages:
+                raise UserError(f"{name} has stage0 to stage{num_stages - 1}, so features={kind} cannot be had.")
         elif kind not in have:
             raise UserError(f"{name} has no features={kind}; write one or more of {', '.join(have)}.")
 
@@ -154,7 +163,7 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
     if isinstance(model, Pixels):
         return {"pixels": model(pixels)}
     if not _has_tokens(model):
-        return {"pool": _mean_over_places(model.forward_features(pixels), model.num_features)}
+        return _of_stages(model, pixels, kinds)
     deepest = max([1, *(_blocks(kind) for kind in kinds)])
     tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt="NLC")
     # Models trained with mean pooling may norm after the pooling instead of before it.
@@ -168,6 +177,22 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
         else:
             last = blocks[-_blocks(kind) :]  # K x (B, N, D), without prefix tokens
             pooled[kind] = torch.cat([norm(block.float().mean(1)).float() for block in last], 1)  # (B, K * D)
+    return pooled
+
+
+def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
+    if set(kinds) == {"pool"}:
+        return {"pool": _mean_over_places(model.forward_features(pixels), model.num_features)}
+    final, stages = model.forward_intermediates(pixels)  # stages: (B, D_K, H_K, W_K)
+    pooled = {}
+    for kind in kinds:
+        if kind == "pool":
+            pooled[kind] = _mean_over_places(final, model.num_features)
+        elif kind == "stages":
+            pooled[kind] = torch.cat([stage.float().mean((2, 3)) for stage in stages], 1)
+        else:
+            number, cells = _stage(kind)
+            pooled[kind] = F.adaptive_avg_pool2d(stages[number].float(), cells).flatten(1)
     return pooled
 
 
@@ -192,6 +217,19 @@ def _blocks(kind: str) -> int:
     """K of `lastK`; 0 for every other kind."""
     match = re.fullmatch(r"last([1-9]\d*)", kind)
     return int(match[1]) if match else 0
+
+
+def _stage(kind: str) -> tuple[int, int] | None:
+    """(K, G) of `stageKxG`, G = 1 for `stageK`; None for every other kind."""
+    match = re.fullmatch(r"stage(\d+)(?:x([1-9]\d*))?", kind)
+    return (int(match[1]), int(match[2] or 1)) if match else None
+
+
+def _num_stages(model: nn.Module) -> int:
+    """0 for a model without maps of stages."""
+    if isinstance(model, Pixels) or _has_tokens(model) or not hasattr(model, "forward_intermediates"):
+        return 0
+    return len(model.feature_info)
 
 
 def _autocast(device: torch.device):

@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="SHARDS", help=f"labelled shards to report on {defaults}")
     parser.add_argument("--label", metavar="EXT", help="extension of the class number's member (default: cls)")
     parser.add_argument(
-        "--features", nargs="+", metavar="KIND", help="cls, mean, last4, pool (default: those that suit each encoder)"
+        "--features",
+        nargs="+",
+        metavar="KIND",
+        help="cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
+        "(default: those that suit each encoder)",
     )
     parser.add_argument("--out", metavar="DIR", help="where results are written (default: RUN/evaluations)")
     parser.add_argument("--seed", type=int, default=0, help="of the held-out part and of random: (default: 0)")

@@ -89,6 +89,20 @@ def test_others_are_pooled_over_places(name, pixels):
     assert torch.allclose(found["pool"].values, expected, atol=1e-4)
 
 
+def test_stages_are_pooled_maps_of_what_the_blocks_give(pixels):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=0).eval()
+    maps = {}
+    for number, layer in enumerate([model.act1, model.layer1, model.layer2, model.layer3, model.layer4]):
+        layer.register_forward_hook(lambda module, inputs, output, number=number: maps.update({number: output}))
+    found = encoded(model, pixels[:4], kinds=["pool", "stages", "stage2", "stage1x2"])
+    assert torch.allclose(found["stage2"].values, maps[2].mean((2, 3)), atol=1e-4)
+    assert torch.allclose(found["pool"].values, maps[4].mean((2, 3)), atol=1e-4)
+    assert torch.allclose(found["stages"].values, torch.cat([maps[k].mean((2, 3)) for k in range(5)], 1), atol=1e-4)
+    quarter = maps[1][:, :, :4, 4:].mean((2, 3))  # of an 8 x 8 map, top right
+    assert torch.allclose(found["stage1x2"].values.view(4, 64, 2, 2)[:, :, 0, 1], quarter, atol=1e-4)
+
+
 def test_pixels_are_the_normalised_view(pixels):
     encoder = open_pixels("pixels", beside=opened(vit()))
     (found,) = encode(encoder, batches_of(pixels, torch.zeros(16, dtype=torch.long)), 16, "f").values()
@@ -112,6 +126,10 @@ def test_every_image_is_seen_whole_when_small_and_as_the_papers_do_when_large():
 
 
 def test_kinds_that_an_encoder_lacks_are_refused():
+    with pytest.raises(UserError, match="stage0 to stage4"):
+        check_kinds(timm.create_model("resnet18", num_classes=0), ["stage5"], "encoder")
+    with pytest.raises(UserError, match="no features=stage1;"):
+        check_kinds(vit(), ["stage1"], "encoder")
     with pytest.raises(UserError, match="no features=cls"):
         check_kinds(vit(class_token=False, global_pool="avg"), ["cls"], "encoder")
     with pytest.raises(UserError, match="5 blocks"):
