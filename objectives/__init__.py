@@ -15,6 +15,8 @@ from pretrain.encoders import build_encoder, seeded
 from pretrain.objective import Objective, Options
 
 OURS = {
+    "dseqjepa": "objectives.dseqjepa:DSeqJEPA",
+    "ijepa": "objectives.ijepa:IJEPA",
     "mae": "objectives.mae:MAE",
 }
 ENTRY_POINTS = "prelude.objectives"
@@ -39,6 +41,11 @@ def check_objective(config: Config) -> None:
     """Refuses, before anything is built, an objective that cannot work with this encoder. Raises UserError."""
     cls, options = _chosen(config)
     cls.check(options, config.encoder)
+    if config.train.zero_stage > cls.max_zero_stage:
+        raise UserError(
+            f"objective.name={config.objective['name']} reads whole weights between steps, which ZeRO stage "
+            f"{config.train.zero_stage} keeps in parts; write train.zero_stage={cls.max_zero_stage}."
+        )
 
 
 def build_objective(config: Config) -> Objective:

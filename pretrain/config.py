@@ -67,11 +67,13 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)  # adamw, lamb
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars
     weight_decay: float = Field(0.05, ge=0)
-    weight_decay_end: float | None = Field(None, ge=0)  # half a cosine to here over the run; None: constant
+    weight_decay_end: float | None = Field(None, ge=0)  # reached at the end of the run; None: constant
+    weight_decay_schedule: Literal["cosine", "linear"] = "cosine"  # how it gets there
     decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
     warmup_epochs: float = Field(0.0, ge=0)
     warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
+    first_step: Literal[0, 1] = 0  # the first update's number in the schedules: 0 in MAE's code, 1 in I-JEPA's
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self):

@@ -13,7 +13,7 @@ from timm.optim import Lamb, Lars
 from torch import nn
 
 from pretrain.config import Config
-from pretrain.schedules import Progress, cosine, warmup_cosine
+from pretrain.schedules import Progress, cosine, linear, warmup_cosine
 
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
 
@@ -57,8 +57,9 @@ def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
 def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
     """(learning rate, weight decay) of the next optimizer step."""
     o = config.optimizer
+    step = progress.step + o.first_step
     lr = warmup_cosine(
-        progress.step,
+        step,
         warmup=o.warmup_epochs * progress.steps_per_epoch,
         total=progress.num_steps,
         start=o.warmup_lr * config.lr_factor,
@@ -66,7 +67,8 @@ def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
         end=o.min_lr * config.lr_factor,
     )
     end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
-    return lr, cosine(o.weight_decay, end, progress.fraction)
+    shape = {"cosine": cosine, "linear": linear}[o.weight_decay_schedule]
+    return lr, shape(o.weight_decay, end, step / progress.num_steps)
 
 
 def apply_schedule(groups: Iterable[dict], config: Config, progress: Progress) -> tuple[float, float]:
