@@ -33,6 +33,12 @@ class ExportReport:
     max_difference: float  # absolute, between features of the reloaded model and of ours
     num_parameters: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.architecture}, {self.num_parameters:,} parameters; features of plain timm differ from "
+            f"ours by at most {self.max_difference:.1e}"
+        )
+
 
 def export_encoder(source: str, to: str | Path) -> ExportReport:
     """Writes the encoder of `source` (see `open_encoder`) to the folder `to`, replacing an earlier export there.

@@ -60,8 +60,7 @@ def gather_state(engine) -> PortableState | None:
         for key in (key for key, value in held.items() if _is_moment(value)):
             for name, moment in _gather(holder, held[key]):
                 moments.setdefault(name, {})[key] = moment
-        for name in holder.members:
-            scalars[name] = _scalars_of(held, holder.group)
+        scalars |= dict.fromkeys(holder.members, _scalars_of(held, holder.group))
     for name, tensor in _named_tensors(engine.module):
         if name not in tensors:
             with _whole(tensor):
@@ -93,7 +92,7 @@ def scatter_state(engine, state: PortableState | None) -> None:
     plan = distributed.from_main(_plan(state) if main else None)
     holder_of = {name: holder for holder in holders for name in holder.members}
     for name, tensor in _named_tensors(engine.module):
-        value = _broadcast(state.tensors[name] if main else None, _shape(tensor), tensor.dtype, _device(engine))
+        value = _broadcast(state.tensors[name] if main else None, _shape(tensor), tensor.dtype, engine.device)
         _write(tensor, value)
         if name in holder_of:
             holder_of[name].put(holder_of[name].tensor, name, value)
@@ -103,7 +102,7 @@ def scatter_state(engine, state: PortableState | None) -> None:
         held = _restored_scalars(plan["scalars"].get(next(iter(holder.members)), {}), holder)
         for name in holder.members:
             for key, (shape, dtype) in plan["moments"].get(name, {}).items():
-                value = _broadcast(state.moments[name][key] if main else None, shape, dtype, _device(engine))
+                value = _broadcast(state.moments[name][key] if main else None, shape, dtype, engine.device)
                 if key not in held:
                     held[key] = _empty_moment(holder, value)
                 holder.put(held[key], name, value)
@@ -243,7 +242,7 @@ def _gather_rows(values: Tensor) -> Tensor | None:
 def _broadcast(value: Tensor | None, shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Rank 0's `value` on every rank's device."""
     if distributed.is_main():
-        received = value.to(device, copy=True).contiguous()
+        received = value.to(device, dtype, copy=True).contiguous()
     else:
         received = torch.empty(shape, dtype=dtype, device=device)
     if distributed.world_size() > 1:
@@ -279,10 +278,6 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _shape(tensor: Tensor) -> torch.Size:
     return tensor.ds_shape if hasattr(tensor, "ds_id") else tensor.shape
-
-
-def _device(engine) -> torch.device:
-    return torch.device(engine.device)
 
 
 # ---- an optimizer's own state
@@ -334,10 +329,7 @@ def _empty_moment(holder: _Holder, value: Tensor) -> Tensor:
 
 def _plan(state: PortableState) -> dict:
     """What ranks other than 0 must know to take part in the scatter."""
-    moments = {
-        name: {key: (moment.shape, moment.dtype) for key, moment in held.items()}
-        for name, held in state.moments.items()
-    }
+    moments = {name: {k: (m.shape, m.dtype) for k, m in held.items()} for name, held in state.moments.items()}
     return {"moments": moments, "scalars": state.scalars, "loss_scaler": state.loss_scaler}
 
 

@@ -17,7 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -119,17 +121,20 @@ def write(result: Result, folder: str | Path) -> Path:
 
 def print_table(results: list[Result], console: Console | None = None) -> None:
     """One row a result; uncertainties are one standard error of the test sample."""
-    table = Table()
-    for name in ("source", "encoder", "evaluator", "features", "top-1 %", "top-5 %"):
-        table.add_column(name, justify="right" if name.endswith("%") else "left", overflow="fold")
+    table = Table(box=box.SIMPLE)
+    table.add_column("encoder", overflow="fold")
+    for name in ("evaluator", "features"):
+        table.add_column(name, no_wrap=True)
+    for name in ("top-1 %", "top-5 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         outcome = result.outcome
-        row = [result.source, result.encoder["name"], outcome.evaluator, outcome.chosen["features"]]
+        row = [escape(result.encoder["name"]), outcome.evaluator.replace("_", " "), outcome.chosen["features"]]
         for number in (outcome.numbers["top1"], outcome.numbers.get("top5")):
-            row.append(f"{number.value:.2f} ± {number.se:.2f}" if number else "")
+            row.append(f"{number.value:.1f} ± {number.se:.1f}" if number else "")
         table.add_row(*row)
     console = console or Console()
     console.print(table)
     for result in results:
         for warning in result.outcome.warnings:
-            console.print(f"{result.source}: {warning}", highlight=False, markup=False)
+            console.print(f"{result.encoder['name']}: {warning}", highlight=False, markup=False)

@@ -76,7 +76,7 @@ def loader_of(config: Config, views):
         micro_batch=micro_batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        num_workers=distributed.cores_per_rank() if workers == "auto" else workers,
+        num_workers=distributed.default_num_workers() if workers == "auto" else workers,
         shuffle=Shuffle(**config.data.shuffle.model_dump()),
         bad_samples_log=Path(config.run_dir) / "bad_samples.jsonl",
         num_samples=config.data.num_samples,

@@ -24,7 +24,7 @@ from evaluators.results import print_table
 from launch import pretrain
 from launch.exit_codes import door
 
-NUM_TRAIN, NUM_TEST = 4000, 1000
+NUM_TRAIN, NUM_TEST = 5000, 1000
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Look at shards before training on them.
 
-    prelude shards info 'train-{000000..000019}.tar'      how many samples, and what is wrong with which
-    prelude shards shapes --to data/shapes                write the embedded data set
+prelude shards info 'train-{000000..000019}.tar'      how many samples, and what is wrong with which
+prelude shards shapes --to data/shapes                write the embedded data set
 """
 
 if __name__ == "__main__" and not __package__:
@@ -42,7 +42,9 @@ def info(shards: str, label: str) -> int:
     table.add_row("fingerprint", index.fingerprint)
     table.add_row("problems", str(index.num_problems))
     Console().print(table)
-    listed = [f"{path}: {problem.reason} at {problem.where}" for path, found in index.problems.items() for problem in found]
+    listed = [
+        f"{path}: {problem.reason} at {problem.where}" for path, found in index.problems.items() for problem in found
+    ]
     for line in listed[:_MOST_PROBLEMS]:
         print(line)
     if len(listed) > _MOST_PROBLEMS:

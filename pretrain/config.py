@@ -33,7 +33,7 @@ class ShuffleConfig(Section):
 class DataConfig(Section):
     shards: str | list[str]
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
-    num_workers: int | Literal["auto"] = "auto"  # auto: the cores of this machine shared by its ranks
+    num_workers: int | Literal["auto"] = "auto"  # auto: from the cores of this machine and its ranks
     max_bad_share: float = Field(0.01, ge=0, le=1)
     shuffle: ShuffleConfig = ShuffleConfig()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -57,7 +57,8 @@ def start() -> torch.device:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores_per_rank()))
+        # One core is left to the loader: threads that wait for each other on a busy core take many times longer.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(cores_per_rank() - 1, 1)))
     else:
         torch.cuda.set_device(local_rank())
     with nothing_printed():
@@ -83,6 +84,11 @@ def stop() -> None:
 
 def cores_per_rank() -> int:
     return max(len(os.sched_getaffinity(0)) // local_world_size(), 1)
+
+
+def default_num_workers() -> int:
+    """Loader workers of a rank: its share of the cores beside a GPU; one where the cores do the training."""
+    return cores_per_rank() if torch.cuda.is_available() else 1
 
 
 def barrier() -> None:

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 
 from pretrain.schedules import Progress
 
+_LEGIBLE_WIDTH = 480  # pixels
 _SCALARS = ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "epoch", "bad_samples")
 
 
@@ -131,12 +132,19 @@ class TensorBoardMonitor(Monitor):
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         folder = self.run_dir / "pictures"
         for name, picture in pictures.items():
+            picture = _legible(picture)
             folder.mkdir(exist_ok=True)
             picture.save(folder / f"{name}-{step:08d}.png")
             self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _legible(picture: Image.Image) -> Image.Image:
+    """Small pictures enlarged by a whole factor, so that a person sees the pixels of a 32-pixel image."""
+    factor = max(_LEGIBLE_WIDTH // picture.width, 1)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def _step_of(line: str) -> int | None:

@@ -5,8 +5,7 @@ Adding one needs no change to the engine: subclass `Objective`, and name it in t
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
@@ -24,10 +23,12 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
+    """A tuple and not a dataclass: ZeRO stage 3 has to find the tensors in it, to gather an objective's own
+    parameters (a mask token) before the backward pass."""
+
     total: Tensor  # scalar, with gradient
-    parts: dict[str, Tensor] = field(default_factory=dict)  # detached scalars, for the log
+    parts: dict[str, Tensor] = {}  # detached scalars, for the log
 
 
 class Objective(nn.Module, ABC):

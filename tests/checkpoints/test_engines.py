@@ -42,7 +42,7 @@ def launch(jobs: list[dict], folder: Path, world: int) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [str(DEEPSPEED), "--num_gpus", str(world), "--master_port", str(port), str(SCRIPT), str(plan)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 

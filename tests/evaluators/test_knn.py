@@ -1,11 +1,19 @@
 import dataclasses
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import webdataset as wds
 
+from data.shards import ShardIndex
 from evaluators import knn as module
+from evaluators.features import extract
 from evaluators.knn import knn, search
+from evaluators.pixels import open_pixels
+
+CIFAR = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
 
 
 def brute_force(bank, labels, queries, num_classes, k, temperature, weighted, centred):
@@ -83,3 +91,28 @@ def test_few_training_samples_are_all_neighbours(classes, features):
     outcome = knn({"mean": features(values, labels)}, {"mean": features(values, labels)})
     assert sorted(outcome.details["by_features"]["mean"]["cos"]) == [1, 5, 20]
     assert "top5" not in outcome.numbers
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason=f"needs {CIFAR}")
+def test_pixels_of_real_images_from_shards_to_accuracy():
+    train, test = ([str(CIFAR / f"{name}-{i:06d}.tar") for i in range(n)] for name, n in (("train", 2), ("test", 1)))
+    encoder = open_pixels("pixels:32")
+    parts = [extract(encoder, ShardIndex(shards, "cls"), "cls", batch_size=512) for shards in (train, test)]
+    found = knn(*parts).numbers["top1"].value
+
+    def plain(shards):
+        decoded = wds.WebDataset(shards, shardshuffle=False).decode("rgb").to_tuple("jpg", "cls")
+        images, labels = zip(*decoded, strict=True)
+        return ((np.stack(images) - encoder.mean) / encoder.std).reshape(len(images), -1), np.array(labels)
+
+    (bank, labels), (queries, query_labels) = plain(train), plain(test)
+    mean = bank.mean(0)
+    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank - mean, queries - mean))
+    similar = queries @ bank.T
+    nearest = np.argsort(-similar, 1)[:, :20]
+    votes = np.zeros((len(queries), 10))
+    for c in range(10):
+        votes[:, c] = (np.exp(np.take_along_axis(similar, nearest, 1) / 0.07) * (labels[nearest] == c)).sum(1)
+    expected = 100 * (votes.argmax(1) == query_labels).mean()
+    assert found == pytest.approx(expected, abs=0.11)  # one image of 1,000: float32 against float64
+    assert 30 < found < 43

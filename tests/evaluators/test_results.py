@@ -13,7 +13,7 @@ def result():
     outcome = Outcome("knn", {"top1": percent(30, 100)}, {"features": "cls"}, {"k": 20}, {"other": {}}, ["A warning."])
     return Result(
         source="runs/a",
-        encoder={"name": "a/step-00000010", "fingerprint": "f00"},
+        encoder={"name": "[a]/step-00000010", "fingerprint": "f00"},
         data={"label": "cls", "train": {"shards": "t.tar"}, "test": {"shards": "u.tar"}},
         features={"precision": "fp32"},
         outcome=outcome,
@@ -60,7 +60,8 @@ def test_a_crash_while_writing_leaves_the_file_of_before(result, tmp_path, monke
     assert path.read_text() == before
 
 
-def test_the_table_shows_numbers_with_their_uncertainty_and_warnings(result):
+def test_the_table_fits_a_terminal_and_shows_uncertainty_and_warnings(result):
     text = io.StringIO()
-    print_table([result], Console(file=text, width=160))
-    assert "30.00 ± 4.58" in text.getvalue() and "runs/a: A warning." in text.getvalue()
+    print_table([result], Console(file=text, width=80))
+    assert "[a]/step-00000010" in text.getvalue() and "30.0 ± 4.6" in text.getvalue()
+    assert "[a]/step-00000010: A warning." in text.getvalue()

@@ -276,6 +276,7 @@ def test_the_position_tables_are_never_trained():
     assert not [name for name, _ in mae.named_parameters() if "pos_embed" in name]
     mae(a_batch(), START).total.backward()
     assert mae.encoder.pos_embed.grad is None and mae.decoder_pos_embed.grad is None
+    assert "decoder_pos_embed" not in mae.state_dict()  # it is recomputed
     assert all(parameter.grad is not None for parameter in mae.parameters())  # and everything else is
 
 
@@ -348,15 +349,19 @@ def test_targets_and_loss_stay_single_precision_under_autocast(dtype):
         assert torch.equal(zero, mae(batch, START).total)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    losses, gradients = [], []
+def test_gradient_checkpointing_recomputes_every_block_and_changes_nothing():
+    losses, gradients, calls = [], [], []
     for enable in (False, True):
-        mae = tiny_mae()
+        mae, count = tiny_mae(), [0]
         mae.encoder.set_grad_checkpointing(enable)
+        for block in [*mae.encoder.blocks, *mae.decoder_blocks]:
+            block.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         loss = mae(a_batch(), START).total
         loss.backward()
         losses.append(loss)
         gradients.append([parameter.grad for parameter in mae.parameters()])
+        calls += count
+    assert calls == [3, 6]
     assert torch.equal(*losses)
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 

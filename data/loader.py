@@ -1,0 +1,193 @@
+"""The loaders: endless and resumable for training, a single pass in order for evaluation.
+
+    loader = Loader(ShardIndex("/data/{000..099}.tar"), plan, seed=0, micro_batch=64)
+    batch = next(loader)
+    loader.load_state_dict(state)  # at any number of ranks and workers
+
+- Every sample comes exactly once an epoch; an epoch's end is no event, the batch across it simply goes on.
+- Slot j of rank r's micro-batch m holds position start + m * b * W + j * W + r of the order: the global batch at a
+  step has the same samples, crops and seeds at any number of ranks and workers, and after any interruption.
+- Every rank has a batch at every step, whatever is damaged.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset as wds
+
+from data.bad_samples import BadSamples
+from data.batch import ViewPlan
+from data.errors import UserError
+from data.labels import LabelReader
+from data.order import DEFAULT_SHUFFLE, Order, Shuffle
+from data.pipeline import EndlessLoader, run_pipeline, to_batch
+from data.shards import ShardIndex, expand_shards, is_remote
+from data.source import EndlessSource, MicroBatchReader, OnePassSource, OpenFiles, announce
+from data.streaming import StreamingLoader
+
+
+def build_loader(
+    shards: str | list[str],
+    plan: ViewPlan,
+    *,
+    seed: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    shuffle: Shuffle = DEFAULT_SHUFFLE,
+    label: str = "",
+    bad_samples_log: str | Path | None = None,
+    num_samples: int | None = None,
+    max_bad_share: float = 1.0,
+) -> "Loader | StreamingLoader":
+    """A `Loader` where every shard is a local file, else a `StreamingLoader`, which alone takes `num_samples`.
+
+    max_bad_share: the share of samples that an index may leave out. Raises UserError past it, and as `ShardIndex` does.
+    """
+    common = dict(
+        seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=num_workers, label=label,
+        bad_samples_log=bad_samples_log,
+    )  # fmt: skip
+    urls = expand_shards(shards)
+    if any(map(is_remote, urls)):
+        return StreamingLoader(urls, plan, num_samples=num_samples, **common)
+    if num_samples is not None:
+        raise UserError(
+            f"data.num_samples={num_samples} has no effect on local shards, which are counted; leave it out."
+        )
+    index = ShardIndex(shards, label)
+    if index.num_problems > max_bad_share * (index.num_samples + index.num_problems):
+        shard, problems = next(iter(index.problems.items()))
+        raise UserError(
+            f"{index.num_problems} samples of data.shards={shards!r} are damaged, beside {index.num_samples} sound "
+            f"ones (the first: {problems[0].reason}, {problems[0].where} in {shard}); mend the shards, or raise "
+            f"data.max_bad_share."
+        )
+    return Loader(index, plan, shuffle=shuffle, **common)
+
+
+class Loader(EndlessLoader):
+    """Endless batches of the samples of an index.
+
+    label: extension of the member with a sample's label (`cls`), or "" for batches without labels.
+    bad_samples_log: where unreadable samples are listed. Raises UserError if there is a `label` and no such member.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        plan: ViewPlan,
+        *,
+        seed: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle: Shuffle = DEFAULT_SHUFFLE,
+        label: str = "",
+        bad_samples_log: str | Path | None = None,
+    ):
+        super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
+        self.index, self.shuffle = index.with_label(label), shuffle
+        self.num_samples, self.fingerprint = index.num_samples, index.fingerprint
+        self.reader = _reader(self.index, plan, seed, label, "substitute", num_workers)
+        if rank == 0:
+            self.bad.add_unindexed(index.problems)
+
+    @property
+    def num_shards(self) -> int:
+        return self.index.num_shards
+
+    def preview(self, count: int) -> list[str]:
+        """Where the next `count` samples of all ranks come from: shard and key."""
+        ids = Order(self.index.counts, self.seed, self.shuffle).samples_at(self.samples + np.arange(count))
+        return [f"{os.path.basename(self.index.shard_of(i))}:{self.index.key(i)}" for i in ids.tolist()]
+
+    def stages(self) -> list:
+        source = EndlessSource(
+            self.index, self.shuffle, self.seed, self.samples, self.micro_batch, self.rank, self.world_size
+        )
+        return _stages(source, self.reader)
+
+    def identity(self) -> dict:
+        return {
+            "exact": True,
+            "seed": self.seed,
+            "num_samples": self.num_samples,
+            "fingerprint": self.fingerprint,
+            "streams": self.shuffle.streams,
+            "window": self.shuffle.window,
+            "span": self.shuffle.span,
+            "views": self.plan.fingerprint(),
+        }
+
+    def name_of(self, sample):
+        return self.index.shard_of(sample), lambda: self.index.key(sample)
+
+
+class OnePass:
+    """One rank's part of an index, each sample once, in order; each iteration is a pass of its own.
+
+    Samples that cannot be read are left out and counted in `bad`. The parts of the ranks differ in length by one at
+    most, and the last batch may be short: ranks need not have the same number of batches.
+    """
+
+    def __init__(self, index, plan, batch_size, rank, world_size, num_workers, label, seed):
+        self.index, self.num_workers = index.with_label(label), num_workers
+        self.reader = _reader(self.index, plan, seed, label, "skip", num_workers)
+        self.source = OnePassSource(index.num_samples, batch_size, rank, world_size)
+        self.bad = BadSamples()
+
+    def __iter__(self):
+        running = run_pipeline(_stages(self.source, self.reader), self.num_workers)
+        try:
+            for arrays in running:
+                for position, sample_id, reason in arrays["bad"]:
+                    self.bad.add(self.index.shard_of(sample_id), reason, position, lambda: "")
+                self.bad.add_read(len(arrays["positions"]))
+                if len(arrays["positions"]):
+                    yield to_batch(arrays)
+        finally:
+            running.close()
+
+
+def one_pass(
+    index: ShardIndex,
+    plan: ViewPlan,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    label: str = "",
+    seed: int = 0,
+) -> OnePass:
+    """Batches for evaluation; rank r takes the samples from N * r // W up to N * (r + 1) // W.
+
+    A sample's position is its id, and `seed` decides its crop where the plan draws one. Errors as in `Loader`.
+    """
+    return OnePass(index, plan, batch_size, rank, world_size, num_workers, label, seed)
+
+
+def _stages(source, reader: MicroBatchReader) -> list:
+    return [source, functools.partial(announce, reader=reader), wds.map(reader)]
+
+
+def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
+    threads = 1 if num_workers else min(torch.get_num_threads(), 8)
+    return MicroBatchReader(index, plan, seed, _label_reader(index, label), on_bad, threads)
+
+
+def _label_reader(index: ShardIndex, label: str) -> LabelReader | None:
+    if not label:
+        return None
+    labelled = np.flatnonzero(index.labels[:, 0] >= 0)
+    if not len(labelled):
+        raise UserError(f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label.")
+    place = index.labels[labelled[0]].tolist()
+    shard = index.paths.index(index.shard_of(int(labelled[0])))
+    return LabelReader(index.label, OpenFiles(index.paths).read(shard, *place))

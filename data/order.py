@@ -1,0 +1,132 @@
+"""Which sample comes when: a pure function of (seed, position), with no state but the position.
+
+- The order is endless; epoch e is the positions [e * N, (e + 1) * N) of N samples, and holds every sample once.
+- Position alone decides: any number of ranks and workers can compute any part of the order, in any direction, and a
+  resumed run needs one integer.
+- Reading stays local: shards are cut into spans of neighbouring samples, the spans are permuted, the line of spans is
+  cut into `streams` that are read side by side, and each stream is shuffled within windows.
+- Memory is O(spans + streams * window), never O(N).
+- Permutations sort the raw words of Philox: unlike those of numpy's Generator, these are promised never to change.
+"""
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """How far neighbours in a shard are torn apart. All three change the order, so a resume must find them unchanged.
+
+    streams: places of the data set that are read side by side. span: neighbouring samples that move together; a span
+    as long as a shard reads each shard once and whole, which slow storage wants. window: samples of a stream that are
+    shuffled together.
+    """
+
+    streams: int = 8
+    span: int = 256
+    window: int = 16384
+
+
+DEFAULT_SHUFFLE = Shuffle()
+
+
+class Order:
+    """The endless order of the samples of shards that hold `counts` samples each; at least one sample in all."""
+
+    def __init__(self, counts: Sequence[int], seed: int, shuffle: Shuffle):
+        self.num_samples = int(np.sum(counts))
+        self.seed, self.shuffle = seed, shuffle
+        self._span_starts, self._span_lengths = _cut(np.asarray(counts, np.int64), shuffle.span)
+        self._epochs = _Recent(2)
+        # An epoch's turn needs the windows of both epochs, and streams of unequal length change windows apart.
+        self._windows = _Recent(2 * min(shuffle.streams, self.num_samples) + 2)
+
+    def samples_at(self, positions) -> np.ndarray:
+        """Sample ids in [0, num_samples) at these positions; any shape, int64."""
+        positions = np.asarray(positions, np.int64)
+        ids = np.empty_like(positions)
+        epochs = positions // self.num_samples
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = self._samples_of_epoch(int(epoch), positions[here] % self.num_samples)
+        return ids
+
+    def _samples_of_epoch(self, epoch: int, place: np.ndarray) -> np.ndarray:
+        """place: (n,) int64 in [0, num_samples)."""
+        line = self._places_in_line(epoch, place)
+        span_order, line_ends = self._epochs.get(epoch, lambda: self._permuted_spans(epoch))
+        nth = np.searchsorted(line_ends, line, side="right")
+        span = span_order[nth]
+        return self._span_starts[span] + self._span_lengths[span] - (line_ends[nth] - line)
+
+    def _places_in_line(self, epoch: int, place: np.ndarray) -> np.ndarray:
+        """Streams take turns: place k is item k // C of stream k % C, whose window then says which of its items."""
+        streams, window = self.shuffle.streams, self.shuffle.window
+        item, stream = np.divmod(place, streams)
+        shorter, longer = divmod(self.num_samples, streams)  # the first `longer` streams have one item more
+        stream_start = stream * shorter + np.minimum(stream, longer)
+        stream_length = shorter + (stream < longer)
+        nth_window, within = np.divmod(item, window)
+        line = stream_start + nth_window * window
+        turn = nth_window * streams + stream  # a number for each (window, stream)
+        for number in np.unique(turn).tolist():
+            w, c = divmod(number, streams)
+            here = np.flatnonzero(turn == number)
+            length = min(window, int(stream_length[here[0]]) - w * window)
+            key = (epoch, c, w)
+            shuffled = self._windows.get(key, lambda key=key, length=length: _permutation(length, self.seed, *key))
+            line[here] += shuffled[within[here]]
+        return line
+
+    def _permuted_spans(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = _permutation(len(self._span_starts), self.seed, epoch, -1, -1)
+        return order, np.cumsum(self._span_lengths[order])
+
+
+def sample_seed(run_seed: int, position: int) -> int:
+    """The seed of every random choice about the sample at a position; 63 bits."""
+    return _hash(b"seed", run_seed, position) >> 1
+
+
+def substitute(run_seed: int, position: int, attempt: int, num_samples: int) -> int:
+    """The sample that takes an unreadable one's place, the same on every rank and after any resume."""
+    return _hash(b"substitute", run_seed, position, attempt) % num_samples
+
+
+def _cut(counts: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
+    """First sample and length of each span; a shard's last span may be shorter, an empty shard has none."""
+    spans_of = -(-counts // span)
+    shard = np.repeat(np.arange(len(counts)), spans_of)
+    nth = np.arange(len(shard)) - (np.cumsum(spans_of) - spans_of)[shard]
+    first_of_shard = np.cumsum(counts) - counts
+    return first_of_shard[shard] + nth * span, np.minimum(span, counts[shard] - nth * span)
+
+
+def _permutation(length: int, *key: int) -> np.ndarray:
+    words = np.random.Philox(key=_hash(b"permutation", *key, size=16)).random_raw(length)
+    return np.argsort(words, kind="stable")
+
+
+def _hash(use: bytes, *numbers: int, size: int = 8) -> int:
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=size, person=use).digest(), "little")
+
+
+class _Recent:
+    """The last `limit` values that were asked for; a lost one is computed again."""
+
+    def __init__(self, limit: int):
+        self.limit, self.values = limit, OrderedDict()
+
+    def get(self, key, compute):
+        if key not in self.values:
+            self.values[key] = compute()
+            if len(self.values) > self.limit:
+                self.values.popitem(last=False)
+        self.values.move_to_end(key)
+        return self.values[key]

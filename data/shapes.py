@@ -1,0 +1,244 @@
+"""The embedded data set: labelled pictures made on the spot, so that nothing has to be downloaded.
+
+Each picture shows one large shape cut from a patterned cloth, turned, shifted, scaled and often partly hidden,
+with a few small shapes strewn about. The label is the kind of pattern. The outline, the place, the colours, the
+direction of contrast, the pitch and the phase of the pattern and the light are drawn independently of it, so raw
+pixels say little: what tells the kinds apart is how neighbouring patches continue one another.
+
+- Sample `index` of a split is a function of (seed, split, index, image_size) alone: a data set of 2,000 starts
+  with the data set of 1,000. Every draw is a counter-based hash, so no generator has a state to keep.
+- Every ten consecutive samples hold each class once.
+- `write_shards` writes the same bytes each time, and never leaves a half-written shard under its final name.
+"""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from webdataset import TarWriter
+
+from data.errors import UserError
+
+CLASSES = ("vertical", "horizontal", "diagonal", "zigzag", "rings", "checks", "grid", "bricks", "dots", "hoops")
+SPLITS = ("train", "test")
+
+_VERSION = 1  # raised whenever a pixel changes, so that older shards are written anew
+_CHUNK = 250  # pictures painted at once: large enough for numpy, small enough for the cache
+_NUM_STREWN = 2
+_OUTLINES = np.array([3, 4, 5, 6, 60])  # corners of the large shape; sixty make a disc
+
+
+def write_shards(
+    folder: str | Path, split: str, num_samples: int, seed: int = 0, image_size: int = 32, samples_per_shard: int = 500
+) -> list[Path]:
+    """Writes `SPLIT-000000.tar`, ... into `folder`, each sample a `.jpg` and its `.cls`; returns the shards in order.
+
+    Nothing is written when the same data set is already there; another one of the same split is replaced.
+    Raises UserError for an unknown split, or a count, seed or size that cannot be drawn.
+    """
+    _check(split, num_samples, seed, image_size, samples_per_shard)
+    folder = Path(folder)
+    record = folder / f"{split}.json"  # written last: where it agrees with the shards, they are complete
+    starts = range(0, num_samples, samples_per_shard)
+    shards = [folder / f"{split}-{number:06d}.tar" for number in range(len(starts))]
+    wanted = {"version": _VERSION, "num_samples": num_samples, "seed": seed, "image_size": image_size}
+    if _recorded(record) == {**wanted, "sizes": _sizes(shards)}:
+        return shards
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    for stale in set(folder.glob(f"{split}-*.tar")) - set(shards):
+        stale.unlink(missing_ok=True)
+    for shard, start in zip(shards, starts, strict=True):
+        _replace(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, image_size))
+    _replace(record, json.dumps({**wanted, "sizes": _sizes(shards)}).encode())
+    return shards
+
+
+def paint(split: str, indices: np.ndarray, seed: int = 0, image_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures (N, H, W, 3) uint8 and labels (N,) int64 of samples `indices` of a split."""
+    indices = np.asarray(indices, dtype=np.int64)
+    labels = indices % len(CLASSES)
+    draws = _Draws(seed, SPLITS.index(split), indices)
+    axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
+    x, y = np.broadcast_arrays(axis[None, None, :], axis[None, :, None])  # (1, H, W), in image widths from the centre
+
+    canvas = draws.tone(0.15, 0.85)[:, None, None] + _light(draws, x, y, 0.5)[..., None]  # (N, H, W, 3)
+    contrast = draws.between(0.15, 0.3) * np.where(draws.between(0, 1) < 0.5, -1, 1)
+    contrast = contrast[:, None] + 0.08 * draws.colour()  # (N, 3)
+    cloth = draws.tone(0.2, 0.8)[:, None, None] + _light(draws, x, y, 0.4)[..., None]
+    cloth = cloth + _pattern(draws, labels, x, y, image_size)[..., None] * contrast[:, None, None]
+    corners = _OUTLINES[draws.below(len(_OUTLINES))]
+    _lay(canvas, _polygon(draws, corners, x, y, 0.12, (0.4, 0.52), image_size), cloth)
+
+    for _ in range(_NUM_STREWN):
+        cover = _polygon(draws, _OUTLINES[draws.below(len(_OUTLINES))], x, y, 0.5, (0.04, 0.08), image_size)
+        _lay(canvas, cover, draws.tone(0.2, 0.8)[:, None, None])
+    _lay(canvas, _bar(draws, x, y, image_size), draws.tone(0.2, 0.8)[:, None, None])
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), labels
+
+
+def _pattern(draws: "_Draws", labels: np.ndarray, x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
+    """The cloth of each sample's class, (N, H, W) from -1 to 1, up to 20 degrees off the upright."""
+    turn, period = draws.between(-0.35, 0.35), draws.between(0.19, 0.28)
+    along, across = _column(np.cos(turn) / period), _column(np.sin(turn) / period)
+    u = along * x + across * y + _column(draws.between(0, 2))  # in periods
+    v = along * y - across * x + _column(draws.between(0, 2))
+    centre_x, centre_y = _column(draws.between(-0.5, 0.5)), _column(draws.between(-0.5, 0.5))
+    radius = np.hypot(x - centre_x, y - centre_y) / _column(period) + _column(draws.between(0, 1))
+    inside = np.empty(u.shape, np.float32)
+    for label, kind in enumerate(CLASSES):
+        of = labels == label
+        inside[of] = _inside(kind, u[of], v[of], radius[of])
+    return np.clip(2 * inside * _column(period) * image_size, -1, 1)  # edges one pixel wide
+
+
+def _inside(kind: str, u: np.ndarray, v: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """How deep a point lies inside the figures of a pattern, in periods; negative outside. Arrays of one shape."""
+    du, dv = _to_middle(u), _to_middle(v)
+    match kind:
+        case "vertical":
+            return 0.25 - np.abs(du)
+        case "horizontal":
+            return 0.25 - np.abs(dv)
+        case "diagonal":
+            return (0.25 - np.abs(_to_middle(u + v))) * 0.7
+        case "zigzag":
+            return (0.25 - np.abs(_to_middle(v + np.abs(du)))) * 0.7
+        case "rings":
+            return 0.25 - np.abs(_to_middle(radius))
+        case "checks":
+            column, row = 0.25 - np.abs(du), 0.25 - np.abs(dv)
+            return np.sign(column * row) * np.minimum(np.abs(column), np.abs(row))
+        case "grid":
+            return np.maximum(0.13 - np.abs(du), 0.13 - np.abs(dv))
+        case "bricks":  # upright joints two periods apart, shifted by one period from course to course
+            joint = 2 * _to_middle(u / 2 + 0.5 * (np.floor(v) % 2))
+            return np.maximum(0.13 - np.abs(joint), np.abs(dv) - 0.37)
+        case "dots":
+            return 0.32 - np.hypot(du, dv)
+        case "hoops":
+            return 0.1 - np.abs(np.hypot(du, dv) - 0.27)
+    raise ValueError(kind)
+
+
+def _to_middle(t: np.ndarray) -> np.ndarray:
+    """From the middle of the period that holds t to t, in [-0.5, 0.5)."""
+    return t - np.floor(t) - 0.5
+
+
+def _polygon(draws, corners, x, y, reach, sizes, image_size) -> np.ndarray:
+    """How much of each pixel a turned regular polygon covers, (N, H, W) in [0, 1].
+
+    corners: (N,); reach: how far the centre strays from the middle; sizes: range of the radius of the disc of the
+    same area. Both in image widths.
+    """
+    place_x, place_y = draws.between(-reach, reach), draws.between(-reach, reach)
+    dx, dy = x - _column(place_x), y - _column(place_y)
+    sector = 2 * np.pi / corners
+    apothem = draws.between(*sizes) * np.sqrt(np.pi / (corners * np.tan(sector / 2)))
+    angle = (np.arctan2(dy, dx) + _column(draws.between(0, 2 * np.pi))) % _column(sector) - _column(sector / 2)
+    return np.clip(0.5 + (_column(apothem) - np.hypot(dx, dy) * np.cos(angle)) * image_size, 0, 1)
+
+
+def _bar(draws: "_Draws", x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
+    """A bar right across two pictures in five, (N, H, W) in [0, 1]."""
+    turn, offset = draws.between(0, np.pi), draws.between(-0.3, 0.3)
+    half_width = np.where(draws.between(0, 1) < 0.4, draws.between(0.03, 0.06), -1.0)
+    distance = np.abs(_column(np.cos(turn)) * x + _column(np.sin(turn)) * y - _column(offset))
+    return np.clip(0.5 + (_column(half_width) - distance) * image_size, 0, 1)
+
+
+def _light(draws: "_Draws", x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
+    """A slope of brightness, (N, H, W)."""
+    return _column(draws.between(-strength, strength)) * x + _column(draws.between(-strength, strength)) * y
+
+
+def _lay(canvas: np.ndarray, cover: np.ndarray, paint: np.ndarray) -> None:
+    """Lays `paint` over (N, H, W, 3) `canvas` where `cover` (N, H, W) says so, in place."""
+    canvas += cover[..., None] * (paint - canvas)
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)[:, None, None]
+
+
+class _Draws:
+    """Uniform draws for N samples: draw number k of a sample is a hash of (seed, split, index, k)."""
+
+    def __init__(self, seed: int, split: int, indices: np.ndarray):
+        key = np.array([len(SPLITS) * seed + split], dtype=np.uint64)
+        self._state = _mix(_mix(key) + indices.astype(np.uint64))  # (N,)
+        self._count = 0
+
+    def between(self, low: float, high: float) -> np.ndarray:
+        """(N,) float32."""
+        self._count += 1
+        bits = _mix(self._state + np.uint64(self._count)) >> np.uint64(40)
+        return (low + (high - low) * (bits * 2.0**-24)).astype(np.float32)
+
+    def below(self, count: int) -> np.ndarray:
+        """(N,) int64 in 0..count-1."""
+        return np.minimum(self.between(0, count).astype(np.int64), count - 1)
+
+    def colour(self) -> np.ndarray:
+        """(N, 3) float32 in [-1, 1]."""
+        return np.stack([self.between(-1, 1) for _ in range(3)], -1)
+
+    def tone(self, low: float, high: float) -> np.ndarray:
+        """(N, 3) float32: a grey between `low` and `high`, tinted."""
+        return self.between(low, high)[:, None] + 0.22 * self.colour()
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64: a step of the counter, then the finaliser. Arrays of uint64 wrap around silently."""
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _check(split: str, num_samples: int, seed: int, image_size: int, samples_per_shard: int) -> None:
+    if split not in SPLITS:
+        raise UserError(f"The shapes have no split {split!r}; write one of: {', '.join(SPLITS)}.")
+    for name, value, least in (
+        ("num_samples", num_samples, 1),
+        ("seed", seed, 0),
+        ("image_size", image_size, 16),
+        ("samples_per_shard", samples_per_shard, 1),
+    ):
+        if value < least:
+            raise UserError(f"The shapes cannot be painted with {name}={value}; write {least} or more.")
+
+
+def _shard(split: str, start: int, stop: int, seed: int, image_size: int) -> bytes:
+    out = io.BytesIO()
+    with TarWriter(out, encoder=False, mtime=0, user="", mode=0o644) as tar:
+        for first in range(start, stop, _CHUNK):
+            indices = np.arange(first, min(first + _CHUNK, stop))
+            for index, picture, label in zip(indices, *paint(split, indices, seed, image_size), strict=True):
+                jpeg = io.BytesIO()
+                Image.fromarray(picture).save(jpeg, "JPEG", quality=95, subsampling=0)
+                tar.write({"__key__": f"{split}-{index:06d}", "jpg": jpeg.getvalue(), "cls": b"%d" % label})
+    return out.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Through a file of this process's own, so that ranks that write at the same time do not meet."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def _recorded(record: Path) -> dict | None:
+    try:
+        return json.loads(record.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _sizes(shards: list[Path]) -> list[int]:
+    return [shard.stat().st_size if shard.is_file() else -1 for shard in shards]

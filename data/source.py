@@ -1,0 +1,263 @@
+"""From places in the order to arrays: the two stages of the pipeline that webdataset has no part for.
+
+- A source (an IterableDataset, the head of a `wds.DataPipeline`) says which samples make the next micro-batch.
+  Worker w of n makes the micro-batches w, w + n, w + 2n, ..., so that a DataLoader hands them over in order.
+- `MicroBatchReader` (a `wds.map` stage) reads and decodes them into one uint8 buffer a view.
+- What comes out depends on positions alone. An unreadable sample is replaced by one that its position determines, so
+  that the micro-batch stays full and nobody else's samples move.
+- Bytes are read by offset (pread): file positions are shared by forked processes, and a shard that has become shorter
+  is a short read, where a memory map would kill the worker.
+"""
+
+import functools
+import os
+import resource
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data.batch import ViewPlan
+from data.decode import BadImage
+from data.labels import LabelReader
+from data.order import Order, Shuffle, sample_seed, substitute
+from data.shards import ShardIndex
+from data.views import read_views
+
+MAX_ATTEMPTS = 16
+
+
+def worker() -> tuple[int, int]:
+    """(number of this worker, number of workers); the main process is worker 0 of 1."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def rank_positions(start: int, nth: int, micro_batch: int, rank: int, world_size: int) -> np.ndarray:
+    """(micro_batch,) int64: the positions of a rank's micro-batch number `nth` after `start`.
+
+    Ranks take turns sample by sample, so that the samples of a global batch are the same at any number of ranks.
+    """
+    return start + (nth * micro_batch + np.arange(micro_batch)) * world_size + rank
+
+
+class EndlessSource(IterableDataset):
+    """A rank's micro-batches from position `start` on, for ever."""
+
+    def __init__(
+        self, index: ShardIndex, shuffle: Shuffle, seed: int, start: int, micro_batch: int, rank: int, world_size: int
+    ):
+        self.order = Order(index.counts, seed, shuffle)
+        self.positions_of = functools.partial(
+            rank_positions, start, micro_batch=micro_batch, rank=rank, world_size=world_size
+        )
+
+    def __iter__(self):
+        for nth in count(*worker()):
+            positions = self.positions_of(nth)
+            yield _step(nth, positions, self.order.samples_at(positions))
+
+
+class OnePassSource(IterableDataset):
+    """A rank's contiguous part of the index in order, once; the last micro-batch may be short."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int):
+        self.begin = num_samples * rank // world_size
+        self.end = num_samples * (rank + 1) // world_size
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        first, workers = worker()
+        for nth in range(first, -(-(self.end - self.begin) // self.batch_size), workers):
+            begin = self.begin + nth * self.batch_size
+            ids = np.arange(begin, min(begin + self.batch_size, self.end))
+            yield _step(nth, ids, ids)
+
+
+def _step(nth: int, positions: np.ndarray, sample_ids: np.ndarray) -> dict:
+    """A micro-batch to be read, as a webdataset sample."""
+    return {"__key__": f"{nth:09}", "__url__": "", "positions": positions, "sample_ids": sample_ids}
+
+
+def announce(steps, reader: "MicroBatchReader"):
+    """Tells the operating system of each micro-batch's bytes one micro-batch early."""
+    waiting = None
+    for step in steps:
+        reader.will_read(step["sample_ids"])
+        if waiting is not None:
+            yield waiting
+        waiting = step
+    if waiting is not None:
+        yield waiting
+
+
+class MicroBatchReader:
+    """Reads and decodes micro-batches.
+
+    on_bad: "substitute" reads another sample in its place, at most 16 times; "skip" leaves the row out.
+    threads: decoding threads of this process; 1 in workers, whose number is the parallelism.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        plan: ViewPlan,
+        seed: int,
+        read_label: LabelReader | None,
+        on_bad: Literal["substitute", "skip"],
+        threads: int = 1,
+    ):
+        self.index, self.plan, self.seed, self.read_label, self.on_bad = index, plan, seed, read_label, on_bad
+        self.threads = threads
+        self.files = OpenFiles(index.paths)
+
+    def __call__(self, step: dict) -> dict:
+        """Fills the arrays of one micro-batch.
+
+        Returns views (V tensors, each (B, H, W, 3) uint8), boxes, flips, seeds, sample_ids, positions and labels as in
+        `Batch` but numpy, `bad`: (position, sample id, reason) of each failed attempt, and `lost`: the positions for
+        which every attempt failed.
+        """
+        positions, sample_ids = step["positions"], step["sample_ids"].copy()
+        seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
+        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label)
+        fill = functools.partial(self._fill, rows, positions, seeds, sample_ids)
+        failures = list(self._map(fill, range(len(positions))))  # by row: the failed attempts, and whether all failed
+        bad = [failed for attempts, _ in failures for failed in attempts]
+        lost = np.array([all_failed for _, all_failed in failures], bool)
+        if self.on_bad == "skip" and lost.any():
+            rows.keep(~lost)
+            seeds, sample_ids, positions, lost = seeds[~lost], sample_ids[~lost], positions[~lost], lost[~lost]
+        return rows.arrays() | {
+            "seeds": seeds,
+            "sample_ids": sample_ids,
+            "positions": positions,
+            "bad": bad,
+            "lost": positions[lost].tolist(),
+        }
+
+    def will_read(self, sample_ids: np.ndarray) -> None:
+        for sample_id in sample_ids.tolist():
+            self.files.will_read(self._shard(sample_id), *self.index.images[sample_id].tolist())
+
+    def _fill(self, rows: "MicroBatchBuffers", positions, seeds, sample_ids, row: int) -> tuple[list, bool]:
+        """Reads one row; writes the id that was delivered into `sample_ids`."""
+        position, seed, failed = int(positions[row]), int(seeds[row]), []
+        for attempt in range(MAX_ATTEMPTS + 1):
+            if attempt:
+                sample_ids[row] = substitute(self.seed, position, attempt, self.index.num_samples)
+            sample_id = int(sample_ids[row])
+            try:
+                label = self._label(sample_id)
+                rows.write(row, self._read(sample_id, self.index.images), seed, label)
+                return failed, False
+            except BadImage as error:
+                failed.append((position, sample_id, str(error)))
+            if self.on_bad == "skip":
+                break
+        return failed, True
+
+    def _label(self, sample_id: int) -> np.ndarray | None:
+        if self.read_label is None:
+            return None
+        if self.index.labels[sample_id, 0] < 0:
+            raise BadImage(f"no .{self.read_label.extension} label")
+        return self.read_label(self._read(sample_id, self.index.labels))
+
+    def _read(self, sample_id: int, table: np.ndarray) -> bytes:
+        return self.files.read(self._shard(sample_id), *table[sample_id].tolist())
+
+    def _shard(self, sample_id: int) -> int:
+        return int(np.searchsorted(self.index.ends, sample_id, side="right"))
+
+    def _map(self, function, rows):
+        return self._pool.map(function, rows) if self.threads > 1 else map(function, rows)
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads)
+
+
+class MicroBatchBuffers:
+    """The arrays of one micro-batch of `size` rows, to be filled row by row from any thread."""
+
+    def __init__(self, plan: ViewPlan, size: int, read_label: LabelReader | None):
+        num_views = len(plan.views)
+        self.plan = plan
+        self.views = tuple(torch.empty(size, *view.size, 3, dtype=torch.uint8) for view in plan.views)
+        self.pixels = [view.numpy() for view in self.views]
+        self.boxes = np.zeros((size, num_views, 4), np.int32)
+        self.flips = np.zeros((size, num_views), bool)
+        self.labels = None if read_label is None else np.zeros((size, *read_label.shape), read_label.dtype)
+
+    def write(self, row: int, image: bytes, seed: int, label: np.ndarray | None) -> None:
+        """Raises BadImage; the row is then undefined until it is written again."""
+        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, [view[row] for view in self.pixels])
+        if label is not None:
+            self.labels[row] = label
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Drops all other rows. rows: (size,) bool."""
+        self.views = tuple(view[torch.from_numpy(rows)] for view in self.views)
+        self.boxes, self.flips = self.boxes[rows], self.flips[rows]
+        self.labels = None if self.labels is None else self.labels[rows]
+
+    def arrays(self) -> dict:
+        return {"views": self.views, "boxes": self.boxes, "flips": self.flips, "labels": self.labels}
+
+
+class OpenFiles:
+    """Reads of shards by number, through the most recently used file descriptors. Safe from several threads."""
+
+    def __init__(self, paths: tuple[str, ...]):
+        self.paths = paths
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.limit = 1024 if soft == resource.RLIM_INFINITY else max(min(1024, soft // 2), 1)
+        self.opened: OrderedDict[int, _File] = OrderedDict()
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Raises BadImage when fewer bytes than `size` can be had."""
+        try:
+            file = self._file(shard)
+            content = os.pread(file.fd, size, offset)
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror}") from error
+        if len(content) < size:
+            raise BadImage("the shard has become shorter")
+        return content
+
+    def will_read(self, shard: int, offset: int, size: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            try:
+                file = self._file(shard)
+                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
+            except OSError:
+                pass  # advice only: the read itself reports what is wrong
+
+    def _file(self, shard: int) -> "_File":
+        file = self.opened.pop(shard, None) or _File(self.paths[shard])
+        self.opened[shard] = file  # the newest is last
+        while len(self.opened) > self.limit:
+            try:
+                self.opened.popitem(last=False)
+            except KeyError:
+                break  # another thread was faster
+        return file
+
+    def __getstate__(self):
+        return {"paths": self.paths, "limit": self.limit, "opened": OrderedDict()}  # descriptors do not travel
+
+
+class _File:
+    """An open file that closes with its last user, so that no thread reads from a descriptor that was closed."""
+
+    def __init__(self, path: str):
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if hasattr(self, "fd"):
+            os.close(self.fd)

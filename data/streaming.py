@@ -1,0 +1,172 @@
+"""For shards that have no byte offsets (a pipe, a URL): webdataset's own stream, with the same batches.
+
+- Each worker of each rank draws shards with replacement from a seed of its own, and shuffles samples in a buffer.
+- Batches are full on every rank; crops and seeds come from the position, as in `Loader`.
+- Which samples come is not exact: an epoch is a count of samples, of which some come twice and some not at all, and a
+  resumed run goes on at its step with other samples.
+"""
+
+import hashlib
+import logging
+import random
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+from torch.utils.data import IterableDataset
+from webdataset.gopen import gopen_schemes
+
+from data.batch import ViewPlan
+from data.decode import BadImage
+from data.errors import UserError
+from data.order import sample_seed
+from data.pipeline import EndlessLoader
+from data.shards import is_remote
+from data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
+from data.tar_index import image_extension
+
+log = logging.getLogger(__name__)
+
+SHUFFLE_BUFFER = 1000  # samples, as encoded bytes, of each worker
+MAX_SHARDS_FAILED = 20  # in a row, before the stream is given up
+
+
+class StreamingLoader(EndlessLoader):
+    """Endless batches of what webdataset can read and we cannot index. The parameters are those of `Loader`.
+
+    urls: expanded ones. num_samples: how many make an epoch; nobody can count them beforehand.
+    Raises UserError without `num_samples`, for a URL that nothing opens, and for labels, which need an index.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        plan: ViewPlan,
+        *,
+        num_samples: int | None,
+        seed: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        label: str = "",
+        bad_samples_log: str | Path | None = None,
+    ):
+        super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
+        first = next(filter(is_remote, urls))
+        if label:
+            raise UserError(f"Labels cannot be read from {first}, which is no local file; copy the shards to a disk.")
+        if not num_samples:
+            raise UserError(
+                f"{first} in data.shards is no local file, so its samples cannot be counted; write "
+                f"data.num_samples=..., or copy the shards to a disk."
+            )
+        _refuse_unknown_schemes(urls)
+        self.urls, self.num_samples = urls, num_samples
+        if rank == 0:
+            log.warning("%s cannot be indexed: samples are streamed, and an exact resume is not available", first)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.urls)
+
+    def preview(self, count: int) -> list[str]:
+        """Nothing: what a stream brings is not known beforehand."""
+        return []
+
+    def stages(self) -> list:
+        where = dict(start=self.samples, micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size)
+        return [StreamSource(self.urls, self.plan, self.seed, **where)]
+
+    def identity(self) -> dict:
+        return {"exact": False, "seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
+
+    def name_of(self, sample):
+        url, key = sample
+        return url, lambda: key
+
+
+class StreamSource(IterableDataset):
+    """A rank's micro-batches, as `MicroBatchReader` makes them."""
+
+    def __init__(self, urls, plan: ViewPlan, seed: int, start: int, micro_batch: int, rank: int, world_size: int):
+        self.urls, self.plan, self.seed, self.start = urls, plan, seed, start
+        self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
+
+    def __iter__(self):
+        nth_worker, workers = worker()
+        self.bad: list[tuple[int, tuple[str, str], str]] = []
+        self.shards_failed = 0
+        samples = self._stream(sample_seed(self.seed, self.start + self.rank + self.world_size * nth_worker))
+        for nth in count(nth_worker, workers):
+            yield self._micro_batch(
+                rank_positions(self.start, nth, self.micro_batch, self.rank, self.world_size), samples
+            )
+
+    def _stream(self, seed: int):
+        return iter(
+            wds.DataPipeline(
+                wds.ResampledShards(self.urls, seed=seed, worker_seed=lambda: seed, deterministic=True),
+                wds.tarfile_to_samples(handler=self._shard_failed),
+                wds.shuffle(SHUFFLE_BUFFER, rng=random.Random(seed)),
+            )
+        )
+
+    def _micro_batch(self, positions: np.ndarray, samples) -> dict:
+        rows = MicroBatchBuffers(self.plan, len(positions), None)
+        seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
+        sample_ids = np.zeros(len(positions), np.int64)
+        lost = []
+        for row, position in enumerate(positions.tolist()):
+            self.position = position
+            try:
+                sample_ids[row] = self._fill(rows, row, int(seeds[row]), samples)
+            except _NothingLeft:
+                lost.append(position)
+                break
+        bad, self.bad = self.bad, []
+        return rows.arrays() | {
+            "seeds": seeds, "sample_ids": sample_ids, "positions": positions, "bad": bad, "lost": lost,
+        }  # fmt: skip
+
+    def _fill(self, rows: MicroBatchBuffers, row: int, seed: int, samples) -> int:
+        """Writes the stream's next readable sample; returns its id, a hash of its shard's URL and its key."""
+        for _ in range(MAX_ATTEMPTS + 1):
+            sample = next(samples)
+            self.shards_failed = 0
+            url, key = sample["__url__"], sample["__key__"]
+            try:
+                extension = image_extension([name for name in sample if not name.startswith("__")])
+                if extension is None:
+                    raise BadImage("no image")
+                rows.write(row, sample[extension], seed, None)
+                return int.from_bytes(hashlib.blake2b(f"{url}\0{key}".encode(), digest_size=8).digest(), "little") >> 1
+            except BadImage as error:
+                self.bad.append((self.position, (url, key), str(error)))
+        raise _NothingLeft
+
+    def _shard_failed(self, error: Exception) -> bool:
+        """webdataset's handler: true goes on, with the next shard where this one cannot be read further."""
+        self.shards_failed += 1
+        url = error.args[-1] if error.args and isinstance(error.args[-1], str) else self.urls[0]
+        self.bad.append(
+            (self.position, (url, "what follows"), f"{type(error).__name__}: {error.args[0] if error.args else ''}")
+        )
+        if self.shards_failed > MAX_SHARDS_FAILED:
+            raise _NothingLeft
+        return True
+
+
+class _NothingLeft(BaseException):
+    """Not an Exception: webdataset would hand it to the handler that raises it."""
+
+
+def _refuse_unknown_schemes(urls: list[str]) -> None:
+    for url in filter(is_remote, urls):
+        scheme = url.partition(":")[0]
+        if scheme not in gopen_schemes:
+            raise UserError(
+                f"{url} cannot be opened: the scheme {scheme} is not known; write a command that prints the tar, "
+                f"such as 'pipe:aws s3 cp s3://bucket/000.tar -'."
+            )

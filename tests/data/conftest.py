@@ -1,0 +1,87 @@
+"""Small data sets in tar shards; every image is 10 x 12 pixels of noise that its number decides."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No test reads an index that another one, or the user, has left behind."""
+    monkeypatch.setenv("PRELUDE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def image():
+    """image(number) -> bytes of a PPM file."""
+
+    def make(number: int, height: int = 10, width: int = 12) -> bytes:
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_tar():
+    """write_tar(path, [(name, content), ...], format): members as given, in order."""
+
+    def write(path: Path, members, format=tarfile.USTAR_FORMAT) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w", format=format) as tar:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_shards(tmp_path, write_tar, image):
+    """write_shards(counts, bad=numbers, folder=name) -> paths. Samples are numbered throughout; label = number."""
+
+    def write(counts, bad=(), folder="shards") -> list[str]:
+        paths, number = [], 0
+        for shard, count in enumerate(counts):
+            members = []
+            for n in range(number, number + count):
+                members += [(f"{n:06}.ppm", b"garbage" if n in bad else image(n)), (f"{n:06}.cls", str(n).encode())]
+            number += count
+            paths.append(str(write_tar(tmp_path / folder / f"{shard:03}.tar", members)))
+        return paths
+
+    return write
+
+
+@pytest.fixture
+def run_python(cache):
+    """run_python(code, *arguments) -> a started process that sees the project and this test's cache."""
+    started = []
+
+    def run(code: str, *arguments, **environment) -> subprocess.Popen:
+        variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
