@@ -1,4 +1,4 @@
-"""DSeq-JEPA (He et al., "Discriminative Sequential Joint-Embedding Predictive Architecture", arXiv 2511.17354).
+"""DSeq-JEPA, discriminative sequential joint-embedding prediction (arXiv 2511.17354).
 
 I-JEPA with an order: the teacher says which regions of an image matter, and each region is predicted from all that
 matter more; the background comes last.
