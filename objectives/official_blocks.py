@@ -57,16 +57,12 @@ class OfficialMultiBlock:
     def draw(self, seeds: Tensor, step: int) -> BlockMasks:
         sizes = self.sizes(step)
         corners = self._corners(seeds, self.num_targets, sizes.target, CORNER_STREAM)  # (B, M, 2)
-        covered = inside(corners, sizes.target, self.grid)  # (B, M, N)
-        tries = _TRIES * (self.num_targets + 1)
-        contexts = inside(
-            self._corners(seeds, tries, sizes.context, CORNER_STREAM + 10), sizes.context, self.grid
-        )  # (B, tries, N)
+        covered = inside(corners, sizes.target, self.grid).cumsum(1) > 0  # (B, M, N): by the first 1 .. M targets
         # After every 20 tries the last of the targets that still count is given up.
-        counting = self.num_targets - torch.arange(tries, device=seeds.device) // _TRIES  # (tries,)
-        targets = torch.arange(self.num_targets, device=seeds.device)
-        blocked = covered[:, None] & (targets < counting[:, None])[None, :, :, None]  # (B, tries, M, N)
-        free = contexts & ~blocked.any(2)  # (B, tries, N)
+        counting = torch.cat([covered.flip(1), torch.zeros_like(covered[:, :1])], dim=1)  # (B, M + 1, N)
+        places = self._corners(seeds, counting.shape[1] * _TRIES, sizes.context, CORNER_STREAM + 10)
+        contexts = inside(places, sizes.context, self.grid)  # (B, tries, N)
+        free = contexts & ~counting.repeat_interleave(_TRIES, dim=1)
         chosen = (free.sum(-1) > _MORE_THAN).int().argmax(1)  # (B,)
         free = free[torch.arange(len(seeds), device=seeds.device), chosen]  # (B, N)
         shortest = int(free.sum(-1).min())
