@@ -25,11 +25,11 @@ from pretrain.monitors import Monitor
 NUM_SAMPLES = 40
 STEPS = 4
 PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2}
-GRADIENT = {"name": "sgd", "momentum": 0.0, "lr": 1.0, "weight_decay": 0.0}  # one step moves weights by the gradient
+# One step moves weights by their gradient.
+GRADIENT = {"name": "sgd", "momentum": 0.0, "lr": 1.0, "min_lr": 1.0, "weight_decay": 0.0, "weight_decay_end": 0.0}
 CASES = {
-    "ijepa": {},
+    "ijepa": {"train": {"micro_batch": 2}},
     "ijepa_gradient": {"optimizer": GRADIENT, "steps": 1},
-    "ijepa_accumulated": {"train": {"micro_batch": 2}},
     "ijepa_zero1": {"train": {"zero_stage": 1}},
     "ijepa_zero2": {"train": {"zero_stage": 2}},
     "dseq": {"cls": DSeqJEPA, "options": {"lambda_start": 0.5}},
@@ -40,7 +40,12 @@ CASES = {
         "options": {"lambda_start": 0.5, "lambda_granularity": "sample"},
     },
     "dseq_region": {"cls": DSeqJEPA, "options": {"lambda_start": 0.5, "lambda_granularity": "region"}},
-    "dseq_reencode": {"cls": DSeqJEPA, "options": {"lambda_start": 1.0, "context": "reencode"}},
+    "dseq_reencode_gradient": {
+        "cls": DSeqJEPA,
+        "optimizer": GRADIENT,
+        "steps": 1,
+        "options": {"lambda_start": 1.0, "context": "reencode"},
+    },
 }
 RESUMED = "dseq_sample_zero2"  # also stopped half-way and taken up again
 

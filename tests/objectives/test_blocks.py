@@ -178,15 +178,15 @@ def test_official_target_sizes_for_the_released_generator():
 @pytest.mark.parametrize(("batch", "expected"), [(16, 60.5), (64, 55.9), (128, 53.2)])
 def test_official_context_shrinks_with_the_batch(batch, expected):
     sampler = OfficialMultiBlock((14, 14))
-    drawn = list(masks(sampler, 150, batch))
-    assert sum(d.context.shape[1] for d in drawn) / 150 == pytest.approx(expected, abs=2.5)
-    assert sum(d.targets.shape[2] for d in drawn) / 150 == pytest.approx(32.5, abs=0.6)
+    drawn = list(masks(sampler, 100, batch))
+    assert sum(d.context.shape[1] for d in drawn) / 100 == pytest.approx(expected, abs=3)
+    assert sum(d.targets.shape[2] for d in drawn) / 100 == pytest.approx(32.5, abs=0.7)
 
 
 def test_official_masks_never_use_the_last_row_and_column_and_favour_the_top():
-    drawn = list(masks(OfficialMultiBlock((14, 14)), 60, 256))
-    context = profile([d.context for d in drawn], (14, 14), 60 * 256)
-    targets = profile([d.targets for d in drawn], (14, 14), 60 * 256 * 4)
+    drawn = list(masks(OfficialMultiBlock((14, 14)), 25, 256))
+    context = profile([d.context for d in drawn], (14, 14), 25 * 256)
+    targets = profile([d.targets for d in drawn], (14, 14), 25 * 256 * 4)
     for share in (context, targets):
         assert share[13].sum() == 0 and share[:, 13].sum() == 0
     expected = [0.75, 0.61, 0.49, 0.39, 0.29, 0.22, 0.19, 0.19, 0.20, 0.19, 0.13, 0.05, 0.01, 0.0]

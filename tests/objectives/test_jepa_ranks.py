@@ -63,7 +63,7 @@ def test_losses_and_gradients_agree_between_one_rank_and_two(runs, name):
         assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=2e-5)
 
 
-@pytest.mark.parametrize("name", ["ijepa_gradient", "dseq_gradient"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("gradient")])
 def test_single_gradients_agree_between_one_rank_and_two(runs, name):
     """One step of plain gradient descent at rate 1: weights moved by their gradient."""
     start = jepa_cases.objective_of(name, jepa_cases.config_of(name, runs[1])).state_dict()
