@@ -162,8 +162,8 @@ def _start_worker(_: int) -> None:
 def _explained():
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # a batch of the dead worker may be half received
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
         raise RunStopped(
             f"A data worker died ({' '.join(str(error).split())}). It is most often short of memory, or of shared "

@@ -1,1 +1,7 @@
 """The doors: each reads its arguments, builds the parts and hands them to each other."""
+
+import os
+
+# Read when torch is first imported. On CPU, compute threads share their cores with loader workers; threads that spin
+# while they wait for one another then cost most of the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -10,3 +10,5 @@ from pathlib import Path
 
 _doors = Path(__file__).resolve().parent
 sys.path[:] = [str(_doors.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != _doors]
+
+import launch  # noqa: E402, F401  what it sets has to be there before torch is imported

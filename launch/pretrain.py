@@ -21,6 +21,7 @@ from checkpoints.store import Store
 from data.errors import UserError
 from data.loader import build_loader
 from data.order import Shuffle
+from data.shards import expand_shards
 from launch.exit_codes import PREEMPTED, door
 from objectives import build_objective, check_objective, options_for
 from pretrain import distributed, precision
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config, args.overrides, options_for)
     check_objective(config)
     config.batching(distributed.launched_world_size())
+    expand_shards(config.data.shards)  # a shard that this node lacks is told before any rank waits for another
     if args.dry_run:
         return dry_run(config)
 

@@ -1,5 +1,6 @@
 """One start of a training run through a real launcher, to be waited for, signalled and looked into."""
 
+import contextlib
 import json
 import os
 import signal
@@ -33,7 +34,15 @@ class Run:
             )  # fmt: skip
 
     def wait(self) -> int:
-        return self.process.wait(timeout=240)
+        """The exit code of the command, once every process that it started is gone: after a signal to the group
+        the launcher ends first, while its ranks still save."""
+        code = self.process.wait(timeout=240)
+        until = time.monotonic() + 240
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < until:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.05)
+        return code
 
     def at_step(self, step: int) -> "Run":
         """Waits until this many steps are logged and the run still goes on."""

@@ -19,7 +19,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
 MISTAKES = {
     "a wrong key": (["train.epoch=3"], "train.epoch does not exist; did you mean train.epochs?"),
     "no shards": (["data.shards=/nowhere/train-{000..003}.tar"], "/nowhere/train-"),
-    "a patch that does not divide the image": (["encoder.patch_size=5"], "encoder.patch_size=5"),
+    "a patch that does not divide the image": (["encoder.patch_size=5"], "not a whole number of patches of 5 pixels"),
     "a batch that does not divide": (["train.micro_batch=5"], "train.micro_batch=5"),
     "a convnet for MAE": (["encoder.name=resnet18", "encoder.kwargs={}"], "resnet18"),
 }
