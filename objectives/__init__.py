@@ -16,6 +16,8 @@ from pretrain.objective import Objective, Options
 
 OURS = {
     "barlow_twins": "objectives.barlow_twins:BarlowTwins",
+    "dseqjepa": "objectives.dseqjepa:DSeqJEPA",
+    "ijepa": "objectives.ijepa:IJEPA",
     "mae": "objectives.mae:MAE",
     "rotation": "objectives.rotation:Rotation",
 }
@@ -41,6 +43,11 @@ def check_objective(config: Config) -> None:
     """Refuses, before anything is built, an objective that cannot work with this encoder. Raises UserError."""
     cls, options = _chosen(config)
     cls.check(options, config.encoder)
+    if config.train.zero_stage > cls.max_zero_stage:
+        raise UserError(
+            f"objective.name={config.objective['name']} reads whole weights between steps, which ZeRO stage "
+            f"{config.train.zero_stage} keeps in parts; write train.zero_stage={cls.max_zero_stage}."
+        )
 
 
 def build_objective(config: Config) -> Objective:

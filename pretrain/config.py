@@ -68,7 +68,8 @@ class OptimizerConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars
     nesterov: bool = False  # sgd
     weight_decay: float = Field(0.05, ge=0)
-    weight_decay_end: float | None = Field(None, ge=0)  # half a cosine to here over the run; None: constant
+    weight_decay_end: float | None = Field(None, ge=0)  # reached at the end of the run; None: constant
+    weight_decay_schedule: Literal["cosine", "linear"] = "cosine"  # how it gets there
     decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
     decay_vectors: bool = False  # whether biases and norms are decayed too
     spared_lr_ratio: float = Field(1.0, gt=0)  # learning rate of what is not decayed, as a share of lr
@@ -77,6 +78,7 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
     milestones: list[float] = []  # epochs at which the rate is multiplied by milestone_factor; replaces the cosine
     milestone_factor: float = Field(0.1, gt=0, lt=1)
+    first_step: Literal[0, 1] = 0  # the first update's number in the schedules: 0 in MAE's code, 1 in I-JEPA's
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self):
@@ -90,6 +92,8 @@ class OptimizerConfig(Section):
             raise ValueError("decay_vectors leaves nothing undecayed for spared_lr_ratio; write one of the two")
         if self.milestones and self.min_lr:
             raise ValueError("min_lr ends the cosine, which milestones replace; write one of the two")
+        if self.weight_decay_end is None and self._is_set("weight_decay_schedule"):
+            raise ValueError("weight_decay_schedule has no effect without weight_decay_end; write both")
         if not self.milestones and self._is_set("milestone_factor"):
             raise ValueError("milestone_factor has no effect without milestones; write both")
         return self

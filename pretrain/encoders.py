@@ -36,6 +36,9 @@ class EncoderSummary:
     width: int  # channels of a feature
     grid: tuple[int, int] | None  # (rows, columns) of patches, where the architecture has patches
     patch_size: tuple[int, int] | None  # (height, width) in pixels
+    depth: int | None = None  # blocks, of a vision transformer
+    num_heads: int | None = None  # of its attention
+    has_class_token: bool = False
 
 
 def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
@@ -52,11 +55,15 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     table = _has_fixed_table(model, config)
     patches = model.patch_embed if isinstance(getattr(model, "patch_embed", None), PatchEmbed) else None
     fixed = model.pos_embed.numel() if table else 0
+    transformer = isinstance(model, VisionTransformer)
     return EncoderSummary(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) - fixed,
         width=model.num_features,
         grid=patches.grid_size if patches else None,
         patch_size=patches.patch_size if patches else None,
+        depth=len(model.blocks) if transformer else None,
+        num_heads=getattr(getattr(model.blocks[0], "attn", None), "num_heads", None) if transformer else None,
+        has_class_token=bool(getattr(model, "has_class_token", False)),
     )
 
 
@@ -92,18 +99,22 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def forward_tokens(vit: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
+def forward_tokens(
+    vit: VisionTransformer, images: Tensor, keep: Tensor | None = None, visible: Tensor | None = None
+) -> Tensor:
     """Features of the prefix tokens and of the kept patches, after the final norm.
 
     images: (B, 3, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
     Returns (B, prefix + K, D), patches in the order of `keep`. Position rows go with their patches, so a
     feature depends on which patches are kept and not on their order. `check_encoder(tokens=True)` has
-    accepted the architecture.
+    accepted the architecture. visible: with `keep` only, bool (B, prefix + K, prefix + K), True where a token
+    (row) sees another (column); no row may be without.
     """
     if keep is None:
         return vit.forward_features(images)
     tokens = vit.norm_pre(vit.pos_drop(_embed_kept(vit, images, keep)))
-    return vit.norm(run_blocks(vit.blocks, tokens, checkpointing=vit.grad_checkpointing))
+    visible = None if visible is None else visible[:, None]  # the same for all heads
+    return vit.norm(run_blocks(vit.blocks, tokens, checkpointing=vit.grad_checkpointing, visible=visible))
 
 
 def gather_patches(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tensor:
@@ -118,13 +129,19 @@ def gather_patches(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> 
     return grid[sample, :, ids // num_columns, :, ids % num_columns]
 
 
-def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, *, checkpointing: bool) -> Tensor:
-    """Blocks in order, activations recomputed in the backward pass where `checkpointing`. (B, N, D) to the same."""
+def run_blocks(
+    blocks: Iterable[nn.Module], tokens: Tensor, *, checkpointing: bool, visible: Tensor | None = None
+) -> Tensor:
+    """Blocks in order, activations recomputed in the backward pass where `checkpointing`. (B, N, D) to the same.
+
+    visible: bool, broadcast to (B, heads, N, N), True where a token (row) sees another (column).
+    """
+    mask = {} if visible is None else {"attn_mask": visible}
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, use_reentrant=False)
+            tokens = checkpoint(block, tokens, use_reentrant=False, **mask)
         else:
-            tokens = block(tokens)
+            tokens = block(tokens, **mask)
     return tokens
 
 

@@ -42,6 +42,9 @@ class Objective(nn.Module, ABC):
     # The batch is averaged sample by sample, so that accumulating micro-batches changes nothing. An objective
     # whose loss is a statistic of the whole batch says False, and the engine then refuses accumulation.
     accumulates: ClassVar[bool] = True
+    # Above stage 2 each rank holds a part of every weight. An objective that reads weights outside `forward`, such
+    # as a momentum teacher that follows them, says 2.
+    max_zero_stage: ClassVar[int] = 3
 
     encoder: nn.Module  # a timm model under its own parameter names
     views: ViewPlan  # what it wants from the data path

@@ -57,18 +57,18 @@ def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
 def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
     """(learning rate, weight decay) of the next optimizer step."""
     o = config.optimizer
+    step = progress.step + o.first_step
     warmup, start = o.warmup_epochs * progress.steps_per_epoch, o.warmup_lr * config.lr_factor
     if o.milestones:
-        passed = sum(progress.epoch >= epoch for epoch in o.milestones)
+        passed = sum(step / progress.steps_per_epoch >= epoch for epoch in o.milestones)
         peak = config.peak_lr * o.milestone_factor**passed
-        lr = linear(start, peak, progress.step / warmup) if progress.step < warmup else peak
+        lr = linear(start, peak, step / warmup) if step < warmup else peak
     else:
         end = o.min_lr * config.lr_factor
-        lr = warmup_cosine(
-            progress.step, warmup=warmup, total=progress.num_steps, start=start, peak=config.peak_lr, end=end
-        )
+        lr = warmup_cosine(step, warmup=warmup, total=progress.num_steps, start=start, peak=config.peak_lr, end=end)
     end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
-    return lr, cosine(o.weight_decay, end, progress.fraction)
+    shape = {"cosine": cosine, "linear": linear}[o.weight_decay_schedule]
+    return lr, shape(o.weight_decay, end, step / progress.num_steps)
 
 
 def apply_schedule(groups: Iterable[dict], config: Config, progress: Progress) -> tuple[float, float]:

@@ -1,0 +1,237 @@
+"""I-JEPA (Assran et al., "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture",
+arXiv 2301.08243).
+
+From one large visible part of an image, predict what a slowly moving copy of the encoder makes of four other parts:
+
+    target    = layer_norm(teacher(image))                    read out at the patches of each target block
+    context   = encoder(patches of the context block that no target covers)
+    predicted = predictor(context, mask token + position of every patch of a target block), one block at a time
+    loss      = mean of smooth_l1(predicted - target)
+    teacher   = m * teacher + (1 - m) * encoder               after every optimizer step; m rises to 1
+
+- The teacher sees the whole image; hidden pixels never reach the encoder; no gradient reaches the teacher.
+- Targets and loss are float32 at least, under any autocast.
+- What is evaluated and exported is the teacher.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from data.batch import Batch, View, ViewPlan
+from data.errors import UserError
+from objectives.blocks import BlockMasks, MultiBlock
+from objectives.collapse import feature_health
+from objectives.momentum_teacher import follow, momentum_teacher
+from objectives.official_blocks import OfficialMultiBlock
+from objectives.patch_pictures import Panel, block_panels, page
+from objectives.predictor import Predictor
+from pretrain.config import EncoderConfig
+from pretrain.encoders import check_encoder, forward_tokens
+from pretrain.images import denormalise
+from pretrain.images import images as device_images
+from pretrain.objective import Loss, Objective, Options
+from pretrain.schedules import Progress, linear
+
+Range = tuple[float, float]
+_NUM_PICTURES = 6
+
+
+class IJEPAOptions(Options):
+    num_targets: int = Field(4, ge=1)
+    target_scale: Range = (0.15, 0.2)  # area of a target block, as a share of the image
+    target_aspect: Range = (0.75, 1.5)  # height / width
+    context_scale: Range = (0.85, 1.0)  # area of the context block before targets are cut out
+    masks: Literal["paper", "official"] = "paper"  # official: as the released code draws them, for parity
+    predictor: Literal["repeat", "packed"] = "repeat"  # packed: all targets in one sequence, another computation
+    predictor_dim: int = Field(384, ge=4)
+    predictor_depth: int = Field(12, ge=1)
+    predictor_num_heads: int | Literal["encoder"] = "encoder"  # as many as the encoder has
+    momentum: float = Field(0.996, ge=0, le=1)  # of the teacher, at the start
+    momentum_end: float = Field(1.0, ge=0, le=1)  # at the end; linear over the run
+    depth_scaled_init: bool = False  # divide what block l adds by sqrt(2 l) at the start
+    crop_scale: Range = (0.3, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
+
+    @field_validator("target_scale", "context_scale", "crop_scale")
+    @classmethod
+    def _is_a_share(cls, value):
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("write two shares of the area, such as [0.3, 1.0]")
+        return value
+
+    @field_validator("target_aspect")
+    @classmethod
+    def _is_a_range(cls, value):
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("write two ratios of height to width, such as [0.75, 1.5]")
+        return value
+
+
+class IJEPA(Objective):
+    Options = IJEPAOptions
+    max_zero_stage = 2  # the teacher follows whole weights, which stage 3 cuts up
+
+    def __init__(self, encoder: nn.Module, options: IJEPAOptions, *, image_size, mean, std):
+        super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
+        # The official code resizes with torchvision's default, which is bilinear.
+        view = View(size=image_size, scale=options.crop_scale, interpolation="bilinear", flip=options.flip)
+        self.views = ViewPlan(views=(view,), mean=mean, std=std)
+        self.grid = encoder.patch_embed.grid_size  # (rows, columns)
+        self.num_prefix = encoder.num_prefix_tokens
+        self.predictor = Predictor(
+            encoder.embed_dim,
+            self.grid,
+            width=options.predictor_dim,
+            depth=options.predictor_depth,
+            num_heads=_num_heads(options, encoder.blocks[0].attn.num_heads),
+        )
+        # Drawn with the weights, so from the run's seed alone: what a step's draws depend on beside its number.
+        self.salt = int(torch.randint(2**62, ()))
+        self.blocks = _sampler(options, self.grid, self.salt)
+        self._initialise()
+        self.teacher = momentum_teacher(encoder)
+
+    @classmethod
+    def check(cls, options: IJEPAOptions, encoder: EncoderConfig) -> None:
+        summary = check_encoder(encoder, tokens=True)
+        heads = _num_heads(options, summary.num_heads)
+        if options.predictor_dim % heads or options.predictor_dim % 4:
+            raise UserError(
+                f"objective.predictor_dim={options.predictor_dim} must be a multiple of 4 and of its {heads} attention "
+                f"heads; write objective.predictor_num_heads=12 with objective.predictor_dim=384, as in the paper."
+            )
+        _refuse_grid(options, summary.grid)
+
+    def forward(self, batch: Batch, progress: Progress) -> Loss:
+        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        masks = self.blocks.draw(batch.seeds, progress.step)
+        features = self.teach(images)
+        target = gather(self.normalised(features), masks.targets)
+        predicted = self.predict(images, masks)
+        pooled = predicted.detach().float().mean((1, 2))
+        parts = feature_health(features.mean(1)) | {"prediction_std": pooled.std(0, correction=0).mean()}
+        return Loss(self.error(predicted, target).mean(), parts)
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Tensor:
+        """The teacher's features of every patch of whole images. Returns (B, N, D)."""
+        return forward_tokens(self.teacher, images)[:, self.num_prefix :]
+
+    def normalised(self, features: Tensor) -> Tensor:
+        """Targets: features with mean 0 and variance 1 over the D channels of each patch, in float32 at least."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            return F.layer_norm(features, features.shape[-1:])
+
+    def predict(self, images: Tensor, masks: BlockMasks) -> Tensor:
+        """What the predictor says of every target patch. Returns (B, M, T, D)."""
+        context = forward_tokens(self.encoder, images, masks.context)[:, self.num_prefix :]  # (B, K, D)
+        checkpointing = self.encoder.grad_checkpointing
+        if self.options.predictor == "repeat":
+            return self.predictor(context, masks.context, masks.targets, checkpointing=checkpointing)
+        num_blocks, length = masks.targets.shape[1:]
+        visible = packed_visibility(context.shape[1], num_blocks, length, context.device)
+        joined = self.predictor(
+            context, masks.context, masks.targets.flatten(1)[:, None], visible, checkpointing=checkpointing
+        )  # (B, 1, M * T, D)
+        return joined.squeeze(1).unflatten(1, (num_blocks, length))
+
+    def error(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Smooth L1 (beta 1) of each patch: (..., D), (..., D) to (...), in the target's precision."""
+        with torch.autocast(target.device.type, enabled=False):
+            return F.smooth_l1_loss(predicted.to(target.dtype), target, reduction="none").mean(-1)
+
+    def after_step(self, progress: Progress) -> None:
+        done = progress.step - 1  # steps before the one that was just applied
+        o = self.options
+        follow(self.teacher, self.encoder, linear(o.momentum, o.momentum_end, done / progress.num_steps))
+
+    def exported_encoder(self) -> nn.Module:
+        return self.teacher
+
+    def train(self, mode: bool = True) -> "IJEPA":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Image.Image]:
+        """One row an image: the image, the context, and each target block with the context that predicts it.
+
+        Block sizes are those of the run's first step; places are the samples' own.
+        """
+        batch = batch.head(_NUM_PICTURES)
+        (images,) = device_images(batch, self.views)
+        masks = self.blocks.draw(batch.seeds, 0)
+        return {"blocks": page(self.block_rows(images, masks))}
+
+    def block_rows(self, images: Tensor, masks: BlockMasks) -> list[list[Panel]]:
+        pixels = denormalise(images, self.views).cpu()
+        return [
+            block_panels(pixels[i], self.grid, masks.context[i].tolist(), masks.targets[i].tolist())
+            for i in range(len(images))
+        ]
+
+    def _initialise(self) -> None:
+        """Normal weights of standard deviation 0.02, no bias, as the official code effectively starts."""
+        for part in (self.encoder, self.predictor):
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+                elif isinstance(module, nn.LayerNorm):
+                    module.reset_parameters()
+            if self.options.depth_scaled_init:
+                for layer, block in enumerate(part.blocks, start=1):
+                    for written in (block.attn.proj, block.mlp.fc2):
+                        written.weight.data.div_((2 * layer) ** 0.5)
+        for token in (self.encoder.cls_token, self.encoder.reg_token, self.predictor.mask_token):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+
+
+def gather(values: Tensor, ids: Tensor) -> Tensor:
+    """Rows of (B, N, D) at ids (B, ...). Returns (B, ..., D)."""
+    sample = torch.arange(len(values), device=values.device).view(-1, *[1] * (ids.ndim - 1))
+    return values[sample, ids]
+
+
+def packed_visibility(num_context: int, num_blocks: int, block_length: int, device) -> Tensor:
+    """Which token sees which when all targets share one sequence. Returns (1, 1, L, L) bool.
+
+    Context sees context; a mask token sees context and its own block. Unlike in the paper's computation, context
+    tokens do not see mask tokens.
+    """
+    blocks = torch.arange(1, num_blocks + 1, device=device).repeat_interleave(block_length)
+    group = torch.cat([blocks.new_zeros(num_context), blocks])  # (L,), 0 for context
+    return ((group[None, :] == 0) | (group[None, :] == group[:, None]))[None, None]
+
+
+def _sampler(options: IJEPAOptions, grid: tuple[int, int], salt: int) -> MultiBlock | OfficialMultiBlock:
+    cls = OfficialMultiBlock if options.masks == "official" else MultiBlock
+    o = options
+    return cls(grid, o.num_targets, o.target_scale, o.target_aspect, o.context_scale, salt)
+
+
+def _num_heads(options: IJEPAOptions, of_encoder: int) -> int:
+    return of_encoder if options.predictor_num_heads == "encoder" else options.predictor_num_heads
+
+
+def _refuse_grid(options: IJEPAOptions, grid: tuple[int, int]) -> None:
+    """Blocks that are too small or leave no context, with a scale of the same kind that works on this grid."""
+    problem = _sampler(options, grid, 0).problem()
+    if problem is None:
+        return
+    where = f"objective.target_scale={list(options.target_scale)} on {grid[0]} x {grid[1]} patches {problem}"
+    for factor in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 3.0, 4.0):
+        scale = tuple(round(end * factor, 3) for end in options.target_scale)
+        changed = options.model_copy(update={"target_scale": scale})
+        if 0 < scale[0] and scale[1] < 1 and _sampler(changed, grid, 0).problem() is None:
+            raise UserError(f"{where}; write objective.target_scale={list(scale)}, or a smaller encoder.patch_size.")
+    raise UserError(f"{where}, and no scale does better; write a smaller encoder.patch_size, or fewer num_targets.")

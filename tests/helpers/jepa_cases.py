@@ -1,0 +1,174 @@
+"""Run by test_jepa_ranks.py through the real launcher: trains small I-JEPA and DSeq-JEPA models in several ways.
+
+`deepspeed ... jepa_cases.py OUT` writes, for each case, OUT/CASE.pt (weights, rank 0), OUT/CASE.json (what was
+logged) and OUT/CASE.rank*.jsonl (for every sample of every step, what was drawn and decided for it).
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from jepa_models import MEAN, STD, a_batch, encoder_config
+
+from checkpoints.store import Store
+from objectives.dseqjepa import DSeqJEPA
+from objectives.ijepa import IJEPA
+from pretrain import distributed
+from pretrain.config import Config
+from pretrain.encoders import build_encoder, seeded
+from pretrain.engine import Engine
+from pretrain.monitors import Monitor
+
+NUM_SAMPLES = 40
+STEPS = 4
+PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2}
+# One step moves weights by their gradient.
+GRADIENT = {"name": "sgd", "momentum": 0.0, "lr": 1.0, "min_lr": 1.0, "weight_decay": 0.0, "weight_decay_end": 0.0}
+CASES = {
+    "ijepa": {"train": {"micro_batch": 2}},
+    "ijepa_gradient": {"optimizer": GRADIENT, "steps": 1},
+    "ijepa_zero1": {"train": {"zero_stage": 1}},
+    "ijepa_zero2": {"train": {"zero_stage": 2}},
+    "dseq": {"cls": DSeqJEPA, "options": {"lambda_start": 0.5}},
+    "dseq_gradient": {"cls": DSeqJEPA, "optimizer": GRADIENT, "steps": 1, "options": {"lambda_start": 1.0}},
+    "dseq_sample_zero2": {
+        "cls": DSeqJEPA,
+        "train": {"zero_stage": 2, "micro_batch": 2},
+        "options": {"lambda_start": 0.5, "lambda_granularity": "sample"},
+    },
+    "dseq_region": {"cls": DSeqJEPA, "options": {"lambda_start": 0.5, "lambda_granularity": "region"}},
+    "dseq_reencode_gradient": {
+        "cls": DSeqJEPA,
+        "optimizer": GRADIENT,
+        "steps": 1,
+        "options": {"lambda_start": 1.0, "context": "reencode"},
+    },
+}
+RESUMED = "dseq_sample_zero2"  # also stopped half-way and taken up again
+
+
+def recording(cls):
+    """The same objective, writing down what it drew and decided for every sample."""
+
+    class Recording(cls):
+        def forward(self, batch, progress):
+            self.current = batch, progress
+            self.note("masks", [*zip(*self.drawn(batch, progress), strict=True)])
+            return super().forward(batch, progress)
+
+        def drawn(self, batch, progress):
+            masks = self.blocks.draw(batch.seeds, progress.step)
+            return masks.context.tolist(), masks.targets.tolist()
+
+        def note(self, what, values):
+            batch, progress = self.current
+            with open(self.file, "a") as file:
+                for position, value in zip(batch.positions.tolist(), values, strict=True):
+                    digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+                    file.write(json.dumps([what, progress.step, position, digest]) + "\n")
+
+        def choose(self, saliency, seeds, progress):
+            regions = super().choose(saliency, seeds, progress)
+            self.note("lambda", [self.curriculum(progress)] * len(seeds))
+            self.note("regions", [None] * len(seeds) if regions is None else regions.rid.tolist())
+            return regions
+
+    return Recording
+
+
+class MemoryLoader:
+    """The loader's rule of positions, over images in memory."""
+
+    num_samples = NUM_SAMPLES
+    bad = SimpleNamespace(num_bad=0, num_read=0)
+    samples = a_batch(NUM_SAMPLES)
+
+    def __init__(self, micro_batch):
+        self.micro_batch, self.consumed = micro_batch, 0
+
+    def __iter__(self):
+        world = distributed.world_size()
+        while True:
+            positions = self.consumed + torch.arange(self.micro_batch) * world + distributed.rank()
+            self.consumed += self.micro_batch * world
+            yield batch_at(positions)
+
+    def state_dict(self):
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state, allow_changed_data):
+        self.consumed = state["consumed"]
+
+
+def batch_at(positions):
+    ids = positions % NUM_SAMPLES
+    batch = MemoryLoader.samples._map(lambda tensor: tensor[ids])
+    return type(batch)(batch.views, batch.boxes, batch.flips, positions * 31, ids, positions)
+
+
+class Recorder(Monitor):
+    def __init__(self):
+        self.records = []
+
+    def record(self, record):
+        self.records.append(vars(record))
+
+
+def config_of(name: str, out: Path) -> Config:
+    case = CASES[name]
+    cls = case.get("cls", IJEPA)
+    optimizer = {"lr": 2e-3, "lr_rule": "absolute", "weight_decay": 0.04, "weight_decay_end": 0.4, "first_step": 1}
+    steps = case.get("steps", STEPS)
+    return Config.model_validate(
+        {
+            "run_dir": str(out / name),
+            "data": {"shards": "none"},
+            "encoder": encoder_config(class_token=cls is DSeqJEPA).model_dump(),
+            "objective": {"name": "tested", **PREDICTOR, "momentum": 0.9, **case.get("options", {})},
+            "train": {"epochs": steps * 8 / NUM_SAMPLES, "global_batch": 8, "precision": "fp32", **case.get("train", {})},
+            "optimizer": optimizer | case.get("optimizer", {}),
+            "log": {"every_steps": 1, "pictures_every_steps": 0},
+            "checkpoint": {"every_steps": 2},
+        }
+    )
+
+
+def objective_of(name: str, config: Config, wrap=lambda cls: cls):
+    cls = wrap(CASES[name].get("cls", IJEPA))
+    given = {key: value for key, value in config.objective.items() if key != "name"}
+    with seeded(5):
+        encoder = build_encoder(config.encoder, seed=0)
+        return cls(encoder, cls.Options(**given), image_size=(32, 32), mean=MEAN, std=STD)
+
+
+def run_case(name: str, out: Path, label: str, **changes) -> None:
+    config = config_of(name, out)
+    config = config.model_copy(update={"run_dir": str(out / label), **changes})
+    objective = objective_of(name, config, recording)
+    objective.file = out / f"{label}.rank{distributed.rank()}.jsonl"
+    recorder = Recorder()
+    loader = MemoryLoader(config.batching(distributed.world_size())[0])
+    store = Store(out / label / "checkpoints")
+    distributed.barrier()
+    Engine(config, objective, loader, store, [recorder]).run()
+    if distributed.is_main():
+        torch.save(objective.state_dict(), out / f"{label}.pt")
+        (out / f"{label}.json").write_text(json.dumps(recorder.records))
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])
+    distributed.start()
+    for name in CASES:
+        run_case(name, out, name)
+    half_way = out / RESUMED / "checkpoints" / f"step-{STEPS // 2:08d}"
+    resume = config_of(RESUMED, out).resume.model_copy(update={"checkpoint": str(half_way)})
+    run_case(RESUMED, out, "resumed", resume=resume)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
