@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data.batch import Batch, Photometric, View, ViewPlan
 from objectives.cross_correlation import barlow_loss
 from objectives.pictures import sheet
+from objectives.projector import projector
 from pretrain.batch_norm import normalise_columns, synchronise
 from pretrain.collectives import row_counts
 from pretrain.encoders import pooled_width
@@ -146,12 +147,3 @@ class BarlowTwins(Objective):
         """One row an image: its two views, as the encoder sees them but for the normalisation."""
         views = [denormalise(view[:_NUM_PICTURES], self.views) for view in device_images(batch, self.views)]
         return {"views": sheet(torch.stack(views, dim=1))}
-
-
-def projector(in_features: int, widths: list[int]) -> nn.Sequential:
-    """Linear layers without bias, batch norm and ReLU between them, nothing after the last (section 3 and code)."""
-    layers: list[nn.Module] = []
-    for width in widths[:-1]:
-        layers += [nn.Linear(in_features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-        in_features = width
-    return nn.Sequential(*layers, nn.Linear(in_features, widths[-1], bias=False))

@@ -16,15 +16,16 @@ the step. It decides for a whole step (alike on all ranks), for a sample, or for
 - `causal`: one pass of the encoder, in which a token sees regions up to its own, serves all steps. `reencode`: one
   pass for each step, in which the tokens of its context see one another.
 - Each image counts the same, whatever its regions, so that neither ranks nor micro-batches change the loss.
+- `contrastive_weight` adds VICReg between each image's mean prediction and mean target (the paper's "+ contrastive").
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data.batch import Batch
@@ -34,6 +35,7 @@ from objectives.collapse import feature_health
 from objectives.ijepa import IJEPA, IJEPAOptions, gather
 from objectives.patch_pictures import page, region_panels
 from objectives.regions import Regions, Strategy, find_regions, normalised_saliency, with_rectangles
+from objectives.vicreg import VICReg
 from pretrain.config import EncoderConfig
 from pretrain.draws import uniform
 from pretrain.encoders import check_encoder, forward_tokens
@@ -59,6 +61,18 @@ class DSeqJEPAOptions(IJEPAOptions):
     lambda_end: float = Field(1.0, ge=0, le=1)  # at the end of the run; linear between
     lambda_granularity: Literal["step", "sample", "region"] = "step"
     loss_reduction: Literal["patch", "step"] = "patch"  # what counts the same within an image
+    contrastive_weight: float = Field(0.0, ge=0)  # of VICReg; the paper's variant: 0.001
+    contrastive_projector: list[int] = [3072, 3072, 3072]  # widths of its projector's layers
+
+    @model_validator(mode="after")
+    def _projector_is_read(self):
+        if not self.contrastive_weight and self.contrastive_projector != [3072, 3072, 3072]:
+            raise ValueError(
+                "contrastive_projector has no effect at contrastive_weight=0; write 0.001, or leave it out"
+            )
+        if not self.contrastive_projector or min(self.contrastive_projector) < 2:
+            raise ValueError("contrastive_projector wants the widths of one or more layers, such as [3072, 3072, 3072]")
+        return self
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class Prediction:
     predicted: Tensor  # (b, T, D)
     target: Tensor  # (b, T, D)
     weight: Tensor  # (b, T): of each patch in its image's loss; 0 for padding; they add up to 1 over an image
+    rows: Tensor  # (b,): which images of the batch these are
     step: Tensor | None = None  # (b, T) int64: k of the prediction; None for random blocks
     background: Tensor | None = None  # (b, T) bool
 
@@ -78,6 +93,9 @@ class DSeqJEPA(IJEPA):
     def __init__(self, encoder: nn.Module, options: DSeqJEPAOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
         self.saliency_block = _saliency_block(options, len(encoder.blocks))
+        self.accumulates = not options.contrastive_weight
+        if options.contrastive_weight:
+            self.vicreg = VICReg(encoder.embed_dim, options.contrastive_projector)
 
     @classmethod
     def check(cls, options: DSeqJEPAOptions, encoder: EncoderConfig) -> None:
@@ -114,17 +132,21 @@ class DSeqJEPA(IJEPA):
             for rows in _buckets(on_host):
                 chosen = torch.tensor(rows, device=images.device)
                 some = Regions(regions.rid[chosen], regions.count[chosen])
-                predictions += self.predict_regions(
-                    images[chosen], target[chosen], some, [on_host[row] for row in rows]
-                )
+                found = self.predict_regions(images[chosen], target[chosen], some, [on_host[row] for row in rows])
+                predictions += [replace(p, rows=chosen[p.rows]) for p in found]
         if in_blocks:
             chosen = torch.tensor(in_blocks, device=images.device)
-            predictions.append(self._in_blocks(images[chosen], target[chosen], batch.seeds[chosen], progress))
+            found = self._in_blocks(images[chosen], target[chosen], batch.seeds[chosen], progress)
+            predictions.append(replace(found, rows=chosen))
         errors = [self.error(p.predicted, p.target) for p in predictions]
         total = sum((error * p.weight).sum() for error, p in zip(errors, predictions, strict=True)) / len(images)
         parts = feature_health(features.mean(1)) | {"lambda": images.new_tensor(self.curriculum(progress))}
         if regions is not None:
             parts |= self._region_statistics(predictions, errors, regions, sizes)
+        if self.options.contrastive_weight:
+            contrastive = self.vicreg(*_pooled(predictions, len(images)))
+            parts |= {"prediction": total.detach(), "contrastive": contrastive.detach()}
+            total = total + self.options.contrastive_weight * contrastive
         return Loss(total, parts)
 
     # ---- what is predicted from what
@@ -204,7 +226,8 @@ class DSeqJEPA(IJEPA):
             dim=1,
         )  # (b, K + T, K + T): rows see columns
         predicted = self._predicted(context, context_ids, target_ids, visible[:, None])
-        return self._prediction(predicted, target, target_ids, asked, regions)
+        rows = torch.arange(len(images), device=images.device)
+        return self._prediction(predicted, target, target_ids, asked, regions, rows)
 
     def _reencoded(self, images, target, regions: Regions, by_region: Tensor, sizes, step: int) -> Prediction:
         """Step k alone, of the images that have it: context and mask tokens all see one another."""
@@ -225,7 +248,7 @@ class DSeqJEPA(IJEPA):
         context = self._encode(images[chosen], context_ids, torch.cat([always, known], dim=1)[:, None, :])
         visible = torch.cat([known, asked > 1], dim=1)[:, None, None, :]  # (b, 1, 1, K + T): columns that all see
         predicted = self._predicted(context, context_ids, target_ids, visible)
-        return self._prediction(predicted, target[chosen], target_ids, asked, regions)
+        return self._prediction(predicted, target[chosen], target_ids, asked, regions, chosen)
 
     def _encode(self, images: Tensor, ids: Tensor, visible: Tensor) -> Tensor:
         return forward_tokens(self.encoder, images, ids, visible)[:, self.num_prefix :]
@@ -234,7 +257,7 @@ class DSeqJEPA(IJEPA):
         checkpointing = self.encoder.grad_checkpointing
         return self.predictor(context, context_ids, target_ids[:, None], visible, checkpointing=checkpointing)[:, 0]
 
-    def _prediction(self, predicted, target, target_ids, asked: Tensor, regions: Regions) -> Prediction:
+    def _prediction(self, predicted, target, target_ids, asked: Tensor, regions: Regions, rows: Tensor) -> Prediction:
         """asked: (b, T), the region of each target patch; 1 marks padding, because region 1 is never a target."""
         sizes = regions.sizes(self.options.num_regions - 1)  # (b, R)
         if self.options.loss_reduction == "patch":
@@ -243,14 +266,15 @@ class DSeqJEPA(IJEPA):
             share = regions.count[:, None] * sizes.gather(1, asked - 1)
         weight = torch.where(asked > 1, 1 / share.clamp(min=1).to(target.dtype), 0)
         background = asked == regions.count[:, None] + 1
-        return Prediction(predicted, gather(target, target_ids), weight, asked - 1, background)
+        return Prediction(predicted, gather(target, target_ids), weight, rows, asked - 1, background)
 
     def _in_blocks(self, images: Tensor, target: Tensor, seeds: Tensor, progress: Progress) -> Prediction:
         """I-JEPA's prediction of the same images."""
         masks = self.blocks.draw(seeds, progress.step)
         predicted = self.predict(images, masks).flatten(1, 2)  # (b, M * T, D)
         ids = masks.targets.flatten(1)
-        return Prediction(predicted, gather(target, ids), target.new_full(ids.shape, 1 / ids.shape[1]))
+        rows = torch.arange(len(images), device=images.device)
+        return Prediction(predicted, gather(target, ids), target.new_full(ids.shape, 1 / ids.shape[1]), rows)
 
     # ---- what is logged and drawn
 
@@ -296,6 +320,16 @@ class DSeqJEPA(IJEPA):
 
 def _saliency_block(options: DSeqJEPAOptions, depth: int) -> int:
     return max(depth - 2, 0) if options.saliency_block == "auto" else options.saliency_block
+
+
+def _pooled(predictions: list[Prediction], num_images: int) -> tuple[Tensor, Tensor]:
+    """Each image's mean prediction and mean target, weighted as in the loss. Returns (B, D), (B, D)."""
+    means = []
+    for side in ("predicted", "target"):
+        rows = [(p.rows, (getattr(p, side) * p.weight[..., None]).sum(1)) for p in predictions]  # (b, D)
+        mean = rows[0][1].new_zeros(num_images, rows[0][1].shape[1])
+        means.append(mean.index_add(0, torch.cat([ids for ids, _ in rows]), torch.cat([values for _, values in rows])))
+    return means[0], means[1]
 
 
 def _num_steps(sizes: list[int]) -> int:

@@ -46,6 +46,12 @@ CASES = {
         "steps": 1,
         "options": {"lambda_start": 1.0, "context": "reencode"},
     },
+    "dseq_contrastive_gradient": {
+        "cls": DSeqJEPA,
+        "optimizer": GRADIENT,
+        "steps": 1,
+        "options": {"lambda_start": 1.0, "contrastive_weight": 0.01, "contrastive_projector": [12, 10]},
+    },
 }
 RESUMED = "dseq_sample_zero2"  # also stopped half-way and taken up again
 
@@ -128,7 +134,12 @@ def config_of(name: str, out: Path) -> Config:
             "data": {"shards": "none"},
             "encoder": encoder_config(class_token=cls is DSeqJEPA).model_dump(),
             "objective": {"name": "tested", **PREDICTOR, "momentum": 0.9, **case.get("options", {})},
-            "train": {"epochs": steps * 8 / NUM_SAMPLES, "global_batch": 8, "precision": "fp32", **case.get("train", {})},
+            "train": {
+                "epochs": steps * 8 / NUM_SAMPLES,
+                "global_batch": 8,
+                "precision": "fp32",
+                **case.get("train", {}),
+            },
             "optimizer": optimizer | case.get("optimizer", {}),
             "log": {"every_steps": 1, "pictures_every_steps": 0},
             "checkpoint": {"every_steps": 2},

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from data.batch import Batch, Photometric
 from data.errors import UserError
 from objectives import build_objective, options_for
-from objectives.barlow_twins import projector
+from objectives.projector import projector
 from pretrain.config import validate_config
 from pretrain.images import denormalise, images
 from pretrain.preview import blank_batch
