@@ -12,7 +12,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def block_size(grid: Size, scale: float, aspect: float) -> Size:
     return min(max(rows, 1), grid[0]), min(max(columns, 1), grid[1])
 
 
-@lru_cache(maxsize=None)
+@cache
 def context_length(grid: Size, num_targets: int, sizes: BlockSizes) -> int:
     """K: patches of context that all but 1/128 of placements leave free, counted over 4096 fixed ones."""
     placement = _place(torch.arange(_NUM_SIMULATED), grid, num_targets, sizes, 1)

@@ -103,7 +103,7 @@ class DSeqJEPA(IJEPA):
         summary = check_encoder(encoder, tokens=True)
         if not summary.has_class_token:
             raise UserError(
-                f"objective.name=dseqjepa takes saliency from the class token, which encoder.name={encoder.name} lacks; "
+                f"objective.name=dseqjepa needs a class token, which encoder.name={encoder.name} has not; "
                 "write encoder.kwargs={class_token: true, global_pool: avg, fc_norm: false}."
             )
         if not 0 <= _saliency_block(options, summary.depth) < summary.depth:

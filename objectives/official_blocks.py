@@ -21,10 +21,10 @@ from objectives.blocks import (
     BlockMasks,
     BlockSizes,
     Size,
-    rectangles,
     between,
     draw_corners,
     inside,
+    rectangles,
     step_draws,
 )
 

@@ -31,7 +31,7 @@ class VICReg(nn.Module):
         synchronise(self)
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """predicted, target: (n, D), this rank's rows, as many on every rank. Returns the scalar of the global batch."""
+        """predicted, target: (n, D), this rank's rows, as many on every rank. Returns the global scalar."""
         first, second = self.projector(predicted), self.projector(target)
         with torch.autocast(first.device.type, enabled=False):
             first, second = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (first, second))

@@ -14,8 +14,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from objectives import cross_correlation
-from objectives.projector import projector
 from objectives.cross_correlation import barlow_loss
+from objectives.projector import projector
 from pretrain.batch_norm import normalise_columns, synchronise
 from pretrain.collectives import row_counts
 

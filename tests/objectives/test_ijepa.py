@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from jepa_models import START, a_batch, encoder_config, gradients, mark, pixels_of, some_images, tiny
-from torch.nn import functional as F
 
 from data.errors import UserError
 from objectives import check_objective
