@@ -56,7 +56,8 @@ def test_two_ranks_train_what_one_process_trains(runs, name):
     weights, logged, idle = reference(name)
     result = json.loads((runs / f"{name}.json").read_text())
     for step, (record, (loss, norm)) in enumerate(zip(result["records"], logged, strict=True)):
-        assert record["loss"] == pytest.approx(loss, rel=2e-4), step
+        # The first step differs by rounding alone, which training then amplifies.
+        assert record["loss"] == pytest.approx(loss, rel=1e-3 if step else 2e-5), step
         assert record["grad_norm"] == pytest.approx(norm, rel=2e-3), step
     ours = torch.load(runs / f"{name}.pt", weights_only=True)
     initial = build_objective(cases.config_of(name, Path("x"))).state_dict()
