@@ -246,6 +246,9 @@ def test_initial_weights_are_those_of_the_released_code():
         for weight in (scaled.encoder.blocks[layer].attn.proj.weight, scaled.encoder.blocks[layer].mlp.fc2.weight):
             assert weight.std().item() == pytest.approx(0.02 / (2 * layer + 2) ** 0.5, rel=0.1)
     assert scaled.predictor.blocks[1].mlp.fc2.weight.std().item() == pytest.approx(0.01, rel=0.15)
+    louder = tiny(patch_init_std=0.08)
+    assert louder.teacher.patch_embed.proj.weight.std().item() == pytest.approx(0.08, rel=0.1)
+    assert louder.encoder.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_the_mask_token_is_decayed_and_biases_are_not():
