@@ -80,7 +80,7 @@ def prepare(
     values["evaluate"] = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
     values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
     values["objective"] = {"name": NAME} | dict(values.get("objective") or {})
-    values["encoder"] = {"name": "resnet18", "image_size": 32}  # until the source is open
+    values["encoder"] = {"name": "of the source", "image_size": 1}  # so that mistakes are told before it is opened
     options_of = validate_config(values, str(recipe), _options_for).objective
     if from_scratch:
         source = source if source.startswith(_RANDOM) else _RANDOM + source
@@ -180,7 +180,7 @@ def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size:
         index, classifier.test_views, batch_size=batch_size, num_workers=num_workers, label=label, **ranks
     )
     counts = {"top1": 0, "total": 0}
-    modes = {module: module.training for module in classifier.modules()}
+    training = classifier.training
     classifier.eval()
     device = distributed.device()
     for batch in batches:
@@ -188,8 +188,7 @@ def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size:
             scores = classifier.scores(batch.to(device))
         found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
         counts = {name: counts.get(name, 0) + count for name, count in found.items()}
-    for module, mode in modes.items():
-        module.training = mode
+    classifier.train(training)
     if len(classifier.classes) >= 10:
         counts.setdefault("top5", 0)  # a rank may have had nothing to score
     names = sorted(counts)

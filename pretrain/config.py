@@ -323,7 +323,7 @@ def _sentence(error: dict, model: type[BaseModel], prefix: str) -> str:
     if error["type"] == "missing":
         return f"{where} is missing: write a value for it."
     message = error["msg"].removeprefix("Value error, ")
-    if not where:
+    if not loc:
         return message + "."
     return f"{where}={error['input']!r} is refused: {message[0].lower() + message[1:]}."
 
