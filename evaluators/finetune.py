@@ -75,7 +75,10 @@ def prepare(
     _refuse_what_the_source_decides(values)
     section = values.get("evaluate") or {}
     labelled = labelled_shards(
-        [source], train or section.get("train_shards"), test or section.get("test_shards"), label or section.get("label")
+        [source],
+        train or section.get("train_shards"),
+        test or section.get("test_shards"),
+        label or section.get("label"),
     )
     values["evaluate"] = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
     values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
@@ -217,7 +220,9 @@ class TestCurve(Monitor):
         self.done = due
         counts = self.test()
         if distributed.is_main():
-            accuracy = {name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts}
+            accuracy = {
+                name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts
+            }
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": record.step, "epoch": record.epoch, **accuracy}) + "\n")
 

@@ -55,9 +55,7 @@ def build_optimizer(
     module: nn.Module, config: Config, lr_scales: dict[str, float] | None = None
 ) -> torch.optim.Optimizer:
     o = config.optimizer
-    groups = parameter_groups(
-        module, decay_tokens=o.decay_tokens, decay_vectors=o.decay_vectors, lr_scales=lr_scales
-    )
+    groups = parameter_groups(module, decay_tokens=o.decay_tokens, decay_vectors=o.decay_vectors, lr_scales=lr_scales)
     common = {"lr": config.peak_lr, "weight_decay": o.weight_decay}
     match o.name:
         case "adamw":

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from pretrain.encoders import build_encoder
 from pretrain.monitors import StepRecord
 from pretrain.schedules import Progress
 
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("finetune_*.yaml"))
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224", image_size=16, patch_size=4, kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -129,6 +131,18 @@ def test_few_labels_are_those_of_the_seed(prepared):
 def test_pixels_are_normalised_as_in_pretraining_unless_the_recipe_says_otherwise(prepared):
     assert prepared().config.data.mean == MEAN
     assert prepared("data.std=[1, 1, 1]").config.data.std == (1, 1, 1)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_sound_and_opens_with_four_lines(path, prepared):
+    recipe = yaml.safe_load(path.read_text())
+    source = "somewhere" if "vit" in path.stem or "ijepa" in path.stem else "resnet"
+    few = {"fraction": None} if "1percent" in path.stem else {}  # of ten images a class
+    task = prepared(source=source, recipe=recipe | {"objective": recipe["objective"] | few})
+    assert task.config.run_dir == f"runs/{path.stem}"
+    heads = [line.split(":")[0] for line in path.read_text().splitlines()[:4]]
+    assert heads == ["# Trains", "# Takes", "# Reaches", "# Command"]
+    assert f"--config configs/{path.name}" in path.read_text()
 
 
 MISTAKES = {

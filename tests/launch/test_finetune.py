@@ -134,7 +134,9 @@ def test_two_ranks_train_what_plain_torch_trains(folder):
     assert [line["loss"] for line in run.metrics()] == pytest.approx(losses, rel=1e-5)
     ours = run.weights(4)
     for name, value in model.state_dict().items():
-        if name == "classes" or name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding, which Adam amplifies
+        if name == "classes" or name.endswith(
+            "qkv.bias"
+        ):  # keys' biases have no gradient but rounding, which Adam amplifies
             continue
         moved, apart = (value - initial[name]).abs().max(), (ours[name] - value).abs().max()
         assert apart <= 0.02 * moved + 1e-7, f"{name}: moved {moved:.2e}, apart {apart:.2e}"
