@@ -80,7 +80,11 @@ def prepare(
         test or section.get("test_shards"),
         label or section.get("label"),
     )
-    values["evaluate"] = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
+    values["evaluate"] = section | {
+        "train_shards": labelled.train,
+        "test_shards": labelled.test,
+        "label": labelled.label,
+    }
     values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
     values["objective"] = {"name": NAME} | dict(values.get("objective") or {})
     values["encoder"] = {"name": "of the source", "image_size": 1}  # so that mistakes are told before it is opened
@@ -283,6 +287,8 @@ def _refuse_what_the_source_decides(values: dict) -> None:
         )
     if "shards" in (values.get("data") or {}):
         raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
+    if (values.get("data") or {}).get("num_samples") is not None:
+        raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
 
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:

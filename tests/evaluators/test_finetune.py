@@ -13,7 +13,6 @@ from data.loader import one_pass
 from data.shapes import write_shards
 from data.shards import ShardIndex
 from evaluators import finetune
-from evaluators.classifier import FineTuneOptions
 from pretrain.config import EncoderConfig
 from pretrain.encoders import build_encoder
 from pretrain.monitors import StepRecord
@@ -148,6 +147,8 @@ def test_every_recipe_is_sound_and_opens_with_four_lines(path, prepared):
 MISTAKES = {
     "the encoder is the source's": (["encoder.image_size=32"], {}, "leave the section encoder out"),
     "shards in the wrong place": (["data.shards=x.tar"], {}, "write evaluate.train_shards, or --train SHARDS"),
+    "a wrong section key": (["evaluate.test_shard=x.tar"], {}, "did you mean evaluate.test_shards?"),
+    "a length that is counted": (["data.num_samples=5"], {}, "leave it out"),
     "a wrong key": (["objective.mixupp=0.8"], {}, "did you mean objective.mixup?"),
     "two ways to take few": (["objective.per_class=1", "objective.fraction=0.1"], {}, "write one."),
     "an odd batch of pairs": (["objective.mixup=0.8", "train.global_batch=5"], {}, "write an even train.global_batch."),

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from timm.data import mixup as timms
 
+from pretrain import collectives
 from pretrain.draws import uniform
 from pretrain.mixing import MIX_STREAM, BetaQuantile, Mixing, cut_boxes
 
@@ -88,3 +89,28 @@ def test_each_method_is_chosen_half_of_the_time():
     seeds = torch.arange(4000)
     cuts = Mixing(0.8, 1.0).cuts(uniform(seeds, 4, MIX_STREAM)[:, 0])
     assert cuts.float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_partners_are_neighbours_in_the_global_batch_at_any_number_of_ranks(world, monkeypatch):
+    """Every rank in turn, over an exchange that keeps all_to_all's promise: part q of rank r's goes to rank q."""
+    rows = torch.arange(12 * world).view(-1, world)  # slot j of rank r is place j * world + r
+    expected = torch.arange(12 * world).view(-1, 2).flip(1).reshape(-1, world)
+    posted: dict[tuple[int, int], torch.Tensor] = {}
+    monkeypatch.setattr(collectives, "world_size", lambda: world)
+
+    def run(rank: int) -> torch.Tensor:
+        def exchange(received, sent, received_counts, sent_counts):
+            for peer, part in enumerate(sent.split(sent_counts)):
+                posted[rank, peer] = part
+            parts = [posted.get((peer, rank), torch.zeros(n)) for peer, n in enumerate(received_counts)]
+            received.copy_(torch.cat(parts))
+
+        monkeypatch.setattr(collectives.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(collectives.dist, "all_to_all_single", exchange)
+        return collectives.partners(rows[:, rank])
+
+    for rank in range(world):
+        run(rank)  # posts
+    for rank in range(world):
+        assert torch.equal(run(rank), expected[:, rank])
