@@ -35,6 +35,22 @@ class Photometric:
 
 
 @dataclass(frozen=True)
+class AutoAugment:
+    """Operations drawn for each view, on its uint8 pixels in the loader; see data/auto_augment.py.
+
+    `rand` is RandAugment with timm's operations of growing strength (`rand-m9-mstd0.5-inc1`), `trivial` is
+    TrivialAugment Wide, which has no settings.
+    """
+
+    policy: Literal["rand", "trivial"] = "rand"
+    num_ops: int = 2  # drawn with replacement
+    probability: float = 0.5  # of each operation that was drawn
+    magnitude: float = 9.0  # 0..10
+    magnitude_std: float = 0.5  # of a normal distribution around it, clipped to 0..10
+    fill: tuple[int, int, int] = (124, 116, 104)  # what moves in from outside
+
+
+@dataclass(frozen=True)
 class View:
     """One crop of an image.
 
@@ -52,6 +68,7 @@ class View:
     flip: float = 0.5  # probability of a horizontal flip; the flip itself is done on the device
     shift: int = 0  # pixels; on the device, a random move by at most that much, black moving in (pad, then crop)
     photometric: Photometric | None = None  # on the device; None leaves the colours as they are
+    augment: AutoAugment | None = None  # in the loader, after the crop and before the flip
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class Batch:
     """One rank's micro-batch of B samples with V views each.
 
     Every random choice about a sample derives from its seed, never from a rank, a worker or the time.
-    `labels` are for monitors and evaluators; an objective never reads them.
+    `labels` are for monitors and evaluators, fine-tuning included; a self-supervised objective never reads them.
     """
 
     views: tuple[Tensor, ...]  # V tensors, each (B, 3, H, W) uint8, not flipped yet

@@ -4,7 +4,8 @@
   plan, nor a rank, a worker or the time can change them.
 - Resizing is torch's antialiased uint8 kernel, which agrees with PIL's to within rounding, written straight into
   the caller's memory; a crop that already has the view's size is copied unchanged.
-- No float image exists here: flip, normalisation and colour are the device's work, see `pretrain.images`.
+- No float image exists here: flip, normalisation and colour are the device's work, see `pretrain.images`. The one
+  exception is RandAugment and its kin, which the papers define by PIL's operations.
 - Safe from any number of threads; nothing is kept between calls.
 """
 
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.auto_augment import augment
 from data.batch import View, ViewPlan
 from data.decode import decode
 
+AUGMENT_DRAWS = 2**15  # of view_generator: apart from those of boxes, whose number depends on the image
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the source image
 
 
@@ -37,6 +40,8 @@ def read_views(image: bytes, plan: ViewPlan, seed: int, out: Sequence[np.ndarray
         box, flips[v] = draw(view, height, width, view_generator(seed, v))
         boxes[v] = box
         _write_crop(pixels, box, view.interpolation, out[v])
+        if view.augment is not None:
+            out[v][:] = augment(out[v], view.augment, view_generator(seed, v + AUGMENT_DRAWS))
     return boxes, flips
 
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "pretrain": ("launch.pretrain", "train an encoder on unlabelled shards"),
     "probe": ("launch.linear_probe", "linear probe of a frozen encoder"),
     "knn": ("launch.knn", "k-nearest-neighbour accuracy of a frozen encoder"),
+    "finetune": ("launch.finetune", "train an encoder on with labels, and test it"),
     "export": ("launch.export", "write a run's encoder as a plain timm checkpoint"),
     "shards": ("launch.shards", "look at shards before training on them"),
 }

@@ -63,3 +63,27 @@ def row_counts(count: int) -> list[int]:
     gathered = counts.new_empty(world_size())
     dist.all_gather_into_tensor(gathered, counts)
     return gathered.tolist()
+
+
+@torch.no_grad()
+def partners(rows: Tensor) -> Tensor:
+    """Each sample's partner's row, without gradient. rows: (B, ...), the same B on every rank.
+
+    The samples of the global micro-batch are paired in their order, (0, 1), (2, 3), ...; ranks take turns in it (see
+    data/source.py). So who is paired with whom depends neither on the number of ranks nor on accumulation, as long
+    as B x ranks is even, which the caller has checked.
+    """
+    world = world_size()
+    if world == 1:
+        return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    place = torch.arange(len(rows)) * world + dist.get_rank()  # in the global micro-batch
+    peer = (place ^ 1) % world
+    # By peer, and for each in the order of pairs: what a peer sends back comes in this same order.
+    order = peer.argsort(stable=True).to(rows.device)
+    counts = peer.bincount(minlength=world).tolist()
+    sent = rows[order].contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, counts, counts)
+    result = torch.empty_like(received)
+    result[order] = received
+    return result

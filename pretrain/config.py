@@ -225,13 +225,11 @@ def load_config(
     `options_for(name)` returns the options model of an objective and raises UserError for an unknown one.
     Raises UserError with every mistake found.
     """
-    values = read_recipe(recipe)
-    for override in overrides:
-        _apply(values, override)
-    return validate_config(values, str(recipe), options_for)
+    return validate_config(read_recipe(recipe, overrides), str(recipe), options_for)
 
 
-def read_recipe(recipe: str | Path) -> dict:
+def read_recipe(recipe: str | Path, overrides: list[str] = ()) -> dict:
+    """The values of a recipe after `key.sub=value` overrides, not validated. Raises UserError."""
     path = find_recipe(recipe)
     try:
         values = yaml.safe_load(path.read_text())
@@ -239,6 +237,8 @@ def read_recipe(recipe: str | Path) -> dict:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
+    for override in overrides:
+        _apply(values, override)
     return values
 
 
@@ -323,7 +323,7 @@ def _sentence(error: dict, model: type[BaseModel], prefix: str) -> str:
     if error["type"] == "missing":
         return f"{where} is missing: write a value for it."
     message = error["msg"].removeprefix("Value error, ")
-    if not where:
+    if not loc:
         return message + "."
     return f"{where}={error['input']!r} is refused: {message[0].lower() + message[1:]}."
 

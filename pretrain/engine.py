@@ -241,9 +241,8 @@ class Engine:
             numel=sum(p.numel() for p in objective.parameters()),
         )
         with distributed.nothing_printed():
-            engine, *_ = deepspeed.initialize(
-                model=objective, optimizer=optimizers.build_optimizer(objective, self.config), config=settings
-            )
+            optimizer = optimizers.build_optimizer(objective, self.config, objective.lr_scales())
+            engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         return engine
 
     def _listen_for_signals(self) -> None:

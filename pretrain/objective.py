@@ -68,6 +68,10 @@ class Objective(nn.Module, ABC):
     def after_step(self, progress: Progress) -> None:
         """Called once after every optimizer step that was applied: momentum teachers and the like."""
 
+    def lr_scales(self) -> dict[str, float]:
+        """Multipliers of the learning rate by parameter name, such as a decay by layers; 1 where a name is absent."""
+        return {}
+
     def exported_encoder(self) -> nn.Module:
         """The submodule that the paper evaluates; its weights are what is probed and exported."""
         return self.encoder

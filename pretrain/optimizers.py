@@ -3,6 +3,7 @@
 - Client torch optimizers only: nothing is compiled at start.
 - Two groups, decayed and not: biases and one-dimensional tensors are not decayed unless a recipe says so, and it
   may spare class, mask and register tokens too. The undecayed group may have a learning rate of its own.
+- An objective may scale the rate of some parameters (layer-wise decay); each scale has its own pair of groups.
 - Learning rate and weight decay are set on every group before every step, from the step counter.
 """
 
@@ -18,30 +19,43 @@ from pretrain.schedules import Progress, cosine, linear, warmup_cosine
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
 
 
-def parameter_groups(module: nn.Module, *, decay_tokens: bool, decay_vectors: bool = False) -> list[dict]:
+def parameter_groups(
+    module: nn.Module, *, decay_tokens: bool, decay_vectors: bool = False, lr_scales: dict[str, float] | None = None
+) -> list[dict]:
     """Trainable parameters in a decayed and an undecayed group, named so that they are never told apart by place.
 
     Decayed is what has more than one dimension and is no bias (the rule of the official MAE code); with
     `decay_tokens=False`, tokens and position tables are spared too, and with `decay_vectors` no vector is. Empty
-    groups are left out, because DeepSpeed removes them and would shift the others.
+    groups are left out, because DeepSpeed removes them and would shift the others. lr_scales: multipliers of the
+    learning rate by name, 1 where a name is absent.
     """
-    decayed, spared = [], []
+    scales, members = lr_scales or {}, {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_token = name.rsplit(".", 1)[-1] in TOKENS
         vector = (parameter.ndim <= 1 or name.endswith(".bias")) and not decay_vectors
-        (spared if vector or (is_token and not decay_tokens) else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "name": "decayed", "decayed": True},
-        {"params": spared, "name": "spared", "decayed": False},
-    ]
-    return [group for group in groups if group["params"]]
+        spared = vector or (is_token and not decay_tokens)
+        members.setdefault((-scales.get(name, 1.0), spared), []).append(parameter)
+    groups = []
+    for (minus_scale, spared), parameters in sorted(members.items(), key=lambda item: item[0]):
+        name, scale = "spared" if spared else "decayed", -minus_scale
+        groups.append(
+            {
+                "params": parameters,
+                "name": name if scale == 1 else f"{name} x {scale:.3g}",
+                "decayed": not spared,
+                "lr_scale": scale,
+            }
+        )
+    return groups
 
 
-def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, config: Config, lr_scales: dict[str, float] | None = None
+) -> torch.optim.Optimizer:
     o = config.optimizer
-    groups = parameter_groups(module, decay_tokens=o.decay_tokens, decay_vectors=o.decay_vectors)
+    groups = parameter_groups(module, decay_tokens=o.decay_tokens, decay_vectors=o.decay_vectors, lr_scales=lr_scales)
     common = {"lr": config.peak_lr, "weight_decay": o.weight_decay}
     match o.name:
         case "adamw":
@@ -72,9 +86,10 @@ def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
 
 
 def apply_schedule(groups: Iterable[dict], config: Config, progress: Progress) -> tuple[float, float]:
-    """Sets every group for the next step; returns (learning rate, weight decay) of the decayed group."""
+    """Sets every group for the next step; returns (learning rate, weight decay) of what is decayed, unscaled."""
     lr, weight_decay = scheduled(config, progress)
     for group in groups:
-        group["lr"] = lr if group["decayed"] else lr * config.optimizer.spared_lr_ratio
+        ratio = 1.0 if group["decayed"] else config.optimizer.spared_lr_ratio
+        group["lr"] = lr * ratio * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
     return lr, weight_decay

@@ -62,6 +62,7 @@ def blank_batch(plan: ViewPlan, size: int) -> Batch:
         seeds=torch.arange(size),
         sample_ids=torch.arange(size),
         positions=torch.arange(size),
+        labels=torch.zeros(size, dtype=torch.int64),
     )
 
 

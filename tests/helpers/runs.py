@@ -17,12 +17,21 @@ BIN = Path(sys.executable).parent
 
 
 class Run:
-    """One start of the door `launch/pretrain.py`, in a process group of its own."""
+    """One start of a door, with its own arguments (`launch/pretrain.py` unless told otherwise), in a process group of
+    its own."""
 
-    def __init__(self, launcher: list[str], recipe: Path, run_dir: Path, *overrides: str, cwd: Path = ROOT):
+    def __init__(
+        self,
+        launcher: list[str],
+        recipe: Path,
+        run_dir: Path,
+        *overrides: str,
+        cwd: Path = ROOT,
+        door: tuple[str, ...] = ("pretrain.py",),
+    ):
         self.run_dir = run_dir
-        script = str(ROOT / "launch" / "pretrain.py")
-        command = [*launcher, script, "--config", str(recipe), f"run_dir={run_dir}", *overrides]
+        script = [str(ROOT / "launch" / door[0]), *door[1:]]
+        command = [*launcher, *script, "--config", str(recipe), f"run_dir={run_dir}", *overrides]
         path = f"{BIN}:{os.environ['PATH']}"
         env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT / "tests" / "helpers")}
         run_dir.mkdir(parents=True, exist_ok=True)

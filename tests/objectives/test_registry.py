@@ -11,7 +11,8 @@ from objectives import build_objective, check_objective, objective_class, option
 from pretrain.config import load_config, validate_config
 from pretrain.objective import Loss, Objective
 
-RECIPES = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("finetune_*.yaml")))  # these have no objective of ours
 
 
 class Constant(Objective):

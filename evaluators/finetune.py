@@ -1,0 +1,318 @@
+"""Fine-tuning from a source to a result: what is trained, on which labels, and how it is tested.
+
+- The encoder starts from a run, a checkpoint, an export, timm's weights, or from nothing (`random:`); everything
+  else is the same, so that the difference is what pretraining was worth.
+- The test shards are read for a curve if asked for, and at the end; nothing is chosen by them. What is reported are
+  the last weights.
+- Every test image is scored once, whatever the number of ranks.
+"""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from checkpoints.sources import OpenedEncoder, open_encoder
+from data.batch import Batch
+from data.class_numbers import UNKNOWN, class_numbers
+from data.errors import UserError
+from data.loader import one_pass
+from data.shards import ShardIndex
+from evaluators.classifier import NAME, Classifier, FineTuneOptions
+from evaluators.frozen import Labelled, labelled_shards
+from evaluators.low_label import low_label
+from evaluators.results import Outcome, Result, hits, percent, versions
+from pretrain import distributed
+from pretrain.config import Config, EncoderConfig, read_recipe, validate_config
+from pretrain.encoders import build_encoder, seeded
+from pretrain.monitors import Monitor, StepRecord
+from pretrain.schedules import Progress
+
+_FROM_SCRATCH = "_from_scratch"
+_RANDOM = "random:"
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that decides a fine-tuning run."""
+
+    source: str
+    config: Config
+    opened: OpenedEncoder
+    train: ShardIndex  # the labelled samples that are trained on
+    test: ShardIndex
+    classes: Tensor  # (C,) int64, growing
+    warnings: tuple[str, ...]
+
+    @property
+    def options(self) -> FineTuneOptions:
+        given = dict(self.config.objective)
+        given.pop("name")
+        return FineTuneOptions.model_validate(given)
+
+
+def prepare(
+    source: str,
+    recipe: str | Path,
+    overrides: list[str] = (),
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    label: str | None = None,
+    from_scratch: bool = False,
+) -> Task:
+    """Reads the recipe, opens the source and finds the labels. train, test, label: override the recipe's `evaluate`
+    section, which overrides that of the source's run. Raises UserError.
+    """
+    values = read_recipe(recipe, overrides)
+    _refuse_what_the_source_decides(values)
+    section = values.get("evaluate") or {}
+    labelled = labelled_shards(
+        [source],
+        train or section.get("train_shards"),
+        test or section.get("test_shards"),
+        label or section.get("label"),
+    )
+    values["evaluate"] = section | {
+        "train_shards": labelled.train,
+        "test_shards": labelled.test,
+        "label": labelled.label,
+    }
+    values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
+    values["objective"] = {"name": NAME} | dict(values.get("objective") or {})
+    values["encoder"] = {"name": "of the source", "image_size": 1}  # so that mistakes are told before it is opened
+    options_of = validate_config(values, str(recipe), _options_for).objective
+    if from_scratch:
+        source = source if source.startswith(_RANDOM) else _RANDOM + source
+        values["run_dir"] += _FROM_SCRATCH
+    opened = open_encoder(source, seed=values.get("seed", 0))
+    options_of.pop("name")
+    encoder = encoder_config(opened, FineTuneOptions.model_validate(options_of))
+    values["encoder"] = encoder.model_dump(mode="json")
+    values["objective"]["weights"] = opened.fingerprint
+    values["data"] = {"mean": list(opened.mean), "std": list(opened.std)} | values["data"]
+    config = validate_config(values, str(recipe), _options_for)
+    return _with_labels(source, config, opened, labelled)
+
+
+def check(task: Task, world_size: int) -> None:
+    """Refuses, before anything is built, what cannot work. Raises UserError."""
+    options, train = task.options, task.config.train
+    Classifier.check(options, task.config.encoder)
+    micro_batch, _ = task.config.batching(world_size)
+    if (options.mixup or options.cutmix) and micro_batch * world_size % 2:
+        raise UserError(
+            f"objective.mixup and objective.cutmix mix images in pairs, and {micro_batch * world_size} images at once "
+            f"cannot be paired; write an even train.global_batch."
+        )
+    if train.zero_stage > Classifier.max_zero_stage:
+        raise UserError(
+            f"Fine-tuning reads whole weights between steps, which ZeRO stage {train.zero_stage} keeps in parts; write "
+            f"train.zero_stage={Classifier.max_zero_stage}."
+        )
+
+
+def build(task: Task) -> Classifier:
+    """The classifier with the source's weights; its new parts depend on the config's seed alone."""
+    config = task.config
+    encoder = pretrained(task.opened, config.encoder, seed=config.seed)
+    with seeded(config.seed + 2**31):
+        return Classifier(
+            encoder,
+            task.options,
+            task.classes,
+            image_size=config.encoder.size,
+            mean=config.data.mean,
+            std=config.data.std,
+        )
+
+
+# ---- the encoder
+
+
+def encoder_config(opened: OpenedEncoder, options: FineTuneOptions) -> EncoderConfig:
+    """The source's architecture as it is fine-tuned: with drop path, a trained table of positions, another pooling."""
+    config, model = opened.config, opened.model
+    kwargs = {key: value for key, value in config.kwargs.items() if key != "drop_path_rate"}
+    if options.drop_path:
+        kwargs["drop_path_rate"] = options.drop_path
+    if isinstance(model, VisionTransformer) and options.pooling == "mean":
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("fc_norm", "final_norm")}
+        kwargs["global_pool"] = "avg"
+    changes = {"kwargs": kwargs, "image_size": options.image_size or config.image_size}
+    if isinstance(getattr(model, "pos_embed", None), Tensor):
+        changes["pos_embed"] = "learned"
+    return config.model_copy(update=changes)
+
+
+def pretrained(opened: OpenedEncoder, config: EncoderConfig, *, seed: int) -> nn.Module:
+    """`config`'s encoder with the source's weights. A table of positions for another size is resampled; a final norm
+    that the other pooling does not use is left behind, and the one that it brings is new. Raises UserError.
+    """
+    encoder = build_encoder(config, seed=seed)
+    wanted, found = encoder.state_dict(), dict(opened.model.state_dict())
+    if "pos_embed" in wanted and wanted["pos_embed"].shape != found["pos_embed"].shape:
+        found["pos_embed"] = resample_abs_pos_embed(
+            found["pos_embed"],
+            encoder.patch_embed.grid_size,
+            opened.model.patch_embed.grid_size,
+            num_prefix_tokens=0 if encoder.no_embed_class else encoder.num_prefix_tokens,
+        )
+    new = [name for name in wanted if name not in found or wanted[name].shape != found[name].shape]
+    lost = [name for name in found if name not in wanted]
+    unexpected = [name for name in (*new, *lost) if not name.startswith(("norm.", "fc_norm."))]
+    if unexpected:
+        raise UserError(
+            f"{opened.name} cannot be fine-tuned at objective.image_size={config.image_size}: its {unexpected[0]} does "
+            f"not fit; leave objective.image_size out."
+        )
+    encoder.load_state_dict({name: found[name] for name in wanted if name not in new}, strict=False)
+    return encoder
+
+
+# ---- testing
+
+
+def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size: int, num_workers: int) -> dict:
+    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective."""
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    batches = one_pass(
+        index, classifier.test_views, batch_size=batch_size, num_workers=num_workers, label=label, **ranks
+    )
+    counts = {"top1": 0, "total": 0}
+    training = classifier.training
+    classifier.eval()
+    device = distributed.device()
+    for batch in batches:
+        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+            scores = classifier.scores(batch.to(device))
+        found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
+        counts = {name: counts.get(name, 0) + count for name, count in found.items()}
+    classifier.train(training)
+    if len(classifier.classes) >= 10:
+        counts.setdefault("top5", 0)  # a rank may have had nothing to score
+    names = sorted(counts)
+    counts = {name: int(value) for name, value in zip(names, distributed.total(*map(counts.get, names)), strict=True)}
+    return counts | {"unreadable": index.num_samples - counts["total"]}
+
+
+class TestCurve(Monitor):
+    """test.jsonl: accuracy on the test shards every so many epochs, at the next logged step. On every rank."""
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, test, every_epochs: float, path: Path):
+        self.test, self.every_epochs, self.path = test, every_epochs, path
+
+    def start(self, progress: Progress) -> None:
+        self.done = math.floor(progress.epoch / self.every_epochs)
+        if distributed.is_main():
+            kept = [line for line in read_curve(self.path) if line["step"] <= progress.step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def record(self, record: StepRecord) -> None:
+        due = math.floor(record.epoch / self.every_epochs)
+        if due <= self.done:
+            return
+        self.done = due
+        counts = self.test()
+        if distributed.is_main():
+            accuracy = {
+                name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts
+            }
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": record.step, "epoch": record.epoch, **accuracy}) + "\n")
+
+
+def read_curve(path: Path) -> list[dict]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict], command: str, seconds: float):
+    """What was found, in the shape of every evaluator."""
+    config, options = task.config, task.options
+    warnings = list(task.warnings)
+    if counts["unreadable"]:
+        warnings.append(f"{counts['unreadable']} test images could not be read and are left out.")
+    recipe = {
+        "seed": config.seed,
+        "objective": options.model_dump(mode="json", exclude={"weights", "test_every_epochs"}),
+        "train": config.train.model_dump(mode="json", include={"epochs", "global_batch", "gradient_clipping"}),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+    }
+    numbers = {name: percent(counts[name], counts["total"]) for name in ("top1", "top5") if name in counts}
+    outcome = Outcome(
+        NAME, numbers, {"features": "all weights"}, recipe, {"num_classes": len(task.classes), "curve": curve}, warnings
+    )
+    data = {"label": config.evaluate.label}
+    for name, index in (("train", task.train), ("test", task.test)):
+        data[name] = {
+            "shards": getattr(config.evaluate, f"{name}_shards"),
+            "fingerprint": index.fingerprint,
+            "num_samples": counts["total"] if name == "test" else index.num_samples,
+        }
+    features = {
+        "view": asdict(classifier.test_views.views[0]),
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "precision": "bf16" if distributed.device().type == "cuda" else "fp32",
+    }
+    opened = task.opened
+    encoder = {"name": opened.name, "fingerprint": opened.fingerprint, "origin": opened.origin}
+    return Result(task.source, encoder, data, features, outcome, command, round(seconds, 3), versions())
+
+
+# ---- what has to be known beforehand
+
+
+def _options_for(name: str) -> type[FineTuneOptions]:
+    if name != NAME:
+        raise UserError(f"objective.name={name} is no way to fine-tune; write {NAME}, or leave it out.")
+    return FineTuneOptions
+
+
+def _refuse_what_the_source_decides(values: dict) -> None:
+    if "encoder" in values:
+        raise UserError(
+            "The encoder is that of SOURCE; leave the section encoder out (objective.image_size and "
+            "objective.drop_path change what fine-tuning may change)."
+        )
+    if "shards" in (values.get("data") or {}):
+        raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
+    if (values.get("data") or {}).get("num_samples") is not None:
+        raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
+
+
+def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
+    whole, test = (ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test))
+    numbers = class_numbers(whole)
+    labelled_ids = np.flatnonzero(numbers != UNKNOWN)
+    warnings = []
+    if len(labelled_ids) < len(numbers):
+        warnings.append(f"{len(numbers) - len(labelled_ids)} training images have no sound label and are left out.")
+    if whole.fingerprint == test.fingerprint:
+        warnings.append("Train and test are the same shards, so this says nothing about new images.")
+    objective = config.objective
+    known = numbers[labelled_ids]
+    chosen = low_label(known, per_class=objective["per_class"], fraction=objective["fraction"], seed=config.seed)
+    classes = np.unique(known)
+    if len(classes) < 2:
+        raise UserError(f"The train shards hold one class only ({classes.tolist()}); write shards with two or more.")
+    taken = labelled_ids[chosen]
+    train = whole if len(taken) == whole.num_samples else whole.subset(taken)
+    return Task(source, config, opened, train, test, torch.from_numpy(classes), tuple(warnings))
+
+
+def _places(classes: Tensor, batch: Batch) -> Tensor:
+    """(B,) the place of each label among the classes, -1 for a class that was not trained on."""
+    classes, labels = classes.cpu(), batch.labels.cpu()
+    place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
+    return torch.where(classes[place] == labels, place, -1)

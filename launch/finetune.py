@@ -1,0 +1,147 @@
+"""Fine-tune an encoder on labelled shards, and test it.
+
+    prelude finetune runs/mae --config finetune_vit_cifar10 --train 'train-*.tar' --test 'test-*.tar'
+    deepspeed --num_gpus 8 launch/finetune.py runs/mae --config configs/finetune_vit_base.yaml run_dir=runs/tuned
+    deepspeed --num_gpus 8 launch/finetune.py runs/mae --config configs/finetune_vit_base.yaml --from-scratch
+
+The same command, run again, goes on from the run's newest checkpoint. Exit codes as those of pretraining.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+
+import argparse
+import functools
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from checkpoints.store import Store
+from data.loader import Loader
+from data.order import Shuffle
+from evaluators import finetune
+from evaluators.results import print_table, write
+from launch.exit_codes import PREEMPTED, door
+from launch.pretrain import introduce, monitors_of, prepare_run_dir
+from pretrain import distributed
+from pretrain.engine import Engine
+from pretrain.preview import describe
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_intermixed_args(argv)
+    task = finetune.prepare(
+        args.source,
+        args.config,
+        args.overrides,
+        train=args.train,
+        test=args.test,
+        label=args.label,
+        from_scratch=args.from_scratch,
+    )
+    finetune.check(task, distributed.launched_world_size())
+    if args.dry_run:
+        return dry_run(task)
+    command = shlex.join(["prelude", "finetune", *(sys.argv[1:] if argv is None else argv)])
+    return run(task, command)
+
+
+def run(task: finetune.Task, command: str) -> int:
+    started, config = time.monotonic(), task.config
+    device = distributed.start()
+    run_dir = prepare_run_dir(config)
+    classifier = finetune.build(task)
+    loader = loader_of(task, classifier.views)
+    micro_batch, _ = config.batching(distributed.world_size())
+    test = functools.partial(
+        finetune.tested,
+        classifier,
+        task.test,
+        config.evaluate.label,
+        batch_size=max(micro_batch, 64),
+        num_workers=loader.num_workers,
+    )
+    monitors, curve = monitors_of(run_dir), run_dir / "test.jsonl"
+    if task.options.test_every_epochs:
+        monitors.append(finetune.TestCurve(test, task.options.test_every_epochs, curve))
+    engine = Engine(config, classifier, loader, Store(run_dir / "checkpoints", keep=config.checkpoint.keep), monitors)
+    if distributed.is_main():
+        introduce(config, engine, loader, device)
+    outcome = engine.run()
+    loader.close()
+    if outcome.reason != "finished":
+        distributed.stop()
+        return PREEMPTED
+    counts = test()
+    if distributed.is_main():
+        seconds = time.monotonic() - started
+        result = finetune.result_of(task, classifier, counts, finetune.read_curve(curve), command, seconds)
+        path = write(result, run_dir / "evaluations")
+        print_table([result])
+        print(f"written to {path}", file=sys.stderr)
+    distributed.stop()
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, random:SOURCE",
+    )
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a recipe in configs/")
+    parser.add_argument("--train", metavar="SHARDS", help="labelled shards to learn from (default: the recipe's or the "
+                        "run's evaluate section)")  # fmt: skip
+    parser.add_argument("--test", metavar="SHARDS", help="labelled shards to report on (default: the same)")
+    parser.add_argument("--label", metavar="EXT", help="extension of the class number's member (default: cls)")
+    parser.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="the same recipe on the same architecture untrained, in RUN_DIR_from_scratch",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+    return parser
+
+
+def loader_of(task: finetune.Task, views) -> Loader:
+    config, workers = task.config, task.config.data.num_workers
+    micro_batch, _ = config.batching(distributed.world_size())
+    return Loader(
+        task.train,
+        views,
+        seed=config.seed,
+        micro_batch=micro_batch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=distributed.default_num_workers() if workers == "auto" else workers,
+        shuffle=Shuffle(**config.data.shuffle.model_dump()),
+        label=config.evaluate.label,
+        bad_samples_log=Path(config.run_dir) / "bad_samples.jsonl",
+    )
+
+
+def dry_run(task: finetune.Task) -> int:
+    config, classifier = task.config, finetune.build(task)
+    table = Table(title=f"fine-tuning of {task.opened.name}", show_header=False)
+    world_size = distributed.launched_world_size()
+    for row in describe(config, classifier, num_samples=task.train.num_samples, world_size=world_size):
+        table.add_row(*row)
+    table.add_row("labels", f"{task.train.num_samples} images of {len(task.classes)} classes")
+    table.add_row("test", f"{task.test.num_samples} images")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(door(main))
