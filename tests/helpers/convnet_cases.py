@@ -42,7 +42,7 @@ BARLOW = {
 # A loss by samples where the batch is smaller than the embedding, by columns where it is not
 NARROW = BARLOW | {"projector": [24, 12]}
 ROTATION = {"name": "rotation", "crop_scale": None, "shift": 4}
-SGD = {"name": "sgd", "lr": 0.05, "nesterov": True, "decay_vectors": True, "milestones": [0.4]}
+SGD = {"name": "sgd", "lr": 0.005, "nesterov": True, "decay_vectors": True, "milestones": [0.4]}
 LARS = {"name": "lars", "lr": 1.0, "weight_decay": 1e-4, "spared_lr_ratio": 0.02}
 ADAMW = {"name": "adamw", "lr": 1e-3}
 CASES = {

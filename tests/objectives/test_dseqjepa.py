@@ -377,7 +377,7 @@ def test_pictures_show_saliency_regions_and_every_step():
 
 def test_encoders_and_options_that_cannot_work_are_refused():
     options = DSeqJEPA.Options(predictor_dim=16, predictor_num_heads=2)
-    with pytest.raises(UserError, match="class token, which encoder.name=.* lacks; write encoder.kwargs"):
+    with pytest.raises(UserError, match="class token, which encoder.name=.* has not; write encoder.kwargs"):
         DSeqJEPA.check(options, encoder_config(class_token=False))
     with pytest.raises(UserError, match="saliency_block=7 is none of the 3 blocks"):
         DSeqJEPA.check(options.model_copy(update={"saliency_block": 7}), encoder_config(class_token=True))

@@ -79,7 +79,7 @@ STEMS = [  # the table of docs/objectives.md: name, pixels, keys of timm, resolu
     ("resnet18", 32, {}, [8, 4, 2, 1]),
     ("resnet18", 64, {}, [16, 8, 4, 2]),
     ("resnet18", 128, {}, [32, 16, 8, 4]),
-    ("resnet33ts", 32, {"stem_type": "3x3", "stem_pool": ""}, [16, 8, 4, 4]),
+    ("resnet33ts", 32, {"stem_type": "3x3", "stem_pool": ""}, [16, 8, 4, 2]),
     ("resnet18", 64, {"output_stride": 8}, [16, 8, 8, 8]),
     ("convnext_atto", 32, {"patch_size": 1}, [32, 16, 8, 4]),
 ]
