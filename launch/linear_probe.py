@@ -1,6 +1,7 @@
 """Linear probe of frozen encoders.
 
     prelude probe runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
+    prelude probe runs/mae --norm batch none --features cls mean last4 --seeds 3
 
 Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
 """
@@ -9,25 +10,30 @@ if __name__ == "__main__" and not __package__:
     import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
 
 import argparse
+from functools import partial
 
-from evaluators.linear_probe import linear_probe
-from evaluators.results import print_table
+from evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
 from launch.exit_codes import door
-from launch.frozen import add_arguments, results_of
+from launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    print_table(results_of(parser().parse_args(argv), [linear_probe], "probe", argv))
-    return 0
+    args = parser().parse_args(argv)
+    return judge(args, [partial(linear_probe, weight_decays=args.weight_decays, norms=args.norm)], "probe", argv)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = door_parser(__doc__)
+    parser.add_argument(
+        "--norm",
+        nargs="+",
+        choices=["batch", "none"],
+        default=["batch"],
+        help="heads on features of variance 1, as a BatchNorm without affine makes them, or on plain ones, or both",
     )
-    add_arguments(parser)
+    parser.add_argument(
+        "--weight-decays", nargs="+", type=float, default=list(WEIGHT_DECAYS), metavar="WD", help="(default: 12 values)"
+    )
     return parser
 
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "pretrain": ("launch.pretrain", "train an encoder on unlabelled shards"),
     "probe": ("launch.linear_probe", "linear probe of a frozen encoder"),
     "knn": ("launch.knn", "k-nearest-neighbour accuracy of a frozen encoder"),
+    "bank": ("launch.bank", "see or remove the frozen features that evaluations keep"),
     "export": ("launch.export", "write a run's encoder as a plain timm checkpoint"),
     "shards": ("launch.shards", "look at shards before training on them"),
 }

@@ -1,4 +1,8 @@
+import io
 import json
+import statistics
+import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -60,8 +64,45 @@ def test_one_table_of_every_source_by_every_evaluator(shapes):
 
 def test_an_untrained_encoder_goes_the_whole_way(shapes):
     (result,) = evaluate(["random:timm:test_vit.r160_in1k"], [knn], shapes, kinds=["cls"], seed=1)
-    assert result.outcome.chosen == {"features": "cls"}
+    assert result.outcome.chosen["features"] == "cls"
     assert result.features["view"]["size"] == (160, 160)
+
+
+def test_seeds_give_a_mean_and_a_spread(shapes):
+    alone = [evaluate(["pixels:4"], [linear_probe], shapes, seed=seed)[0].outcome for seed in (3, 4, 5)]
+    (together,) = evaluate(["pixels:4"], [linear_probe], shapes, seed=3, num_seeds=3)
+    values = [outcome.numbers["top1"].value for outcome in alone]
+    found = together.outcome.numbers["top1"]
+    assert found.value == pytest.approx(statistics.mean(values)) and found.spread == statistics.stdev(values)
+    assert together.outcome.recipe["seeds"] == [3, 4, 5]
+    assert {s: o["chosen"] for s, o in together.outcome.details["by_seed"].items()} == dict(
+        zip((3, 4, 5), (o.chosen for o in alone), strict=True)
+    )
+
+
+def test_seeds_draw_untrained_encoders_anew(shapes):
+    (result,) = evaluate(["random:timm:test_vit.r160_in1k"], [knn], shapes, kinds=["cls"], num_seeds=2)
+    first, second = (found["numbers"]["top1"] for found in result.outcome.details["by_seed"].values())
+    assert first != second
+
+
+def test_images_without_a_label_are_left_out_and_told(shapes, tmp_path):
+    parts = []
+    for name, source in (("train", shapes.train), ("test", shapes.test)):
+        (path, *_) = sorted(Path(source).parent.glob(Path(source).name))
+        kept = tmp_path / f"{name}.tar"
+        with tarfile.open(path) as old, tarfile.open(kept, "w", format=tarfile.USTAR_FORMAT) as new:
+            for member in old:
+                spoilt = member.name.endswith("7.cls")
+                content = b"seven" if spoilt else old.extractfile(member).read()
+                member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
+        parts.append(str(kept))
+    (result,) = evaluate(["pixels:4"], [knn], Labelled(*parts, "cls"))
+    assert result.data["train"] | {"shards": 0, "fingerprint": 0} == {
+        "shards": 0, "fingerprint": 0, "num_samples": 54, "num_unreadable": 0, "num_unlabelled": 6,
+    }  # fmt: skip
+    assert "6 of 60 train images have no label and are left out." in result.outcome.warnings
 
 
 def test_results_of_a_run_and_of_the_floors_beside_it_lie_in_the_run(run, any_encoder):
