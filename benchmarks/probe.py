@@ -1,6 +1,6 @@
 """A linear probe of many heads over a bank of frozen features: time, and the most memory that its process needs.
 
-Features are drawn, not extracted: correlated Gaussians of overlapping classes, written as a bank's entry is. Heads differ
+Features are drawn, not extracted: correlated Gaussians of overlapping classes, written as a bank is. Heads differ
 in weight decay, half of them with batch norm and half without. `--knn` searches neighbours instead.
 
 - Memory is the peak resident size of the whole process, Python and torch included, and what of it was there before the

@@ -48,7 +48,8 @@ def linear_probe(
             best = max(found, key=_preference)
             grid += found
             if kind not in by_features or _preference(best) > _preference(by_features[kind]):
-                final = space.fit(loss, (best["weight_decay"],))
+                start = heads.only(found.index(best))
+                final = space.fit(loss, (best["weight_decay"],), start=start)
                 by_features[kind] = {**best, **_final(final, test[kind].values, test_labels)}
     chosen = max(by_features.values(), key=_preference)
     return Outcome(

@@ -12,7 +12,7 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from evaluators.knn import K, TEMPERATURE, knn
+from evaluators.knn import TEMPERATURE, K, knn
 from launch.exit_codes import door
 from launch.frozen import door_parser, judge
 

@@ -128,12 +128,7 @@ def config_of(name: str, out: Path) -> Config:
             "data": {"shards": "none"},
             "encoder": encoder_config(class_token=cls is DSeqJEPA).model_dump(),
             "objective": {"name": "tested", **PREDICTOR, "momentum": 0.9, **case.get("options", {})},
-            "train": {
-                "epochs": steps * 8 / NUM_SAMPLES,
-                "global_batch": 8,
-                "precision": "fp32",
-                **case.get("train", {}),
-            },
+            "train": {"epochs": steps * 8 / NUM_SAMPLES, "global_batch": 8, "precision": "fp32", **case.get("train", {})},
             "optimizer": optimizer | case.get("optimizer", {}),
             "log": {"every_steps": 1, "pictures_every_steps": 0},
             "checkpoint": {"every_steps": 2},

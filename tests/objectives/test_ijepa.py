@@ -214,7 +214,9 @@ def test_the_teacher_drops_nothing_whatever_mode_is_set():
 def test_the_teacher_is_what_is_exported_and_starts_as_the_encoder():
     model = tiny()
     assert model.exported_encoder() is model.teacher
-    assert all(torch.equal(a, b) for a, b in zip(model.teacher.parameters(), model.encoder.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.teacher.parameters(), model.encoder.parameters(), strict=True)
+    )
     prefixes = {name.split(".")[0] for name in model.state_dict()}
     assert prefixes == {"encoder", "teacher", "predictor"}
 

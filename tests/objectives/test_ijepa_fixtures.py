@@ -20,12 +20,7 @@ ENCODER = EncoderConfig(
     patch_size=8,
     kwargs={"embed_dim": 32, "depth": 2, "num_heads": 4} | NO_CLASS_TOKEN,
 )
-OFFICIAL = {
-    "embed.": "predictor_embed.",
-    "norm.": "predictor_norm.",
-    "proj.": "predictor_proj.",
-    "blocks.": "predictor_blocks.",
-}
+OFFICIAL = {"embed.": "predictor_embed.", "norm.": "predictor_norm.", "proj.": "predictor_proj.", "blocks.": "predictor_blocks."}
 MASKS = BlockMasks(
     context=torch.tensor([[0, 1, 4, 5, 8], [3, 7, 11, 12, 15]]),
     targets=torch.tensor([[[10, 11, 14, 15], [2, 3, 6, 7]], [[0, 1, 4, 5], [8, 9, 12, 13]]]),
