@@ -156,7 +156,30 @@ def labelled_shards(
             f"There are no labelled shards to judge {', '.join(sources)} on; write {' and '.join(missing)}, or an "
             f"evaluate section in the run's config."
         )
-    return Labelled(train, test, label or (section.label if section else "cls"), vectors)
+    default = "json" if vectors else "cls"
+    return Labelled(train, test, label or (section.label if section else default), vectors)
+
+
+def vector_format(
+    sources: Sequence[str],
+    names: Sequence[str] | None = None,
+    field: str | None = None,
+    group: str | None = None,
+) -> VectorFormat:
+    """Where the findings of an image are written: what is given, completed as in `labelled_shards`.
+
+    Raises UserError where the names remain unknown.
+    """
+    section = next(filter(None, map(_evaluate_section, filter(None, map(run_of, sources)))), None)
+    names = names or (section.label_names if section else ())
+    if not names:
+        raise UserError(
+            f"The findings that {', '.join(sources)} are to be judged on have no names; write --names NAME ..., or "
+            f"evaluate.label_names in the run's config."
+        )
+    field = section.label_field if section and field is None else field or ""
+    group = section.label_group if section and group is None else group or ""
+    return VectorFormat(tuple(names), field, group)
 
 
 def run_of(source: str) -> Path | None:

@@ -151,6 +151,6 @@ def test_one_class_is_refused(classes, features):
 def test_twelve_heads_on_5000_images_take_seconds(classes, features):
     values, labels = classes(5000, 192, 10, seed=1, noise=4.0)
     train = {"mean": features(values, labels)}
-    started = time.monotonic()
+    started = time.process_time()
     linear_probe(train, train)
-    assert time.monotonic() - started < 20  # measured 2 s on one quiet core; the bound allows for busy machines
+    assert time.process_time() - started < 20  # measured 2.5 s
