@@ -8,6 +8,7 @@
 - The fingerprint is a hash of names, sizes and offsets, not of folders: a data set that is moved is still the same.
 """
 
+import copy
 import functools
 import glob
 import hashlib
@@ -84,6 +85,18 @@ class ShardIndex:
         """The same data set, with the places of another label."""
         label = label.lower().removeprefix(".")
         return self if label in ("", self.label) else ShardIndex(list(self.paths), label)
+
+    def subset(self, sample_ids: np.ndarray) -> "ShardIndex":
+        """The data set of these samples alone, numbered anew from 0 in the order of the tar, with a fingerprint of
+        its own. sample_ids: (n,) int64, growing, at least one.
+        """
+        part = copy.copy(self)
+        part.images = self.images[sample_ids]
+        part.labels = self.labels[sample_ids] if len(self.labels) else self.labels
+        part.counts = np.bincount(np.searchsorted(self.ends, sample_ids, side="right"), minlength=self.num_shards)
+        part.ends = np.cumsum(part.counts)
+        part.fingerprint = part._fingerprint()
+        return part
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)

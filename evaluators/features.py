@@ -14,7 +14,7 @@ Kinds of feature:
 | `pool` | all others | mean over the places of the last stage's map | D |
 | `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
-| `stageKxG` | the same | stage K averaged over G x G cells of its map (RotNet probes about 9,000 values) | D_K x G x G |
+| `stageKxG` | the same | stage K averaged over G x G cells of its map (RotNet probes some 9,000 values) | D_K x G x G |
 | `pixels` | no encoder | the view's normalised pixels, flattened | 3 x H x W |
 """
 

@@ -1,7 +1,7 @@
 """What a frozen encoder is worth with few labels: some images a class, or some percent of all, drawn several times.
 
-- A draw is a part of the train set, the same share of each class and at least one image. Draws depend on seed and labels
-  alone, so every encoder is judged on the same ones; smaller draws are parts of larger ones.
+- A draw is a part of the train set, the same share of each class and at least one image. Draws depend on seed and
+  labels alone, so every encoder is judged on the same ones; smaller draws are parts of larger ones.
 - From a draw a linear head is learned, at its optimum. Its weight decay and the kind of feature are chosen by
   cross-validation inside the draw, as far as it has images to spare: labels outside of it are never looked at.
 - Beside it stands the nearest class mean, which has nothing to choose.

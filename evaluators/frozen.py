@@ -60,13 +60,13 @@ def evaluate(
     """
     device = distributed.device()
     indexes = [ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test)]
-    labels = [_labels(index, labelled) for index in indexes]
+    labels = [labels_of(index, labelled) for index in indexes]
     seeds = list(range(seed, seed + num_seeds))
     reading = {"kinds": kinds, "batch_size": batch_size, "num_workers": num_workers, "device": device}
 
     def features_of(source: str, encoder: OpenedEncoder) -> list[dict[str, Features]]:
         started = time.monotonic()
-        kept = Bank(bank or _bank_folder(source, sources))
+        kept = Bank(bank or bank_folder(source, sources))
         own = reading | {"kinds": None} if is_pixels(source) else reading
         rows = [kept.rows(encoder, index, **own) for index in indexes]
         found = [joined(*part) for part in zip(rows, labels, indexes, strict=True)]
@@ -78,7 +78,7 @@ def evaluate(
 
     if distributed.world_size() > 1:
         for source in sources:
-            for _, encoder in _by_seed(source, sources, seeds):
+            for _, encoder in by_seed(source, sources, seeds):
                 features_of(source, encoder)
         if not distributed.is_main():
             return []
@@ -88,7 +88,7 @@ def evaluate(
     for source in sources:
         outcomes, seconds = [[] for _ in evaluators], [0.0] * len(evaluators)
         train = test = judged = None
-        for each_seed, encoder in _by_seed(source, sources, seeds):
+        for each_seed, encoder in by_seed(source, sources, seeds):
             if train is None or is_random(source):
                 train, test = features_of(source, encoder)
             judged = judged or encoder
@@ -101,7 +101,7 @@ def evaluate(
             outcome = over_seeds(found, seeds)
             result = Result(
                 source=source,
-                encoder={"name": judged.name, "fingerprint": judged.fingerprint, "origin": judged.origin},
+                encoder=described(judged),
                 data=data,
                 features=next(iter(train.values())).recipe,
                 outcome=replace(outcome, warnings=[*warnings, *outcome.warnings]),
@@ -203,7 +203,7 @@ def is_random(source: str) -> bool:
     return source.startswith("random:")
 
 
-def _by_seed(source: str, sources: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, OpenedEncoder]]:
+def by_seed(source: str, sources: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, OpenedEncoder]]:
     """The encoder for each seed: one in memory at a time, opened again only where the seed decides its weights."""
     encoder = None
     for seed in seeds:
@@ -220,11 +220,11 @@ def open_source(source: str, sources: Sequence[str], seed: int) -> OpenedEncoder
     return open_pixels(source, open_encoder(first, seed=seed) if first else None)
 
 
-def _labels(index: ShardIndex, labelled: Labelled) -> Labels:
+def labels_of(index: ShardIndex, labelled: Labelled) -> Labels:
     return label_vectors(index, labelled.vectors) if labelled.vectors else class_numbers(index)
 
 
-def _bank_folder(source: str, sources: Sequence[str]) -> Path | None:
+def bank_folder(source: str, sources: Sequence[str]) -> Path | None:
     run = run_of(source) or next(filter(None, map(run_of, sources)), None)
     return run / BANK if run else None
 
@@ -234,6 +234,10 @@ def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path
         return Path(out)
     run = run_of(source) or next(filter(None, map(run_of, sources)), None)
     return run / "evaluations" if run else None
+
+
+def described(encoder: OpenedEncoder) -> dict:
+    return {"name": encoder.name, "fingerprint": encoder.fingerprint, "origin": encoder.origin}
 
 
 def describe_data(

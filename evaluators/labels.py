@@ -42,7 +42,9 @@ class VectorFormat:
 
     def vector(self, content: dict | list) -> list[float] | None:
         """L values of 1, 0 and NaN; None where there is no such thing in `content`."""
-        found = content.get(self.field) if self.field and isinstance(content, dict) else content
+        found = content
+        if self.field:
+            found = content.get(self.field) if isinstance(content, dict) else None
         if isinstance(found, dict):
             values = [found.get(name) for name in self.names]
         elif isinstance(found, list) and all(isinstance(item, str) for item in found):
