@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--norm",
         nargs="+",
         choices=["batch", "none"],
-        help="heads on features of variance 1, as BatchNorm without affine makes them (default), on plain ones, or both",
+        help="heads on features of variance 1, as BatchNorm without affine makes them (default), or on plain ones",
     )
     parser.add_argument("--weight-decays", nargs="+", type=float, metavar="WD", help="(default: 12, or the protocol's)")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), help="train heads as in a paper, on augmented images")
