@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.errors import UserError
 from evaluators.features import Features
 from evaluators.results import Outcome, Percent, hits, percent
 from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
@@ -47,7 +48,10 @@ def knn(
     """Test accuracy of k-NN for each kind of feature, headed by what a held-out part of train prefers.
 
     ks, temperatures: what to choose from. seed: of the held-out part; without effect where there is nothing to choose.
+    Raises UserError for values of either that are not above 0.
     """
+    if min(*ks, *temperatures) <= 0:
+        raise UserError(f"k={list(ks)} and temperature={list(temperatures)} must be above 0; write k=20, 0.07.")
     labels, test_labels, num_classes = contiguous_labels(train, test)
     ks, temperatures = sorted(set(ks)), sorted(set(temperatures))
     reported = tuple(sorted({*KS, *ks}))

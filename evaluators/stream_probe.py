@@ -136,7 +136,7 @@ def stream_probe(
     grid = []
     for (kind, norm), group in heads.items():
         grid += _rows(group, kind, norm, settings, train[kind].values, labels.to(device), held)
-    best = max(grid, key=lambda row: (row["held_out_top1"], -row["held_out_loss"])) if several else grid[0]
+    best = max(grid, key=_preference) if several else grid[0]
     chosen = {key: best[key] for key in ("features", "norm", "learning_rate", "weight_decay")}
     setting = settings.index((best["learning_rate"], best["weight_decay"]))
     head = heads[best["features"], best["norm"]].heads().only(setting)
@@ -219,10 +219,15 @@ def _rows(
     for h, (learning_rate, weight_decay) in enumerate(settings):
         row = {"features": kind, "norm": norm, "learning_rate": learning_rate, "weight_decay": weight_decay}
         if counts:
-            loss = losses[h] if math.isfinite(losses[h]) else math.inf
+            loss = losses[h] if math.isfinite(losses[h]) else None  # the head diverged
             row |= {"held_out_top1": percent(counts[h]["top1"], len(held)).value, "held_out_loss": loss}
         rows.append(row)
     return rows
+
+
+def _preference(row: dict) -> tuple[float, float]:
+    """Accuracy decides, and between equals the cross-entropy."""
+    return row["held_out_top1"], -math.inf if row["held_out_loss"] is None else -row["held_out_loss"]
 
 
 def _warnings(num_steps: int, chosen: dict, protocol: Protocol) -> list[str]:

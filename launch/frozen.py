@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from data.errors import UserError
 from evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from evaluators.results import Result, print_table
 from pretrain import distributed
@@ -79,6 +80,8 @@ def results_of(
 
 def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:
     """What every evaluation is told, under the names that it has there. Joins the other ranks, if there are any."""
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
     if distributed.launched_world_size() > 1:
         distributed.start()
     given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import webdataset as wds
 
+from data.errors import UserError
 from data.shards import ShardIndex
 from evaluators import knn as module
 from evaluators.features import extract
@@ -107,6 +108,12 @@ def test_k_and_temperature_are_chosen_on_a_held_out_part_of_train(problem):
     assert outcome.numbers == outcome.details["by_features"]["mean"]["cosW, centred"][k][temperature]
     mixed = {"mean": dataclasses.replace(test["mean"], labels=test["mean"].labels.roll(7))}
     assert knn(train, mixed, ks=ks, temperatures=temperatures).chosen == outcome.chosen
+
+
+def test_impossible_settings_are_refused(problem):
+    for wrong in ({"ks": (0, 5)}, {"temperatures": (0.0,)}):
+        with pytest.raises(UserError, match="above 0"):
+            knn(*problem, **wrong)
 
 
 def test_a_small_temperature_does_not_overflow(classes):

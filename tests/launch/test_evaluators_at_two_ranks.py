@@ -53,8 +53,9 @@ def entries(folder):
     for entry in (folder / "bank").iterdir():
         about = json.loads((entry / "about.json").read_text())
         shape = about["num_samples"], about["width"]
-        found[entry.name] = np.fromfile(entry / "values.f32", np.float32).reshape(shape), (
-            np.fromfile(entry / "sample_ids.i64", np.int64)
+        found[entry.name] = (
+            np.fromfile(entry / "values.f32", np.float32).reshape(shape),
+            (np.fromfile(entry / "sample_ids.i64", np.int64)),
         )
     return found
 
