@@ -65,7 +65,7 @@ def test_features_of_two_ranks_are_those_of_one_and_so_are_the_numbers(shards, t
     one, two = tmp_path / "one", tmp_path / "two"
     output = launched("knn.py", [*sources, *shards, *places(two)])
     assert knn_door.main([*sources, *shards, *places(one)]) == 0
-    assert output.count("pixels 8x8") == 1  # one rank prints
+    assert output.count("top-1 %") == 1  # one rank prints
     assert entries(one).keys() == entries(two).keys() and len(entries(one)) == 6
     for name, (values, ids) in entries(one).items():
         there, ids_there = entries(two)[name]
