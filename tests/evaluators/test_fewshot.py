@@ -47,7 +47,7 @@ def test_accuracy_is_that_of_scikit_learn_on_the_same_draws(parts):
 
 
 def test_more_labels_are_worth_more(parts):
-    numbers = fewshot(*parts, per_class=[1, 10], shares=[50], draws=3).numbers
+    numbers = fewshot(*parts, per_class=[1, 10], shares=[50], draws=2).numbers
     assert list(numbers) == ["1 a class", "10 a class", "50 %"]
     assert numbers["1 a class"].value + 5 < numbers["10 a class"].value < numbers["50 %"].value
 

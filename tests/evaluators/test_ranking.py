@@ -38,12 +38,12 @@ def test_bootstrap_draws_as_a_loop_over_resampled_sets_does(ranked, monkeypatch)
     assert draws.shape == (1000,)
     generator = torch.Generator().manual_seed(9)
     plain = []
-    for _ in range(1000):
+    for _ in range(400):
         rows = torch.randint(200, (200,), generator=generator)
         plain.append(roc_auc_score(positive[rows].numpy(), scores[rows].numpy()))
     plain = torch.tensor(plain, dtype=torch.float64)
     assert draws.mean().item() == pytest.approx(plain.mean().item(), abs=0.005)
-    assert draws.std().item() == pytest.approx(plain.std().item(), rel=0.1)
+    assert draws.std().item() == pytest.approx(plain.std().item(), rel=0.2)
     assert interval(draws) == pytest.approx(interval(plain), abs=0.015)
 
 
