@@ -31,6 +31,7 @@ from data.batch import Batch, View, ViewPlan
 from data.errors import UserError
 from data.loader import one_pass
 from data.shards import ShardIndex
+from evaluators.labels import not_class_numbers
 from evaluators.pixels import Pixels
 from pretrain.images import images
 
@@ -42,11 +43,12 @@ class Features:
     """N samples of D features, on the CPU."""
 
     values: Tensor  # (N, D) float32
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, or (N, L) float32 of 1, 0 and NaN for unknown
     sample_ids: Tensor  # (N,) int64
     data_fingerprint: str  # of the shards
     name: str  # the kind
     recipe: dict = field(default_factory=dict)  # how the images were seen and in which precision
+    groups: Tensor | None = None  # (N,) int64: samples that belong together, such as those of a patient
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,35 +129,59 @@ def encode(
     device: torch.device | str = "cpu",
 ) -> dict[str, Features]:
     """`extract` for batches that are at hand; `num_samples` is how many there are at most."""
-    device = torch.device(device)
-    plan, model = evaluation_plan(encoder), encoder.model.to(device).eval()
-    kinds = tuple(kinds or default_kinds(model))
-    check_kinds(model, kinds, encoder.name)
-    precision = _autocast(device)
+    extractor = Extractor(encoder, kinds, device)
     values: dict[str, Tensor] = {}
     labels, sample_ids, seen = [], [], 0
-    with torch.inference_mode():
-        for batch in batches:
-            (pixels,) = images(batch.to(device), plan)
-            with precision:
-                pooled = pool(model, pixels, kinds)
-            for kind, rows in pooled.items():
-                # Written in place: a list joined at the end would hold everything twice.
-                bank = values.setdefault(kind, torch.empty(num_samples, rows.shape[1]))
-                bank[seen : seen + len(batch)] = rows
-            labels.append(_class_numbers(batch, label))
-            sample_ids.append(batch.sample_ids)
-            seen += len(batch)
+    for batch in batches:
+        for kind, rows in extractor(batch).items():
+            # Written in place: a list joined at the end would hold everything twice.
+            bank = values.setdefault(kind, torch.empty(num_samples, rows.shape[1]))
+            bank[seen : seen + len(batch)] = rows
+        labels.append(_class_numbers(batch, label))
+        sample_ids.append(batch.sample_ids)
+        seen += len(batch)
     if not seen:
-        raise UserError("The shards hold no readable sample; write another pattern.")
-    recipe = {
-        "view": asdict(plan.views[0]),
-        "mean": list(plan.mean),
-        "std": list(plan.std),
-        "precision": "bf16" if device.type == "cuda" else "fp32",
-    }
+        raise nothing_readable()
     together = torch.cat(labels).cpu(), torch.cat(sample_ids).cpu(), fingerprint
-    return {kind: Features(bank[:seen], *together, kind, recipe) for kind, bank in values.items()}
+    return {kind: Features(bank[:seen], *together, kind, extractor.recipe) for kind, bank in values.items()}
+
+
+class Extractor:
+    """An encoder on its device, ready to turn batches into features.
+
+    encoder: as `extract` takes it. plan: of the one view to look at; by default the evaluation's.
+    Raises UserError for a kind that the encoder does not have.
+    """
+
+    def __init__(
+        self,
+        encoder,
+        kinds: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+        plan: ViewPlan | None = None,
+    ):
+        self.device = torch.device(device)
+        self.encoder, self.model = encoder, encoder.model.to(self.device).eval()
+        self.kinds = tuple(kinds or default_kinds(self.model))
+        check_kinds(self.model, self.kinds, encoder.name)
+        self.plan = plan or evaluation_plan(encoder)
+        self.recipe = {
+            "view": asdict(self.plan.views[0]),
+            "mean": list(self.plan.mean),
+            "std": list(self.plan.std),
+            "precision": "bf16" if self.device.type == "cuda" else "fp32",
+        }
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """(B, D) float32 on the device, by kind."""
+        (pixels,) = images(batch.to(self.device), self.plan)
+        with _autocast(self.device):
+            return pool(self.model, pixels, self.kinds)
+
+
+def nothing_readable() -> UserError:
+    return UserError("The shards hold no readable sample; write another pattern.")
 
 
 def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
@@ -239,9 +265,5 @@ def _autocast(device: torch.device):
 def _class_numbers(batch: Batch, label: str) -> Tensor:
     labels = batch.labels
     if labels is None or labels.ndim != 1 or labels.is_floating_point():
-        found = "none" if labels is None else f"{str(labels.dtype).removeprefix('torch.')} of shape {labels.shape[1:]}"
-        raise UserError(
-            f"Members .{label} do not hold one class number a sample (found {found}); "
-            f"write --label with the extension of integer labels."
-        )
+        raise not_class_numbers(label, getattr(labels, "dtype", "none"), () if labels is None else labels.shape[1:])
     return labels.long()

@@ -1,6 +1,6 @@
 """Several encoders on the same labelled shards, by one or more evaluators.
 
-- Features are taken once for an encoder, whatever the number of evaluators.
+- Features are taken once for an encoder, whatever the number of evaluators and of seeds, and kept in a bank.
 - A result is written as soon as it is there, so that a later source that fails loses nothing.
 - A result goes to `out`; else into the evaluations/ of the run that its source belongs to; else (a floor:
   pixels, timm weights) into that of the first run among the sources.
@@ -14,13 +14,16 @@ from pathlib import Path
 from checkpoints.sources import OpenedEncoder, open_encoder
 from data.errors import UserError
 from data.shards import ShardIndex
-from evaluators.features import Features, extract
+from evaluators.bank import Bank, Rows
+from evaluators.features import Features
+from evaluators.labels import Labels, VectorFormat, class_numbers, label_vectors
 from evaluators.pixels import is_pixels, open_pixels
-from evaluators.results import Outcome, Result, versions, write
+from evaluators.results import Outcome, Result, over_seeds, versions, write
 from pretrain import distributed
 from pretrain.config import EvaluateConfig, read_recipe
 
 Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
+BANK = "bank"  # folder of a run's features
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Labelled:
     train: str | Sequence[str]
     test: str | Sequence[str]
     label: str  # extension of the member with the class number
+    vectors: VectorFormat | None = None  # where that member says which of several findings there are
 
 
 def evaluate(
@@ -39,46 +43,95 @@ def evaluate(
     *,
     kinds: Sequence[str] | None = None,
     seed: int = 0,
+    num_seeds: int = 1,
     batch_size: int = 256,
     num_workers: int = 0,
+    bank: str | Path | None = None,
     out: str | Path | None = None,
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
     """Every evaluator's result on every source, in that order, each written where it belongs.
 
-    kinds: of feature; None for those that suit each encoder. seed: of held-out parts and of `random:` sources.
-    say: is told what was done, a line at a time. Raises UserError for a source or shards that cannot be used.
+    kinds: of feature; None for those that suit each encoder. seed: of held-out parts and of `random:` sources; the
+    first of `num_seeds`. bank: the folder of features; None for that of the source's run. say: is told what was done, a
+    line at a time. All ranks compute features; the first one alone evaluates and gets the results, others get none.
+    Raises UserError for a source or shards that cannot be used.
     """
     device = distributed.device()
     indexes = [ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test)]
-    reading = {"batch_size": batch_size, "num_workers": num_workers, "device": device}
-    results = []
-    for source, encoder in _opened(sources, seed):
+    labels = [labels_of(index, labelled) for index in indexes]
+    seeds = list(range(seed, seed + num_seeds))
+    reading = {"kinds": kinds, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+
+    def features_of(source: str, encoder: OpenedEncoder) -> list[dict[str, Features]]:
         started = time.monotonic()
-        own_kinds = None if is_pixels(source) else kinds
-        train, test = (extract(encoder, index, labelled.label, kinds=own_kinds, **reading) for index in indexes)
-        data, warnings = _data(labelled, indexes, train, test)
-        counts = [f"{data[part]['num_samples']:,} {part}" for part in ("train", "test")]
-        say(f"{encoder.name}: features of {' and '.join(counts)} images in {time.monotonic() - started:.1f} s")
-        for evaluator in evaluators:
-            started = time.monotonic()
-            outcome = evaluator(train, test, seed=seed, device=device)
+        kept = Bank(bank or bank_folder(source, sources))
+        own = reading | {"kinds": None} if is_pixels(source) else reading
+        rows = [kept.rows(encoder, index, **own) for index in indexes]
+        found = [joined(*part) for part in zip(rows, labels, indexes, strict=True)]
+        counts = " and ".join(
+            f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)
+        )
+        say(f"{encoder.name}: features of {counts} images in {time.monotonic() - started:.1f} s, kept in {kept.folder}")
+        return found
+
+    if distributed.world_size() > 1:
+        for source in sources:
+            for _, encoder in by_seed(source, sources, seeds):
+                features_of(source, encoder)
+        if not distributed.is_main():
+            return []
+        # The work of several ranks is done, and all is in the bank; nobody waits for what one rank does with it.
+        distributed.stop()
+    results = []
+    for source in sources:
+        outcomes, seconds = [[] for _ in evaluators], [0.0] * len(evaluators)
+        train = test = judged = None
+        for each_seed, encoder in by_seed(source, sources, seeds):
+            if train is None or is_random(source):
+                train, test = features_of(source, encoder)
+            judged = judged or encoder
+            for i, evaluator in enumerate(evaluators):
+                started = time.monotonic()
+                outcomes[i].append(evaluator(train, test, seed=each_seed, device=device))
+                seconds[i] += time.monotonic() - started
+        data, warnings = describe_data(labelled, indexes, labels, train, test)
+        for found, taken in zip(outcomes, seconds, strict=True):
+            outcome = over_seeds(found, seeds)
             result = Result(
                 source=source,
-                encoder={"name": encoder.name, "fingerprint": encoder.fingerprint, "origin": encoder.origin},
+                encoder=described(judged),
                 data=data,
                 features=next(iter(train.values())).recipe,
                 outcome=replace(outcome, warnings=[*warnings, *outcome.warnings]),
                 command=command,
-                seconds=round(time.monotonic() - started, 3),
+                seconds=round(taken, 3),
                 versions=versions(),
             )
             results.append(result)
-            folder = _folder(source, sources, out)
-            written = f", written to {write(result, folder)}" if folder else ""
-            say(f"{encoder.name}: {outcome.evaluator} in {result.seconds:.1f} s{written}")
+            keep(result, sources, out, say)
     return results
+
+
+def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:
+    """Writes a result where it belongs, and says so."""
+    folder = _folder(result.source, sources, out)
+    written = f", written to {write(result, folder)}" if folder else ""
+    say(f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s{written}")
+
+
+def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str, Features]:
+    """Features with labels, of the samples that have both. Values stay mapped where that is all of them."""
+    found = {}
+    for kind, part in rows.items():
+        has_label = labels.known[part.sample_ids]
+        values, ids = part.values, part.sample_ids
+        if not has_label.all():
+            values, ids = values[has_label], ids[has_label]
+        groups = None if labels.groups is None else labels.groups[ids]
+        found[kind] = Features(values, labels.values[ids], ids, index.fingerprint, kind, part.recipe, groups)
+    return found
 
 
 def labelled_shards(
@@ -86,8 +139,11 @@ def labelled_shards(
     train: str | Sequence[str] | None = None,
     test: str | Sequence[str] | None = None,
     label: str | None = None,
+    vectors: VectorFormat | None = None,
 ) -> Labelled:
     """What is given, completed by the `evaluate` section of the first run among the sources that has one.
+
+    vectors: where labels are findings instead of class numbers.
 
     Raises UserError where train or test shards remain unknown.
     """
@@ -100,7 +156,30 @@ def labelled_shards(
             f"There are no labelled shards to judge {', '.join(sources)} on; write {' and '.join(missing)}, or an "
             f"evaluate section in the run's config."
         )
-    return Labelled(train, test, label or (section.label if section else "cls"))
+    default = "json" if vectors else "cls"
+    return Labelled(train, test, label or (section.label if section else default), vectors)
+
+
+def vector_format(
+    sources: Sequence[str],
+    names: Sequence[str] | None = None,
+    field: str | None = None,
+    group: str | None = None,
+) -> VectorFormat:
+    """Where the findings of an image are written: what is given, completed as in `labelled_shards`.
+
+    Raises UserError where the names remain unknown.
+    """
+    section = next(filter(None, map(_evaluate_section, filter(None, map(run_of, sources)))), None)
+    names = names or (section.label_names if section else ())
+    if not names:
+        raise UserError(
+            f"The findings that {', '.join(sources)} are to be judged on have no names; write --names NAME ..., or "
+            f"evaluate.label_names in the run's config."
+        )
+    field = section.label_field if section and field is None else field or ""
+    group = section.label_group if section and group is None else group or ""
+    return VectorFormat(tuple(names), field, group)
 
 
 def run_of(source: str) -> Path | None:
@@ -119,14 +198,35 @@ def _evaluate_section(run: Path) -> EvaluateConfig | None:
     return EvaluateConfig.model_validate(section) if section else None
 
 
-def _opened(sources: Sequence[str], seed: int) -> Iterator[tuple[str, OpenedEncoder]]:
-    """One encoder in memory at a time."""
-    first = next((source for source in sources if not is_pixels(source)), None)
-    for source in sources:
-        if is_pixels(source):
-            yield source, open_pixels(source, open_encoder(first, seed=seed) if first else None)
-        else:
-            yield source, open_encoder(source, seed=seed)
+def is_random(source: str) -> bool:
+    """Whether another seed gives another encoder."""
+    return source.startswith("random:")
+
+
+def by_seed(source: str, sources: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, OpenedEncoder]]:
+    """The encoder for each seed: one in memory at a time, opened again only where the seed decides its weights."""
+    encoder = None
+    for seed in seeds:
+        if encoder is None or is_random(source):
+            encoder = open_source(source, sources, seed)
+        yield seed, encoder
+
+
+def open_source(source: str, sources: Sequence[str], seed: int) -> OpenedEncoder:
+    """`pixels` looks at images as the first encoder among the sources does."""
+    if not is_pixels(source):
+        return open_encoder(source, seed=seed)
+    first = next((other for other in sources if not is_pixels(other)), None)
+    return open_pixels(source, open_encoder(first, seed=seed) if first else None)
+
+
+def labels_of(index: ShardIndex, labelled: Labelled) -> Labels:
+    return label_vectors(index, labelled.vectors) if labelled.vectors else class_numbers(index)
+
+
+def bank_folder(source: str, sources: Sequence[str]) -> Path | None:
+    run = run_of(source) or next(filter(None, map(run_of, sources)), None)
+    return run / BANK if run else None
 
 
 def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path | None:
@@ -136,14 +236,25 @@ def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path
     return run / "evaluations" if run else None
 
 
-def _data(
-    labelled: Labelled, indexes: list[ShardIndex], train: dict[str, Features], test: dict[str, Features]
+def described(encoder: OpenedEncoder) -> dict:
+    return {"name": encoder.name, "fingerprint": encoder.fingerprint, "origin": encoder.origin}
+
+
+def describe_data(
+    labelled: Labelled,
+    indexes: Sequence[ShardIndex],
+    labels: Sequence[Labels],
+    train: dict[str, Features],
+    test: dict[str, Features],
 ) -> tuple[dict, list[str]]:
     """What the images were, for the record, and what to be told about them."""
     data, warnings = {"label": labelled.label}, []
-    for name, index, features in zip(("train", "test"), indexes, (train, test), strict=True):
+    for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
         one = next(iter(features.values()))
-        unreadable = index.num_samples - len(one)
+        unlabelled = int((~label.known).sum())
+        unreadable = index.num_samples - unlabelled - len(one)
+        if unlabelled:
+            warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
         if unreadable:
             warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
         data[name] = {
@@ -151,6 +262,7 @@ def _data(
             "fingerprint": one.data_fingerprint,
             "num_samples": len(one),
             "num_unreadable": unreadable,
+            "num_unlabelled": unlabelled,
         }
     if indexes[0].fingerprint == indexes[1].fingerprint:
         warnings.append("Train and test are the same shards, so this says nothing about new images.")

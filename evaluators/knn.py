@@ -5,17 +5,20 @@ the k training images that are nearest by cosine s vote for their class with wei
 
 - Headline: k = 20, T = 0.07, features centred by the mean of the train set, votes weighted. It is fixed
   beforehand. Other k, unweighted votes and uncentred features are reported beside it, and never chosen from.
-- Between several kinds of feature the choice is made on a tenth of the train set, never on the test set.
+- Where several k or T are asked for, the choice among them is made on a tenth of the train set, as is the choice
+  between several kinds of feature; never on the test set.
 - The search is exact: every test image is compared with every train image.
+- One copy of the train set's features is held beside their bank, and similarities in pieces.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.errors import UserError
 from evaluators.features import Features
 from evaluators.results import Outcome, Percent, hits, percent
 from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
@@ -30,8 +33,7 @@ VARIANTS = {  # name: (votes weighted, features centred)
     "cosW": (True, False),
     "cos": (False, False),
 }
-# Similarities held at once; 2**25 float32 are 128 MiB.
-CHUNK_ELEMENTS = 2**25
+CHUNK_ELEMENTS = 2**23  # similarities held at once; 32 MiB of float32
 
 
 def knn(
@@ -40,38 +42,54 @@ def knn(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    ks: Sequence[int] = (K,),
+    temperatures: Sequence[float] = (TEMPERATURE,),
 ) -> Outcome:
-    """Test accuracy of k-NN for each kind of feature, headed by the kind that a held-out part of train prefers.
+    """Test accuracy of k-NN for each kind of feature, headed by what a held-out part of train prefers.
 
-    seed: of the held-out part; without effect where there is one kind.
+    ks, temperatures: what to choose from. seed: of the held-out part; without effect where there is nothing to choose.
+    Raises UserError for values of either that are not above 0.
     """
+    if min(*ks, *temperatures) <= 0:
+        raise UserError(f"k={list(ks)} and temperature={list(temperatures)} must be above 0; write k=20, 0.07.")
     labels, test_labels, num_classes = contiguous_labels(train, test)
-    by_features, held_out_top1 = {}, {}
+    ks, temperatures = sorted(set(ks)), sorted(set(temperatures))
+    reported = tuple(sorted({*KS, *ks}))
+    sweep, by_features = [], {}
     for kind in train:
-        bank = train[kind].values.to(device)
-        if len(train) > 1:
+        values, queries = train[kind].values, test[kind].values
+        if len(train) * len(ks) * len(temperatures) > 1:
             fit, held = hold_out(labels, seed)
-            found = search(bank[fit], labels[fit], bank[held], labels[held], num_classes, (K,))
-            held_out_top1[kind] = found[K]["top1"].value
-        queries = test[kind].values
-        by_features[kind] = {
-            name: search(bank, labels, queries, test_labels, num_classes, KS, weighted=weighted, centred=centred)
-            for name, (weighted, centred) in VARIANTS.items()
-        }
-    chosen = max(held_out_top1, key=held_out_top1.get) if held_out_top1 else next(iter(train))
+            bank = Neighbours(values, labels, num_classes, rows=fit, device=device)
+            found = bank.search(values[held], labels[held], ks, temperatures, always=ks)
+            sweep += [
+                {"features": kind, "k": k, "temperature": t, "held_out_top1": number["top1"].value}
+                for (k, t), number in found.items()
+            ]
+        by_features[kind] = {}
+        for centred in (True, False):
+            bank = Neighbours(values, labels, num_classes, centred=centred, device=device)
+            for name, (weighted, of_centred) in VARIANTS.items():
+                if of_centred == centred:
+                    wanted = temperatures if weighted else (None,)
+                    by_features[kind][name] = bank.search(queries, test_labels, reported, wanted, always=(K, *ks))
+            del bank
+    alone = {"features": next(iter(train)), "k": ks[0], "temperature": temperatures[0]}
+    best = max(sweep, key=lambda row: row["held_out_top1"]) if sweep else alone
+    chosen = {key: best[key] for key in alone}
     return Outcome(
         evaluator="knn",
-        numbers=by_features[chosen][HEADLINE][K],
-        chosen={"features": chosen},
+        numbers=by_features[chosen["features"]][HEADLINE][chosen["k"], chosen["temperature"]],
+        chosen=chosen,
         recipe={
-            "k": K,
-            "temperature": TEMPERATURE,
+            "k": ks,
+            "temperature": temperatures,
             "variant": HEADLINE,
             "features": list(train),
             "held_out": HELD_OUT,
             "seed": seed,
         },
-        details={"held_out_top1": held_out_top1, "by_features": by_features},
+        details={"held_out": sweep, "by_features": {kind: _nested(found) for kind, found in by_features.items()}},
     )
 
 
@@ -85,34 +103,89 @@ def search(
     *,
     weighted: bool = True,
     centred: bool = True,
+    temperature: float = TEMPERATURE,
 ) -> dict[int, dict[str, Percent]]:
     """Accuracy by k, on the bank's device.
 
     bank: (N, D) with labels (N,) in 0..C-1. queries: (Q, D) with query_labels (Q,), -1 where the bank lacks the
     class. A k above N means all N; of `ks`, those above N are left out, except the headline's.
     """
-    ks = [k for k in sorted(ks) if k <= len(bank) or k == K]
-    labels, query_labels = labels.to(bank.device), query_labels.to(bank.device)
-    mean = bank.mean(0) if centred else bank.new_zeros(bank.shape[1])
-    bank = F.normalize(bank - mean, dim=1)
-    counts = {k: Counter() for k in ks}
-    rows = max(CHUNK_ELEMENTS // len(bank), 1)
-    for chunk, chunk_labels in zip(queries.split(rows), query_labels.split(rows), strict=True):
-        similar = F.normalize(chunk.to(bank.device) - mean, dim=1) @ bank.T  # (q, N)
-        for k, votes in _votes(similar, labels, num_classes, ks, weighted):
-            counts[k].update(hits(votes.masked_fill(votes == 0, -torch.inf), chunk_labels))
-    return {k: {name: percent(count[name], len(queries)) for name in count} for k, count in counts.items()}
+    neighbours = Neighbours(bank, labels, num_classes, centred=centred, device=bank.device)
+    found = neighbours.search(queries, query_labels, ks, (temperature if weighted else None,), always=(K,))
+    return {k: numbers for (k, _), numbers in found.items()}
 
 
-def _votes(
-    similar: Tensor, labels: Tensor, num_classes: int, ks: Sequence[int], weighted: bool
-) -> Iterator[tuple[int, Tensor]]:
-    """(k, votes (q, C)) for growing k: each k adds its further neighbours to the votes of the one before."""
-    top = similar.topk(min(max(ks), similar.shape[1]), dim=1)
-    weights = (top.values / TEMPERATURE).double().exp() if weighted else torch.ones_like(top.values).double()
-    votes = weights.new_zeros(len(similar), num_classes)
-    counted = 0
-    for k in ks:
-        votes.scatter_add_(1, labels[top.indices[:, counted:k]], weights[:, counted:k])
-        counted = k
-        yield k, votes
+class Neighbours:
+    """The train samples, normalised and ready to be searched."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        *,
+        rows: Tensor | None = None,
+        centred: bool = True,
+        device: torch.device | str = "cpu",
+    ):
+        """values: (N, D), labels (N,) in 0..C-1, of which `rows` are taken (default: all)."""
+        self.num_classes = num_classes
+        self.labels = (labels if rows is None else labels[rows]).to(device)
+        self.bank = torch.empty(len(self.labels), values.shape[1], device=device)
+        pieces = max(CHUNK_ELEMENTS // values.shape[1], 1)
+        for place in range(0, len(self.bank), pieces):
+            taken = slice(place, place + pieces)
+            self.bank[taken] = values[taken if rows is None else rows[taken]]
+        self.mean = self.bank.mean(0) if centred else self.bank.new_zeros(values.shape[1])
+        for piece in self.bank.split(pieces):
+            piece.copy_(F.normalize(piece - self.mean, dim=1))
+
+    def search(
+        self,
+        queries: Tensor,
+        query_labels: Tensor,
+        ks: Sequence[int],
+        temperatures: Sequence[float | None],
+        always: Sequence[int] = (),
+    ) -> dict[tuple[int, float | None], dict[str, Percent]]:
+        """Accuracy by (k, temperature); a temperature None gives every neighbour one vote.
+
+        A k above N means all N; such are left out unless they are `always` wanted.
+        """
+        ks = [k for k in sorted(ks) if k <= len(self.bank) or k in always]
+        counts = {(k, t): Counter() for k in ks for t in temperatures}
+        rows = max(CHUNK_ELEMENTS // len(self.bank), 1)
+        query_labels = query_labels.to(self.bank.device)
+        for chunk, chunk_labels in zip(queries.split(rows), query_labels.split(rows), strict=True):
+            similar = F.normalize(chunk.to(self.bank.device) - self.mean, dim=1) @ self.bank.T  # (q, N)
+            top = similar.topk(min(max(ks), len(self.bank)), dim=1)
+            for temperature in temperatures:
+                self._vote(top.values, self.labels[top.indices], chunk_labels, temperature, ks, counts)
+        return {key: {name: percent(count[name], len(queries)) for name in count} for key, count in counts.items()}
+
+    def _vote(self, similar: Tensor, classes: Tensor, labels: Tensor, temperature, ks, counts: dict) -> None:
+        """Adds to `counts`. similar, classes: (q, max k), nearest first; each k adds to the votes of the one before."""
+        plain = temperature is None
+        # Less the largest, or small temperatures overflow; all of a query's votes shrink alike.
+        weights = (similar if plain else (similar - similar[:, :1]) / temperature).double()
+        weights = torch.ones_like(weights) if plain else weights.exp()
+        votes, voted = weights.new_zeros(2, len(similar), self.num_classes)
+        counted = 0
+        for k in ks:
+            votes.scatter_add_(1, classes[:, counted:k], weights[:, counted:k])
+            voted.scatter_(1, classes[:, counted:k], 1)
+            counted = k
+            counts[k, temperature].update(hits(votes.masked_fill(voted == 0, -torch.inf), labels))
+
+
+def _nested(found: dict[str, dict]) -> dict:
+    """By variant, then k; and by temperature where there are several."""
+    nested = {}
+    for variant, numbers in found.items():
+        several = len({temperature for _, temperature in numbers}) > 1
+        for (k, temperature), number in numbers.items():
+            if several:
+                nested.setdefault(variant, {}).setdefault(k, {})[temperature] = number
+            else:
+                nested.setdefault(variant, {})[k] = number
+    return nested

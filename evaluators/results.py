@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import statistics
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +25,17 @@ from rich.table import Table
 from torch import Tensor
 
 TOP5_FROM = 10  # classes; below, five guesses say little
+TITLES = {"top1": "top-1 %", "top5": "top-5 %", "auc": "macro AUC %", "map": "mAP %", "auroc": "AUROC %"}
 
 
 @dataclass(frozen=True)
 class Percent:
-    value: float  # percent
-    se: float  # binomial standard error, in points
+    """What is not known of a number is None, and left out of a result file."""
+
+    value: float  # percent; over several seeds or draws, their mean
+    se: float  # standard error that the test sample gives it, in points: binomial, or by bootstrap
+    spread: float | None = None  # standard deviation over seeds or draws, in points
+    interval: tuple[float, float] | None = None  # 95 % confidence interval, where it is not value +- 1.96 se
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Outcome:
     """What an evaluator returns; it knows neither files nor commands."""
 
     evaluator: str
-    numbers: dict[str, Percent]  # the headline: top1, and top5 where there are ten classes or more
+    numbers: dict[str, Percent]  # the headline: top1, and top5 where there are ten classes or more; or others
     chosen: dict  # what was chosen on the held-out part of train
     recipe: dict  # what was fixed beforehand
     details: dict  # everything else that was computed
@@ -59,7 +65,7 @@ class Result:
 
     def to_json(self) -> dict:
         """A flat dictionary, the outcome's fields first."""
-        rest = asdict(self)
+        rest = asdict(self, dict_factory=_without_none)
         return {**rest.pop("outcome"), **rest}
 
     @property
@@ -104,6 +110,34 @@ def hits(scores: Tensor, labels: Tensor) -> dict[str, int]:
     return counts
 
 
+def over_seeds(outcomes: list[Outcome], seeds: list[int]) -> Outcome:
+    """One outcome of several that differ in their seed: mean and standard deviation of each number.
+
+    The standard error of the mean stays that of one test sample, which all seeds share. The details are the first
+    seed's, beside `by_seed`: what each seed chose and found.
+    """
+    if len(outcomes) == 1:
+        return outcomes[0]
+    first = outcomes[0]
+    numbers = {name: mean_and_spread([outcome.numbers[name] for outcome in outcomes]) for name in first.numbers}
+    by_seed = {seed: {"chosen": o.chosen, "numbers": o.numbers} for seed, o in zip(seeds, outcomes, strict=True)}
+    same = {key: value for key, value in first.chosen.items() if all(o.chosen.get(key) == value for o in outcomes)}
+    return Outcome(
+        evaluator=first.evaluator,
+        numbers=numbers,
+        chosen=same,
+        recipe={**{key: value for key, value in first.recipe.items() if key != "seed"}, "seeds": list(seeds)},
+        details={**first.details, "by_seed": by_seed},
+        warnings=list(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings)),
+    )
+
+
+def mean_and_spread(numbers: list[Percent]) -> Percent:
+    values = [number.value for number in numbers]
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return Percent(statistics.mean(values), statistics.mean(number.se for number in numbers), spread)
+
+
 def write(result: Result, folder: str | Path) -> Path:
     """Writes the result's JSON into `folder` and returns its path."""
     folder = Path(folder)
@@ -120,21 +154,32 @@ def write(result: Result, folder: str | Path) -> Path:
 
 
 def print_table(results: list[Result], console: Console | None = None) -> None:
-    """One row a result; uncertainties are one standard error of the test sample."""
+    """One row a result. After a number comes its standard error, or, over several seeds or draws, their deviation."""
     table = Table(box=box.SIMPLE)
     table.add_column("encoder", overflow="fold")
     for name in ("evaluator", "features"):
         table.add_column(name, no_wrap=True)
-    for name in ("top-1 %", "top-5 %"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = list(dict.fromkeys(name for result in results for name in result.outcome.numbers))
+    for name in columns:
+        table.add_column(TITLES.get(name, name), justify="right", no_wrap=True)
     for result in results:
         outcome = result.outcome
-        row = [escape(result.encoder["name"]), outcome.evaluator.replace("_", " "), outcome.chosen["features"]]
-        for number in (outcome.numbers["top1"], outcome.numbers.get("top5")):
-            row.append(f"{number.value:.1f} ± {number.se:.1f}" if number else "")
-        table.add_row(*row)
+        row = [escape(result.encoder["name"]), outcome.evaluator.replace("_", " "), outcome.chosen.get("features", "")]
+        table.add_row(*row, *(_cell(outcome.numbers.get(name)) for name in columns))
     console = console or Console()
     console.print(table)
     for result in results:
         for warning in result.outcome.warnings:
             console.print(f"{result.encoder['name']}: {warning}", highlight=False, markup=False)
+
+
+def _cell(number: Percent | None) -> str:
+    if number is None:
+        return ""
+    if number.interval:
+        return f"{number.value:.1f} [{number.interval[0]:.1f}, {number.interval[1]:.1f}]"
+    return f"{number.value:.1f} ± {number.se if number.spread is None else number.spread:.1f}"
+
+
+def _without_none(pairs: list[tuple]) -> dict:
+    return {key: value for key, value in pairs if value is not None}

@@ -5,9 +5,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from evaluators.frozen import Evaluator, evaluate, labelled_shards
-from evaluators.results import Result
+from data.errors import UserError
+from evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
+from evaluators.results import Result, print_table
 from pretrain import distributed
+
+
+def door_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is a door's docstring, with the arguments that every evaluation takes."""
+    parser = argparse.ArgumentParser(
+        description=doc.partition("\n\n")[0],
+        epilog=doc.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,26 +41,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
         "(default: those that suit each encoder)",
     )
+    parser.add_argument("--bank", metavar="DIR", help="where features are kept (default: RUN/bank)")
     parser.add_argument("--out", metavar="DIR", help="where results are written (default: RUN/evaluations)")
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out part and of random: (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice and of random: (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
     parser.add_argument("--num-workers", type=int, default=distributed.cores_per_rank(), metavar="N")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
+
+
+def judge(
+    args: argparse.Namespace, evaluators: Sequence[Evaluator], name: str, argv: Sequence[str] | None, **changes
+) -> int:
+    """Prints the table of what the evaluators found. `name`, with argv, is the command that a result records.
+
+    changes: to how the labels are read, see `labelled_shards`.
+    """
+    results = results_of(args, evaluators, name, argv, labelled_of(args, **changes))
+    if results:
+        print_table(results)
+    distributed.stop()
+    return 0
+
+
+def labelled_of(args: argparse.Namespace, **changes) -> Labelled:
+    return labelled_shards(args.sources, args.train, args.test, args.label, **changes)
 
 
 def results_of(
-    args: argparse.Namespace, evaluators: Sequence[Evaluator], name: str, argv: Sequence[str] | None
+    args: argparse.Namespace,
+    evaluators: Sequence[Evaluator],
+    name: str,
+    argv: Sequence[str] | None,
+    labelled: Labelled,
 ) -> list[Result]:
-    """What the evaluators found. `name`, with argv, is the command that a result records."""
-    given = sys.argv[1:] if argv is None else argv
-    return evaluate(
-        args.sources,
-        evaluators,
-        labelled_shards(args.sources, args.train, args.test, args.label),
-        kinds=args.features,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        out=args.out,
-        command=shlex.join(["prelude", name, *given]),
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    return evaluate(args.sources, evaluators, labelled, kinds=args.features, bank=args.bank, **common(args, name, argv))
+
+
+def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:
+    """What every evaluation is told, under the names that it has there. Joins the other ranks, if there are any."""
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
+    if distributed.launched_world_size() > 1:
+        distributed.start()
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    return {
+        "seed": args.seed,
+        "num_seeds": args.seeds,
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+        "out": args.out,
+        "command": shlex.join(["prelude", name, *given]),
+        "say": _say,
+    }
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text, file=sys.stderr, flush=True)

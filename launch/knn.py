@@ -1,6 +1,7 @@
 """k-nearest-neighbour accuracy of frozen encoders.
 
     prelude knn runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
+    prelude knn runs/mae --k 5 10 20 50 --temperature 0.03 0.07 0.2    chosen on a held-out tenth of train
 
 Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
 """
@@ -9,25 +10,24 @@ if __name__ == "__main__" and not __package__:
     import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
 
 import argparse
+from functools import partial
 
-from evaluators.knn import knn
-from evaluators.results import print_table
+from evaluators.knn import TEMPERATURE, K, knn
 from launch.exit_codes import door
-from launch.frozen import add_arguments, results_of
+from launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    print_table(results_of(parser().parse_args(argv), [knn], "knn", argv))
-    return 0
+    args = parser().parse_args(argv)
+    return judge(args, [partial(knn, ks=args.k, temperatures=args.temperature)], "knn", argv)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = door_parser(__doc__)
+    parser.add_argument("--k", nargs="+", type=int, default=[K], metavar="K", help=f"neighbours (default: {K})")
+    parser.add_argument(
+        "--temperature", nargs="+", type=float, default=[TEMPERATURE], metavar="T", help=f"(default: {TEMPERATURE})"
     )
-    add_arguments(parser)
     return parser
 
 

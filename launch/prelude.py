@@ -11,6 +11,11 @@ COMMANDS = {
     "probe": ("launch.linear_probe", "linear probe of a frozen encoder"),
     "knn": ("launch.knn", "k-nearest-neighbour accuracy of a frozen encoder"),
     "finetune": ("launch.finetune", "train an encoder on with labels, and test it"),
+    "ncm": ("launch.ncm", "nearest-class-mean accuracy of a frozen encoder"),
+    "fewshot": ("launch.fewshot", "accuracy of a frozen encoder with few labels"),
+    "multilabel": ("launch.multilabel", "several findings an image, by heads on a frozen encoder"),
+    "anomaly": ("launch.anomaly", "anomaly detection by a frozen encoder"),
+    "bank": ("launch.bank", "see or remove the frozen features that evaluations keep"),
     "export": ("launch.export", "write a run's encoder as a plain timm checkpoint"),
     "shards": ("launch.shards", "look at shards before training on them"),
 }

@@ -146,11 +146,14 @@ class ResumeConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Labelled shards that `prelude probe` and `prelude knn` use for this run unless told otherwise."""
+    """Labelled shards that evaluations use for this run unless told otherwise."""
 
     train_shards: str | list[str]
     test_shards: str | list[str]
     label: str = "cls"  # extension of the label's member in the tar
+    label_names: list[str] = []  # findings that `prelude multilabel` reads from a JSON member
+    label_field: str = ""  # of that member, where the findings are; "": the whole member
+    label_group: str = ""  # field whose values group images, such as patient
 
 
 class Config(Section):

@@ -20,6 +20,12 @@ def features_of(values, labels, name: str = "mean", fingerprint: str = "shards")
     return Features(values, labels, torch.arange(len(labels)), fingerprint, name)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No test reads an index or a bank that another one, or the user, has left behind."""
+    monkeypatch.setenv("PRELUDE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def problem():
     """(train, test) by kind: `mean` separates ten classes, `cls` is noise."""

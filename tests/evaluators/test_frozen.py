@@ -1,4 +1,8 @@
+import io
 import json
+import statistics
+import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -7,11 +11,12 @@ from checkpoints.sources import OpenedEncoder
 from data.errors import UserError
 from data.shapes import write_shards
 from evaluators import frozen
-from evaluators.frozen import Labelled, evaluate, labelled_shards, run_of
+from evaluators.frozen import Labelled, evaluate, labelled_shards, run_of, vector_format
 from evaluators.knn import knn
+from evaluators.labels import VectorFormat
 from evaluators.linear_probe import linear_probe
 from launch import knn as knn_door
-from launch import linear_probe as probe_door
+from launch import prelude
 from launch.exit_codes import door
 
 
@@ -60,8 +65,45 @@ def test_one_table_of_every_source_by_every_evaluator(shapes):
 
 def test_an_untrained_encoder_goes_the_whole_way(shapes):
     (result,) = evaluate(["random:timm:test_vit.r160_in1k"], [knn], shapes, kinds=["cls"], seed=1)
-    assert result.outcome.chosen == {"features": "cls"}
+    assert result.outcome.chosen["features"] == "cls"
     assert result.features["view"]["size"] == (160, 160)
+
+
+def test_seeds_give_a_mean_and_a_spread(shapes):
+    alone = [evaluate(["pixels:4"], [linear_probe], shapes, seed=seed)[0].outcome for seed in (3, 4, 5)]
+    (together,) = evaluate(["pixels:4"], [linear_probe], shapes, seed=3, num_seeds=3)
+    values = [outcome.numbers["top1"].value for outcome in alone]
+    found = together.outcome.numbers["top1"]
+    assert found.value == pytest.approx(statistics.mean(values)) and found.spread == statistics.stdev(values)
+    assert together.outcome.recipe["seeds"] == [3, 4, 5]
+    assert {s: o["chosen"] for s, o in together.outcome.details["by_seed"].items()} == dict(
+        zip((3, 4, 5), (o.chosen for o in alone), strict=True)
+    )
+
+
+def test_seeds_draw_untrained_encoders_anew(shapes):
+    (result,) = evaluate(["random:timm:test_vit.r160_in1k"], [knn], shapes, kinds=["cls"], num_seeds=2)
+    first, second = (found["numbers"]["top1"] for found in result.outcome.details["by_seed"].values())
+    assert first != second
+
+
+def test_images_without_a_label_are_left_out_and_told(shapes, tmp_path):
+    parts = []
+    for name, source in (("train", shapes.train), ("test", shapes.test)):
+        (path, *_) = sorted(Path(source).parent.glob(Path(source).name))
+        kept = tmp_path / f"{name}.tar"
+        with tarfile.open(path) as old, tarfile.open(kept, "w", format=tarfile.USTAR_FORMAT) as new:
+            for member in old:
+                spoilt = member.name.endswith("7.cls")
+                content = b"seven" if spoilt else old.extractfile(member).read()
+                member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
+        parts.append(str(kept))
+    (result,) = evaluate(["pixels:4"], [knn], Labelled(*parts, "cls"))
+    assert result.data["train"] | {"shards": 0, "fingerprint": 0} == {
+        "shards": 0, "fingerprint": 0, "num_samples": 54, "num_unreadable": 0, "num_unlabelled": 6,
+    }  # fmt: skip
+    assert "6 of 60 train images have no label and are left out." in result.outcome.warnings
 
 
 def test_results_of_a_run_and_of_the_floors_beside_it_lie_in_the_run(run, any_encoder):
@@ -98,15 +140,77 @@ def test_testing_on_the_training_shards_is_told(shapes):
     assert any("same shards" in warning for warning in result.outcome.warnings)
 
 
-@pytest.mark.parametrize(("main", "evaluator"), [(knn_door.main, "knn"), (probe_door.main, "linear_probe")])
-def test_the_doors(main, evaluator, shapes, tmp_path, capsys):
-    argv = ["pixels:4", "--train", shapes.train, "--test", shapes.test, "--num-workers", "0", "--out", str(tmp_path)]
-    assert main(argv) == 0
-    (path,) = tmp_path.glob("*.json")
+@pytest.mark.parametrize(
+    ("command", "evaluator", "settings"),
+    [
+        ("knn", "knn", ["--k", "5", "20"]),
+        ("probe", "linear_probe", ["--norm", "batch", "none"]),
+        ("probe", "linear_probe_barlow_twins", ["--protocol", "barlow_twins", "--epochs", "1", "--global-batch", "60"]),
+        ("ncm", "ncm", []),
+        ("fewshot", "fewshot", ["--per-class", "2", "--draws", "2"]),
+        ("anomaly", "anomaly", ["--normal", "3"]),
+    ],
+)
+def test_the_doors(command, evaluator, settings, shapes, tmp_path, capsys):
+    argv = ["pixels:4", "--train", shapes.train, "--test", shapes.test, "--num-workers", "0"]
+    argv += ["--out", str(tmp_path / "out"), "--bank", str(tmp_path / "bank"), *settings]
+    assert prelude.main([command, *argv]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
     found = json.loads(path.read_text())
     assert found["evaluator"] == evaluator
-    assert found["command"].startswith(f"prelude {'knn' if evaluator == 'knn' else 'probe'} pixels:4 --train")
+    assert found["command"].startswith(f"prelude {command} pixels:4 --train")
     assert "pixels 4x4" in capsys.readouterr().out
+    assert prelude.main(["bank", str(tmp_path / "bank"), "--clear"]) == 0
+    assert "2 entries" in capsys.readouterr().out and not list((tmp_path / "bank").iterdir())
+
+
+def test_the_door_to_several_findings(tmp_path, capsys):
+    def shard(name):
+        with tarfile.open(tmp_path / name, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(40):
+                findings = {"labels": [["dark"], [], ["bright", "even"]][i % 3], "patient": i // 2}
+                pixels = b"P6 8 8 255\n" + bytes([i % 3 * 100 + i]) * 192
+                for member, content in ((f"{i}.ppm", pixels), (f"{i}.json", json.dumps(findings).encode())):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        return str(tmp_path / name)
+
+    argv = ["pixels:4", "--train", shard("a.tar"), "--test", shard("b.tar"), "--num-workers", "0"]
+    argv += ["--out", str(tmp_path / "out"), "--field", "labels", "--group", "patient"]
+    assert prelude.main(["multilabel", *argv, "--names", "bright", "dark"]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    found = json.loads(path.read_text())
+    assert found["recipe"]["names"] == ["bright", "dark"] and found["recipe"]["grouped"]
+    assert found["numbers"]["auc"]["value"] > 95 and len(found["numbers"]["auc"]["interval"]) == 2
+    assert "macro AUC %" in capsys.readouterr().out
+    assert door(lambda: prelude.main(["multilabel", *argv])) == 2
+    assert "--names" in capsys.readouterr().err
+
+
+def test_a_run_says_where_its_findings_are_written(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluate"] |= {
+        "label": "json",
+        "label_names": ["a", "b"],
+        "label_field": "labels",
+        "label_group": "patient",
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert vector_format([str(run)]) == VectorFormat(("a", "b"), "labels", "patient")
+    assert vector_format([str(run)], ["c"], "", "") == VectorFormat(("c",))
+    assert labelled_shards([str(run)], vectors=VectorFormat(("c",))).label == "json"
+
+
+def test_settings_without_effect_are_refused(shapes, capsys):
+    argv = ["pixels:4", "--train", shapes.train, "--test", shapes.test]
+    for wrong, told in (
+        (["--epochs", "3"], "--epochs has no effect"),
+        (["--protocol", "mae", "--norm", "none"], "--norm is the protocol's"),
+        (["--seeds", "0"], "--seeds 0"),
+    ):
+        assert door(lambda wrong=wrong: prelude.main(["probe", *argv, *wrong])) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_mistake_is_told_in_a_sentence(capsys):

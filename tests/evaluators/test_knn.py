@@ -7,11 +7,13 @@ import pytest
 import torch
 import webdataset as wds
 
+from data.errors import UserError
 from data.shards import ShardIndex
 from evaluators import knn as module
 from evaluators.features import extract
 from evaluators.knn import knn, search
 from evaluators.pixels import open_pixels
+from evaluators.splits import hold_out
 
 CIFAR = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
 
@@ -38,15 +40,16 @@ def brute_force(bank, labels, queries, num_classes, k, temperature, weighted, ce
     return rankings
 
 
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("weighted, temperature", [(True, 0.07), (True, 0.01), (True, 0.5), (False, 0.07)])
 @pytest.mark.parametrize("centred", [True, False])
-def test_equals_brute_force(classes, weighted, centred, monkeypatch):
+def test_equals_brute_force(classes, weighted, temperature, centred, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)  # several chunks, the last one short
     bank, labels = classes(130, 6, 12, seed=1)
     queries, query_labels = classes(45, 6, 12, seed=2)
-    found = search(bank, labels, queries, query_labels, 12, (1, 5, 20, 50), weighted=weighted, centred=centred)
+    settings = {"weighted": weighted, "centred": centred, "temperature": temperature}
+    found = search(bank, labels, queries, query_labels, 12, (1, 5, 20, 50), **settings)
     for k in (1, 5, 20, 50):
-        rankings = brute_force(bank, labels, queries, 12, k, module.TEMPERATURE, weighted, centred)
+        rankings = brute_force(bank, labels, queries, 12, k, temperature, weighted, centred)
         for name, guesses in (("top1", 1), ("top5", 5)):
             hits = sum(int(y) in r[:guesses] for r, y in zip(rankings, query_labels, strict=True))
             assert found[k][name].value == pytest.approx(100 * hits / 45), (k, name)
@@ -70,7 +73,7 @@ def test_adding_a_constant_to_every_feature_changes_nothing_when_centred(classes
 def test_headline_is_k_20_weighted_and_centred(problem):
     train, test = problem
     outcome = knn(train, test)
-    assert outcome.recipe["k"] == 20 and outcome.recipe["temperature"] == 0.07
+    assert outcome.recipe["k"] == [20] and outcome.recipe["temperature"] == [0.07]
     assert outcome.numbers == outcome.details["by_features"]["mean"]["cosW, centred"][20]
     assert set(outcome.numbers) == {"top1", "top5"}
     others = outcome.details["by_features"]["mean"]["cosW, centred"]
@@ -79,11 +82,43 @@ def test_headline_is_k_20_weighted_and_centred(problem):
 
 def test_the_kind_of_feature_is_chosen_without_test_labels(problem):
     train, test = problem
-    assert knn(train, test).chosen == {"features": "mean"}
+    assert knn(train, test).chosen["features"] == "mean"
     swapped = {"cls": test["mean"], "mean": test["cls"]}
     swapped = {kind: dataclasses.replace(f, values=test[kind].values) for kind, f in swapped.items()}
     mixed = {kind: dataclasses.replace(f, labels=f.labels.roll(7)) for kind, f in swapped.items()}
-    assert knn(train, mixed).chosen == {"features": "mean"}
+    assert knn(train, mixed).chosen["features"] == "mean"
+
+
+def test_k_and_temperature_are_chosen_on_a_held_out_part_of_train(problem):
+    train, test = ({"mean": part["mean"]} for part in problem)
+    ks, temperatures = (1, 10, 100), (0.01, 0.07, 1.0)
+    outcome = knn(train, test, ks=ks, temperatures=temperatures)
+    held_out = outcome.details["held_out"]
+    assert len(held_out) == 9
+    fit, held = hold_out(train["mean"].labels, 0)
+    for row in held_out:
+        values, labels = train["mean"].values, train["mean"].labels
+        alone = search(
+            values[fit], labels[fit], values[held], labels[held], 10, (row["k"],), temperature=row["temperature"]
+        )
+        assert alone[row["k"]]["top1"].value == row["held_out_top1"]
+    best = max(held_out, key=lambda row: row["held_out_top1"])
+    assert outcome.chosen == {key: best[key] for key in ("features", "k", "temperature")}
+    k, temperature = outcome.chosen["k"], outcome.chosen["temperature"]
+    assert outcome.numbers == outcome.details["by_features"]["mean"]["cosW, centred"][k][temperature]
+    mixed = {"mean": dataclasses.replace(test["mean"], labels=test["mean"].labels.roll(7))}
+    assert knn(train, mixed, ks=ks, temperatures=temperatures).chosen == outcome.chosen
+
+
+def test_impossible_settings_are_refused(problem):
+    for wrong in ({"ks": (0, 5)}, {"temperatures": (0.0,)}):
+        with pytest.raises(UserError, match="above 0"):
+            knn(*problem, **wrong)
+
+
+def test_a_small_temperature_does_not_overflow(classes):
+    bank, labels = classes(100, 6, 3, seed=1)
+    assert search(bank, labels, bank, labels, 3, (20,), temperature=1e-5)[20]["top1"].value == 100
 
 
 def test_few_training_samples_are_all_neighbours(classes, features):

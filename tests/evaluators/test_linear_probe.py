@@ -6,7 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from data.errors import UserError
-from evaluators.linear_probe import WEIGHT_DECAYS, Space, linear_probe
+from evaluators.convex import ClassLoss, Space
+from evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
 
 
 def standardised(values, by):
@@ -16,7 +17,7 @@ def standardised(values, by):
 @pytest.mark.parametrize("decay", [1e-4, 1e-2, 1.0])
 def test_a_head_is_the_optimum_that_scikit_learn_finds(classes, decay):
     values, labels = classes(600, 20, 5, seed=1, noise=2.0)
-    head = Space.of(values).fit(labels, 5, (decay,))
+    head = Space.of(values).fit(ClassLoss(labels, 5), (decay,))
     # scikit-learn minimises C * (sum of losses) + |W|^2 / 2, hence C = 1 / (N * decay).
     oracle = LogisticRegression(C=1 / (600 * decay), max_iter=10_000, tol=1e-8).fit(
         standardised(values, values), labels.numpy()
@@ -43,36 +44,55 @@ def test_fitting_some_rows_is_fitting_a_set_of_these_rows(classes):
     # The same standardisation: on the rows alone it would be another problem.
     oracle = LogisticRegression(C=1 / (200 * 1e-2), max_iter=10_000, tol=1e-8)
     oracle.fit(standardised(values, values)[::2], labels[rows].numpy())
-    ours = space.fit(labels, 4, (1e-2,), rows).logits(values)[0].softmax(-1).numpy()
+    ours = space.fit(ClassLoss(labels, 4), (1e-2,), rows).logits(values)[0].softmax(-1).numpy()
     assert abs(ours - oracle.predict_proba(standardised(values, values))).max() < 0.01
 
 
 def test_heads_trained_together_are_those_trained_alone(classes):
     values, labels = classes(300, 10, 4, seed=1)
-    together = Space.of(values).fit(labels, 4, (1e-3, 1e-1)).logits(values).softmax(-1)
+    together = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1)).logits(values).softmax(-1)
     for h, decay in enumerate((1e-3, 1e-1)):
-        alone = Space.of(values).fit(labels, 4, (decay,)).logits(values).softmax(-1)
+        alone = Space.of(values).fit(ClassLoss(labels, 4), (decay,)).logits(values).softmax(-1)
         assert (together[h] - alone[0]).abs().max() < 5e-3
 
 
 def test_pieces_of_the_training_set_change_nothing(classes, monkeypatch):
     values, labels = classes(300, 10, 4, seed=1)
-    whole = Space.of(values).fit(labels, 4, (1e-3, 1e-1))
-    monkeypatch.setattr("evaluators.linear_probe.CHUNK_ELEMENTS", 8 * 70)
-    pieces = Space.of(values).fit(labels, 4, (1e-3, 1e-1))
+    whole = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1))
+    monkeypatch.setattr("evaluators.convex.PIECE_ELEMENTS", 10 * 70)
+    pieces = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1))
     assert torch.allclose(whole.weights, pieces.weights, atol=1e-3)
 
 
 def test_scale_offset_and_constant_features_change_nothing(classes):
     values, labels = classes(300, 10, 4, seed=1)
-    plain = Space.of(values).fit(labels, 4, (1e-2,)).logits(values)
+    plain = Space.of(values).fit(ClassLoss(labels, 4), (1e-2,)).logits(values)
     changed = torch.cat([values * 1e-3 + 2.0, torch.full((300, 2), 0.1)], 1)
-    assert torch.allclose(plain, Space.of(changed).fit(labels, 4, (1e-2,)).logits(changed), atol=2e-2)
+    assert torch.allclose(plain, Space.of(changed).fit(ClassLoss(labels, 4), (1e-2,)).logits(changed), atol=2e-2)
+
+
+def test_without_batch_norm_features_keep_their_proportions(classes):
+    values, labels = classes(400, 10, 4, seed=1)
+    values[:, 0] *= 100
+    space = Space.of(values, "none")
+    head = space.fit(ClassLoss(labels, 4), (1e-2,))
+    plain = (values - values.mean(0)) / values.var(0, correction=0).mean().sqrt()
+    oracle = LogisticRegression(C=1 / (400 * 1e-2), max_iter=10_000, tol=1e-8).fit(plain.numpy(), labels.numpy())
+    assert abs(head.logits(values)[0].softmax(-1).numpy() - oracle.predict_proba(plain.numpy())).max() < 0.01
+
+
+def test_heads_with_and_without_batch_norm_are_in_one_grid(problem):
+    outcome = linear_probe(*problem, norms=("batch", "none"))
+    assert len(outcome.details["grid"]) == 2 * 2 * len(WEIGHT_DECAYS)
+    best = max(outcome.details["grid"], key=lambda row: (row["held_out_top1"], -row["held_out_loss"]))
+    assert outcome.chosen == {key: best[key] for key in ("features", "norm", "weight_decay")}
+    alone = linear_probe(*problem, norms=(outcome.chosen["norm"],))
+    assert alone.numbers == outcome.numbers
 
 
 def test_more_features_than_samples(classes):
     values, labels = classes(40, 100, 4, seed=1)
-    head = Space.of(values).fit(labels, 4, (1e-3,))
+    head = Space.of(values).fit(ClassLoss(labels, 4), (1e-3,))
     assert head.gaps.max() < 1e-6
     assert (head.logits(values)[0].argmax(-1) == labels).all()
 
@@ -131,6 +151,6 @@ def test_one_class_is_refused(classes, features):
 def test_twelve_heads_on_5000_images_take_seconds(classes, features):
     values, labels = classes(5000, 192, 10, seed=1, noise=4.0)
     train = {"mean": features(values, labels)}
-    started = time.monotonic()
+    started = time.process_time()
     linear_probe(train, train)
-    assert time.monotonic() - started < 20  # measured 2 s on one quiet core; the bound allows for busy machines
+    assert time.process_time() - started < 20  # measured 2.5 s

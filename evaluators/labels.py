@@ -1,0 +1,112 @@
+"""What the samples of labelled shards are: a class number each, or a vector of yes, no and unknown.
+
+- Labels are read from the shards each time, never from a bank of features: the same features serve every labelling.
+- A sample whose label is missing or cannot be read is left out of an evaluation and counted.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.decode import BadImage
+from data.errors import UserError
+from data.labels import LabelReader
+from data.members import label_members
+from data.shards import ShardIndex
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of all N samples of an index, in its order."""
+
+    values: Tensor  # (N,) int64 class numbers, or (N, L) float32 of 1, 0 and NaN for unknown
+    known: Tensor  # (N,) bool: whether the sample has a label at all
+    groups: Tensor | None = None  # (N,) int64: samples of one group (a patient) must not be told apart as independent
+
+
+@dataclass(frozen=True)
+class VectorFormat:
+    """How a JSON member says which of several findings an image shows.
+
+    The member, or its `field`, is a list of the names that are present (the others are absent), an object from names
+    to 1, 0 and -1 or null for unknown, or a list of such numbers in the order of `names`.
+    """
+
+    names: tuple[str, ...]
+    field: str = ""  # of the JSON object; "": the whole member
+    group_field: str = ""  # whose values group the samples, such as `patient`; "": every sample on its own
+
+    def vector(self, content: dict | list) -> list[float] | None:
+        """L values of 1, 0 and NaN; None where there is no such thing in `content`."""
+        found = content
+        if self.field:
+            found = content.get(self.field) if isinstance(content, dict) else None
+        if isinstance(found, dict):
+            values = [found.get(name) for name in self.names]
+        elif isinstance(found, list) and all(isinstance(item, str) for item in found):
+            return [float(name in found) for name in self.names]
+        elif isinstance(found, list) and len(found) == len(self.names):
+            values = found
+        else:
+            return None
+        if any(value not in (0, 1, -1, None) for value in values):
+            return None
+        return [math.nan if value in (-1, None) else float(value) for value in values]
+
+
+def class_numbers(index: ShardIndex) -> Labels:
+    """Raises UserError where the label members hold no class numbers."""
+    contents = list(label_members(index))
+    example = next((content for content in contents if content is not None), None)
+    if example is None:
+        raise UserError(f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label.")
+    reader = LabelReader(index.label, example)
+    if reader.shape or reader.dtype != "int64":
+        raise not_class_numbers(index.label, reader.dtype, reader.shape)
+    values, known = torch.zeros(len(contents), dtype=torch.int64), torch.zeros(len(contents), dtype=torch.bool)
+    for i, content in enumerate(contents):
+        try:
+            if content is not None:
+                values[i], known[i] = int(reader(content)), True
+        except BadImage:
+            continue  # it stays unknown
+    return Labels(values, known)
+
+
+def not_class_numbers(label: str, dtype, shape: Sequence[int]) -> UserError:
+    found = f"{str(dtype).removeprefix('torch.')} of shape {tuple(shape)}"
+    return UserError(
+        f"Members .{label} do not hold one class number a sample (found {found}); "
+        f"write --label with the extension of integer labels."
+    )
+
+
+def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
+    """Raises UserError where no member has the format, or where none of the names ever occurs."""
+    values, known, groups = [], [], []
+    for i, content in enumerate(label_members(index)):
+        try:
+            parsed = json.loads(content) if content is not None else None
+        except ValueError:
+            parsed = None
+        vector = form.vector(parsed) if isinstance(parsed, (dict, list)) else None
+        values.append(vector or [math.nan] * len(form.names))
+        known.append(vector is not None)
+        group = parsed.get(form.group_field) if form.group_field and isinstance(parsed, dict) else None
+        groups.append(("group", str(group)) if group is not None else ("sample", i))
+    if not any(known):
+        where = f"the field {form.field!r} of .{index.label} members" if form.field else f".{index.label} members"
+        raise UserError(
+            f"No sample in {index.paths[0]} and the rest has labels in {where}; write lists of names, or objects from "
+            f"names to 1, 0 and -1."
+        )
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    labels = torch.tensor(values)
+    if not (labels == 1).any():
+        raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.paths[0]} and the rest; correct names.")
+    by_group = torch.tensor([numbers[group] for group in groups]) if form.group_field else None
+    return Labels(labels, torch.tensor(known), by_group)

@@ -1,0 +1,69 @@
+"""How well scores rank: area under the ROC curve and average precision, and what they owe to the sample.
+
+- Area under the curve: the share of (positive, negative) pairs in the right order, ties counting half (Mann-Whitney).
+- Average precision: sum over distinct scores of (recall gained) x precision; no interpolation.
+- Bootstrap: samples, or groups of them such as a patient's images, are drawn with replacement. A draw is a weight for
+  each sample, so scores are sorted once.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+NUM_DRAWS = 1000
+ELEMENTS = 2**22  # weights held at once
+CONFIDENCE = 0.95
+
+
+def auc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """scores, positive: (N,); weights: (B, N), by default one row of ones. Returns (B,) float64 in 0..1, NaN where a
+    row has no positive or no negative."""
+    above, below = _cumulated(scores, positive, weights)  # (B, G) positives and negatives from the top down
+    gained = above.diff(dim=1, prepend=above.new_zeros(len(above), 1))
+    of_group = below.diff(dim=1, prepend=below.new_zeros(len(below), 1))
+    lower = below[:, -1:] - below
+    return (gained * (lower + of_group / 2)).sum(1) / (above[:, -1] * below[:, -1])
+
+
+def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same parameters; NaN where a row has no positive."""
+    above, below = _cumulated(scores, positive, weights)
+    gained = above.diff(dim=1, prepend=above.new_zeros(len(above), 1))
+    precision = above / (above + below).clamp(min=1e-300)
+    return (gained * precision).sum(1) / above[:, -1]
+
+
+def bootstrap(
+    statistic: Callable[[Tensor], Tensor], num_samples: int, seed: int, groups: Tensor | None = None
+) -> Tensor:
+    """What the statistic is on `NUM_DRAWS` draws. statistic: weights (b, N) to (b, ...). groups: (N,) int64."""
+    return torch.cat([statistic(weights) for weights in _draws(num_samples, seed, groups)])
+
+
+def interval(draws: Tensor) -> tuple[float, float]:
+    """The percentile interval at 95 %, of draws (B,) without NaN."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = draws[draws.isfinite()].quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
+    return low, high
+
+
+def _draws(num_samples: int, seed: int, groups: Tensor | None) -> Iterator[Tensor]:
+    groups = torch.arange(num_samples) if groups is None else groups.unique(return_inverse=True)[1]
+    num_groups, generator = int(groups.max()) + 1, torch.Generator().manual_seed(seed)
+    step = max(ELEMENTS // num_samples, 1)
+    for start in range(0, NUM_DRAWS, step):
+        count = min(step, NUM_DRAWS - start)
+        drawn = torch.randint(num_groups, (count, num_groups), generator=generator)
+        times = torch.zeros(count, num_groups, dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        yield times[:, groups]
+
+
+def _cumulated(scores: Tensor, positive: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, G) weight of the positives, and of the negatives, at or above each of the G distinct scores, from the top."""
+    ordered, order = scores.double().sort(descending=True)
+    last = torch.cat([ordered[1:] != ordered[:-1], ordered.new_ones(1, dtype=torch.bool)])
+    weights = torch.ones(1, len(scores), dtype=torch.float64) if weights is None else weights
+    weights, yes = weights[:, order], positive[order].double()
+    return (weights * yes).cumsum(1)[:, last], (weights * (1 - yes)).cumsum(1)[:, last]

@@ -1,0 +1,64 @@
+"""See what frozen features are kept, and remove them.
+
+    prelude bank runs/mae            what is in runs/mae/bank
+    prelude bank runs/mae --clear    and remove it
+
+Features are made again when an evaluation wants them. Without a folder: those kept outside of any run.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+
+import argparse
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from evaluators.bank import Bank
+from evaluators.frozen import BANK, run_of
+from launch.exit_codes import door
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    console = Console(highlight=False)
+    for folder in args.folders or [None]:
+        bank = Bank(Path(folder) / BANK if folder and run_of(folder) == Path(folder).absolute() else folder)
+        entries = bank.entries()
+        size = sum(entry.num_bytes for entry in entries)
+        console.print(f"{bank.folder}: {len(entries)} entries, {size / 2**20:,.1f} MiB", soft_wrap=True)
+        if args.clear:
+            bank.clear()
+            console.print("removed")
+        elif entries:
+            console.print(table_of(entries))
+    return 0
+
+
+def table_of(entries) -> Table:
+    table = Table("encoder", "features", "images", "width", "data", "MiB", box=box.SIMPLE)
+    for entry in entries:
+        about, size = entry.about, f"{entry.num_bytes / 2**20:.1f}"
+        if not about:
+            table.add_row("never finished", "", "", "", "", size)
+            continue
+        counts = f"{about['num_samples']:,}", f"{about['width']:,}"
+        table.add_row(about["name"], about["kind"], *counts, about["data"][:8], size)
+    return table
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="runs, or folders given as --bank")
+    parser.add_argument("--clear", action="store_true", help="remove all entries, and what was never finished")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(door(main))

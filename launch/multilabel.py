@@ -1,0 +1,39 @@
+"""Several findings in one image, by yes-or-no heads on frozen encoders.
+
+    prelude multilabel runs/cxr random:runs/cxr --train train-0.tar --test test-0.tar \\
+        --field labels --names Viral COVID-19 Bacterial --group patient
+
+Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+
+import argparse
+from functools import partial
+
+from evaluators.frozen import vector_format
+from evaluators.multilabel import multilabel
+from launch.exit_codes import door
+from launch.frozen import door_parser, judge
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    form = vector_format(args.sources, args.names, args.field, args.group)
+    judged = partial(multilabel, names=form.names, norms=args.norm)
+    return judge(args, [judged], "multilabel", argv, vectors=form)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = door_parser(__doc__)
+    default = "(default: the run's evaluate section)"
+    parser.add_argument("--names", nargs="+", metavar="NAME", help=f"of the findings {default}")
+    parser.add_argument("--field", metavar="KEY", help=f"of the JSON object that holds the findings {default}")
+    parser.add_argument("--group", metavar="KEY", help=f"of the JSON object, such as patient {default}")
+    parser.add_argument("--norm", nargs="+", choices=["batch", "none"], default=["batch"], help="as for prelude probe")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(door(main))

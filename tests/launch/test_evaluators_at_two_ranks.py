@@ -1,0 +1,88 @@
+"""Evaluations through the real launcher, on two ranks, against one process."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+from runs import BIN, ROOT, deepspeed
+
+from data.shapes import write_shards
+from data.shards import ShardIndex
+from launch import knn as knn_door
+from launch import linear_probe as probe_door
+
+PROTOCOL = ["--protocol", "vissl", "--epochs", "3", "--global-batch", "20", "--learning-rates", "0.03", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """101 train images, two of them damaged, one in each rank's part; 40 test images."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shards(folder, "train", 101, image_size=16, samples_per_shard=60)
+    write_shards(folder, "test", 40, image_size=16)
+    index = ShardIndex(f"{folder}/train-*.tar", "cls")
+    for sample in (3, 77):
+        offset, size = index.images[sample].tolist()
+        with open(index.shard_of(sample), "r+b") as file:
+            file.seek(offset)
+            file.write(b"\0" * size)
+    return ["--train", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar"]
+
+
+def places(folder):
+    return ["--bank", str(folder / "bank"), "--out", str(folder / "out"), "--num-workers", "0", "--batch-size", "16"]
+
+
+def launched(script, argv):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    command = [*deepspeed(2), str(ROOT / "launch" / script), *argv]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def results(folder):
+    found = [json.loads(path.read_text()) for path in sorted((folder / "out").glob("*.json"))]
+    return {(result["encoder"]["name"], result["evaluator"]): result for result in found}
+
+
+def entries(folder):
+    found = {}
+    for entry in (folder / "bank").iterdir():
+        about = json.loads((entry / "about.json").read_text())
+        shape = about["num_samples"], about["width"]
+        found[entry.name] = (
+            np.fromfile(entry / "values.f32", np.float32).reshape(shape),
+            (np.fromfile(entry / "sample_ids.i64", np.int64)),
+        )
+    return found
+
+
+def test_features_of_two_ranks_are_those_of_one_and_so_are_the_numbers(shards, tmp_path):
+    sources = ["pixels:8", "random:timm:test_vit.r160_in1k"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    output = launched("knn.py", [*sources, *shards, *places(two)])
+    assert knn_door.main([*sources, *shards, *places(one)]) == 0
+    assert output.count("top-1 %") == 1  # one rank prints
+    assert entries(one).keys() == entries(two).keys() and len(entries(one)) == 6
+    for name, (values, ids) in entries(one).items():
+        there, ids_there = entries(two)[name]
+        assert ids.tolist() == ids_there.tolist() and len(ids) in (99, 40)
+        assert np.allclose(values, there, atol=1e-5)
+    for key, result in results(one).items():
+        assert results(two)[key]["numbers"] == result["numbers"]
+        assert results(two)[key]["data"] == result["data"]
+
+
+def test_heads_on_augmented_images_do_not_depend_on_ranks(shards, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    launched("linear_probe.py", ["pixels:8", *shards, *places(two), *PROTOCOL])
+    assert probe_door.main(["pixels:8", *shards, *places(one), *PROTOCOL]) == 0
+    ((_, ours),) = results(one).items()
+    ((_, theirs),) = results(two).items()
+    assert ours["numbers"] == theirs["numbers"] and ours["chosen"] == theirs["chosen"]
+    assert ours["recipe"]["num_steps"] == 13
+    for row, other in zip(ours["details"]["grid"], theirs["details"]["grid"], strict=True):
+        assert other["held_out_loss"] == pytest.approx(row["held_out_loss"], rel=1e-5)
