@@ -7,6 +7,7 @@ they are given, and pack what they return:
     convolution     zeros at inactive positions: a submanifold convolution, whose output is read where it is active
     max pooling     minus infinity there, so that they never win
     average pooling the mean over the active positions of a window (and over padding, where the layer counts it)
+    enlargement     by repetition only
 
 - Pixels of hidden cells are dropped before the first layer: nothing can depend on them.
 - The encoder's parameters, buffers, classes and names stay timm's, and outside of a sparse encoding its results too.
@@ -51,6 +52,12 @@ class SparseEncoder:
         self._remember_for_recomputation(maps, positions)
         return Encoded(maps, positions)
 
+    def positions(self) -> ActivePositions | None:
+        """Those of the encoding that runs, or is recomputed by the backward pass; None outside of both."""
+        if self._active is None and self._recomputed is not None and torch._C._current_graph_task_id() != -1:
+            return self._recomputed
+        return self._active
+
     @contextmanager
     def _encoding(self, positions: ActivePositions):
         outer, self._active = self._active, positions
@@ -58,12 +65,6 @@ class SparseEncoder:
             yield
         finally:
             self._active = outer
-
-    def _positions(self) -> ActivePositions | None:
-        """Those of the encoding that runs, or is recomputed by the backward pass; None outside of both."""
-        if self._active is None and self._recomputed is not None and torch._C._current_graph_task_id() != -1:
-            return self._recomputed
-        return self._active
 
     def _remember_for_recomputation(self, maps: list[Tensor], positions: ActivePositions) -> None:
         """Activation checkpointing runs layers again during the backward pass, when the call is long over.
@@ -82,7 +83,7 @@ class SparseEncoder:
                 packed.register_hook(remember)
 
     def _unpack_input(self, layer: nn.Module, args: tuple):
-        positions = self._positions()
+        positions = self.positions()
         if positions is None:
             return None
         packed, *rest = args
@@ -93,7 +94,7 @@ class SparseEncoder:
         return (maps, *rest)
 
     def _pack_output(self, layer: nn.Module, args: tuple, output: Tensor):
-        positions = self._positions()
+        positions = self.positions()
         if positions is None:
             return None
         packed = positions.pack(output)
@@ -103,9 +104,11 @@ class SparseEncoder:
 
 
 def mixes_neighbours(layer: nn.Module) -> bool:
-    """Whether this is a convolution or pooling that reads or drops neighbouring positions."""
-    if isinstance(layer, nn.Conv2d):
+    """Whether this is a convolution, pooling or enlargement, and so must see the map as a whole."""
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
         return layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.padding not in ((0, 0), "same", "valid")
+    if isinstance(layer, nn.Upsample):
+        return layer.mode == "nearest"  # others mix what lies on both sides of a cell's border
     return isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d))
 
 
