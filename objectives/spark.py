@@ -208,18 +208,19 @@ def _fitted(
     stride = total_stride(model, name, image_size)
     cell = options.mask_patch or stride
     if cell % stride:
+        fits = max(cell // stride, 1) * stride
         raise UserError(
-            f"objective.mask_patch={cell} is no multiple of {stride}, the total stride of encoder.name={name}, so that "
-            f"its last stage would mix visible and hidden pixels; write objective.mask_patch={max(cell // stride, 1) * stride}, "
-            "or an encoder of smaller stride."
+            f"objective.mask_patch={cell} is no multiple of {stride}, the total stride of encoder.name={name}, whose last "
+            f"stage would mix visible and hidden pixels; write objective.mask_patch={fits}, or an encoder of smaller stride."
         )
     height, width = image_size
     if height % cell or width % cell or height * width < 2 * cell * cell:
-        sides = sorted({max(side // cell, 2) * cell for side in image_size} | {(max(height, width) // cell + 1) * cell})
+        fits = sorted({max(side // cell, 2) * cell for side in image_size} | {max(-(-max(image_size) // cell), 2) * cell})
         raise UserError(
-            f"encoder.image_size={height}x{width} is not cut into cells of {cell} pixels, the total stride of "
-            f"encoder.name={name}; write encoder.image_size={' or '.join(map(str, sides))}, or give the encoder a smaller "
-            "stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 for a ConvNeXt)."
+            f"encoder.image_size={height}x{width} is not cut into two or more whole cells of {cell} pixels (the total "
+            f"stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or give "
+            "the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 for a "
+            "ConvNeXt)."
         )
     grid = (height // cell, width // cell)
     return survey(model, name, image_size, grid), cell, grid
