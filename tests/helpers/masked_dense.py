@@ -35,7 +35,7 @@ def enlarged(mask: Tensor, like: Tensor, channels_last: bool = False) -> Tensor:
 @contextmanager
 def _masked(model: nn.Module, mask: Tensor):
     def mask_output(layer, args, output):
-        return output * enlarged(mask, output, _is_channels_last(layer))
+        return output.masked_fill(enlarged(mask, output, _is_channels_last(layer)) == 0, 0)
 
     def mask_input(layer, args):
         return (args[0] * enlarged(mask, args[0], _is_channels_last(layer)),)
