@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from data.batch import Batch
 from data.errors import UserError
@@ -50,7 +51,8 @@ def a_model(encoder=RESNET, **objective):
 
 def a_batch(count=4, size=(64, 64), first_seed=0):
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (count, 3, *size), generator=generator, dtype=torch.uint8)
+    coarse = torch.rand(count, 3, 3, 3, generator=generator)  # smooth, so that a neighbour says something
+    pixels = (255 * F.interpolate(coarse, size=size, mode="bilinear")).to(torch.uint8)
     ids = torch.arange(count)
     return Batch(
         (pixels,),
@@ -117,9 +119,8 @@ def test_an_untrained_model_predicts_next_to_nothing(encoder):
 
 
 def test_hidden_pixels_change_the_target_and_nothing_else():
-    model, batch = a_model().eval(), a_batch()
-    (images,) = device_images(batch, model.views)
-    noise = mask_noise(batch.seeds, 16)
+    model, batch = a_model(), a_batch()
+    images, noise = inputs(model, batch)
     before = model.reconstruct(images, noise)
     hidden = before.mask.hidden.view(-1, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
     after = model.reconstruct(torch.where(hidden, images.flip(0), images), noise)
@@ -180,7 +181,7 @@ def test_decayed_and_spared_parameters_are_told_apart_by_name():
 @pytest.mark.parametrize("encoder", [RESNET, CONVNEXT], ids=["resnet", "convnext"])
 def test_training_lowers_the_loss_and_the_encoder_goes_back_to_timm(encoder, tmp_path):
     model, batch = a_model(encoder), a_batch()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
@@ -188,7 +189,7 @@ def test_training_lowers_the_loss_and_the_encoder_goes_back_to_timm(encoder, tmp
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.97 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     torch.save(model.exported_encoder().state_dict(), tmp_path / "encoder.pt")
     kwargs = dict(encoder["kwargs"]) | {key: encoder[key] for key in ("patch_size",) if key in encoder}
     plain = timm.create_model(encoder["name"], num_classes=0, **kwargs)
