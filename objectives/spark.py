@@ -80,7 +80,7 @@ class SparK(Objective):
         found, self.cell, self.grid = _fitted(encoder, type(encoder).__name__, options, image_size)
         self.num_cells = self.grid[0] * self.grid[1]
         self.num_keep = num_kept(self.num_cells, options.mask_ratio)
-        self.stages = found.stages[:_NUM_SCALES]
+        self.stages = _decoded(found)
 
         for name, parameter in encoder.named_parameters():
             if name in found.idle:  # a classifier's norm: no stage depends on it, and no gradient would ever come
@@ -199,6 +199,11 @@ def _target_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, scale) of each cell, so that target = (pixels - mean) / scale. Each (B, R, 1)."""
     variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)  # unbiased, as in the official code
     return mean, (variance + _EPSILON).sqrt()
+
+
+def _decoded(found: Survey) -> tuple[Stage, ...]:
+    """The stages that reach the decoder; a map as large as the image would come after its last block."""
+    return tuple(stage for stage in found.stages if stage.stride > 1)[:_NUM_SCALES]
 
 
 def _fitted(

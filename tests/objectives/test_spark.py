@@ -27,6 +27,7 @@ CONVNEXT = {
     "patch_size": 2,
     "kwargs": {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20]},
 }
+AT_FULL_SIZE = CONVNEXT | {"image_size": 32, "patch_size": 1}  # its first stage is as large as the image
 START = Progress(0, 100, 10.0)
 
 
@@ -160,15 +161,15 @@ def test_the_number_of_parameters_is_the_published_one(name, millions):
     assert sum(p.numel() for p in model.decoder.parameters()) / 1e6 == pytest.approx(23.18, abs=0.006)
 
 
-@pytest.mark.parametrize("encoder", [RESNET, CONVNEXT], ids=["resnet", "convnext"])
+@pytest.mark.parametrize("encoder", [RESNET, CONVNEXT, AT_FULL_SIZE], ids=["resnet", "convnext", "at full size"])
 def test_every_parameter_that_wants_a_gradient_gets_one(encoder):
     model = a_model(encoder)
-    model(a_batch(), START).total.backward()
+    model(a_batch(size=(encoder["image_size"],) * 2), START).total.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     # What leads to a batch norm by way of residual branches that start at zero has no gradient yet
     assert all("layer" in name and "conv" in name or "bn" in name for name in without), without
     idle = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert idle == (["encoder.head.norm.weight", "encoder.head.norm.bias"] if encoder is CONVNEXT else [])
+    assert idle == ([] if encoder is RESNET else ["encoder.head.norm.weight", "encoder.head.norm.bias"])
 
 
 def test_decayed_and_spared_parameters_are_told_apart_by_name():
