@@ -170,9 +170,7 @@ class SparK(Objective):
 
     def _assembled(self, cells: Tensor) -> Tensor:
         rows, columns = self.grid
-        return rearrange(
-            cells, "b (r k) (h w c) -> b c (r h) (k w)", r=rows, k=columns, h=self.cell, w=self.cell
-        )
+        return rearrange(cells, "b (r k) (h w c) -> b c (r h) (k w)", r=rows, k=columns, h=self.cell, w=self.cell)
 
 
 class Densify(nn.Module):
@@ -220,7 +218,9 @@ def _fitted(
         )
     height, width = image_size
     if height % cell or width % cell or height * width < 2 * cell * cell:
-        fits = sorted({max(side // cell, 2) * cell for side in image_size} | {max(-(-max(image_size) // cell), 2) * cell})
+        fits = sorted(
+            {max(side // cell, 2) * cell for side in image_size} | {max(-(-max(image_size) // cell), 2) * cell}
+        )
         raise UserError(
             f"encoder.image_size={height}x{width} is not cut into two or more whole cells of {cell} pixels (the total "
             f"stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or give "

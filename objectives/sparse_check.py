@@ -101,9 +101,9 @@ def total_stride(model: nn.Module, name: str, image_size: tuple[int, int]) -> in
 
 def _twin(model: nn.Module) -> nn.Module:
     """A copy without numbers, all of whose parameters want a gradient."""
-    bare = {
-        id(value): nn.Parameter(torch.empty_like(value, device="meta")) for value in model.parameters()
-    } | {id(value): torch.empty_like(value, device="meta") for value in model.buffers()}
+    bare = {id(value): nn.Parameter(torch.empty_like(value, device="meta")) for value in model.parameters()} | {
+        id(value): torch.empty_like(value, device="meta") for value in model.buffers()
+    }
     twin = copy.deepcopy(model, bare).eval()  # what deepcopy is told to have copied already is left where it is
     for layer in twin.modules():
         if hasattr(layer, "grad_checkpointing"):

@@ -265,7 +265,11 @@ def test_each_option_changes_something(key):
 IMPOSSIBLE = [
     ({"name": "resnet18", "image_size": 32}, {}, "image_size=32x32 is not cut into two .* write encoder.image_size=64"),
     ({"name": "resnet18", "image_size": 100}, {}, "image_size=100x100 .*write encoder.image_size=96 or 128"),
-    (RESNET, {"mask_patch": 24}, "mask_patch=24 is no multiple of 16, the total stride .*write objective.mask_patch=16"),
+    (
+        RESNET,
+        {"mask_patch": 24},
+        "mask_patch=24 is no multiple of 16, the total stride .*write objective.mask_patch=16",
+    ),
     (RESNET, {"mask_patch": 48}, "image_size=64x64 is not cut into two or more whole cells of 48 pixels"),
     (RESNET, {"mask_ratio": 0.99}, "mask_ratio=0.99 of 4 x 4 cells leaves none to see; write"),
     (RESNET, {"mask_ratio": 0.01}, "mask_ratio=0.01 of 4 x 4 cells leaves none to hide; write"),

@@ -25,7 +25,9 @@ def laid_out(name, **kwargs):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_architecture_with_an_unknown_layer_is_refused_by_its_name(name):
-    with pytest.raises(UserError, match=f"encoder.name={name} cannot be encoded sparsely because of its {REFUSED[name]}"):
+    with pytest.raises(
+        UserError, match=f"encoder.name={name} cannot be encoded sparsely because of its {REFUSED[name]}"
+    ):
         survey(laid_out(name), name, (224, 224), (7, 7))
 
 
@@ -52,7 +54,9 @@ WRONG = {
     "every second position": lambda x: x[:, :, :, ::2],
     "a mean over columns alone": lambda x: x - x.mean(3, keepdim=True),
     "local pooling": lambda x: nn.functional.max_pool2d(x, 3, 1, 1),
-    "a convolution without a layer": lambda x: nn.functional.conv2d(x, torch.empty(4, 4, 3, 3, device=x.device), padding=1),
+    "a convolution without a layer": lambda x: nn.functional.conv2d(
+        x, torch.empty(4, 4, 3, 3, device=x.device), padding=1
+    ),
     "a sort": lambda x: x.sort(dim=3).values,
     "joining maps side by side": lambda x: torch.cat([x, x], dim=3),
     "attention": lambda x: x.transpose(1, 3) @ x.transpose(1, 3).mT,

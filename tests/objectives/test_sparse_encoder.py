@@ -95,14 +95,18 @@ def is_visible(visible):
 MASKED = ["resnet18", "resnet26d", "seresnet18", "resnetv2_18", "convnext_atto", "convnextv2_atto", "convnextv2_tiny"]
 
 
-@pytest.mark.parametrize("name", [name for name in MASKED if name != "resnet26d"] + ["regnety_002", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name", [name for name in MASKED if name != "resnet26d"] + ["regnety_002", "mobilenetv3_small_050"]
+)
 def test_maps_and_gradients_are_those_of_masked_whole_maps(name):
     model, images = a_model(name, **FAMILIES[name]), some_images()
     sparse = SparseEncoder(model)
 
     def gradients(maps):
         model.zero_grad()
-        sum((features * torch.linspace(-1, 1, features[0].numel()).view_as(features[0])).sum() for features in maps).backward()
+        sum(
+            (features * torch.linspace(-1, 1, features[0].numel()).view_as(features[0])).sum() for features in maps
+        ).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     reference = masked_dense.encode(model, images, SCATTERED, GRID)
@@ -276,7 +280,9 @@ def test_batch_norm_by_hand():
     norm = nn.BatchNorm2d(1)
     images = torch.tensor([[[[1.0, 9.0], [3.0, 7.0]]], [[[5.0, 2.0], [3.0, 4.0]]]])
     ours = encode(norm, images, torch.tensor([[0, 2], [0, 2]]), (2, 2))
-    torch.testing.assert_close(ours[:, 0, :, 0], torch.tensor([[-1.0, 0.0], [1.0, 0.0]]) * (2 / (2 + 1e-5)) ** 0.5 * 2**0.5)
+    torch.testing.assert_close(
+        ours[:, 0, :, 0], torch.tensor([[-1.0, 0.0], [1.0, 0.0]]) * (2 / (2 + 1e-5)) ** 0.5 * 2**0.5
+    )
     assert norm.running_mean.item() == pytest.approx(0.3)
     assert norm.running_var.item() == pytest.approx(0.9 + 0.1 * 8 / 3)
 
