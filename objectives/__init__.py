@@ -20,6 +20,7 @@ OURS = {
     "ijepa": "objectives.ijepa:IJEPA",
     "mae": "objectives.mae:MAE",
     "rotation": "objectives.rotation:Rotation",
+    "spark": "objectives.spark:SparK",
 }
 ENTRY_POINTS = "prelude.objectives"
 

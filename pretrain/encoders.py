@@ -47,8 +47,7 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     The architecture is laid out on the meta device, which costs a fraction of a second at any size.
     Raises UserError.
     """
-    with torch.device("meta"):
-        model = _create(config)
+    model = lay_out_encoder(config)
     _check_patches_fit(model, config)
     if tokens:
         _check_tokens(model, config.name)
@@ -65,6 +64,12 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
         num_heads=getattr(getattr(model.blocks[0], "attn", None), "num_heads", None) if transformer else None,
         has_class_token=bool(getattr(model, "has_class_token", False)),
     )
+
+
+def lay_out_encoder(config: EncoderConfig) -> nn.Module:
+    """The architecture on the meta device: shapes without numbers. Raises UserError when timm cannot build it."""
+    with torch.device("meta"):
+        return _create(config)
 
 
 def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:

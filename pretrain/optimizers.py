@@ -65,7 +65,8 @@ def build_optimizer(
         case "lars":
             return Lars(groups, momentum=o.momentum, trust_coeff=0.001, eps=0.0, **common)
         case "lamb":
-            return Lamb(groups, betas=o.betas, **common)
+            # The engine clips by the norm of all gradients (train.gradient_clipping); timm's own limit of 1 would come on top
+            return Lamb(groups, betas=o.betas, max_grad_norm=None, **common)
 
 
 def scheduled(config: Config, progress: Progress) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Run through the real launcher: Barlow Twins and rotation prediction, trained by the engine for a few steps.
+"""Run through the real launcher: Barlow Twins, rotation prediction and SparK, trained by the engine for a few steps.
 
 `deepspeed ... convnet_cases.py OUT` writes OUT/CASE.pt on rank 0: the weights and buffers, and what was logged.
 """
@@ -42,6 +42,16 @@ BARLOW = {
 # A loss by samples where the batch is smaller than the embedding, by columns where it is not
 NARROW = BARLOW | {"projector": [24, 12]}
 ROTATION = {"name": "rotation", "crop_scale": None, "shift": 4}
+SPARK = {"name": "spark", "decoder_dim": 16}
+# Cells of 8 pixels: 32 is no more than one of a plain ResNet's
+STRIDE_8 = RESNET | {"kwargs": RESNET["kwargs"] | {"output_stride": 8}}
+CONVNEXT = {
+    "name": "convnextv2_atto",
+    "image_size": 32,
+    "patch_size": 1,
+    "kwargs": {"depths": [1, 1, 1, 1], "dims": [4, 6, 8, 12]},
+}
+LAMB = {"name": "lamb", "lr": 1e-2, "weight_decay": 0.04, "weight_decay_end": 0.2}
 SGD = {"name": "sgd", "lr": 0.005, "nesterov": True, "decay_vectors": True, "milestones": [0.4]}
 LARS = {"name": "lars", "lr": 1.0, "weight_decay": 1e-4, "spared_lr_ratio": 0.02}
 ADAMW = {"name": "adamw", "lr": 1e-3}
@@ -54,6 +64,8 @@ CASES = {
     "rotation resnet sgd": (ROTATION, RESNET, SGD, 0),
     "rotation vit adamw zero1": (ROTATION, VIT, ADAMW, 1),
     "rotation vit adamw zero2": (ROTATION, VIT, ADAMW, 2),
+    "spark resnet lamb": (SPARK, STRIDE_8, LAMB, 0),
+    "spark convnext adamw zero2": (SPARK, CONVNEXT, ADAMW, 2),
 }
 
 

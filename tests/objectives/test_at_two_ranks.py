@@ -1,4 +1,4 @@
-"""Barlow Twins and rotation prediction through the real launcher, on two ranks, against plain torch.
+"""Barlow Twins, rotation prediction and SparK through the real launcher, on two ranks, against plain torch.
 
 Batch norm, LARS, ZeRO and the shares of the global batch are all in the way here; what is trained must be the same.
 """
@@ -36,7 +36,7 @@ def reference(name: str) -> tuple[dict, list[tuple[float, float]], set[str]]:
     config = cases.config_of(name, Path("x"))
     objective = build_objective(config)
     optimizer = build_optimizer(objective, config)
-    logged, idle = [], {name for name, _ in objective.named_parameters()}
+    logged, idle = [], {name for name, p in objective.named_parameters() if p.requires_grad}
     for step in range(cases.NUM_STEPS):
         progress = Progress(step, cases.NUM_STEPS, cases.NUM_SAMPLES / cases.GLOBAL_BATCH)
         apply_schedule(optimizer.param_groups, config, progress)

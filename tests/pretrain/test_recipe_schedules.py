@@ -173,3 +173,58 @@ def test_settings_that_contradict_each_other_are_refused(optimizer, message):
 def test_lars_under_zero_is_refused_with_the_reason():
     with pytest.raises(UserError, match="needs the norm of each whole parameter, which ZeRO stage 1 splits"):
         config({"zero_stage": 1}, **BARLOW)
+
+
+SPARK = {
+    "name": "lamb",
+    "lr": 2e-4,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.2,
+    "warmup_epochs": 40,
+    "warmup_lr": 1e-6,
+    "min_lr": 2e-7,
+}
+
+
+# The official schedule at batch 4096, 313 steps an epoch, 1600 epochs: learning rate and weight decay
+@pytest.mark.parametrize(
+    ("step", "rate", "decay"),
+    [
+        (0, 1.6e-5, 0.04),
+        (6260, 1.608e-3, 0.04006168),
+        (12519, 3.1997457e-3, 0.04024658),
+        (12520, 3.2e-3, 0.04024661),
+        (250400, 1.6659561e-3, 0.12000025),
+        (500799, 3.2e-6, 0.2),
+    ],
+)
+def test_the_spark_schedule_has_the_published_values(step, rate, decay):
+    settings = config({"epochs": 1600, "global_batch": 4096}, **SPARK)
+    assert scheduled(settings, Progress(step, 500_800, 313.0)) == pytest.approx((rate, decay), rel=1e-5)
+
+
+def test_lamb_computes_the_official_steps():
+    """Two steps of one 1 x 2 weight from (3, 4), rate 0.1, decay 0.04; the second gradient, of norm 10, is cut to 5."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[3.0, 4.0]])
+    optimizer = build_optimizer(layer, config(**SPARK | {"lr": 0.1, "lr_rule": "absolute"}))
+    optimizer.param_groups[0].update(lr=0.1, weight_decay=0.04)
+    for gradient, expected in (((0.6, 0.8), (2.65270281, 3.64029908)), ((6.0, 8.0), (2.34070373, 3.31542563))):
+        layer.weight.grad = torch.tensor([gradient])
+        torch.nn.utils.clip_grad_norm_(layer.parameters(), 5.0)  # as the engine does with train.gradient_clipping=5
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.detach(), torch.tensor([expected]), rtol=1e-6, atol=0)
+
+
+def test_lamb_clips_nothing_by_itself():
+    """Adam's direction forgets the size of a gradient, but not the sizes of gradients relative to each other."""
+    weights = []
+    for factor in (1.0, 100.0):
+        layer = nn.Linear(2, 1, bias=False)
+        layer.weight.data = torch.tensor([[3.0, 4.0]])
+        optimizer = build_optimizer(layer, config(**SPARK))
+        for gradient in ((0.06, 0.8), (0.6, -0.1)):
+            layer.weight.grad = factor * torch.tensor([gradient])
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=0)
