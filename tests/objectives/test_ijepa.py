@@ -10,7 +10,7 @@ from jepa_models import START, a_batch, encoder_config, gradients, mark, pixels_
 from data.errors import UserError
 from objectives import check_objective
 from objectives.blocks import BlockMasks
-from objectives.collapse import feature_health
+from pretrain.feature_health import feature_health
 from objectives.ijepa import IJEPA, IJEPAOptions, gather
 from objectives.momentum_teacher import follow, momentum_teacher
 from pretrain.config import Config, OptimizerConfig
