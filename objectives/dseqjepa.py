@@ -284,9 +284,7 @@ class DSeqJEPA(IJEPA):
         ids = masks.targets.flatten(1)
         rows = torch.arange(len(images), device=images.device)
         weight = target.new_full(ids.shape, 1 / ids.shape[1])
-        return Prediction(
-            predicted, gather(target, ids), weight, rows, self.agreement(context, target, masks.context)
-        )
+        return Prediction(predicted, gather(target, ids), weight, rows, self.agreement(context, target, masks.context))
 
     # ---- what is logged and drawn
 

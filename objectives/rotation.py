@@ -101,9 +101,7 @@ class Rotation(Objective):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             trivial = logits.new_tensor(num_classes).log()  # every rotation equally likely
-            return Loss(
-                F.cross_entropy(logits, labels), {"accuracy": right.mean(), **parts, TRIVIAL_LOSS: trivial}
-            )
+            return Loss(F.cross_entropy(logits, labels), {"accuracy": right.mean(), **parts, TRIVIAL_LOSS: trivial})
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:

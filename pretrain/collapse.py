@@ -135,4 +135,3 @@ class CollapseWatch(Monitor):
 class _Doubt:
     since: int  # step
     count: int = 0  # of observations in a row
-
