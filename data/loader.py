@@ -169,7 +169,8 @@ def one_pass(
 ) -> OnePass:
     """Batches for evaluation; rank r takes the samples from N * r // W up to N * (r + 1) // W.
 
-    samples: ids of those to read, in that order; None for all N. A sample's position is its id, and `seed` decides its crop where the plan draws one. Errors as in `Loader`.
+    samples: ids of those to read, in that order; None for all N. A sample's position is its id, and `seed` decides its
+    crop where the plan draws one. Errors as in `Loader`.
     """
     return OnePass(index, plan, batch_size, rank, world_size, num_workers, label, seed, samples)
 

@@ -120,9 +120,9 @@ class OnlineProbe(Monitor):
         elif self.process is not None:  # it has ended, or is of no use any more
             process, self.process = self.process, None
             self.judging = self.next = None
-            why = answer.get("error") or f"its process ended with code {_end(process)}; see {self.log}"
+            code = _end(process)
+            why = answer.get("error") or f"its process ended with code {code}; see {self.log}"
             self._note(f"online evaluation has ended, and the run goes on without: {why}")
-            _end(process)
 
     def _note(self, text: str) -> None:
         self.reports.append(Report(self.step, "notice", text))

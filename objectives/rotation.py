@@ -60,7 +60,7 @@ class RotationOptions(Options):
 class Rotation(Objective):
     Options = RotationOptions
     remedies = {
-        "trivial_loss": "look whether the images have an upright at all, raise objective.crop_scale, or lower optimizer.lr"
+        "trivial_loss": "look whether the images have an upright, raise objective.crop_scale, or lower optimizer.lr"
     }
 
     def __init__(self, encoder: nn.Module, options: RotationOptions, *, image_size, mean, std):

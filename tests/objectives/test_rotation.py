@@ -94,7 +94,7 @@ def test_a_constant_answer_costs_the_entropy_of_the_choice(rotations, chance):
     loss = objective.loss(torch.zeros(6 * chance, chance))
     assert loss.total.item() == pytest.approx(math.log(chance), abs=1e-6)
     assert loss.parts["accuracy"].item() == pytest.approx(1 / chance)
-    assert set(loss.parts) == {"accuracy", *(f"accuracy_{degrees}" for degrees in rotations)}
+    assert set(loss.parts) == {"accuracy", "trivial_loss", *(f"accuracy_{degrees}" for degrees in rotations)}
 
 
 def test_labels_and_accuracies_belong_to_their_rotation():
