@@ -24,7 +24,7 @@ def labels_of(index, samples) -> list[int]:
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> ShardIndex:
     folder = tmp_path_factory.mktemp("shapes")
-    write_shards(folder, "train", 120, image_size=8, samples_per_shard=50)
+    write_shards(folder, "train", 120, image_size=16, samples_per_shard=50)
     return ShardIndex(f"{folder}/train-*.tar", "cls")
 
 
@@ -45,7 +45,7 @@ def test_a_rare_class_is_made_up_for_and_what_has_no_label_is_left_out(tmp_path,
     with TarWriter(str(tmp_path / "a.tar")) as tar:
         for i in range(40):
             label = {0: b"7", 1: b"spoilt", 2: None}.get(i, b"3")
-            tar.write({"__key__": f"{i:03d}", "jpg": b"", **({"cls": label} if label else {})})
+            tar.write({"__key__": f"{i:03d}", "jpg": b"x", **({"cls": label} if label else {})})
     samples = balanced_subset(ShardIndex(str(tmp_path / "a.tar"), "cls"), "cls", 20, seed=0)
     assert len(samples) == 20 and 0 in samples and 1 not in samples and 2 not in samples
 
