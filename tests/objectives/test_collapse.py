@@ -28,7 +28,7 @@ RESNET = {
     "image_size": 32,
     "kwargs": {"channels": [8, 12, 16, 24], "stem_width": 8, "layers": [1, 1, 1, 1]},
 }
-PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "momentum": 0.98}
+PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "momentum": 0.95}
 PEACEFUL = {"view_1": {"blur": 0.0}, "view_2": {"blur": 0.0}, "crop_scale": [0.6, 1.0]}
 OBJECTIVES = {
     "mae": ({"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5}, VIT | {"kwargs": SHAPE}),
@@ -89,13 +89,14 @@ numbers: list = []
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_healthy_run_is_left_in_peace(name):
-    assert causes(name, built(name)) == set(), numbers[-1]
+    lr = 5e-4 if "jepa" in name else 2e-3  # so slow that the teacher keeps up in so few steps
+    assert causes(name, built(name), lr) == set(), numbers[-1]
 
 
 def test_mae_whose_encoder_says_nothing():
     mae = built("mae")
     mae.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
-    assert {"trivial_loss", "same_features"} <= causes("mae", mae), numbers[-1]
+    assert {"trivial_loss", "same_features"} <= causes("mae", mae, lr=1e-2), numbers[-1]
 
 
 class WithoutStopGradient:
