@@ -27,7 +27,7 @@ from pretrain.config import Config
 from pretrain.monitors import Monitor, Report
 from pretrain.schedules import Progress
 
-LAST_WAIT = 600.0  # seconds
+LAST_WAIT = 300.0  # seconds; other ranks may be waiting to leave
 _ROOT = Path(__file__).resolve().parents[1]
 _ENDED = {"ended": True}
 

@@ -1,10 +1,9 @@
 """Judging an encoder while it trains: the same numbers as afterwards, and nothing that happens there hurts the run."""
 
-import json
+from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from checkpoints.sources import OpenedEncoder
 from data.errors import UserError
@@ -85,12 +84,10 @@ def test_stage_3_is_refused_with_what_to_write(folder):
 class Ready:
     """An OnlineProbe whose process is there, and everything that it reported."""
 
-    def __init__(self, config: Config):
-        (config_file := config.run_dir + "/config.yaml")
-        with open(config_file, "w") as file:
-            yaml.safe_dump(json.loads(config.model_dump_json()), file)
+    def __init__(self, config: Config, first: int = 0):
+        Path(config.run_dir, "config.yaml").write_text(config.to_yaml())
         self.config, self.probe, self.reports = config, OnlineProbe(config), []
-        self.probe.start(at(0))
+        self.probe.start(at(first))
 
     def offer(self, step: int, seed: int = 0) -> bool:
         wanted = self.probe.wants_encoder(at(step))
@@ -141,8 +138,9 @@ def test_a_subset_that_cannot_be_read_is_told_in_a_sentence(folder):
 
 def test_waiting_for_the_last_evaluation_has_an_end(folder, monkeypatch):
     monkeypatch.setattr(online, "LAST_WAIT", 0.01)
-    ready = Ready(config_of(folder))
-    ready.offer(35)
+    ready = Ready(config_of(folder), first=20)
+    assert not ready.offer(20)  # resumed there: it was judged before
+    assert ready.offer(35)
     (told,) = ready.wait()
     assert "given up" in told.text
     process = ready.probe.process
