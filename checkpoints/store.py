@@ -7,6 +7,7 @@
 - Files are safetensors and JSON: reading a checkpoint runs no code that it brings along.
 
     checkpoints/latest                 name of the last one saved, for people
+    checkpoints/held                   name of one that retention spares, if any
     checkpoints/step-00001000/         model.safetensors, optimizer.safetensors, state.json, manifest.json
 """
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Store:
-    """The checkpoints in `folder`, of which the `keep` that were saved last are kept."""
+    """The checkpoints in `folder`, of which the `keep` that were saved last are kept, and the one that is held."""
 
     def __init__(self, folder: str | Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
@@ -88,6 +89,25 @@ class Store:
 
     # ---- on rank 0
 
+    def hold(self, step: int) -> Path | None:
+        """Spares the newest complete checkpoint of at most `step`, and no other, until `release`: in later starts of
+        the run too. Returns it; None, and nothing changes, where there is none."""
+        eligible = (path for path in self._by_age() if _step(path) <= step and _looks_complete(path))
+        held = next(eligible, None)
+        if held and self._held() != held.name:
+            self._point("held", held)
+        return held
+
+    def release(self) -> None:
+        (self.folder / "held").unlink(missing_ok=True)
+
+    def _held(self) -> str:
+        """The name of the checkpoint that is spared, or nothing."""
+        try:
+            return (self.folder / "held").read_text().strip()
+        except OSError:
+            return ""
+
     def _try_to_write(self, step: int, state: PortableState, meta: dict) -> str | None:
         """Returns why the disk did not take it, in a sentence, having cleaned up; None when it did."""
         try:
@@ -129,21 +149,22 @@ class Store:
         os.rename(draft, place)
         # The rename is a change of the parent folder, and not on disk before that is.
         _sync(self.folder)
-        self._point_latest_at(place)
+        self._point("latest", place)
         self._retire()
 
-    def _point_latest_at(self, place: Path) -> None:
+    def _point(self, name: str, place: Path) -> None:
         """Replaced in one operation: whoever reads `latest` sees the old name or the new one, never half of it."""
-        pointer = self.folder / (_TEMPORARY + "latest")
+        pointer = self.folder / (_TEMPORARY + name)
         pointer.write_text(place.name + "\n")
         _sync(pointer)  # or the replaced file could come up empty after a power cut
-        os.replace(pointer, self.folder / "latest")
+        os.replace(pointer, self.folder / name)
         _sync(self.folder)
 
     def _retire(self) -> None:
-        """Keeps the `keep` saved last, and removes all others, damaged ones with them."""
+        """Keeps the `keep` saved last and the held one, and removes all others, damaged ones with them."""
         kept = [path for path in self._by_age() if not path.name.endswith(_REPLACED) and _looks_complete(path)]
-        self._remove(path for path in self._all() if path not in kept[: self.keep])
+        held = self._held()
+        self._remove(path for path in self._all() if path not in kept[: self.keep] and path.name != held)
 
     def _remove(self, paths) -> None:
         """What cannot be removed now is tried again at the next save."""
@@ -208,6 +229,10 @@ def read_checkpoint(path: str | Path) -> tuple[PortableState, dict]:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def _serial(path: Path) -> int:

@@ -136,10 +136,10 @@ class OnePass:
     most, and the last batch may be short: ranks need not have the same number of batches.
     """
 
-    def __init__(self, index, plan, batch_size, rank, world_size, num_workers, label, seed):
+    def __init__(self, index, plan, batch_size, rank, world_size, num_workers, label, seed, samples):
         self.index, self.num_workers = index.with_label(label), num_workers
         self.reader = _reader(self.index, plan, seed, label, "skip", num_workers)
-        self.source = OnePassSource(index.num_samples, batch_size, rank, world_size)
+        self.source = OnePassSource(index.num_samples, batch_size, rank, world_size, samples)
         self.bad = BadSamples()
 
     def __iter__(self):
@@ -165,12 +165,14 @@ def one_pass(
     num_workers: int = 0,
     label: str = "",
     seed: int = 0,
+    samples: np.ndarray | None = None,
 ) -> OnePass:
     """Batches for evaluation; rank r takes the samples from N * r // W up to N * (r + 1) // W.
 
-    A sample's position is its id, and `seed` decides its crop where the plan draws one. Errors as in `Loader`.
+    samples: ids of those to read, in that order; None for all N. A sample's position is its id, and `seed` decides its
+    crop where the plan draws one. Errors as in `Loader`.
     """
-    return OnePass(index, plan, batch_size, rank, world_size, num_workers, label, seed)
+    return OnePass(index, plan, batch_size, rank, world_size, num_workers, label, seed, samples)
 
 
 def _stages(source, reader: MicroBatchReader) -> list:
@@ -179,10 +181,11 @@ def _stages(source, reader: MicroBatchReader) -> list:
 
 def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
     threads = 1 if num_workers else min(torch.get_num_threads(), 8)
-    return MicroBatchReader(index, plan, seed, _label_reader(index, label), on_bad, threads)
+    return MicroBatchReader(index, plan, seed, label_reader(index, label), on_bad, threads)
 
 
-def _label_reader(index: ShardIndex, label: str) -> LabelReader | None:
+def label_reader(index: ShardIndex, label: str) -> LabelReader | None:
+    """For the members with this extension, after the first of them. Raises UserError where there is none."""
     if not label:
         return None
     labelled = np.flatnonzero(index.labels[:, 0] >= 0)

@@ -63,18 +63,23 @@ class EndlessSource(IterableDataset):
 
 
 class OnePassSource(IterableDataset):
-    """A rank's contiguous part of the index in order, once; the last micro-batch may be short."""
+    """A rank's contiguous part of the index, or of some `samples` of it, in order, once; the last micro-batch may be
+    short."""
 
-    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int):
+    def __init__(
+        self, num_samples: int, batch_size: int, rank: int, world_size: int, samples: np.ndarray | None = None
+    ):
+        num_samples = num_samples if samples is None else len(samples)
         self.begin = num_samples * rank // world_size
         self.end = num_samples * (rank + 1) // world_size
-        self.batch_size = batch_size
+        self.batch_size, self.samples = batch_size, samples
 
     def __iter__(self):
         first, workers = worker()
         for nth in range(first, -(-(self.end - self.begin) // self.batch_size), workers):
             begin = self.begin + nth * self.batch_size
             ids = np.arange(begin, min(begin + self.batch_size, self.end))
+            ids = ids if self.samples is None else self.samples[ids]
             yield _step(nth, ids, ids)
 
 

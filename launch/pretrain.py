@@ -22,13 +22,15 @@ from data.errors import UserError
 from data.loader import build_loader
 from data.order import Shuffle
 from data.shards import expand_shards
+from evaluators.online import OnlineProbe
 from launch.exit_codes import PREEMPTED, door
-from objectives import build_objective, check_objective, options_for
+from objectives import build_objective, check_objective, objective_class, options_for
 from pretrain import distributed, precision
+from pretrain.collapse import CollapseWatch
 from pretrain.config import Config, load_config
 from pretrain.engine import Engine
 from pretrain.environment import describe_environment
-from pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, TensorBoardMonitor
+from pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
 from pretrain.preview import describe
 
 
@@ -38,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     check_objective(config)
     config.batching(distributed.launched_world_size())
     expand_shards(config.data.shards)  # a shard that this node lacks is told before any rank waits for another
+    if config.evaluate and config.evaluate.every_steps:
+        expand_shards(config.evaluate.train_shards)
+        expand_shards(config.evaluate.test_shards)
     if args.dry_run:
         return dry_run(config)
 
@@ -46,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     objective = build_objective(config)
     loader = loader_of(config, objective.views)
     store = Store(run_dir / "checkpoints", keep=config.checkpoint.keep)
-    engine = Engine(config, objective, loader, store, monitors_of(run_dir))
+    engine = Engine(config, objective, loader, store, monitors_of(config, run_dir, store))
     if distributed.is_main():
         introduce(config, engine, loader, device)
     outcome = engine.run()
@@ -101,10 +106,14 @@ def prepare_run_dir(config: Config) -> Path:
     return run_dir
 
 
-def monitors_of(run_dir: Path) -> list[Monitor]:
+def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     if not distributed.is_main():
         return []
-    return [ConsoleMonitor(), JsonlMonitor(run_dir / "metrics.jsonl"), TensorBoardMonitor(run_dir)]
+    online = [OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
+    remedies = objective_class(config.objective["name"]).remedies
+    watch = CollapseWatch(config.collapse, store, remedies)
+    logs = [JsonlMonitor(run_dir / "metrics.jsonl"), ReportsMonitor(run_dir / "online.jsonl")]
+    return [*online, watch, ConsoleMonitor(), *logs, TensorBoardMonitor(run_dir)]
 
 
 def introduce(config: Config, engine: Engine, loader, device) -> None:

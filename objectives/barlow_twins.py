@@ -25,6 +25,7 @@ from objectives.projector import projector
 from pretrain.batch_norm import normalise_columns, synchronise
 from pretrain.collectives import row_counts
 from pretrain.encoders import pooled_width
+from pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
 from pretrain.objective import Loss, Objective, Options
@@ -92,6 +93,10 @@ class BarlowTwinsOptions(Options):
 class BarlowTwins(Objective):
     Options = BarlowTwinsOptions
     accumulates = False
+    remedies = {
+        "few_dimensions": "raise objective.off_diagonal_weight, or lower optimizer.lr",
+        "trivial_loss": "weaken the augmentations (objective.crop_scale, objective.view_1), or lower optimizer.lr",
+    }
 
     def __init__(self, encoder: nn.Module, options: BarlowTwinsOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
@@ -111,16 +116,18 @@ class BarlowTwins(Objective):
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         counts = row_counts(len(batch))
-        first, second = (self.projector(self.encoder(view)) for view in device_images(batch, self.views))
-        return self.loss(first, second, counts)
+        pooled = [self.encoder(view) for view in device_images(batch, self.views)]  # each (n, D_encoder)
+        loss = self.loss(*map(self.projector, pooled), counts)
+        return Loss(loss.total, loss.parts | feature_health(pooled[0].detach()))
 
     def loss(self, first: Tensor, second: Tensor, counts: list[int]) -> Loss:
         """first, second: (n, D) embeddings of this rank's samples; counts: each rank's n.
 
         Besides the two terms (`off_diagonal` unweighted), the parts say whether the embedding collapses:
         `diagonal` rises to 1 as the views agree; `off_diagonal_rms` is 1 when all dimensions say the same;
-        `effective_dimensions` counts how many different things they say, from 1 to D; `embedding_std` and
-        `dead_dimensions` look at the embedding before it is standardised.
+        `effective_dimensions` counts how many different things they say, from 1 to D, and `embedding_rank_share` puts
+        that on a scale from 0 to what is attainable with this batch; `embedding_std` and `dead_dimensions` look at the
+        embedding before it is standardised. `trivial_loss` is that of views that have nothing in common: D.
         """
         with torch.autocast(first.device.type, enabled=False):
             dtype = torch.promote_types(first.dtype, torch.float32)
@@ -137,8 +144,10 @@ class BarlowTwins(Objective):
                 "diagonal": terms.diagonal,
                 "off_diagonal_rms": terms.off_diagonal_rms,
                 "effective_dimensions": terms.effective_dimensions,
+                "embedding_rank_share": rank_share(terms.effective_dimensions, sum(counts), first.shape[1]),
                 "embedding_std": spread.mean(),
                 "dead_dimensions": (spread < _DEAD).to(dtype).mean(),
+                TRIVIAL_LOSS: terms.total.new_tensor(first.shape[1] * self.options.loss_scale),
             },
         )
 

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.errors import UserError
 from objectives.blocks import step_draws
-from objectives.collapse import feature_health
 from objectives.ijepa import IJEPA, IJEPAOptions, gather
 from objectives.patch_pictures import page, region_panels
 from objectives.regions import Regions, Strategy, find_regions, normalised_saliency, with_rectangles
@@ -39,6 +38,7 @@ from objectives.vicreg import VICReg
 from pretrain.config import EncoderConfig
 from pretrain.draws import uniform
 from pretrain.encoders import check_encoder, forward_tokens
+from pretrain.feature_health import feature_health
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
 from pretrain.objective import Loss
@@ -83,6 +83,7 @@ class Prediction:
     target: Tensor  # (b, T, D)
     weight: Tensor  # (b, T): of each patch in its image's loss; 0 for padding; they add up to 1 over an image
     rows: Tensor  # (b,): which images of the batch these are
+    agreement: Tensor  # (b,): of encoder and teacher about the context
     step: Tensor | None = None  # (b, T) int64: k of the prediction; None for random blocks
     background: Tensor | None = None  # (b, T) bool
 
@@ -140,7 +141,10 @@ class DSeqJEPA(IJEPA):
             predictions.append(replace(found, rows=chosen))
         errors = [self.error(p.predicted, p.target) for p in predictions]
         total = sum((error * p.weight).sum() for error, p in zip(errors, predictions, strict=True)) / len(images)
-        parts = feature_health(features.mean(1)) | {"lambda": images.new_tensor(self.curriculum(progress))}
+        parts = feature_health(features.mean(1)) | {
+            "teacher_cosine": torch.cat([p.agreement for p in predictions]).mean(),
+            "lambda": images.new_tensor(self.curriculum(progress)),
+        }
         if regions is not None:
             parts |= self._region_statistics(predictions, errors, regions, sizes)
         if self.options.contrastive_weight:
@@ -227,7 +231,8 @@ class DSeqJEPA(IJEPA):
         )  # (b, K + T, K + T): rows see columns
         predicted = self._predicted(context, context_ids, target_ids, visible[:, None])
         rows = torch.arange(len(images), device=images.device)
-        return self._prediction(predicted, target, target_ids, asked, regions, rows)
+        agreement = self.agreement(context, target, context_ids)
+        return self._prediction(predicted, target, target_ids, asked, regions, rows, agreement)
 
     def _reencoded(self, images, target, regions: Regions, by_region: Tensor, sizes, step: int) -> Prediction:
         """Step k alone, of the images that have it: context and mask tokens all see one another."""
@@ -248,7 +253,8 @@ class DSeqJEPA(IJEPA):
         context = self._encode(images[chosen], context_ids, torch.cat([always, known], dim=1)[:, None, :])
         visible = torch.cat([known, asked > 1], dim=1)[:, None, None, :]  # (b, 1, 1, K + T): columns that all see
         predicted = self._predicted(context, context_ids, target_ids, visible)
-        return self._prediction(predicted, target[chosen], target_ids, asked, regions, chosen)
+        agreement = self.agreement(context, target[chosen], context_ids)
+        return self._prediction(predicted, target[chosen], target_ids, asked, regions, chosen, agreement)
 
     def _encode(self, images: Tensor, ids: Tensor, visible: Tensor) -> Tensor:
         return forward_tokens(self.encoder, images, ids, visible)[:, self.num_prefix :]
@@ -257,7 +263,9 @@ class DSeqJEPA(IJEPA):
         checkpointing = self.encoder.grad_checkpointing
         return self.predictor(context, context_ids, target_ids[:, None], visible, checkpointing=checkpointing)[:, 0]
 
-    def _prediction(self, predicted, target, target_ids, asked: Tensor, regions: Regions, rows: Tensor) -> Prediction:
+    def _prediction(
+        self, predicted, target, target_ids, asked: Tensor, regions: Regions, rows: Tensor, agreement: Tensor
+    ) -> Prediction:
         """asked: (b, T), the region of each target patch; 1 marks padding, because region 1 is never a target."""
         sizes = regions.sizes(self.options.num_regions - 1)  # (b, R)
         if self.options.loss_reduction == "patch":
@@ -266,15 +274,17 @@ class DSeqJEPA(IJEPA):
             share = regions.count[:, None] * sizes.gather(1, asked - 1)
         weight = torch.where(asked > 1, 1 / share.clamp(min=1).to(target.dtype), 0)
         background = asked == regions.count[:, None] + 1
-        return Prediction(predicted, gather(target, target_ids), weight, rows, asked - 1, background)
+        return Prediction(predicted, gather(target, target_ids), weight, rows, agreement, asked - 1, background)
 
     def _in_blocks(self, images: Tensor, target: Tensor, seeds: Tensor, progress: Progress) -> Prediction:
         """I-JEPA's prediction of the same images."""
         masks = self.blocks.draw(seeds, progress.step)
-        predicted = self.predict(images, masks).flatten(1, 2)  # (b, M * T, D)
+        context = self.encode_context(images, masks)
+        predicted = self.predict_targets(context, masks).flatten(1, 2)  # (b, M * T, D)
         ids = masks.targets.flatten(1)
         rows = torch.arange(len(images), device=images.device)
-        return Prediction(predicted, gather(target, ids), target.new_full(ids.shape, 1 / ids.shape[1]), rows)
+        weight = target.new_full(ids.shape, 1 / ids.shape[1])
+        return Prediction(predicted, gather(target, ids), weight, rows, self.agreement(context, target, masks.context))
 
     # ---- what is logged and drawn
 

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from data.batch import Batch, View, ViewPlan
 from data.errors import UserError
 from objectives.blocks import BlockMasks, MultiBlock
-from objectives.collapse import feature_health
 from objectives.momentum_teacher import follow, momentum_teacher
 from objectives.official_blocks import OfficialMultiBlock
 from objectives.patch_pictures import Panel, block_panels, page
 from objectives.predictor import Predictor
 from pretrain.config import EncoderConfig
 from pretrain.encoders import check_encoder, forward_tokens
+from pretrain.feature_health import feature_health, teacher_cosine
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
 from pretrain.objective import Loss, Objective, Options
@@ -78,6 +78,10 @@ class IJEPAOptions(Options):
 class IJEPA(Objective):
     Options = IJEPAOptions
     max_zero_stage = 2  # the teacher follows whole weights, which stage 3 cuts up
+    remedies = {
+        "same_features": "lower optimizer.lr, or raise objective.momentum",
+        "few_dimensions": "lower optimizer.lr, or raise objective.momentum",
+    }
 
     def __init__(self, encoder: nn.Module, options: IJEPAOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
@@ -114,11 +118,15 @@ class IJEPA(Objective):
         (images,) = device_images(batch, self.views)  # (B, 3, H, W)
         masks = self.blocks.draw(batch.seeds, progress.step)
         features = self.teach(images)
-        target = gather(self.normalised(features), masks.targets)
-        predicted = self.predict(images, masks)
+        target = self.normalised(features)  # (B, N, D)
+        context = self.encode_context(images, masks)
+        predicted = self.predict_targets(context, masks)
         pooled = predicted.detach().float().mean((1, 2))
-        parts = feature_health(features.mean(1)) | {"prediction_std": pooled.std(0, correction=0).mean()}
-        return Loss(self.error(predicted, target).mean(), parts)
+        parts = feature_health(features.mean(1)) | {
+            "teacher_cosine": self.agreement(context, target, masks.context).mean(),
+            "prediction_std": pooled.std(0, correction=0).mean(),
+        }
+        return Loss(self.error(predicted, gather(target, masks.targets)).mean(), parts)
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:
@@ -133,7 +141,14 @@ class IJEPA(Objective):
 
     def predict(self, images: Tensor, masks: BlockMasks) -> Tensor:
         """What the predictor says of every target patch. Returns (B, M, T, D)."""
-        context = forward_tokens(self.encoder, images, masks.context)[:, self.num_prefix :]  # (B, K, D)
+        return self.predict_targets(self.encode_context(images, masks), masks)
+
+    def encode_context(self, images: Tensor, masks: BlockMasks) -> Tensor:
+        """The encoder's features of the context. Returns (B, K, D)."""
+        return forward_tokens(self.encoder, images, masks.context)[:, self.num_prefix :]
+
+    def predict_targets(self, context: Tensor, masks: BlockMasks) -> Tensor:
+        """context: (B, K, D). Returns (B, M, T, D)."""
         checkpointing = self.encoder.grad_checkpointing
         if self.options.predictor == "repeat":
             return self.predictor(context, masks.context, masks.targets, checkpointing=checkpointing)
@@ -148,6 +163,15 @@ class IJEPA(Objective):
         """Smooth L1 (beta 1) of each patch: (..., D), (..., D) to (...), in the target's precision."""
         with torch.autocast(target.device.type, enabled=False):
             return F.smooth_l1_loss(predicted.to(target.dtype), target, reduction="none").mean(-1)
+
+    @torch.no_grad()
+    def agreement(self, context: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+        """How alike encoder and teacher see the same patches, as `teacher_cosine`: near 0 where the teacher has lost
+        the encoder that it should follow.
+
+        context: (B, K, D) of the encoder at patches ids, (B, K). target: (B, N, D) of the teacher. Returns (B,).
+        """
+        return teacher_cosine(self.normalised(context), gather(target, ids))
 
     def after_step(self, progress: Progress) -> None:
         done = progress.step - 1  # steps before the one that was just applied

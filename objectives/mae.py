@@ -26,6 +26,7 @@ from objectives.masking import PatchMask, mask_noise, num_kept, random_mask
 from objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
 from pretrain.config import EncoderConfig
 from pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks
+from pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
 from pretrain.objective import Loss, Objective, Options
@@ -102,7 +103,10 @@ class MAE(Objective):
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         (images,) = device_images(batch, self.views)  # (B, 3, H, W)
-        return self.loss(self.reconstruct(images, mask_noise(batch.seeds, self.num_patches)))
+        mask = random_mask(mask_noise(batch.seeds, self.num_patches), self.num_keep)
+        latent = forward_tokens(self.encoder, images, mask.keep)  # (B, prefix + K, D)
+        loss = self.loss(self.decode(images, latent, mask))
+        return Loss(loss.total, loss.parts | feature_health(latent[:, -self.num_keep :].detach().float().mean(1)))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Predicts the hidden patches of normalised images.
@@ -110,7 +114,10 @@ class MAE(Objective):
         images: (B, 3, H, W) normalised. noise: (B, L); the patches with the smallest noise stay visible.
         """
         mask = random_mask(noise, self.num_keep)
-        latent = forward_tokens(self.encoder, images, mask.keep)  # (B, prefix + K, D)
+        return self.decode(images, forward_tokens(self.encoder, images, mask.keep), mask)
+
+    def decode(self, images: Tensor, latent: Tensor, mask: PatchMask) -> Reconstruction:
+        """latent: (B, prefix + K, D), what the encoder makes of the visible patches."""
         pixels = gather_patches(images, self.patch_size, mask.removed)  # (B, R, 3, p_h, p_w)
         return Reconstruction(self._decode(latent, mask), rearrange(pixels, "b r c h w -> b r (h w c)"), mask)
 
@@ -118,14 +125,21 @@ class MAE(Objective):
         """Mean squared error on hidden patches.
 
         `pixel_mse` in the parts is the error in normalised pixels whatever the target, so that runs with and
-        without `norm_pix_loss` compare.
+        without `norm_pix_loss` compare. `trivial_loss` is the loss of a prediction of 0 everywhere: (n - 1) / n with
+        `norm_pix_loss`, n being the values of a patch, and less where patches are flat.
         """
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
             mean, scale = self._target_statistics(reconstruction.pixels)
             target = (reconstruction.pixels - mean) / scale
             residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * 3)
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
-            return Loss(error.mean(), {"pixel_mse": (error.detach() * scale.square()).mean()})
+            return Loss(
+                error.mean(),
+                {
+                    "pixel_mse": (error.detach() * scale.square()).mean(),
+                    TRIVIAL_LOSS: target.detach().square().mean(),
+                },
+            )
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:

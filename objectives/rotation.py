@@ -24,6 +24,7 @@ from objectives.pictures import sheet
 from pretrain.batch_norm import synchronise
 from pretrain.config import EncoderConfig
 from pretrain.encoders import check_encoder, pooled_width
+from pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
 from pretrain.objective import Loss, Objective, Options
@@ -58,6 +59,9 @@ class RotationOptions(Options):
 
 class Rotation(Objective):
     Options = RotationOptions
+    remedies = {
+        "trivial_loss": "look whether the images have an upright, raise objective.crop_scale, or lower optimizer.lr"
+    }
 
     def __init__(self, encoder: nn.Module, options: RotationOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
@@ -80,8 +84,9 @@ class Rotation(Objective):
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         (images,) = device_images(batch, self.views)  # (B, 3, S, S)
-        logits = self.head(self.encoder(rotated(images, self.quarter_turns)))  # (B * K, K)
-        return self.loss(logits)
+        features = self.encoder(rotated(images, self.quarter_turns))  # (B * K, D)
+        loss = self.loss(self.head(features))
+        return Loss(loss.total, loss.parts | feature_health(features.detach()))
 
     def loss(self, logits: Tensor) -> Loss:
         """logits: (B * K, K), as `rotated` orders its samples. `accuracy_90` is that on images turned by 90 degrees.
@@ -95,7 +100,8 @@ class Rotation(Objective):
         parts = {f"accuracy_{degrees}": share for degrees, share in zip(self.options.rotations, right, strict=True)}
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return Loss(F.cross_entropy(logits, labels), {"accuracy": right.mean(), **parts})
+            trivial = logits.new_tensor(num_classes).log()  # every rotation equally likely
+            return Loss(F.cross_entropy(logits, labels), {"accuracy": right.mean(), **parts, TRIVIAL_LOSS: trivial})
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:

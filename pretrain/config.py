@@ -146,7 +146,8 @@ class ResumeConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Labelled shards that evaluations use for this run unless told otherwise."""
+    """Labelled shards that evaluations use for this run unless told otherwise, and how a small part of them judges the
+    encoder while it trains."""
 
     train_shards: str | list[str]
     test_shards: str | list[str]
@@ -154,6 +155,24 @@ class EvaluateConfig(Section):
     label_names: list[str] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
     label_group: str = ""  # field whose values group images, such as patient
+    every_steps: int = Field(0, ge=0)  # k-NN and a linear head, in a process of its own; 0: not while it trains
+    num_train: int = Field(2000, ge=2)  # images to learn from, as many of each class as far as it goes
+    num_test: int = Field(1000, ge=1)  # images to report on, drawn likewise
+    device: Literal["auto", "cpu"] = "auto"  # auto: the accelerator of rank 0, where there is one
+
+
+class CollapseConfig(Section):
+    """When a run is taken for collapsed; `pretrain/collapse.py` says what each sign means."""
+
+    stop: bool = False  # end the run, with exit code 3, rather than only tell
+    grace_steps: int = Field(1000, ge=0)  # nothing is judged before
+    sustained_steps: int = Field(200, ge=0)  # how long a sign must stand
+    max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
+    min_std: float = Field(1e-4, ge=0)  # of a feature, over images
+    min_rank: float = Field(0.005, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
+    min_embedding_rank: float = Field(0.02, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
+    min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
+    trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it
 
 
 class Config(Section):
@@ -168,6 +187,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
     resume: ResumeConfig = ResumeConfig()
     evaluate: EvaluateConfig | None = None
+    collapse: CollapseConfig = CollapseConfig()
     deepspeed: dict[str, Any] | str = {}  # merged into what the engine builds; a dictionary or a JSON file
 
     @model_validator(mode="after")
@@ -176,6 +196,15 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.name={self.optimizer.name} needs the norm of each whole parameter, which ZeRO stage "
                 f"{self.train.zero_stage} splits over ranks; write train.zero_stage=0, or optimizer.name=adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _online_evaluation_needs_whole_weights(self):
+        if self.evaluate and self.evaluate.every_steps and self.train.zero_stage == 3:
+            raise ValueError(
+                f"evaluate.every_steps={self.evaluate.every_steps} needs whole weights between steps, which ZeRO stage "
+                "3 keeps in parts; write train.zero_stage=2, or evaluate.every_steps=0"
             )
         return self
 

@@ -49,6 +49,7 @@ class Engine:
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
         self.stop_requested = False
+        self.stop_reason = ""  # of a monitor, on rank 0
         self.nonfinite_in_a_row = 0
         self.skipped_steps = 0
 
@@ -58,6 +59,7 @@ class Engine:
         self._resume()
         for monitor in self.monitors:
             monitor.start(self.progress)
+        self._hand_over_encoder()
         meter = Meter(self.config.train.global_batch)
         batches = iter(self.loader)
         try:
@@ -69,6 +71,9 @@ class Engine:
                     self._save()
                 if record.stop and not finished:
                     return Outcome("preempted", self.progress.step)
+            for monitor in self.monitors:
+                monitor.finish()
+            self._pass_on_reports()
             return Outcome("finished", self.progress.step)
         finally:
             for monitor in self.monitors:
@@ -130,10 +135,15 @@ class Engine:
         return finite
 
     def _agree(self, loss: torch.Tensor, applied: bool) -> "_Agreed":
-        """One small collective a step: the mean loss, and whether any rank was asked to stop."""
+        """One small collective a step: the mean loss, and whether any rank was asked to stop.
+
+        Raises RunStopped, on all ranks alike.
+        """
         stop = self.stop_requested or (distributed.is_main() and (self.run_dir / "STOP").exists())
         bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
-        loss_sum, stops, bad, read = distributed.total(loss.item(), stop, bad, read)
+        loss_sum, stops, bad, read, refused = distributed.total(loss.item(), stop, bad, read, bool(self.stop_reason))
+        if refused:
+            raise RunStopped(distributed.from_main(self.stop_reason))
         self.nonfinite_in_a_row = 0 if applied else self.nonfinite_in_a_row + 1
         self.skipped_steps += not applied
         if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
@@ -184,6 +194,24 @@ class Engine:
                 pictures = self.objective.pictures(self.last_batch.head(8))
             for monitor in self.monitors:
                 monitor.pictures(step, pictures)
+        self._hand_over_encoder()
+        self._pass_on_reports()
+
+    def _hand_over_encoder(self) -> None:
+        """Copies of the exported encoder's weights, to those who ask: whatever becomes of them, training goes on."""
+        takers = [monitor for monitor in self.monitors if monitor.wants_encoder(self.progress)]
+        for monitor in takers:
+            weights = self.objective.exported_encoder().state_dict()
+            copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+            monitor.encoder(self.progress.step, copies)
+
+    def _pass_on_reports(self) -> None:
+        for finder in self.monitors:
+            for report in finder.found():
+                for monitor in self.monitors:
+                    monitor.report(report)
+                if report.stop:
+                    self.stop_reason = report.text
 
     # ---- saving and resuming
 

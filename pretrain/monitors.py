@@ -1,18 +1,22 @@
 """What watches a run: the console, metrics.jsonl and TensorBoard.
 
-Monitors live on rank 0 and are handed to the engine; none of them can change what is computed.
+Monitors live on rank 0 and are handed to the engine; none of them can change what is computed: they are handed
+records, pictures and copies of weights. What one of them finds out is passed on to all.
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from torch import Tensor
 
 from pretrain.schedules import Progress
 
@@ -39,10 +43,39 @@ class StepRecord:
     bad_samples: int  # unreadable samples replaced, over all ranks, since the process started
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a monitor found out beside the logged steps: how good the encoder is, or that something is wrong."""
+
+    step: int
+    kind: Literal["evaluation", "collapse", "notice"]
+    text: str  # for a person
+    numbers: dict[str, float] = field(default_factory=dict)
+    cause: str = ""  # of a collapse
+    stop: bool = False  # whether the run should end, with this text
+
+
 class Monitor:
     """Each hook may be left out."""
 
     def start(self, progress: Progress) -> None: ...
+
+    def wants_encoder(self, progress: Progress) -> bool:
+        """Asked at the start and after each step: whether `encoder` is to be called now."""
+        return False
+
+    def encoder(self, step: int, weights: dict[str, Tensor]) -> None:
+        """weights: of the exported encoder by timm's names, copies on the CPU that belong to the monitor."""
+
+    def found(self) -> list[Report]:
+        """Asked after each step: what was found out since it was last asked."""
+        return []
+
+    def report(self, report: Report) -> None:
+        """Told of what any monitor found out."""
+
+    def finish(self) -> None:
+        """Called once when the run has come to its end: the last chance to wait for something."""
 
     def record(self, record: StepRecord) -> None: ...
 
@@ -59,6 +92,7 @@ class ConsoleMonitor(Monitor):
     def __init__(self):
         self.console = Console(file=sys.stderr)
         self.bar = None
+        self.judged = ""
 
     def start(self, progress: Progress) -> None:
         if progress.step:
@@ -80,12 +114,19 @@ class ConsoleMonitor(Monitor):
             text += f"  skipped {record.skipped_steps}"
         if record.bad_samples:
             text += f"  bad samples {record.bad_samples}"
+        text += self.judged
         last = record.step == record.num_steps
         if self.bar:
             self.bar.update(self.task, completed=record.step, description=text)
         elif last or record.step - self.last_printed >= record.num_steps / 20:
             self.last_printed = record.step
             self.console.print(f"step {record.step}/{record.num_steps}  {text}", highlight=False, soft_wrap=True)
+
+    def report(self, report: Report) -> None:
+        if report.kind == "evaluation":
+            self.judged = f"  k-NN {report.numbers['knn']:.1f} %  linear {report.numbers['linear']:.1f} %"
+        label = {"evaluation": "", "collapse": "[bold red]warning[/] ", "notice": "[yellow]note[/] "}[report.kind]
+        self.console.print(f"step {report.step}  {label}{escape(report.text)}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self.bar:
@@ -99,9 +140,7 @@ class JsonlMonitor(Monitor):
         self.path = path
 
     def start(self, progress: Progress) -> None:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= progress.step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        _drop_lines_after(progress.step, self.path)
         self.file = open(self.path, "a", buffering=1)
 
     def record(self, record: StepRecord) -> None:
@@ -109,6 +148,21 @@ class JsonlMonitor(Monitor):
 
     def close(self) -> None:
         self.file.close()
+
+
+class ReportsMonitor(Monitor):
+    """online.jsonl: one line a report, in a file that is there once there is one; resumed like metrics.jsonl."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def start(self, progress: Progress) -> None:
+        if self.path.exists():
+            _drop_lines_after(progress.step, self.path)
+
+    def report(self, report: Report) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(asdict(report)) + "\n")
 
 
 class TensorBoardMonitor(Monitor):
@@ -129,6 +183,13 @@ class TensorBoardMonitor(Monitor):
         for name in _SCALARS:
             self.writer.add_scalar(f"train/{name}", values[name], record.step)
 
+    def report(self, report: Report) -> None:
+        if report.kind == "evaluation":
+            for name, value in report.numbers.items():
+                self.writer.add_scalar(f"online/{name}", value, report.step)
+        else:
+            self.writer.add_text(report.kind, report.text, report.step)
+
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         folder = self.run_dir / "pictures"
         for name, picture in pictures.items():
@@ -145,6 +206,12 @@ def _legible(picture: Image.Image) -> Image.Image:
     """Small pictures enlarged by a whole factor, so that a person sees the pixels of a 32-pixel image."""
     factor = max(_LEGIBLE_WIDTH // picture.width, 1)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _drop_lines_after(step: int, path: Path) -> None:
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+    path.write_text("".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int | None:

@@ -46,6 +46,10 @@ class Objective(nn.Module, ABC):
     # as a momentum teacher that follows them, says 2.
     max_zero_stage: ClassVar[int] = 3
 
+    # What to change when the features collapse, by cause, where `pretrain.collapse` does not know better. What it
+    # watches are parts of the loss: those of `feature_health`, and `trivial_loss`.
+    remedies: ClassVar[dict[str, str]] = {}
+
     encoder: nn.Module  # a timm model under its own parameter names
     views: ViewPlan  # what it wants from the data path
 

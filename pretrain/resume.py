@@ -15,6 +15,7 @@ _FREE = (
     "checkpoint",
     "log",
     "evaluate",
+    "collapse",
     "deepspeed",
     "data.shards",  # the data set is recognised by its content, not by its path
     "data.num_workers",

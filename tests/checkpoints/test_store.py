@@ -213,3 +213,29 @@ def test_the_folder_of_a_checkpoint_holds_no_pickle(tmp_path, save):
     assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
     for file in path.glob("*.json"):
         json.loads(file.read_text())
+
+
+def test_a_held_checkpoint_outlives_retention_and_a_new_start(tmp_path, save):
+    store = Store(tmp_path, keep=1)
+    save(store, 10)
+    assert store.hold(5) is None  # none is that old
+    assert store.hold(15) == tmp_path / "step-00000010"
+    for step in (20, 30):
+        save(store, step)
+    assert names(store) == ["held", "latest", "step-00000010", "step-00000030"]
+    again = Store(tmp_path, keep=1)
+    save(again, 40)
+    assert value_of(tmp_path / "step-00000010") == 10 and again.newest() == tmp_path / "step-00000040"
+    again.release()
+    save(again, 50)
+    assert names(again) == ["latest", "step-00000050"]
+
+
+def test_one_checkpoint_is_held_at_a_time_and_no_damaged_one(tmp_path, save):
+    store = Store(tmp_path, keep=3)
+    for step in (10, 20, 30):
+        save(store, step)
+    assert store.hold(30).name == "step-00000030"
+    (tmp_path / "step-00000020" / stores.MODEL).unlink()
+    assert store.hold(25).name == "step-00000010"
+    assert (tmp_path / "held").read_text() == "step-00000010\n"

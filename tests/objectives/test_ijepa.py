@@ -10,11 +10,11 @@ from jepa_models import START, a_batch, encoder_config, gradients, mark, pixels_
 from data.errors import UserError
 from objectives import check_objective
 from objectives.blocks import BlockMasks
-from objectives.collapse import feature_health
 from objectives.ijepa import IJEPA, IJEPAOptions, gather
 from objectives.momentum_teacher import follow, momentum_teacher
 from pretrain.config import Config, OptimizerConfig
 from pretrain.encoders import forward_tokens
+from pretrain.feature_health import feature_health
 from pretrain.optimizers import parameter_groups, scheduled
 from pretrain.schedules import Progress
 
@@ -328,7 +328,8 @@ def test_collapse_shows_in_the_log():
 def test_what_is_logged_and_drawn():
     model = tiny()
     parts = model(a_batch(), START).parts
-    assert set(parts) == {"feature_std", "feature_rank", "feature_cosine", "prediction_std"}
+    health = {"feature_std", "feature_rank", "feature_rank_share", "feature_cosine"}
+    assert set(parts) == health | {"teacher_cosine", "prediction_std"}
     assert not any(value.requires_grad for value in parts.values())
     picture = model.pictures(a_batch(3))["blocks"]
     assert picture.width > 6 * 128 and picture.height > 3 * 128

@@ -94,7 +94,7 @@ def test_a_constant_answer_costs_the_entropy_of_the_choice(rotations, chance):
     loss = objective.loss(torch.zeros(6 * chance, chance))
     assert loss.total.item() == pytest.approx(math.log(chance), abs=1e-6)
     assert loss.parts["accuracy"].item() == pytest.approx(1 / chance)
-    assert set(loss.parts) == {"accuracy", *(f"accuracy_{degrees}" for degrees in rotations)}
+    assert set(loss.parts) == {"accuracy", "trivial_loss", *(f"accuracy_{degrees}" for degrees in rotations)}
 
 
 def test_labels_and_accuracies_belong_to_their_rotation():
@@ -104,7 +104,8 @@ def test_labels_and_accuracies_belong_to_their_rotation():
     assert objective.loss(logits).total < 1e-6
     logits[1::4] = logits[2::4]  # what is turned by 90 degrees is taken for 180
     parts = objective.loss(logits).parts
-    assert {name: value.item() for name, value in parts.items()} == {
+    assert parts["trivial_loss"].item() == pytest.approx(math.log(4))
+    assert {name: value.item() for name, value in parts.items() if name.startswith("accuracy")} == {
         "accuracy": 0.75, "accuracy_0": 1.0, "accuracy_90": 0.0, "accuracy_180": 1.0, "accuracy_270": 1.0,
     }  # fmt: skip
 

@@ -6,7 +6,14 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.monitors import ConsoleMonitor, JsonlMonitor, StepRecord, TensorBoardMonitor
+from pretrain.monitors import (
+    ConsoleMonitor,
+    JsonlMonitor,
+    Report,
+    ReportsMonitor,
+    StepRecord,
+    TensorBoardMonitor,
+)
 from pretrain.schedules import Progress
 
 RECORD = StepRecord(
@@ -24,6 +31,9 @@ RECORD = StepRecord(
     skipped_steps=0,
     bad_samples=2,
 )
+
+EVALUATION = Report(5, "evaluation", "k-NN 41.3 %, linear 52.7 %", {"knn": 41.25, "linear": 52.71})
+COLLAPSE = Report(9, "collapse", "features [all] alike", {"loss": 0.1}, cause="same_features")
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume_even_a_torn_line(tmp_path):
@@ -79,3 +89,39 @@ def test_the_console_says_how_the_run_is_doing():
 def test_a_log_file_gets_a_line_for_every_twentieth_of_the_run():
     text = printed(False, [replace(RECORD, step=step) for step in range(1, 101)])
     assert len(text.strip().splitlines()) == 20
+
+
+def test_reports_are_kept_one_a_line_and_those_after_the_checkpoint_dropped(tmp_path):
+    path = tmp_path / "online.jsonl"
+    monitor = ReportsMonitor(path)
+    monitor.start(Progress(0, 100, 10.0))
+    assert not path.exists()
+    for report in (EVALUATION, COLLAPSE):
+        monitor.report(report)
+    ReportsMonitor(path).start(Progress(7, 100, 10.0))
+    (line,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (line["step"], line["kind"], line["numbers"]["knn"]) == (5, "evaluation", 41.25)
+
+
+def test_the_console_tells_reports_and_repeats_the_newest_evaluation():
+    monitor = ConsoleMonitor()
+    monitor.console = Console(record=True, width=160, file=open("/dev/null", "w"))
+    monitor.start(Progress(0, 100, 10.0))
+    for report in (EVALUATION, COLLAPSE):
+        monitor.report(report)
+    monitor.record(replace(RECORD, step=10))
+    text = monitor.console.export_text()
+    assert "step 5  k-NN 41.3 %" in text and "step 9  warning features [all] alike" in text
+    assert "data wait 3%" in text and text.rstrip().endswith("k-NN 41.2 %  linear 52.7 %")
+
+
+def test_tensorboard_has_online_numbers_and_warnings(tmp_path):
+    monitor = TensorBoardMonitor(tmp_path)
+    monitor.start(Progress(0, 100, 10.0))
+    for report in (EVALUATION, COLLAPSE):
+        monitor.report(report)
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("online/knn")[0].value == 41.25
+    assert b"alike" in events.Tensors("collapse/text_summary")[0].tensor_proto.string_val[0]

@@ -1,0 +1,42 @@
+"""A few samples of a labelled index, as many of each class as far as it goes.
+
+- Which ones is a function of the index and a seed.
+- Labels are read of a bounded number of candidates, so that a small subset of a large data set is found quickly.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from data.decode import BadImage
+from data.loader import label_reader
+from data.shards import ShardIndex
+from data.source import OpenFiles
+
+CANDIDATES = 10  # for each sample that is wanted
+
+
+def balanced_subset(index: ShardIndex, label: str, num_samples: int, seed: int) -> np.ndarray:
+    """(n,) int64 sample ids in the order of the index; all labelled ones where there are no more than `num_samples`.
+
+    Classes take turns until enough samples are found, so that a class that runs out is made up for by the others.
+    label: extension of the member with the class number. Raises UserError where there is no such member.
+    """
+    index = index.with_label(label)
+    read, files = label_reader(index, label), OpenFiles(index.paths)
+    candidates = np.random.default_rng(seed).permutation(index.num_samples)[: CANDIDATES * num_samples]
+    seen: Counter = Counter()
+    turns, labelled = [], []
+    for sample in candidates.tolist():
+        offset, size = index.labels[sample].tolist()
+        if offset < 0:
+            continue
+        try:
+            number = read(files.read(int(np.searchsorted(index.ends, sample, side="right")), offset, size)).tobytes()
+        except BadImage:
+            continue
+        turns.append(seen[number])
+        labelled.append(sample)
+        seen[number] += 1
+    first = np.argsort(np.array(turns, np.int64), kind="stable")[:num_samples]
+    return np.sort(np.array(labelled, np.int64)[first])

@@ -1,0 +1,34 @@
+"""Logged steps and evaluations as a watch for collapse sees them, and a store that only remembers what it holds."""
+
+from pathlib import Path
+
+from pretrain.collapse import CollapseWatch
+from pretrain.config import CollapseConfig
+from pretrain.monitors import Report, StepRecord
+
+HEALTHY = {"feature_cosine": 0.9, "feature_std": 0.3, "feature_rank": 20.0, "feature_rank_share": 0.15}
+
+
+class RememberingStore:
+    held: int | None = None
+
+    def hold(self, step: int) -> Path | None:
+        self.held = step
+        return Path(f"checkpoints/step-{step:08d}")
+
+    def release(self) -> None:
+        self.held = None
+
+
+def a_watch(remedies=None, **settings) -> CollapseWatch:
+    settings = {"grace_steps": 100, "sustained_steps": 20} | settings
+    return CollapseWatch(CollapseConfig(**settings), RememberingStore(), remedies)
+
+
+def a_record(step: int, loss: float = 0.5, **parts: float) -> StepRecord:
+    zeros = dict.fromkeys(StepRecord.__dataclass_fields__, 0)
+    return StepRecord(**zeros | {"step": step, "loss": loss, "parts": HEALTHY | parts})
+
+
+def an_evaluation(step: int, **numbers: float) -> Report:
+    return Report(step, "evaluation", "", HEALTHY | numbers)

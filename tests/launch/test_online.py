@@ -1,0 +1,81 @@
+"""Probes and the watch for collapse in whole runs through the real launcher, on two ranks."""
+
+import json
+
+import pytest
+import torch
+from runs import Run, deepspeed
+
+from evaluators.frozen import Labelled, evaluate
+from evaluators.knn import knn
+from evaluators.linear_probe import linear_probe
+
+NUM_STEPS = 20
+SETTINGS = ["train.epochs=1.6", "train.zero_stage=2", "log.every_steps=2", "objective.name=collapsing:LateCollapse"]
+WATCH = ["collapse.grace_steps=4", "collapse.sustained_steps=2"]
+
+
+def reports(run: Run, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run.run_dir / "online.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def checkpoints(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.run_dir / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def shards(recipe) -> str:
+    return str(recipe.parent / "shapes" / "train-*.tar")
+
+
+@pytest.fixture(scope="module")
+def judged(recipe, shards, tmp_path_factory) -> Run:
+    """With online probes; told of its collapse, and left running."""
+    online = [f"evaluate.train_shards={shards}", f"evaluate.test_shards={shards}", "evaluate.every_steps=5"]
+    run = Run(deepspeed(2), recipe, tmp_path_factory.mktemp("runs") / "judged", *SETTINGS, *WATCH, *online)
+    assert run.wait() == 0, run.output.read_text()[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe, tmp_path_factory) -> Run:
+    """The same without probes; stopped by its collapse."""
+    asked = ["collapse.stop=true", "checkpoint.keep=1"]
+    run = Run(deepspeed(2), recipe, tmp_path_factory.mktemp("runs") / "stopped", *SETTINGS, *WATCH, *asked)
+    assert run.wait() == 3, run.output.read_text()[-3000:]
+    return run
+
+
+def test_weights_are_bitwise_those_of_a_run_that_nobody_judges(judged, stopped):
+    ours, theirs = judged.weights(15), stopped.weights(15)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    losses = [line["loss"] for line in stopped.metrics()]
+    assert [line["loss"] for line in judged.metrics()][: len(losses)] == losses
+
+
+def test_the_last_evaluation_is_that_of_the_checkpoint(judged, shards):
+    evaluations = reports(judged, "evaluation")
+    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == NUM_STEPS
+    assert any("same shards" in notice["text"] for notice in reports(judged, "notice"))
+    offline = evaluate([str(judged.run_dir)], [knn, linear_probe], Labelled(shards, shards, "cls"))
+    for name, result in zip(("knn", "linear"), offline, strict=True):
+        assert evaluations[-1]["numbers"][name] == result.outcome.numbers["top1"].value
+    assert f"step {NUM_STEPS}  k-NN" in judged.output.read_text()
+    assert not list(judged.run_dir.glob("online-encoder*"))
+
+
+def test_a_collapse_is_told_and_the_last_healthy_checkpoint_kept(judged):
+    (report,) = reports(judged, "collapse")
+    assert (report["cause"], report["stop"]) == ("same_features", False)
+    assert "step-00000010, the last healthy checkpoint" in report["text"]
+    assert "change objective.decoder_dim" in report["text"]
+    assert "warning The run looks collapsed" in judged.output.read_text()
+    assert checkpoints(judged) == ["step-00000010", "step-00000015", "step-00000020"]  # keep: 2
+
+
+def test_a_run_stops_at_its_collapse_if_asked_to(stopped):
+    (report,) = reports(stopped, "collapse")
+    assert report["stop"] and stopped.metrics()[-1]["step"] == report["step"] < NUM_STEPS
+    assert "error: The run looks collapsed (same_features)" in stopped.output.read_text()
+    assert checkpoints(stopped) == ["step-00000010", "step-00000015"]  # keep: 1

@@ -1,0 +1,149 @@
+"""Every objective, made to collapse and left in peace: the watch speaks in the first case and is silent in the other.
+
+Trained by plain torch for a few steps on a handful of images, each step logged; the thresholds are the defaults, and
+only the grace period is as short as the training.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from collapse_cases import a_record, a_watch
+from jepa_models import a_batch
+
+from data.batch import Batch
+from objectives import build_objective, objective_class, options_for
+from objectives.dseqjepa import DSeqJEPA
+from objectives.ijepa import IJEPA
+from pretrain.config import validate_config
+from pretrain.encoders import forward_tokens
+from pretrain.schedules import Progress
+
+STEPS, GRACE, SUSTAINED = 60, 40, 10
+IMAGES = a_batch(24)
+VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8}
+SHAPE = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+RESNET = {
+    "name": "resnet10t",
+    "image_size": 32,
+    "kwargs": {"channels": [8, 12, 16, 24], "stem_width": 8, "layers": [1, 1, 1, 1]},
+}
+PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "momentum": 0.95}
+PEACEFUL = {"view_1": {"blur": 0.0}, "view_2": {"blur": 0.0}, "crop_scale": [0.6, 1.0]}
+OBJECTIVES = {
+    "mae": (
+        {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5},
+        VIT | {"kwargs": SHAPE},
+    ),
+    "ijepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
+    "dseqjepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
+    "barlow_twins": ({"projector": [64, 64], "off_diagonal_weight": 0.02} | PEACEFUL, RESNET),
+    "rotation": ({"crop_scale": None}, RESNET),
+}
+
+
+def built(name: str, **changes):
+    options, encoder = OBJECTIVES[name]
+    config = validate_config(
+        {
+            "run_dir": "x",
+            "data": {"shards": "x"},
+            "encoder": encoder,
+            "objective": {"name": name} | options | changes,
+            "train": {"epochs": 1, "global_batch": len(IMAGES)},
+            "optimizer": {"lr": 1e-3},
+        },
+        "a test",
+        options_for,
+    )
+    return build_objective(config)
+
+
+def batch_for(objective, step: int) -> Batch:
+    """The same images at every step, under draws of their own."""
+    images = IMAGES
+    num_views = len(objective.views.views)
+    seeds = images.seeds + 7919 * step
+    boxes, flips = (values.expand(-1, num_views, *values.shape[2:]) for values in (images.boxes, images.flips))
+    return replace(images, views=images.views * num_views, boxes=boxes, flips=flips, seeds=seeds)
+
+
+def causes(name: str, objective, lr: float = 2e-3, change=lambda batch: batch) -> set[str]:
+    """What the watch says of a training run."""
+    watch = a_watch(objective_class(name).remedies, grace_steps=GRACE, sustained_steps=SUSTAINED)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    found = set()
+    torch.manual_seed(0)
+    for step in range(STEPS):
+        loss = objective(change(batch_for(objective, step)), Progress(step, STEPS, 10.0))
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        objective.after_step(Progress(step + 1, STEPS, 10.0))
+        parts = {name: float(value) for name, value in loss.parts.items()}
+        watch.record(replace(a_record(step + 1, loss.total.item()), parts=parts))
+        found |= {report.cause for report in watch.found()}
+    numbers.append((name, loss.total.item(), parts))
+    return found
+
+
+numbers: list = []
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_healthy_run_is_left_in_peace(name):
+    lr = 5e-4 if "jepa" in name else 2e-3  # so slow that the teacher keeps up in so few steps
+    assert causes(name, built(name), lr) == set(), numbers[-1]
+
+
+def test_mae_whose_encoder_says_nothing_of_images_that_have_no_mean():
+    def noise(batch):
+        return replace(batch, views=(torch.randint_like(batch.views[0], 256),))
+
+    mae = built("mae")
+    mae.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
+    assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
+
+
+class WithoutStopGradient:
+    """The teacher is the encoder itself and is trained to be predictable, which a constant is best at."""
+
+    def teach(self, images):
+        return forward_tokens(self.encoder, images)[:, self.num_prefix :]
+
+    def look(self, images):
+        _, saliency = super().look(images)
+        return self.teach(images), saliency
+
+
+@pytest.mark.parametrize(("name", "cls"), [("ijepa", IJEPA), ("dseqjepa", DSeqJEPA)])
+def test_a_joint_embedding_whose_targets_are_trained(name, cls):
+    objective = built(name, momentum=0.0)
+    objective.__class__ = type("Forced", (WithoutStopGradient, cls), {})
+    found = causes(name, objective, lr=5e-3)
+    assert found & {"same_features", "few_dimensions"}, numbers[-1]
+
+
+@pytest.mark.parametrize("name", ["ijepa", "dseqjepa"])
+def test_a_teacher_that_does_not_follow(name):
+    assert "lost_teacher" in causes(name, built(name, momentum=1.0), lr=1e-2), numbers[-1]
+
+
+def test_barlow_twins_without_the_off_diagonal():
+    objective = built("barlow_twins", off_diagonal_weight=0.0)
+    assert "redundant_embedding" in causes("barlow_twins", objective, lr=1e-2), numbers[-1]
+
+
+def test_barlow_twins_whose_views_have_nothing_in_common():
+    def other_images(batch):
+        return replace(batch, views=(batch.views[0], torch.randint_like(batch.views[1], 256)))
+
+    assert "trivial_loss" in causes("barlow_twins", built("barlow_twins", off_diagonal_weight=0.0), change=other_images)
+
+
+def test_rotation_of_images_without_an_upright():
+    def symmetric(batch):
+        (pixels,) = batch.views
+        return replace(batch, views=(sum(torch.rot90(pixels // 4, k, dims=(2, 3)) for k in range(4)),))
+
+    assert "trivial_loss" in causes("rotation", built("rotation"), change=symmetric), numbers[-1]
