@@ -54,8 +54,8 @@ class IJEPAOptions(Options):
     momentum: float = Field(0.996, ge=0, le=1)  # of the teacher, at the start
     momentum_end: float = Field(1.0, ge=0, le=1)  # at the end; linear over the run
     depth_scaled_init: bool = False  # divide what block l adds by sqrt(2 l) at the start
-    # Of the patch projection's initial weights. Beside its position, a patch of few pixels weighs little at the official
-    # 0.02; multiplied by sqrt(768 / values of a patch) it weighs as much as one of 16 x 16 x 3 does.
+    # Of the patch projection's initial weights. Beside its position, a patch of few pixels weighs little at the
+    # official 0.02; multiplied by sqrt(768 / values of a patch) it weighs as much as one of 16 x 16 x 3 does.
     patch_init_std: float = Field(0.02, gt=0)
     crop_scale: Range = (0.3, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
