@@ -223,8 +223,8 @@ def _fitted(
         )
         raise UserError(
             f"encoder.image_size={height}x{width} is not cut into two or more whole cells of {cell} pixels (the "
-            f"total stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or give "
-            "the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 for a "
+            f"total stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or "
+            "give the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 for a "
             "ConvNeXt)."
         )
     grid = (height // cell, width // cell)

@@ -21,8 +21,8 @@ from objectives.sparse_encoder import SparseEncoder, mixes_neighbours
 
 _POINTWISE = set(
     "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip clamp_min "
-    "clamp_max maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid tanh softplus elu celu selu "
-    "leaky_relu prelu threshold dropout alpha_dropout to type type_as float half bfloat16 double contiguous clone "
+    "clamp_max maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid tanh softplus elu celu "
+    "selu leaky_relu prelu threshold dropout alpha_dropout to type type_as float half bfloat16 double contiguous clone "
     "detach expand_as size dim stride is_contiguous is_floating_point is_complex numel "
     "batch_norm layer_norm rms_norm group_norm instance_norm linear".split()
 )
@@ -142,7 +142,7 @@ class _Watch(TorchFunctionMode):
         path, layer = self.running[-1] if self.running else ("itself", self.encoder.model)
         return _Refused(
             f"encoder.name={self.name} cannot be encoded sparsely because of its layer {path} "
-            f"({type(layer).__name__}): {reason}; write another convnet, such as encoder.name=resnet50 or convnext_small."
+            f"({type(layer).__name__}): {reason}; write another convnet, such as encoder.name=resnet50."
         )
 
     def _enter(self, path: str):
