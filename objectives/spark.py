@@ -213,8 +213,9 @@ def _fitted(
     if cell % stride:
         fits = max(cell // stride, 1) * stride
         raise UserError(
-            f"objective.mask_patch={cell} is no multiple of {stride}, the total stride of encoder.name={name}, whose last "
-            f"stage would mix visible and hidden pixels; write objective.mask_patch={fits}, or an encoder of smaller stride."
+            f"objective.mask_patch={cell} is no multiple of {stride}, the total stride of encoder.name={name}, whose "
+            f"last stage would mix visible and hidden pixels; write objective.mask_patch={fits}, or an encoder of "
+            "smaller stride."
         )
     height, width = image_size
     if height % cell or width % cell or height * width < 2 * cell * cell:
@@ -223,9 +224,9 @@ def _fitted(
         )
         raise UserError(
             f"encoder.image_size={height}x{width} is not cut into two or more whole cells of {cell} pixels (the total "
-            f"stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or give "
-            "the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 for a "
-            "ConvNeXt)."
+            f"stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or "
+            "give the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 "
+            "for a ConvNeXt)."
         )
     grid = (height // cell, width // cell)
     return survey(model, name, image_size, grid), cell, grid

@@ -20,8 +20,8 @@ from data.errors import UserError
 from objectives.sparse_encoder import SparseEncoder, mixes_neighbours
 
 _POINTWISE = set(
-    "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip clamp_min clamp_max "
-    "maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid tanh softplus elu celu selu "
+    "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip clamp_min "
+    "clamp_max maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid tanh softplus elu celu selu "
     "leaky_relu prelu threshold dropout alpha_dropout to type type_as float half bfloat16 double contiguous clone "
     "detach expand_as size dim stride is_contiguous is_floating_point is_complex numel "
     "batch_norm layer_norm rms_norm group_norm instance_norm linear".split()
@@ -141,8 +141,8 @@ class _Watch(TorchFunctionMode):
     def refusal(self, reason: str) -> _Refused:
         path, layer = self.running[-1] if self.running else ("itself", self.encoder.model)
         return _Refused(
-            f"encoder.name={self.name} cannot be encoded sparsely because of its layer {path} ({type(layer).__name__}): "
-            f"{reason}; write another convnet, such as encoder.name=resnet50 or convnext_small."
+            f"encoder.name={self.name} cannot be encoded sparsely because of its layer {path} "
+            f"({type(layer).__name__}): {reason}; write another convnet, such as encoder.name=resnet50 or convnext_small."
         )
 
     def _enter(self, path: str):

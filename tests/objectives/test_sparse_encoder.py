@@ -75,7 +75,10 @@ def test_a_visible_rectangle_is_encoded_as_plain_timm_encodes_the_crop(name, tra
     model = a_model(name, **FAMILIES[name]).train(training)
     plain = copy.deepcopy(model)
     images = some_images()
-    crops = [image[:, r * CELL : (r + 2) * CELL, c * CELL : (c + 2) * CELL] for image, (r, c) in zip(images, CORNERS)]
+    crops = [
+        image[:, r * CELL : (r + 2) * CELL, c * CELL : (c + 2) * CELL]
+        for image, (r, c) in zip(images, CORNERS, strict=True)
+    ]
     expected = plain.forward_intermediates(torch.stack(crops), intermediates_only=True)
     maps = dense_maps(SparseEncoder(model)(images, RECTANGLES, GRID))
     for ours, reference in zip(maps, expected, strict=True):
@@ -262,14 +265,14 @@ def test_a_norm_is_the_plain_one_on_gathered_positions(name):
     shown = is_visible(visible).repeat_interleave(2, 2).repeat_interleave(2, 3).bool()
     ours_in, plain_in = images.clone().requires_grad_(), images.clone().requires_grad_()
     ours = encode(norm, ours_in, visible, GRID)
-    gathered = torch.stack([image[:, where[0]] for image, where in zip(plain_in, shown)])  # (B, C, 12)
+    gathered = torch.stack([image[:, where[0]] for image, where in zip(plain_in, shown, strict=True)])  # (B, C, 12)
     expected = plain(gathered[..., None])[..., 0]
-    for map_, where, values in zip(ours, shown, expected):
+    for map_, where, values in zip(ours, shown, expected, strict=True):
         torch.testing.assert_close(map_[:, where[0]], values)
         assert (map_[:, ~where[0]] == 0).all()
     weights = torch.randn_like(ours)
     (ours * weights).sum().backward()
-    (expected * torch.stack([w[:, where[0]] for w, where in zip(weights, shown)])).sum().backward()
+    (expected * torch.stack([w[:, where[0]] for w, where in zip(weights, shown, strict=True)])).sum().backward()
     torch.testing.assert_close(ours_in.grad, plain_in.grad)
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(norm.state_dict()[key], value)
