@@ -20,11 +20,11 @@ from data.errors import UserError
 from objectives.sparse_encoder import SparseEncoder, mixes_neighbours
 
 _POINTWISE = set(
-    "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip clamp_min "
-    "clamp_max maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid tanh softplus elu celu selu "
-    "leaky_relu prelu threshold dropout alpha_dropout to type type_as float half bfloat16 double contiguous clone "
-    "detach expand_as size dim stride is_contiguous is_floating_point is_complex numel "
-    "batch_norm layer_norm rms_norm group_norm instance_norm linear".split()
+    "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip "
+    "clamp_min clamp_max maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid "
+    "tanh softplus elu celu selu leaky_relu prelu threshold dropout alpha_dropout to type type_as float half "
+    "bfloat16 double contiguous clone detach expand_as size dim stride is_contiguous is_floating_point "
+    "is_complex numel batch_norm layer_norm rms_norm group_norm instance_norm linear".split()
 )
 _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_meta"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "norm", "vector_norm", "var", "std", "var_mean"}
