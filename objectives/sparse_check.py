@@ -142,7 +142,8 @@ class _Watch(TorchFunctionMode):
         path, layer = self.running[-1] if self.running else ("itself", self.encoder.model)
         return _Refused(
             f"encoder.name={self.name} cannot be encoded sparsely because of its layer {path} "
-            f"({type(layer).__name__}): {reason}; write another convnet, such as encoder.name=resnet50 or convnext_small."
+            f"({type(layer).__name__}): {reason}; write another convnet, such as encoder.name=resnet50 or "
+            "convnext_small."
         )
 
     def _enter(self, path: str):
