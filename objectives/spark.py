@@ -214,7 +214,8 @@ def _fitted(
         fits = max(cell // stride, 1) * stride
         raise UserError(
             f"objective.mask_patch={cell} is no multiple of {stride}, the total stride of encoder.name={name}, whose "
-            f"last stage would mix visible and hidden pixels; write objective.mask_patch={fits}, or a smaller stride."
+            f"last stage would mix visible and hidden pixels; write objective.mask_patch={fits}, or an encoder of "
+            "smaller stride."
         )
     height, width = image_size
     if height % cell or width % cell or height * width < 2 * cell * cell:
@@ -222,10 +223,10 @@ def _fitted(
             {max(side // cell, 2) * cell for side in image_size} | {max(-(-max(image_size) // cell), 2) * cell}
         )
         raise UserError(
-            f"encoder.image_size={height}x{width} is not cut into two or more whole cells of {cell} pixels (the "
-            f"total stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or "
-            "give the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 for a "
-            "ConvNeXt)."
+            f"encoder.image_size={height}x{width} is not cut into two or more whole cells of {cell} pixels (the total "
+            f"stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or "
+            "give the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 "
+            "for a ConvNeXt)."
         )
     grid = (height // cell, width // cell)
     return survey(model, name, image_size, grid), cell, grid

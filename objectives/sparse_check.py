@@ -20,11 +20,11 @@ from data.errors import UserError
 from objectives.sparse_encoder import SparseEncoder, mixes_neighbours
 
 _POINTWISE = set(
-    "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip clamp_min "
-    "clamp_max maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid tanh softplus elu celu "
-    "selu leaky_relu prelu threshold dropout alpha_dropout to type type_as float half bfloat16 double contiguous clone "
-    "detach expand_as size dim stride is_contiguous is_floating_point is_complex numel "
-    "batch_norm layer_norm rms_norm group_norm instance_norm linear".split()
+    "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip "
+    "clamp_min clamp_max maximum minimum relu relu6 hardtanh hardswish hardsigmoid silu gelu mish sigmoid "
+    "tanh softplus elu celu selu leaky_relu prelu threshold dropout alpha_dropout to type type_as float half "
+    "bfloat16 double contiguous clone detach expand_as size dim stride is_contiguous is_floating_point "
+    "is_complex numel batch_norm layer_norm rms_norm group_norm instance_norm linear".split()
 )
 _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_meta"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "norm", "vector_norm", "var", "std", "var_mean"}
@@ -142,7 +142,8 @@ class _Watch(TorchFunctionMode):
         path, layer = self.running[-1] if self.running else ("itself", self.encoder.model)
         return _Refused(
             f"encoder.name={self.name} cannot be encoded sparsely because of its layer {path} "
-            f"({type(layer).__name__}): {reason}; write another convnet, such as encoder.name=resnet50."
+            f"({type(layer).__name__}): {reason}; write another convnet, such as encoder.name=resnet50 or "
+            "convnext_small."
         )
 
     def _enter(self, path: str):

@@ -65,7 +65,7 @@ def build_optimizer(
         case "lars":
             return Lars(groups, momentum=o.momentum, trust_coeff=0.001, eps=0.0, **common)
         case "lamb":
-            # The engine clips by the norm of all gradients; timm's own limit of 1 would come on top
+            # train.gradient_clipping is the engine's; timm's own limit of 1 would come on top
             return Lamb(groups, betas=o.betas, max_grad_norm=None, **common)
 
 

@@ -240,6 +240,17 @@ def test_recomputing_activations_changes_no_gradient(encoder):
         torch.testing.assert_close(kept, recomputed)
 
 
+def test_under_autocast_targets_and_loss_stay_in_single_precision():
+    model, batch = a_model(CONVNEXT), a_batch()
+    exact = model(batch, START).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(batch, START).total
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 # ---- settings
 
 
