@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         train = drawn(Path(folder) / "train", args.samples, args.width, args.classes, seed=1)
         test = drawn(Path(folder) / "test", args.samples // 5, args.width, args.classes, seed=2)
-        before, started = peak_mib(), time.monotonic()
+        before, started, cpu = peak_mib(), time.monotonic(), time.process_time()
         if args.knn:
             outcome = knn(train, test)
         else:
@@ -42,6 +42,7 @@ def main() -> None:
             outcome = linear_probe(train, test, weight_decays=decays, norms=("batch", "none"))
     report = {
         "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
         "peak_mib": round(peak_mib()),
         "peak_mib_before": round(before),
         "threads": torch.get_num_threads(),

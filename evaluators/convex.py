@@ -22,7 +22,8 @@ from torch import Tensor
 
 TOLERANCE = 1e-6  # a head is done when one more step promises to lower its loss by less than this share
 MAX_PASSES = 300
-PIECE_ELEMENTS = 2**21  # of logits or features held at once; 8 MiB of float32
+# Logits or features held at once: 4 MiB of float32, or 128 MiB beside a GPU, which wants large matrices.
+PIECE_ELEMENTS = 2**25 if torch.cuda.is_available() else 2**20
 
 Norm = Literal["batch", "none"]
 
@@ -52,9 +53,9 @@ class Heads:
         one = slice(h, h + 1)
         return Heads(self.weights[one], self.biases[one], self.mean, self.scale, self.passes[one], self.gaps[one])
 
-    def pieces(self, values: Tensor, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def logits_of(self, values: Tensor, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(places n, logits (H, n, C)) over `rows` of the values (default: all), as many at a time as memory allows."""
-        for places, piece in _pieces(values, rows, max(self.biases.numel(), values.shape[1])):
+        for places, piece in pieces(values, rows, max(self.biases.numel(), values.shape[1])):
             yield places, self.logits(piece)
 
 
@@ -130,7 +131,7 @@ class Space:
     def of(cls, values: Tensor, norm: Norm = "batch", device: torch.device | str = "cpu") -> "Space":
         """values: (N, D) raw features. norm: "batch" brings every feature to variance 1, as BatchNorm without affine
         does; "none" divides all by one number, so that their mean variance is 1 and decays mean the same."""
-        values = _resident(values, torch.device(device))
+        values = resident(values, torch.device(device))
         mean, scale = _standardisation(values, norm, torch.device(device))
         basis, variances = _principal_axes(values, mean, scale)
         return cls(values, mean, scale, basis, variances)
@@ -190,7 +191,7 @@ class Space:
         biases = heads[..., -1].flatten()
         gradient, of_biases = torch.zeros_like(weights), torch.zeros_like(biases)
         value = heads.new_zeros(num_heads)
-        for places, piece in _pieces(self.values, rows, max(weights.shape)):
+        for places, piece in pieces(self.values, rows, max(weights.shape)):
             standardised = (piece.to(self.mean.device) - self.mean) * self.scale  # (n, D)
             logits = torch.addmm(biases, standardised, weights.T).view(-1, num_heads, num_outputs)
             residual, part = loss(logits, places)
@@ -233,14 +234,14 @@ class _Descent:
 # ---- features in pieces
 
 
-def _resident(values: Tensor, device: torch.device) -> Tensor:
+def resident(values: Tensor, device: torch.device) -> Tensor:
     """On the device where they take at most half of a GPU's free memory; else where they are."""
     if device.type != "cuda" or values.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return values
     return values.to(device)
 
 
-def _pieces(values: Tensor, rows: Tensor | None, width: int) -> Iterator[tuple[slice, Tensor]]:
+def pieces(values: Tensor, rows: Tensor | None, width: int) -> Iterator[tuple[slice, Tensor]]:
     """(places among the rows, (n, D) values), `PIECE_ELEMENTS // width` rows at a time."""
     total, step = len(values) if rows is None else len(rows), max(PIECE_ELEMENTS // width, 1)
     for start in range(0, total, step):
@@ -251,7 +252,7 @@ def _pieces(values: Tensor, rows: Tensor | None, width: int) -> Iterator[tuple[s
 def _standardisation(values: Tensor, norm: Norm, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation of each feature; features that only vary by rounding are switched off."""
     sums = torch.zeros(2, values.shape[1], dtype=torch.float64, device=device)
-    for _, piece in _pieces(values, None, values.shape[1]):
+    for _, piece in pieces(values, None, values.shape[1]):
         piece = piece.to(device).double()
         sums[0] += piece.sum(0)
         sums[1] += piece.square().sum(0)
@@ -269,7 +270,7 @@ def _principal_axes(values: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor
     num_samples, num_features = values.shape
     if num_samples >= num_features:
         covariance = mean.new_zeros(num_features, num_features)
-        for _, piece in _pieces(values, None, num_features):
+        for _, piece in pieces(values, None, num_features):
             standardised = (piece.to(mean.device) - mean) * scale
             covariance.addmm_(standardised.T, standardised, alpha=1 / num_samples)
         variances, axes = torch.linalg.eigh(covariance)

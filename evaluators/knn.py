@@ -8,7 +8,7 @@ the k training images that are nearest by cosine s vote for their class with wei
 - Where several k or T are asked for, the choice among them is made on a tenth of the train set, as is the choice
   between several kinds of feature; never on the test set.
 - The search is exact: every test image is compared with every train image.
-- One copy of the train set's features is held beside their bank, and similarities in pieces.
+- Features are read in pieces, as `evaluators.convex` reads them; nothing of their size is kept beside them.
 """
 
 from collections import Counter
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UserError
+from evaluators.convex import pieces, resident
 from evaluators.features import Features
 from evaluators.results import Outcome, Percent, hits, percent
 from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
@@ -33,7 +34,7 @@ VARIANTS = {  # name: (votes weighted, features centred)
     "cosW": (True, False),
     "cos": (False, False),
 }
-CHUNK_ELEMENTS = 2**23  # similarities held at once; 32 MiB of float32
+QUERIES = 1024  # searched at once
 
 
 def knn(
@@ -116,7 +117,7 @@ def search(
 
 
 class Neighbours:
-    """The train samples, normalised and ready to be searched."""
+    """The train samples, ready to be searched."""
 
     def __init__(
         self,
@@ -129,16 +130,15 @@ class Neighbours:
         device: torch.device | str = "cpu",
     ):
         """values: (N, D), labels (N,) in 0..C-1, of which `rows` are taken (default: all)."""
-        self.num_classes = num_classes
-        self.labels = (labels if rows is None else labels[rows]).to(device)
-        self.bank = torch.empty(len(self.labels), values.shape[1], device=device)
-        pieces = max(CHUNK_ELEMENTS // values.shape[1], 1)
-        for place in range(0, len(self.bank), pieces):
-            taken = slice(place, place + pieces)
-            self.bank[taken] = values[taken if rows is None else rows[taken]]
-        self.mean = self.bank.mean(0) if centred else self.bank.new_zeros(values.shape[1])
-        for piece in self.bank.split(pieces):
-            piece.copy_(F.normalize(piece - self.mean, dim=1))
+        self.device, self.num_classes = torch.device(device), num_classes
+        self.values = resident(values, self.device)
+        self.rows = None if rows is None else rows.to(self.values.device)
+        self.labels = (labels if rows is None else labels[rows]).to(self.device)
+        self.mean = torch.zeros(values.shape[1], dtype=torch.float64, device=self.device)
+        if centred:
+            for _, piece in pieces(self.values, self.rows, values.shape[1]):
+                self.mean += piece.to(self.device).double().sum(0) / len(self.labels)
+        self.mean = self.mean.float()
 
     def search(
         self,
@@ -152,16 +152,30 @@ class Neighbours:
 
         A k above N means all N; such are left out unless they are `always` wanted.
         """
-        ks = [k for k in sorted(ks) if k <= len(self.bank) or k in always]
+        ks = [k for k in sorted(ks) if k <= len(self.labels) or k in always]
         counts = {(k, t): Counter() for k in ks for t in temperatures}
-        rows = max(CHUNK_ELEMENTS // len(self.bank), 1)
-        query_labels = query_labels.to(self.bank.device)
-        for chunk, chunk_labels in zip(queries.split(rows), query_labels.split(rows), strict=True):
-            similar = F.normalize(chunk.to(self.bank.device) - self.mean, dim=1) @ self.bank.T  # (q, N)
-            top = similar.topk(min(max(ks), len(self.bank)), dim=1)
+        query_labels = query_labels.to(self.device)
+        for chunk, chunk_labels in zip(queries.split(QUERIES), query_labels.split(QUERIES), strict=True):
+            similar, classes = self._nearest(chunk, max(ks))
             for temperature in temperatures:
-                self._vote(top.values, self.labels[top.indices], chunk_labels, temperature, ks, counts)
+                self._vote(similar, classes, chunk_labels, temperature, ks, counts)
         return {key: {name: percent(count[name], len(queries)) for name in count} for key, count in counts.items()}
+
+    def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(q, k) cosines, largest first, and the classes of these neighbours; fewer than k where there are fewer."""
+        queries = self._normalised(queries)
+        similar = queries.new_zeros(len(queries), 0)
+        classes = self.labels.new_zeros(len(queries), 0)
+        for places, piece in pieces(self.values, self.rows, max(len(queries), self.values.shape[1])):
+            # The nearest of all are among the nearest so far and those of this piece.
+            together = torch.cat([similar, queries @ self._normalised(piece).T], 1)
+            labels = torch.cat([classes, self.labels[places].expand(len(queries), -1)], 1)
+            similar, order = together.topk(min(k, together.shape[1]), dim=1)
+            classes = labels.gather(1, order)
+        return similar, classes
+
+    def _normalised(self, values: Tensor) -> Tensor:
+        return F.normalize(values.to(self.device) - self.mean, dim=1)
 
     def _vote(self, similar: Tensor, classes: Tensor, labels: Tensor, temperature, ks, counts: dict) -> None:
         """Adds to `counts`. similar, classes: (q, max k), nearest first; each k adds to the votes of the one before."""

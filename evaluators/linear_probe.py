@@ -112,7 +112,7 @@ def score(
     num_heads = len(heads.biases)
     counts, losses, total = [Counter() for _ in range(num_heads)], torch.zeros(num_heads, dtype=torch.float64), 0
     labels = labels if rows is None else labels[rows.to(labels.device)]
-    for places, logits in heads.pieces(values, rows):  # (H, n, C)
+    for places, logits in heads.logits_of(values, rows):  # (H, n, C)
         wanted = labels[places]
         for h in range(num_heads):
             counts[h].update(hits(logits[h], wanted))

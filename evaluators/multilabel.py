@@ -53,7 +53,7 @@ def multilabel(
             grid += found
             if kind not in by_features or _preference(best) > _preference(by_features[kind]):
                 head = space.fit(loss, (best["weight_decay"],))
-                scores = torch.cat([logits[0].cpu() for _, logits in head.pieces(test[kind].values)])  # (N, L)
+                scores = torch.cat([logits[0].cpu() for _, logits in head.logits_of(test[kind].values)])  # (N, L)
                 numbers, by_label = judge(scores, wanted, names, seed, first_test.groups)
                 by_features[kind] = {
                     **best,
@@ -135,7 +135,7 @@ def _cross_validated(
         held = (folds == fold).nonzero()[:, 0]
         heads = space.fit(loss, decays, (folds != fold).nonzero()[:, 0])
         converged &= torch.tensor(heads.converged)
-        for places, logits in heads.pieces(space.values, held.to(space.values.device)):
+        for places, logits in heads.logits_of(space.values, held.to(space.values.device)):
             scores[:, held[places]] = logits.cpu()
     rows = []
     for h, decay in enumerate(decays):

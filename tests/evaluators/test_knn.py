@@ -9,6 +9,7 @@ import webdataset as wds
 
 from data.errors import UserError
 from data.shards import ShardIndex
+from evaluators import convex
 from evaluators import knn as module
 from evaluators.features import extract
 from evaluators.knn import knn, search
@@ -43,7 +44,8 @@ def brute_force(bank, labels, queries, num_classes, k, temperature, weighted, ce
 @pytest.mark.parametrize("weighted, temperature", [(True, 0.07), (True, 0.01), (True, 0.5), (False, 0.07)])
 @pytest.mark.parametrize("centred", [True, False])
 def test_equals_brute_force(classes, weighted, temperature, centred, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)  # several chunks, the last one short
+    monkeypatch.setattr(module, "QUERIES", 20)  # several chunks and pieces, the last ones short
+    monkeypatch.setattr(convex, "PIECE_ELEMENTS", 20 * 33)
     bank, labels = classes(130, 6, 12, seed=1)
     queries, query_labels = classes(45, 6, 12, seed=2)
     settings = {"weighted": weighted, "centred": centred, "temperature": temperature}
