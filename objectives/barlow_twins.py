@@ -127,7 +127,8 @@ class BarlowTwins(Objective):
         `diagonal` rises to 1 as the views agree; `off_diagonal_rms` is 1 when all dimensions say the same;
         `effective_dimensions` counts how many different things they say, from 1 to D, and `embedding_rank_share` puts
         that on a scale from 0 to what is attainable with this batch; `embedding_std` and `dead_dimensions` look at the
-        embedding before it is standardised. `trivial_loss` is that of views that have nothing in common: D.
+        embedding before it is standardised. `trivial_loss` is that of views that have nothing in common, whose
+        correlations are 0 but for the chance of N samples: D + (D + weight * D * (D - 1)) / N.
         """
         with torch.autocast(first.device.type, enabled=False):
             dtype = torch.promote_types(first.dtype, torch.float32)
@@ -147,9 +148,13 @@ class BarlowTwins(Objective):
                 "embedding_rank_share": rank_share(terms.effective_dimensions, sum(counts), first.shape[1]),
                 "embedding_std": spread.mean(),
                 "dead_dimensions": (spread < _DEAD).to(dtype).mean(),
-                TRIVIAL_LOSS: terms.total.new_tensor(first.shape[1] * self.options.loss_scale),
+                TRIVIAL_LOSS: terms.total.new_tensor(self._trivial_loss(sum(counts), first.shape[1])),
             },
         )
+
+    def _trivial_loss(self, count: int, width: int) -> float:
+        by_chance = (1 + self.options.off_diagonal_weight * (width - 1)) / count
+        return width * (1 + by_chance) * self.options.loss_scale
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:

@@ -12,7 +12,8 @@ evaluations:
 | `trivial_loss` | the loss is what a model would have that ignores the image |
 
 - Nothing is judged in the first `grace_steps`: joint-embedding methods start with nearly equal features.
-- A sign must stand for `sustained_steps`, in every record, before it is told: once a cause, with what to change.
+- A sign must stand for `sustained_steps`, in every record, before it is told: once a cause, with what to change. The
+  loss is judged by its running mean.
 - From the first doubt on, the newest checkpoint from before it is kept; a doubt that passes lets it go again.
 - The run goes on, unless `collapse.stop` asks for its end.
 """
@@ -33,6 +34,7 @@ REMEDIES = {
     "lost_teacher": "lower objective.momentum, or lower optimizer.lr",
     "trivial_loss": "lower optimizer.lr, or lengthen optimizer.warmup_epochs",
 }
+_SMOOTHING = 0.1  # weight of the newest loss in its running mean: a batch's own luck is no sign
 _FEWEST = {"step": 3, "evaluation": 2}  # observations in a row, however few steps lie between them
 
 
@@ -81,13 +83,18 @@ class CollapseWatch(Monitor):
 
     def __init__(self, config: CollapseConfig, store: Keeper, remedies: Mapping[str, str] | None = None):
         self.config, self.store, self.remedies = config, store, REMEDIES | dict(remedies or {})
+        self.losses: dict[str, float] = {}  # running means of the loss and of its trivial value
         self.doubts: dict[tuple[str, str], _Doubt] = {}
         self.told: set[str] = set()
         self.healthy_step: int | None = None
         self.reports: list[Report] = []
 
     def record(self, record: StepRecord) -> None:
-        self._observe("step", record.step, {**record.parts, "loss": record.loss})
+        numbers = {**record.parts, "loss": record.loss}
+        for name in {"loss", TRIVIAL_LOSS} & numbers.keys():
+            mean = self.losses.get(name, numbers[name])
+            self.losses[name] = mean + _SMOOTHING * (numbers[name] - mean)
+        self._observe("step", record.step, numbers | self.losses)
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":

@@ -72,6 +72,13 @@ def test_a_sign_that_comes_and_goes_is_not_told():
         assert told(watch, (step,), feature_cosine=0.9999 if step % 30 else 0.9) == []
 
 
+def test_a_loss_is_judged_by_its_running_mean():
+    watch, found = a_watch(), []
+    for step in range(110, 500, 10):
+        found += told(watch, (step,), loss=1.05 if step % 20 else 0.95, trivial_loss=1.0)
+    assert [report.cause for report in found] == ["trivial_loss"]
+
+
 def test_few_records_are_not_enough_however_far_apart():
     assert told(a_watch(), (1000, 2000), feature_cosine=0.9999) == []
     assert len(told(a_watch(), (1000, 2000, 3000), feature_cosine=0.9999)) == 1
