@@ -26,7 +26,7 @@ from data.order import Shuffle
 from evaluators import finetune
 from evaluators.results import print_table, write
 from launch.exit_codes import PREEMPTED, door
-from launch.pretrain import introduce, monitors_of, prepare_run_dir
+from launch.pretrain import introduce, logs_of, prepare_run_dir
 from pretrain import distributed
 from pretrain.engine import Engine
 from pretrain.preview import describe
@@ -65,7 +65,7 @@ def run(task: finetune.Task, command: str) -> int:
         batch_size=max(micro_batch, 64),
         num_workers=loader.num_workers,
     )
-    monitors, curve = monitors_of(run_dir), run_dir / "test.jsonl"
+    monitors, curve = logs_of(run_dir), run_dir / "test.jsonl"
     if task.options.test_every_epochs:
         monitors.append(finetune.TestCurve(test, task.options.test_every_epochs, curve))
     engine = Engine(config, classifier, loader, Store(run_dir / "checkpoints", keep=config.checkpoint.keep), monitors)

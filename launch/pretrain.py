@@ -112,8 +112,13 @@ def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     online = [OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
     remedies = objective_class(config.objective["name"]).remedies
     watch = CollapseWatch(config.collapse, store, remedies)
-    logs = [JsonlMonitor(run_dir / "metrics.jsonl"), ReportsMonitor(run_dir / "online.jsonl")]
-    return [*online, watch, ConsoleMonitor(), *logs, TensorBoardMonitor(run_dir)]
+    return [*online, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
+
+
+def logs_of(run_dir: Path) -> list[Monitor]:
+    if not distributed.is_main():
+        return []
+    return [ConsoleMonitor(), JsonlMonitor(run_dir / "metrics.jsonl"), TensorBoardMonitor(run_dir)]
 
 
 def introduce(config: Config, engine: Engine, loader, device) -> None:
