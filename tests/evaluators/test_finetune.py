@@ -149,6 +149,8 @@ MISTAKES = {
     "shards in the wrong place": (["data.shards=x.tar"], {}, "write evaluate.train_shards, or --train SHARDS"),
     "a wrong section key": (["evaluate.test_shard=x.tar"], {}, "did you mean evaluate.test_shards?"),
     "a length that is counted": (["data.num_samples=5"], {}, "leave it out"),
+    "a probe of pretraining": (["evaluate.every_steps=5"], {}, "test_every_epochs"),
+    "a watch of pretraining": (["collapse.stop=true"], {}, "leave it out"),
     "a wrong key": (["objective.mixupp=0.8"], {}, "did you mean objective.mixup?"),
     "two ways to take few": (["objective.per_class=1", "objective.fraction=0.1"], {}, "write one."),
     "an odd batch of pairs": (["objective.mixup=0.8", "train.global_batch=5"], {}, "write an even train.global_batch."),
