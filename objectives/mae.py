@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data.batch import Batch, View, ViewPlan
 from data.errors import UserError
 from objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from objectives.pictures import sheet
 from objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
 from pretrain.config import EncoderConfig
 from pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks
@@ -35,7 +36,6 @@ from pretrain.schedules import Progress
 
 _EPSILON = 1e-6  # added to a patch's variance, so that a flat patch has target 0
 _NUM_PICTURES = 8
-_GAP = 2  # pixels between two images of a picture
 
 
 class MAEOptions(Options):
@@ -157,7 +157,7 @@ class MAE(Objective):
         where = result.mask.removed[..., None].expand_as(restored)
         panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
         drawn = [denormalise(unpatchify(panel, self.patch_size, self.grid), self.views) for panel in panels]
-        return {"reconstruction": _sheet(torch.stack(drawn, dim=1))}
+        return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
 
     def _decode(self, latent: Tensor, mask: PatchMask) -> Tensor:
         """Decoder over the whole image, read out at the hidden patches. Returns (B, R, p_h * p_w * 3).
@@ -209,14 +209,3 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, in
     """The inverse of `patchify`; grid is (rows, columns)."""
     (height, width), (rows, columns) = patch_size, grid
     return rearrange(patches, "b (r k) (h w c) -> b c (r h) (k w)", r=rows, k=columns, h=height, w=width)
-
-
-def _sheet(images: Tensor) -> Image.Image:
-    """(rows, columns, 3, H, W) uint8 as one image with white lines between."""
-    rows, columns, _, height, width = images.shape
-    sheet = torch.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, dtype=torch.uint8)
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * (height + _GAP), column * (width + _GAP)
-            sheet[top : top + height, left : left + width] = images[row, column].permute(1, 2, 0).cpu()
-    return Image.fromarray(sheet.numpy())
