@@ -251,6 +251,17 @@ def test_under_autocast_targets_and_loss_stay_in_single_precision():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_it_compiles_as_one_graph_with_the_same_gradients():
+    def gradients(compiled):
+        model = a_model()
+        run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        run(a_batch(), START).total.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for plain, compiled in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, compiled)
+
+
 # ---- settings
 
 
