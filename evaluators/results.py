@@ -155,17 +155,20 @@ def write(result: Result, folder: str | Path) -> Path:
 
 def print_table(results: list[Result], console: Console | None = None) -> None:
     """One row a result. After a number comes its standard error, or, over several seeds or draws, their deviation."""
-    table = Table(box=box.SIMPLE)
-    table.add_column("encoder", overflow="fold")
-    for name in ("evaluator", "features"):
+    evaluators = {result.outcome.evaluator.replace("_", " ") for result in results}
+    alone = len(evaluators) == 1  # then it is the title: several numbers need the width
+    table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None)
+    table.add_column("encoder", overflow="fold", min_width=8)
+    for name in ("features",) if alone else ("evaluator", "features"):
         table.add_column(name, no_wrap=True)
     columns = list(dict.fromkeys(name for result in results for name in result.outcome.numbers))
-    for name in columns:
-        table.add_column(TITLES.get(name, name), justify="right", no_wrap=True)
-    for result in results:
+    cells = [[_cell(result.outcome.numbers.get(name)) for name in columns] for result in results]
+    for name, column in zip(columns, zip(*cells, strict=True), strict=True):
+        table.add_column(TITLES.get(name, name), justify="right", min_width=max(map(len, column)))
+    for result, row in zip(results, cells, strict=True):
         outcome = result.outcome
-        row = [escape(result.encoder["name"]), outcome.evaluator.replace("_", " "), outcome.chosen.get("features", "")]
-        table.add_row(*row, *(_cell(outcome.numbers.get(name)) for name in columns))
+        names = [] if alone else [outcome.evaluator.replace("_", " ")]
+        table.add_row(escape(result.encoder["name"]), *names, outcome.chosen.get("features", ""), *row)
     console = console or Console()
     console.print(table)
     for result in results:

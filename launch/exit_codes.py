@@ -2,10 +2,19 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from data.errors import RunStopped, UserError
+from pretrain import distributed
 
 PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a launched rank. What failed leaves as usual, which also ends the loader's workers."""
+    if code in (0, PREEMPTED):
+        distributed.leave(code)
+    raise SystemExit(code)
 
 
 def door(main: Callable[[], int]) -> int:

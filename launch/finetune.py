@@ -25,7 +25,7 @@ from data.loader import Loader
 from data.order import Shuffle
 from evaluators import finetune
 from evaluators.results import print_table, write
-from launch.exit_codes import PREEMPTED, door
+from launch.exit_codes import PREEMPTED, door, leave
 from launch.pretrain import introduce, logs_of, prepare_run_dir
 from pretrain import distributed
 from pretrain.engine import Engine
@@ -144,4 +144,4 @@ def dry_run(task: finetune.Task) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(door(main))
+    leave(door(main))

@@ -23,7 +23,7 @@ from data.loader import build_loader
 from data.order import Shuffle
 from data.shards import expand_shards
 from evaluators.online import OnlineProbe
-from launch.exit_codes import PREEMPTED, door
+from launch.exit_codes import PREEMPTED, door, leave
 from objectives import build_objective, check_objective, objective_class, options_for
 from pretrain import distributed, precision
 from pretrain.collapse import CollapseWatch
@@ -147,4 +147,4 @@ def dry_run(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(door(main))
+    leave(door(main))

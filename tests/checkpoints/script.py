@@ -170,3 +170,4 @@ if __name__ == "__main__":
     for each in json.loads(Path(sys.argv[-1]).read_text()):
         run(each)
     distributed.stop()
+    distributed.leave(0)

@@ -1,11 +1,12 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from evaluators.results import Outcome, Result, hits, percent, print_table, write
+from evaluators.results import Outcome, Percent, Result, hits, percent, print_table, write
 
 
 @pytest.fixture
@@ -65,3 +66,25 @@ def test_the_table_fits_a_terminal_and_shows_uncertainty_and_warnings(result):
     print_table([result], Console(file=text, width=80))
     assert "[a]/step-00000010" in text.getvalue() and "30.0 ± 4.6" in text.getvalue()
     assert "[a]/step-00000010: A warning." in text.getvalue()
+
+
+def test_five_numbers_fit_too_and_one_evaluator_is_the_title(result):
+    names = ("1 a class", "5 a class", "10 a class", "1 %", "10 %")
+    numbers = {name: Percent(40 + i, 1.0, spread=2.0 + i) for i, name in enumerate(names)}
+    few = replace(result, outcome=replace(result.outcome, evaluator="fewshot", numbers=numbers))
+    text = io.StringIO()
+    print_table([few, few], Console(file=text, width=80))
+    assert all(f"{40 + i:.1f} ± {2 + i:.1f}" in text.getvalue() for i in range(5)) and "…" not in text.getvalue()
+    assert text.getvalue().count("fewshot") == 1
+    print_table([few, result], Console(file=text, width=160))
+    assert "evaluator" in text.getvalue()
+
+
+def test_an_interval_is_shown_and_what_is_unknown_is_not_written(result, tmp_path):
+    number = Percent(70.0, 3.0, interval=(61.0, 79.5))
+    outcome = replace(result.outcome, evaluator="multilabel", numbers={"auc": number})
+    text = io.StringIO()
+    print_table([replace(result, outcome=outcome)], Console(file=text, width=100))
+    assert "macro AUC %" in text.getvalue() and "70.0 [61.0, 79.5]" in text.getvalue()
+    found = json.loads(write(replace(result, outcome=outcome), tmp_path).read_text())["numbers"]["auc"]
+    assert found == {"value": 70.0, "se": 3.0, "interval": [61.0, 79.5]}

@@ -167,6 +167,7 @@ def main() -> None:
     for name in CASES:
         run_case(name, out)
     distributed.stop()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

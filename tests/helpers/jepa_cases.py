@@ -179,6 +179,7 @@ def main() -> None:
     resume = config_of(RESUMED, out).resume.model_copy(update={"checkpoint": str(half_way)})
     run_case(RESUMED, out, "resumed", resume=resume)
     distributed.stop()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":
