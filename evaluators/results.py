@@ -157,7 +157,7 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
     """One row a result. After a number comes its standard error, or, over several seeds or draws, their deviation."""
     evaluators = {result.outcome.evaluator.replace("_", " ") for result in results}
     alone = len(evaluators) == 1  # then it is the title: several numbers need the width
-    table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None)
+    table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None, pad_edge=False, collapse_padding=True)
     table.add_column("encoder", overflow="fold", min_width=8)
     for name in ("features",) if alone else ("evaluator", "features"):
         table.add_column(name, no_wrap=True)
