@@ -158,9 +158,9 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
     evaluators = {result.outcome.evaluator.replace("_", " ") for result in results}
     alone = len(evaluators) == 1  # then it is the title: several numbers need the width
     table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None, pad_edge=False, collapse_padding=True)
-    table.add_column("encoder", overflow="fold", min_width=8)
+    table.add_column("encoder", overflow="fold", min_width=6)
     for name in ("features",) if alone else ("evaluator", "features"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold", min_width=6)
     columns = list(dict.fromkeys(name for result in results for name in result.outcome.numbers))
     cells = [[_cell(result.outcome.numbers.get(name)) for name in columns] for result in results]
     for name, column in zip(columns, zip(*cells, strict=True), strict=True):
