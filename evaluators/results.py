@@ -164,7 +164,7 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
     columns = list(dict.fromkeys(name for result in results for name in result.outcome.numbers))
     cells = [[_cell(result.outcome.numbers.get(name)) for name in columns] for result in results]
     for name, column in zip(columns, zip(*cells, strict=True), strict=True):
-        table.add_column(TITLES.get(name, name), justify="right", min_width=max(map(len, column)))
+        table.add_column(TITLES.get(name, name), justify="right", no_wrap=True, min_width=max(map(len, column)))
     for result, row in zip(results, cells, strict=True):
         outcome = result.outcome
         names = [] if alone else [outcome.evaluator.replace("_", " ")]
