@@ -157,14 +157,14 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
     """One row a result. After a number comes its standard error, or, over several seeds or draws, their deviation."""
     evaluators = {result.outcome.evaluator.replace("_", " ") for result in results}
     alone = len(evaluators) == 1  # then it is the title: several numbers need the width
-    table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None)
-    table.add_column("encoder", overflow="fold", min_width=8)
+    table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None, pad_edge=False, collapse_padding=True)
+    table.add_column("encoder", overflow="fold", min_width=6)
     for name in ("features",) if alone else ("evaluator", "features"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold", min_width=6)
     columns = list(dict.fromkeys(name for result in results for name in result.outcome.numbers))
     cells = [[_cell(result.outcome.numbers.get(name)) for name in columns] for result in results]
     for name, column in zip(columns, zip(*cells, strict=True), strict=True):
-        table.add_column(TITLES.get(name, name), justify="right", min_width=max(map(len, column)))
+        table.add_column(TITLES.get(name, name), justify="right", no_wrap=True, min_width=max(map(len, column)))
     for result, row in zip(results, cells, strict=True):
         outcome = result.outcome
         names = [] if alone else [outcome.evaluator.replace("_", " ")]
