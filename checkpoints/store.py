@@ -136,19 +136,19 @@ class Store:
         # The manifest vouches for the other files, so their bytes reach the disk before it exists: after a power
         # cut a file system may have kept the later of two writes and lost the earlier.
         for name in _FILES:
-            _sync(draft / name)
+            sync_to_disk(draft / name)
         manifest = {"format": FORMAT, "serial": 1 + max(map(_serial, self._all()), default=0), "files": files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync(draft / MANIFEST)
+        sync_to_disk(draft / MANIFEST)
         # The folder's list of names is data of its own: without this, synced files may be missing from it.
-        _sync(draft)
+        sync_to_disk(draft)
         replaced = place.with_name(place.name + _REPLACED)
         if place.exists():
             self._remove([replaced])
             os.rename(place, replaced)  # still a checkpoint that `newest` finds, until the new one is in place
         os.rename(draft, place)
         # The rename is a change of the parent folder, and not on disk before that is.
-        _sync(self.folder)
+        sync_to_disk(self.folder)
         self._point("latest", place)
         self._retire()
 
@@ -156,9 +156,9 @@ class Store:
         """Replaced in one operation: whoever reads `latest` sees the old name or the new one, never half of it."""
         pointer = self.folder / (_TEMPORARY + name)
         pointer.write_text(place.name + "\n")
-        _sync(pointer)  # or the replaced file could come up empty after a power cut
+        sync_to_disk(pointer)  # or the replaced file could come up empty after a power cut
         os.replace(pointer, self.folder / name)
-        _sync(self.folder)
+        sync_to_disk(self.folder)
 
     def _retire(self) -> None:
         """Keeps the `keep` saved last and the held one, and removes all others, damaged ones with them."""
@@ -257,7 +257,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Returns when the disk itself, and not only the operating system, has the bytes of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

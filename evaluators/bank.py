@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.store import sync_to_disk
 from data.errors import UserError
 from data.loader import one_pass
 from data.shards import ShardIndex, cache_folder
@@ -156,7 +157,7 @@ class Bank:
                 if not final.is_dir():
                     raise
                 raise FileExistsError from error
-        _sync(self.folder)
+        sync_to_disk(self.folder)
 
 
 class _Part:
@@ -259,14 +260,6 @@ def _close_gaps(path: Path, starts: list[int], counts: list[int], row_bytes: int
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _num_bytes(folder: Path) -> int:

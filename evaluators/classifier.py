@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from pretrain.config import EncoderConfig
 from pretrain.encoders import pooled_width
 from pretrain.images import images as device_images
 from pretrain.mixing import Mixing
-from pretrain.objective import Loss, Objective, Options
+from pretrain.objective import AreaRange, Loss, Objective, Options
 from pretrain.schedules import Progress
 
 NAME = "fine_tune"
@@ -60,7 +60,7 @@ class FineTuneOptions(Options):
     drop_path: float = Field(0.0, ge=0, lt=1)  # of the last block; rises linearly from 0
     layer_decay: float = Field(1.0, gt=0, le=1)  # see pretrain/layer_decay.py; 1: the same rate everywhere
     head_lr_ratio: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area; [1, 1]: the whole image
+    crop_scale: AreaRange = (0.08, 1.0)  # share of the image's area; [1, 1]: the whole image
     flip: float = Field(0.5, ge=0, le=1)
     shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, as is usual on CIFAR
     augment: AugmentOptions | None = None
@@ -71,13 +71,6 @@ class FineTuneOptions(Options):
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the average of the weights; 0: none
     test_crop_share: float | None = Field(None, gt=0, le=1)  # None: 0.875 from 128 to 224 pixels, else all of it
     test_every_epochs: float | None = Field(None, gt=0)  # a curve to look at; only the last weights are reported
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _is_a_range(cls, value):
-        if not 0 < value[0] <= value[1] <= 1:
-            raise ValueError("write two shares of the area, such as [0.08, 1.0]")
-        return value
 
     @model_validator(mode="after")
     def _one_way_to_take_few(self):

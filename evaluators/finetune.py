@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from checkpoints.sources import OpenedEncoder, open_encoder
 from data.batch import Batch
-from data.class_numbers import UNKNOWN, class_numbers
 from data.errors import UserError
 from data.loader import one_pass
 from data.shards import ShardIndex
 from evaluators.classifier import NAME, Classifier, FineTuneOptions
 from evaluators.frozen import Labelled, labelled_shards
+from evaluators.labels import class_numbers
 from evaluators.low_label import low_label
 from evaluators.results import Outcome, Result, hits, percent, versions
 from pretrain import distributed
@@ -297,8 +297,10 @@ def _refuse_what_the_source_decides(values: dict) -> None:
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
     whole, test = (ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test))
-    numbers = class_numbers(whole)
-    labelled_ids = np.flatnonzero(numbers != UNKNOWN)
+    labels = class_numbers(whole)
+    numbers, labelled_ids = labels.values.numpy(), np.flatnonzero(labels.known.numpy())
+    if numbers.min() < 0:
+        raise UserError(f"Members .{labelled.label} hold the class number {numbers.min()}; write 0 or more.")
     warnings = []
     if len(labelled_ids) < len(numbers):
         warnings.append(f"{len(numbers) - len(labelled_ids)} training images have no sound label and are left out.")

@@ -15,18 +15,16 @@ import functools
 import shlex
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from checkpoints.store import Store
 from data.loader import Loader
-from data.order import Shuffle
 from evaluators import finetune
 from evaluators.results import print_table, write
 from launch.exit_codes import PREEMPTED, door, leave
-from launch.pretrain import introduce, logs_of, prepare_run_dir
+from launch.pretrain import introduce, loader_settings, logs_of, prepare_run_dir
 from pretrain import distributed
 from pretrain.engine import Engine
 from pretrain.preview import describe
@@ -55,7 +53,7 @@ def run(task: finetune.Task, command: str) -> int:
     device = distributed.start()
     run_dir = prepare_run_dir(config)
     classifier = finetune.build(task)
-    loader = loader_of(task, classifier.views)
+    loader = Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))
     micro_batch, _ = config.batching(distributed.world_size())
     test = functools.partial(
         finetune.tested,
@@ -112,23 +110,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
     return parser
-
-
-def loader_of(task: finetune.Task, views) -> Loader:
-    config, workers = task.config, task.config.data.num_workers
-    micro_batch, _ = config.batching(distributed.world_size())
-    return Loader(
-        task.train,
-        views,
-        seed=config.seed,
-        micro_batch=micro_batch,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        num_workers=distributed.default_num_workers() if workers == "auto" else workers,
-        shuffle=Shuffle(**config.data.shuffle.model_dump()),
-        label=config.evaluate.label,
-        bad_samples_log=Path(config.run_dir) / "bad_samples.jsonl",
-    )
 
 
 def dry_run(task: finetune.Task) -> int:

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -74,21 +75,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def loader_of(config: Config, views):
+    length = {"num_samples": config.data.num_samples, "max_bad_share": config.data.max_bad_share}
+    return build_loader(config.data.shards, views, **loader_settings(config), **length)
+
+
+def loader_settings(config: Config) -> dict[str, Any]:
+    """What a loader is told of a run, whatever it reads."""
     workers = config.data.num_workers
     micro_batch, _ = config.batching(distributed.world_size())
-    return build_loader(
-        config.data.shards,
-        views,
-        seed=config.seed,
-        micro_batch=micro_batch,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        num_workers=distributed.default_num_workers() if workers == "auto" else workers,
-        shuffle=Shuffle(**config.data.shuffle.model_dump()),
-        bad_samples_log=Path(config.run_dir) / "bad_samples.jsonl",
-        num_samples=config.data.num_samples,
-        max_bad_share=config.data.max_bad_share,
-    )
+    return {
+        "seed": config.seed,
+        "micro_batch": micro_batch,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "num_workers": distributed.default_num_workers() if workers == "auto" else workers,
+        "shuffle": Shuffle(**config.data.shuffle.model_dump()),
+        "bad_samples_log": Path(config.run_dir) / "bad_samples.jsonl",
+    }
 
 
 def prepare_run_dir(config: Config) -> Path:

@@ -28,7 +28,7 @@ from pretrain.encoders import pooled_width
 from pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
-from pretrain.objective import Loss, Objective, Options
+from pretrain.objective import AreaRange, Loss, Objective, Options
 from pretrain.schedules import Progress
 
 _EPSILON = 1e-5  # added to the variance of a dimension
@@ -70,7 +70,7 @@ class BarlowTwinsOptions(Options):
     projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
     off_diagonal_weight: float = Field(0.0051, ge=0)
     loss_scale: float = Field(1.0, gt=0)  # multiplies loss and gradient; 1 / ranks gives the official gradient
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop, as a share of the image
+    crop_scale: AreaRange = (0.08, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.5, ge=0, le=1)  # probability
     view_1: FirstView = FirstView()
     view_2: SecondView = SecondView()
@@ -80,13 +80,6 @@ class BarlowTwinsOptions(Options):
     def _has_layers(cls, value):
         if not value or min(value) < 1 or value[-1] < 2:
             raise ValueError("write the widths of one or more layers, such as [8192, 8192, 8192]")
-        return value
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _is_a_range(cls, value):
-        if not 0 < value[0] <= value[1] <= 1:
-            raise ValueError("write two shares of the area, such as [0.08, 1.0]")
         return value
 
 

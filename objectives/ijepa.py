@@ -34,18 +34,17 @@ from pretrain.encoders import check_encoder, forward_tokens
 from pretrain.feature_health import feature_health, teacher_cosine
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
-from pretrain.objective import Loss, Objective, Options
+from pretrain.objective import AreaRange, Loss, Objective, Options
 from pretrain.schedules import Progress, linear
 
-Range = tuple[float, float]
 _NUM_PICTURES = 6
 
 
 class IJEPAOptions(Options):
     num_targets: int = Field(4, ge=1)
-    target_scale: Range = (0.15, 0.2)  # area of a target block, as a share of the image
-    target_aspect: Range = (0.75, 1.5)  # height / width
-    context_scale: Range = (0.85, 1.0)  # area of the context block before targets are cut out
+    target_scale: AreaRange = (0.15, 0.2)  # area of a target block, as a share of the image
+    target_aspect: tuple[float, float] = (0.75, 1.5)  # height / width
+    context_scale: AreaRange = (0.85, 1.0)  # area of the context block before targets are cut out
     masks: Literal["paper", "official"] = "paper"  # official: as the released code draws them, for parity
     predictor: Literal["repeat", "packed"] = "repeat"  # packed: all targets in one sequence, another computation
     predictor_dim: int = Field(384, ge=4)
@@ -57,15 +56,8 @@ class IJEPAOptions(Options):
     # Of the patch projection's initial weights. Beside its position, a patch of few pixels weighs little at the
     # official 0.02; multiplied by sqrt(768 / values of a patch) it weighs as much as one of 16 x 16 x 3 does.
     patch_init_std: float = Field(0.02, gt=0)
-    crop_scale: Range = (0.3, 1.0)  # area of the random crop, as a share of the image
+    crop_scale: AreaRange = (0.3, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
-
-    @field_validator("target_scale", "context_scale", "crop_scale")
-    @classmethod
-    def _is_a_share(cls, value):
-        if not 0 < value[0] <= value[1] <= 1:
-            raise ValueError("write two shares of the area, such as [0.3, 1.0]")
-        return value
 
     @field_validator("target_aspect")
     @classmethod

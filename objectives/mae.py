@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from data.batch import Batch, View, ViewPlan
@@ -30,7 +30,7 @@ from pretrain.encoders import check_encoder, forward_tokens, gather_patches, run
 from pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
-from pretrain.objective import Loss, Objective, Options
+from pretrain.objective import AreaRange, Loss, Objective, Options
 from pretrain.position import sincos_table
 from pretrain.schedules import Progress
 
@@ -44,15 +44,8 @@ class MAEOptions(Options):
     decoder_dim: int = Field(512, ge=4)
     decoder_depth: int = Field(8, ge=1)
     decoder_num_heads: int = Field(16, ge=1)
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop, as a share of the image
+    crop_scale: AreaRange = (0.2, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.5, ge=0, le=1)  # probability
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _is_a_range(cls, value):
-        if not 0 < value[0] <= value[1] <= 1:
-            raise ValueError("write two shares of the area, such as [0.2, 1.0]")
-        return value
 
 
 @dataclass(frozen=True)

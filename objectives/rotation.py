@@ -27,7 +27,7 @@ from pretrain.encoders import check_encoder, pooled_width
 from pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
-from pretrain.objective import Loss, Objective, Options
+from pretrain.objective import AreaRange, Loss, Objective, Options
 from pretrain.schedules import Progress
 
 _NUM_PICTURES = 8
@@ -38,7 +38,7 @@ _GREEN, _RED = (0, 160, 60), (220, 30, 30)
 class RotationOptions(Options):
     rotations: list[int] = [0, 90, 180, 270]  # degrees counter-clockwise; the paper also tries pairs of them
     # A random resized crop of this area, as a share of the image; None takes the whole image.
-    crop_scale: tuple[float, float] | None = (0.08, 1.0)
+    crop_scale: AreaRange | None = (0.08, 1.0)
     shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, the paper's choice on CIFAR: 4
     flip: float = Field(0.5, ge=0, le=1)  # probability
 
@@ -47,13 +47,6 @@ class RotationOptions(Options):
     def _are_quarter_turns(cls, value):
         if len(value) < 2 or len(set(value)) != len(value) or not set(value) <= {0, 90, 180, 270}:
             raise ValueError("write two or more of 0, 90, 180 and 270, each once")
-        return value
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _is_a_range(cls, value):
-        if value is not None and not 0 < value[0] <= value[1] <= 1:
-            raise ValueError("write two shares of the area, such as [0.08, 1.0], or null for the whole image")
         return value
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ from pretrain.config import EncoderConfig
 from pretrain.encoders import gather_patches, lay_out_encoder
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
-from pretrain.objective import Loss, Objective, Options
+from pretrain.objective import AreaRange, Loss, Objective, Options
 from pretrain.schedules import Progress
 
 _EPSILON = 1e-6  # added to a cell's variance, so that a flat cell has target 0
@@ -50,15 +50,8 @@ class SparKOptions(Options):
     mask_ratio: float = Field(0.6, gt=0, lt=1)  # share of the cells that is hidden
     mask_patch: int | None = Field(None, ge=1)  # side of a cell in pixels; None: the encoder's total stride
     decoder_dim: int = Field(768, ge=1)  # width of the decoder at the coarsest map; halved with every doubling
-    crop_scale: tuple[float, float] = (0.67, 1.0)  # area of the random crop, as a share of the image
+    crop_scale: AreaRange = (0.67, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.5, ge=0, le=1)  # probability
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _is_a_range(cls, value):
-        if not 0 < value[0] <= value[1] <= 1:
-            raise ValueError("write two shares of the area, such as [0.67, 1.0]")
-        return value
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import torch
 import yaml
 
 from checkpoints.sources import OpenedEncoder, fingerprint
-from data.class_numbers import class_numbers
 from data.errors import UserError
 from data.loader import one_pass
 from data.shapes import write_shards
 from data.shards import ShardIndex
 from evaluators import finetune
+from evaluators.labels import class_numbers
 from pretrain.config import EncoderConfig
 from pretrain.encoders import build_encoder
 from pretrain.monitors import StepRecord
@@ -119,7 +119,7 @@ def test_another_start_is_another_run(prepared, monkeypatch):
 
 def test_few_labels_are_those_of_the_seed(prepared):
     task = prepared("objective.per_class=3")
-    numbers = class_numbers(task.train)
+    numbers = class_numbers(task.train).values.numpy()
     assert torch.bincount(torch.from_numpy(numbers)).tolist() == [3] * 10
     assert task.classes.tolist() == list(range(10))
     assert prepared("objective.fraction=0.5").train.num_samples == 50

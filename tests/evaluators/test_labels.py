@@ -3,9 +3,11 @@ import json
 import math
 import tarfile
 
+import numpy as np
 import pytest
 
 from data.errors import UserError
+from data.shapes import paint, write_shards
 from data.shards import ShardIndex
 from evaluators.labels import VectorFormat, class_numbers, label_vectors
 
@@ -27,9 +29,18 @@ def test_class_numbers_of_every_sample_that_has_one(tmp_path):
     assert labels.values[labels.known].tolist() == [3, -2]
 
 
+def test_every_sample_has_the_number_that_it_was_written_with(tmp_path):
+    write_shards(tmp_path, "train", 50, image_size=16, samples_per_shard=20)
+    _, written = paint("train", np.arange(50), image_size=16)
+    labels = class_numbers(ShardIndex(f"{tmp_path}/train-*.tar", "cls"))
+    assert labels.known.all() and labels.values.tolist() == written.tolist()
+
+
 def test_labels_that_are_no_class_numbers_are_refused(tmp_path):
     with pytest.raises(UserError, match="class number"):
         class_numbers(shard(tmp_path / "a.tar", [b"[1, 2]"], "json"))
+    with pytest.raises(UserError, match=r"float32 of shape \(2,\)"):
+        class_numbers(shard(tmp_path / "c.tar", [b"[0.5, 1]"], "json"))
     with pytest.raises(UserError, match="has a .cls member"):
         class_numbers(shard(tmp_path / "b.tar", [None], "cls"))
 

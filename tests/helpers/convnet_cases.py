@@ -6,17 +6,16 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from in_memory import MemoryLoader, NoStore, Recorder
 
 from data.batch import Batch, ViewPlan
 from objectives import build_objective, options_for
 from pretrain import distributed
 from pretrain.config import Config, validate_config
 from pretrain.engine import Engine
-from pretrain.monitors import Monitor
 
 NUM_SAMPLES = 48
 GLOBAL_BATCH = 16
@@ -102,49 +101,14 @@ def batch_at(positions: torch.Tensor, plan: ViewPlan) -> Batch:
     )
 
 
-class MemoryLoader:
-    """The loader's rule of positions, over images in memory."""
-
-    num_samples = NUM_SAMPLES
-    bad = SimpleNamespace(num_bad=0, num_read=0)
-
-    def __init__(self, micro_batch: int, plan: ViewPlan):
-        self.micro_batch, self.plan, self.samples = micro_batch, plan, 0
-
-    def __iter__(self):
-        world = distributed.world_size()
-        while True:
-            positions = self.samples + torch.arange(self.micro_batch) * world + distributed.rank()
-            self.samples += self.micro_batch * world
-            yield batch_at(positions, self.plan)
-
-    def state_dict(self):
-        return {}
-
-
-class NoStore:
-    def newest(self):
-        return None
-
-    def save(self, step, engine, meta):
-        return Path(f"step-{step}")
-
-
-class Recorder(Monitor):
-    def __init__(self):
-        self.records = []
-
-    def record(self, record):
-        self.records.append(record)
-
-
 def run_case(name: str, out: Path) -> None:
     config = config_of(name, out)
     objective = build_objective(config)
     # As in a run: only the main rank watches, and draws pictures.
     recorders = [Recorder()] if distributed.is_main() else []
     micro_batch, _ = config.batching(distributed.world_size())
-    Engine(config, objective, MemoryLoader(micro_batch, objective.views), NoStore(), recorders).run()
+    loader = MemoryLoader(micro_batch, NUM_SAMPLES, lambda positions: batch_at(positions, objective.views))
+    Engine(config, objective, loader, NoStore(), recorders).run()
     gathered = distributed_buffers(objective)
     if distributed.is_main():
         torch.save(objective.state_dict(), out / f"{name}.pt")

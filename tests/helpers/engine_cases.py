@@ -7,9 +7,9 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from in_memory import MemoryLoader, NoStore, Recorder
 from torch import nn
 
 from data.batch import Batch, View, ViewPlan
@@ -18,7 +18,6 @@ from pretrain import distributed
 from pretrain.config import Config
 from pretrain.engine import Engine
 from pretrain.images import images
-from pretrain.monitors import Monitor
 from pretrain.objective import Loss, Objective, Options
 
 NUM_SAMPLES = 40
@@ -70,42 +69,6 @@ def batch_at(positions: torch.Tensor) -> Batch:
     return Batch((pixels[ids],), boxes, flips, seeds=positions * 31, sample_ids=ids, positions=positions)
 
 
-class MemoryLoader:
-    """The loader's rule of positions, over images in memory."""
-
-    num_samples = NUM_SAMPLES
-    bad = SimpleNamespace(num_bad=0, num_read=0)
-
-    def __init__(self, micro_batch):
-        self.micro_batch, self.samples = micro_batch, 0
-
-    def __iter__(self):
-        world = distributed.world_size()
-        while True:
-            positions = self.samples + torch.arange(self.micro_batch) * world + distributed.rank()
-            self.samples += self.micro_batch * world
-            yield batch_at(positions)
-
-    def state_dict(self):
-        return {}
-
-
-class NoStore:
-    def newest(self):
-        return None
-
-    def save(self, step, engine, meta):
-        return Path(f"step-{step}")
-
-
-class Recorder(Monitor):
-    def __init__(self):
-        self.records = []
-
-    def record(self, record):
-        self.records.append(record)
-
-
 def config_of(case: dict, out: Path) -> Config:
     return Config.model_validate(
         {
@@ -127,7 +90,7 @@ def run_case(name: str, out: Path) -> None:
     objective = Regression(case.get("bad_steps", ()))
     recorder, store = Recorder(), NoStore()
     micro_batch, _ = config.batching(distributed.world_size())
-    engine = Engine(config, objective, MemoryLoader(micro_batch), store, [recorder])
+    engine = Engine(config, objective, MemoryLoader(micro_batch, NUM_SAMPLES, batch_at), store, [recorder])
     message = ""
     try:
         engine.run()

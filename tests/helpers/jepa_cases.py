@@ -8,9 +8,9 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from in_memory import MemoryLoader, Recorder
 from jepa_models import MEAN, STD, a_batch, encoder_config
 
 from checkpoints.store import Store
@@ -20,9 +20,9 @@ from pretrain import distributed
 from pretrain.config import Config
 from pretrain.encoders import build_encoder, seeded
 from pretrain.engine import Engine
-from pretrain.monitors import Monitor
 
 NUM_SAMPLES = 40
+SAMPLES = a_batch(NUM_SAMPLES)
 STEPS = 4
 PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2}
 # One step moves weights by their gradient.
@@ -85,42 +85,10 @@ def recording(cls):
     return Recording
 
 
-class MemoryLoader:
-    """The loader's rule of positions, over images in memory."""
-
-    num_samples = NUM_SAMPLES
-    bad = SimpleNamespace(num_bad=0, num_read=0)
-    samples = a_batch(NUM_SAMPLES)
-
-    def __init__(self, micro_batch):
-        self.micro_batch, self.consumed = micro_batch, 0
-
-    def __iter__(self):
-        world = distributed.world_size()
-        while True:
-            positions = self.consumed + torch.arange(self.micro_batch) * world + distributed.rank()
-            self.consumed += self.micro_batch * world
-            yield batch_at(positions)
-
-    def state_dict(self):
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state, allow_changed_data):
-        self.consumed = state["consumed"]
-
-
 def batch_at(positions):
     ids = positions % NUM_SAMPLES
-    batch = MemoryLoader.samples._map(lambda tensor: tensor[ids])
+    batch = SAMPLES._map(lambda tensor: tensor[ids])
     return type(batch)(batch.views, batch.boxes, batch.flips, positions * 31, ids, positions)
-
-
-class Recorder(Monitor):
-    def __init__(self):
-        self.records = []
-
-    def record(self, record):
-        self.records.append(vars(record))
 
 
 def config_of(name: str, out: Path) -> Config:
@@ -161,13 +129,13 @@ def run_case(name: str, out: Path, label: str, **changes) -> None:
     objective = objective_of(name, config, recording)
     objective.file = out / f"{label}.rank{distributed.rank()}.jsonl"
     recorder = Recorder()
-    loader = MemoryLoader(config.batching(distributed.world_size())[0])
+    loader = MemoryLoader(config.batching(distributed.world_size())[0], NUM_SAMPLES, batch_at)
     store = Store(out / label / "checkpoints")
     distributed.barrier()
     Engine(config, objective, loader, store, [recorder]).run()
     if distributed.is_main():
         torch.save(objective.state_dict(), out / f"{label}.pt")
-        (out / f"{label}.json").write_text(json.dumps(recorder.records))
+        (out / f"{label}.json").write_text(json.dumps([vars(record) for record in recorder.records]))
 
 
 def main() -> None:
