@@ -8,7 +8,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from checkpoints.sources import OpenedEncoder, open_encoder
@@ -36,82 +37,111 @@ class Labelled:
     vectors: VectorFormat | None = None  # where that member says which of several findings there are
 
 
-def evaluate(
-    sources: Sequence[str],
-    evaluators: Sequence[Evaluator],
-    labelled: Labelled,
-    *,
-    kinds: Sequence[str] | None = None,
-    seed: int = 0,
-    num_seeds: int = 1,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    bank: str | Path | None = None,
-    out: str | Path | None = None,
-    command: str = "",
-    say: Callable[[str], None] = lambda text: None,
-) -> list[Result]:
-    """Every evaluator's result on every source, in that order, each written where it belongs.
+@dataclass(frozen=True)
+class Judging:
+    """What is the same for every encoder that is judged."""
 
-    kinds: of feature; None for those that suit each encoder. seed: of held-out parts and of `random:` sources; the
-    first of `num_seeds`. bank: the folder of features; None for that of the source's run. say: is told what was done, a
-    line at a time. All ranks compute features; the first one alone evaluates and gets the results, others get none.
-    Raises UserError for a source or shards that cannot be used.
-    """
-    device = distributed.device()
-    indexes = [ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test)]
-    labels = [labels_of(index, labelled) for index in indexes]
-    seeds = list(range(seed, seed + num_seeds))
-    reading = {"kinds": kinds, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+    evaluators: Sequence[Evaluator]
+    labelled: Labelled
+    _: KW_ONLY
+    kinds: Sequence[str] | Callable[[OpenedEncoder], Sequence[str]] | None = None  # of feature; None: what suits each
+    seed: int = 0  # of held-out parts and of `random:` sources; the first of `num_seeds`
+    num_seeds: int = 1
+    batch_size: int = 256
+    num_workers: int = 0
+    bank: str | Path | None = None  # the folder of features; None: that of the source's run
+    out: str | Path | None = None  # folder of results
+    command: str = ""
+    say: Callable[[str], None] = lambda text: None  # is told what was done, a line at a time
 
-    def features_of(source: str, encoder: OpenedEncoder) -> list[dict[str, Features]]:
+    @cached_property
+    def indexes(self) -> list[ShardIndex]:
+        """Of train and test."""
+        return [ShardIndex(shards, self.labelled.label) for shards in (self.labelled.train, self.labelled.test)]
+
+    @cached_property
+    def labels(self) -> list[Labels]:
+        return [labels_of(index, self.labelled) for index in self.indexes]
+
+    def check(self) -> None:
+        """Raises UserError for shards that cannot be used, before any work is done."""
+        _ = self.labels
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.num_seeds))
+
+    def prepare(self, source: str, sources: Sequence[str]) -> None:
+        """Puts the features of a source into the bank, by all ranks together. sources: see `results`."""
+        for _, encoder in by_seed(source, sources, self.seeds):
+            self.features(source, sources, encoder)
+
+    def features(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
+        """Of train and test, by kind."""
         started = time.monotonic()
-        kept = Bank(bank or bank_folder(source, sources))
-        own = reading | {"kinds": None} if is_pixels(source) else reading
-        rows = [kept.rows(encoder, index, **own) for index in indexes]
-        found = [joined(*part) for part in zip(rows, labels, indexes, strict=True)]
+        kept = Bank(self.bank or bank_folder(source, sources))
+        kinds = self.kinds(encoder) if callable(self.kinds) else None if is_pixels(source) else self.kinds
+        reading = {"batch_size": self.batch_size, "num_workers": self.num_workers, "device": distributed.device()}
+        rows = [kept.rows(encoder, index, kinds, **reading) for index in self.indexes]
+        found = [joined(*part) for part in zip(rows, self.labels, self.indexes, strict=True)]
         counts = " and ".join(
             f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)
         )
-        say(f"{encoder.name}: features of {counts} images in {time.monotonic() - started:.1f} s, kept in {kept.folder}")
+        taken = time.monotonic() - started
+        self.say(f"{encoder.name}: features of {counts} images in {taken:.1f} s, kept in {kept.folder}")
         return found
 
-    if distributed.world_size() > 1:
-        for source in sources:
-            for _, encoder in by_seed(source, sources, seeds):
-                features_of(source, encoder)
-        if not distributed.is_main():
-            return []
-        # The work of several ranks is done, and all is in the bank; nobody waits for what one rank does with it.
-        distributed.stop()
-    results = []
-    for source in sources:
-        outcomes, seconds = [[] for _ in evaluators], [0.0] * len(evaluators)
+    def results(self, source: str, sources: Sequence[str]) -> list[Result]:
+        """What each evaluator found out about a source, written where it belongs; one process' work.
+
+        sources: all that are judged together, for a floor among them that borrows its view or its folder.
+        Raises UserError for a source that cannot be used.
+        """
+        outcomes, seconds = [[] for _ in self.evaluators], [0.0] * len(self.evaluators)
         train = test = judged = None
-        for each_seed, encoder in by_seed(source, sources, seeds):
+        for seed, encoder in by_seed(source, sources, self.seeds):
             if train is None or is_random(source):
-                train, test = features_of(source, encoder)
+                train, test = self.features(source, sources, encoder)
             judged = judged or encoder
-            for i, evaluator in enumerate(evaluators):
+            for i, evaluator in enumerate(self.evaluators):
                 started = time.monotonic()
-                outcomes[i].append(evaluator(train, test, seed=each_seed, device=device))
+                outcomes[i].append(evaluator(train, test, seed=seed, device=distributed.device()))
                 seconds[i] += time.monotonic() - started
-        data, warnings = describe_data(labelled, indexes, labels, train, test)
+        data, warnings = describe_data(self.labelled, self.indexes, self.labels, train, test)
+        results = []
         for found, taken in zip(outcomes, seconds, strict=True):
-            outcome = over_seeds(found, seeds)
+            outcome = over_seeds(found, self.seeds)
             result = Result(
                 source=source,
                 encoder=described(judged),
                 data=data,
                 features=next(iter(train.values())).recipe,
                 outcome=replace(outcome, warnings=[*warnings, *outcome.warnings]),
-                command=command,
+                command=self.command,
                 seconds=round(taken, 3),
                 versions=versions(),
             )
             results.append(result)
-            keep(result, sources, out, say)
-    return results
+            keep(result, sources, self.out, self.say)
+        return results
+
+
+def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: Labelled, **settings) -> list[Result]:
+    """Every evaluator's result on every source, in that order, each written where it belongs.
+
+    settings: of `Judging`. All ranks compute features; the first one alone evaluates and gets the results, others get
+    none. Raises UserError for a source or shards that cannot be used.
+    """
+    judging = Judging(evaluators, labelled, **settings)
+    judging.check()
+    if distributed.world_size() > 1:
+        for source in sources:
+            judging.prepare(source, sources)
+        if not distributed.is_main():
+            return []
+        # The work of several ranks is done, and all is in the bank; nobody waits for what one rank does with it.
+        distributed.stop()
+    return [result for source in sources for result in judging.results(source, sources)]
 
 
 def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:

@@ -18,6 +18,7 @@ import torch
 from data.errors import RunStopped, UserError
 from pretrain import deepspeed_config, distributed, optimizers, precision
 from pretrain.config import Config
+from pretrain.environment import peak_memory
 from pretrain.monitors import Monitor, StepRecord
 from pretrain.objective import Objective
 from pretrain.resume import changed_settings, refuse_changed_config
@@ -52,6 +53,7 @@ class Engine:
         self.stop_reason = ""  # of a monitor, on rank 0
         self.nonfinite_in_a_row = 0
         self.skipped_steps = 0
+        self.peak_memory = 0
 
     def run(self) -> Outcome:
         """Trains to the end, or until asked to stop. Collective. Raises RunStopped when it cannot go on."""
@@ -141,7 +143,12 @@ class Engine:
         """
         stop = self.stop_requested or (distributed.is_main() and (self.run_dir / "STOP").exists())
         bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
-        loss_sum, stops, bad, read, refused = distributed.total(loss.item(), stop, bad, read, bool(self.stop_reason))
+        memory = [0] * distributed.world_size()  # a sum with one entry a rank also has their maximum
+        memory[distributed.rank()] = peak_memory() if self._is_logged() else 0
+        loss_sum, stops, bad, read, refused, *memory = distributed.total(
+            loss.item(), stop, bad, read, bool(self.stop_reason), *memory
+        )
+        self.peak_memory = int(max(self.peak_memory, *memory))
         if refused:
             raise RunStopped(distributed.from_main(self.stop_reason))
         self.nonfinite_in_a_row = 0 if applied else self.nonfinite_in_a_row + 1
@@ -169,7 +176,7 @@ class Engine:
         if not self.monitors:
             return
         step, last = self.progress.step, self.progress.step == self.progress.num_steps
-        if step % self.config.log.every_steps == 0 or last or agreed.stop:
+        if self._is_logged() or agreed.stop:
             speed, data_wait = meter.read()
             record = StepRecord(
                 step=step,
@@ -185,6 +192,7 @@ class Engine:
                 eta_seconds=(self.progress.num_steps - step) * meter.seconds_per_step(),
                 skipped_steps=self.skipped_steps,
                 bad_samples=agreed.bad_samples,
+                peak_memory=self.peak_memory or peak_memory(),
             )
             for monitor in self.monitors:
                 monitor.record(record)
@@ -196,6 +204,10 @@ class Engine:
                 monitor.pictures(step, pictures)
         self._hand_over_encoder()
         self._pass_on_reports()
+
+    def _is_logged(self) -> bool:
+        step = self.progress.step
+        return step % self.config.log.every_steps == 0 or step == self.progress.num_steps
 
     def _hand_over_encoder(self) -> None:
         """Copies of the exported encoder's weights, to those who ask: whatever becomes of them, training goes on."""

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,16 @@ def describe_environment() -> dict:
         "commit": _commit(),
         "command": sys.argv,
     }
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: of its accelerator, or on CPU resident, loader workers not included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")  # getrusage would count what the parent held before it started this process
+    lines = status.read_text().splitlines() if status.is_file() else []
+    kibibytes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return 1024 * (int(kibibytes[0]) if kibibytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _version(package: str) -> str:

@@ -41,6 +41,7 @@ class StepRecord:
     eta_seconds: float
     skipped_steps: int  # steps not applied because something was not finite, since the process started
     bad_samples: int  # unreadable samples replaced, over all ranks, since the process started
+    peak_memory: int  # bytes that the rank with most has held, since the process started; see `peak_memory`
 
 
 @dataclass(frozen=True)

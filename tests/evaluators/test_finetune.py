@@ -212,7 +212,7 @@ def test_the_curve_is_tested_once_an_epoch_and_forgets_what_a_checkpoint_does_no
         return {"top1": len(calls), "total": 10}
 
     def record(step):
-        return StepRecord(step, 20, step / 4, 0, {}, 0, 0, 0, 0, 0, 0, 0, 0)
+        return StepRecord(step, 20, step / 4, 0, {}, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
     path = tmp_path / "test.jsonl"
     curve = finetune.TestCurve(test, 1.0, path)

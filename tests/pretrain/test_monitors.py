@@ -30,6 +30,7 @@ RECORD = StepRecord(
     eta_seconds=3725.0,
     skipped_steps=0,
     bad_samples=2,
+    peak_memory=2**30,
 )
 
 EVALUATION = Report(5, "evaluation", "k-NN 41.3 %, linear 52.7 %", {"knn": 41.25, "linear": 52.71})
