@@ -1,0 +1,162 @@
+"""A comparison as rows and columns: for the console, for Markdown, and as JSON.
+
+- A column is an evaluator's headline. The best pretrained encoder of a column is bold, several that are equal all are.
+- After a number comes its spread or standard error, then in brackets the gain over the same architecture untrained.
+- Pretrained encoders come first, by objective in the order in which these were named; then untrained ones and floors.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from evaluators.comparison import Comparison, Entry
+from evaluators.results import TITLES
+
+HEADLINES = {"fewshot": "1 %"}  # where it is not the first number
+NAMES = {"linear_probe": "linear probe", "knn": "k-NN", "fewshot": "few labels", "finetune": "fine-tuned"}
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    gain: str  # over the untrained encoder; "" where there is none to compare with
+    best: bool
+
+
+def headline(result: dict) -> tuple[str, dict]:
+    """(name, number) that stands for a result in a table; the number has `value`, `se`, and maybe others."""
+    numbers = result["numbers"]
+    wanted = HEADLINES.get(result["evaluator"])
+    name = wanted if wanted in numbers else next(iter(numbers))
+    return name, numbers[name]
+
+
+def title_of(comparison: Comparison, evaluator: str) -> str:
+    """`linear probe, top-1 %`."""
+    measured = next((entry.results[evaluator] for entry in comparison.entries if evaluator in entry.results), None)
+    number = headline(measured)[0] if measured else ""
+    return ", ".join(filter(None, (NAMES.get(evaluator, evaluator.replace("_", " ")), TITLES.get(number, number))))
+
+
+def in_order(comparison: Comparison) -> list[Entry]:
+    objectives = list(dict.fromkeys(entry.objective for entry in comparison.entries if entry.kind == "pretrained"))
+    kinds = ("pretrained", "untrained", "floor")
+
+    def place(entry: Entry) -> tuple[int, int]:
+        return kinds.index(entry.kind), objectives.index(entry.objective) if entry.kind == "pretrained" else 0
+
+    return sorted(comparison.entries, key=place)
+
+
+def cells(comparison: Comparison, entry: Entry) -> list[Cell]:
+    """One for each of `comparison.evaluators`."""
+    by_name = {each.name: each for each in comparison.entries}
+    untrained = by_name.get(entry.untrained)
+    found = []
+    for evaluator in comparison.evaluators:
+        number = _number(entry, evaluator)
+        if number is None:
+            found.append(Cell(NOTHING, "", False))
+            continue
+        floor = untrained and _number(untrained, evaluator)
+        gain = f"{number['value'] - floor['value']:+.1f}" if floor else ""
+        found.append(Cell(_text(number), gain, number["value"] == _best(comparison, evaluator, entry)))
+    return found
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What the numbers do not say: which entries have none, and every warning, each said once."""
+    problems = [f"{entry.name}: {entry.problem}" for entry in comparison.entries if entry.problem]
+    told: dict[str, list[str]] = {}
+    for entry in comparison.entries:
+        for name, result in entry.results.items():
+            for warning in result.get("warnings", []):
+                told.setdefault(warning, []).append(f"{entry.name} ({name.replace('_', ' ')})")
+    warnings = [f"{', '.join(where) if len(where) < 4 else 'All or most'}: {text}" for text, where in told.items()]
+    return [*problems, *comparison.warnings, *warnings]
+
+
+def markdown(comparison: Comparison) -> str:
+    """A table for GitHub, with what was compared, on what, and by which command."""
+    columns = ["encoder", "objective", "images seen", *(title_of(comparison, name) for name in comparison.evaluators)]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * 2}{'---:|' * (len(columns) - 2)}"]
+    for entry in in_order(comparison):
+        seen = f"{entry.cost.num_images:,}" if entry.cost else ""
+        numbers = [
+            (f"**{cell.text}**" if cell.best else cell.text) + (f" ({cell.gain})" if cell.gain else "")
+            for cell in cells(comparison, entry)
+        ]
+        row = [f"{entry.name}, {entry.encoder}" if entry.encoder else entry.name, _objective(entry), seen, *numbers]
+        lines.append(f"| {' | '.join(text.replace('|', '/') for text in row)} |")
+    lines += ["", f"{_explanation(comparison)}", "", "```", comparison.command, "```"]
+    lines += ["", *(f"- {note}" for note in notes(comparison))] if notes(comparison) else []
+    return "\n".join(lines) + "\n"
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    table = Table(box=box.SIMPLE, title=comparison.title, pad_edge=False, collapse_padding=True)
+    table.add_column("encoder", overflow="fold", min_width=8)
+    table.add_column("objective", overflow="fold", min_width=5)
+    for name in comparison.evaluators:
+        table.add_column(title_of(comparison, name), justify="right")
+    rows, before = in_order(comparison), None
+    for entry in rows:
+        group = (entry.kind, entry.objective if entry.kind == "pretrained" else None)
+        if before not in (None, group):
+            table.add_section()
+        before = group
+        numbers = [
+            (f"[bold]{cell.text}[/]" if cell.best else cell.text) + (f"\n{cell.gain}" if cell.gain else "")
+            for cell in cells(comparison, entry)
+        ]
+        table.add_row(escape(entry.name), escape(_objective(entry)), *numbers)
+    console = console or Console()
+    console.print(table)
+    for line in (_explanation(comparison), *notes(comparison)):
+        console.print(line, highlight=False, markup=False)
+
+
+def to_json(comparison: Comparison) -> str:
+    """Everything but the pictures themselves."""
+    values = asdict(comparison)
+    for entry in values["entries"]:
+        for picture in entry["pictures"]:
+            picture["num_bytes"] = len(picture.pop("png"))
+    return json.dumps(values, indent=1) + "\n"
+
+
+def _objective(entry: Entry) -> str:
+    return entry.objective or {"untrained": "none", "floor": "none", "pretrained": "unknown"}[entry.kind]
+
+
+def _explanation(comparison: Comparison) -> str:
+    train, test = (comparison.data.get(name, {}).get("num_samples") for name in ("train", "test"))
+    sizes = f"Learned from {train:,} labelled images, tested on {test:,}. " if train and test else ""
+    return (
+        f"{sizes}± is the standard error of the test sample, or the deviation over seeds or draws; the gain over the "
+        f"untrained encoder stands beside a number, the best pretrained encoder is bold."
+    )
+
+
+def _number(entry: Entry, evaluator: str) -> dict | None:
+    return headline(entry.results[evaluator])[1] if evaluator in entry.results else None
+
+
+def _best(comparison: Comparison, evaluator: str, entry: Entry) -> float | None:
+    """The highest value among the pretrained, if `entry` is one of them."""
+    numbers = [_number(each, evaluator) for each in comparison.entries if each.kind == "pretrained"]
+    values = [number["value"] for number in numbers if number]
+    return max(values) if values and entry.kind == "pretrained" else None
+
+
+def _text(number: dict) -> str:
+    if number.get("interval"):
+        low, high = number["interval"]
+        return f"{number['value']:.1f} [{low:.1f}, {high:.1f}]"
+    spread = number.get("spread")
+    return f"{number['value']:.1f} ± {number['se'] if spread is None else spread:.1f}"

@@ -1,0 +1,100 @@
+"""What a run has left about itself: cost, curves, pictures, recipe.
+
+- A step that was logged twice, by a run that was resumed by an old version or by hand, counts once: the later line wins.
+- A line that a crash cut short is left out.
+- Only what happened up to the step in question counts, so that an early checkpoint is not charged for the whole run.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from evaluators.comparison import Cost, Curve, Picture
+from pretrain.config import read_recipe
+
+_NOT_PLOTTED = ("trivial_loss",)  # a constant
+_PICTURE = re.compile(r"(?P<title>.+)-(?P<step>\d{8})")
+
+
+def cost_of(run: Path, step: int | None = None) -> Cost | None:
+    """What the run took, up to `step` (default: all of it). None where nothing was logged."""
+    records = _records(run / "metrics.jsonl", step)
+    if not records:
+        return None
+    batch = _config(run).get("train", {}).get("global_batch", 0)
+    environment = _environment(run)
+    seconds = waited = 0.0
+    before = 0
+    for record in records:
+        taken = (record["step"] - before) * batch / record["images_per_second"]
+        seconds, waited, before = seconds + taken, waited + taken * record["data_wait"], record["step"]
+    return Cost(
+        num_images=before * batch,
+        num_steps=before,
+        images_per_second=statistics.median(record["images_per_second"] for record in records),
+        seconds=seconds,
+        data_wait=waited / seconds if seconds else 0.0,
+        peak_memory=max((record.get("peak_memory") or 0 for record in records), default=0) or None,
+        num_ranks=environment.get("world_size"),
+        device=environment.get("device"),
+    )
+
+
+def curves_of(run: Path, step: int | None = None) -> list[Curve]:
+    """The loss, its parts, and what was found while it trained (`online/...`), in this order."""
+    records = _records(run / "metrics.jsonl", step)
+    found: dict[str, dict[int, float]] = {"loss": {}}
+    for record in records:
+        for name, value in {"loss": record["loss"], **record.get("parts", {})}.items():
+            found.setdefault(name, {})[record["step"]] = value
+    for report in _records(run / "online.jsonl", step, kind="evaluation"):
+        for name, value in report["numbers"].items():
+            found.setdefault(f"online/{name}", {})[report["step"]] = value
+    return [
+        Curve(name, list(values), list(values.values()))
+        for name, values in found.items()
+        if values and name not in _NOT_PLOTTED
+    ]
+
+
+def pictures_of_run(run: Path) -> list[Picture]:
+    """The newest picture of each kind that the run drew of its own training images."""
+    newest: dict[str, tuple[int, Path]] = {}
+    for path in (run / "pictures").glob("*.png"):
+        if match := _PICTURE.fullmatch(path.stem):
+            drawn = (int(match["step"]), path)
+            newest[match["title"]] = max(newest.get(match["title"], drawn), drawn)
+    return [
+        Picture(title, f"Drawn by the run after {step:,} steps.", path.read_bytes())
+        for title, (step, path) in sorted(newest.items())
+    ]
+
+
+def recipe_of(run: Path) -> str | None:
+    path = run / "config.yaml"
+    return path.read_text() if path.is_file() else None
+
+
+def _records(path: Path, step: int | None, kind: str | None = None) -> list[dict]:
+    """By growing step, each step once; only those of `kind` where it is given."""
+    found = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+            if (step is None or record["step"] <= step) and (kind is None or record["kind"] == kind):
+                found[record["step"]] = record
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [found[number] for number in sorted(found)]
+
+
+def _config(run: Path) -> dict:
+    return read_recipe(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+
+
+def _environment(run: Path) -> dict:
+    try:
+        return json.loads((run / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,32 @@
+"""A recipe's schedule squeezed or stretched into a number of images, so that recipes can be compared at equal cost."""
+
+import json
+import math
+
+from data.errors import UserError
+from pretrain.config import Config
+
+
+def within(config: Config, num_images: int, num_samples: int) -> list[str]:
+    """Overrides that make `config` see `num_images` images (repeats counted, whole batches) of a data set of
+    `num_samples`. Warm-up and milestones keep their place in the run; the cosine ends with it as ever.
+
+    Raises UserError for fewer images than a batch.
+    """
+    batch = config.train.global_batch
+    if num_images < batch:
+        raise UserError(
+            f"{num_images} images are less than one batch of train.global_batch={batch}; write {batch} or more."
+        )
+    steps = math.ceil(num_images / batch)
+    epochs = steps * batch / num_samples
+    while math.ceil(epochs * (num_samples / batch)) > steps:  # rounding must not add a step
+        epochs = math.nextafter(epochs, 0)
+    factor = epochs / config.train.epochs
+    overrides = [f"train.epochs={epochs!r}"]
+    if config.optimizer.warmup_epochs:
+        overrides.append(f"optimizer.warmup_epochs={config.optimizer.warmup_epochs * factor!r}")
+    if config.optimizer.milestones:
+        milestones = [milestone * factor for milestone in config.optimizer.milestones]
+        overrides.append(f"optimizer.milestones={json.dumps(milestones)}")
+    return overrides
