@@ -39,7 +39,7 @@ class OpenedEncoder:
 
 
 @dataclass(frozen=True)
-class _Description:
+class Description:
     """What a source says about its encoder before any weight is read."""
 
     config: EncoderConfig
@@ -83,7 +83,7 @@ def fingerprint(model: nn.Module) -> str:
 # ---- what each kind of source says
 
 
-def describe(source: str) -> _Description:
+def describe(source: str) -> Description:
     """Raises UserError for a source that is none, or is damaged."""
     if source.startswith(_TIMM):
         return _describe_timm(source.removeprefix(_TIMM))
@@ -100,7 +100,7 @@ def describe(source: str) -> _Description:
     raise UserError(f"{folder} holds no complete checkpoint and no export; write {_KINDS}.")
 
 
-def _describe_checkpoint(folder: Path) -> _Description:
+def _describe_checkpoint(folder: Path) -> Description:
     if why := store.problem(folder, files=(store.MODEL, store.STATE)):
         raise UserError(f"{folder} is no complete checkpoint: {why}; write the run's folder to take its newest one.")
     saved = json.loads((folder / store.STATE).read_text())
@@ -108,7 +108,7 @@ def _describe_checkpoint(folder: Path) -> _Description:
     objective = meta.get("config", {}).get("objective", {}).get("name")
     data = meta.get("loader", {}).get("fingerprint")
     run = folder.absolute().parent.parent.name
-    return _Description(
+    return Description(
         config=EncoderConfig.model_validate(meta["encoder"]),
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
@@ -119,10 +119,10 @@ def _describe_checkpoint(folder: Path) -> _Description:
     )
 
 
-def _describe_export(folder: Path) -> _Description:
+def _describe_export(folder: Path) -> Description:
     try:
         ours = json.loads((folder / "config.json").read_text())[EXPORT_SECTION]
-        return _Description(
+        return Description(
             config=EncoderConfig.model_validate(ours["encoder"]),
             mean=tuple(ours["mean"]),
             std=tuple(ours["std"]),
@@ -136,14 +136,14 @@ def _describe_export(folder: Path) -> _Description:
         ) from None
 
 
-def _describe_timm(name: str) -> _Description:
+def _describe_timm(name: str) -> Description:
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if cfg is None:
         raise UserError(f"timm {timm.__version__} has no model {name}; timm.list_models(pretrained=True) names them.")
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
     learned = isinstance(getattr(model, "pos_embed", None), nn.Parameter)
-    return _Description(
+    return Description(
         # The table of positions is part of the weights; where there is none, the key keeps its default.
         config=EncoderConfig(
             name=name, image_size=tuple(cfg.input_size[1:]), **({"pos_embed": "learned"} if learned else {})
@@ -157,7 +157,7 @@ def _describe_timm(name: str) -> _Description:
 # ---- the weights
 
 
-def _with_weights(described: _Description) -> nn.Module:
+def _with_weights(described: Description) -> nn.Module:
     model = build_encoder(described.config, seed=0)
     tensors = _read(described.weights, described.prefix)
     _refuse_misfit(model, tensors, described)
@@ -174,7 +174,7 @@ def _read(path: Path, prefix: str) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error}); export or save it again.") from None
 
 
-def _refuse_misfit(model: nn.Module, tensors: dict[str, Tensor], described: _Description) -> None:
+def _refuse_misfit(model: nn.Module, tensors: dict[str, Tensor], described: Description) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     mistakes = [f"{name} is missing" for name in shapes if name not in found]

@@ -17,7 +17,7 @@ from evaluators.comparison import Comparison, Entry
 from evaluators.results import TITLES
 
 HEADLINES = {"fewshot": "1 %"}  # where it is not the first number
-NAMES = {"linear_probe": "linear probe", "knn": "k-NN", "fewshot": "few labels", "finetune": "fine-tuned"}
+NAMES = {"linear_probe": "linear probe", "knn": "k-NN", "fewshot": "few labels", "fine_tune": "fine-tuned"}
 NOTHING = "–"
 
 

@@ -70,6 +70,27 @@ def default_kinds(model: nn.Module) -> tuple[str, ...]:
     return ("cls", "mean") if _has_class_token(model) else ("mean",)
 
 
+def fair_kinds(model: nn.Module) -> tuple[str, ...]:
+    """Every kind that is worth a try where unlike models stand side by side and each is to have its best."""
+    if _has_tokens(model):
+        return (*default_kinds(model), f"last{min(4, len(model.blocks))}")
+    return (*default_kinds(model), *(("stages",) if _num_stages(model) else ()))
+
+
+def kinds_among(model: nn.Module, kinds: Sequence[str], name: str) -> tuple[str, ...]:
+    """Those of `kinds` that this model has. Raises UserError where it has none."""
+    has = []
+    for kind in kinds:
+        try:
+            check_kinds(model, [kind], name)
+        except UserError:
+            continue
+        has.append(kind)
+    if not has:
+        check_kinds(model, kinds, name)
+    return tuple(has)
+
+
 def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
     """Raises UserError for a kind of feature that this model does not have."""
     num_stages = _num_stages(model)

@@ -177,7 +177,7 @@ def labelled_shards(
 
     Raises UserError where train or test shards remain unknown.
     """
-    section = next(filter(None, map(_evaluate_section, filter(None, map(run_of, sources)))), None)
+    section = first_section(sources)
     train = train or (section and section.train_shards)
     test = test or (section and section.test_shards)
     missing = [f"--{name} SHARDS" for name, shards in (("train", train), ("test", test)) if not shards]
@@ -200,7 +200,7 @@ def vector_format(
 
     Raises UserError where the names remain unknown.
     """
-    section = next(filter(None, map(_evaluate_section, filter(None, map(run_of, sources)))), None)
+    section = first_section(sources)
     names = names or (section.label_names if section else ())
     if not names:
         raise UserError(
@@ -223,9 +223,12 @@ def run_of(source: str) -> Path | None:
     return None
 
 
-def _evaluate_section(run: Path) -> EvaluateConfig | None:
-    section = read_recipe(run / "config.yaml").get("evaluate")
-    return EvaluateConfig.model_validate(section) if section else None
+def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
+    """The first `evaluate` section among the runs of the sources, and the sources that are themselves recipes."""
+    runs = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
+    recipes = [path if path.is_file() else path / "config.yaml" for path in runs if path]
+    sections = filter(None, (read_recipe(path).get("evaluate") for path in recipes))
+    return next((EvaluateConfig.model_validate(section) for section in sections), None)
 
 
 def is_random(source: str) -> bool:

@@ -32,9 +32,14 @@ def open_pixels(source: str, beside: OpenedEncoder | None = None) -> OpenedEncod
         return _opened((int(text), int(text)), IMAGENET_MEAN, IMAGENET_STD)
     if beside is None:
         raise UserError("pixels alone has no image size; write pixels:32, or name an encoder beside it.")
-    shrink = min(1.0, LARGEST / max(beside.config.size))
-    height, width = (max(round(side * shrink), 1) for side in beside.config.size)
-    return _opened((height, width), beside.mean, beside.std)
+    return _opened(pixel_size(beside.config.size), beside.mean, beside.std)
+
+
+def pixel_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of plain `pixels` beside an encoder of images of this size."""
+    shrink = min(1.0, LARGEST / max(size))
+    height, width = (max(round(side * shrink), 1) for side in size)
+    return height, width
 
 
 def _opened(size: tuple[int, int], mean, std) -> OpenedEncoder:

@@ -1,6 +1,6 @@
-"""What a run has left about itself: cost, curves, pictures, recipe.
+"""What a run has left about itself: cost, curves, pictures, recipe, and whether it is finished.
 
-- A step that was logged twice, by a run that was resumed by an old version or by hand, counts once: the later line wins.
+- A step that was logged twice, as around an interruption, counts once: the later line wins.
 - A line that a crash cut short is left out.
 - Only what happened up to the step in question counts, so that an early checkpoint is not charged for the whole run.
 """
@@ -10,8 +10,10 @@ import re
 import statistics
 from pathlib import Path
 
+from checkpoints.store import STATE, Store
 from evaluators.comparison import Cost, Curve, Picture
-from pretrain.config import read_recipe
+from pretrain.config import Config, read_recipe
+from pretrain.resume import changed_settings
 
 _NOT_PLOTTED = ("trivial_loss",)  # a constant
 _PICTURE = re.compile(r"(?P<title>.+)-(?P<step>\d{8})")
@@ -74,6 +76,17 @@ def pictures_of_run(run: Path) -> list[Picture]:
 def recipe_of(run: Path) -> str | None:
     path = run / "config.yaml"
     return path.read_text() if path.is_file() else None
+
+
+def is_finished(config: Config, data: str) -> bool:
+    """Whether the run of this config has come to its end, with these settings, on data of this fingerprint."""
+    newest = Store(Path(config.run_dir) / "checkpoints").newest()
+    if newest is None:
+        return False
+    saved = json.loads((newest / STATE).read_text())
+    meta = saved["meta"]
+    same = meta["loader"]["fingerprint"] == data and not changed_settings(meta["config"], config)
+    return same and saved["step"] == meta["num_steps"]
 
 
 def _records(path: Path, step: int | None, kind: str | None = None) -> list[dict]:

@@ -1,4 +1,4 @@
-"""How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 75 pre-empted (run it again)."""
+"""How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 4 done in part, 75 pre-empted (run it again)."""
 
 import sys
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import NoReturn
 from data.errors import RunStopped, UserError
 from pretrain import distributed
 
+INCOMPLETE = 4  # some of what was asked for is missing, and what there is says which
 PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
 
 

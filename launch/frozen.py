@@ -11,24 +11,33 @@ from evaluators.results import Result, print_table
 from pretrain import distributed
 
 
-def door_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is a door's docstring, with the arguments that every evaluation takes."""
+SOURCES = (
+    "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
+    "random:SOURCE (the same architecture, untrained), or pixels, pixels:SIZE"
+)
+OUT = "where results are written (default: RUN/evaluations)"
+
+
+def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT) -> argparse.ArgumentParser:
+    """A parser whose help is a door's docstring, with the arguments that every evaluation takes.
+
+    sources, out: the help of these two.
+    """
     parser = argparse.ArgumentParser(
         description=doc.partition("\n\n")[0],
         epilog=doc.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
+    add_arguments(parser, sources, out)
     return parser
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, sources: str, out: str) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
-        "random:SOURCE (the same architecture, untrained), or pixels, pixels:SIZE",
+        help=sources,
     )
     defaults = "(default: the run's evaluate section)"
     parser.add_argument("--train", metavar="SHARDS", help=f"labelled shards to learn from {defaults}")
@@ -42,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: those that suit each encoder)",
     )
     parser.add_argument("--bank", metavar="DIR", help="where features are kept (default: RUN/bank)")
-    parser.add_argument("--out", metavar="DIR", help="where results are written (default: RUN/evaluations)")
+    parser.add_argument("--out", metavar="DIR", help=out)
     parser.add_argument("--seed", type=int, default=0, help="of every random choice and of random: (default: 0)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
     parser.add_argument("--num-workers", type=int, default=distributed.cores_per_rank(), metavar="N")

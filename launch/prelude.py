@@ -16,6 +16,7 @@ COMMANDS = {
     "multilabel": ("launch.multilabel", "several findings an image, by heads on a frozen encoder"),
     "anomaly": ("launch.anomaly", "anomaly detection by a frozen encoder"),
     "bank": ("launch.bank", "see or remove the frozen features that evaluations keep"),
+    "compare": ("launch.compare", "objectives or checkpoints side by side, in one table and one page"),
     "export": ("launch.export", "write a run's encoder as a plain timm checkpoint"),
     "shards": ("launch.shards", "look at shards before training on them"),
 }

@@ -1,0 +1,72 @@
+"""Starts another door in a process of its own, as a person would, and shows what it says.
+
+The child has a process group of its own: what asks this process to end is passed on to it, so that it saves and ends in
+its own way, and the same command goes on later.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launch.exit_codes import PREEMPTED
+from pretrain.distributed import free_port
+
+DOORS = Path(__file__).resolve().parent
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """A child was asked to end before it was done; run again, it goes on."""
+
+
+def run_door(door: str, arguments: Sequence[str], *, num_ranks: int, name: str) -> str | None:
+    """Runs `door` (`pretrain`) to its end, by the launcher where there are several ranks; each line that it prints
+    begins with `name`. Returns None, or in one sentence why it failed. Raises Preempted."""
+    script = [str(DOORS / f"{door}.py"), *arguments]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks)]
+    launcher += ["--master_port", str(free_port())]
+    command = [*launcher, *script] if num_ranks > 1 else [sys.executable, *script]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    )
+    asked_to_stop = False
+
+    def pass_on(*_) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
+        _signal(process, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in _STOPPING}
+    try:
+        sentence = _show(process.stdout, name)
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if process.poll() is None:
+            _signal(process, signal.SIGKILL)
+    if asked_to_stop or code == PREEMPTED:
+        raise Preempted
+    return None if code == 0 else sentence or f"{door} ended with code {code} and did not say why."
+
+
+def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _show(lines: Iterable[str], name: str) -> str:
+    """Prints the lines, and returns the error among them, if any."""
+    error = ""
+    for line in lines:
+        text = line.rstrip()
+        print(f"[{name}] {text}", file=sys.stderr, flush=True)
+        if text.startswith("error: "):
+            error = text.removeprefix("error: ")
+        elif error and text.startswith("  "):  # a mistake of a config, below the line that counts them
+            error += f" {text.strip()}"
+    return error
