@@ -1,4 +1,5 @@
-"""How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 4 done in part, 75 pre-empted (run it again)."""
+"""How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 4 done in part, 75 pre-empted (run it
+again)."""
 
 import sys
 from collections.abc import Callable

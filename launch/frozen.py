@@ -10,7 +10,6 @@ from evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from evaluators.results import Result, print_table
 from pretrain import distributed
 
-
 SOURCES = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
     "random:SOURCE (the same architecture, untrained), or pixels, pixels:SIZE"

@@ -1,0 +1,305 @@
+"""Objectives or checkpoints side by side: same data, same budget, all evaluators, one table and one page.
+
+    prelude compare runs/mae runs/barlow --train 'train-{0..9}.tar' --test test-0.tar
+    prelude compare mae_cifar10 barlow_cifar10 --images 200000 --train 'train-{0..9}.tar' --test test-0.tar
+    deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow        ranks share the encoders' work
+
+A recipe among the sources is pretrained first, into OUT/runs. The same command, run again, goes on where it stopped.
+Writes OUT/report.html, OUT/table.md and OUT/comparison.json. Exit codes as those of pretraining, and 4 where a source
+could not be compared. docs/evaluators.md says how it is measured.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data.errors import UserError
+from data.shards import ShardIndex
+from evaluators import gathering
+from evaluators.anomaly import anomaly
+from evaluators.classifier import NAME as FINE_TUNE
+from evaluators.comparison import Comparison, Entry
+from evaluators.comparison_table import markdown, print_comparison, to_json
+from evaluators.fewshot import fewshot
+from evaluators.frozen import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
+from evaluators.gathering import Contestant, Named
+from evaluators.knn import knn
+from evaluators.linear_probe import linear_probe
+from evaluators.multilabel import multilabel
+from evaluators.ncm import ncm
+from evaluators.report.page import page
+from evaluators.results import versions
+from evaluators.run_record import is_finished
+from launch.children import Preempted, run_door
+from launch.exit_codes import INCOMPLETE, PREEMPTED, door
+from launch.frozen import SOURCES, common, door_parser
+from objectives import options_for
+from pretrain import distributed
+from pretrain.budget import within
+from pretrain.config import find_recipe, load_config
+
+EVALUATORS = {"probe": linear_probe, "knn": knn, "ncm": ncm, "fewshot": fewshot, "anomaly": anomaly}
+DEFAULT_EVALUATORS = ["probe", "knn", "ncm", "fewshot", "anomaly"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, started = parser().parse_args(argv), time.monotonic()
+    settings = common(args, "compare", argv)
+    recipes = {source: path for source in args.sources if (path := recipe_of(source))}
+    if recipes and distributed.world_size() > 1:
+        raise UserError(
+            f"{next(iter(recipes))} is to be pretrained first, which ranks of one launcher cannot; start "
+            f"`prelude compare` without one, and write --ranks {distributed.world_size()}."
+        )
+    refuse_without_effect(args, recipes)
+    labelled, evaluators = task_of(args, [str(recipes.get(source, source)) for source in args.sources])
+    judging = Judging(
+        evaluators, labelled, kinds=gathering.kinds_of(args.features), bank=args.bank, **settings | {"out": None}
+    )
+    judging.check()
+    try:
+        named = [named_source(args, source, recipes.get(source), labelled) for source in args.sources]
+        contestants = gathering.line_up(unlike(named), floors=not args.no_floors)
+        if distributed.world_size() > 1:
+            prepare(contestants, judging)
+            if not distributed.is_main():
+                distributed.stop()
+                return 0
+            distributed.stop()  # all is in the bank; nobody waits for what one rank does with it
+        entries = [gathering.gather(contestant, judging) for contestant in contestants]
+        entries, warnings = with_fine_tuning(args, entries, labelled)
+    except Preempted:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return PREEMPTED
+    comparison = compared(args, entries, labelled, settings["command"], started, warnings, bool(recipes))
+    write(comparison, Path(args.out))
+    return INCOMPLETE if warnings or any(entry.problem for entry in entries) else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = door_parser(
+        __doc__,
+        sources=f"{SOURCES}; or a recipe, to be pretrained first: a YAML file, or its name in configs/",
+        out="folder of the report and of what is trained (default: runs/compare)",
+    )
+    parser.set_defaults(out="runs/compare")
+    parser.add_argument(
+        "--evaluators",
+        nargs="+",
+        choices=list(EVALUATORS),
+        help=f"(default: {' '.join(DEFAULT_EVALUATORS)})",
+    )
+    parser.add_argument("--no-floors", action="store_true", help="without untrained encoders and pixels beside them")
+    recipes = parser.add_argument_group("recipes that are pretrained first")
+    recipes.add_argument("--images", type=int, metavar="N", help="that each sees, repeats counted (default: its own)")
+    recipes.add_argument("--shards", metavar="SHARDS", help="without labels, for all (default: those of --train)")
+    recipes.add_argument("--set", nargs="+", default=[], metavar="key.sub=value", help="settings, for all of them")
+    recipes.add_argument(
+        "--ranks", type=int, metavar="N", help="processes that train (default: one for each GPU, else one)"
+    )
+    parser.add_argument(
+        "--finetune",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("RECIPE", "key.sub=value"),
+        help="fine-tune each pretrained and each untrained encoder too; of several recipes, written one after another, "
+        "each takes the first that suits it",
+    )
+    findings = parser.add_argument_group("several findings an image, as for prelude multilabel")
+    findings.add_argument("--names", nargs="+", metavar="NAME")
+    findings.add_argument("--field", metavar="KEY")
+    findings.add_argument("--group", metavar="KEY")
+    return parser
+
+
+# ---- what is asked for
+
+
+def recipe_of(source: str) -> Path | None:
+    """The file of a source that is a recipe, None for any other. A file that is missing is no recipe either, so that it
+    is told as a source that cannot be had."""
+    if Path(source).is_dir() or ":" in source or source == "pixels":
+        return None
+    try:
+        return find_recipe(source)
+    except UserError:
+        return None
+
+
+def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
+    given = [f"--{name}" for name in ("images", "shards", "set", "ranks") if getattr(args, name)]
+    if args.finetune:
+        given = [name for name in given if name != "--ranks"]
+    if given and not recipes:
+        raise UserError(f"{' and '.join(given)} has no effect without a recipe among the sources; leave it out.")
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images {args.images} leaves nothing to do; write 1 or more.")
+
+
+def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled, list[Evaluator]]:
+    section = first_section(sources)
+    if not (args.names or args.field or args.group or (section and section.label_names)):
+        names = list(dict.fromkeys(args.evaluators or DEFAULT_EVALUATORS))
+        return labelled_shards(sources, args.train, args.test, args.label), [EVALUATORS[name] for name in names]
+    if args.evaluators or args.finetune:
+        raise UserError(
+            "--evaluators and --finetune are for class numbers; with several findings an image the evaluator is "
+            "multilabel, so leave them out."
+        )
+    form = vector_format(sources, args.names, args.field, args.group)
+    return labelled_shards(sources, args.train, args.test, args.label, form), [partial(multilabel, names=form.names)]
+
+
+def num_ranks(args: argparse.Namespace) -> int:
+    return args.ranks or max(torch.cuda.device_count(), 1)
+
+
+# ---- pretraining
+
+
+def named_source(args: argparse.Namespace, source: str, recipe: Path | None, labelled: Labelled) -> Named:
+    """The source itself, or the run that a recipe has become."""
+    if recipe is None:
+        return Named(source)
+    run_dir = Path(args.out) / "runs" / recipe.stem
+    try:
+        problem = pretrained(args, recipe, run_dir, labelled)
+    except UserError as error:
+        problem = str(error)
+    return Named(str(run_dir), recipe.stem, problem and f"Pretraining failed: {problem}")
+
+
+def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled) -> str | None:
+    """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
+    index = ShardIndex(args.shards or labelled.train)
+    overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
+    overrides += ["data.num_samples=null", *evaluate_section(labelled), *args.set]
+    config = load_config(recipe, overrides, options_for)
+    if args.images:
+        overrides += within(config, args.images, index.num_samples)
+        config = load_config(recipe, overrides, options_for)
+    if is_finished(config, index.fingerprint):
+        print(f"{run_dir} is finished", file=sys.stderr)
+        return None
+    return run_door("pretrain", ["--config", str(recipe), *overrides], num_ranks=num_ranks(args), name=run_dir.name)
+
+
+def evaluate_section(labelled: Labelled) -> list[str]:
+    """So that later evaluations of a run find the same shards."""
+    values = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
+    if labelled.vectors:
+        form = labelled.vectors
+        values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group}
+    return [f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def unlike(named: Sequence[Named]) -> list[Named]:
+    """Each source once."""
+    return list({each.source: each for each in named}.values())
+
+
+# ---- judging
+
+
+def prepare(contestants: Sequence[Contestant], judging: Judging) -> None:
+    for contestant in contestants:
+        try:
+            if not contestant.problem:
+                judging.prepare(contestant.source, contestant.beside)
+        except UserError:
+            continue  # it is told when its turn comes to be judged
+
+
+def with_fine_tuning(
+    args: argparse.Namespace, entries: list[Entry], labelled: Labelled
+) -> tuple[list[Entry], list[str]]:
+    """The entries with what fine-tuning made of each pretrained and untrained one, and what failed."""
+    found, warnings = [], []
+    for entry in entries:
+        if args.finetune and entry.kind != "floor" and not entry.problem:
+            result, problem = fine_tuned(args, entry, labelled)
+            warnings += [f"{entry.name} was not fine-tuned: {problem}"] if problem else []
+            entry = replace(entry, results=entry.results | ({FINE_TUNE: result} if result else {}))
+        found.append(entry)
+    return found, warnings
+
+
+def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tuple[dict | None, str | None]:
+    """What the first recipe that suits an encoder made of it, or why none did."""
+    shards = [text for text in evaluate_section(labelled) if not text.startswith("evaluate.label_")]
+    problem = None
+    for recipe, *overrides in args.finetune:
+        run_dir = Path(args.out) / "finetune" / f"{slug(entry.name)}-{Path(recipe).stem}"
+        arguments = [entry.source, "--config", recipe, f"run_dir={run_dir}", *shards, *overrides]
+        problem = run_door("finetune", arguments, num_ranks=num_ranks(args), name=f"fine-tuning {entry.name}")
+        if problem is None:
+            newest = max((run_dir / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime)
+            return json.loads(newest.read_text()), None
+    return None, problem
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
+
+
+# ---- what comes out
+
+
+def compared(
+    args: argparse.Namespace,
+    entries: list[Entry],
+    labelled: Labelled,
+    command: str,
+    started: float,
+    warnings: list[str],
+    any_recipe: bool,
+) -> Comparison:
+    measured = [result for entry in entries for result in entry.results.values()]
+    objectives = list(dict.fromkeys(entry.objective or entry.name for entry in entries if entry.kind == "pretrained"))
+    unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
+    shards = args.shards or labelled.train
+    budget = f"{args.images:,} images each" if args.images else "each recipe's own number of images"
+    what = "without labels" if args.shards else "the labelled train shards, without their labels"
+    return Comparison(
+        title=" and ".join(filter(None, (", ".join(objectives[:-1]), *objectives[-1:]))) or "Floors",
+        entries=entries,
+        evaluators=list(dict.fromkeys(result["evaluator"] for result in measured)),
+        data=measured[0]["data"] if measured else unknown,
+        command=command,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=time.monotonic() - started,
+        budget=f"{budget}, from {shards} ({what})" if any_recipe else None,
+        versions=versions(),
+        warnings=warnings,
+    )
+
+
+def write(comparison: Comparison, out: Path) -> None:
+    files = {"comparison.json": to_json(comparison), "table.md": markdown(comparison), "report.html": page(comparison)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            unfinished = out / f".{name}"
+            unfinished.write_text(text)
+            unfinished.replace(out / name)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
+    print_comparison(comparison)
+    print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(door(main))
