@@ -69,9 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         evaluators, labelled, kinds=gathering.kinds_of(args.features), bank=args.bank, **settings | {"out": None}
     )
     judging.check()
+    index = ShardIndex(args.shards or labelled.train) if recipes else None
     try:
-        named = [named_source(args, source, recipes.get(source), labelled) for source in args.sources]
-        contestants = gathering.line_up(unlike(named), floors=not args.no_floors)
+        named = [named_source(args, source, recipes.get(source), labelled, index) for source in unlike(args.sources)]
+        contestants = gathering.line_up(named, floors=not args.no_floors)
         if distributed.world_size() > 1:
             prepare(contestants, judging)
             if not distributed.is_main():
@@ -139,12 +140,20 @@ def recipe_of(source: str) -> Path | None:
         return None
 
 
+def unlike(sources: Sequence[str]) -> list[str]:
+    """Each once."""
+    return list(dict.fromkeys(sources))
+
+
 def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
     given = [f"--{name}" for name in ("images", "shards", "set", "ranks") if getattr(args, name)]
     if args.finetune:
         given = [name for name in given if name != "--ranks"]
     if given and not recipes:
         raise UserError(f"{' and '.join(given)} has no effect without a recipe among the sources; leave it out.")
+    stems = [path.stem for path in {path.resolve(): path for path in recipes.values()}.values()]
+    if double := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"Two recipes are named {double[0]} and would train into one folder; rename one of them.")
     if args.images is not None and args.images < 1:
         raise UserError(f"--images {args.images} leaves nothing to do; write 1 or more.")
 
@@ -170,21 +179,24 @@ def num_ranks(args: argparse.Namespace) -> int:
 # ---- pretraining
 
 
-def named_source(args: argparse.Namespace, source: str, recipe: Path | None, labelled: Labelled) -> Named:
+def named_source(
+    args: argparse.Namespace, source: str, recipe: Path | None, labelled: Labelled, index: ShardIndex | None
+) -> Named:
     """The source itself, or the run that a recipe has become."""
     if recipe is None:
         return Named(source)
     run_dir = Path(args.out) / "runs" / recipe.stem
     try:
-        problem = pretrained(args, recipe, run_dir, labelled)
+        problem = pretrained(args, recipe, run_dir, labelled, index)
     except UserError as error:
         problem = str(error)
     return Named(str(run_dir), recipe.stem, problem and f"Pretraining failed: {problem}")
 
 
-def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled) -> str | None:
+def pretrained(
+    args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, index: ShardIndex
+) -> str | None:
     """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
-    index = ShardIndex(args.shards or labelled.train)
     overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
     overrides += ["data.num_samples=null", *evaluate_section(labelled), *args.set]
     config = load_config(recipe, overrides, options_for)
@@ -204,11 +216,6 @@ def evaluate_section(labelled: Labelled) -> list[str]:
         form = labelled.vectors
         values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group}
     return [f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def unlike(named: Sequence[Named]) -> list[Named]:
-    """Each source once."""
-    return list({each.source: each for each in named}.values())
 
 
 # ---- judging
@@ -239,11 +246,10 @@ def with_fine_tuning(
 
 def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tuple[dict | None, str | None]:
     """What the first recipe that suits an encoder made of it, or why none did."""
-    shards = [text for text in evaluate_section(labelled) if not text.startswith("evaluate.label_")]
     problem = None
     for recipe, *overrides in args.finetune:
         run_dir = Path(args.out) / "finetune" / f"{slug(entry.name)}-{Path(recipe).stem}"
-        arguments = [entry.source, "--config", recipe, f"run_dir={run_dir}", *shards, *overrides]
+        arguments = [entry.source, "--config", recipe, f"run_dir={run_dir}", *evaluate_section(labelled), *overrides]
         problem = run_door("finetune", arguments, num_ranks=num_ranks(args), name=f"fine-tuning {entry.name}")
         if problem is None:
             newest = max((run_dir / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime)

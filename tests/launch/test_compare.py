@@ -1,0 +1,150 @@
+"""A whole comparison of two tiny objectives by their recipes: trained, judged, written, and gone through again."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from data.shapes import write_shards
+from launch import compare, prelude
+from launch.children import run_door
+from launch.exit_codes import INCOMPLETE, door
+
+NUM_IMAGES = 64
+
+
+@pytest.fixture(scope="session")
+def folder(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    write_shards(folder, "train", 120, seed=1, image_size=16)
+    write_shards(folder, "test", 60, seed=1, image_size=16)
+    mae = yaml.safe_load(recipe.read_text())
+    mae["data"]["shards"] = "replaced.tar"
+    mae["log"] = {"every_steps": 1, "pictures_every_steps": 4}
+    (folder / "filling.yaml").write_text(yaml.safe_dump(mae))
+    kwargs = {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8], "stem_width": 4}
+    rotation = mae | {
+        "objective": {"name": "rotation", "crop_scale": None},
+        "encoder": {"name": "resnet18", "image_size": 32, "kwargs": kwargs},
+    }
+    (folder / "turning.yaml").write_text(yaml.safe_dump(rotation))
+    return folder
+
+
+def argv_of(folder, *sources: str) -> list[str]:
+    argv = [*sources, "--train", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar", "--num-workers", "0"]
+    return [*argv, "--evaluators", "knn", "ncm", "--out", f"{folder}/out"]
+
+
+@pytest.fixture(scope="session")
+def command(folder) -> list[str]:
+    recipes = [str(folder / "filling.yaml"), str(folder / "turning.yaml")]
+    return [*argv_of(folder, *recipes, str(folder / "nothing")), "--images", str(NUM_IMAGES)]
+
+
+@pytest.fixture(scope="session")
+def first(command, folder):
+    """(exit code, comparison) of the command that trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        code = prelude.main(["compare", *command])
+    return code, json.loads((folder / "out" / "comparison.json").read_text())
+
+
+def test_every_objective_gets_the_same_number_of_images(first, folder):
+    _, comparison = first
+    trained = {entry["name"]: entry for entry in comparison["entries"] if entry["cost"]}
+    assert {name: entry["cost"]["num_images"] for name, entry in trained.items()} == {"filling": 64, "turning": 64}
+    for name in trained:
+        config = yaml.safe_load((folder / "out" / "runs" / name / "config.yaml").read_text())
+        assert config["train"]["epochs"] == pytest.approx(64 / 120)
+        assert config["optimizer"]["warmup_epochs"] == pytest.approx(0.5 * (64 / 120) / 3)  # its share of the run
+        assert config["data"]["shards"] == f"{folder}/train-*.tar"
+
+
+def test_each_stands_beside_its_floors_with_results_of_every_evaluator(first, folder):
+    _, comparison = first
+    entries = {entry["name"]: entry for entry in comparison["entries"]}
+    assert {name: entry["kind"] for name, entry in entries.items()} == {
+        "filling": "pretrained",
+        "turning": "pretrained",
+        "nothing": "pretrained",
+        "random:filling": "untrained",
+        "random:turning": "untrained",
+        "pixels 16x16": "floor",
+        "pixels 32x32": "floor",
+    }
+    assert entries["filling"]["untrained"] == "random:filling"
+    assert [entries[name]["objective"] for name in ("filling", "turning")] == ["mae", "rotation"]
+    for name, entry in entries.items():
+        if name != "nothing":
+            assert list(entry["results"]) == comparison["evaluators"] == ["knn", "ncm"]
+    assert set(entries["turning"]["results"]["ncm"]["details"]["by_features"]) == {"pool", "stages"}
+    assert set(entries["filling"]["results"]["ncm"]["details"]["by_features"]) == {"cls", "mean", "last2"}
+    assert [picture["title"] for picture in entries["filling"]["pictures"]] == ["reconstruction"]
+    assert entries["filling"]["cost"]["peak_memory"] > 2**26
+    assert list((folder / "out" / "runs" / "filling" / "evaluations").glob("ncm-filling*.json"))
+
+
+def test_a_source_that_cannot_be_had_keeps_nobody_from_being_judged(first):
+    code, comparison = first
+    (broken,) = [entry for entry in comparison["entries"] if entry["problem"]]
+    assert broken["name"] == "nothing" and "There is no folder" in broken["problem"]
+    assert code == INCOMPLETE
+
+
+def test_a_table_and_a_page_are_written(first, folder):
+    table = (folder / "out" / "table.md").read_text()
+    assert "| filling, vit_tiny_patch16_224 at 16 px (patch 4" in table and "prelude compare" in table
+    assert "There is no folder" in table
+    assert (folder / "out" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_same_command_trains_nothing_and_finds_the_same_numbers(first, command, folder, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was trained again")
+
+    monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(compare, "run_door", refuse)
+    assert prelude.main(["compare", *command]) == INCOMPLETE
+    again = json.loads((folder / "out" / "comparison.json").read_text())
+
+    def numbers(comparison):
+        return {(e["name"], n): r["numbers"] for e in comparison["entries"] for n, r in e["results"].items()}
+
+    assert len(numbers(again)) == 12 and numbers(again) == numbers(first[1])
+
+
+def test_another_budget_is_not_mistaken_for_the_finished_run(first, command, folder, monkeypatch):
+    asked = []
+    monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(compare, "run_door", lambda door, *_, **__: asked.append(door) or "it has other settings.")
+    out = folder / "other"
+    shutil.copytree(folder / "out" / "runs", out / "runs")
+    code = prelude.main(["compare", *command[:-1], "96", "--out", str(out), "--no-floors"])
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert asked == ["pretrain", "pretrain"] and code == INCOMPLETE
+    assert comparison["entries"][0]["problem"] == "Pretraining failed: it has other settings."
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--images", "100"], "--images has no effect"),
+        (["--names", "a", "--evaluators", "knn"], "--evaluators and --finetune are for class numbers"),
+        (["--train", "/nowhere.tar"], "/nowhere.tar"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(wrong, told, folder, capsys):
+    argv = ["compare", "pixels:4", "--train", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar", *wrong]
+    assert door(lambda: prelude.main(argv)) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_child_says_why_it_failed(folder, capfd):
+    arguments = ["--config", str(folder / "filling.yaml"), "train.epoch=3"]
+    problem = run_door("pretrain", arguments, num_ranks=1, name="filling")
+    assert "train.epoch does not exist; did you mean train.epochs?" in problem and "\n" not in problem
+    assert "[filling] error: " in capfd.readouterr().err
