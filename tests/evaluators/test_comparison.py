@@ -1,0 +1,233 @@
+"""What is gathered about a run, who stands beside whom, and the table that comes of it."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from data.errors import UserError
+from evaluators import gathering
+from evaluators.comparison import Comparison, Entry, Picture
+from evaluators.comparison_table import cells, headline, in_order, markdown, notes, print_comparison, to_json
+from evaluators.features import fair_kinds, kinds_among
+from evaluators.gathering import Named, in_words, line_up
+from evaluators.pixels import open_pixels
+from evaluators.run_record import cost_of, curves_of, pictures_of_run
+from pretrain.config import EncoderConfig
+
+
+def line(step: int, loss: float, speed: float, wait: float = 0.1, **more) -> str:
+    return json.dumps(
+        {"step": step, "loss": loss, "parts": {"std": loss / 2}, "images_per_second": speed, "data_wait": wait} | more
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of batches of 8 that was interrupted after step 20, went on from step 10, and crashed while it wrote."""
+    lines = [line(10, 3.0, 40.0), line(20, 9.0, 10.0), line(20, 2.0, 80.0, 0.4), line(25, 1.0, 40.0, peak_memory=700)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 30, "lo']))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"train": {"global_batch": 8}}))
+    (tmp_path / "environment.json").write_text(json.dumps({"world_size": 2, "device": "a chip"}))
+    reports = [
+        {"step": 0, "kind": "evaluation", "numbers": {"knn": 11.0}},
+        {"step": 10, "kind": "notice", "numbers": {}},
+        {"step": 20, "kind": "evaluation", "numbers": {"knn": 12.0}},
+    ]
+    (tmp_path / "online.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
+    return tmp_path
+
+
+def test_a_run_is_charged_for_each_step_once(run):
+    cost = cost_of(run)
+    assert (cost.num_steps, cost.num_images) == (25, 200)
+    # 80 images at 40 a second, 80 at 80, 40 at 40; the steps that were lost do not count
+    assert cost.seconds == pytest.approx(2 + 1 + 1)
+    assert cost.data_wait == pytest.approx((2 * 0.1 + 1 * 0.4 + 1 * 0.1) / 4)
+    assert (cost.images_per_second, cost.peak_memory, cost.num_ranks, cost.device) == (40.0, 700, 2, "a chip")
+
+
+def test_an_early_checkpoint_is_not_charged_for_the_whole_run(run):
+    assert cost_of(run, 10).num_images == 80 and cost_of(run, 10).peak_memory is None
+    assert curves_of(run, 10)[0].steps == [10]
+
+
+def test_a_run_that_logged_nothing_has_no_cost(tmp_path):
+    assert cost_of(tmp_path) is None and curves_of(tmp_path) == []
+
+
+def test_curves_take_the_later_of_two_lines_of_a_step(run):
+    found = {curve.name: (curve.steps, curve.values) for curve in curves_of(run)}
+    assert found == {
+        "loss": ([10, 20, 25], [3.0, 2.0, 1.0]),
+        "std": ([10, 20, 25], [1.5, 1.0, 0.5]),
+        "online/knn": ([0, 20], [11.0, 12.0]),
+    }
+
+
+def test_the_newest_picture_of_each_kind(run):
+    (run / "pictures").mkdir()
+    for name in ("masks-00000005", "masks-00000020", "full-view-00000010", "no step"):
+        (run / "pictures" / f"{name}.png").write_bytes(name.encode())
+    found = {picture.title: picture.png for picture in pictures_of_run(run)}
+    assert found == {"masks": b"masks-00000020", "full-view": b"full-view-00000010"}
+
+
+# ---- who takes part
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Sources named after their architecture: a-32 is architecture a for images of 32 pixels."""
+
+    def describe(source):
+        name, _, size = source.rpartition("/")[2].partition("-")
+        if not size:
+            raise UserError(f"There is no folder {source}.")
+        config = EncoderConfig(name=name, image_size=int(size))
+        return gathering.sources.Description(config, (0, 0, 0), (1, 1, 1), source, origin={"objective": f"of {source}"})
+
+    monkeypatch.setattr(gathering.sources, "describe", describe)
+
+
+def test_equal_architectures_share_a_floor_and_equal_views_share_pixels(described):
+    found = {each.name: each for each in line_up([Named("x/a-32"), Named("y/a-32"), Named("b-32"), Named("a-16")])}
+    assert list(found) == [
+        "a-32", "a-32 (2)", "b-32", "a-16",
+        "random:a-32", "random:b-32", "random:a-16", "pixels 32x32", "pixels 16x16",
+    ]  # fmt: skip
+    assert found["a-32"].untrained == found["a-32 (2)"].untrained == "random:a-32"
+    assert found["a-16"].untrained == "random:a-16"
+    assert found["pixels 16x16"].beside[0] == "a-16" and found["random:a-32"].source == "random:x/a-32"
+
+
+def test_a_floor_that_was_named_is_not_added_again(described):
+    found = line_up([Named("a-32"), Named("random:a-32"), Named("pixels:8")])
+    assert [each.name for each in found] == ["a-32", "random:a-32", "pixels:8"]
+    assert found[0].untrained == "random:a-32"
+
+
+def test_floors_can_be_left_out(described):
+    (alone,) = line_up([Named("a-32")], floors=False)
+    assert alone.untrained is None and alone.objective == "of a-32"
+
+
+def test_a_source_that_is_none_stays_with_its_reason(described):
+    found = line_up([Named("nothing"), Named("a-32"), Named("late-32", "late", "Pretraining failed: so.")])
+    assert found[0].problem == "There is no folder nothing." and found[2].problem == "Pretraining failed: so."
+    assert [each.name for each in found] == ["nothing", "a-32", "late", "random:a-32", "pixels 32x32"]
+
+
+def test_an_architecture_in_words():
+    config = EncoderConfig(name="vit", image_size=32, patch_size=4, kwargs={"depth": 4, "layers": [1, 2]})
+    assert in_words(config) == "vit at 32 px (patch 4, depth 4)"
+    assert in_words(EncoderConfig(name="resnet", image_size=(32, 64))) == "resnet at 32 x 64 px"
+
+
+def test_each_model_gets_the_kinds_of_feature_that_it_has():
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        vit = timm.create_model("test_vit")
+        convnet = timm.create_model("test_resnet")
+    assert fair_kinds(vit)[:2] == ("cls", "mean") and re.fullmatch(r"last[2-4]", fair_kinds(vit)[2])
+    assert fair_kinds(convnet) == ("pool", "stages")
+    assert fair_kinds(open_pixels("pixels:4").model) == ("pixels",)
+    mixed = ["cls", "mean", "pool", "stages"]
+    assert kinds_among(vit, mixed, "vit") == ("cls", "mean") and kinds_among(convnet, mixed, "c") == ("pool", "stages")
+    with pytest.raises(UserError, match="has no features=cls"):
+        kinds_among(convnet, ["cls"], "convnet")
+
+
+# ---- the table
+
+
+def result(evaluator: str, warnings=(), **numbers: float) -> dict:
+    each = {name.replace("_", " "): {"value": value, "se": 0.5} for name, value in numbers.items()}
+    return {"evaluator": evaluator, "numbers": each, "warnings": list(warnings)}
+
+
+def an_entry(name: str, kind: str = "pretrained", objective=None, top1=None, **more) -> Entry:
+    results = {} if top1 is None else {"knn": result("knn", top1=top1, top5=99.0)}
+    return Entry(name, name, kind, objective, "vit at 32 px", None, **{"results": results} | more)
+
+
+@pytest.fixture
+def comparison():
+    pictures = [Picture("masks", "What was hidden.", b"12345")]
+    entries = [
+        an_entry("mae", objective="mae", top1=50.0, untrained="random:mae", pictures=pictures),
+        an_entry("pixels 32x32", "floor", top1=60.0),
+        an_entry("rotation", objective="rotation", top1=55.04, untrained="random:other"),
+        an_entry("random:mae", "untrained", top1=45.5),
+        an_entry("mae long", objective="mae", top1=52.0, untrained="random:mae"),
+        an_entry("gone", problem="There is no folder gone."),
+    ]
+    data = {"label": "cls", "train": {"num_samples": 2000}, "test": {"num_samples": 500}}
+    return Comparison("mae and rotation", entries, ["knn"], data, "prelude compare", "2030-01-01", 1.0, None, {})
+
+
+def test_the_best_pretrained_is_marked_and_a_better_floor_is_not(comparison):
+    best = {entry.name: cells(comparison, entry)[0].best for entry in comparison.entries}
+    assert [name for name, marked in best.items() if marked] == ["rotation"]
+
+
+def test_gains_are_over_the_same_architecture_untrained(comparison):
+    gains = {entry.name: cells(comparison, entry)[0].gain for entry in comparison.entries}
+    assert gains["mae"] == "+4.5" and gains["mae long"] == "+6.5"
+    assert not any(gains[name] for name in ("rotation", "random:mae", "pixels 32x32", "gone"))
+
+
+def test_rows_are_grouped_by_objective_and_floors_come_last(comparison):
+    assert [entry.name for entry in in_order(comparison)] == [
+        "mae", "mae long", "rotation", "gone", "random:mae", "pixels 32x32",
+    ]  # fmt: skip
+
+
+def test_the_markdown_table(comparison):
+    lines = markdown(comparison).splitlines()
+    assert lines[:6] == [
+        "| encoder | objective | images seen | k-NN, top-1 % |",
+        "|---|---|---:|---:|",
+        "| mae, vit at 32 px | mae |  | 50.0 ± 0.5 (+4.5) |",
+        "| mae long, vit at 32 px | mae |  | 52.0 ± 0.5 (+6.5) |",
+        "| rotation, vit at 32 px | rotation |  | **55.0 ± 0.5** |",
+        "| gone, vit at 32 px | unknown |  | – |",
+    ]
+    assert all(line.count("|") == 5 for line in lines[:8])
+    assert "- gone: There is no folder gone." in lines and "prelude compare" in lines
+
+
+def test_the_console_shows_the_same_numbers(comparison):
+    console = Console(record=True, width=80, force_terminal=False)
+    print_comparison(comparison, console)
+    text = console.export_text()
+    assert "55.0 ± 0.5" in text and "+4.5" in text and "There is no folder gone." in text
+    assert "Learned from 2,000 labelled images, tested on 500." in text
+
+
+def test_json_holds_all_but_the_pictures(comparison):
+    found = json.loads(to_json(comparison))
+    assert found["entries"][0]["pictures"] == [{"title": "masks", "caption": "What was hidden.", "num_bytes": 5}]
+    assert found["entries"][1]["results"]["knn"]["numbers"]["top1"] == {"value": 60.0, "se": 0.5}
+
+
+def test_the_headline_of_few_labels_is_a_percent_of_them():
+    few = result("fewshot") | {"numbers": {"1 a class": {"value": 1, "se": 1}, "1 %": {"value": 2, "se": 1}}}
+    assert headline(few) == ("1 %", {"value": 2, "se": 1})
+    assert headline(few | {"numbers": {"5 a class": {"value": 3, "se": 1}}})[0] == "5 a class"
+
+
+def test_an_interval_stands_for_the_standard_error(comparison):
+    wide = {"evaluator": "knn", "numbers": {"top1": {"value": 50.04, "se": 1, "interval": [40.0, 60.06]}}}
+    entry = an_entry("mae", objective="mae", results={"knn": wide})
+    alone = Comparison("", [entry], ["knn"], {}, "", "", 0, None, {})
+    assert cells(alone, entry)[0].text == "50.0 [40.0, 60.1]"
+
+
+def test_a_warning_is_told_once_with_those_that_it_is_about(comparison):
+    told = [an_entry(name, results={"knn": result("knn", ["Odd."], top1=1.0)}) for name in ("a", "b")]
+    few = Comparison("", told, ["knn"], {}, "", "", 0, None, {}, ["Two."])
+    assert notes(few) == ["Two.", "a (knn), b (knn): Odd."]
