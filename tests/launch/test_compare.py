@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from data.shapes import write_shards
-from launch import compare, prelude
+from launch import compared_runs, prelude
 from launch.children import run_door
 from launch.exit_codes import INCOMPLETE, door
 
@@ -107,7 +107,7 @@ def test_the_same_command_trains_nothing_and_finds_the_same_numbers(first, comma
         raise AssertionError("something was trained again")
 
     monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(compare, "run_door", refuse)
+    monkeypatch.setattr(compared_runs, "run_door", refuse)
     assert prelude.main(["compare", *command]) == INCOMPLETE
     again = json.loads((folder / "out" / "comparison.json").read_text())
 
@@ -120,7 +120,9 @@ def test_the_same_command_trains_nothing_and_finds_the_same_numbers(first, comma
 def test_another_budget_is_not_mistaken_for_the_finished_run(first, command, folder, monkeypatch):
     asked = []
     monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(compare, "run_door", lambda door, *_, **__: asked.append(door) or "it has other settings.")
+    monkeypatch.setattr(
+        compared_runs, "run_door", lambda door, *_, **__: asked.append(door) or "it has other settings."
+    )
     out = folder / "other"
     shutil.copytree(folder / "out" / "runs", out / "runs")
     code = prelude.main(["compare", *command[:-1], "96", "--out", str(out), "--no-floors"])

@@ -1,0 +1,111 @@
+"""What a comparison trains first: recipes into runs, and encoders on by labels. Each through its own door, as a child.
+
+- A run that is finished is not repeated, one that is half done goes on, and one with other settings is refused by itself.
+- What fails is told in a sentence and keeps nothing else from being done.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data.errors import UserError
+from data.shards import ShardIndex
+from evaluators.classifier import NAME as FINE_TUNE
+from evaluators.comparison import Entry
+from evaluators.frozen import Labelled
+from evaluators.gathering import Named
+from evaluators.run_record import is_finished
+from launch.children import run_door
+from objectives import options_for
+from pretrain.budget import within
+from pretrain.config import find_recipe, load_config
+
+
+def recipe_of(source: str) -> Path | None:
+    """The file of a source that is a recipe, None for any other. A file that is missing is no recipe either, so that it
+    is told as a source that cannot be had."""
+    if Path(source).is_dir() or ":" in source or source == "pixels":
+        return None
+    try:
+        return find_recipe(source)
+    except UserError:
+        return None
+
+
+def named_source(
+    args: argparse.Namespace, source: str, recipe: Path | None, labelled: Labelled, index: ShardIndex | None
+) -> Named:
+    """The source itself, or the run that a recipe has become."""
+    if recipe is None:
+        return Named(source)
+    run_dir = Path(args.out) / "runs" / recipe.stem
+    try:
+        problem = pretrained(args, recipe, run_dir, labelled, index)
+    except UserError as error:
+        problem = str(error)
+    return Named(str(run_dir), recipe.stem, problem and f"Pretraining failed: {problem}")
+
+
+def pretrained(
+    args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, index: ShardIndex
+) -> str | None:
+    """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
+    overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
+    overrides += ["data.num_samples=null", *evaluate_section(labelled), *args.set]
+    config = load_config(recipe, overrides, options_for)
+    if args.images:
+        overrides += within(config, args.images, index.num_samples)
+        config = load_config(recipe, overrides, options_for)
+    if is_finished(config, index.fingerprint):
+        print(f"{run_dir} is finished", file=sys.stderr)
+        return None
+    return run_door("pretrain", ["--config", str(recipe), *overrides], num_ranks=num_ranks(args), name=run_dir.name)
+
+
+def evaluate_section(labelled: Labelled) -> list[str]:
+    """So that later evaluations of a run find the same shards."""
+    values = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
+    if labelled.vectors:
+        form = labelled.vectors
+        values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group}
+    return [f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def with_fine_tuning(
+    args: argparse.Namespace, entries: list[Entry], labelled: Labelled
+) -> tuple[list[Entry], list[str]]:
+    """The entries with what fine-tuning made of each pretrained and untrained one, and what failed."""
+    found, warnings = [], []
+    for entry in entries:
+        if args.finetune and entry.kind != "floor" and not entry.problem:
+            result, problem = fine_tuned(args, entry, labelled)
+            warnings += [f"{entry.name} was not fine-tuned: {problem}"] if problem else []
+            entry = replace(entry, results=entry.results | ({FINE_TUNE: result} if result else {}))
+        found.append(entry)
+    return found, warnings
+
+
+def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tuple[dict | None, str | None]:
+    """What the first recipe that suits an encoder made of it, or why none did."""
+    problem = None
+    for recipe, *overrides in args.finetune:
+        run_dir = Path(args.out) / "finetune" / f"{slug(entry.name)}-{Path(recipe).stem}"
+        arguments = [entry.source, "--config", recipe, f"run_dir={run_dir}", *evaluate_section(labelled), *overrides]
+        problem = run_door("finetune", arguments, num_ranks=num_ranks(args), name=f"fine-tuning {entry.name}")
+        if problem is None:
+            newest = max((run_dir / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime)
+            return json.loads(newest.read_text()), None
+    return None, problem
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
+
+
+def num_ranks(args: argparse.Namespace) -> int:
+    return args.ranks or max(torch.cuda.device_count(), 1)
