@@ -27,9 +27,8 @@ def run_door(door: str, arguments: Sequence[str], *, num_ranks: int, name: str) 
     """Runs `door` (`pretrain`) to its end, by the launcher where there are several ranks; each line that it prints
     begins with `name`. Returns None, or in one sentence why it failed. Raises Preempted."""
     script = [str(DOORS / f"{door}.py"), *arguments]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks)]
-    launcher += ["--master_port", str(free_port())]
-    command = [*launcher, *script] if num_ranks > 1 else [sys.executable, *script]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+    command = [sys.executable, *(launcher if num_ranks > 1 else []), *script]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     )

@@ -1,6 +1,6 @@
 """What a comparison trains first: recipes into runs, and encoders on by labels. Each through its own door, as a child.
 
-- A run that is finished is not repeated, one that is half done goes on, and one with other settings is refused by itself.
+- A run that is finished is not repeated, one that is half done goes on, and one with other settings is refused.
 - What fails is told in a sentence and keeps nothing else from being done.
 """
 
