@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 from data.shapes import write_shards
-from launch import compared_runs, prelude
+from evaluators.frozen import Labelled
+from evaluators.labels import VectorFormat
+from evaluators.multilabel import multilabel
+from launch import compare, compared_runs, prelude
 from launch.children import run_door
 from launch.exit_codes import INCOMPLETE, door
 
@@ -119,16 +123,59 @@ def test_the_same_command_trains_nothing_and_finds_the_same_numbers(first, comma
 
 def test_another_budget_is_not_mistaken_for_the_finished_run(first, command, folder, monkeypatch):
     asked = []
+
+    def fail(door, arguments, *, num_ranks, name):
+        asked.append((door, name, num_ranks, "seed=5" in arguments))
+        return "it has other settings."
+
     monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(
-        compared_runs, "run_door", lambda door, *_, **__: asked.append(door) or "it has other settings."
-    )
+    monkeypatch.setattr(compared_runs, "run_door", fail)
     out = folder / "other"
     shutil.copytree(folder / "out" / "runs", out / "runs")
-    code = prelude.main(["compare", *command[:-1], "96", "--out", str(out), "--no-floors"])
+    changes = ["--out", str(out), "--no-floors", "--ranks", "3", "--set", "seed=5"]
+    code = prelude.main(["compare", *command[:-1], "96", *changes])
     comparison = json.loads((out / "comparison.json").read_text())
-    assert asked == ["pretrain", "pretrain"] and code == INCOMPLETE
+    assert asked == [("pretrain", "filling", 3, True), ("pretrain", "turning", 3, True)] and code == INCOMPLETE
+    assert len(comparison["entries"]) == 3  # without floors
     assert comparison["entries"][0]["problem"] == "Pretraining failed: it has other settings."
+
+
+def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder, monkeypatch):
+    def tune(door, arguments, *, num_ranks, name):
+        source, _, recipe, run_dir, *overrides = arguments
+        assert door == "finetune" and f'evaluate.train_shards="{folder}/train-*.tar"' in overrides
+        assert ("seed=3" in overrides) == (recipe == "for_vits")
+        if recipe == "for_vits" and "turning" in source:
+            return "Not for convnets."
+        if source == f"random:{folder}/out/runs/turning":
+            return "Out of luck."
+        evaluations = Path(run_dir.removeprefix("run_dir=")) / "evaluations"
+        evaluations.mkdir(parents=True)
+        top1 = {"top1": {"value": 70.0, "se": 1.0}}
+        (evaluations / "one.json").write_text(json.dumps({"evaluator": "fine_tune", "numbers": top1, "by": recipe}))
+        return None
+
+    monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(compared_runs, "run_door", tune)
+    out = folder / "tuned"
+    argv = argv_of(folder, *(f"{folder}/out/runs/{name}" for name in ("filling", "turning")))
+    argv += ["--out", str(out), "--features", "mean", "pool"]
+    code = prelude.main(["compare", *argv, "--finetune", "for_vits", "seed=3", "--finetune", "for_convnets"])
+    comparison = json.loads((out / "comparison.json").read_text())
+    tuned = {e["name"]: e["results"]["fine_tune"]["by"] for e in comparison["entries"] if "fine_tune" in e["results"]}
+    assert tuned == {"filling": "for_vits", "random:filling": "for_vits", "turning": "for_convnets"}
+    assert comparison["warnings"] == ["random:turning was not fine-tuned: Out of luck."] and code == INCOMPLETE
+    assert comparison["evaluators"] == ["knn", "ncm", "fine_tune"]
+    assert "fine-tuned, top-1 %" in (out / "table.md").read_text()
+    kinds = {e["name"]: set(e["results"]["ncm"]["details"]["by_features"]) for e in comparison["entries"]}
+    assert kinds["filling"] == {"mean"} and kinds["turning"] == {"pool"}
+
+
+def test_findings_are_judged_as_findings():
+    args = compare.parser().parse_args(["pixels:4", "--train", "a", "--test", "b", "--names", "x", "y", "--group", "p"])
+    labelled, (evaluator,) = compare.task_of(args, args.sources)
+    assert labelled == Labelled("a", "b", "json", VectorFormat(("x", "y"), "", "p"))
+    assert evaluator.func is multilabel and evaluator.keywords == {"names": ("x", "y")}
 
 
 @pytest.mark.parametrize(
