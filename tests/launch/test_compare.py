@@ -12,7 +12,6 @@ from evaluators.frozen import Labelled
 from evaluators.labels import VectorFormat
 from evaluators.multilabel import multilabel
 from launch import compare, compared_runs, prelude
-from launch.children import run_door
 from launch.exit_codes import INCOMPLETE, door
 
 NUM_IMAGES = 64
@@ -190,10 +189,3 @@ def test_mistakes_are_told_in_a_sentence(wrong, told, folder, capsys):
     argv = ["compare", "pixels:4", "--train", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar", *wrong]
     assert door(lambda: prelude.main(argv)) == 2
     assert told in capsys.readouterr().err
-
-
-def test_a_child_says_why_it_failed(folder, capfd):
-    arguments = ["--config", str(folder / "filling.yaml"), "train.epoch=3"]
-    problem = run_door("pretrain", arguments, num_ranks=1, name="filling")
-    assert "train.epoch does not exist; did you mean train.epochs?" in problem and "\n" not in problem
-    assert "[filling] error: " in capfd.readouterr().err

@@ -1,0 +1,67 @@
+"""A door as a child process: what it says is shown, why it failed is known, and who stops the parent stops it too."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from launch import children
+from launch.children import Preempted, run_door
+
+
+@pytest.fixture
+def a_door(tmp_path, monkeypatch):
+    """Writes a door that does nothing but what a test wants."""
+    monkeypatch.setattr(children, "DOORS", tmp_path)
+
+    def write(text: str) -> str:
+        (tmp_path / "small.py").write_text(text)
+        return "small"
+
+    return write
+
+
+def test_its_lines_are_shown_under_its_name(a_door, capfd):
+    door = a_door("import sys; print('given', *sys.argv[1:]); print('told', file=sys.stderr)")
+    assert run_door(door, ["a", "b=c"], num_ranks=1, name="mae") is None
+    assert sorted(capfd.readouterr().err.splitlines()) == ["[mae] given a b=c", "[mae] told"]
+
+
+def test_why_it_failed_is_one_sentence(a_door):
+    door = a_door("print('error: Found 2 errors in x:\\n  one.\\n  two.\\nmore'); raise SystemExit(2)")
+    assert run_door(door, [], num_ranks=1, name="mae") == "Found 2 errors in x: one. two."
+    assert run_door(a_door("raise SystemExit(3)"), [], num_ranks=1, name="mae") == (
+        "small ended with code 3 and did not say why."
+    )
+
+
+def test_one_that_was_pre_empted_ends_the_parent_too(a_door):
+    with pytest.raises(Preempted):
+        run_door(a_door("raise SystemExit(75)"), [], num_ranks=1, name="mae")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_and_the_child_ends_in_its_own_way(number, a_door, tmp_path):
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    door = a_door(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        f"    pathlib.Path({str(saved)!r}).write_text('all')\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def stop():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Preempted):
+        run_door(door, [], num_ranks=1, name="mae")
+    assert saved.read_text() == "all" and signal.getsignal(number) is before
