@@ -73,7 +73,7 @@ def line_up(named: Sequence[Named], floors: bool = True) -> list[Contestant]:
         for (height, width, *_), contestant in views.items():
             name, beside = _unique(f"pixels {height}x{width}", taken), (contestant.source,)
             found.append(Contestant(name, "pixels", "floor", architecture="raw pixels", beside=beside))
-    everyone = tuple(each.source for each in found if not is_pixels(each.source))
+    everyone = tuple(each.source for each in found if not (each.problem or is_pixels(each.source)))
     return [replace(each, beside=(*each.beside, *everyone)) for each in found]
 
 
@@ -124,7 +124,8 @@ def kinds_of(wanted: Sequence[str] | None):
 def in_words(config: EncoderConfig) -> str:
     height, width = config.size
     changes = [f"patch {config.patch_size}"] if config.patch_size else []
-    changes += [f"{key} {value}" for key, value in config.kwargs.items() if isinstance(value, int | float | str)]
+    for key, value in config.kwargs.items():
+        changes.append(f"{key} {'-'.join(map(str, value)) if isinstance(value, list | tuple) else value}")
     size = f"{height}" if height == width else f"{height} x {width}"
     return f"{config.name} at {size} px{' (' if changes else ''}{', '.join(changes)}{')' if changes else ''}"
 

@@ -23,7 +23,7 @@ from evaluators.run_record import is_finished
 from launch.children import run_door
 from objectives import options_for
 from pretrain.budget import within
-from pretrain.config import find_recipe, load_config
+from pretrain.config import find_recipe, load_config, read_recipe
 
 
 def recipe_of(source: str) -> Path | None:
@@ -48,7 +48,8 @@ def named_source(
         problem = pretrained(args, recipe, run_dir, labelled, index)
     except UserError as error:
         problem = str(error)
-    return Named(str(run_dir), recipe.stem, problem and f"Pretraining failed: {problem}")
+    objective = (read_recipe(recipe).get("objective") or {}).get("name")
+    return Named(str(run_dir), recipe.stem, problem and f"Pretraining failed: {problem}", objective)
 
 
 def pretrained(

@@ -123,7 +123,7 @@ def test_a_source_that_is_none_stays_with_its_reason(described):
 
 def test_an_architecture_in_words():
     config = EncoderConfig(name="vit", image_size=32, patch_size=4, kwargs={"depth": 4, "layers": [1, 2]})
-    assert in_words(config) == "vit at 32 px (patch 4, depth 4)"
+    assert in_words(config) == "vit at 32 px (patch 4, depth 4, layers 1-2)"
     assert in_words(EncoderConfig(name="resnet", image_size=(32, 64))) == "resnet at 32 x 64 px"
 
 
