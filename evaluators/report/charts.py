@@ -7,13 +7,13 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from evaluators.report.scales import Scale, fitting, linear, logarithmic, short
+from evaluators.report.scales import Scale, fitting, linear, logarithmic, texts
 
 WIDTH = 360
 NUM_COLOURS = 7
@@ -69,7 +69,7 @@ class Point:
 def bars(rows: Sequence[Bar], title: str, axis: str, floor: tuple[str, float] | None = None) -> Markup:
     """Horizontal bars from 0 on, with error bars. floor: name and value of a line across all of them."""
     values = [edge for row in rows for edge in (row.low, row.high, row.value, row.mark) if edge is not None]
-    scale = linear([*values, *([floor[1]] if floor else [])], INSET, WIDTH - INSET, zero=True)
+    scale = linear([*values, *([floor[1]] if floor else [])], INSET, WIDTH - INSET, zero=True, tight=True)
     bottom = 8 + ROW * len(rows)
     root = _svg(WIDTH, bottom + 38, f"{title}: " + ", ".join(f"{row.name} {row.text}" for row in rows))
     for tick in scale.ticks:
@@ -86,11 +86,16 @@ def bars(rows: Sequence[Bar], title: str, axis: str, floor: tuple[str, float] | 
 def lines(
     series: Sequence[Line], title: str, x_axis: str, y_axis: str, *, log_x: bool = False, marks: bool = False
 ) -> Markup:
-    """Lines over two axes; the upright one is logarithmic where the values span a large ratio, and says so."""
+    """Lines over two axes; the upright one is logarithmic where the values span a large ratio, and says so.
+
+    log_x: for a few amounts, which then are the ticks of a logarithmic axis.
+    """
     series = [_finite(line) for line in series]
     xs = [x for line in series for x in line.xs]
     ys = [y for line in series for y in (*line.ys, *line.raw, *(end for pair in line.errors for end in pair))]
-    across = logarithmic(xs, LEFT, RIGHT) if log_x and xs else linear(xs, LEFT, RIGHT, count=4)
+    across = linear(xs, LEFT, RIGHT, zero=True, tight=True)
+    if log_x and xs:
+        across = replace(logarithmic(xs, LEFT, RIGHT), ticks=tuple(sorted(set(xs))))
     upright = fitting(ys, BOTTOM, TOP)
     root = _svg(WIDTH, HEIGHT, f"{title}: " + ", ".join(f"{line.name} {_ends(line)}" for line in series))
     _axes(root, across, upright, x_axis, y_axis)
@@ -110,7 +115,7 @@ def lines(
 
 def scatter(points: Sequence[Point], title: str, x_axis: str, y_axis: str) -> Markup:
     """Named points with upright error bars."""
-    across = linear([point.x for point in points], LEFT, RIGHT, zero=True, count=4)
+    across = linear([point.x for point in points], LEFT, RIGHT, zero=True)
     upright = linear([edge for point in points for edge in (point.low, point.high)], BOTTOM, TOP)
     root = _svg(WIDTH, HEIGHT, f"{title}: " + ", ".join(f"{point.name} {point.text}" for point in points))
     _axes(root, across, upright, x_axis, y_axis)
@@ -166,20 +171,23 @@ def _bar(root, row: Bar, scale: Scale, top: float) -> None:
 
 
 def _axes(root, across: Scale, upright: Scale, x_axis: str, y_axis: str) -> None:
-    for tick in upright.ticks:
+    for tick, text in zip(upright.ticks, texts(upright.ticks), strict=True):
         _line(root, LEFT, upright(tick), RIGHT, upright(tick), "grid")
-        _text(root, LEFT - 6, upright(tick) + 4, short(tick), "tick", "end")
+        _text(root, LEFT - 6, upright(tick) + 4, text, "tick", "end")
     _text(root, 2, 12, y_axis + (" (log scale)" if upright.log else ""), "axis", "start")
     _line(root, LEFT, BOTTOM, RIGHT, BOTTOM, "base")
     _ticks_below(root, across, BOTTOM, x_axis)
 
 
 def _ticks_below(root, scale: Scale, bottom: float, axis: str) -> None:
-    for tick in scale.ticks:
-        _line(root, scale(tick), bottom, scale(tick), bottom + 4, "base")
-        # A number at the very edge would be cut.
-        anchor = "end" if scale(tick) > WIDTH - 12 and scale.start > INSET else "middle"
-        _text(root, scale(tick), bottom + 16, short(tick), "tick", anchor)
+    written = -1.0  # how far to the right there is text already
+    for tick, text in zip(scale.ticks, texts(scale.ticks), strict=True):
+        place, half = scale(tick), TEXT * len(text) / 2
+        _line(root, place, bottom, place, bottom + 4, "base")
+        middle = min(place, WIDTH - half)  # or it would be cut
+        if middle - half > written:
+            _text(root, middle, bottom + 16, text, "tick", "middle")
+            written = middle + half + 4
     _text(root, (scale.start + scale.end) / 2, bottom + 33, axis, "axis", "middle")
 
 

@@ -10,12 +10,18 @@ from evaluators.report import charts
 from evaluators.report.charts import Bar, Line, Point, Style
 from evaluators.report.words import evaluator_name, headline, number, number_name, pretrained
 
-HEALTH = {  # signs of collapse, which every objective logs under the same name: (axis, caption)
-    "feature_std": ("standard deviation", "Standard deviation of features over a batch: towards 0 all images look alike."),
-    "feature_rank_share": ("share", "Effective rank as a share of what is attainable: low where few directions are used."),
-    "feature_cosine": ("cosine", "Mean cosine between features of different images: 1 where all look alike."),
-    "teacher_cosine": ("cosine", "Cosine between teacher and student."),
-    "trivial_loss": ("loss", "The loss that ignoring the image would reach: a loss that stays there has learned nothing."),
+HEALTH = {  # signs of collapse, which every objective logs under the same name: (title, axis, caption)
+    "feature_std": (
+        "Spread of features", "standard deviation", "Over a batch: towards 0 all images look alike to the encoder."
+    ),
+    "feature_rank_share": (
+        "Effective rank of features", "share of what is attainable", "Low where features use few of their directions."
+    ),
+    "feature_cosine": (
+        "Likeness of features", "cosine", "Mean over pairs of different images: 1 where all look alike."
+    ),
+    "teacher_cosine": ("Teacher and student", "cosine", "Between what the teacher shows and the student predicts."),
+    "trivial_loss": ("Trivial loss", "loss", "Reached by ignoring the image: a loss that stays there learns nothing."),
 }  # fmt: skip
 MAX_POINTS = 240  # of a line: more cannot be told apart, and would make the page heavy
 SMOOTH_FROM, SMOOTH_SHARE = 30, 0.04  # points from which on a mean over this share of them is drawn
@@ -26,6 +32,7 @@ class Figure:
     title: str
     svg: Markup
     caption: str = ""
+    shown: tuple[str, ...] = ()  # names of the entries in it, where a legend is wanted
 
 
 def styles(comparison: Comparison) -> dict[str, Style]:
@@ -86,10 +93,9 @@ def shared_curves(comparison: Comparison) -> list[Figure]:
     style, found = styles(comparison), []
     for name in names:
         drawn = [_line(e.name, curve, style[e.name]) for e, curve in _curves(comparison) if curve.name == name]
-        axis, caption = HEALTH.get(name, ("percent", "Judged while pretraining, on a small labelled subset."))
-        title = name.removeprefix("online/").replace("_", " ") + (" while pretraining" if name not in HEALTH else "")
+        title, axis, caption = HEALTH.get(name) or _online(name)
         svg = charts.lines([_without_raw(line) for line in drawn], title, "step", axis, marks=name not in HEALTH)
-        found.append(Figure(title, svg, caption))
+        found.append(Figure(title, svg, caption, tuple(line.name for line in drawn)))
     return found
 
 
@@ -109,13 +115,15 @@ def few_labels(comparison: Comparison) -> Figure | None:
     """Accuracy of a linear head against the number of labels, where there are results of few-shot."""
     style, drawn = styles(comparison), []
     for entry in comparison.entries:
+        if entry.kind == "untrained":
+            continue
         result = entry.results.get("fewshot") or {}
         amounts = (result.get("details") or {}).get("by_amount") or {}
         places = sorted(
             (amount["num_labels"], number(name, result["numbers"][name]))
             for name, amount in amounts.items()
             if name in result.get("numbers", {}) and "num_labels" in amount
-        ) if entry.kind != "untrained" else []  # fmt: skip
+        )
         if len(places) > 1:
             xs, found = zip(*places, strict=True)
             errors = [(n.low, n.high) for n in found]
@@ -124,7 +132,7 @@ def few_labels(comparison: Comparison) -> Figure | None:
         return None
     title = "Accuracy with few labels"
     svg = charts.lines(drawn, title, "labelled images (log scale)", "top-1 %", log_x=True, marks=True)
-    return Figure(title, svg)
+    return Figure(title, svg, shown=tuple(line.name for line in drawn))
 
 
 def against_time(comparison: Comparison) -> list[Figure]:
@@ -151,6 +159,12 @@ def against_time(comparison: Comparison) -> list[Figure]:
 
 def _curves(comparison: Comparison) -> Iterator[tuple[Entry, Curve]]:
     return ((entry, curve) for entry in comparison.entries for curve in entry.curves if curve.steps)
+
+
+def _online(name: str) -> tuple[str, str, str]:
+    evaluator, _, key = name.removeprefix("online/").rpartition("_")
+    axis = number_name(evaluator, key)
+    return f"Online {evaluator_name(evaluator)}", axis, "Judged while pretraining, on a small labelled subset."
 
 
 def _is_shared(name: str) -> bool:

@@ -28,7 +28,7 @@ def page(comparison: Comparison) -> str:
         groups=_groups(comparison),
         styles=figures.styles(comparison),
         accuracy=figures.accuracy(comparison),
-        has_floor=any(entry.kind == "floor" and entry.results for entry in comparison.entries),
+        floor=next((entry.name for entry in comparison.entries if entry.kind == "floor" and entry.results), None),
         few_labels=figures.few_labels(comparison),
         losses=figures.losses(comparison),
         shared_curves=figures.shared_curves(comparison),
@@ -36,9 +36,9 @@ def page(comparison: Comparison) -> str:
         against_time=figures.against_time(comparison),
         recipes=_recipes(comparison),
         all_numbers=_all_numbers(comparison),
-        protocols=[(words.evaluator_name(e), words.ABOUT.get(e, ""), _recipe(comparison, e)) for e in comparison.evaluators],
+        protocols=_protocols(comparison),
         warnings=_warnings(comparison),
-    )  # fmt: skip
+    )
 
 
 @cache
@@ -52,6 +52,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "data_uri": _data_uri,
+        "moment": words.moment,
         "duration": words.duration,
         "size": words.size,
         "count": words.count,
@@ -105,10 +106,14 @@ def _all_numbers(comparison: Comparison) -> list[tuple[str, list[str], list[tupl
     return tables
 
 
-def _recipe(comparison: Comparison, evaluator: str) -> dict:
-    """What was fixed beforehand. Kinds of feature differ by encoder, and are told with each."""
-    found = next((entry.results[evaluator] for entry in comparison.entries if entry.results.get(evaluator)), {})
-    return {key: value for key, value in found.get("recipe", {}).items() if key != "features"}
+def _protocols(comparison: Comparison) -> list[tuple[str, str, dict]]:
+    """(evaluator, what it does, what was fixed beforehand) without kinds of feature, which differ by encoder."""
+    protocols = []
+    for evaluator in comparison.evaluators:
+        found = next((entry.results[evaluator] for entry in comparison.entries if entry.results.get(evaluator)), {})
+        fixed = {key: value for key, value in found.get("recipe", {}).items() if key != "features"}
+        protocols.append((words.evaluator_name(evaluator), words.ABOUT.get(evaluator, ""), fixed))
+    return protocols
 
 
 def _warnings(comparison: Comparison) -> list[str]:

@@ -1,6 +1,7 @@
 """From numbers to places in a chart, with round numbers along the axes."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,10 @@ class Scale:
         return round(self.start + (place - low) / (high - low) * (self.end - self.start), 2)
 
 
-def linear(values: Sequence[float], start: float, end: float, *, zero: bool = False, count: int = 5) -> Scale:
-    """From a round number to a round number around all values; from or to 0 if `zero`."""
+def linear(
+    values: Sequence[float], start: float, end: float, *, zero: bool = False, tight: bool = False, count: int = 5
+) -> Scale:
+    """Around all values, and 0 if `zero`: from one round number to another, or, if `tight`, no further than needed."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -33,9 +36,11 @@ def linear(values: Sequence[float], start: float, end: float, *, zero: bool = Fa
         margin = abs(low) / 2 or 0.5
         low, high = (low, high + 2 * margin) if zero else (low - margin, high + margin)
     step = round_step((high - low) / count)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    inner, outer = (math.ceil, math.floor) if tight else (math.floor, math.ceil)
+    slack = -1e-9 if tight else 1e-9
+    first, last = inner(low / step + slack), outer(high / step - slack)
     ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
-    return Scale(ticks[0], ticks[-1], start, end, ticks)
+    return Scale(low, high, start, end, ticks) if tight else Scale(ticks[0], ticks[-1], start, end, ticks)
 
 
 def logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
@@ -64,9 +69,17 @@ def round_step(step: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
 
 
-def short(value: float) -> str:
-    """A tick's text: 0.05, 20, 12k, 3M."""
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= factor:
-            return f"{value / (1e3 if unit == 'k' else factor):g}{unit}"
+def texts(ticks: Sequence[float]) -> list[str]:
+    """What stands at the ticks of an axis, with the same decimals where they are evenly spaced: 0.05, 20, 12k."""
+    found = [_short(tick) for tick in ticks]
+    steps = {round(b - a, 9) for a, b in zip(ticks, ticks[1:], strict=False)}
+    decimals = max((len(text.partition(".")[2]) for text in found), default=0)
+    plain = all(re.fullmatch(r"-?[\d.]+", text) for text in found)
+    return [f"{tick:.{decimals}f}" for tick in ticks] if len(steps) == 1 and plain else found
+
+
+def _short(value: float) -> str:
+    for least, factor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / factor:g}{unit}"
     return f"{value:g}"

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 
 from evaluators.comparison import Comparison, Entry
 from evaluators.results import TITLES
@@ -84,16 +85,51 @@ def number_name(evaluator: str, key: str) -> str:
 
 
 def summary(comparison: Comparison) -> str:
-    """A paragraph: for each evaluator which pretrained encoder is best, by how much, and whether that is settled."""
-    count = len([entry for entry in pretrained(comparison) if entry.results])
-    sentences = [f"{count} pretrained encoder{'' if count == 1 else 's'} on the same images."]
-    return " ".join(sentences + [_verdict(comparison, evaluator) for evaluator in comparison.evaluators])
+    """A paragraph: which pretrained encoder is best by which evaluator, by how much, and whether that is settled."""
+    leads: dict[str, list[str]] = {}  # what each leader is best by
+    rivals: dict[str, list[str]] = {}  # by what the interval of another overlaps with the leader's
+    beaten: list[str] = []  # by what a floor is no worse
+    for evaluator in comparison.evaluators:
+        first, name = best(comparison, evaluator), evaluator_name(evaluator)
+        if first is None:
+            continue
+        mine, over = headline(first, evaluator), gain(first, evaluator, comparison)
+        gained = "" if over is None else f", {over:+.1f} over its untrained self".replace("-", "−")
+        leads.setdefault(first.name, []).append(f"{name} ({mine.value:.1f} %{gained})")
+        for other in comparison.entries:
+            theirs = headline(other, evaluator)
+            if theirs and other.kind == "floor" and theirs.value >= mine.value:
+                beaten.append(f"{other.name} is no worse by {name} ({theirs.value:.1f} %)")
+            elif theirs and other.kind == "pretrained" and other is not first and theirs.high >= mine.low:
+                rivals.setdefault(other.name, []).append(f"{name}, {theirs.value:.1f} %")
+    if not leads:
+        return "No pretrained encoder has a result."
+    compared = [entry for entry in pretrained(comparison) if entry.results]
+    verb = "is best by" if len(compared) > 1 else "reaches, by"
+    of = f"Of {len(compared)} pretrained encoders, " if len(compared) > 1 else ""
+    text = of + "; ".join(f"{name} {verb} {_listed(by)}" for name, by in leads.items()) + "."
+    if rivals:
+        close = [f"{name} ({'; '.join(by)})" for name, by in rivals.items()]
+        text += f" The leader's 95 % interval overlaps with that of {_listed(close)}, so their order is not settled."
+    elif len(compared) > 1:
+        text += " No other encoder's 95 % interval overlaps with a leader's."
+    return text + "".join(f" The floor {each}." for each in beaten)
 
 
 def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def moment(date: str) -> str:
+    """ISO 8601 to 2026-11-21 19:40 UTC; what is no such date stays as it is."""
+    try:
+        parsed = datetime.fromisoformat(date)
+    except ValueError:
+        return date
+    zone = parsed.tzname() or ""
+    return f"{parsed:%Y-%m-%d %H:%M} {zone}".strip()
 
 
 def size(num_bytes: float) -> str:
@@ -106,27 +142,6 @@ def count(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:g}"
-
-
-def _verdict(comparison: Comparison, evaluator: str) -> str:
-    name, first = evaluator_name(evaluator), best(comparison, evaluator)
-    if first is None:
-        return f"By {name} there is no result."
-    mine, over = headline(first, evaluator), gain(first, evaluator, comparison)
-    beyond = "" if over is None else f", {abs(over):.1f} points {'over' if over >= 0 else 'under'} its untrained self"
-    others = [(entry, headline(entry, evaluator)) for entry in pretrained(comparison) if entry is not first]
-    others = sorted(((e, h) for e, h in others if h), key=lambda pair: -pair[1].value)
-    text = f"By {name}, {first.name} {'is best' if others else 'reaches'}{' with' if others else ''} "
-    text += f"{mine.value:.1f} %{beyond}"
-    overlapping = [entry.name for entry, theirs in others if theirs.high >= mine.low]
-    if overlapping:
-        text += f"; its 95 % interval overlaps with that of {_listed(overlapping)}, so their order is not settled"
-    elif others:
-        text += f", and {mine.value - others[0][1].value:.1f} ahead of {others[0][0].name}, the next"
-    ahead = [e for e in comparison.entries if e.kind == "floor" and (h := headline(e, evaluator)) and h.value >= mine.value]
-    if ahead:
-        text += f"; not better than {_listed([entry.name for entry in ahead])}"
-    return text + "."
 
 
 def _headline_name(evaluator: str, names: list[str]) -> str:
