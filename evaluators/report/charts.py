@@ -157,6 +157,7 @@ def _bar(root, row: Bar, scale: Scale, top: float) -> None:
         },
     )  # fmt: skip
     low, high = scale(row.low), scale(row.high)
+    _line(group, low, middle, high, middle, "error halo")
     _line(group, low, middle, high, middle, "error")
     for edge in (low, high):
         _line(group, edge, middle - 3, edge, middle + 3, "error cap")

@@ -94,7 +94,7 @@ def summary(comparison: Comparison) -> str:
         if first is None:
             continue
         mine, over = headline(first, evaluator), gain(first, evaluator, comparison)
-        gained = "" if over is None else f", {over:+.1f} over its untrained self".replace("-", "−")
+        gained = "" if over is None else f", {over:+.1f}{'' if leads else ' over its untrained self'}".replace("-", "−")
         leads.setdefault(first.name, []).append(f"{name} ({mine.value:.1f} %{gained})")
         for other in comparison.entries:
             theirs = headline(other, evaluator)
@@ -105,7 +105,7 @@ def summary(comparison: Comparison) -> str:
     if not leads:
         return "No pretrained encoder has a result."
     compared = [entry for entry in pretrained(comparison) if entry.results]
-    verb = "is best by" if len(compared) > 1 else "reaches, by"
+    verb = "is best by" if len(compared) > 1 else "was judged by"
     of = f"Of {len(compared)} pretrained encoders, " if len(compared) > 1 else ""
     text = of + "; ".join(f"{name} {verb} {_listed(by)}" for name, by in leads.items()) + "."
     if rivals:
