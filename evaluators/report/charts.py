@@ -119,7 +119,8 @@ def scatter(points: Sequence[Point], title: str, x_axis: str, y_axis: str) -> Ma
     upright = linear([edge for point in points for edge in (point.low, point.high)], BOTTOM, TOP)
     root = _svg(WIDTH, HEIGHT, f"{title}: " + ", ".join(f"{point.name} {point.text}" for point in points))
     _axes(root, across, upright, x_axis, y_axis)
-    taken: list[tuple[float, float, float]] = []  # left, right, y of the names written so far
+    # Left, right and base line of what a name must not cover: all points, and the names written so far.
+    taken = [(across(point.x) - 6, across(point.x) + 6, upright(point.y) + 4) for point in points]
     for point in sorted(points, key=lambda point: -point.y):
         x, y = across(point.x), upright(point.y)
         group = ElementTree.SubElement(root, "g", {"class": point.style.css})
@@ -175,7 +176,7 @@ def _axes(root, across: Scale, upright: Scale, x_axis: str, y_axis: str) -> None
     for tick, text in zip(upright.ticks, texts(upright.ticks), strict=True):
         _line(root, LEFT, upright(tick), RIGHT, upright(tick), "grid")
         _text(root, LEFT - 6, upright(tick) + 4, text, "tick", "end")
-    _text(root, 2, 12, y_axis + (" (log scale)" if upright.log else ""), "axis", "start")
+    _text(root, 2, 12, f"{y_axis} (log scale)".strip() if upright.log else y_axis, "axis", "start")
     _line(root, LEFT, BOTTOM, RIGHT, BOTTOM, "base")
     _ticks_below(root, across, BOTTOM, x_axis)
 

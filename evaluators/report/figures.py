@@ -106,7 +106,7 @@ def own_curves(comparison: Comparison) -> list[tuple[str, list[Figure]]]:
         if curve.name != "loss" and not _is_shared(curve.name):
             line = _line(entry.name, curve, style[entry.name])
             title = curve.name.replace("_", " ")
-            svg = charts.lines([line], f"{title} of {entry.name}", "step", title)
+            svg = charts.lines([line], f"{title} of {entry.name}", "step", "")
             found.setdefault(entry.name, []).append(Figure(title, svg))
     return list(found.items())
 

@@ -33,8 +33,7 @@ def linear(
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if low == high:  # a constant, or nothing but zeros
-        margin = abs(low) / 2 or 0.5
-        low, high = (low, high + 2 * margin) if zero else (low - margin, high + margin)
+        low, high = (low - abs(low) / 2, high + abs(low) / 2) if low else (0.0, 1.0)
     step = round_step((high - low) / count)
     inner, outer = (math.ceil, math.floor) if tight else (math.floor, math.ceil)
     slack = -1e-9 if tight else 1e-9
