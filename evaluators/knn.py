@@ -156,12 +156,12 @@ class Neighbours:
         counts = {(k, t): Counter() for k in ks for t in temperatures}
         query_labels = query_labels.to(self.device)
         for chunk, chunk_labels in zip(queries.split(QUERIES), query_labels.split(QUERIES), strict=True):
-            similar, classes = self._nearest(chunk, max(ks))
+            similar, classes = self.nearest(chunk, max(ks))
             for temperature in temperatures:
                 self._vote(similar, classes, chunk_labels, temperature, ks, counts)
         return {key: {name: percent(count[name], len(queries)) for name in count} for key, count in counts.items()}
 
-    def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(q, k) cosines, largest first, and the classes of these neighbours; fewer than k where there are fewer."""
         queries = self._normalised(queries)
         similar = queries.new_zeros(len(queries), 0)

@@ -1,1 +1,1 @@
-"""The page that shows a comparison."""
+"""A comparison as one HTML file: its words and tables, its charts, and the pictures that need the encoders."""
