@@ -74,22 +74,15 @@ class Judging:
     def prepare(self, source: str, sources: Sequence[str]) -> None:
         """Puts the features of a source into the bank, by all ranks together. sources: see `results`."""
         for _, encoder in by_seed(source, sources, self.seeds):
-            self.features(source, sources, encoder)
+            self._taken(source, sources, encoder)
 
     def features(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
-        """Of train and test, by kind."""
-        started = time.monotonic()
+        """Of train and test, by kind; out of the bank, if they are there."""
         kept = Bank(self.bank or bank_folder(source, sources))
         kinds = self.kinds(encoder) if callable(self.kinds) else None if is_pixels(source) else self.kinds
         reading = {"batch_size": self.batch_size, "num_workers": self.num_workers, "device": distributed.device()}
         rows = [kept.rows(encoder, index, kinds, **reading) for index in self.indexes]
-        found = [joined(*part) for part in zip(rows, self.labels, self.indexes, strict=True)]
-        counts = " and ".join(
-            f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)
-        )
-        taken = time.monotonic() - started
-        self.say(f"{encoder.name}: features of {counts} images in {taken:.1f} s, kept in {kept.folder}")
-        return found
+        return [joined(*part) for part in zip(rows, self.labels, self.indexes, strict=True)]
 
     def results(self, source: str, sources: Sequence[str]) -> list[Result]:
         """What each evaluator found out about a source, written where it belongs; one process' work.
@@ -101,7 +94,7 @@ class Judging:
         train = test = judged = None
         for seed, encoder in by_seed(source, sources, self.seeds):
             if train is None or is_random(source):
-                train, test = self.features(source, sources, encoder)
+                train, test = self._taken(source, sources, encoder)
             judged = judged or encoder
             for i, evaluator in enumerate(self.evaluators):
                 started = time.monotonic()
@@ -124,6 +117,17 @@ class Judging:
             results.append(result)
             keep(result, sources, self.out, self.say)
         return results
+
+    def _taken(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
+        """The features, and a word on what they took."""
+        started = time.monotonic()
+        found = self.features(source, sources, encoder)
+        counts = " and ".join(
+            f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)
+        )
+        folder = Bank(self.bank or bank_folder(source, sources)).folder
+        self.say(f"{encoder.name}: features of {counts} images in {time.monotonic() - started:.1f} s, kept in {folder}")
+        return found
 
 
 def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: Labelled, **settings) -> list[Result]:

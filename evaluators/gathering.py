@@ -12,10 +12,11 @@ from pathlib import Path
 
 from checkpoints import sources
 from data.errors import UserError
-from evaluators.comparison import Entry
+from evaluators.comparison import Entry, Picture
 from evaluators.features import fair_kinds, kinds_among
 from evaluators.frozen import Judging, is_random, open_source, run_of
 from evaluators.pixels import is_pixels, pixel_size
+from evaluators.report.pictures import pictures_of
 from evaluators.run_record import cost_of, curves_of, pictures_of_run, recipe_of
 from pretrain.config import EncoderConfig
 
@@ -103,11 +104,23 @@ def gather(contestant: Contestant, judging: Judging) -> Entry:
             return entry
         opened = open_source(contestant.source, contestant.beside, judging.seed)
         results = judging.results(contestant.source, contestant.beside)
+        measured = {result.outcome.evaluator: result.to_json() for result in results}
+        pictures = entry.pictures
+        if contestant.kind == "pretrained":
+            pictures = [*pictures, *_drawn(contestant, judging, opened, measured)]
     except UserError as error:
         return replace(entry, problem=str(error))
-    measured = {result.outcome.evaluator: result.to_json() for result in results}
     num_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
-    return replace(entry, num_parameters=num_parameters, results=measured)
+    return replace(entry, num_parameters=num_parameters, results=measured, pictures=pictures)
+
+
+def _drawn(
+    contestant: Contestant, judging: Judging, opened: sources.OpenedEncoder, measured: dict[str, dict]
+) -> list[Picture]:
+    """By the features that k-NN chose, if it was among the evaluators: they decide what is near."""
+    train, test = judging.features(contestant.source, contestant.beside, opened)
+    kind = measured.get("knn", {}).get("chosen", {}).get("features", next(iter(train)))
+    return pictures_of(opened, tuple(judging.indexes), train[kind], test[kind], seed=judging.seed)
 
 
 def kinds_of(wanted: Sequence[str] | None):

@@ -31,11 +31,12 @@ from objectives.active_positions import ActivePositions
 from objectives.masking import PatchMask, mask_noise, num_kept, random_mask
 from objectives.pictures import sheet
 from objectives.sparse_check import Stage, Survey, survey, total_stride
-from objectives.sparse_encoder import SparseEncoder
+from objectives.sparse_encoder import Encoded, SparseEncoder
 from objectives.unet_decoder import UNetDecoder
 from pretrain.batch_norm import synchronise
 from pretrain.config import EncoderConfig
 from pretrain.encoders import gather_patches, lay_out_encoder
+from pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from pretrain.images import denormalise
 from pretrain.images import images as device_images
 from pretrain.objective import AreaRange, Loss, Objective, Options
@@ -107,7 +108,11 @@ class SparK(Objective):
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         (images,) = device_images(batch, self.views)  # (B, 3, H, W)
-        return self.loss(self.reconstruct(images, mask_noise(batch.seeds, self.num_cells)))
+        mask = random_mask(mask_noise(batch.seeds, self.num_cells), self.num_keep)
+        encoded = self.sparse_encoder(images, mask.keep, self.grid)
+        loss = self.loss(self.decode(images, encoded, mask))
+        coarsest = encoded.maps[self.stages[0].index].detach()  # (B, C, 1, m)
+        return Loss(loss.total, loss.parts | feature_health(coarsest.float().mean((2, 3))))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Predicts the hidden cells of normalised images.
@@ -115,7 +120,10 @@ class SparK(Objective):
         images: (B, 3, H, W) normalised. noise: (B, L); the cells with the smallest noise stay visible.
         """
         mask = random_mask(noise, self.num_keep)
-        encoded = self.sparse_encoder(images, mask.keep, self.grid)
+        return self.decode(images, self.sparse_encoder(images, mask.keep, self.grid), mask)
+
+    def decode(self, images: Tensor, encoded: Encoded, mask: PatchMask) -> Reconstruction:
+        """encoded: what the encoder makes of the visible cells."""
         maps = {
             stage.stride: densify(encoded.maps[stage.index], encoded.positions)
             for stage, densify in zip(self.stages, self.densify, strict=True)
@@ -127,13 +135,19 @@ class SparK(Objective):
         """Mean squared error on hidden cells.
 
         `pixel_mse` in the parts is the same error in normalised pixels: each cell's, times its variance.
+        `trivial_loss` is the loss of a prediction of 0 everywhere: (n - 1) / n, n being the values of a cell, and less
+        where cells are flat.
         """
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
             mean, scale = _target_statistics(reconstruction.pixels)
             target = (reconstruction.pixels - mean) / scale
             residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p * p * 3)
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
-            return Loss(error.mean(), {"pixel_mse": (error.detach() * scale.square()).mean()})
+            parts = {
+                "pixel_mse": (error.detach() * scale.square()).mean(),
+                TRIVIAL_LOSS: target.detach().square().mean(),
+            }
+            return Loss(error.mean(), parts)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:

@@ -86,7 +86,11 @@ def test_each_stands_beside_its_floors_with_results_of_every_evaluator(first, fo
             assert list(entry["results"]) == comparison["evaluators"] == ["knn", "ncm"]
     assert set(entries["turning"]["results"]["ncm"]["details"]["by_features"]) == {"pool", "stages"}
     assert set(entries["filling"]["results"]["ncm"]["details"]["by_features"]) == {"cls", "mean", "last2"}
-    assert [picture["title"] for picture in entries["filling"]["pictures"]] == ["reconstruction"]
+    assert [picture["title"] for picture in entries["filling"]["pictures"]] == [
+        "reconstruction",
+        "Nearest neighbours",
+        "Where it looks",
+    ]
     assert entries["filling"]["cost"]["peak_memory"] > 2**26
     assert list((folder / "out" / "runs" / "filling" / "evaluations").glob("ncm-filling*.json"))
 

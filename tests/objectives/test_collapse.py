@@ -39,6 +39,7 @@ OBJECTIVES = {
     "dseqjepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
     "barlow_twins": ({"projector": [64, 64], "off_diagonal_weight": 0.02} | PEACEFUL, RESNET),
     "rotation": ({"crop_scale": None}, RESNET),
+    "spark": ({"decoder_dim": 32, "mask_ratio": 0.5}, RESNET | {"kwargs": RESNET["kwargs"] | {"output_stride": 8}}),
 }
 
 
@@ -103,6 +104,17 @@ def test_mae_whose_encoder_says_nothing_of_images_that_have_no_mean():
     mae = built("mae")
     mae.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
     assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
+
+
+def test_spark_whose_last_stage_says_nothing_of_images_that_have_no_mean():
+    def noise(batch):
+        return replace(batch, views=(torch.randint_like(batch.views[0], 256),))
+
+    spark = built("spark")
+    for layer in spark.encoder.layer4.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.weight.requires_grad_(False).zero_()  # every position becomes the bias
+    assert causes("spark", spark, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
 
 
 class WithoutStopGradient:
