@@ -14,10 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from evaluators.comparison import Comparison, Entry
-from evaluators.results import TITLES
+from evaluators.headline import best, evaluator_name, gain, headline, number_name
 
-HEADLINES = {"fewshot": "1 %"}  # where it is not the first number
-NAMES = {"linear_probe": "linear probe", "knn": "k-NN", "fewshot": "few labels", "fine_tune": "fine-tuned"}
 NOTHING = "–"
 
 
@@ -28,19 +26,10 @@ class Cell:
     best: bool
 
 
-def headline(result: dict) -> tuple[str, dict]:
-    """(name, number) that stands for a result in a table; the number has `value`, `se`, and maybe others."""
-    numbers = result["numbers"]
-    wanted = HEADLINES.get(result["evaluator"])
-    name = wanted if wanted in numbers else next(iter(numbers))
-    return name, numbers[name]
-
-
 def title_of(comparison: Comparison, evaluator: str) -> str:
     """`linear probe, top-1 %`."""
-    measured = next((entry.results[evaluator] for entry in comparison.entries if evaluator in entry.results), None)
-    number = headline(measured)[0] if measured else ""
-    return ", ".join(filter(None, (NAMES.get(evaluator, evaluator.replace("_", " ")), TITLES.get(number, number))))
+    measured = next(filter(None, (headline(entry, evaluator) for entry in comparison.entries)), None)
+    return ", ".join([evaluator_name(evaluator), *([number_name(evaluator, measured.number)] if measured else [])])
 
 
 def in_order(comparison: Comparison) -> list[Entry]:
@@ -55,17 +44,14 @@ def in_order(comparison: Comparison) -> list[Entry]:
 
 def cells(comparison: Comparison, entry: Entry) -> list[Cell]:
     """One for each of `comparison.evaluators`."""
-    by_name = {each.name: each for each in comparison.entries}
-    untrained = by_name.get(entry.untrained)
     found = []
     for evaluator in comparison.evaluators:
-        number = _number(entry, evaluator)
+        number, more = headline(entry, evaluator), gain(entry, evaluator, comparison)
         if number is None:
             found.append(Cell(NOTHING, "", False))
             continue
-        floor = untrained and _number(untrained, evaluator)
-        gain = f"{number['value'] - floor['value']:+.1f}" if floor else ""
-        found.append(Cell(_text(number), gain, number["value"] == _best(comparison, evaluator, entry)))
+        leads = entry.kind == "pretrained" and number.value == headline(best(comparison, evaluator), evaluator).value
+        found.append(Cell(number.text, "" if more is None else f"{more:+.1f}", leads))
     return found
 
 
@@ -141,22 +127,3 @@ def _explanation(comparison: Comparison) -> str:
         f"{sizes}± is the standard error of the test sample, or the deviation over seeds or draws; the gain over the "
         f"untrained encoder stands beside a number, the best pretrained encoder is bold."
     )
-
-
-def _number(entry: Entry, evaluator: str) -> dict | None:
-    return headline(entry.results[evaluator])[1] if evaluator in entry.results else None
-
-
-def _best(comparison: Comparison, evaluator: str, entry: Entry) -> float | None:
-    """The highest value among the pretrained, if `entry` is one of them."""
-    numbers = [_number(each, evaluator) for each in comparison.entries if each.kind == "pretrained"]
-    values = [number["value"] for number in numbers if number]
-    return max(values) if values and entry.kind == "pretrained" else None
-
-
-def _text(number: dict) -> str:
-    if number.get("interval"):
-        low, high = number["interval"]
-        return f"{number['value']:.1f} [{low:.1f}, {high:.1f}]"
-    spread = number.get("spread")
-    return f"{number['value']:.1f} ± {number['se'] if spread is None else spread:.1f}"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from evaluators.comparison import Comparison, Curve, Entry
+from evaluators.headline import evaluator_name, headline, number, number_name, pretrained
 from evaluators.report import charts
 from evaluators.report.charts import Bar, Line, Point, Style
-from evaluators.report.words import evaluator_name, headline, number, number_name, pretrained
 
 HEALTH = {  # signs of collapse, which every objective logs under the same name: (title, axis, caption)
     "feature_std": (
@@ -119,11 +119,12 @@ def few_labels(comparison: Comparison) -> Figure | None:
             continue
         result = entry.results.get("fewshot") or {}
         amounts = (result.get("details") or {}).get("by_amount") or {}
-        places = sorted(
+        places = [
             (amount["num_labels"], number(name, result["numbers"][name]))
             for name, amount in amounts.items()
             if name in result.get("numbers", {}) and "num_labels" in amount
-        )
+        ]
+        places.sort(key=lambda place: place[0])
         if len(places) > 1:
             xs, found = zip(*places, strict=True)
             errors = [(n.low, n.high) for n in found]

@@ -13,6 +13,7 @@ import jinja2
 import yaml
 
 from evaluators.comparison import Comparison, Entry, Picture
+from evaluators.headline import best, evaluator_name, gain, headline, number, number_name
 from evaluators.report import charts, figures, words
 
 GROUPS = {"pretrained": "Pretrained", "untrained": "Same architecture, untrained", "floor": "Floors"}
@@ -63,23 +64,23 @@ def _template() -> jinja2.Template:
 
 
 def _column(comparison: Comparison, evaluator: str) -> dict:
-    found = next(filter(None, (words.headline(entry, evaluator) for entry in comparison.entries)), None)
+    found = next(filter(None, (headline(entry, evaluator) for entry in comparison.entries)), None)
     return {
-        "title": words.evaluator_name(evaluator),
-        "number": words.number_name(evaluator, found.number) if found else "",
+        "title": evaluator_name(evaluator),
+        "number": number_name(evaluator, found.number) if found else "",
     }
 
 
 def _groups(comparison: Comparison) -> list[tuple[str, list[dict]]]:
     """(title, rows) of the table, in the order of the entries."""
-    best = {evaluator: words.best(comparison, evaluator) for evaluator in comparison.evaluators}
+    leader = {evaluator: best(comparison, evaluator) for evaluator in comparison.evaluators}
 
     def row(entry: Entry) -> dict:
         cells = [
             {
-                "headline": words.headline(entry, evaluator),
-                "gain": words.gain(entry, evaluator, comparison),
-                "best": best[evaluator] is entry,
+                "headline": headline(entry, evaluator),
+                "gain": gain(entry, evaluator, comparison),
+                "best": leader[evaluator] is entry,
             }
             for evaluator in comparison.evaluators
         ]
@@ -96,13 +97,13 @@ def _all_numbers(comparison: Comparison) -> list[tuple[str, list[str], list[tupl
         found = {entry.name: (entry.results.get(evaluator) or {}).get("numbers") or {} for entry in comparison.entries}
         keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
         rows = [
-            (name, [words.number(key, numbers[key]) if key in numbers else None for key in keys])
+            (name, [number(key, numbers[key]) if key in numbers else None for key in keys])
             for name, numbers in found.items()
             if numbers
         ]
         if rows:
-            titles = [words.number_name(evaluator, key) for key in keys]
-            tables.append((words.evaluator_name(evaluator), titles, rows))
+            titles = [number_name(evaluator, key) for key in keys]
+            tables.append((evaluator_name(evaluator), titles, rows))
     return tables
 
 
@@ -112,7 +113,7 @@ def _protocols(comparison: Comparison) -> list[tuple[str, str, dict]]:
     for evaluator in comparison.evaluators:
         found = next((entry.results[evaluator] for entry in comparison.entries if entry.results.get(evaluator)), {})
         fixed = {key: value for key, value in found.get("recipe", {}).items() if key != "features"}
-        protocols.append((words.evaluator_name(evaluator), words.ABOUT.get(evaluator, ""), fixed))
+        protocols.append((evaluator_name(evaluator), words.ABOUT.get(evaluator, ""), fixed))
     return protocols
 
 
@@ -120,7 +121,7 @@ def _warnings(comparison: Comparison) -> list[str]:
     found = list(comparison.warnings)
     for entry in comparison.entries:
         for evaluator, result in entry.results.items():
-            name = f"{entry.name}, {words.evaluator_name(evaluator)}"
+            name = f"{entry.name}, {evaluator_name(evaluator)}"
             found += [f"{name}: {warning}" for warning in result.get("warnings") or []]
     return list(dict.fromkeys(found))
 

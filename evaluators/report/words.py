@@ -1,13 +1,10 @@
 """What a comparison says, in words and written-out numbers."""
 
-import re
-from dataclasses import dataclass
 from datetime import datetime
 
-from evaluators.comparison import Comparison, Entry
-from evaluators.results import TITLES
+from evaluators.comparison import Comparison
+from evaluators.headline import best, evaluator_name, gain, headline, pretrained
 
-NAMES = {"knn": "k-NN", "ncm": "nearest class mean", "fewshot": "few-shot", "multilabel": "multi-label"}
 ABOUT = {
     "linear_probe": "A linear head on frozen features, trained to its optimum; weight decay and kind of feature chosen "
     "on a held-out tenth of the train images.",
@@ -17,71 +14,8 @@ ABOUT = {
     "every encoder.",
     "multilabel": "A sigmoid head on frozen features for each finding; unknown labels left out.",
     "anomaly": "Mahalanobis distance to a Gaussian of one class' frozen features; each class is normal in turn.",
-    "finetune": "All weights trained on the labels, from the pretrained ones.",
+    "fine_tune": "All weights trained on the labels, from the pretrained ones.",
 }
-Z95 = 1.96  # standard errors on each side of a number, for 95 %
-
-
-@dataclass(frozen=True)
-class Headline:
-    """An evaluator's first number of one encoder, in percent."""
-
-    number: str  # its key among the result's numbers
-    value: float
-    se: float | None
-    low: float  # ends of the 95 % interval
-    high: float
-    text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
-    spread: float | None = None  # standard deviation over seeds or draws
-
-
-def headline(entry: Entry, evaluator: str) -> Headline | None:
-    """None where the encoder has no such result."""
-    numbers = (entry.results.get(evaluator) or {}).get("numbers")
-    if not numbers:
-        return None
-    name = _headline_name(evaluator, list(numbers))
-    return number(name, numbers[name])
-
-
-def number(name: str, found: dict) -> Headline:
-    """found: a number as results hold it: value, and se, interval and spread where known."""
-    value, se, interval = found["value"], found.get("se"), found.get("interval")
-    low, high = interval or (value - Z95 * (se or 0), value + Z95 * (se or 0))
-    text = f"{value:.1f}"
-    if interval:
-        text += f" [{low:.1f}, {high:.1f}]"
-    elif se is not None:
-        text += f" ± {se:.1f}"
-    return Headline(name, value, se, low, high, text, found.get("spread"))
-
-
-def gain(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
-    """Points over the same architecture untrained."""
-    before = next((other for other in comparison.entries if other.name == entry.untrained), None)
-    mine, theirs = headline(entry, evaluator), before and headline(before, evaluator)
-    return mine.value - theirs.value if mine and theirs else None
-
-
-def pretrained(comparison: Comparison) -> list[Entry]:
-    return [entry for entry in comparison.entries if entry.kind == "pretrained"]
-
-
-def best(comparison: Comparison, evaluator: str) -> Entry | None:
-    """The pretrained encoder with the highest headline."""
-    found = [entry for entry in pretrained(comparison) if headline(entry, evaluator)]
-    return max(found, key=lambda entry: headline(entry, evaluator).value, default=None)
-
-
-def evaluator_name(evaluator: str) -> str:
-    return NAMES.get(evaluator, evaluator.replace("_", " "))
-
-
-def number_name(evaluator: str, key: str) -> str:
-    """What a number is, with its unit: top-1 %, macro AUC %, 10 a class."""
-    if evaluator == "fewshot":
-        return f"{key} labelled, top-1 %" if key.endswith("%") else f"{key}, top-1 %"
-    return TITLES.get(key, key)
 
 
 def summary(comparison: Comparison) -> str:
@@ -142,14 +76,6 @@ def count(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:g}"
-
-
-def _headline_name(evaluator: str, names: list[str]) -> str:
-    """The first; of few-shot the largest number of images a class, since single images are mostly luck."""
-    if evaluator != "fewshot":
-        return names[0]
-    amounts = {int(match[1]): name for name in names if (match := re.fullmatch(r"(\d+) a class", name))}
-    return amounts[max(amounts)] if amounts else names[-1]
 
 
 def _listed(names: list[str]) -> str:

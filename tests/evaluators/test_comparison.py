@@ -11,9 +11,10 @@ from rich.console import Console
 from data.errors import UserError
 from evaluators import gathering
 from evaluators.comparison import Comparison, Entry, Picture
-from evaluators.comparison_table import cells, headline, in_order, markdown, notes, print_comparison, to_json
+from evaluators.comparison_table import cells, in_order, markdown, notes, print_comparison, to_json
 from evaluators.features import fair_kinds, kinds_among
 from evaluators.gathering import Named, in_words, line_up
+from evaluators.headline import headline
 from evaluators.pixels import open_pixels
 from evaluators.run_record import cost_of, curves_of, pictures_of_run
 from pretrain.config import EncoderConfig
@@ -215,9 +216,11 @@ def test_json_holds_all_but_the_pictures(comparison):
 
 
 def test_the_headline_of_few_labels_is_a_percent_of_them():
-    few = result("fewshot") | {"numbers": {"1 a class": {"value": 1, "se": 1}, "1 %": {"value": 2, "se": 1}}}
-    assert headline(few) == ("1 %", {"value": 2, "se": 1})
-    assert headline(few | {"numbers": {"5 a class": {"value": 3, "se": 1}}})[0] == "5 a class"
+    numbers = {f"{n} a class": {"value": n, "se": 1, "spread": 2} for n in (1, 10, 5)}
+    few = an_entry("mae", results={"fewshot": result("fewshot") | {"numbers": numbers}})
+    assert (headline(few, "fewshot").number, headline(few, "fewshot").text) == ("10 a class", "10.0 ± 2.0")
+    numbers["1 %"] = {"value": 3, "se": 1}
+    assert (headline(few, "fewshot").number, headline(few, "fewshot").text) == ("1 %", "3.0 ± 1.0")
 
 
 def test_an_interval_stands_for_the_standard_error(comparison):

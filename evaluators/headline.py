@@ -1,0 +1,91 @@
+"""The number that stands for a result wherever encoders are compared, its uncertainty, and what things are called.
+
+- Of few-shot it is that of 1 % of the labels; else of the largest number of images a class, as single images are mostly
+  luck. Of any other evaluator it is the first.
+- What a number is given with is its 95 % interval where it has one, else its deviation over seeds or draws, else the
+  standard error of the test sample.
+"""
+
+import re
+from dataclasses import dataclass
+
+from evaluators.comparison import Comparison, Entry
+from evaluators.results import TITLES
+
+NAMES = {
+    "linear_probe": "linear probe",
+    "knn": "k-NN",
+    "ncm": "nearest class mean",
+    "fewshot": "few labels",
+    "multilabel": "several findings",
+    "fine_tune": "fine-tuned",
+}
+Z95 = 1.96  # standard errors on each side of a number, for 95 %
+
+
+@dataclass(frozen=True)
+class Headline:
+    """In percent."""
+
+    number: str  # its key among the result's numbers
+    value: float
+    low: float  # ends of the 95 % interval
+    high: float
+    text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
+
+
+def headline(entry: Entry, evaluator: str) -> Headline | None:
+    """None where the encoder has no such result."""
+    numbers = (entry.results.get(evaluator) or {}).get("numbers")
+    if not numbers:
+        return None
+    name = _headline_name(evaluator, list(numbers))
+    return number(name, numbers[name])
+
+
+def number(name: str, found: dict) -> Headline:
+    """found: a number as results hold it: value, and se, interval and spread where known."""
+    value, interval = found["value"], found.get("interval")
+    doubt = found.get("se") if found.get("spread") is None else found["spread"]
+    low, high = interval or (value - Z95 * (doubt or 0), value + Z95 * (doubt or 0))
+    text = f"{value:.1f}"
+    if interval:
+        text += f" [{low:.1f}, {high:.1f}]"
+    elif doubt is not None:
+        text += f" ± {doubt:.1f}"
+    return Headline(name, value, low, high, text)
+
+
+def gain(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
+    """Points over the same architecture untrained."""
+    before = next((other for other in comparison.entries if other.name == entry.untrained), None)
+    mine, theirs = headline(entry, evaluator), before and headline(before, evaluator)
+    return mine.value - theirs.value if mine and theirs else None
+
+
+def pretrained(comparison: Comparison) -> list[Entry]:
+    return [entry for entry in comparison.entries if entry.kind == "pretrained"]
+
+
+def best(comparison: Comparison, evaluator: str) -> Entry | None:
+    """The pretrained encoder with the highest headline; of equals the first."""
+    found = [entry for entry in pretrained(comparison) if headline(entry, evaluator)]
+    return max(found, key=lambda entry: headline(entry, evaluator).value, default=None)
+
+
+def evaluator_name(evaluator: str) -> str:
+    return NAMES.get(evaluator, evaluator.replace("_", " "))
+
+
+def number_name(evaluator: str, key: str) -> str:
+    """What a number is, with its unit: top-1 %, macro AUC %, 10 a class."""
+    if evaluator == "fewshot":
+        return f"{key} labelled, top-1 %" if key.endswith("%") else f"{key}, top-1 %"
+    return TITLES.get(key, key)
+
+
+def _headline_name(evaluator: str, names: list[str]) -> str:
+    if evaluator != "fewshot" or "1 %" in names:
+        return "1 %" if evaluator == "fewshot" else names[0]
+    amounts = {int(match[1]): name for name in names if (match := re.fullmatch(r"(\d+) a class", name))}
+    return amounts[max(amounts)] if amounts else names[-1]
