@@ -77,9 +77,11 @@ def markdown(comparison: Comparison) -> str:
             (f"**{cell.text}**" if cell.best else cell.text) + (f" ({cell.gain})" if cell.gain else "")
             for cell in cells(comparison, entry)
         ]
-        row = [f"{entry.name}, {entry.encoder}" if entry.encoder else entry.name, _objective(entry), seen, *numbers]
+        row = [entry.name, _objective(entry), seen, *numbers]
         lines.append(f"| {' | '.join(text.replace('|', '/') for text in row)} |")
+    encoders = {entry.name: entry.encoder for entry in in_order(comparison) if entry.kind == "pretrained"}
     lines += ["", f"{_explanation(comparison)}", "", "```", comparison.command, "```"]
+    lines += ["", *(f"- {name}: {encoder}" for name, encoder in encoders.items() if encoder)]
     lines += ["", *(f"- {note}" for note in notes(comparison))] if notes(comparison) else []
     return "\n".join(lines) + "\n"
 
