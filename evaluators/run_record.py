@@ -60,6 +60,17 @@ def curves_of(run: Path, step: int | None = None) -> list[Curve]:
     ]
 
 
+# What the pictures of our objectives show; those of others speak for themselves.
+CAPTIONS = {
+    "reconstruction": "What the encoder sees, what is predicted, the original. ",
+    "blocks": "An image, the patches that the encoder sees, and, in orange, each block that is predicted from them. ",
+    "regions": "An image, what the teacher finds salient, its regions in order, and each step: in orange what is "
+    "predicted from the regions before it. ",
+    "views": "Images, each in the views that are to be embedded alike. ",
+    "rotations": "Images in four turns; a green frame where the turn was recognised, red where not. ",
+}
+
+
 def pictures_of_run(run: Path) -> list[Picture]:
     """The newest picture of each kind that the run drew of its own training images."""
     newest: dict[str, tuple[int, Path]] = {}
@@ -68,7 +79,7 @@ def pictures_of_run(run: Path) -> list[Picture]:
             drawn = (int(match["step"]), path)
             newest[match["title"]] = max(newest.get(match["title"], drawn), drawn)
     return [
-        Picture(title, f"Drawn by the run after {step:,} steps.", path.read_bytes())
+        Picture(title, f"{CAPTIONS.get(title, '')}Drawn by the run after {step:,} steps.", path.read_bytes())
         for title, (step, path) in sorted(newest.items())
     ]
 

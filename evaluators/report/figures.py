@@ -20,7 +20,7 @@ HEALTH = {  # signs of collapse, which every objective logs under the same name:
     "feature_cosine": (
         "Likeness of features", "cosine", "Mean over pairs of different images: 1 where all look alike."
     ),
-    "teacher_cosine": ("Teacher and student", "cosine", "Between what the teacher shows and the student predicts."),
+    "teacher_cosine": ("Teacher and student", "cosine", "Of what student and teacher make of the same patches."),
     "trivial_loss": ("Trivial loss", "loss", "Reached by ignoring the image: a loss that stays there learns nothing."),
 }  # fmt: skip
 MAX_POINTS = 240  # of a line: more cannot be told apart, and would make the page heavy
