@@ -104,8 +104,8 @@ def test_a_source_that_cannot_be_had_keeps_nobody_from_being_judged(first):
 
 def test_a_table_and_a_page_are_written(first, folder):
     table = (folder / "out" / "table.md").read_text()
-    assert "| filling, vit_tiny_patch16_224 at 16 px (patch 4" in table and "prelude compare" in table
-    assert "There is no folder" in table
+    assert "| filling | mae |" in table and "- filling: vit_tiny_patch16_224 at 16 px (patch 4" in table
+    assert "There is no folder" in table and "prelude compare" in table
     assert (folder / "out" / "report.html").read_text().startswith("<!doctype html>")
 
 
