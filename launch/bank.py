@@ -18,6 +18,7 @@ from rich.table import Table
 
 from evaluators.bank import Bank
 from evaluators.frozen import BANK, run_of
+from launch.arguments import documented_parser
 from launch.exit_codes import door
 
 
@@ -50,11 +51,7 @@ def table_of(entries) -> Table:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("folders", nargs="*", metavar="DIR", help="runs, or folders given as --bank")
     parser.add_argument("--clear", action="store_true", help="remove all entries, and what was never finished")
     return parser

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from checkpoints.export import export_encoder
+from launch.arguments import documented_parser
 from launch.exit_codes import door
 
 
@@ -23,11 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("source", metavar="RUN", help="a run folder, or one of its checkpoints")
     parser.add_argument("--to", metavar="DIR", help="where to write it (default: RUN/export)")
     return parser

@@ -23,6 +23,7 @@ from checkpoints.store import Store
 from data.loader import Loader
 from evaluators import finetune
 from evaluators.results import print_table, write
+from launch.arguments import documented_parser
 from launch.exit_codes import PREEMPTED, door, leave
 from launch.pretrain import introduce, loader_settings, logs_of, prepare_run_dir
 from pretrain import distributed
@@ -86,11 +87,7 @@ def run(task: finetune.Task, command: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument(
         "source",
         metavar="SOURCE",

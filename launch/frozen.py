@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from data.errors import UserError
 from evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from evaluators.results import Result, print_table
+from launch.arguments import documented_parser
 from pretrain import distributed
 
 SOURCES = (
@@ -22,11 +23,7 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT) -> argparse
 
     sources, out: the help of these two.
     """
-    parser = argparse.ArgumentParser(
-        description=doc.partition("\n\n")[0],
-        epilog=doc.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser(doc)
     add_arguments(parser, sources, out)
     return parser
 

@@ -24,6 +24,7 @@ from data.loader import build_loader
 from data.order import Shuffle
 from data.shards import expand_shards
 from evaluators.online import OnlineProbe
+from launch.arguments import documented_parser
 from launch.exit_codes import PREEMPTED, door, leave
 from objectives import build_objective, check_objective, objective_class, options_for
 from pretrain import distributed, precision
@@ -62,11 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more

@@ -22,6 +22,7 @@ from evaluators.knn import knn
 from evaluators.linear_probe import linear_probe
 from evaluators.results import print_table
 from launch import pretrain
+from launch.arguments import documented_parser
 from launch.exit_codes import door
 
 NUM_TRAIN, NUM_TEST = 5000, 1000
@@ -65,11 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--run-dir", default="runs/quickstart", metavar="DIR", help="(default: runs/quickstart)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images and the weights (default: 0)")
     return parser

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from data.shapes import write_shards
 from data.shards import ShardIndex
+from launch.arguments import documented_parser
 from launch.exit_codes import door
 
 _MOST_PROBLEMS = 20
@@ -53,11 +54,7 @@ def info(shards: str, label: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = documented_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     about = actions.add_parser("info", help="count samples and list damage, from the tars' headers")
     about.add_argument("shards", metavar="SHARDS", help="path, braces, * or a list joined by ::")

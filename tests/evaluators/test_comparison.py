@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import timm
 import torch
 import yaml
 from rich.console import Console
@@ -129,7 +130,6 @@ def test_an_architecture_in_words():
 
 
 def test_each_model_gets_the_kinds_of_feature_that_it_has():
-    timm = pytest.importorskip("timm")
     with torch.device("meta"):
         vit = timm.create_model("test_vit")
         convnet = timm.create_model("test_resnet")
