@@ -100,13 +100,27 @@ class Judging:
                 started = time.monotonic()
                 outcomes[i].append(evaluator(train, test, seed=seed, device=distributed.device()))
                 seconds[i] += time.monotonic() - started
+        results = self.told(source, judged, train, test, outcomes, seconds)
+        for result in results:
+            keep(result, sources, self.out, self.say)
+        return results
+
+    def told(
+        self,
+        source: str,
+        encoder: OpenedEncoder,
+        train: dict[str, Features],
+        test: dict[str, Features],
+        outcomes: Sequence[Sequence[Outcome]],
+        seconds: Sequence[float],
+    ) -> list[Result]:
+        """A result of each evaluator, out of its outcomes by seed and the time that it took."""
         data, warnings = describe_data(self.labelled, self.indexes, self.labels, train, test)
-        results = []
-        for found, taken in zip(outcomes, seconds, strict=True):
-            outcome = over_seeds(found, self.seeds)
-            result = Result(
+        merged = [over_seeds(found, self.seeds) for found in outcomes]
+        return [
+            Result(
                 source=source,
-                encoder=described(judged),
+                encoder=described(encoder),
                 data=data,
                 features=next(iter(train.values())).recipe,
                 outcome=replace(outcome, warnings=[*warnings, *outcome.warnings]),
@@ -114,9 +128,8 @@ class Judging:
                 seconds=round(taken, 3),
                 versions=versions(),
             )
-            results.append(result)
-            keep(result, sources, self.out, self.say)
-        return results
+            for outcome, taken in zip(merged, seconds, strict=True)
+        ]
 
     def _taken(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
         """The features, and a word on what they took."""

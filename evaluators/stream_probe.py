@@ -11,9 +11,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -22,22 +21,12 @@ from checkpoints.sources import OpenedEncoder
 from data.errors import UserError
 from data.loader import Loader
 from data.shards import ShardIndex
-from evaluators.bank import Bank
 from evaluators.features import Extractor, Features
-from evaluators.frozen import (
-    Labelled,
-    bank_folder,
-    by_seed,
-    describe_data,
-    described,
-    joined,
-    keep,
-    labels_of,
-)
+from evaluators.frozen import Judging, Labelled, by_seed, keep
 from evaluators.linear_probe import score
 from evaluators.pixels import is_pixels
 from evaluators.protocols import Protocol
-from evaluators.results import Outcome, Result, over_seeds, percent, versions
+from evaluators.results import Outcome, Result, percent
 from evaluators.sgd_heads import SGDHeads
 from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
 from pretrain import distributed
@@ -52,46 +41,26 @@ def evaluate_protocol(
     labelled: Labelled,
     *,
     kinds: Sequence[str] | None = None,
-    seed: int = 0,
-    num_seeds: int = 1,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    bank: str | Path | None = None,
-    out: str | Path | None = None,
-    command: str = "",
-    say: Callable[[str], None] = lambda text: None,
+    **settings,
 ) -> list[Result]:
-    """The protocol's result on every source; parameters as for `evaluators.frozen.evaluate`. Every rank takes part
-    to the end, and the first one alone writes; all get the results."""
-    device = distributed.device()
-    indexes = [ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test)]
-    labels = [labels_of(index, labelled) for index in indexes]
-    seeds, reading = list(range(seed, seed + num_seeds)), {"batch_size": batch_size, "num_workers": num_workers}
-    results = []
+    """The protocol's result on every source. settings: of `evaluators.frozen.Judging`. Every rank takes part to the
+    end, and the first one alone writes; all get the results."""
+
+    def chosen(encoder: OpenedEncoder) -> Sequence[str]:
+        return protocol.kinds_of(encoder) if kinds is None or is_pixels(encoder.config.name) else kinds
+
+    judging, results = Judging((), labelled, kinds=chosen, **settings), []
+    reading = {"batch_size": judging.batch_size, "num_workers": judging.num_workers}
     for source in sources:
         outcomes, judged, started = [], None, time.monotonic()
-        for each_seed, encoder in by_seed(source, sources, seeds):
-            wanted = protocol.kinds_of(encoder) if kinds is None or is_pixels(source) else kinds
-            kept = Bank(bank or bank_folder(source, sources))
-            rows = [kept.rows(encoder, index, wanted, device=device, **reading) for index in indexes]
-            train, test = (joined(*part) for part in zip(rows, labels, indexes, strict=True))
-            outcomes.append(stream_probe(encoder, indexes[0], train, test, protocol, seed=each_seed, **reading))
+        for seed, encoder in by_seed(source, sources, judging.seeds):
+            train, test = judging.features(source, sources, encoder)
+            outcomes.append(stream_probe(encoder, judging.indexes[0], train, test, protocol, seed=seed, **reading))
             judged = judged or encoder
-        data, warnings = describe_data(labelled, indexes, labels, train, test)
-        outcome = over_seeds(outcomes, seeds)
-        result = Result(
-            source=source,
-            encoder=described(judged),
-            data=data,
-            features=next(iter(train.values())).recipe,
-            outcome=replace(outcome, warnings=[*warnings, *outcome.warnings]),
-            command=command,
-            seconds=round(time.monotonic() - started, 3),
-            versions=versions(),
-        )
+        (result,) = judging.told(source, judged, train, test, [outcomes], [time.monotonic() - started])
         results.append(result)
         if distributed.is_main():
-            keep(result, sources, out, say)
+            keep(result, sources, judging.out, judging.say)
     return results
 
 
