@@ -86,20 +86,33 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         values, weight, mean, variance = ctx.saved_tensors
-        shape = (1, -1) + (1,) * (values.ndim - 2)
-        per_channel = [statistic.view(shape) for statistic in (mean, (variance + ctx.eps).rsqrt())]
-        centred, inverse_std = values - per_channel[0], per_channel[1]
-        grad_sum = grad.sum(_reduced(grad), dtype=mean.dtype)  # (C,)
-        projection = (grad * centred).sum(_reduced(grad), dtype=mean.dtype) * inverse_std.flatten()  # (C,)
+        inverse_std = (variance + ctx.eps).rsqrt()
+        projection, grad_sum = _sums(grad, values, mean, inverse_std)
         count = mean.new_tensor([values.numel() // values.shape[1]])
         total = sum_over_ranks(torch.cat([count, grad_sum, projection]))
         mean_grad, mean_projection = (total[1:] / total[0]).chunk(2)
-        scale = inverse_std if weight is None else inverse_std * weight.view(shape)
-        remainder = grad - mean_grad.view(shape) - centred * (inverse_std * mean_projection.view(shape))
-        grad_values = (scale * remainder).to(values.dtype)
+        scale = inverse_std if weight is None else inverse_std * weight
+        # scale * (grad - mean_grad - normalised * mean_projection), in two passes over the values
+        slope, offset = -scale * mean_projection, -scale * mean_grad
+        grad_values = F.batch_norm(values, mean, variance, slope, offset, training=False, eps=ctx.eps)
+        grad_values.addcmul_(grad, scale.view(-1, *[1] * (values.ndim - 2)))
         if weight is None:
             return grad_values, None, None, None, None, None
         return grad_values, projection, grad_sum, None, None, None  # the engine sums what belongs to parameters
+
+
+def _sums(grad: Tensor, values: Tensor, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) sums of grad * normalised values, and of grad, over this rank's values: one pass, where products and sums
+    written out take four, each with a map of its own."""
+    channels_last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    grad, values = grad.contiguous(memory_format=layout), values.contiguous(memory_format=layout)
+    wanted = [False, True, True]  # the gradients of weight and bias, and not that of the values
+    ones = torch.ones_like(mean)
+    _, projection, grad_sum = torch.ops.aten.native_batch_norm_backward(
+        grad, values, ones, None, None, mean, inverse_std, True, 0.0, wanted
+    )
+    return projection, grad_sum
 
 
 class _AcrossRanks:

@@ -36,7 +36,8 @@ class Norms(nn.Module):
         self.norm_3d = nn.BatchNorm3d(4, momentum=0.3)
 
     def forward(self, images):
-        x = self.norm_2d(self.norm_act(self.conv(images)))  # (n, 4, 5, 5)
+        x = self.norm_act(self.conv(images)).contiguous(memory_format=torch.channels_last)  # (n, 4, 5, 5)
+        x = self.norm_2d(x)
         x = self.norm_3d(x[:, :, None])[:, :, 0]
         x = self.norm_sequence(x.flatten(2)) + 3
         return self.norm_1d(x.flatten(1)).sin()
