@@ -97,6 +97,20 @@ def test_more_features_than_samples(classes):
     assert (head.logits(values)[0].argmax(-1) == labels).all()
 
 
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_with_more_features_than_samples_a_part_is_fitted_as_scikit_learn_fits_it(classes, norm):
+    values, labels = classes(80, 120, 4, seed=1, noise=2.0)
+    values[:, 0] *= 3
+    rows = torch.arange(0, 80, 2)
+    head = Space.of(values, norm).fit(ClassLoss(labels, 4), (1e-2,), rows)
+    plain = values - values.mean(0)
+    plain = (plain / (plain.std(0, correction=0) if norm == "batch" else plain.square().mean().sqrt())).numpy()
+    oracle = LogisticRegression(C=1 / (40 * 1e-2), max_iter=10_000, tol=1e-8).fit(plain[::2], labels[rows].numpy())
+    apart = abs(head.logits(values)[0].softmax(-1).numpy() - oracle.predict_proba(plain))
+    assert apart[::2].max() < 1e-3
+    assert apart.max() < 0.05  # of samples that were not fitted, which a loss within 1e-6 of the least leaves freer
+
+
 def test_permuting_test_labels_changes_no_choice(problem):
     train, test = problem
     shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(0))
