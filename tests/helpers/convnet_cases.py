@@ -65,6 +65,10 @@ CASES = {
     "rotation vit adamw zero2": (ROTATION, VIT, ADAMW, 2),
     "spark resnet lamb": (SPARK, STRIDE_8, LAMB, 0),
     "spark convnext adamw zero2": (SPARK, CONVNEXT, ADAMW, 2),
+    "barlow resnet sgd zero3": (BARLOW, RESNET, SGD, 3),
+    "rotation vit adamw zero3": (ROTATION, VIT, ADAMW, 3),
+    "spark resnet adamw zero3": (SPARK, STRIDE_8, ADAMW, 3),
+    "spark convnext adamw zero3": (SPARK, CONVNEXT, ADAMW, 3),
 }
 
 
@@ -79,6 +83,8 @@ def config_of(case: str, out: Path) -> Config:
         "optimizer": {"lr_rule": "absolute"} | optimizer,
         "log": {"every_steps": 1, "pictures_every_steps": 1},
     }
+    if stage == 3:  # small parameters, which all of these are, would be kept whole
+        values["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return validate_config(values, case, options_for)
 
 
@@ -102,6 +108,8 @@ def batch_at(positions: torch.Tensor, plan: ViewPlan) -> Batch:
 
 
 def run_case(name: str, out: Path) -> None:
+    import deepspeed  # after the start, which quiets it
+
     config = config_of(name, out)
     objective = build_objective(config)
     # As in a run: only the main rank watches, and draws pictures.
@@ -110,8 +118,12 @@ def run_case(name: str, out: Path) -> None:
     loader = MemoryLoader(micro_batch, NUM_SAMPLES, lambda positions: batch_at(positions, objective.views))
     Engine(config, objective, loader, NoStore(), recorders).run()
     gathered = distributed_buffers(objective)
+    if config.train.zero_stage == 3:
+        assert not any(parameter.numel() for parameter in objective.parameters())  # each rank keeps a part elsewhere
+    with deepspeed.zero.GatheredParameters(list(objective.parameters())):
+        weights = {key: value.clone() for key, value in objective.state_dict().items()}
     if distributed.is_main():
-        torch.save(objective.state_dict(), out / f"{name}.pt")
+        torch.save(weights, out / f"{name}.pt")
         records = [vars(record) for record in recorders[0].records]
         same = all(torch.equal(gathered[0], other) for other in gathered)
         (out / f"{name}.json").write_text(json.dumps({"records": records, "same_buffers": same}))

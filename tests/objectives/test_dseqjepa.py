@@ -255,6 +255,12 @@ def test_images_without_a_region_are_predicted_in_blocks(monkeypatch):
     assert parts["images_in_order"] == 0 and parts["images_with_0_regions"] == 1
 
 
+def test_images_with_a_region_are_predicted_in_order_alone(monkeypatch):
+    monkeypatch.setattr(DSeqJEPA, "_in_blocks", lambda *_: pytest.fail("an image with regions came here"))
+    parts = dseq()(a_batch(4), END).parts
+    assert parts["images_in_order"] == 1 and parts["images_with_0_regions"] == 0
+
+
 def test_random_blocks_are_those_of_ijepa_with_a_class_token():
     model, batch = dseq().double(), a_batch(4)
     target = model.normalised(model.look(some_images(4))[0])
