@@ -5,7 +5,7 @@ While a sparse encoding runs, every tensor between the encoder's layers is a pac
 they are given, and pack what they return:
 
     convolution     zeros at inactive positions: a submanifold convolution, whose output is read where it is active
-    max pooling     minus infinity there, so that they never win
+    max pooling     the lowest number there, so that they never win
     average pooling the mean over the active positions of a window (and over padding, where the layer counts it)
     enlargement     by repetition only
 
@@ -87,7 +87,9 @@ class SparseEncoder:
         if positions is None:
             return None
         packed, *rest = args
-        maps = positions.unpack(packed, fill=-torch.inf if isinstance(layer, nn.MaxPool2d) else 0.0)
+        # Not minus infinity: a compiled pooling cannot tell that from its padding, and goes back to an index outside
+        lowest = torch.finfo(packed.dtype).min
+        maps = positions.unpack(packed, fill=lowest if isinstance(layer, nn.MaxPool2d) else 0.0)
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
             # oneDNN 3.x corrupts memory in the backward pass of a strided 1x1 convolution with channels last
             maps = maps.contiguous()

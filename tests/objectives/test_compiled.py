@@ -1,0 +1,38 @@
+"""Under torch.compile, by the compiler that a run uses."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from objectives.sparse_encoder import SparseEncoder
+
+
+class Pooled(nn.Module):
+    """As a ResNet's stem: windows of the pooling reach over hidden positions, and over the border of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)
+
+    def forward_intermediates(self, images, intermediates_only):
+        return [self.pool(self.conv(images))]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_pooling_of_active_positions_has_the_same_gradients():
+    torch.manual_seed(0)
+    model, images = Pooled(), torch.randn(2, 3, 16, 16)
+    encoder, visible = SparseEncoder(model), torch.tensor([[1, 2], [0, 3]])
+
+    def gradients(encode):
+        model.zero_grad()
+        encode(images).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    def encode(images):
+        return encoder(images, visible, (2, 2)).maps[0]
+
+    for plain, compiled in zip(gradients(encode), gradients(torch.compile(encode, fullgraph=True)), strict=True):
+        torch.testing.assert_close(compiled, plain)
