@@ -24,6 +24,8 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+# One operation to torch.compile, which would else fold products of indices and constants without wrapping them.
+@torch.library.custom_op("prelude::random_bits", mutates_args=())
 def random_bits(seeds: Tensor, count: int, stream: int) -> Tensor:
     """`count` independent 63-bit integers for each seed.
 
@@ -33,6 +35,11 @@ def random_bits(seeds: Tensor, count: int, stream: int) -> Tensor:
     offset = (_GOLDEN * (2 * stream + 1) + 2**63) % 2**64 - 2**63  # wrapped: Python's integers do not overflow
     start = _mix(seeds + offset)  # (B,)
     return _shift_right(_mix(start[:, None] + index * _GOLDEN), 1)
+
+
+@random_bits.register_fake
+def _shape_of_random_bits(seeds: Tensor, count: int, stream: int) -> Tensor:
+    return seeds.new_empty(seeds.shape[0], count)
 
 
 def uniform(seeds: Tensor, count: int, stream: int) -> Tensor:

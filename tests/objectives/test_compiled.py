@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from objectives.sparse_encoder import SparseEncoder
+from pretrain.draws import random_bits
+
+pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 
 
 class Pooled(nn.Module):
@@ -20,7 +23,6 @@ class Pooled(nn.Module):
         return [self.pool(self.conv(images))]
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_pooling_of_active_positions_has_the_same_gradients():
     torch.manual_seed(0)
     model, images = Pooled(), torch.randn(2, 3, 16, 16)
@@ -36,3 +38,11 @@ def test_compiled_pooling_of_active_positions_has_the_same_gradients():
 
     for plain, compiled in zip(gradients(encode), gradients(torch.compile(encode, fullgraph=True)), strict=True):
         torch.testing.assert_close(compiled, plain)
+
+
+def test_compiled_draws_are_the_same_bits():
+    def draw(seeds):
+        return random_bits(seeds, 8, 3).view(-1, 4, 2)[..., 1] % 5  # every second: as the columns of blocks are drawn
+
+    for seeds in (torch.arange(4), torch.arange(7) * 10**17):
+        assert torch.equal(torch.compile(draw, fullgraph=True)(seeds), draw(seeds))
