@@ -20,19 +20,19 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from data.batch import Batch  # noqa: E402
-from objectives.dseqjepa import DSeqJEPA  # noqa: E402
-from objectives.ijepa import IJEPA  # noqa: E402
-from objectives.regions import normalised_saliency  # noqa: E402
-from pretrain.config import EncoderConfig  # noqa: E402
-from pretrain.encoders import build_encoder, seeded  # noqa: E402
-from pretrain.schedules import Progress  # noqa: E402
+from prelude.data.batch import Batch  # noqa: E402
+from prelude.objectives.dseqjepa import DSeqJEPA  # noqa: E402
+from prelude.objectives.ijepa import IJEPA  # noqa: E402
+from prelude.objectives.regions import normalised_saliency  # noqa: E402
+from prelude.pretrain.config import EncoderConfig  # noqa: E402
+from prelude.pretrain.encoders import build_encoder, seeded  # noqa: E402
+from prelude.pretrain.schedules import Progress  # noqa: E402
 
 SHAPES = {  # width, depth, heads, predictor depth
     "tiny": (192, 12, 3, 6),

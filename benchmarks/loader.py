@@ -1,8 +1,8 @@
 """CPU time of the data path against the usual pipeline, in one run.
 
 The usual pipeline is webdataset with PIL and torchvision: decode("pil"), RandomResizedCrop (bicubic), flip, ToTensor,
-Normalize, batches of float32. Ours is `data.loader.Loader`, whose batches are uint8 and are flipped and normalised on
-the device; a second row adds that last step on the CPU, which is what a run without a GPU pays.
+Normalize, batches of float32. Ours is `prelude.data.loader.Loader`, whose batches are uint8 and are flipped and
+normalised on the device; a second row adds that last step on the CPU, which is what a run without a GPU pays.
 
 - Arms take turns within a round, and a round's ratio compares its own arms: what else the machine does hits all.
 - CPU time is user + system of this process and of its workers, over a window in which every arm is warm.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
 
 import torch  # noqa: E402
 import webdataset as wds  # noqa: E402
@@ -29,10 +29,10 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
-from data.batch import View, ViewPlan  # noqa: E402
-from data.loader import Loader  # noqa: E402
-from data.shards import ShardIndex  # noqa: E402
-from pretrain.images import images  # noqa: E402
+from prelude.data.batch import View, ViewPlan  # noqa: E402
+from prelude.data.loader import Loader  # noqa: E402
+from prelude.data.shards import ShardIndex  # noqa: E402
+from prelude.pretrain.images import images  # noqa: E402
 
 SCALE = (0.2, 1.0)
 BATCHES_AHEAD = 2  # that each worker prepares, in all arms

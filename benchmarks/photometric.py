@@ -3,7 +3,7 @@
 All arms take the same uint8 crops and do jitter, grey, blur and solarise with the paper's probabilities, both views
 of every image. The crops themselves are not timed.
 
-- batch: `pretrain.photometric.augment`, float32, on --device.
+- batch: `prelude.pretrain.photometric.augment`, float32, on --device.
 - PIL one by one: torchvision's transforms on PIL images, with PIL's Gaussian blur, as the official code does in the
   loader's workers; ToTensor included.
 - tensors one by one: torchvision's v2 transforms on uint8 tensors.
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
 
 import torch  # noqa: E402
 from PIL import ImageFilter, ImageOps  # noqa: E402
@@ -31,8 +31,8 @@ from torchvision import transforms as v1  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 from torchvision.transforms.functional import to_pil_image  # noqa: E402
 
-from data.batch import Photometric  # noqa: E402
-from pretrain.photometric import augment  # noqa: E402
+from prelude.data.batch import Photometric  # noqa: E402
+from prelude.pretrain.photometric import augment  # noqa: E402
 
 STRENGTHS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 FIRST, SECOND = (1.0, 0.0), (0.1, 0.2)  # probabilities of blur and solarise

@@ -17,14 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from evaluators.features import Features  # noqa: E402
-from evaluators.knn import knn  # noqa: E402
-from evaluators.linear_probe import linear_probe  # noqa: E402
+from prelude.evaluators.features import Features  # noqa: E402
+from prelude.evaluators.knn import knn  # noqa: E402
+from prelude.evaluators.linear_probe import linear_probe  # noqa: E402
 
 PIECE = 2000  # samples drawn at once
 

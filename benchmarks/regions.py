@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from objectives.regions import find_regions, normalised_saliency  # noqa: E402
+from prelude.objectives.regions import find_regions, normalised_saliency  # noqa: E402
 
 NUM_REGIONS, MIN_AREA = 5, 0.02
 

@@ -18,16 +18,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]  # so that it runs as a script from anywhere
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "helpers")]  # so that it runs as a script from anywhere
 
 import masked_dense  # noqa: E402
 import torch  # noqa: E402
 
-from objectives.masking import mask_noise, num_kept, random_mask  # noqa: E402
-from objectives.sparse_check import survey, total_stride  # noqa: E402
-from objectives.sparse_encoder import SparseEncoder  # noqa: E402
-from pretrain.config import EncoderConfig  # noqa: E402
-from pretrain.encoders import build_encoder  # noqa: E402
+from prelude.objectives.masking import mask_noise, num_kept, random_mask  # noqa: E402
+from prelude.objectives.sparse_check import survey, total_stride  # noqa: E402
+from prelude.objectives.sparse_encoder import SparseEncoder  # noqa: E402
+from prelude.pretrain.config import EncoderConfig  # noqa: E402
+from prelude.pretrain.encoders import build_encoder  # noqa: E402
 
 
 def main() -> None:

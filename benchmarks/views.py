@@ -2,8 +2,8 @@
 
 Three ways to the two views of Barlow Twins, from uint8 crops to normalised float32: with PIL images and torchvision
 (what most pipelines do in their workers), with torchvision's v2 functions on uint8 tensors, and this project's
-`pretrain.images.images`. All three draw the same kind of parameters for every image of its own. On an accelerator
-the third costs the host nothing; here it runs on the CPU like the others.
+`prelude.pretrain.images.images`. All three draw the same kind of parameters for every image of its own. On an
+accelerator the third costs the host nothing; here it runs on the CPU like the others.
 
 - Ways take turns within a round, and a round's ratio compares its own ways: what else the machine does hits all.
 - CPU time is user + system of this process, on one thread.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -28,8 +28,8 @@ from rich.table import Table  # noqa: E402
 from torchvision import transforms  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
-from data.batch import Batch, Photometric, View, ViewPlan  # noqa: E402
-from pretrain.images import images  # noqa: E402
+from prelude.data.batch import Batch, Photometric, View, ViewPlan  # noqa: E402
+from prelude.pretrain.images import images  # noqa: E402
 
 COLOURS = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey": 0.2}
 

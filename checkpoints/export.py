@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoints.sources import EXPORT_SECTION, OpenedEncoder, open_encoder
-from data.errors import RunStopped, UserError
-from pretrain.encoders import seeded
+from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder, open_encoder
+from prelude.data.errors import RunStopped, UserError
+from prelude.pretrain.encoders import seeded
 
 # The same weights in the same operations on the same machine; relative to features that are larger than one.
 TOLERANCE = 1e-6

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.errors import UserError
-from pretrain import distributed
+from prelude.data.errors import UserError
+from prelude.pretrain import distributed
 
 Number = bool | int | float | None
 # timm's LAMB counts its steps in the parameter group instead of in each parameter's state.

@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from checkpoints import store
-from data.batch import IMAGENET_MEAN, IMAGENET_STD
-from data.errors import UserError
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder, seeded
+from prelude.checkpoints import store
+from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder, seeded
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
 _TIMM, _RANDOM = "timm:", "random:"

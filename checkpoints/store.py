@@ -24,9 +24,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoints.portable import PortableState, gather_state, scatter_state
-from data.errors import RunStopped, UserError
-from pretrain import distributed
+from prelude.checkpoints.portable import PortableState, gather_state, scatter_state
+from prelude.data.errors import RunStopped, UserError
+from prelude.pretrain import distributed
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"

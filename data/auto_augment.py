@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 from PIL import Image
 
-from data.batch import AutoAugment
+from prelude.data.batch import AutoAugment
 
 MOST = 10.0  # the largest magnitude of `rand`
 _BINS = 30  # strengths of `trivial` are k / 30 of the largest, k = 0..30

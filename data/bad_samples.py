@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from data.tar_index import Problem
+from prelude.data.tar_index import Problem
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@
 import numpy as np
 from webdataset.autodecode import basichandlers, decoders
 
-from data.decode import BadImage
-from data.errors import UserError
+from prelude.data.decode import BadImage
+from prelude.data.errors import UserError
 
 _EXECUTES_CODE = ("pkl", "pickle", "pyd", "pth")
 _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}

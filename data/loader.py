@@ -18,15 +18,15 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from data.bad_samples import BadSamples
-from data.batch import ViewPlan
-from data.errors import UserError
-from data.labels import LabelReader
-from data.order import DEFAULT_SHUFFLE, Order, Shuffle
-from data.pipeline import EndlessLoader, run_pipeline, to_batch
-from data.shards import ShardIndex, expand_shards, is_remote
-from data.source import EndlessSource, MicroBatchReader, OnePassSource, OpenFiles, announce
-from data.streaming import StreamingLoader
+from prelude.data.bad_samples import BadSamples
+from prelude.data.batch import ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.labels import LabelReader
+from prelude.data.order import DEFAULT_SHUFFLE, Order, Shuffle
+from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
+from prelude.data.shards import ShardIndex, expand_shards, is_remote
+from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, OpenFiles, announce
+from prelude.data.streaming import StreamingLoader
 
 
 def build_loader(

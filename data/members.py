@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data.decode import BadImage
-from data.shards import ShardIndex
-from data.source import OpenFiles
+from prelude.data.decode import BadImage
+from prelude.data.shards import ShardIndex
+from prelude.data.source import OpenFiles
 
 _CHUNK = 4096
 

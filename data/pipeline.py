@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 import torch
 import webdataset as wds
 
-from data.bad_samples import BadSamples
-from data.batch import Batch, ViewPlan
-from data.errors import RunStopped, UserError
-from data.source import MAX_ATTEMPTS
+from prelude.data.bad_samples import BadSamples
+from prelude.data.batch import Batch, ViewPlan
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.source import MAX_ATTEMPTS
 
 STATE_VERSION = 1
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares

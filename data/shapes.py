@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from data.errors import UserError
+from prelude.data.errors import UserError
 
 CLASSES = ("vertical", "horizontal", "diagonal", "zigzag", "rings", "checks", "grid", "bricks", "dots", "hoops")
 SPLITS = ("train", "test")

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from webdataset.shardlists import expand_urls
 
-from data.errors import UserError
-from data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
+from prelude.data.errors import UserError
+from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data.batch import ViewPlan
-from data.decode import BadImage
-from data.labels import LabelReader
-from data.order import Order, Shuffle, sample_seed, substitute
-from data.shards import ShardIndex
-from data.views import read_views
+from prelude.data.batch import ViewPlan
+from prelude.data.decode import BadImage
+from prelude.data.labels import LabelReader
+from prelude.data.order import Order, Shuffle, sample_seed, substitute
+from prelude.data.shards import ShardIndex
+from prelude.data.views import read_views
 
 MAX_ATTEMPTS = 16
 

@@ -17,14 +17,14 @@ import webdataset as wds
 from torch.utils.data import IterableDataset
 from webdataset.gopen import gopen_schemes
 
-from data.batch import ViewPlan
-from data.decode import BadImage
-from data.errors import UserError
-from data.order import sample_seed
-from data.pipeline import EndlessLoader
-from data.shards import is_remote
-from data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
-from data.tar_index import image_extension
+from prelude.data.batch import ViewPlan
+from prelude.data.decode import BadImage
+from prelude.data.errors import UserError
+from prelude.data.order import sample_seed
+from prelude.data.pipeline import EndlessLoader
+from prelude.data.shards import is_remote
+from prelude.data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
+from prelude.data.tar_index import image_extension
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections import Counter
 
 import numpy as np
 
-from data.decode import BadImage
-from data.loader import label_reader
-from data.shards import ShardIndex
-from data.source import OpenFiles
+from prelude.data.decode import BadImage
+from prelude.data.loader import label_reader
+from prelude.data.shards import ShardIndex
+from prelude.data.source import OpenFiles
 
 CANDIDATES = 10  # for each sample that is wanted
 

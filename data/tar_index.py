@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from data.errors import UserError
+from prelude.data.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif", "pgm", "pbm", "jp2", "avif")
 """In order of preference: a sample with `jpg` and `png` is an image with, most likely, a mask."""

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.auto_augment import augment
-from data.batch import View, ViewPlan
-from data.decode import decode
+from prelude.data.auto_augment import augment
+from prelude.data.batch import View, ViewPlan
+from prelude.data.decode import decode
 
 AUGMENT_DRAWS = 2**15  # of view_generator: apart from those of boxes, whose number depends on the image
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the source image

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from evaluators.features import Features
-from evaluators.ranking import auc, bootstrap
-from evaluators.results import Outcome, Percent
+from prelude.data.errors import UserError
+from prelude.evaluators.features import Features
+from prelude.evaluators.ranking import auc, bootstrap
+from prelude.evaluators.results import Outcome, Percent
 
 PIECE = 4096  # samples
 

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.store import sync_to_disk
-from data.errors import UserError
-from data.loader import one_pass
-from data.shards import ShardIndex, cache_folder
-from evaluators.features import Extractor, nothing_readable
-from pretrain import distributed
-from pretrain.collectives import row_counts
+from prelude.checkpoints.store import sync_to_disk
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.shards import ShardIndex, cache_folder
+from prelude.evaluators.features import Extractor, nothing_readable
+from prelude.pretrain import distributed
+from prelude.pretrain.collectives import row_counts
 
 FORMAT = 1
 VALUES, SAMPLE_IDS, ABOUT = "values.f32", "sample_ids.i64", "about.json"
@@ -75,7 +75,7 @@ class Bank:
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
-        encoder, kinds: as for `evaluators.features.extract`. Every rank calls this and gets the whole.
+        encoder, kinds: as for `prelude.evaluators.features.extract`. Every rank calls this and gets the whole.
         Raises UserError as `extract` does, where the folder cannot be written, and where a rank does not see it.
         """
         extractor = Extractor(encoder, kinds, device)

@@ -18,16 +18,16 @@ from pydantic import Field, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from data.batch import AutoAugment, Batch, View, ViewPlan
-from data.errors import UserError
-from pretrain import layer_decay
-from pretrain.batch_norm import synchronise
-from pretrain.config import EncoderConfig
-from pretrain.encoders import pooled_width
-from pretrain.images import images as device_images
-from pretrain.mixing import Mixing
-from pretrain.objective import AreaRange, Loss, Objective, Options
-from pretrain.schedules import Progress
+from prelude.data.batch import AutoAugment, Batch, View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.pretrain import layer_decay
+from prelude.pretrain.batch_norm import synchronise
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import pooled_width
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.mixing import Mixing
+from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.schedules import Progress
 
 NAME = "fine_tune"
 _HEAD_STD = 2e-5

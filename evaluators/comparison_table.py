@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evaluators.comparison import Comparison, Entry
-from evaluators.headline import best, evaluator_name, gain, headline, number_name
+from prelude.evaluators.comparison import Comparison, Entry
+from prelude.evaluators.headline import best, evaluator_name, gain, headline, number_name
 
 NOTHING = "–"
 

@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batch import Batch, View, ViewPlan
-from data.errors import UserError
-from data.loader import one_pass
-from data.shards import ShardIndex
-from evaluators.labels import not_class_numbers
-from evaluators.pixels import Pixels
-from pretrain.images import images
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.labels import not_class_numbers
+from prelude.evaluators.pixels import Pixels
+from prelude.pretrain.images import images
 
 FULL_FRAME_BELOW = 128  # pixels; from here on the classical "resize 256, crop 224"
 

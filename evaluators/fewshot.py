@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from evaluators import ncm
-from evaluators.convex import ClassLoss, Space
-from evaluators.features import Features
-from evaluators.linear_probe import score
-from evaluators.results import Outcome, mean_and_spread, percent
-from evaluators.splits import contiguous_labels, hold_out
+from prelude.data.errors import UserError
+from prelude.evaluators import ncm
+from prelude.evaluators.convex import ClassLoss, Space
+from prelude.evaluators.features import Features
+from prelude.evaluators.linear_probe import score
+from prelude.evaluators.results import Outcome, mean_and_spread, percent
+from prelude.evaluators.splits import contiguous_labels, hold_out
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-4 + i / 2):.3g}") for i in range(10))  # 1e-4 .. 3.16
 UNTUNED_DECAY = 0.1  # where a draw has no image to spare for a choice

@@ -19,21 +19,21 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from checkpoints.sources import OpenedEncoder, open_encoder
-from data.batch import Batch
-from data.errors import UserError
-from data.loader import one_pass
-from data.shards import ShardIndex
-from evaluators.classifier import NAME, Classifier, FineTuneOptions
-from evaluators.frozen import Labelled, labelled_shards
-from evaluators.labels import class_numbers
-from evaluators.low_label import low_label
-from evaluators.results import Outcome, Result, hits, percent, versions
-from pretrain import distributed
-from pretrain.config import Config, EncoderConfig, read_recipe, validate_config
-from pretrain.encoders import build_encoder, seeded
-from pretrain.monitors import Monitor, StepRecord
-from pretrain.schedules import Progress
+from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.data.batch import Batch
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.classifier import NAME, Classifier, FineTuneOptions
+from prelude.evaluators.frozen import Labelled, labelled_shards
+from prelude.evaluators.labels import class_numbers
+from prelude.evaluators.low_label import low_label
+from prelude.evaluators.results import Outcome, Result, hits, percent, versions
+from prelude.pretrain import distributed
+from prelude.pretrain.config import Config, EncoderConfig, read_recipe, validate_config
+from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.schedules import Progress
 
 _FROM_SCRATCH = "_from_scratch"
 _RANDOM = "random:"

@@ -12,16 +12,16 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from checkpoints.sources import OpenedEncoder, open_encoder
-from data.errors import UserError
-from data.shards import ShardIndex
-from evaluators.bank import Bank, Rows
-from evaluators.features import Features
-from evaluators.labels import Labels, VectorFormat, class_numbers, label_vectors
-from evaluators.pixels import is_pixels, open_pixels
-from evaluators.results import Outcome, Result, over_seeds, versions, write
-from pretrain import distributed
-from pretrain.config import EvaluateConfig, read_recipe
+from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.bank import Bank, Rows
+from prelude.evaluators.features import Features
+from prelude.evaluators.labels import Labels, VectorFormat, class_numbers, label_vectors
+from prelude.evaluators.pixels import is_pixels, open_pixels
+from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
+from prelude.pretrain import distributed
+from prelude.pretrain.config import EvaluateConfig, read_recipe
 
 Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
 BANK = "bank"  # folder of a run's features

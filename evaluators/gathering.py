@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoints import sources
-from data.errors import UserError
-from evaluators.comparison import Entry, Picture
-from evaluators.features import fair_kinds, kinds_among
-from evaluators.frozen import Judging, is_random, open_source, run_of
-from evaluators.pixels import is_pixels, pixel_size
-from evaluators.report.pictures import pictures_of
-from evaluators.run_record import cost_of, curves_of, pictures_of_run, recipe_of
-from pretrain.config import EncoderConfig
+from prelude.checkpoints import sources
+from prelude.data.errors import UserError
+from prelude.evaluators.comparison import Entry, Picture
+from prelude.evaluators.features import fair_kinds, kinds_among
+from prelude.evaluators.frozen import Judging, is_random, open_source, run_of
+from prelude.evaluators.pixels import is_pixels, pixel_size
+from prelude.evaluators.report.pictures import pictures_of
+from prelude.evaluators.run_record import cost_of, curves_of, pictures_of_run, recipe_of
+from prelude.pretrain.config import EncoderConfig
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@
 import re
 from dataclasses import dataclass
 
-from evaluators.comparison import Comparison, Entry
-from evaluators.results import TITLES
+from prelude.evaluators.comparison import Comparison, Entry
+from prelude.evaluators.results import TITLES
 
 NAMES = {
     "linear_probe": "linear probe",

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.errors import UserError
-from evaluators.convex import pieces, resident
-from evaluators.features import Features
-from evaluators.results import Outcome, Percent, hits, percent
-from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.data.errors import UserError
+from prelude.evaluators.convex import pieces, resident
+from prelude.evaluators.features import Features
+from prelude.evaluators.results import Outcome, Percent, hits, percent
+from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
 
 K = 20
 TEMPERATURE = 0.07

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.decode import BadImage
-from data.errors import UserError
-from data.labels import LabelReader
-from data.members import label_members
-from data.shards import ShardIndex
+from prelude.data.decode import BadImage
+from prelude.data.errors import UserError
+from prelude.data.labels import LabelReader
+from prelude.data.members import label_members
+from prelude.data.shards import ShardIndex
 
 
 @dataclass(frozen=True)

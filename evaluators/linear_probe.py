@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evaluators.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
-from evaluators.features import Features
-from evaluators.results import Outcome, hits, percent
-from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.evaluators.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
+from prelude.evaluators.features import Features
+from prelude.evaluators.results import Outcome, hits, percent
+from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-5 + i / 2):.3g}") for i in range(12))  # 1e-5 .. 3.16
 

@@ -6,7 +6,7 @@ are not made noisier by other images.
 
 import numpy as np
 
-from data.errors import UserError
+from prelude.data.errors import UserError
 
 
 def low_label(

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from evaluators.convex import MAX_PASSES, TOLERANCE, LabelLoss, Norm, Space
-from evaluators.features import Features
-from evaluators.ranking import CONFIDENCE, NUM_DRAWS, auc, average_precision, bootstrap, interval
-from evaluators.results import Outcome, Percent
+from prelude.data.errors import UserError
+from prelude.evaluators.convex import MAX_PASSES, TOLERANCE, LabelLoss, Norm, Space
+from prelude.evaluators.features import Features
+from prelude.evaluators.ranking import CONFIDENCE, NUM_DRAWS, auc, average_precision, bootstrap, interval
+from prelude.evaluators.results import Outcome, Percent
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-4 + i / 2):.3g}") for i in range(12))  # 1e-4 .. 31.6
 FOLDS = 5

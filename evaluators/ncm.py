@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluators.features import Features
-from evaluators.results import Outcome, Percent, hits, percent
-from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.evaluators.features import Features
+from prelude.evaluators.results import Outcome, Percent, hits, percent
+from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
 
 PIECE = 4096  # samples
 

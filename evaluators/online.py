@@ -22,13 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain import distributed
-from pretrain.config import Config
-from pretrain.monitors import Monitor, Report
-from pretrain.schedules import Progress
+import prelude
+from prelude.pretrain import distributed
+from prelude.pretrain.config import Config
+from prelude.pretrain.monitors import Monitor, Report
+from prelude.pretrain.schedules import Progress
 
 LAST_WAIT = 300.0  # seconds; other ranks may be waiting to leave
-_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGE_PATH = Path(prelude.__file__).resolve().parents[1]
 _ENDED = {"ended": True}
 
 
@@ -48,11 +49,11 @@ class OnlineProbe(Monitor):
 
     def start(self, progress: Progress) -> None:
         self.step = self.first = progress.step
-        path = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+        path = f"{_PACKAGE_PATH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         threads = str(max(distributed.cores_per_rank() // 4, 1))
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "evaluators.online_worker", str(self.run_dir.absolute())],
+                [sys.executable, "-m", "prelude.evaluators.online_worker", str(self.run_dir.absolute())],
                 env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

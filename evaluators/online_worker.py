@@ -21,19 +21,19 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.sources import OpenedEncoder
-from data.batch import Batch
-from data.errors import RunStopped, UserError
-from data.loader import one_pass
-from data.shards import ShardIndex
-from data.subset import balanced_subset
-from evaluators.features import Features, default_kinds, encode, evaluation_plan
-from evaluators.knn import knn
-from evaluators.linear_probe import linear_probe
-from pretrain import distributed
-from pretrain.config import Config
-from pretrain.encoders import build_encoder
-from pretrain.feature_health import feature_health
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.batch import Batch
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.loader import one_pass
+from prelude.data.shards import ShardIndex
+from prelude.data.subset import balanced_subset
+from prelude.evaluators.features import Features, default_kinds, encode, evaluation_plan
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.pretrain import distributed
+from prelude.pretrain.config import Config
+from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.feature_health import feature_health
 
 NICENESS = 10
 BATCH_SIZE = 128

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from checkpoints.sources import OpenedEncoder
-from data.batch import IMAGENET_MEAN, IMAGENET_STD
-from data.errors import UserError
-from pretrain.config import EncoderConfig
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
 
 LARGEST = 32  # pixels a side of plain `pixels`: "tiny images", as in Torralba et al., 2008
 

@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from data.batch import View, ViewPlan
-from data.errors import UserError
-from evaluators.features import default_kinds
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.evaluators.features import default_kinds
 
 
 @dataclass(frozen=True)

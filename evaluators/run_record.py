@@ -10,10 +10,10 @@ import re
 import statistics
 from pathlib import Path
 
-from checkpoints.store import STATE, Store
-from evaluators.comparison import Cost, Curve, Picture
-from pretrain.config import Config, read_recipe
-from pretrain.resume import changed_settings
+from prelude.checkpoints.store import STATE, Store
+from prelude.evaluators.comparison import Cost, Curve, Picture
+from prelude.pretrain.config import Config, read_recipe
+from prelude.pretrain.resume import changed_settings
 
 _NOT_PLOTTED = ("trivial_loss",)  # a constant
 _PICTURE = re.compile(r"(?P<title>.+)-(?P<step>\d{8})")

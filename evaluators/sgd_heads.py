@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluators.convex import Heads
-from evaluators.protocols import Protocol
+from prelude.evaluators.convex import Heads
+from prelude.evaluators.protocols import Protocol
 
 TRUST = 0.001
 INIT_STD = 0.01

@@ -6,8 +6,8 @@ Whatever an evaluator chooses, it chooses on the held-out part of train; test la
 import torch
 from torch import Tensor
 
-from data.errors import UserError
-from evaluators.features import Features
+from prelude.data.errors import UserError
+from prelude.evaluators.features import Features
 
 HELD_OUT = 0.1  # share of each class
 

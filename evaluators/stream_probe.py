@@ -17,20 +17,20 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from checkpoints.sources import OpenedEncoder
-from data.errors import UserError
-from data.loader import Loader
-from data.shards import ShardIndex
-from evaluators.features import Extractor, Features
-from evaluators.frozen import Judging, Labelled, by_seed, keep
-from evaluators.linear_probe import score
-from evaluators.pixels import is_pixels
-from evaluators.protocols import Protocol
-from evaluators.results import Outcome, Result, percent
-from evaluators.sgd_heads import SGDHeads
-from evaluators.splits import HELD_OUT, contiguous_labels, hold_out
-from pretrain import distributed
-from pretrain.collectives import gather_rows
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
+from prelude.data.loader import Loader
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features import Extractor, Features
+from prelude.evaluators.frozen import Judging, Labelled, by_seed, keep
+from prelude.evaluators.linear_probe import score
+from prelude.evaluators.pixels import is_pixels
+from prelude.evaluators.protocols import Protocol
+from prelude.evaluators.results import Outcome, Result, percent
+from prelude.evaluators.sgd_heads import SGDHeads
+from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.pretrain import distributed
+from prelude.pretrain.collectives import gather_rows
 
 FEW_STEPS = 500
 
@@ -43,8 +43,8 @@ def evaluate_protocol(
     kinds: Sequence[str] | None = None,
     **settings,
 ) -> list[Result]:
-    """The protocol's result on every source. settings: of `evaluators.frozen.Judging`. Every rank takes part to the
-    end, and the first one alone writes; all get the results."""
+    """The protocol's result on every source. settings: of `prelude.evaluators.frozen.Judging`. Every rank takes part to
+    the end, and the first one alone writes; all get the results."""
 
     def chosen(encoder: OpenedEncoder) -> Sequence[str]:
         return protocol.kinds_of(encoder) if kinds is None or is_pixels(encoder.config.name) else kinds

@@ -1,5 +1,8 @@
 """The doors: each reads its arguments, builds the parts and hands them to each other."""
 
+if __name__ != "prelude.launch":  # under a second name every module would exist twice
+    raise ImportError("launch is imported as prelude.launch")
+
 import os
 
 # Read when torch is first imported. On CPU, compute threads share their cores with loader workers; threads that spin

@@ -7,7 +7,7 @@ Features are made again when an evaluation wants them. Without a folder: those k
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 from pathlib import Path
@@ -16,10 +16,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from evaluators.bank import Bank
-from evaluators.frozen import BANK, run_of
-from launch.arguments import documented_parser
-from launch.exit_codes import door
+from prelude.evaluators.bank import Bank
+from prelude.evaluators.frozen import BANK, run_of
+from prelude.launch.arguments import documented_parser
+from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from launch.exit_codes import PREEMPTED
-from pretrain.distributed import free_port
+from prelude.launch.exit_codes import PREEMPTED
+from prelude.pretrain.distributed import free_port
 
 DOORS = Path(__file__).resolve().parent
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

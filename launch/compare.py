@@ -10,7 +10,7 @@ could not be compared. docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 import sys
@@ -20,26 +20,26 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from data.errors import UserError
-from data.shards import ShardIndex
-from evaluators import gathering
-from evaluators.anomaly import anomaly
-from evaluators.comparison import Comparison, Entry
-from evaluators.comparison_table import markdown, print_comparison, to_json
-from evaluators.fewshot import fewshot
-from evaluators.frozen import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
-from evaluators.gathering import Contestant
-from evaluators.knn import knn
-from evaluators.linear_probe import linear_probe
-from evaluators.multilabel import multilabel
-from evaluators.ncm import ncm
-from evaluators.report.page import page
-from evaluators.results import versions
-from launch.children import Preempted
-from launch.compared_runs import named_source, recipe_of, with_fine_tuning
-from launch.exit_codes import INCOMPLETE, PREEMPTED, door
-from launch.frozen import SOURCES, common, door_parser
-from pretrain import distributed
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.evaluators import gathering
+from prelude.evaluators.anomaly import anomaly
+from prelude.evaluators.comparison import Comparison, Entry
+from prelude.evaluators.comparison_table import markdown, print_comparison, to_json
+from prelude.evaluators.fewshot import fewshot
+from prelude.evaluators.frozen import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
+from prelude.evaluators.gathering import Contestant
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.evaluators.multilabel import multilabel
+from prelude.evaluators.ncm import ncm
+from prelude.evaluators.report.page import page
+from prelude.evaluators.results import versions
+from prelude.launch.children import Preempted
+from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuning
+from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED, door
+from prelude.launch.frozen import SOURCES, common, door_parser
+from prelude.pretrain import distributed
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
 FEW_LABELS = partial(fewshot, shares=(1.0,))

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError
-from data.shards import ShardIndex
-from evaluators.classifier import NAME as FINE_TUNE
-from evaluators.comparison import Entry
-from evaluators.frozen import Labelled
-from evaluators.gathering import Named
-from evaluators.run_record import is_finished
-from launch.children import run_door
-from objectives import options_for
-from pretrain.budget import within
-from pretrain.config import find_recipe, load_config, read_recipe
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.classifier import NAME as FINE_TUNE
+from prelude.evaluators.comparison import Entry
+from prelude.evaluators.frozen import Labelled
+from prelude.evaluators.gathering import Named
+from prelude.evaluators.run_record import is_finished
+from prelude.launch.children import run_door
+from prelude.objectives import options_for
+from prelude.pretrain.budget import within
+from prelude.pretrain.config import find_recipe, load_config, read_recipe
 
 
 def recipe_of(source: str) -> Path | None:

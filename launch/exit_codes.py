@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from data.errors import RunStopped, UserError
-from pretrain import distributed
+from prelude.data.errors import RunStopped, UserError
+from prelude.pretrain import distributed
 
 INCOMPLETE = 4  # some of what was asked for is missing, and what there is says which
 PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it

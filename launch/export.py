@@ -5,14 +5,14 @@ python -c "import timm; print(timm.create_model('local-dir:encoder', pretrained=
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 from pathlib import Path
 
-from checkpoints.export import export_encoder
-from launch.arguments import documented_parser
-from launch.exit_codes import door
+from prelude.checkpoints.export import export_encoder
+from prelude.launch.arguments import documented_parser
+from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ The same command, run again, goes on from the run's newest checkpoint. Exit code
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 import functools
@@ -19,16 +19,16 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.store import Store
-from data.loader import Loader
-from evaluators import finetune
-from evaluators.results import print_table, write
-from launch.arguments import documented_parser
-from launch.exit_codes import PREEMPTED, door, leave
-from launch.pretrain import introduce, loader_settings, logs_of, prepare_run_dir
-from pretrain import distributed
-from pretrain.engine import Engine
-from pretrain.preview import describe
+from prelude.checkpoints.store import Store
+from prelude.data.loader import Loader
+from prelude.evaluators import finetune
+from prelude.evaluators.results import print_table, write
+from prelude.launch.arguments import documented_parser
+from prelude.launch.exit_codes import PREEMPTED, door, leave
+from prelude.launch.pretrain import introduce, loader_settings, logs_of, prepare_run_dir
+from prelude.pretrain import distributed
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.preview import describe
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,11 +5,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from data.errors import UserError
-from evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
-from evaluators.results import Result, print_table
-from launch.arguments import documented_parser
-from pretrain import distributed
+from prelude.data.errors import UserError
+from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
+from prelude.evaluators.results import Result, print_table
+from prelude.launch.arguments import documented_parser
+from prelude.pretrain import distributed
 
 SOURCES = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "

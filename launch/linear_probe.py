@@ -10,19 +10,19 @@ docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 from functools import partial
 
-from data.errors import UserError
-from evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
-from evaluators.protocols import PROTOCOLS, protocol_of
-from evaluators.results import print_table
-from evaluators.stream_probe import evaluate_protocol
-from launch.exit_codes import door
-from launch.frozen import common, door_parser, judge, labelled_of
-from pretrain import distributed
+from prelude.data.errors import UserError
+from prelude.evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
+from prelude.evaluators.protocols import PROTOCOLS, protocol_of
+from prelude.evaluators.results import print_table
+from prelude.evaluators.stream_probe import evaluate_protocol
+from prelude.launch.exit_codes import door
+from prelude.launch.frozen import common, door_parser, judge, labelled_of
+from prelude.pretrain import distributed
 
 OF_PROTOCOLS = ("learning_rates", "epochs", "global_batch")
 

@@ -7,15 +7,15 @@ Several sources give one table; each result is also written as JSON. docs/evalua
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 from functools import partial
 
-from evaluators.frozen import vector_format
-from evaluators.multilabel import multilabel
-from launch.exit_codes import door
-from launch.frozen import door_parser, judge
+from prelude.evaluators.frozen import vector_format
+from prelude.evaluators.multilabel import multilabel
+from prelude.launch.exit_codes import door
+from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:

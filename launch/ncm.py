@@ -6,11 +6,11 @@ Several sources give one table; each result is also written as JSON. docs/evalua
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
-from evaluators.ncm import ncm
-from launch.exit_codes import door
-from launch.frozen import door_parser, judge
+from prelude.evaluators.ncm import ncm
+from prelude.launch.exit_codes import door
+from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,24 +1,27 @@
 """`prelude`: one name for all the doors."""
 
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
+
 import importlib
 import sys
 
-from launch.exit_codes import door
+from prelude.launch.exit_codes import door
 
 COMMANDS = {
-    "quickstart": ("launch.quickstart", "pretrain, probe and export on a small data set that is made on the spot"),
-    "pretrain": ("launch.pretrain", "train an encoder on unlabelled shards"),
-    "probe": ("launch.linear_probe", "linear probe of a frozen encoder"),
-    "knn": ("launch.knn", "k-nearest-neighbour accuracy of a frozen encoder"),
-    "finetune": ("launch.finetune", "train an encoder on with labels, and test it"),
-    "ncm": ("launch.ncm", "nearest-class-mean accuracy of a frozen encoder"),
-    "fewshot": ("launch.fewshot", "accuracy of a frozen encoder with few labels"),
-    "multilabel": ("launch.multilabel", "several findings an image, by heads on a frozen encoder"),
-    "anomaly": ("launch.anomaly", "anomaly detection by a frozen encoder"),
-    "bank": ("launch.bank", "see or remove the frozen features that evaluations keep"),
-    "compare": ("launch.compare", "objectives or checkpoints side by side, in one table and one page"),
-    "export": ("launch.export", "write a run's encoder as a plain timm checkpoint"),
-    "shards": ("launch.shards", "look at shards before training on them"),
+    "quickstart": ("quickstart", "pretrain, probe and export on a small data set that is made on the spot"),
+    "pretrain": ("pretrain", "train an encoder on unlabelled shards"),
+    "probe": ("linear_probe", "linear probe of a frozen encoder"),
+    "knn": ("knn", "k-nearest-neighbour accuracy of a frozen encoder"),
+    "finetune": ("finetune", "train an encoder on with labels, and test it"),
+    "ncm": ("ncm", "nearest-class-mean accuracy of a frozen encoder"),
+    "fewshot": ("fewshot", "accuracy of a frozen encoder with few labels"),
+    "multilabel": ("multilabel", "several findings an image, by heads on a frozen encoder"),
+    "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
+    "bank": ("bank", "see or remove the frozen features that evaluations keep"),
+    "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
+    "export": ("export", "write a run's encoder as a plain timm checkpoint"),
+    "shards": ("shards", "look at shards before training on them"),
 }
 
 USAGE = """usage: prelude COMMAND ...
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"error: prelude has no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[argv[0]][0])
+    module = importlib.import_module(f"prelude.launch.{COMMANDS[argv[0]][0]}")
     sys.argv[0] = f"prelude {argv[0]}"  # the name that argparse shows in a command's own help
     return module.main(argv[1:])
 

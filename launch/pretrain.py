@@ -7,7 +7,7 @@ The same command, run again, goes on from the run's newest checkpoint, at any nu
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 import json
@@ -18,22 +18,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.store import Store
-from data.errors import UserError
-from data.loader import build_loader
-from data.order import Shuffle
-from data.shards import expand_shards
-from evaluators.online import OnlineProbe
-from launch.arguments import documented_parser
-from launch.exit_codes import PREEMPTED, door, leave
-from objectives import build_objective, check_objective, objective_class, options_for
-from pretrain import distributed, precision
-from pretrain.collapse import CollapseWatch
-from pretrain.config import Config, load_config
-from pretrain.engine import Engine
-from pretrain.environment import describe_environment
-from pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
-from pretrain.preview import describe
+from prelude.checkpoints.store import Store
+from prelude.data.errors import UserError
+from prelude.data.loader import build_loader
+from prelude.data.order import Shuffle
+from prelude.data.shards import expand_shards
+from prelude.evaluators.online import OnlineProbe
+from prelude.launch.arguments import documented_parser
+from prelude.launch.exit_codes import PREEMPTED, door, leave
+from prelude.objectives import build_objective, check_objective, objective_class, options_for
+from prelude.pretrain import distributed, precision
+from prelude.pretrain.collapse import CollapseWatch
+from prelude.pretrain.config import Config, load_config
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.environment import describe_environment
+from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
+from prelude.pretrain.preview import describe
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,22 +8,22 @@ and raw pixels. A quickstart that was interrupted goes on where it stopped.
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 from pathlib import Path
 
 from rich.console import Console
 
-from checkpoints.export import export_encoder
-from data.shapes import write_shards
-from evaluators.frozen import evaluate, labelled_shards
-from evaluators.knn import knn
-from evaluators.linear_probe import linear_probe
-from evaluators.results import print_table
-from launch import pretrain
-from launch.arguments import documented_parser
-from launch.exit_codes import door
+from prelude.checkpoints.export import export_encoder
+from prelude.data.shapes import write_shards
+from prelude.evaluators.frozen import evaluate, labelled_shards
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.evaluators.results import print_table
+from prelude.launch import pretrain
+from prelude.launch.arguments import documented_parser
+from prelude.launch.exit_codes import door
 
 NUM_TRAIN, NUM_TEST = 5000, 1000
 

@@ -5,17 +5,17 @@ prelude shards shapes --to data/shapes                write the embedded data se
 """
 
 if __name__ == "__main__" and not __package__:
-    import as_script  # noqa: F401  a launched script's folder would hide the package `pretrain`
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
 
 from rich.console import Console
 from rich.table import Table
 
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from launch.arguments import documented_parser
-from launch.exit_codes import door
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.launch.arguments import documented_parser
+from prelude.launch.exit_codes import door
 
 _MOST_PROBLEMS = 20
 

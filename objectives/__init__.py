@@ -4,23 +4,26 @@ A name in a config is one of ours (`mae`), a class anywhere on the import path (
 that an installed package offers in the entry-point group `prelude.objectives`.
 """
 
+if __name__ != "prelude.objectives":  # under a second name every module would exist twice
+    raise ImportError("objectives is imported as prelude.objectives")
+
 import difflib
 import importlib
 from importlib.metadata import entry_points
 from typing import Any
 
-from data.errors import UserError
-from pretrain.config import Config
-from pretrain.encoders import build_encoder, seeded
-from pretrain.objective import Objective, Options
+from prelude.data.errors import UserError
+from prelude.pretrain.config import Config
+from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.objective import Objective, Options
 
 OURS = {
-    "barlow_twins": "objectives.barlow_twins:BarlowTwins",
-    "dseqjepa": "objectives.dseqjepa:DSeqJEPA",
-    "ijepa": "objectives.ijepa:IJEPA",
-    "mae": "objectives.mae:MAE",
-    "rotation": "objectives.rotation:Rotation",
-    "spark": "objectives.spark:SparK",
+    "barlow_twins": "prelude.objectives.barlow_twins:BarlowTwins",
+    "dseqjepa": "prelude.objectives.dseqjepa:DSeqJEPA",
+    "ijepa": "prelude.objectives.ijepa:IJEPA",
+    "mae": "prelude.objectives.mae:MAE",
+    "rotation": "prelude.objectives.rotation:Rotation",
+    "spark": "prelude.objectives.spark:SparK",
 }
 ENTRY_POINTS = "prelude.objectives"
 
@@ -36,7 +39,7 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def options_for(name: str) -> type[Options]:
-    """The model of an objective's settings, as `pretrain.config.load_config` wants it. Raises UserError."""
+    """The model of an objective's settings, as `prelude.pretrain.config.load_config` wants it. Raises UserError."""
     return objective_class(name).Options
 
 
@@ -72,5 +75,5 @@ def _imported(path: str, name: str) -> type[Objective]:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"objective.name={name} cannot be imported: {error}; write module:Class.") from error
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
-        raise UserError(f"objective.name={name} is not an Objective; subclass pretrain.objective.Objective.")
+        raise UserError(f"objective.name={name} is not an Objective; subclass prelude.pretrain.objective.Objective.")
     return cls

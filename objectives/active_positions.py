@@ -13,7 +13,7 @@ or a global response norm is one over active positions.
 import torch
 from torch import Tensor
 
-from data.errors import UserError
+from prelude.data.errors import UserError
 
 Cell = tuple[int, int]  # (rows, columns) of positions that a visible cell has at some resolution
 

@@ -18,18 +18,18 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from data.batch import Batch, Photometric, View, ViewPlan
-from objectives.cross_correlation import barlow_loss
-from objectives.pictures import sheet
-from objectives.projector import projector
-from pretrain.batch_norm import normalise_columns, synchronise
-from pretrain.collectives import row_counts
-from pretrain.encoders import pooled_width
-from pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
-from pretrain.images import denormalise
-from pretrain.images import images as device_images
-from pretrain.objective import AreaRange, Loss, Objective, Options
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch, Photometric, View, ViewPlan
+from prelude.objectives.cross_correlation import barlow_loss
+from prelude.objectives.pictures import sheet
+from prelude.objectives.projector import projector
+from prelude.pretrain.batch_norm import normalise_columns, synchronise
+from prelude.pretrain.collectives import row_counts
+from prelude.pretrain.encoders import pooled_width
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
+from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.schedules import Progress
 
 _EPSILON = 1e-5  # added to the variance of a dimension
 _DEAD = 1e-3  # a dimension whose standard deviation over the batch is below this says nothing

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pretrain.draws import random_bits, uniform
+from prelude.pretrain.draws import random_bits, uniform
 
 SIZE_STREAM, CORNER_STREAM, SUBSET_STREAM = 111, 112, 113  # of pretrain.draws
 _NUM_ATTEMPTS = 4  # placements drawn for each sample; one falls short with probability 1/128, all with 4e-9

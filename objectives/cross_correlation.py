@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.collectives import gather_rows, sum_over_ranks
-from pretrain.distributed import world_size
+from prelude.pretrain.collectives import gather_rows, sum_over_ranks
+from prelude.pretrain.distributed import world_size
 
 # Columns of c held at once times D: 2**24 float32 are 64 MiB.
 BLOCK_ELEMENTS = 2**24

@@ -28,21 +28,21 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from data.batch import Batch
-from data.errors import UserError
-from objectives.blocks import step_draws
-from objectives.ijepa import IJEPA, IJEPAOptions, gather
-from objectives.patch_pictures import page, region_panels
-from objectives.regions import Regions, Strategy, find_regions, normalised_saliency, with_rectangles
-from objectives.vicreg import VICReg
-from pretrain.config import EncoderConfig
-from pretrain.draws import uniform
-from pretrain.encoders import check_encoder, forward_tokens
-from pretrain.feature_health import feature_health
-from pretrain.images import denormalise
-from pretrain.images import images as device_images
-from pretrain.objective import Loss
-from pretrain.schedules import Progress, linear
+from prelude.data.batch import Batch
+from prelude.data.errors import UserError
+from prelude.objectives.blocks import step_draws
+from prelude.objectives.ijepa import IJEPA, IJEPAOptions, gather
+from prelude.objectives.patch_pictures import page, region_panels
+from prelude.objectives.regions import Regions, Strategy, find_regions, normalised_saliency, with_rectangles
+from prelude.objectives.vicreg import VICReg
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.draws import uniform
+from prelude.pretrain.encoders import check_encoder, forward_tokens
+from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.objective import Loss
+from prelude.pretrain.schedules import Progress, linear
 
 STEP_STREAM, SAMPLE_STREAM = 121, 122  # of pretrain.draws
 _BUCKET = 16  # images of similar context that are encoded together, at least

@@ -22,20 +22,20 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from data.batch import Batch, View, ViewPlan
-from data.errors import UserError
-from objectives.blocks import BlockMasks, MultiBlock
-from objectives.momentum_teacher import follow, momentum_teacher
-from objectives.official_blocks import OfficialMultiBlock
-from objectives.patch_pictures import Panel, block_panels, page
-from objectives.predictor import Predictor
-from pretrain.config import EncoderConfig
-from pretrain.encoders import check_encoder, forward_tokens
-from pretrain.feature_health import feature_health, teacher_cosine
-from pretrain.images import denormalise
-from pretrain.images import images as device_images
-from pretrain.objective import AreaRange, Loss, Objective, Options
-from pretrain.schedules import Progress, linear
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.objectives.blocks import BlockMasks, MultiBlock
+from prelude.objectives.momentum_teacher import follow, momentum_teacher
+from prelude.objectives.official_blocks import OfficialMultiBlock
+from prelude.objectives.patch_pictures import Panel, block_panels, page
+from prelude.objectives.predictor import Predictor
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import check_encoder, forward_tokens
+from prelude.pretrain.feature_health import feature_health, teacher_cosine
+from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.schedules import Progress, linear
 
 _NUM_PICTURES = 6
 

@@ -20,19 +20,19 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from data.batch import Batch, View, ViewPlan
-from data.errors import UserError
-from objectives.masking import PatchMask, mask_noise, num_kept, random_mask
-from objectives.pictures import sheet
-from objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
-from pretrain.config import EncoderConfig
-from pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks
-from pretrain.feature_health import TRIVIAL_LOSS, feature_health
-from pretrain.images import denormalise
-from pretrain.images import images as device_images
-from pretrain.objective import AreaRange, Loss, Objective, Options
-from pretrain.position import sincos_table
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from prelude.objectives.pictures import sheet
+from prelude.objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
+from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.position import sincos_table
+from prelude.pretrain.schedules import Progress
 
 _EPSILON = 1e-6  # added to a patch's variance, so that a flat patch has target 0
 _NUM_PICTURES = 8

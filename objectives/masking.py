@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.draws import random_bits
+from prelude.pretrain.draws import random_bits
 
 MASK_STREAM = 101  # of pretrain.draws: apart from every other use of a sample's seed
 

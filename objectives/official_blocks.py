@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from objectives.blocks import (
+from prelude.objectives.blocks import (
     CORNER_STREAM,
     SIZE_STREAM,
     BlockMasks,
@@ -34,7 +34,7 @@ _TRIES = 20  # of a context block, before one more target may be overlapped
 
 @dataclass(frozen=True)
 class OfficialMultiBlock:
-    """As `objectives.blocks.MultiBlock`, with the released code's sizes, places and truncation."""
+    """As `prelude.objectives.blocks.MultiBlock`, with the released code's sizes, places and truncation."""
 
     grid: Size
     num_targets: int = 4

@@ -9,9 +9,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from objectives.token_blocks import LayerNorm, transformer_blocks
-from pretrain.encoders import run_blocks
-from pretrain.position import sincos_table
+from prelude.objectives.token_blocks import LayerNorm, transformer_blocks
+from prelude.pretrain.encoders import run_blocks
+from prelude.pretrain.position import sincos_table
 
 
 class Predictor(nn.Module):

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from objectives.blocks import Size, draw_corners, inside
-from pretrain.draws import uniform
+from prelude.objectives.blocks import Size, draw_corners, inside
+from prelude.pretrain.draws import uniform
 
 RECTANGLE_STREAM, ACCEPT_STREAM = 131, 132  # of pretrain.draws
 _LEVELS = 256

@@ -18,17 +18,17 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from data.batch import Batch, View, ViewPlan
-from data.errors import UserError
-from objectives.pictures import sheet
-from pretrain.batch_norm import synchronise
-from pretrain.config import EncoderConfig
-from pretrain.encoders import check_encoder, pooled_width
-from pretrain.feature_health import TRIVIAL_LOSS, feature_health
-from pretrain.images import denormalise
-from pretrain.images import images as device_images
-from pretrain.objective import AreaRange, Loss, Objective, Options
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.objectives.pictures import sheet
+from prelude.pretrain.batch_norm import synchronise
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import check_encoder, pooled_width
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
+from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.schedules import Progress
 
 _NUM_PICTURES = 8
 _FRAME = 2  # pixels

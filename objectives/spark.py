@@ -25,22 +25,22 @@ from pydantic import Field
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from data.batch import Batch, View, ViewPlan
-from data.errors import UserError
-from objectives.active_positions import ActivePositions
-from objectives.masking import PatchMask, mask_noise, num_kept, random_mask
-from objectives.pictures import sheet
-from objectives.sparse_check import Stage, Survey, survey, total_stride
-from objectives.sparse_encoder import Encoded, SparseEncoder
-from objectives.unet_decoder import UNetDecoder
-from pretrain.batch_norm import synchronise
-from pretrain.config import EncoderConfig
-from pretrain.encoders import gather_patches, lay_out_encoder
-from pretrain.feature_health import TRIVIAL_LOSS, feature_health
-from pretrain.images import denormalise
-from pretrain.images import images as device_images
-from pretrain.objective import AreaRange, Loss, Objective, Options
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.objectives.active_positions import ActivePositions
+from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from prelude.objectives.pictures import sheet
+from prelude.objectives.sparse_check import Stage, Survey, survey, total_stride
+from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
+from prelude.objectives.unet_decoder import UNetDecoder
+from prelude.pretrain.batch_norm import synchronise
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import gather_patches, lay_out_encoder
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
+from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.schedules import Progress
 
 _EPSILON = 1e-6  # added to a cell's variance, so that a flat cell has target 0
 _NUM_SCALES = 4  # maps that reach the decoder, from the coarsest: strides 32, 16, 8 and 4 of most convnets

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from data.errors import UserError
-from objectives.sparse_encoder import SparseEncoder, mixes_neighbours
+from prelude.data.errors import UserError
+from prelude.objectives.sparse_encoder import SparseEncoder, mixes_neighbours
 
 _POINTWISE = set(
     "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip "

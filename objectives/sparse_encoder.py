@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from objectives.active_positions import ActivePositions
+from prelude.objectives.active_positions import ActivePositions
 
 
 @dataclass(frozen=True)

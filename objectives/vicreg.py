@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives.projector import projector
-from pretrain.batch_norm import synchronise
-from pretrain.collectives import all_reduce
-from pretrain.distributed import world_size
+from prelude.objectives.projector import projector
+from prelude.pretrain.batch_norm import synchronise
+from prelude.pretrain.collectives import all_reduce
+from prelude.pretrain.distributed import world_size
 
 _INVARIANCE, _VARIANCE, _COVARIANCE = 25.0, 25.0, 1.0
 _EPSILON = 1e-4  # added to a variance before its root

@@ -14,9 +14,9 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data.errors import UserError
-from pretrain.collectives import gather_rows, sum_over_ranks
-from pretrain.distributed import world_size
+from prelude.data.errors import UserError
+from prelude.pretrain.collectives import gather_rows, sum_over_ranks
+from prelude.pretrain.distributed import world_size
 
 
 def synchronise(module: nn.Module) -> None:

@@ -3,8 +3,8 @@
 import json
 import math
 
-from data.errors import UserError
-from pretrain.config import Config
+from prelude.data.errors import UserError
+from prelude.pretrain.config import Config
 
 
 def within(config: Config, num_images: int, num_samples: int) -> list[str]:

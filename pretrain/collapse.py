@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pretrain.config import CollapseConfig
-from pretrain.feature_health import TRIVIAL_LOSS
-from pretrain.monitors import Monitor, Report, StepRecord
+from prelude.pretrain.config import CollapseConfig
+from prelude.pretrain.feature_health import TRIVIAL_LOSS
+from prelude.pretrain.monitors import Monitor, Report, StepRecord
 
 REMEDIES = {
     "same_features": "lower optimizer.lr, or lengthen optimizer.warmup_epochs",

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.distributed import device, world_size
+from prelude.pretrain.distributed import device, world_size
 
 
 class _AllReduce(torch.autograd.Function):

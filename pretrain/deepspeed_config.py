@@ -8,9 +8,9 @@ import difflib
 import json
 from pathlib import Path
 
-from data.errors import UserError
-from pretrain import precision as precisions
-from pretrain.config import Config
+from prelude.data.errors import UserError
+from prelude.pretrain import precision as precisions
+from prelude.pretrain.config import Config
 
 # Where a setting of DeepSpeed's that the run decides is written instead.
 _OURS = {

@@ -20,9 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.errors import UserError
-from pretrain.config import EncoderConfig
-from pretrain.position import sincos_table
+from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.position import sincos_table
 
 _HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
 _ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder

@@ -15,14 +15,14 @@ from typing import Literal
 
 import torch
 
-from data.errors import RunStopped, UserError
-from pretrain import deepspeed_config, distributed, optimizers, precision
-from pretrain.config import Config
-from pretrain.environment import peak_memory
-from pretrain.monitors import Monitor, StepRecord
-from pretrain.objective import Objective
-from pretrain.resume import changed_settings, refuse_changed_config
-from pretrain.schedules import Progress
+from prelude.data.errors import RunStopped, UserError
+from prelude.pretrain import deepspeed_config, distributed, optimizers, precision
+from prelude.pretrain.config import Config
+from prelude.pretrain.environment import peak_memory
+from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.objective import Objective
+from prelude.pretrain.resume import changed_settings, refuse_changed_config
+from prelude.pretrain.schedules import Progress
 
 
 @dataclass(frozen=True)

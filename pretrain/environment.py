@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain import distributed
+from prelude.pretrain import distributed
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "simplejpeg", "numpy")
 

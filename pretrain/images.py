@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Batch, View, ViewPlan
-from pretrain.draws import random_bits
-from pretrain.photometric import augment
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.pretrain.draws import random_bits
+from prelude.pretrain.photometric import augment
 
 SHIFT_STREAM = 151  # of pretrain.draws; view v of a plan reads stream 151 + v
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.collectives import partners
-from pretrain.draws import uniform
+from prelude.pretrain.collectives import partners
+from prelude.pretrain.draws import uniform
 
 MIX_STREAM = 181  # of pretrain.draws
 _KNOTS = 1025

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress
 
 _LEGIBLE_WIDTH = 480  # pixels
 _SCALARS = ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "epoch", "bad_samples")

@@ -11,10 +11,10 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from data.batch import Batch, ViewPlan
-from pretrain.config import EncoderConfig
-from pretrain.encoders import check_encoder
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch, ViewPlan
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import check_encoder
+from prelude.pretrain.schedules import Progress
 
 
 class Options(BaseModel):

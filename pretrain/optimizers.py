@@ -13,8 +13,8 @@ import torch
 from timm.optim import Lamb, Lars
 from torch import nn
 
-from pretrain.config import Config
-from pretrain.schedules import Progress, cosine, linear, warmup_cosine
+from prelude.pretrain.config import Config
+from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine
 
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
 

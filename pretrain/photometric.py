@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Photometric
-from pretrain.draws import uniform
+from prelude.data.batch import Photometric
+from prelude.pretrain.draws import uniform
 
 PHOTOMETRIC_STREAM = 201  # of pretrain.draws; view v of a plan reads stream 201 + v
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds them

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError
-from pretrain.config import Config
+from prelude.data.errors import UserError
+from prelude.pretrain.config import Config
 
 
 def resolve(config: Config, device: torch.device) -> str:

@@ -3,10 +3,10 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.batch import Batch, ViewPlan
-from pretrain.config import Config
-from pretrain.objective import Objective
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch, ViewPlan
+from prelude.pretrain.config import Config
+from prelude.pretrain.objective import Objective
+from prelude.pretrain.schedules import Progress
 
 _MIB = 2**20
 

@@ -6,8 +6,8 @@ watched and how its batch is split over ranks may change freely.
 
 from pathlib import Path
 
-from data.errors import UserError
-from pretrain.config import Config
+from prelude.data.errors import UserError
+from prelude.pretrain.config import Config
 
 _FREE = (
     "run_dir",

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from evaluators.report.scales import Scale, fitting, linear, logarithmic, texts
+from prelude.evaluators.report.scales import Scale, fitting, linear, logarithmic, texts
 
 WIDTH = 360
 NUM_COLOURS = 7

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluators.comparison import Comparison, Curve, Entry
-from evaluators.headline import evaluator_name, headline, number, number_name, pretrained
-from evaluators.report import charts
-from evaluators.report.charts import Bar, Line, Point, Style
+from prelude.evaluators.comparison import Comparison, Curve, Entry
+from prelude.evaluators.headline import evaluator_name, headline, number, number_name, pretrained
+from prelude.evaluators.report import charts
+from prelude.evaluators.report.charts import Bar, Line, Point, Style
 
 HEALTH = {  # signs of collapse, which every objective logs under the same name: (title, axis, caption)
     "feature_std": (

@@ -12,9 +12,9 @@ from functools import cache
 import jinja2
 import yaml
 
-from evaluators.comparison import Comparison, Entry, Picture
-from evaluators.headline import best, evaluator_name, gain, headline, number, number_name
-from evaluators.report import charts, figures, words
+from prelude.evaluators.comparison import Comparison, Entry, Picture
+from prelude.evaluators.headline import best, evaluator_name, gain, headline, number, number_name
+from prelude.evaluators.report import charts, figures, words
 
 GROUPS = {"pretrained": "Pretrained", "untrained": "Same architecture, untrained", "floor": "Floors"}
 TEMPLATE = "page.html.j2"
@@ -45,7 +45,7 @@ def page(comparison: Comparison) -> str:
 @cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("evaluators.report", "."),
+        loader=jinja2.PackageLoader("prelude.evaluators.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -13,14 +13,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from checkpoints.sources import OpenedEncoder
-from data.loader import one_pass
-from data.shards import ShardIndex
-from evaluators.comparison import Picture
-from evaluators.features import Features, evaluation_plan
-from evaluators.knn import Neighbours
-from evaluators.report import attention
-from pretrain.images import normalise
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.loader import one_pass
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.comparison import Picture
+from prelude.evaluators.features import Features, evaluation_plan
+from prelude.evaluators.knn import Neighbours
+from prelude.evaluators.report import attention
+from prelude.pretrain.images import normalise
 
 NUM_IMAGES, NUM_NEIGHBOURS = 6, 6
 TILE, GAP = 96, 6  # pixels

@@ -2,8 +2,8 @@
 
 from datetime import datetime
 
-from evaluators.comparison import Comparison
-from evaluators.headline import best, evaluator_name, gain, headline, pretrained
+from prelude.evaluators.comparison import Comparison
+from prelude.evaluators.headline import best, evaluator_name, gain, headline, pretrained
 
 ABOUT = {
     "linear_probe": "A linear head on frozen features, trained to its optimum; weight decay and kind of feature chosen "

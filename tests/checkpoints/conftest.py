@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from checkpoints import store as stores
-from checkpoints.portable import PortableState
+from prelude.checkpoints import store as stores
+from prelude.checkpoints.portable import PortableState
 
 
 def make_state(value: float = 0.0, encoder: dict | None = None) -> PortableState:

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:] = [str(Path(__file__).resolve().parents[2])] + sys.path[1:]
+sys.path[:] = [str(Path(__file__).resolve().parents[2] / "src")] + sys.path[1:]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -17,10 +17,10 @@ from safetensors.torch import save_file  # noqa: E402
 from timm.optim import Lamb, Lars, Lion  # noqa: E402
 from torch import nn  # noqa: E402
 
-from checkpoints import store as stores  # noqa: E402
-from checkpoints.portable import gather_state  # noqa: E402
-from data.errors import RunStopped, UserError  # noqa: E402
-from pretrain import distributed  # noqa: E402
+from prelude.checkpoints import store as stores  # noqa: E402
+from prelude.checkpoints.portable import gather_state  # noqa: E402
+from prelude.data.errors import RunStopped, UserError  # noqa: E402
+from prelude.pretrain import distributed  # noqa: E402
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),

@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 
-from checkpoints import export, sources
-from checkpoints.export import export_encoder
-from checkpoints.sources import open_encoder
-from checkpoints.store import Store
-from data.errors import RunStopped, UserError
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder
+from prelude.checkpoints import export, sources
+from prelude.checkpoints.export import export_encoder
+from prelude.checkpoints.sources import open_encoder
+from prelude.checkpoints.store import Store
+from prelude.data.errors import RunStopped, UserError
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 ARCHITECTURES = {

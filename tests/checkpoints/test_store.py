@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from checkpoints import store as stores
-from checkpoints.store import Store, read_checkpoint
-from data.errors import RunStopped, UserError
+from prelude.checkpoints import store as stores
+from prelude.checkpoints.store import Store, read_checkpoint
+from prelude.data.errors import RunStopped, UserError
 
 
 def value_of(path) -> float:

@@ -70,7 +70,7 @@ def run_python(cache):
     started = []
 
     def run(code: str, *arguments, **environment) -> subprocess.Popen:
-        variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        variables = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             env=variables,

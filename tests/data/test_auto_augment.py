@@ -6,9 +6,9 @@ import torch
 from timm.data import auto_augment as timms
 from torchvision.transforms import TrivialAugmentWide
 
-from data.auto_augment import _RAND, _TRIVIAL, apply, augment, draw_operations
-from data.batch import AutoAugment, View, ViewPlan
-from data.views import read_views
+from prelude.data.auto_augment import _RAND, _TRIVIAL, apply, augment, draw_operations
+from prelude.data.batch import AutoAugment, View, ViewPlan
+from prelude.data.views import read_views
 
 RAND = AutoAugment()
 
@@ -103,7 +103,7 @@ def test_a_view_is_augmented_by_its_own_seed_and_nothing_else(encoded):
     assert not np.array_equal(read((view,), 8)[0], first)
     crop = read((plain,), 7)[0]  # the crop is the same with and without
     assert not np.array_equal(crop, first)
-    from data.views import AUGMENT_DRAWS, view_generator
+    from prelude.data.views import AUGMENT_DRAWS, view_generator
 
     assert np.array_equal(augment(crop, view.augment, view_generator(7, AUGMENT_DRAWS)), first)
 

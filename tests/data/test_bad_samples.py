@@ -5,13 +5,13 @@ import os
 import pytest
 import torch
 
-from data.bad_samples import MAX_LISTED, BadSamples
-from data.batch import View, ViewPlan
-from data.errors import RunStopped
-from data.loader import Loader, one_pass
-from data.order import Shuffle, substitute
-from data.shards import ShardIndex
-from data.tar_index import Problem
+from prelude.data.bad_samples import MAX_LISTED, BadSamples
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import RunStopped
+from prelude.data.loader import Loader, one_pass
+from prelude.data.order import Shuffle, substitute
+from prelude.data.shards import ShardIndex
+from prelude.data.tar_index import Problem
 
 PLAN = ViewPlan((View((6, 6)),))
 BAD = {1, 4, 5, 9, 17, 18, 22, 29, 30}  # of 30, three in ten
@@ -161,8 +161,8 @@ def test_a_list_that_cannot_be_written_ends_no_run(tmp_path, caplog):
 TWO_RANKS = """
 import json, os, sys
 import torch, torch.distributed as dist
-from data.batch import View, ViewPlan
-from data.loader import build_loader
+from prelude.data.batch import View, ViewPlan
+from prelude.data.loader import build_loader
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(os.environ["RANK"]), world_size=2)
 loader = build_loader(
     sys.argv[1], ViewPlan((View((6, 6)),)), seed=0, micro_batch=5, rank=dist.get_rank(), world_size=2, num_workers=1

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from data import decode as decode_module
-from data.decode import BadImage, decode
+from prelude.data import decode as decode_module
+from prelude.data.decode import BadImage, decode
 
 REAL_SHARD = Path("../shared/data/imagenet-sample/train-000000.tar")
 
@@ -245,7 +245,7 @@ def test_nothing_reaches_the_console(tmp_path):
         (tmp_path / name).write_bytes(DAMAGE[name][0])
     program = (
         "import pathlib, sys\n"
-        "from data.decode import BadImage, decode\n"
+        "from prelude.data.decode import BadImage, decode\n"
         "for file in pathlib.Path(sys.argv[1]).iterdir():\n"
         "    try: decode(file.read_bytes())\n"
         "    except BadImage: pass\n"

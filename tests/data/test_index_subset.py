@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from data.batch import View, ViewPlan
-from data.loader import Loader
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from evaluators.labels import class_numbers
+from prelude.data.batch import View, ViewPlan
+from prelude.data.loader import Loader
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.labels import class_numbers
 
 
 @pytest.fixture(scope="module")

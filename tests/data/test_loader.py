@@ -13,12 +13,12 @@ import pytest
 import torch
 import webdataset as wds
 
-from data.batch import View, ViewPlan
-from data.errors import RunStopped, UserError
-from data.loader import Loader, build_loader
-from data.order import Shuffle
-from data.shards import ShardIndex
-from data.source import EndlessSource
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.loader import Loader, build_loader
+from prelude.data.order import Shuffle
+from prelude.data.shards import ShardIndex
+from prelude.data.source import EndlessSource
 
 PLAN = ViewPlan((View((6, 6)), View((4, 5), scale=(0.05, 0.3), flip=0.3)))
 SHUFFLE = Shuffle(streams=3, span=4, window=8)
@@ -219,8 +219,8 @@ def test_a_state_of_another_version_is_never_accepted(index):
 
 TRAIN = """
 import json, os, sys
-from data.batch import View, ViewPlan
-from data.loader import build_loader
+from prelude.data.batch import View, ViewPlan
+from prelude.data.loader import build_loader
 shards, out = sys.argv[1:]
 loader = build_loader(shards, ViewPlan((View((6, 6)),)), seed=5, micro_batch=4, num_workers=3)
 for batch in loader:

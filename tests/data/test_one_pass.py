@@ -7,10 +7,10 @@ from dataclasses import fields
 import pytest
 import torch
 
-from data.batch import View, ViewPlan
-from data.errors import UserError
-from data.loader import Loader, one_pass
-from data.shards import ShardIndex
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.loader import Loader, one_pass
+from prelude.data.shards import ShardIndex
 
 PLAN = ViewPlan((View((6, 6)), View((4, 5), scale=(0.05, 0.3), flip=0.3)))
 STILL = ViewPlan((View((10, 12), crop="center", flip=0.0),))  # the whole image, pixel for pixel

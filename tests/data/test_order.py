@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pytest
 
-from data.order import Order, Shuffle, sample_seed, substitute
-from data.source import rank_positions
+from prelude.data.order import Order, Shuffle, sample_seed, substitute
+from prelude.data.source import rank_positions
 
 
 def random_cases(number, seed=0):
@@ -62,7 +62,7 @@ def test_the_order_of_today_is_the_order_of_every_version():
 
 def test_other_processes_have_the_same_order(run_python):
     code = (
-        "from data.order import *; import numpy as np\n"
+        "from prelude.data.order import *; import numpy as np\n"
         "print(Order([30, 40], 9, Shuffle()).samples_at(np.arange(140)).tolist(), sample_seed(9, 5))"
     )
     here = f"{Order([30, 40], 9, Shuffle()).samples_at(np.arange(140)).tolist()} {sample_seed(9, 5)}\n"

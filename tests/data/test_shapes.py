@@ -8,9 +8,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data import shapes
-from data.errors import UserError
-from data.shapes import CLASSES, paint, write_shards
+from prelude.data import shapes
+from prelude.data.errors import UserError
+from prelude.data.shapes import CLASSES, paint, write_shards
 
 
 def test_a_sample_depends_on_its_index_alone():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import data.shards
-from data.errors import UserError
-from data.shards import ShardIndex, expand_shards
+from prelude.data import shards
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex, expand_shards
 
 
 def relative(paths, root):
@@ -89,7 +89,7 @@ def test_an_unreadable_shard_is_refused(write_shards, monkeypatch):
     def refuse(path, label):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(data.shards, "index_tar", refuse)
+    monkeypatch.setattr(shards, "index_tar", refuse)
     with pytest.raises(UserError, match="000.tar cannot be read on .* \\(Permission denied\\)"):
         ShardIndex(write_shards([2]))
 
@@ -140,7 +140,7 @@ def same(a: ShardIndex, b: ShardIndex) -> bool:
 def test_a_tar_is_walked_once(write_shards, write_tar, tmp_path, monkeypatch):
     paths = write_shards([3, 2]) + [str(write_tar(tmp_path / "bad.tar", [("x.txt", b"")]))]
     first = ShardIndex(paths, "cls")
-    monkeypatch.setattr(data.shards, "index_tar", lambda *_: pytest.fail("walked again"))
+    monkeypatch.setattr(shards, "index_tar", lambda *_: pytest.fail("walked again"))
     assert same(ShardIndex(paths, "cls"), first) and first.num_problems == 1
 
 

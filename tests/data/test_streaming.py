@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from data.batch import View, ViewPlan
-from data.errors import RunStopped, UserError
-from data.loader import build_loader
-from data.order import sample_seed
-from data.streaming import StreamingLoader
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.loader import build_loader
+from prelude.data.order import sample_seed
+from prelude.data.streaming import StreamingLoader
 
 PLAN = ViewPlan((View((6, 6)),))
 

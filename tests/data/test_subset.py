@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
-from data.batch import View, ViewPlan
-from data.errors import UserError
-from data.loader import one_pass
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from data.subset import balanced_subset
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.data.subset import balanced_subset
 
 PLAN = ViewPlan((View((8, 8), crop="center", flip=0.0),))
 

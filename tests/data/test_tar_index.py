@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data.errors import UserError
-from data.tar_index import index_tar, keys_by_offset
+from prelude.data.errors import UserError
+from prelude.data.tar_index import index_tar, keys_by_offset
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 BLOCK = 512

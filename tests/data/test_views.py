@@ -12,10 +12,10 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from data import views as views_module
-from data.batch import View, ViewPlan
-from data.decode import BadImage
-from data.views import draw, read_views, view_generator
+from prelude.data import views as views_module
+from prelude.data.batch import View, ViewPlan
+from prelude.data.decode import BadImage
+from prelude.data.views import draw, read_views, view_generator
 
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 

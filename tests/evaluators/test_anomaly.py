@@ -6,8 +6,8 @@ import torch
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
-from data.errors import UserError
-from evaluators.anomaly import anomaly, fit_gaussian, mahalanobis
+from prelude.data.errors import UserError
+from prelude.evaluators.anomaly import anomaly, fit_gaussian, mahalanobis
 
 
 @pytest.mark.parametrize("num_samples", [200, 12])  # fewer than features, too

@@ -6,15 +6,15 @@ import pytest
 import timm
 import torch
 
-from checkpoints.sources import OpenedEncoder
-from data.errors import UserError
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from evaluators import bank as module
-from evaluators.bank import Bank
-from evaluators.features import Extractor, extract
-from evaluators.pixels import open_pixels
-from pretrain.config import EncoderConfig
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators import bank as module
+from prelude.evaluators.bank import Bank
+from prelude.evaluators.features import Extractor, extract
+from prelude.evaluators.pixels import open_pixels
+from prelude.pretrain.config import EncoderConfig
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from scipy import stats
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
-from evaluators.classifier import Classifier, FineTuneOptions
-from pretrain.config import Config, EncoderConfig
-from pretrain.encoders import build_encoder
-from pretrain.optimizers import apply_schedule, build_optimizer
-from pretrain.preview import blank_batch
-from pretrain.schedules import Progress
+from prelude.evaluators.classifier import Classifier, FineTuneOptions
+from prelude.pretrain.config import Config, EncoderConfig
+from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.optimizers import apply_schedule, build_optimizer
+from prelude.pretrain.preview import blank_batch
+from prelude.pretrain.schedules import Progress
 
 CLASSES = torch.tensor([2, 3, 7, 11])
 VIT = EncoderConfig(
@@ -154,7 +154,7 @@ def test_mixing_is_in_the_loss_and_only_in_training():
 
 @pytest.mark.parametrize("size", [(16, 1.0), (128, 0.875), (224, 0.875), (384, 1.0)])
 def test_the_test_view_is_one_fixed_crop(size):
-    from evaluators.classifier import _test_view
+    from prelude.evaluators.classifier import _test_view
 
     view = _test_view(FineTuneOptions(), (size[0], size[0]))
     assert (view.crop, view.crop_share, view.flip, view.augment) == ("center", size[1], 0.0, None)

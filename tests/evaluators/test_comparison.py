@@ -9,16 +9,16 @@ import torch
 import yaml
 from rich.console import Console
 
-from data.errors import UserError
-from evaluators import gathering
-from evaluators.comparison import Comparison, Entry, Picture
-from evaluators.comparison_table import cells, in_order, markdown, notes, print_comparison, to_json
-from evaluators.features import fair_kinds, kinds_among
-from evaluators.gathering import Named, in_words, line_up
-from evaluators.headline import headline
-from evaluators.pixels import open_pixels
-from evaluators.run_record import cost_of, curves_of, pictures_of_run
-from pretrain.config import EncoderConfig
+from prelude.data.errors import UserError
+from prelude.evaluators import gathering
+from prelude.evaluators.comparison import Comparison, Entry, Picture
+from prelude.evaluators.comparison_table import cells, in_order, markdown, notes, print_comparison, to_json
+from prelude.evaluators.features import fair_kinds, kinds_among
+from prelude.evaluators.gathering import Named, in_words, line_up
+from prelude.evaluators.headline import headline
+from prelude.evaluators.pixels import open_pixels
+from prelude.evaluators.run_record import cost_of, curves_of, pictures_of_run
+from prelude.pretrain.config import EncoderConfig
 
 
 def line(step: int, loss: float, speed: float, wait: float = 0.1, **more) -> str:

@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from checkpoints.sources import OpenedEncoder
-from data.batch import Batch
-from data.errors import UserError
-from data.shards import ShardIndex
-from evaluators.features import check_kinds, encode, evaluation_plan, extract, pool
-from evaluators.pixels import Pixels, open_pixels
-from pretrain.config import EncoderConfig
-from pretrain.images import normalise
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.batch import Batch
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features import check_kinds, encode, evaluation_plan, extract, pool
+from prelude.evaluators.pixels import Pixels, open_pixels
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.images import normalise
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

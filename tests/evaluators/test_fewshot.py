@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from data.errors import UserError
-from evaluators.fewshot import Amount, draw_rows, fewshot
+from prelude.data.errors import UserError
+from prelude.evaluators.fewshot import Amount, draw_rows, fewshot
 
 
 @pytest.fixture

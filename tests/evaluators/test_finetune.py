@@ -6,17 +6,17 @@ import timm
 import torch
 import yaml
 
-from checkpoints.sources import OpenedEncoder, fingerprint
-from data.errors import UserError
-from data.loader import one_pass
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from evaluators import finetune
-from evaluators.labels import class_numbers
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder
-from pretrain.monitors import StepRecord
-from pretrain.schedules import Progress
+from prelude.checkpoints.sources import OpenedEncoder, fingerprint
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators import finetune
+from prelude.evaluators.labels import class_numbers
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.monitors import StepRecord
+from prelude.pretrain.schedules import Progress
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("finetune_*.yaml"))
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
@@ -109,7 +109,7 @@ def test_from_scratch_is_the_same_recipe_elsewhere(prepared):
 
 
 def test_another_start_is_another_run(prepared, monkeypatch):
-    from pretrain.resume import changed_settings
+    from prelude.pretrain.resume import changed_settings
 
     before = prepared().config
     monkeypatch.setattr(finetune, "open_encoder", lambda source, *, seed=0: opened(VIT, seed=5))

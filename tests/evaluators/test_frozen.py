@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from checkpoints.sources import OpenedEncoder
-from data.errors import UserError
-from data.shapes import write_shards
-from evaluators import frozen
-from evaluators.frozen import Labelled, evaluate, labelled_shards, run_of, vector_format
-from evaluators.knn import knn
-from evaluators.labels import VectorFormat
-from evaluators.linear_probe import linear_probe
-from launch import knn as knn_door
-from launch import prelude
-from launch.exit_codes import door
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
+from prelude.data.shapes import write_shards
+from prelude.evaluators import frozen
+from prelude.evaluators.frozen import Labelled, evaluate, labelled_shards, run_of, vector_format
+from prelude.evaluators.knn import knn
+from prelude.evaluators.labels import VectorFormat
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.launch import knn as knn_door
+from prelude.launch import prelude
+from prelude.launch.exit_codes import door
 
 
 @pytest.fixture(scope="module")

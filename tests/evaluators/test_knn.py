@@ -7,14 +7,14 @@ import pytest
 import torch
 import webdataset as wds
 
-from data.errors import UserError
-from data.shards import ShardIndex
-from evaluators import convex
-from evaluators import knn as module
-from evaluators.features import extract
-from evaluators.knn import knn, search
-from evaluators.pixels import open_pixels
-from evaluators.splits import hold_out
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.evaluators import convex
+from prelude.evaluators import knn as module
+from prelude.evaluators.features import extract
+from prelude.evaluators.knn import knn, search
+from prelude.evaluators.pixels import open_pixels
+from prelude.evaluators.splits import hold_out
 
 CIFAR = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
 

@@ -6,10 +6,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from data.errors import UserError
-from data.shapes import paint, write_shards
-from data.shards import ShardIndex
-from evaluators.labels import VectorFormat, class_numbers, label_vectors
+from prelude.data.errors import UserError
+from prelude.data.shapes import paint, write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.labels import VectorFormat, class_numbers, label_vectors
 
 
 def shard(path, contents, extension):

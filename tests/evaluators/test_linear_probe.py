@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from data.errors import UserError
-from evaluators.convex import ClassLoss, Space
-from evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
+from prelude.data.errors import UserError
+from prelude.evaluators.convex import ClassLoss, Space
+from prelude.evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
 
 
 def standardised(values, by):
@@ -59,7 +59,7 @@ def test_heads_trained_together_are_those_trained_alone(classes):
 def test_pieces_of_the_training_set_change_nothing(classes, monkeypatch):
     values, labels = classes(300, 10, 4, seed=1)
     whole = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1))
-    monkeypatch.setattr("evaluators.convex.PIECE_ELEMENTS", 10 * 70)
+    monkeypatch.setattr("prelude.evaluators.convex.PIECE_ELEMENTS", 10 * 70)
     pieces = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1))
     assert torch.allclose(whole.weights, pieces.weights, atol=1e-3)
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from data.errors import UserError
-from evaluators.low_label import low_label
+from prelude.data.errors import UserError
+from prelude.evaluators.low_label import low_label
 
 CLASSES = np.random.default_rng(0).permutation(np.repeat([0, 3, 7], [40, 55, 205]))
 

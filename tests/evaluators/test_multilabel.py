@@ -6,9 +6,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from data.errors import UserError
-from evaluators.convex import LabelLoss, Space
-from evaluators.multilabel import group_folds, judge, multilabel
+from prelude.data.errors import UserError
+from prelude.evaluators.convex import LabelLoss, Space
+from prelude.evaluators.multilabel import group_folds, judge, multilabel
 
 NAMES = ("a", "b", "c")
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestCentroid
 
-from evaluators import ncm as module
-from evaluators.ncm import class_means, ncm
+from prelude.evaluators import ncm as module
+from prelude.evaluators.ncm import class_means, ncm
 
 
 def test_equals_scikit_learn(classes, features, monkeypatch):

@@ -5,20 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.sources import OpenedEncoder
-from data.errors import UserError
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from evaluators import online
-from evaluators.features import extract
-from evaluators.knn import knn
-from evaluators.linear_probe import linear_probe
-from evaluators.online import OnlineProbe
-from evaluators.online_worker import Judge
-from pretrain.config import Config, validate_config
-from pretrain.encoders import build_encoder
-from pretrain.feature_health import feature_health
-from pretrain.schedules import Progress
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators import online
+from prelude.evaluators.features import extract
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.evaluators.online import OnlineProbe
+from prelude.evaluators.online_worker import Judge
+from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.schedules import Progress
 
 
 def config_of(folder, **evaluate) -> Config:

@@ -3,11 +3,11 @@ import math
 import pytest
 import timm
 
-from checkpoints.sources import OpenedEncoder
-from data.errors import UserError
-from evaluators.pixels import open_pixels
-from evaluators.protocols import PROTOCOLS, protocol_of
-from pretrain.config import EncoderConfig
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
+from prelude.evaluators.pixels import open_pixels
+from prelude.evaluators.protocols import PROTOCOLS, protocol_of
+from prelude.pretrain.config import EncoderConfig
 
 
 def opened(name, **settings):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluators import ranking
-from evaluators.ranking import auc, average_precision, bootstrap, interval
+from prelude.evaluators import ranking
+from prelude.evaluators.ranking import auc, average_precision, bootstrap, interval
 
 
 @pytest.fixture

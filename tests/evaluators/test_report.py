@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evaluators.comparison import Comparison, Cost, Curve, Entry, Picture
-from evaluators.report import charts, words
-from evaluators.report.charts import Bar, Line, Point, Style
-from evaluators.report.page import page
-from evaluators.report.scales import linear, logarithmic, round_step, texts
+from prelude.evaluators.comparison import Comparison, Cost, Curve, Entry, Picture
+from prelude.evaluators.report import charts, words
+from prelude.evaluators.report.charts import Bar, Line, Point, Style
+from prelude.evaluators.report.page import page
+from prelude.evaluators.report.scales import linear, logarithmic, round_step, texts
 
 HOSTILE = """<script>alert("x")</script><img src=x onerror=alert(1)>'&"</style></svg>"""
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -9,14 +9,14 @@ import timm
 import torch
 from PIL import Image
 
-from checkpoints.sources import OpenedEncoder, fingerprint
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from evaluators.features import extract
-from evaluators.pixels import open_pixels
-from evaluators.report import attention, pictures
-from evaluators.report.pictures import pictures_of
-from pretrain.config import EncoderConfig
+from prelude.checkpoints.sources import OpenedEncoder, fingerprint
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features import extract
+from prelude.evaluators.pixels import open_pixels
+from prelude.evaluators.report import attention, pictures
+from prelude.evaluators.report.pictures import pictures_of
+from prelude.pretrain.config import EncoderConfig
 
 SIDE = pictures.TILE + 2 * pictures.GAP
 

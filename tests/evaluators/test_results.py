@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from evaluators.results import Outcome, Percent, Result, hits, percent, print_table, write
+from prelude.evaluators.results import Outcome, Percent, Result, hits, percent, print_table, write
 
 
 @pytest.fixture

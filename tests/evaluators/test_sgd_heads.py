@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evaluators import sgd_heads
-from evaluators.protocols import PROTOCOLS
-from evaluators.sgd_heads import SGDHeads
+from prelude.evaluators import sgd_heads
+from prelude.evaluators.protocols import PROTOCOLS
+from prelude.evaluators.sgd_heads import SGDHeads
 
 NUM_STEPS, WIDTH, CLASSES = 6, 5, 4
 SETTINGS = [(1.0, 0.0), (20.0, 0.3)]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from data.errors import UserError
-from evaluators.splits import hold_out
+from prelude.data.errors import UserError
+from prelude.evaluators.splits import hold_out
 
 
 def test_the_split_is_a_tenth_of_each_class_and_a_partition():

@@ -5,15 +5,15 @@ import tarfile
 import pytest
 import torch
 
-from data.errors import UserError
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from evaluators import stream_probe as module
-from evaluators.features import Extractor, extract
-from evaluators.frozen import Labelled
-from evaluators.pixels import open_pixels
-from evaluators.protocols import protocol_of
-from evaluators.stream_probe import evaluate_protocol, stream_probe
+from prelude.data.errors import UserError
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators import stream_probe as module
+from prelude.evaluators.features import Extractor, extract
+from prelude.evaluators.frozen import Labelled
+from prelude.evaluators.pixels import open_pixels
+from prelude.evaluators.protocols import protocol_of
+from prelude.evaluators.stream_probe import evaluate_protocol, stream_probe
 
 
 @pytest.fixture(scope="module")

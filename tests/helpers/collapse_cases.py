@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pretrain.collapse import CollapseWatch
-from pretrain.config import CollapseConfig
-from pretrain.monitors import Report, StepRecord
+from prelude.pretrain.collapse import CollapseWatch
+from prelude.pretrain.config import CollapseConfig
+from prelude.pretrain.monitors import Report, StepRecord
 
 HEALTHY = {"feature_cosine": 0.9, "feature_std": 0.3, "feature_rank": 20.0, "feature_rank_share": 0.15}
 

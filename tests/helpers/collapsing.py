@@ -1,7 +1,7 @@
 """An objective from outside the project: MAE whose features are equal from one step on, as far as the log can tell."""
 
-from objectives.mae import MAE
-from pretrain.objective import Loss
+from prelude.objectives.mae import MAE
+from prelude.pretrain.objective import Loss
 
 HEALTHY_STEPS = 12
 

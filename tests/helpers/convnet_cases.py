@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from in_memory import MemoryLoader, NoStore, Recorder
 
-from data.batch import Batch, ViewPlan
-from objectives import build_objective, options_for
-from pretrain import distributed
-from pretrain.config import Config, validate_config
-from pretrain.engine import Engine
+from prelude.data.batch import Batch, ViewPlan
+from prelude.objectives import build_objective, options_for
+from prelude.pretrain import distributed
+from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.engine import Engine
 
 NUM_SAMPLES = 48
 GLOBAL_BATCH = 16

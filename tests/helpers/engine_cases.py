@@ -12,13 +12,13 @@ import torch
 from in_memory import MemoryLoader, NoStore, Recorder
 from torch import nn
 
-from data.batch import Batch, View, ViewPlan
-from data.errors import RunStopped
-from pretrain import distributed
-from pretrain.config import Config
-from pretrain.engine import Engine
-from pretrain.images import images
-from pretrain.objective import Loss, Objective, Options
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.errors import RunStopped
+from prelude.pretrain import distributed
+from prelude.pretrain.config import Config
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.images import images
+from prelude.pretrain.objective import Loss, Objective, Options
 
 NUM_SAMPLES = 40
 SIZE = 8

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from data.batch import Batch
-from pretrain import distributed
-from pretrain.monitors import Monitor
+from prelude.data.batch import Batch
+from prelude.pretrain import distributed
+from prelude.pretrain.monitors import Monitor
 
 
 class MemoryLoader:

@@ -13,13 +13,13 @@ import torch
 from in_memory import MemoryLoader, Recorder
 from jepa_models import MEAN, STD, a_batch, encoder_config
 
-from checkpoints.store import Store
-from objectives.dseqjepa import DSeqJEPA
-from objectives.ijepa import IJEPA
-from pretrain import distributed
-from pretrain.config import Config
-from pretrain.encoders import build_encoder, seeded
-from pretrain.engine import Engine
+from prelude.checkpoints.store import Store
+from prelude.objectives.dseqjepa import DSeqJEPA
+from prelude.objectives.ijepa import IJEPA
+from prelude.pretrain import distributed
+from prelude.pretrain.config import Config
+from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.engine import Engine
 
 NUM_SAMPLES = 40
 SAMPLES = a_batch(NUM_SAMPLES)

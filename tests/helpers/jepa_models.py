@@ -3,12 +3,12 @@
 import torch
 from torch.nn import functional as F
 
-from data.batch import Batch
-from objectives.dseqjepa import DSeqJEPA
-from objectives.ijepa import IJEPA
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder, seeded
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch
+from prelude.objectives.dseqjepa import DSeqJEPA
+from prelude.objectives.ijepa import IJEPA
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.schedules import Progress
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 START = Progress(0, 100, 10.0)

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from objectives import cross_correlation
-from objectives.cross_correlation import barlow_loss
-from objectives.projector import projector
-from pretrain.batch_norm import normalise_columns, synchronise
-from pretrain.collectives import row_counts
+from prelude.objectives import cross_correlation
+from prelude.objectives.cross_correlation import barlow_loss
+from prelude.objectives.projector import projector
+from prelude.pretrain.batch_norm import normalise_columns, synchronise
+from prelude.pretrain.collectives import row_counts
 
 WORLDS = {1: [8], 2: [5, 3], 4: [2, 2, 3, 1]}  # how the 8 samples are shared
 NUM = 8

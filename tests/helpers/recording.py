@@ -7,9 +7,9 @@ import json
 import os
 from pathlib import Path
 
-from objectives.mae import MAE
-from objectives.masking import mask_noise, random_mask
-from pretrain import distributed
+from prelude.objectives.mae import MAE
+from prelude.objectives.masking import mask_noise, random_mask
+from prelude.pretrain import distributed
 
 
 class RecordingMAE(MAE):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.shapes import write_shards
+from prelude.data.shapes import write_shards
 
 
 @pytest.fixture(scope="session")

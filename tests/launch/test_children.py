@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from launch import children
-from launch.children import Preempted, run_door
+from prelude.launch import children
+from prelude.launch.children import Preempted, run_door
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.shapes import write_shards
-from evaluators.frozen import Labelled
-from evaluators.labels import VectorFormat
-from evaluators.multilabel import multilabel
-from launch import compare, compared_runs, prelude
-from launch.exit_codes import INCOMPLETE, door
+from prelude.data.shapes import write_shards
+from prelude.evaluators.frozen import Labelled
+from prelude.evaluators.labels import VectorFormat
+from prelude.evaluators.multilabel import multilabel
+from prelude.launch import compare, compared_runs, prelude
+from prelude.launch.exit_codes import INCOMPLETE, door
 
 NUM_IMAGES = 64
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 from runs import BIN, ROOT, deepspeed
 
-from launch import prelude
-from launch.exit_codes import door
+from prelude.launch import prelude
+from prelude.launch.exit_codes import door
 
 
 def run(capsys, *argv: str) -> tuple[int, str]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from runs import BIN, ROOT, deepspeed
 
-from data.shapes import write_shards
-from data.shards import ShardIndex
-from launch import knn as knn_door
-from launch import linear_probe as probe_door
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.launch import knn as knn_door
+from prelude.launch import linear_probe as probe_door
 
 PROTOCOL = ["--protocol", "vissl", "--epochs", "3", "--global-batch", "20", "--learning-rates", "0.03", "0.3"]
 

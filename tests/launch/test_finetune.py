@@ -10,14 +10,14 @@ import yaml
 from runs import Run, deepspeed
 from safetensors.torch import save_file
 
-from data.loader import Loader
-from data.order import Shuffle
-from data.shapes import write_shards
-from evaluators import finetune
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder
-from pretrain.optimizers import apply_schedule, build_optimizer
-from pretrain.schedules import Progress
+from prelude.data.loader import Loader
+from prelude.data.order import Shuffle
+from prelude.data.shapes import write_shards
+from prelude.evaluators import finetune
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.optimizers import apply_schedule, build_optimizer
+from prelude.pretrain.schedules import Progress
 
 NUM_STEPS = 15  # ceil(2 epochs x 120 images / 16)
 MIXED = ["objective.mixup=0.8", "objective.cutmix=1.0", "objective.augment={}"]
@@ -101,7 +101,7 @@ def test_the_result_and_its_curve_are_the_same_after_a_kill(uninterrupted, kille
 
 
 def test_the_tuned_encoder_is_a_source_again(uninterrupted):
-    from checkpoints.sources import open_encoder
+    from prelude.checkpoints.sources import open_encoder
 
     encoder = open_encoder(str(uninterrupted.run_dir))
     average = uninterrupted.weights(NUM_STEPS)["average.module.encoder.fc_norm.weight"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from runs import Run, deepspeed
 
-from evaluators.frozen import Labelled, evaluate
-from evaluators.knn import knn
-from evaluators.linear_probe import linear_probe
+from prelude.evaluators.frozen import Labelled, evaluate
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
 
 NUM_STEPS = 20
 SETTINGS = ["train.epochs=1.6", "train.zero_stage=2", "log.every_steps=2", "objective.name=collapsing:LateCollapse"]

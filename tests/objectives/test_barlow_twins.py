@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data.batch import Batch, Photometric
-from data.errors import UserError
-from objectives import build_objective, options_for
-from objectives.projector import projector
-from pretrain.config import validate_config
-from pretrain.images import denormalise, images
-from pretrain.preview import blank_batch
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch, Photometric
+from prelude.data.errors import UserError
+from prelude.objectives import build_objective, options_for
+from prelude.objectives.projector import projector
+from prelude.pretrain.config import validate_config
+from prelude.pretrain.images import denormalise, images
+from prelude.pretrain.preview import blank_batch
+from prelude.pretrain.schedules import Progress
 
 START = Progress(0, 100, 10.0)
 RESNET = {

@@ -4,11 +4,11 @@ import pytest
 import torch
 from scipy import stats
 
-from data.errors import UserError
-from objectives.blocks import BlockSizes, MultiBlock, block_size, context_length
-from objectives.ijepa import IJEPA, IJEPAOptions
-from objectives.official_blocks import OfficialMultiBlock
-from pretrain.config import EncoderConfig
+from prelude.data.errors import UserError
+from prelude.objectives.blocks import BlockSizes, MultiBlock, block_size, context_length
+from prelude.objectives.ijepa import IJEPA, IJEPAOptions
+from prelude.objectives.official_blocks import OfficialMultiBlock
+from prelude.pretrain.config import EncoderConfig
 
 GRIDS = [(14, 14), (16, 16), (8, 8), (6, 6), (7, 9), (4, 16), (28, 28)]
 SEEDS = torch.arange(64) * 7919
@@ -93,7 +93,7 @@ def test_context_length_and_row_profile_are_those_of_the_corrected_sampler():
 
 
 def test_before_it_is_cut_the_context_has_the_expected_size():
-    from objectives.blocks import _place
+    from prelude.objectives.blocks import _place
 
     for grid, expected in [((14, 14), 91), ((16, 16), 120)]:
         sampler = MultiBlock(grid)
@@ -127,7 +127,7 @@ def test_an_oblong_image_can_be_context_from_end_to_end():
 
 def test_where_targets_cover_too_much_the_context_is_filled_up_to_its_length():
     """No attempt leaves 60 patches free of targets that cover nearly everything."""
-    from objectives.blocks import _random_subset
+    from prelude.objectives.blocks import _random_subset
 
     in_context = torch.ones(2, 100, dtype=torch.bool)
     in_context[:, 90:] = False
@@ -141,7 +141,7 @@ def test_where_targets_cover_too_much_the_context_is_filled_up_to_its_length():
 
 def test_the_subset_of_the_context_is_uniform():
     """The released code keeps the lowest indices, so that the lower rows of an image are hardly ever context."""
-    from objectives.blocks import _random_subset
+    from prelude.objectives.blocks import _random_subset
 
     free = torch.ones(4000, 50, dtype=torch.bool)
     chosen = _random_subset(torch.arange(4000), free, free, 20)
@@ -150,7 +150,7 @@ def test_the_subset_of_the_context_is_uniform():
 
 
 def test_the_length_leaves_one_draw_in_128_short():
-    from objectives.blocks import _place
+    from prelude.objectives.blocks import _place
 
     sizes = BlockSizes((6, 6), (13, 13))
     length = context_length((14, 14), 4, sizes)

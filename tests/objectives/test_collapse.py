@@ -11,13 +11,13 @@ import torch
 from collapse_cases import a_record, a_watch
 from jepa_models import a_batch
 
-from data.batch import Batch
-from objectives import build_objective, objective_class, options_for
-from objectives.dseqjepa import DSeqJEPA
-from objectives.ijepa import IJEPA
-from pretrain.config import validate_config
-from pretrain.encoders import forward_tokens
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch
+from prelude.objectives import build_objective, objective_class, options_for
+from prelude.objectives.dseqjepa import DSeqJEPA
+from prelude.objectives.ijepa import IJEPA
+from prelude.pretrain.config import validate_config
+from prelude.pretrain.encoders import forward_tokens
+from prelude.pretrain.schedules import Progress
 
 STEPS, GRACE, SUSTAINED = 60, 40, 10
 IMAGES = a_batch(24)

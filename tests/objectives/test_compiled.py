@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from objectives.sparse_encoder import SparseEncoder
-from pretrain.draws import random_bits
+from prelude.objectives.sparse_encoder import SparseEncoder
+from prelude.pretrain.draws import random_bits
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 

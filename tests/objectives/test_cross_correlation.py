@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from objectives import cross_correlation
-from objectives.cross_correlation import barlow_loss
-from pretrain.batch_norm import normalise_columns
+from prelude.objectives import cross_correlation
+from prelude.objectives.cross_correlation import barlow_loss
+from prelude.pretrain.batch_norm import normalise_columns
 
 WEIGHT = 0.0051
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from jepa_models import a_batch, encoder_config, gradients, pixels_of, some_images, tiny
 
-from data.batch import Batch
-from data.errors import UserError
-from objectives.dseqjepa import DSeqJEPA, _buckets, _num_steps
-from objectives.regions import Regions, normalised_saliency
-from pretrain.encoders import forward_tokens
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch
+from prelude.data.errors import UserError
+from prelude.objectives.dseqjepa import DSeqJEPA, _buckets, _num_steps
+from prelude.objectives.regions import Regions, normalised_saliency
+from prelude.pretrain.encoders import forward_tokens
+from prelude.pretrain.schedules import Progress
 
 GRID = (8, 8)
 END = Progress(100, 100, 10.0)  # lambda is 1

@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 
-from objectives import build_objective, options_for
-from pretrain.config import validate_config
-from pretrain.preview import blank_batch
-from pretrain.schedules import Progress
+from prelude.objectives import build_objective, options_for
+from prelude.pretrain.config import validate_config
+from prelude.pretrain.preview import blank_batch
+from prelude.pretrain.schedules import Progress
 
 FAMILIES = {  # name: (pixels, further keys of the encoder)
     "resnet10t": (32, {"kwargs": {"channels": [16, 32, 48, 64]}}),

@@ -7,16 +7,16 @@ import pytest
 import torch
 from jepa_models import START, a_batch, encoder_config, gradients, mark, pixels_of, some_images, tiny
 
-from data.errors import UserError
-from objectives import check_objective
-from objectives.blocks import BlockMasks
-from objectives.ijepa import IJEPA, IJEPAOptions, gather
-from objectives.momentum_teacher import follow, momentum_teacher
-from pretrain.config import Config, OptimizerConfig
-from pretrain.encoders import forward_tokens
-from pretrain.feature_health import feature_health
-from pretrain.optimizers import parameter_groups, scheduled
-from pretrain.schedules import Progress
+from prelude.data.errors import UserError
+from prelude.objectives import check_objective
+from prelude.objectives.blocks import BlockMasks
+from prelude.objectives.ijepa import IJEPA, IJEPAOptions, gather
+from prelude.objectives.momentum_teacher import follow, momentum_teacher
+from prelude.pretrain.config import Config, OptimizerConfig
+from prelude.pretrain.encoders import forward_tokens
+from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.optimizers import parameter_groups, scheduled
+from prelude.pretrain.schedules import Progress
 
 GRID = (8, 8)
 
@@ -117,7 +117,7 @@ def test_targets_have_mean_zero_and_variance_one_over_channels():
 def test_the_loss_is_smooth_l1_in_numpy():
     model, batch = tiny(), a_batch(4)
     loss = model(batch, START).total.item()
-    from pretrain.images import images as device_images
+    from prelude.pretrain.images import images as device_images
 
     (images,) = device_images(batch, model.views)
     masks = model.blocks.draw(batch.seeds, START.step)
@@ -191,7 +191,7 @@ def test_the_teacher_still_moves_at_momenta_near_one():
 def test_momentum_follows_the_applied_step_alone(monkeypatch):
     """The released schedule: 0.996 + (k - 1) 0.004 / T after the k-th step of T."""
     seen = []
-    monkeypatch.setattr("objectives.ijepa.follow", lambda teacher, student, momentum: seen.append(momentum))
+    monkeypatch.setattr("prelude.objectives.ijepa.follow", lambda teacher, student, momentum: seen.append(momentum))
     model = tiny()
     for k in (1, 25_000, 106_250, 187_500):
         model.after_step(Progress(k, 187_500, 625.0))
@@ -200,7 +200,7 @@ def test_momentum_follows_the_applied_step_alone(monkeypatch):
 
 def test_the_teacher_drops_nothing_whatever_mode_is_set():
     config = encoder_config(drop_path_rate=0.9)
-    from pretrain.encoders import build_encoder
+    from prelude.pretrain.encoders import build_encoder
 
     options = IJEPAOptions(predictor_dim=16, predictor_depth=1)
     model = IJEPA(build_encoder(config, seed=0), options, image_size=(32, 32), mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from jepa_models import NO_CLASS_TOKEN
 
-from objectives.blocks import BlockMasks
-from objectives.dseqjepa import DSeqJEPA, DSeqJEPAOptions
-from objectives.ijepa import IJEPA, IJEPAOptions, gather
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder, forward_tokens
+from prelude.objectives.blocks import BlockMasks
+from prelude.objectives.dseqjepa import DSeqJEPA, DSeqJEPAOptions
+from prelude.objectives.ijepa import IJEPA, IJEPAOptions, gather
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder, forward_tokens
 
 ENCODER = EncoderConfig(
     name="vit_base_patch16_224",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from runs import BIN, ROOT, deepspeed
 
-from pretrain.optimizers import apply_schedule, build_optimizer
-from pretrain.schedules import Progress
+from prelude.pretrain.optimizers import apply_schedule, build_optimizer
+from prelude.pretrain.schedules import Progress
 
 NAMES = list(jepa_cases.CASES)
 
@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
     found = {}
     for ranks in (1, 2):
         out = found[ranks] = tmp_path_factory.mktemp(f"world{ranks}")
-        path = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
+        path = f"{ROOT / 'src'}:{ROOT / 'tests' / 'helpers'}"
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PATH": f"{BIN}:{os.environ['PATH']}"}
         command = [*deepspeed(ranks), jepa_cases.__file__, str(out)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
@@ -116,7 +116,7 @@ def test_a_resumed_run_has_the_same_teacher_lambda_and_decisions_to_the_bit(runs
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_teacher_is_what_a_checkpoint_says_it_exports(runs, ranks):
-    from checkpoints.sources import open_encoder
+    from prelude.checkpoints.sources import open_encoder
 
     opened = open_encoder(str(runs[ranks] / "ijepa_zero2" / "checkpoints"))
     held = weights(runs, ranks, "ijepa_zero2")

@@ -4,14 +4,14 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from data.batch import Batch
-from objectives.mae import MAE, MAEOptions, patchify, unpatchify
-from objectives.masking import mask_noise
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder, forward_tokens, gather_patches, seeded
-from pretrain.images import images as device_images
-from pretrain.optimizers import parameter_groups
-from pretrain.schedules import Progress, warmup_cosine
+from prelude.data.batch import Batch
+from prelude.objectives.mae import MAE, MAEOptions, patchify, unpatchify
+from prelude.objectives.masking import mask_noise
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder, forward_tokens, gather_patches, seeded
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.optimizers import parameter_groups
+from prelude.pretrain.schedules import Progress, warmup_cosine
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 START = Progress(0, 100, 10.0)

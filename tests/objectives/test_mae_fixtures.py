@@ -7,9 +7,9 @@ their official name, number i filled with 0.05 sin(0.37 j + 0.11 i), norm weight
 import pytest
 import torch
 
-from objectives.mae import MAE, MAEOptions
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder, forward_tokens
+from prelude.objectives.mae import MAE, MAEOptions
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder, forward_tokens
 
 ENCODER = EncoderConfig(
     name="vit_base_patch16_224",

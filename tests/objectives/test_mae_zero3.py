@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_training_with_split_parameters_equals_plain_torch():
     # The mask token is the objective's own parameter, outside any submodule that would gather it.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     plain, split = json.loads(done.stdout.splitlines()[-1])
@@ -25,11 +25,11 @@ def train(split: bool) -> list[float]:
     import deepspeed
     import torch
 
-    from data.batch import Batch
-    from objectives.mae import MAE, MAEOptions
-    from pretrain.config import EncoderConfig
-    from pretrain.encoders import build_encoder, seeded
-    from pretrain.schedules import Progress
+    from prelude.data.batch import Batch
+    from prelude.objectives.mae import MAE, MAEOptions
+    from prelude.pretrain.config import EncoderConfig
+    from prelude.pretrain.encoders import build_encoder, seeded
+    from prelude.pretrain.schedules import Progress
 
     kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 4, "reg_tokens": 2}
     config = EncoderConfig(name="vit_base_patch16_224", image_size=32, patch_size=8, pos_embed="learned", kwargs=kwargs)
@@ -61,7 +61,7 @@ def train(split: bool) -> list[float]:
 
 
 if __name__ == "__main__":
-    from pretrain import distributed
+    from prelude.pretrain import distributed
 
     distributed.start()
     print(json.dumps([train(split=False), train(split=True)]))

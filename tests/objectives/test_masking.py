@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from objectives.masking import mask_noise, num_kept, random_mask
+from prelude.objectives.masking import mask_noise, num_kept, random_mask
 
 NUM_PATCHES, NUM_KEEP = 16, 4
 

@@ -7,7 +7,14 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from objectives.regions import Regions, find_regions, first_patch, normalised_saliency, otsu_threshold, with_rectangles
+from prelude.objectives.regions import (
+    Regions,
+    find_regions,
+    first_patch,
+    normalised_saliency,
+    otsu_threshold,
+    with_rectangles,
+)
 
 GRID = (14, 14)
 

@@ -7,14 +7,14 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from data.batch import Batch
-from data.errors import UserError
-from objectives import build_objective, check_objective, options_for
-from objectives.masking import mask_noise, random_mask
-from objectives.spark import Reconstruction
-from pretrain.config import validate_config
-from pretrain.images import images as device_images
-from pretrain.schedules import Progress
+from prelude.data.batch import Batch
+from prelude.data.errors import UserError
+from prelude.objectives import build_objective, check_objective, options_for
+from prelude.objectives.masking import mask_noise, random_mask
+from prelude.objectives.spark import Reconstruction
+from prelude.pretrain.config import validate_config
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.schedules import Progress
 
 RESNET = {
     "name": "resnet10t",

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from data.errors import UserError
-from objectives.sparse_check import Stage, survey, total_stride
+from prelude.data.errors import UserError
+from prelude.objectives.sparse_check import Stage, survey, total_stride
 
 REFUSED = {
     "resnetblur18": r"layer maxpool\.1 \(BlurPool2d\): it calls pad",

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
-from data.errors import UserError
-from objectives.active_positions import ActivePositions
-from objectives.sparse_encoder import SparseEncoder
+from prelude.data.errors import UserError
+from prelude.objectives.active_positions import ActivePositions
+from prelude.objectives.sparse_encoder import SparseEncoder
 
 FAMILIES = {
     "resnet18": {"channels": [8, 12, 16, 20], "layers": [1, 1, 1, 1]},

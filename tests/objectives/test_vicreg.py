@@ -6,9 +6,9 @@ import torch
 from jepa_models import a_batch, tiny
 from pydantic import ValidationError
 
-from objectives.dseqjepa import DSeqJEPA, DSeqJEPAOptions
-from objectives.vicreg import VICReg
-from pretrain.schedules import Progress
+from prelude.objectives.dseqjepa import DSeqJEPA, DSeqJEPAOptions
+from prelude.objectives.vicreg import VICReg
+from prelude.pretrain.schedules import Progress
 
 MIDDLE = Progress(60, 100, 10.0)
 WIDTHS = {"contrastive_projector": [12, 10]}

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from data.errors import UserError
-from pretrain.budget import within
-from pretrain.config import validate_config
+from prelude.data.errors import UserError
+from prelude.pretrain.budget import within
+from prelude.pretrain.config import validate_config
 
 
 def a_config(**optimizer):

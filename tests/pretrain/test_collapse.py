@@ -4,9 +4,9 @@ import pytest
 import torch
 from collapse_cases import HEALTHY, a_record, a_watch, an_evaluation
 
-from pretrain.collapse import REMEDIES, signs
-from pretrain.config import CollapseConfig
-from pretrain.feature_health import feature_health, teacher_cosine
+from prelude.pretrain.collapse import REMEDIES, signs
+from prelude.pretrain.config import CollapseConfig
+from prelude.pretrain.feature_health import feature_health, teacher_cosine
 
 SIGNS = [
     ({"feature_cosine": 0.9995}, "same_features"),

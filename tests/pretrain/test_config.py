@@ -2,10 +2,10 @@ import pytest
 import yaml
 from pydantic import Field
 
-from data.errors import UserError
-from pretrain.config import Config, load_config, validate_config
-from pretrain.objective import Options
-from pretrain.resume import changed_settings
+from prelude.data.errors import UserError
+from prelude.pretrain.config import Config, load_config, validate_config
+from prelude.pretrain.objective import Options
+from prelude.pretrain.resume import changed_settings
 
 GOOD = {
     "run_dir": "runs/x",
@@ -48,7 +48,10 @@ def refused(changes: dict, deletions=()) -> str:
     [
         ({"train.epoch": 3}, "train.epoch does not exist; did you mean train.epochs?"),
         ({"optimiser": {}}, "optimiser does not exist; did you mean optimizer?"),
-        ({"data.shuffle.windows": 3}, "data.shuffle.windows does not exist; did you mean data.shuffle.window?"),
+        (
+            {"data.shuffle.windows": 3},
+            "data.shuffle.windows does not exist; did you mean data.shuffle.window?",
+        ),
         ({"objective.mask_ration": 0.5}, "objective.mask_ration does not exist; did you mean objective.mask_ratio?"),
         ({"objective.mask_ratio": 1.5}, "objective.mask_ratio=1.5 is refused: input should be less than 1."),
         ({"objective.name": "toi"}, "objective.name=toi is unknown; did you mean toy?"),

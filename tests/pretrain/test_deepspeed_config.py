@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from data.errors import UserError
-from pretrain import precision
-from pretrain.config import Config
-from pretrain.deepspeed_config import build
+from prelude.data.errors import UserError
+from prelude.pretrain import precision
+from prelude.pretrain.config import Config
+from prelude.pretrain.deepspeed_config import build
 
 
 def config(deepspeed=None, **train) -> Config:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pretrain.draws import random_bits, uniform
+from prelude.pretrain.draws import random_bits, uniform
 
 SEEDS = torch.tensor([0, 1, 2, -1, 2**62, -(2**63), 2**63 - 1, 1234567890123456789])
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]

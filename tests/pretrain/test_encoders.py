@@ -2,10 +2,10 @@ import pytest
 import timm
 import torch
 
-from data.errors import UserError
-from pretrain.config import EncoderConfig
-from pretrain.encoders import build_encoder, check_encoder, forward_tokens, gather_patches
-from pretrain.position import sincos_table
+from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder, check_encoder, forward_tokens, gather_patches
+from prelude.pretrain.position import sincos_table
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 VARIANTS = {

@@ -2,7 +2,7 @@ import resource
 
 import numpy as np
 
-from pretrain.environment import peak_memory
+from prelude.pretrain.environment import peak_memory
 
 
 def test_peak_memory_counts_what_was_held_and_given_back():

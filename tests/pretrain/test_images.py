@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data.batch import Batch, View, ViewPlan
-from pretrain.images import denormalise, images, normalise
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.pretrain.images import denormalise, images, normalise
 
 PLAN = ViewPlan((View((16, 24)), View((8, 8))))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]

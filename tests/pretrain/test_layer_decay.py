@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from pretrain.layer_decay import layer_numbers, lr_scales
+from prelude.pretrain.layer_decay import layer_numbers, lr_scales
 
 
 def built(name, **kwargs):

@@ -6,9 +6,9 @@ import torch
 from scipy import stats
 from timm.data import mixup as timms
 
-from pretrain import collectives
-from pretrain.draws import uniform
-from pretrain.mixing import MIX_STREAM, BetaQuantile, Mixing, cut_boxes
+from prelude.pretrain import collectives
+from prelude.pretrain.draws import uniform
+from prelude.pretrain.mixing import MIX_STREAM, BetaQuantile, Mixing, cut_boxes
 
 B, H, W, C = 8, 20, 28, 5
 

@@ -6,7 +6,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.monitors import (
+from prelude.pretrain.monitors import (
     ConsoleMonitor,
     JsonlMonitor,
     Report,
@@ -14,7 +14,7 @@ from pretrain.monitors import (
     StepRecord,
     TensorBoardMonitor,
 )
-from pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress
 
 RECORD = StepRecord(
     step=5,

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config import Config
-from pretrain.optimizers import apply_schedule, build_optimizer, parameter_groups, scheduled
-from pretrain.schedules import Progress, cosine, warmup_cosine
+from prelude.pretrain.config import Config
+from prelude.pretrain.optimizers import apply_schedule, build_optimizer, parameter_groups, scheduled
+from prelude.pretrain.schedules import Progress, cosine, warmup_cosine
 
 
 class Model(nn.Module):

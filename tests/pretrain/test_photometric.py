@@ -8,10 +8,10 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as reference
 
-from data.batch import Batch, Photometric, View, ViewPlan
-from pretrain import photometric
-from pretrain.images import images
-from pretrain.photometric import augment, draw
+from prelude.data.batch import Batch, Photometric, View, ViewPlan
+from prelude.pretrain import photometric
+from prelude.pretrain.images import images
+from prelude.pretrain.photometric import augment, draw
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 FIRST = Photometric(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2, blur=1.0)

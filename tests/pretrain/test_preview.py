@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from data.batch import View, ViewPlan
-from pretrain.config import Config
-from pretrain.images import images
-from pretrain.objective import Loss, Objective, Options
-from pretrain.preview import describe, step_cost
+from prelude.data.batch import View, ViewPlan
+from prelude.pretrain.config import Config
+from prelude.pretrain.images import images
+from prelude.pretrain.objective import Loss, Objective, Options
+from prelude.pretrain.preview import describe, step_cost
 
 
 class Linear(Objective):

@@ -11,15 +11,15 @@ import torch
 from runs import ROOT
 from torch import nn
 
-from data.errors import UserError
-from pretrain.batch_norm import normalise_columns, synchronise
+from prelude.data.errors import UserError
+from prelude.pretrain.batch_norm import normalise_columns, synchronise
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, rank_cases.__file__, str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return out

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from data.errors import UserError
-from pretrain.config import Config, validate_config
-from pretrain.optimizers import apply_schedule, build_optimizer, scheduled
-from pretrain.schedules import Progress
+from prelude.data.errors import UserError
+from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.optimizers import apply_schedule, build_optimizer, scheduled
+from prelude.pretrain.schedules import Progress
 
 
 def config(train=None, **optimizer) -> Config:
