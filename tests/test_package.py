@@ -19,9 +19,7 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     junk = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in [*FOLDERS, "configs", "src"]:
-        shutil.copytree(
-            ROOT / name, folder / "sources" / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-        )
+        shutil.copytree(ROOT / name, folder / "sources" / name, ignore=junk)
     for name in ["pyproject.toml", "README.md", "LICENSE"]:
         shutil.copyfile(ROOT / name, folder / "sources" / name)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
