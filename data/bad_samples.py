@@ -6,7 +6,7 @@ Each process keeps its own; the sums over ranks are the engine's business.
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prelude.data.tar_index import Problem
@@ -50,11 +50,23 @@ class BadSamples:
         """What an index left out: logged once a shard, listed, and not part of `num_bad`, as it is never drawn."""
         for shard, found in problems.items():
             reasons = Counter(problem.reason for problem in found)
-            log.warning("%s: left out: %s", shard, ", ".join(f"{n} x {reason}" for reason, n in reasons.items()))
+            lost = sum(problem.lost for problem in found)
+            about = f" (about {lost} samples)" if lost != len(found) else ""
+            listed = ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
+            log.warning("%s: left out: %s%s", shard, listed, about)
         every = ((shard, problem) for shard, found in problems.items() for problem in found)
         lines = [{"shard": shard, "key": p.where, "reason": p.reason, "position": None} for shard, p in every]
         if self.path and lines:
             self._append(lines[:MAX_LISTED])
+
+    def add_unended(self, shards: Sequence[str]) -> None:
+        """Shards without their end marker, of which nobody can know whether they are whole."""
+        if shards:
+            log.warning(
+                "%d shards end without an end marker, as after a copy that was cut off between two members (the first: %s)",
+                len(shards),
+                shards[0],
+            )
 
     def _append(self, lines: list[dict]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -21,11 +21,12 @@ import webdataset as wds
 from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
-from prelude.data.labels import LabelReader
+from prelude.data.labels import LabelReader, no_label, some
+from prelude.data.members import label_members
 from prelude.data.order import DEFAULT_SHUFFLE, Order, Shuffle
 from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
 from prelude.data.shards import ShardIndex, expand_shards, is_remote
-from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, OpenFiles, announce
+from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
 from prelude.data.streaming import StreamingLoader
 
 
@@ -43,16 +44,18 @@ def build_loader(
     bad_samples_log: str | Path | None = None,
     num_samples: int | None = None,
     max_bad_share: float = 1.0,
+    allow_commands: bool = False,
 ) -> "Loader | StreamingLoader":
     """A `Loader` where every shard is a local file, else a `StreamingLoader`, which alone takes `num_samples`.
 
-    max_bad_share: the share of samples that an index may leave out. Raises UserError past it, and as `ShardIndex` does.
+    max_bad_share: the share of samples that damage may have cost. allow_commands: whether a shell may run what `pipe:`
+    says. Raises UserError past the one, without the other, and as `ShardIndex` does.
     """
     common = dict(
         seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=num_workers, label=label,
         bad_samples_log=bad_samples_log,
     )  # fmt: skip
-    urls = expand_shards(shards)
+    urls = expand_shards(shards, allow_commands)
     if any(map(is_remote, urls)):
         return StreamingLoader(urls, plan, num_samples=num_samples, **common)
     if num_samples is not None:
@@ -60,12 +63,10 @@ def build_loader(
             f"data.num_samples={num_samples} has no effect on local shards, which are counted; leave it out."
         )
     index = ShardIndex(shards, label)
-    if index.num_problems > max_bad_share * (index.num_samples + index.num_problems):
-        shard, problems = next(iter(index.problems.items()))
+    if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
         raise UserError(
-            f"{index.num_problems} samples of data.shards={shards!r} are damaged, beside {index.num_samples} sound "
-            f"ones (the first: {problems[0].reason}, {problems[0].where} in {shard}); mend the shards, or raise "
-            f"data.max_bad_share."
+            f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
+            f"ones (the first: {index.first_problem()}); mend the shards, or raise data.max_bad_share."
         )
     return Loader(index, plan, shuffle=shuffle, **common)
 
@@ -97,6 +98,7 @@ class Loader(EndlessLoader):
         self.reader = _reader(self.index, plan, seed, label, "substitute", num_workers)
         if rank == 0:
             self.bad.add_unindexed(index.problems)
+            self.bad.add_unended(index.unended)
 
     @property
     def num_shards(self) -> int:
@@ -119,11 +121,20 @@ class Loader(EndlessLoader):
             "seed": self.seed,
             "num_samples": self.num_samples,
             "fingerprint": self.fingerprint,
+            **({"labels": self.index.label_fingerprint()} if self.index.label and self.reader.read_label else {}),
             "streams": self.shuffle.streams,
             "window": self.shuffle.window,
             "span": self.shuffle.span,
             "views": self.plan.fingerprint(),
         }
+
+    def in_todays_terms(self, state: dict) -> dict:
+        """Runs of 0.1 knew names, sizes and offsets of the images and nothing of labels: theirs are the same data if
+        these are."""
+        if state.get("fingerprint") != self.index.layout_fingerprint():
+            return state
+        now = self.identity()
+        return state | {key: now[key] for key in ("fingerprint", "labels") if key in now}
 
     def name_of(self, sample):
         return self.index.shard_of(sample), lambda: self.index.key(sample)
@@ -185,12 +196,10 @@ def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
 
 
 def label_reader(index: ShardIndex, label: str) -> LabelReader | None:
-    """For the members with this extension, after the first of them. Raises UserError where there is none."""
+    """For the members with this extension, after what most of them look like. Raises UserError where there is none."""
     if not label:
         return None
     labelled = np.flatnonzero(index.labels[:, 0] >= 0)
     if not len(labelled):
-        raise UserError(f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label.")
-    place = index.labels[labelled[0]].tolist()
-    shard = index.paths.index(index.shard_of(int(labelled[0])))
-    return LabelReader(index.label, OpenFiles(index.paths).read(shard, *place))
+        raise no_label(index)
+    return LabelReader(index.label, [content for content in label_members(index, some(labelled)) if content is not None])
