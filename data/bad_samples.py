@@ -62,11 +62,8 @@ class BadSamples:
     def add_unended(self, shards: Sequence[str]) -> None:
         """Shards without their end marker, of which nobody can know whether they are whole."""
         if shards:
-            log.warning(
-                "%d shards end without an end marker, as after a copy that was cut off between two members (the first: %s)",
-                len(shards),
-                shards[0],
-            )
+            what = "end without an end marker, as after a copy that was cut off between two members"
+            log.warning("%d shards %s (the first: %s)", len(shards), what, shards[0])
 
     def _append(self, lines: list[dict]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -40,6 +40,9 @@ with 8 bits, up to 1030."""
 
 ALWAYS_ENOUGH = 4 * 2**20
 
+MAX_SCANS = 100
+"""Of a progressive JPEG, which has about ten. Each may take ten bytes and as long as a whole image."""
+
 # A list of our own: PIL also registers formats that start other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
@@ -70,6 +73,8 @@ def decode(image: bytes, backend: Backend | None = None) -> np.ndarray:
     if image.startswith(b"\xff\xd8\xff"):
         if _ends_in_a_hole(image):
             raise BadImage("truncated")
+        if image.count(b"\xff\xda") > MAX_SCANS:
+            raise BadImage("too many scans")
         try:
             return _decode_jpeg(image)
         except _Unsupported:

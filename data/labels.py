@@ -36,8 +36,8 @@ class LabelReader:
             raise UserError(f"Labels cannot be read from .{extension} members; {_FORMATS}.")
         labels = [label for label in map(self._decode, examples) if label is not None]
         if not labels:
-            found = f"The label {examples[0][:60]!r} of a .{extension} member is" if examples else "No label can be read:"
-            raise UserError(f"{found} neither a number nor numbers; {_FORMATS}.")
+            found = f"The label {examples[0][:60]!r}" if examples else "The content"
+            raise UserError(f"{found} of a .{extension} member is neither a number nor numbers; {_FORMATS}.")
         ((self.shape, self.dtype), _) = Counter((label.shape, label.dtype) for label in labels).most_common(1)[0]
 
     def __call__(self, content: bytes) -> np.ndarray:

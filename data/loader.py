@@ -94,7 +94,8 @@ class Loader(EndlessLoader):
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         self.index, self.shuffle = index.with_label(label), shuffle
-        self.num_samples, self.fingerprint = index.num_samples, index.fingerprint
+        self.num_samples = index.num_samples
+        self.fingerprint = index.fingerprint + (f"+{self.index.label_fingerprint()}" if label else "")
         self.reader = _reader(self.index, plan, seed, label, "substitute", num_workers)
         if rank == 0:
             self.bad.add_unindexed(index.problems)
@@ -121,7 +122,6 @@ class Loader(EndlessLoader):
             "seed": self.seed,
             "num_samples": self.num_samples,
             "fingerprint": self.fingerprint,
-            **({"labels": self.index.label_fingerprint()} if self.index.label and self.reader.read_label else {}),
             "streams": self.shuffle.streams,
             "window": self.shuffle.window,
             "span": self.shuffle.span,
@@ -133,8 +133,7 @@ class Loader(EndlessLoader):
         these are."""
         if state.get("fingerprint") != self.index.layout_fingerprint():
             return state
-        now = self.identity()
-        return state | {key: now[key] for key in ("fingerprint", "labels") if key in now}
+        return state | {"fingerprint": self.fingerprint}
 
     def name_of(self, sample):
         return self.index.shard_of(sample), lambda: self.index.key(sample)
@@ -202,4 +201,5 @@ def label_reader(index: ShardIndex, label: str) -> LabelReader | None:
     labelled = np.flatnonzero(index.labels[:, 0] >= 0)
     if not len(labelled):
         raise no_label(index)
-    return LabelReader(index.label, [content for content in label_members(index, some(labelled)) if content is not None])
+    examples = label_members(index, some(labelled))
+    return LabelReader(index.label, [content for content in examples if content is not None])

@@ -153,7 +153,7 @@ def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list
 
 
 def local_shards(shards: str | list[str]) -> list[str]:
-    """Paths, in order, of shards that must be files. Raises UserError as `expand_shards`, and for a URL or a command."""
+    """Paths, in order, of shards that must be files. Raises UserError as `expand_shards`, and for URLs and commands."""
     paths = expand_shards(shards, allow_commands=True)  # none is run: it is refused here
     for path in paths:
         if is_remote(path):

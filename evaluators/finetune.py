@@ -289,6 +289,8 @@ def _refuse_what_the_source_decides(values: dict) -> None:
         raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
     if (values.get("data") or {}).get("num_samples") is not None:
         raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
+    if (values.get("data") or {}).get("allow_commands"):
+        raise UserError("data.allow_commands has no effect on labelled shards, which must be files; leave it out.")
     if (values.get("evaluate") or {}).get("every_steps"):
         raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
     if "collapse" in values:

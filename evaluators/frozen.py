@@ -305,6 +305,8 @@ def describe_data(
         unreadable = index.num_samples - unlabelled - len(one)
         if unlabelled:
             warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
+        if index.num_lost:
+            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
         if unreadable:
             warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
         data[name] = {

@@ -62,7 +62,7 @@ def pretrained(
     if args.images:
         overrides += within(config, args.images, index.num_samples)
         config = load_config(recipe, overrides, options_for)
-    if is_finished(config, index.fingerprint):
+    if is_finished(config, (index.fingerprint, index.layout_fingerprint())):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None
     return run_door("pretrain", ["--config", str(recipe), *overrides], num_ranks=num_ranks(args), name=run_dir.name)

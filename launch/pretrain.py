@@ -22,7 +22,7 @@ from prelude.checkpoints.store import Store
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
-from prelude.data.shards import expand_shards
+from prelude.data.shards import expand_shards, local_shards
 from prelude.evaluators.online import OnlineProbe
 from prelude.launch.arguments import documented_parser
 from prelude.launch.exit_codes import PREEMPTED, door, leave
@@ -41,10 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config, args.overrides, options_for)
     check_objective(config)
     config.batching(distributed.launched_world_size())
-    expand_shards(config.data.shards)  # a shard that this node lacks is told before any rank waits for another
+    expand_shards(
+        config.data.shards, config.data.allow_commands
+    )  # a shard that this node lacks is told before any rank waits for another
     if config.evaluate and config.evaluate.every_steps:
-        expand_shards(config.evaluate.train_shards)
-        expand_shards(config.evaluate.test_shards)
+        local_shards(config.evaluate.train_shards)
+        local_shards(config.evaluate.test_shards)
     if args.dry_run:
         return dry_run(config)
 
@@ -72,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def loader_of(config: Config, views):
-    length = {"num_samples": config.data.num_samples, "max_bad_share": config.data.max_bad_share}
-    return build_loader(config.data.shards, views, **loader_settings(config), **length)
+    of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
+    return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
 
 
 def loader_settings(config: Config) -> dict[str, Any]:

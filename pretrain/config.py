@@ -32,6 +32,7 @@ class ShuffleConfig(Section):
 
 class DataConfig(Section):
     shards: str | list[str]
+    allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
     num_workers: int | Literal["auto"] = "auto"  # auto: from the cores of this machine and its ranks
     max_bad_share: float = Field(0.01, ge=0, le=1)
@@ -269,9 +270,19 @@ def read_recipe(recipe: str | Path, overrides: list[str] = ()) -> dict:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
+    _refuse_commands_of_a_file(values, path)
     for override in overrides:
         _apply(values, override)
     return values
+
+
+def _refuse_commands_of_a_file(values: dict, path: Path) -> None:
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("allow_commands"):
+        raise UserError(
+            f"{path} cannot allow itself to run commands; leave data.allow_commands out, and write it on the command "
+            f"line if you trust the shards that the file names."
+        )
 
 
 def find_recipe(recipe: str | Path) -> Path:
