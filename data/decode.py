@@ -8,11 +8,12 @@
   that claim millions of pixels hold no image.
 - The result is always three channels of 8 bits, the same as PIL's `convert("RGB")`: grey is repeated, palettes are
   looked up, CMYK is converted, an alpha channel is dropped (not composited), the first frame of an animation is
-  taken. 16-bit grey keeps its upper 8 bits, where PIL would clip it to white.
+  taken. 16-bit grey keeps its upper 8 bits, where PIL would clip it to white, or is scaled by a `value_range`.
 - EXIF orientation is ignored: pixels come as they are stored, as PIL, torchvision and timm read them.
 - Nothing is written to the console and no state is shared: safe from any number of threads.
 """
 
+import contextlib
 import functools
 import io
 import re
@@ -60,8 +61,10 @@ class BadImage(Exception):
     """Bytes that give no image. The message is a short reason, one of few, so that reasons can be counted."""
 
 
-def decode(image: bytes, backend: Backend | None = None) -> np.ndarray:
+def decode(image: bytes, backend: Backend | None = None, value_range: tuple[float, float] | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB, C-contiguous and writable.
+
+    value_range: the values of images with more than 8 bits that become black and white; None for all of 16 bits.
 
     `backend` forces one decoder alone, for comparisons. Raises BadImage when no pixels can be had; ImportError
     when the forced backend is not installed.
@@ -79,7 +82,15 @@ def decode(image: bytes, backend: Backend | None = None) -> np.ndarray:
             return _decode_jpeg(image)
         except _Unsupported:
             pass
-    return _decode_pil(image)
+    return _decode_pil(image, value_range)
+
+
+def deep_values(image: bytes) -> np.ndarray | None:
+    """(H, W) stored values of an image with more than 8 bits; None for any other. Raises BadImage."""
+    if image.startswith(b"\xff\xd8\xff"):
+        return None
+    with _open(image) as opened:
+        return _deep(opened)
 
 
 class _Unsupported(BadImage):
@@ -161,17 +172,37 @@ def _torchvision_io():
     return torchvision.io if hasattr(torchvision.io, "decode_jpeg") else None
 
 
-def _decode_pil(image: bytes) -> np.ndarray:
+def _decode_pil(image: bytes, value_range: tuple[float, float] | None = None) -> np.ndarray:
     with _open(image) as opened:
-        try:
-            if opened.mode.startswith("I"):  # I;16 and its byte orders, and I, which older PILs give 16-bit PNGs
-                grey = (np.asarray(opened) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            if opened.mode == "F":
-                raise BadImage("floating point pixels")  # they have no range that could be mapped to 0..255
-            return np.array(opened.convert("RGB"))
-        except _PIL_ERRORS as error:
-            raise BadImage("truncated" if "truncated" in str(error).lower() else "undecodable") from error
+        values = _deep(opened)
+        if values is None:
+            with _pil_errors():
+                return np.array(opened.convert("RGB"))
+    if value_range is not None:
+        low, high = value_range
+        grey = (values.astype(np.float32) - low) * (255 / (high - low))
+        grey = np.nan_to_num(grey).clip(0, 255).round()
+    elif values.dtype.kind == "f":
+        raise BadImage("floating point pixels")  # they have no range that could be mapped to 0..255
+    else:
+        grey = (values >> 8).clip(0, 255)
+    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _deep(opened: Image.Image) -> np.ndarray | None:
+    """Modes I;16 and its byte orders, I, which older PILs give 16-bit PNGs, and F."""
+    if not opened.mode.startswith(("I", "F")):
+        return None
+    with _pil_errors():
+        return np.asarray(opened)
+
+
+@contextlib.contextmanager
+def _pil_errors():
+    try:
+        yield
+    except _PIL_ERRORS as error:
+        raise BadImage("truncated" if "truncated" in str(error).lower() else "undecodable") from error
 
 
 def _open(image: bytes) -> Image.Image:

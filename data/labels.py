@@ -17,10 +17,10 @@ from webdataset.autodecode import basichandlers
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 
-_KINDS = ("cls", "cls2", "index", "inx", "id", "json", "jsn", "npy")
+_KINDS = ("cls", "cls2", "index", "inx", "id", "json", "jsn", "npy", "txt")  # of .txt it is told what is wrong
 _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
 _LOOKED_AT = 64  # labels, to find out what a label is
-_FORMATS = "write .cls (an integer), .json (a number or a list of numbers) or .npy"
+_FORMATS = ".cls (an integer), .json (a number or a list of numbers) or .npy"
 
 
 class LabelReader:
@@ -33,11 +33,11 @@ class LabelReader:
     def __init__(self, extension: str, examples: Sequence[bytes]):
         self.extension = extension
         if extension.rpartition(".")[2] not in _KINDS:
-            raise UserError(f"Labels cannot be read from .{extension} members; {_FORMATS}.")
+            raise UserError(f"Labels cannot be read from .{extension} members; write them as {_FORMATS}.")
         labels = [label for label in map(self._decode, examples) if label is not None]
         if not labels:
             found = f"The label {examples[0][:60]!r}" if examples else "The content"
-            raise UserError(f"{found} of a .{extension} member is neither a number nor numbers; {_FORMATS}.")
+            raise UserError(f"{found} of a .{extension} member is neither a number nor numbers; write {_FORMATS}.")
         ((self.shape, self.dtype), _) = Counter((label.shape, label.dtype) for label in labels).most_common(1)[0]
 
     def __call__(self, content: bytes) -> np.ndarray:

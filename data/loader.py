@@ -13,6 +13,7 @@
 import functools
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
 from prelude.data.shards import ShardIndex, expand_shards, is_remote
 from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
 from prelude.data.streaming import StreamingLoader
+from prelude.data.value_range import ValueRange, tell_if_dark
 
 
 def build_loader(
@@ -45,11 +47,13 @@ def build_loader(
     num_samples: int | None = None,
     max_bad_share: float = 1.0,
     allow_commands: bool = False,
+    value_range: ValueRange | Literal["auto"] | None = None,
 ) -> "Loader | StreamingLoader":
     """A `Loader` where every shard is a local file, else a `StreamingLoader`, which alone takes `num_samples`.
 
     max_bad_share: the share of samples that damage may have cost. allow_commands: whether a shell may run what `pipe:`
-    says. Raises UserError past the one, without the other, and as `ShardIndex` does.
+    says. value_range: as `ShardIndex` takes it. Raises UserError where too much is lost, for a command that may not be
+    run, and as `ShardIndex` does.
     """
     common = dict(
         seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=num_workers, label=label,
@@ -57,12 +61,12 @@ def build_loader(
     )  # fmt: skip
     urls = expand_shards(shards, allow_commands)
     if any(map(is_remote, urls)):
-        return StreamingLoader(urls, plan, num_samples=num_samples, **common)
+        return StreamingLoader(urls, plan, num_samples=num_samples, value_range=value_range, **common)
     if num_samples is not None:
         raise UserError(
             f"data.num_samples={num_samples} has no effect on local shards, which are counted; leave it out."
         )
-    index = ShardIndex(shards, label)
+    index = ShardIndex(shards, label, value_range)
     if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
         raise UserError(
             f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
@@ -95,11 +99,12 @@ class Loader(EndlessLoader):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         self.index, self.shuffle = index.with_label(label), shuffle
         self.num_samples = index.num_samples
-        self.fingerprint = index.fingerprint + (f"+{self.index.label_fingerprint()}" if label else "")
+        self.fingerprint = index.fingerprint + (f"_{self.index.label_fingerprint()}" if label else "")
         self.reader = _reader(self.index, plan, seed, label, "substitute", num_workers)
         if rank == 0:
             self.bad.add_unindexed(index.problems)
             self.bad.add_unended(index.unended)
+            tell_if_dark(index)
 
     @property
     def num_shards(self) -> int:

@@ -24,12 +24,14 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from webdataset.shardlists import expand_urls
 
 from prelude.data.errors import UserError
 from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
+from prelude.data.value_range import ValueRange, resolved
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +44,19 @@ class ShardIndex:
     """The samples of local, uncompressed tar shards. 16 bytes of memory a sample, 32 with labels.
 
     shards: see the module. label: extension of the member that holds a sample's label (`cls`), or "" for none; it
-    changes neither ids nor fingerprint.
+    changes neither ids nor fingerprint. value_range: the stored values of images with more than 8 bits that become
+    black and white, "auto" to find them, None for all of 16 bits; part of the fingerprint where it is given.
 
     Raises UserError where nothing matches, a shard is missing, unreadable, compressed or not local, or no shard holds
     an image. Damage inside a shard does not raise: see `problems`.
     """
 
-    def __init__(self, shards: str | list[str], label: str = ""):
+    def __init__(
+        self,
+        shards: str | list[str],
+        label: str = "",
+        value_range: ValueRange | Literal["auto"] | None = None,
+    ):
         self.label = label.lower().removeprefix(".")
         self.paths = tuple(local_shards(shards))
         parts = _load_all(self.paths, self.label)
@@ -60,9 +68,10 @@ class ShardIndex:
         self.num_lost = int(_lost(parts).sum())
         self.ends = np.cumsum(self.counts)
         self._contents = [(part.content, part.label_content) for part in parts]
-        self.fingerprint = self._fingerprint()
         if not self.num_samples:
             raise UserError(self._nothing_found(shards))
+        self.value_range = resolved(self, value_range)
+        self.fingerprint = self._fingerprint()
 
     @property
     def num_samples(self) -> int:
@@ -96,7 +105,14 @@ class ShardIndex:
     def with_label(self, label: str) -> "ShardIndex":
         """The same data set, with the places of another label."""
         label = label.lower().removeprefix(".")
-        return self if label in ("", self.label) else ShardIndex(list(self.paths), label)
+        return self if label in ("", self.label) else ShardIndex(list(self.paths), label, self.value_range)
+
+    def with_range(self, value_range: ValueRange | Literal["auto"] | None) -> "ShardIndex":
+        """The same data set, with other values for black and white."""
+        other = copy.copy(self)
+        other.value_range = resolved(self, value_range)
+        other.fingerprint = other._fingerprint()
+        return other
 
     def subset(self, sample_ids: np.ndarray) -> "ShardIndex":
         """The data set of these samples alone, numbered anew from 0 in the order of the tar, with a fingerprint of
@@ -115,11 +131,16 @@ class ShardIndex:
         return _digest(self.paths, self.labels, self.ends, [label for _, label in self._contents])
 
     def layout_fingerprint(self) -> str:
-        """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint."""
+        """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint. With a `value_range` that is
+        given, which they did not have, it is no such thing.
+        """
+        if self.value_range is not None:
+            return self.fingerprint
         return _digest(self.paths, self.images, self.ends, None)
 
     def _fingerprint(self) -> str:
-        return _digest(self.paths, self.images, self.ends, [image for image, _ in self._contents])
+        seen_as = "" if self.value_range is None else f" {self.value_range}"
+        return _digest(self.paths, self.images, self.ends, [image + seen_as for image, _ in self._contents])
 
     def _nothing_found(self, shards) -> str:
         found = [problem for problems in self.problems.values() for problem in problems]

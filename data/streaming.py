@@ -11,6 +11,7 @@ import logging
 import random
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import webdataset as wds
@@ -52,6 +53,7 @@ class StreamingLoader(EndlessLoader):
         num_workers: int = 0,
         label: str = "",
         bad_samples_log: str | Path | None = None,
+        value_range: tuple[float, float] | Literal["auto"] | None = None,
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         first = next(filter(is_remote, urls))
@@ -62,8 +64,12 @@ class StreamingLoader(EndlessLoader):
                 f"{first} in data.shards is no local file, so its samples cannot be counted; write "
                 f"data.num_samples=..., or copy the shards to a disk."
             )
+        if value_range == "auto":
+            raise UserError(
+                f"data.range=auto cannot be found in {first}, which is no local file; write data.range=[low,high]."
+            )
         _refuse_unknown_schemes(urls)
-        self.urls, self.num_samples = urls, num_samples
+        self.urls, self.num_samples, self.value_range = urls, num_samples, value_range
         if rank == 0:
             log.warning("%s cannot be indexed: samples are streamed, and an exact resume is not available", first)
 
@@ -77,10 +83,11 @@ class StreamingLoader(EndlessLoader):
 
     def stages(self) -> list:
         where = dict(start=self.samples, micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size)
-        return [StreamSource(self.urls, self.plan, self.seed, **where)]
+        return [StreamSource(self.urls, self.plan, self.seed, **where, value_range=self.value_range)]
 
     def identity(self) -> dict:
-        return {"exact": False, "seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
+        settings = {"seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
+        return {"exact": False, **settings, **({"range": list(self.value_range)} if self.value_range else {})}
 
     def name_of(self, sample):
         url, key = sample
@@ -90,8 +97,18 @@ class StreamingLoader(EndlessLoader):
 class StreamSource(IterableDataset):
     """A rank's micro-batches, as `MicroBatchReader` makes them."""
 
-    def __init__(self, urls, plan: ViewPlan, seed: int, start: int, micro_batch: int, rank: int, world_size: int):
-        self.urls, self.plan, self.seed, self.start = urls, plan, seed, start
+    def __init__(
+        self,
+        urls,
+        plan: ViewPlan,
+        seed: int,
+        start: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        value_range=None,
+    ):
+        self.urls, self.plan, self.seed, self.start, self.value_range = urls, plan, seed, start, value_range
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
 
     def __iter__(self):
@@ -114,7 +131,7 @@ class StreamSource(IterableDataset):
         )
 
     def _micro_batch(self, positions: np.ndarray, samples) -> dict:
-        rows = MicroBatchBuffers(self.plan, len(positions), None)
+        rows = MicroBatchBuffers(self.plan, len(positions), None, self.value_range)
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
         sample_ids = np.zeros(len(positions), np.int64)
         lost = []

@@ -85,11 +85,8 @@ class Bank:
         extractor = Extractor(encoder, kinds, device)
         identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}
         folders = {kind: self.folder / _digest(identity) for kind, identity in identities.items()}
-        missing = distributed.from_main(
-            [kind for kind in folders if not _is_sound(folders[kind], identities[kind])]
-            if distributed.is_main()
-            else None
-        )
+        sound = {kind: distributed.is_main() and _is_sound(folders[kind], identities[kind]) for kind in folders}
+        missing = distributed.from_main([kind for kind in folders if not sound[kind]])
         if missing:
             extractor.kinds = tuple(missing)
             self._fill(extractor, index, {kind: identities[kind] for kind in missing}, batch_size, num_workers)

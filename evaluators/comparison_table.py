@@ -79,7 +79,7 @@ def markdown(comparison: Comparison) -> str:
     for entry in in_order(comparison):
         seen = f"{entry.cost.num_images:,}" if entry.cost else ""
         numbers = [
-            (f"**{plain(cell.text)}**" if cell.best else plain(cell.text)) + (f" ({cell.gain})" if cell.gain else "")
+            (f"**{cell.text}**" if cell.best else cell.text) + (f" ({cell.gain})" if cell.gain else "")
             for cell in cells(comparison, entry)
         ]
         lines.append(f"| {' | '.join([plain(entry.name), plain(_objective(entry)), seen, *numbers])} |")

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
+from prelude.data.value_range import ValueRange, tell_if_dark
 from prelude.evaluators.bank import Bank, Rows
 from prelude.evaluators.features import Features
 from prelude.evaluators.labels import Labels, VectorFormat, class_numbers, label_vectors
@@ -35,6 +37,7 @@ class Labelled:
     test: str | Sequence[str]
     label: str  # extension of the member with the class number
     vectors: VectorFormat | None = None  # where that member says which of several findings there are
+    value_range: ValueRange | Literal["auto"] | None = None  # of images with more than 8 bits, see `ShardIndex`
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Judging:
     @cached_property
     def indexes(self) -> list[ShardIndex]:
         """Of train and test."""
-        return [ShardIndex(shards, self.labelled.label) for shards in (self.labelled.train, self.labelled.test)]
+        one = self.labelled
+        return [ShardIndex(shards, one.label, one.value_range) for shards in (one.train, one.test)]
 
     @cached_property
     def labels(self) -> list[Labels]:
@@ -66,6 +70,8 @@ class Judging:
     def check(self) -> None:
         """Raises UserError for shards that cannot be used, before any work is done."""
         _ = self.labels
+        if distributed.is_main():
+            tell_if_dark(self.indexes[0])
 
     @property
     def seeds(self) -> list[int]:
@@ -187,8 +193,10 @@ def labelled_shards(
     test: str | Sequence[str] | None = None,
     label: str | None = None,
     vectors: VectorFormat | None = None,
+    value_range: ValueRange | Literal["auto"] | None = None,
 ) -> Labelled:
-    """What is given, completed by the `evaluate` section of the first run among the sources that has one.
+    """What is given, completed by the `evaluate` section of the first run among the sources that has one, and by the
+    first `data.range`.
 
     vectors: where labels are findings instead of class numbers.
 
@@ -204,7 +212,8 @@ def labelled_shards(
             f"evaluate section in the run's config."
         )
     default = "json" if vectors else "cls"
-    return Labelled(train, test, label or (section.label if section else default), vectors)
+    value_range = value_range or next(filter(None, (data.get("range") for data in sections_of(sources, "data"))), None)
+    return Labelled(train, test, label or (section.label if section else default), vectors, value_range)
 
 
 def vector_format(
@@ -242,10 +251,14 @@ def run_of(source: str) -> Path | None:
 
 def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
     """The first `evaluate` section among the runs of the sources, and the sources that are themselves recipes."""
+    return next((EvaluateConfig.model_validate(section) for section in sections_of(sources, "evaluate")), None)
+
+
+def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
+    """The sections of this name in the runs of the sources, and in sources that are themselves recipes."""
     runs = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
     recipes = [path if path.is_file() else path / "config.yaml" for path in runs if path]
-    sections = filter(None, (read_recipe(path).get("evaluate") for path in recipes))
-    return next((EvaluateConfig.model_validate(section) for section in sections), None)
+    return filter(None, (read_recipe(path).get(name) for path in recipes))
 
 
 def is_random(source: str) -> bool:
@@ -299,6 +312,8 @@ def describe_data(
 ) -> tuple[dict, list[str]]:
     """What the images were, for the record, and what to be told about them."""
     data, warnings = {"label": labelled.label}, []
+    if labelled.value_range:
+        data["range"] = indexes[0].value_range
     for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
         one = next(iter(features.values()))
         unlabelled = int((~label.known).sum())

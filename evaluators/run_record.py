@@ -91,7 +91,7 @@ def recipe_of(run: Path) -> str | None:
 
 
 def is_finished(config: Config, data: Collection[str]) -> bool:
-    """Whether the run of this config has come to its end, with these settings, on data with one of these fingerprints."""
+    """Whether the run of this config has come to its end, with these settings, on data with such a fingerprint."""
     newest = Store(Path(config.run_dir) / "checkpoints").newest()
     if newest is None:
         return False

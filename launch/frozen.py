@@ -1,6 +1,7 @@
 """What the doors to frozen-feature evaluations share: their arguments, and the way through."""
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_sh
 from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import documented_parser
 from prelude.pretrain import distributed
+from prelude.pretrain.config import DataConfig
 
 SOURCES = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
@@ -39,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser, sources: str, out: str) -> No
     parser.add_argument("--train", metavar="SHARDS", help=f"labelled shards to learn from {defaults}")
     parser.add_argument("--test", metavar="SHARDS", help=f"labelled shards to report on {defaults}")
     parser.add_argument("--label", metavar="EXT", help="extension of the class number's member (default: cls)")
+    parser.add_argument(
+        "--range",
+        type=value_range,
+        metavar="LOW,HIGH",
+        help="values of 16-bit images that are black and white, or auto (default: data.range of the run's config)",
+    )
     parser.add_argument(
         "--features",
         nargs="+",
@@ -70,7 +78,15 @@ def judge(
 
 
 def labelled_of(args: argparse.Namespace, **changes) -> Labelled:
-    return labelled_shards(args.sources, args.train, args.test, args.label, **changes)
+    return labelled_shards(args.sources, args.train, args.test, args.label, value_range=args.range, **changes)
+
+
+def value_range(text: str) -> tuple[float, float] | str:
+    """Of `--range`."""
+    try:
+        return "auto" if text == "auto" else DataConfig(shards="", range=json.loads(f"[{text}]")).range
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; write LOW,HIGH, such as 0,4095, or auto") from None
 
 
 def results_of(

@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config, args.overrides, options_for)
     check_objective(config)
     config.batching(distributed.launched_world_size())
-    expand_shards(
-        config.data.shards, config.data.allow_commands
-    )  # a shard that this node lacks is told before any rank waits for another
+    # A shard that this node lacks is told before any rank waits for another.
+    expand_shards(config.data.shards, config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:
         local_shards(config.evaluate.train_shards)
         local_shards(config.evaluate.test_shards)
@@ -75,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 def loader_of(config: Config, views):
     of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
+    of_data["value_range"] = config.data.range
     return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
 
 
