@@ -10,7 +10,8 @@
   looked up, CMYK is converted, an alpha channel is dropped (not composited), the first frame of an animation is
   taken. 16-bit grey keeps its upper 8 bits, where PIL would clip it to white, or is scaled by a `value_range`.
 - EXIF orientation is ignored: pixels come as they are stored, as PIL, torchvision and timm read them.
-- Nothing is written to the console and no state is shared: safe from any number of threads.
+- Nothing of ours is written to the console (libtiff has words of its own) and no state is shared: safe from any number
+  of threads.
 """
 
 import contextlib
