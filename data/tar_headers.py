@@ -45,7 +45,7 @@ class Damage(NamedTuple):
     at_least: int = 1  # samples that must be lost by it
 
 
-@dataclass
+@dataclass(slots=True)
 class _Last:
     """The member before, until what follows shows that its size is right."""
 
@@ -77,11 +77,13 @@ class Walk:
                 if inner is not None:
                     self._lose("wrong size", last.name, inner - last.header)
                 else:
-                    yield from _believed(last, tail)
+                    if last is not None and last.kind:
+                        yield Member(last.name, last.content, last.size, last.kind == "file", tail)
                     inner = self._after_damage(offset, block)
                 offset, last, extended = inner, None, {}
                 continue
-            yield from _believed(last, tail)
+            if last is not None and last.kind:
+                yield Member(last.name, last.content, last.size, last.kind == "file", tail)
             offset, last, extended = self._member(offset, block, header, extended)
 
     def _member(self, offset: int, block: bytes, header: tuple, extended: dict):
@@ -161,11 +163,6 @@ class Walk:
 
     def _lose(self, reason: str, where: str, num_bytes: int, at_least: int = 1) -> None:
         self.damage.append(Damage(reason, where, num_bytes, at_least))
-
-
-def _believed(last: _Last | None, tail: bytes) -> Iterator[Member]:
-    if last is not None and last.kind:
-        yield Member(last.name, last.content, last.size, last.kind == "file", tail)
 
 
 def next_sound_header(fd: int, offset: int, end: int) -> int | None:
