@@ -21,6 +21,7 @@ _RECORD = 10240  # what tar fills its end up to, unless told otherwise
 _LARGEST_RECORD = 2**20
 _MAX_EXTENDED_HEADER = 2**20
 _SCAN = 2**20
+_SEARCHED = 2**26  # of a member: where its size is wrong, the next header comes after its true content
 _ZEROS = bytes(BLOCK)
 _EXTENDED = (b"x", b"g", b"L", b"K")
 _REGULAR = (b"0", b"\0", b"7")
@@ -134,7 +135,7 @@ class Walk:
         begins with one, and is no sign of a wrong size."""
         if last is None or offset <= last.content:
             return None
-        found = next_sound_header(self.fd, last.content, offset)
+        found = next_sound_header(self.fd, last.content, min(offset, last.content + _SEARCHED))
         return None if found == last.content else found
 
     def _after_damage(self, offset: int, block: bytes) -> int | None:
