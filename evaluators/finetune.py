@@ -7,7 +7,6 @@
 - Every test image is scored once, whatever the number of ranks.
 """
 
-import json
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from prelude.evaluators.results import Outcome, Result, hits, percent, versions
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig, read_recipe, validate_config
 from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.schedules import Progress
 
@@ -209,13 +209,12 @@ class TestCurve(Monitor):
     __test__ = False  # no test of pytest's
 
     def __init__(self, test, every_epochs: float, path: Path):
-        self.test, self.every_epochs, self.path = test, every_epochs, path
+        self.test, self.every_epochs, self.lines = test, every_epochs, Lines(path)
 
     def start(self, progress: Progress) -> None:
         self.done = math.floor(progress.epoch / self.every_epochs)
         if distributed.is_main():
-            kept = [line for line in read_curve(self.path) if line["step"] <= progress.step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.lines.start(progress.step)
 
     def record(self, record: StepRecord) -> None:
         due = math.floor(record.epoch / self.every_epochs)
@@ -227,13 +226,11 @@ class TestCurve(Monitor):
             accuracy = {
                 name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts
             }
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": record.step, "epoch": record.epoch, **accuracy}) + "\n")
+            self.lines.add({"step": record.step, "epoch": record.epoch, **accuracy})
 
-
-def read_curve(path: Path) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    def saving(self, step: int) -> None:
+        if distributed.is_main():
+            self.lines.sync()
 
 
 def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict], command: str, seconds: float):

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.checkpoints.store import recorded_config
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.bank import Bank, Rows
@@ -162,10 +163,15 @@ def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: 
 
 
 def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:
-    """Writes a result where it belongs, and says so."""
+    """Writes a result where it belongs, and says so. Raises UserError, the numbers told, where the disk refuses."""
     folder = _folder(result.source, sources, out)
-    written = f", written to {write(result, folder)}" if folder else ""
-    say(f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s{written}")
+    done = f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s"
+    try:
+        written = f", written to {write(result, folder)}" if folder else ""
+    except UserError:
+        say(f"{done}: " + ", ".join(f"{name} {number.value:.2f} %" for name, number in result.outcome.numbers.items()))
+        raise
+    say(done + written)
 
 
 def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str, Features]:
@@ -235,16 +241,17 @@ def run_of(source: str) -> Path | None:
         return None
     folder = Path(source.removeprefix("random:")).absolute()
     for candidate in (folder, *folder.parents[:2]):
-        if (candidate / "config.yaml").is_file() and (candidate / "checkpoints").is_dir():
+        checkpoints = candidate / "checkpoints"
+        if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
             return candidate
     return None
 
 
 def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
     """The first `evaluate` section among the runs of the sources, and the sources that are themselves recipes."""
-    runs = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
-    recipes = [path if path.is_file() else path / "config.yaml" for path in runs if path]
-    sections = filter(None, (read_recipe(path).get("evaluate") for path in recipes))
+    paths = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
+    recipes = (read_recipe(path) if path.is_file() else recorded_config(path) for path in paths if path)
+    sections = filter(None, (recipe.get("evaluate") for recipe in recipes))
     return next((EvaluateConfig.model_validate(section) for section in sections), None)
 
 

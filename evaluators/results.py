@@ -24,6 +24,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from prelude.data.errors import UserError
+from prelude.pretrain.files import reason, write_whole
+
 TOP5_FROM = 10  # classes; below, five guesses say little
 TITLES = {"top1": "top-1 %", "top5": "top-5 %", "auc": "macro AUC %", "map": "mAP %", "auroc": "AUROC %"}
 
@@ -139,17 +142,15 @@ def mean_and_spread(numbers: list[Percent]) -> Percent:
 
 
 def write(result: Result, folder: str | Path) -> Path:
-    """Writes the result's JSON into `folder` and returns its path."""
+    """Writes the result's JSON into `folder` and returns its path. Raises UserError where the disk does not take it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / result.file_name
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w") as file:
-        json.dump(result.to_json(), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result.to_json(), indent=1) + "\n"
+        write_whole(path, text, draft=path.with_name(f".{path.name}.{os.getpid()}"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({reason(error)}); make room there, or write --out DIR.") from None
     return path
 
 

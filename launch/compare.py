@@ -40,6 +40,7 @@ from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuni
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED, door
 from prelude.launch.frozen import SOURCES, common, door_parser
 from prelude.pretrain import distributed
+from prelude.pretrain.files import write_whole
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
 FEW_LABELS = partial(fewshot, shares=(1.0,))
@@ -203,9 +204,7 @@ def write(comparison: Comparison, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            unfinished = out / f".{name}"
-            unfinished.write_text(text)
-            unfinished.replace(out / name)
+            write_whole(out / name, text)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
     print_comparison(comparison)

@@ -10,7 +10,6 @@ if __name__ == "__main__" and not __package__:
     import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from prelude.checkpoints.store import Store
-from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.shards import expand_shards
 from prelude.evaluators.online import OnlineProbe
 from prelude.launch.arguments import documented_parser
 from prelude.launch.exit_codes import PREEMPTED, door, leave
+from prelude.launch.run_folder import run_folder
 from prelude.objectives import build_objective, check_objective, objective_class, options_for
 from prelude.pretrain import distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config, load_config
 from prelude.pretrain.engine import Engine
-from prelude.pretrain.environment import describe_environment
+from prelude.pretrain.files import Tolerant
 from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
 from prelude.pretrain.preview import describe
 
@@ -49,15 +48,15 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run(config)
 
     device = distributed.start()
-    run_dir = prepare_run_dir(config)
-    objective = build_objective(config)
-    loader = loader_of(config, objective.views)
-    store = Store(run_dir / "checkpoints", keep=config.checkpoint.keep)
-    engine = Engine(config, objective, loader, store, monitors_of(config, run_dir, store))
-    if distributed.is_main():
+    with run_folder(config) as folder:
+        objective = build_objective(config)
+        loader = loader_of(config, objective.views)
+        store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
+        monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
+        engine = Engine(config, objective, loader, store, monitors)
         introduce(config, engine, loader, device)
-    outcome = engine.run()
-    loader.close()
+        outcome = engine.run()
+        loader.close()
     distributed.stop()
     return 0 if outcome.reason == "finished" else PREEMPTED
 
@@ -91,21 +90,6 @@ def loader_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def prepare_run_dir(config: Config) -> Path:
-    run_dir = Path(config.run_dir)
-    if distributed.is_main():
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "STOP").unlink(missing_ok=True)  # what stopped the last run must not stop this one
-            (run_dir / "config.yaml").write_text(config.to_yaml())
-            (run_dir / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
-        except OSError as error:
-            raise UserError(f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another.") from None
-        distributed.deepspeed_messages_to(run_dir / "deepspeed.log")
-    distributed.barrier()
-    return run_dir
-
-
 def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     if not distributed.is_main():
         return []
@@ -123,14 +107,17 @@ def logs_of(run_dir: Path) -> list[Monitor]:
 
 def introduce(config: Config, engine: Engine, loader, device) -> None:
     """The values that were derived and not asked for."""
-    print(
+    if not distributed.is_main():
+        return
+    text = (
         f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} images, "
         f"{distributed.world_size()} x {device.type} in {precision.resolve(config, device)}: "
         f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
-        f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}",
-        file=sys.stderr,
+        f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
     )
+    with Tolerant("the console"):
+        print(text, file=sys.stderr)
 
 
 def dry_run(config: Config) -> int:

@@ -11,8 +11,7 @@ import os
 import socket
 import sys
 import warnings
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import NoReturn
 
 import torch
@@ -94,8 +93,9 @@ def leave(code: int) -> NoReturn:
     Those of torch's communication now and then abort a rank that has already finished, and the launcher then reports
     a failed run.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a log that nobody reads, or that a full disk holds, makes no failure of a run
+            stream.flush()
     logging.shutdown()
     os._exit(code)
 
@@ -131,10 +131,10 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
-def deepspeed_messages_to(log: Path) -> None:
-    """From now on DeepSpeed's log lines go to this file and nowhere else."""
+def deepspeed_messages_to(handler: logging.Handler) -> None:
+    """From now on DeepSpeed's log lines go to this handler and nowhere else."""
     logger = logging.getLogger("DeepSpeed")
-    logger.handlers[:] = [logging.FileHandler(log, delay=True)]
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
 
 

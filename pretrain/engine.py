@@ -9,6 +9,7 @@
 
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,9 +20,9 @@ from prelude.data.errors import RunStopped, UserError
 from prelude.pretrain import deepspeed_config, distributed, optimizers, precision
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import peak_memory
-from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
-from prelude.pretrain.resume import changed_settings, refuse_changed_config
+from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
 from prelude.pretrain.schedules import Progress
 
 
@@ -58,9 +59,10 @@ class Engine:
     def run(self) -> Outcome:
         """Trains to the end, or until asked to stop. Collective. Raises RunStopped when it cannot go on."""
         self._listen_for_signals()
-        self._resume()
+        notices = self._resume()
         for monitor in self.monitors:
             monitor.start(self.progress)
+        self._tell(Report(self.progress.step, "notice", text) for text in notices)
         self._hand_over_encoder()
         meter = Meter(self.config.train.global_batch)
         batches = iter(self.loader)
@@ -219,11 +221,14 @@ class Engine:
 
     def _pass_on_reports(self) -> None:
         for finder in self.monitors:
-            for report in finder.found():
-                for monitor in self.monitors:
-                    monitor.report(report)
-                if report.stop:
-                    self.stop_reason = report.text
+            self._tell(finder.found())
+
+    def _tell(self, reports: Iterable[Report]) -> None:
+        for report in reports:
+            for monitor in self.monitors:
+                monitor.report(report)
+            if report.stop:
+                self.stop_reason = report.text
 
     # ---- saving and resuming
 
@@ -238,29 +243,33 @@ class Engine:
             "std": list(self.config.data.std),
             "loader": self.loader.state_dict(),
         }
+        for monitor in self.monitors:
+            monitor.saving(self.progress.step)
         path = self.store.save(self.progress.step, self.deepspeed, meta)
         for monitor in self.monitors:
             monitor.saved(self.progress.step, path)
 
-    def _resume(self) -> None:
-        """Goes on from the run's newest valid checkpoint, or from the one that is named; else from the start."""
-        named = self.config.resume.checkpoint
-        newest = self.store.newest if named == "auto" else lambda: Path(named)
-        path = distributed.from_main(newest() if distributed.is_main() else None)
+    def _resume(self) -> list[str]:
+        """Goes on from where `starting_point` says, if anywhere. Returns what a person should know about it."""
+        path = starting_point(self.store, self.config)
         if path is None:
-            return
+            return []
         meta = self.store.load(path, self.deepspeed)
         if not self.config.resume.allow_changed_config:
             refuse_changed_config(changed_settings(meta["config"], self.config), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
-        self.progress = Progress(meta["step"], self.progress.num_steps, self.progress.steps_per_epoch)
+        self.progress, notices = progress_after(meta, self.config, self.progress, path)
+        return notices
 
     def _exported_prefix(self) -> str:
         exported = self.objective.exported_encoder()
         return next(name for name, module in self.objective.named_modules() if module is exported) + "."
 
     def _last_checkpoint(self) -> str:
-        return str(self.store.newest() or "none: no checkpoint had been written")
+        try:
+            return str(self.store.newest() or "none: no checkpoint had been written")
+        except UserError as error:
+            return f"none: {error}"
 
     # ---- starting
 

@@ -1,7 +1,5 @@
 """Judging an encoder while it trains: the same numbers as afterwards, and nothing that happens there hurts the run."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -85,7 +83,6 @@ class Ready:
     """An OnlineProbe whose process is there, and everything that it reported."""
 
     def __init__(self, config: Config, first: int = 0):
-        Path(config.run_dir, "config.yaml").write_text(config.to_yaml())
         self.config, self.probe, self.reports = config, OnlineProbe(config), []
         self.probe.start(at(first))
 
