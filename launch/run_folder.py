@@ -56,7 +56,7 @@ def _refusal(lock: RunLock, path: Path) -> str | None:
     if (path / "checkpoints").is_symlink():
         lock.release()
         return (
-            f"{path / 'checkpoints'} is a symbolic link, and a run writes through none, since another run's checkpoints may "
+            f"{path / 'checkpoints'} is a symbolic link, and a run writes through none, as another run's checkpoints may "
             f"be there; write run_dir=... with a folder on the disk where they belong."
         )
     return None
