@@ -56,8 +56,8 @@ def _refusal(lock: RunLock, path: Path) -> str | None:
     if (path / "checkpoints").is_symlink():
         lock.release()
         return (
-            f"{path / 'checkpoints'} is a symbolic link, and a run writes through none, as another run's checkpoints may "
-            f"be there; write run_dir=... with a folder on the disk where they belong."
+            f"{path / 'checkpoints'} is a symbolic link, and a run writes through none, since other runs may do so "
+            f"too; write run_dir=... with a folder on the disk where the checkpoints belong."
         )
     return None
 

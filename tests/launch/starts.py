@@ -1,7 +1,7 @@
 """Run by test_run_folder.py: several starts of the pretraining door, one after another in one process.
 
-`starts.py FILE` reads a JSON list of starts, {"name", "argv"}, and writes to each FOLDER/NAME.json its exit code and what
-it told.
+`starts.py FILE` reads a JSON list of starts, {"name", "argv"}, and writes each one's exit code and what it told to
+NAME.json beside it.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from prelude.launch import pretrain
 from prelude.launch.exit_codes import door
+from prelude.pretrain import distributed
 
 if __name__ == "__main__":
+    distributed.stop = lambda: None  # DeepSpeed does not start twice in a process unless its group lives on
     plan = Path(sys.argv[1])
     for start in json.loads(plan.read_text()):
         told = io.StringIO()
@@ -26,7 +26,5 @@ if __name__ == "__main__":
                 code = door(lambda argv=start["argv"]: pretrain.main(argv))
             except Exception as error:  # what the tests are there to see
                 code = repr(error)
-        if dist.is_initialized():
-            dist.destroy_process_group()
         answer = {"code": code, "told": told.getvalue()}
         plan.with_name(f"{start['name']}.json").write_text(json.dumps(answer))
