@@ -21,6 +21,7 @@ from rich.table import Table
 
 from prelude.checkpoints.store import Store
 from prelude.data.loader import Loader
+from prelude.data.waiting import stop_when
 from prelude.evaluators import finetune
 from prelude.evaluators.results import print_table, write
 from prelude.launch.arguments import documented_parser
@@ -68,6 +69,7 @@ def run(task: finetune.Task, command: str) -> int:
     if task.options.test_every_epochs:
         monitors.append(finetune.TestCurve(test, task.options.test_every_epochs, curve))
     engine = Engine(config, classifier, loader, Store(run_dir / "checkpoints", keep=config.checkpoint.keep), monitors)
+    stop_when(engine.stop_wanted)
     if distributed.is_main():
         introduce(config, engine, loader, device)
     outcome = engine.run()
