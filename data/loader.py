@@ -27,6 +27,7 @@ from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
 from prelude.data.shards import ShardIndex, expand_shards, is_remote
 from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, OpenFiles, announce
 from prelude.data.streaming import StreamingLoader
+from prelude.data.waiting import called
 
 
 def build_loader(
@@ -192,5 +193,6 @@ def label_reader(index: ShardIndex, label: str) -> LabelReader | None:
     if not len(labelled):
         raise UserError(f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label.")
     place = index.labels[labelled[0]].tolist()
-    shard = index.paths.index(index.shard_of(int(labelled[0])))
-    return LabelReader(index.label, OpenFiles(index.paths).read(shard, *place))
+    path = index.shard_of(int(labelled[0]))
+    example = called(lambda: OpenFiles(index.paths).read(index.paths.index(path), *place), f"a label in {path}")
+    return LabelReader(index.label, example)

@@ -17,6 +17,7 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from prelude.data.errors import UserError
+from prelude.data.waiting import moved, open_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif", "pgm", "pbm", "jp2", "avif")
 """In order of preference: a sample with `jpg` and `png` is an image with, most likely, a mask."""
@@ -133,12 +134,14 @@ def _table(rows: list) -> np.ndarray:
 
 
 def _members(path: str, problems: list[Problem]) -> Iterator[Member]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_file(path)
     try:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: headers lie far apart
         _refuse_compressed(path, os.pread(fd, 8, 0))
-        yield from _walk(fd, os.fstat(fd).st_size, problems)
+        for member in _walk(fd, os.fstat(fd).st_size, problems):
+            moved()
+            yield member
     finally:
         os.close(fd)
 

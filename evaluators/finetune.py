@@ -7,6 +7,7 @@
 - Every test image is scored once, whatever the number of ranks.
 """
 
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.batch import Batch
-from prelude.data.errors import UserError
+from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
+from prelude.data.waiting import wait_at_most
 from prelude.evaluators.classifier import NAME, Classifier, FineTuneOptions
 from prelude.evaluators.frozen import Labelled, labelled_shards
 from prelude.evaluators.labels import class_numbers
@@ -34,6 +36,8 @@ from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.schedules import Progress
+
+log = logging.getLogger(__name__)
 
 _FROM_SCRATCH = "_from_scratch"
 _RANDOM = "random:"
@@ -99,6 +103,7 @@ def prepare(
     values["objective"]["weights"] = opened.fingerprint
     values["data"] = {"mean": list(opened.mean), "std": list(opened.std)} | values["data"]
     config = validate_config(values, str(recipe), _options_for)
+    wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     return _with_labels(source, config, opened, labelled)
 
 
@@ -181,7 +186,8 @@ def pretrained(opened: OpenedEncoder, config: EncoderConfig, *, seed: int) -> nn
 
 
 def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size: int, num_workers: int) -> dict:
-    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective."""
+    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective; raises Stopped
+    on all ranks when one of them is asked to stop while its images do not come."""
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = one_pass(
         index, classifier.test_views, batch_size=batch_size, num_workers=num_workers, label=label, **ranks
@@ -189,13 +195,19 @@ def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size:
     counts = {"top1": 0, "total": 0}
     training = classifier.training
     classifier.eval()
-    device = distributed.device()
-    for batch in batches:
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            scores = classifier.scores(batch.to(device))
-        found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
-        counts = {name: counts.get(name, 0) + count for name, count in found.items()}
-    classifier.train(training)
+    device, stopped = distributed.device(), ""
+    try:
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+                scores = classifier.scores(batch.to(device))
+            found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
+            counts = {name: counts.get(name, 0) + count for name, count in found.items()}
+    except Stopped as stop:
+        stopped = str(stop)
+    finally:
+        classifier.train(training)
+    if why := next(filter(None, distributed.of_all(stopped)), ""):
+        raise Stopped(why)
     if len(classifier.classes) >= 10:
         counts.setdefault("top5", 0)  # a rank may have had nothing to score
     names = sorted(counts)
@@ -221,7 +233,11 @@ class TestCurve(Monitor):
         if due <= self.done:
             return
         self.done = due
-        counts = self.test()
+        try:
+            counts = self.test()
+        except Stopped as stop:
+            log.warning("the test of step %d is left out: the run is stopped %s", record.step, stop)
+            return  # the engine ends the run at its next step, and saves
         if distributed.is_main():
             accuracy = {
                 name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.pretrain import distributed
 
 INCOMPLETE = 4  # some of what was asked for is missing, and what there is says which
@@ -26,6 +26,9 @@ def door(main: Callable[[], int]) -> int:
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Stopped as stop:
+        print(f"stopped {stop}; run the same command again", file=sys.stderr, flush=True)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

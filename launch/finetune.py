@@ -21,6 +21,7 @@ from rich.table import Table
 
 from prelude.checkpoints.store import Store
 from prelude.data.loader import Loader
+from prelude.data.waiting import stop_when
 from prelude.evaluators import finetune
 from prelude.evaluators.results import print_table, write
 from prelude.launch.arguments import documented_parser
@@ -69,6 +70,7 @@ def run(task: finetune.Task, command: str) -> int:
         monitors = [*folder.monitors, *logs_of(folder.path), *([curve] if curve.every_epochs else [])]
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         engine = Engine(config, classifier, loader, store, monitors)
+        stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
         outcome = engine.run()
         loader.close()

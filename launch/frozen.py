@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from prelude.data.errors import UserError
+from prelude.data.waiting import TIMEOUT_SECONDS, wait_at_most
 from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import documented_parser
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser, sources: str, out: str) -> No
     parser.add_argument("--seed", type=int, default=0, help="of every random choice and of random: (default: 0)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
     parser.add_argument("--num-workers", type=int, default=distributed.cores_per_rank(), metavar="N")
+    parser.add_argument("--timeout-seconds", type=float, default=TIMEOUT_SECONDS, metavar="N", help="how long to wait "
+                        f"for images that do not come (default: {TIMEOUT_SECONDS:g})")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
 
@@ -87,6 +90,9 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
     """What every evaluation is told, under the names that it has there. Joins the other ranks, if there are any."""
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
+    if not args.timeout_seconds > 0:
+        raise UserError(f"--timeout-seconds {args.timeout_seconds:g} leaves no time for data; write more than 0.")
+    wait_at_most(args.timeout_seconds, "--timeout-seconds")
     if distributed.launched_world_size() > 1:
         distributed.start()
     given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]

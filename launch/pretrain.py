@@ -21,6 +21,7 @@ from prelude.checkpoints.store import Store
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.shards import expand_shards
+from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators.online import OnlineProbe
 from prelude.launch.arguments import documented_parser
 from prelude.launch.exit_codes import PREEMPTED, door, leave
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config, args.overrides, options_for)
     check_objective(config)
     config.batching(distributed.launched_world_size())
+    wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     expand_shards(config.data.shards)  # a shard that this node lacks is told before any rank waits for another
     if config.evaluate and config.evaluate.every_steps:
         expand_shards(config.evaluate.train_shards)
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
         engine = Engine(config, objective, loader, store, monitors)
+        stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
         outcome = engine.run()
         loader.close()

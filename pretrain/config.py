@@ -35,6 +35,7 @@ class DataConfig(Section):
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
     num_workers: int | Literal["auto"] = "auto"  # auto: from the cores of this machine and its ranks
     max_bad_share: float = Field(0.01, ge=0, le=1)
+    timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
     shuffle: ShuffleConfig = ShuffleConfig()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

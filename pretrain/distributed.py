@@ -131,6 +131,15 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
+def of_all(value) -> list:
+    """Each rank's value (any picklable object), on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def deepspeed_messages_to(handler: logging.Handler) -> None:
     """From now on DeepSpeed's log lines go to this handler and nowhere else."""
     logger = logging.getLogger("DeepSpeed")

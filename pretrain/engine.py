@@ -4,6 +4,8 @@
   samples, crops, masks and learning rates at any number of ranks and after any interruption.
 - A step whose loss or gradient is not finite is not applied, on any rank; too many in a row stop the run.
 - SIGTERM, SIGUSR1 or a file named STOP in the run folder end the run after the current step, with a checkpoint.
+- A step's first batch is fetched before the ranks agree on the end of the step before: whoever gets none, or is asked
+  to stop while waiting for it, says so there, and the run ends between two steps on all ranks alike.
 - The engine is handed its parts and imports none of their modules.
 """
 
@@ -16,7 +18,8 @@ from typing import Literal
 
 import torch
 
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.batch import Batch
+from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.pretrain import deepspeed_config, distributed, optimizers, precision
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import peak_memory
@@ -64,24 +67,36 @@ class Engine:
             monitor.start(self.progress)
         self._tell(Report(self.progress.step, "notice", text) for text in notices)
         self._hand_over_encoder()
-        meter = Meter(self.config.train.global_batch)
-        batches = iter(self.loader)
         try:
-            while self.progress.step < self.progress.num_steps:
-                record = self._step(batches, meter)
-                self._watch(record, meter)
-                finished = self.progress.step == self.progress.num_steps
-                if finished or record.stop or self.progress.step % self.config.checkpoint.every_steps == 0:
-                    self._save()
-                if record.stop and not finished:
-                    return Outcome("preempted", self.progress.step)
-            for monitor in self.monitors:
-                monitor.finish()
-            self._pass_on_reports()
-            return Outcome("finished", self.progress.step)
+            return self._train()
         finally:
             for monitor in self.monitors:
                 monitor.close()
+
+    def _train(self) -> Outcome:
+        meter = Meter(self.config.train.global_batch)
+        batches = iter(self.loader)
+        if not self._is_finished():
+            self._fetch_ahead(batches, meter)
+            agreed = self._agree(torch.zeros(()), applied=True)
+            if agreed.no_data:
+                raise RunStopped(agreed.no_data)
+            if agreed.stop:
+                return Outcome("preempted", self.progress.step)
+        while not self._is_finished():
+            agreed = self._step(batches, meter)
+            self._watch(agreed, meter)
+            ends = self._is_finished() or agreed.stop or agreed.no_data
+            if ends or self.progress.step % self.config.checkpoint.every_steps == 0:
+                self._save()
+            if agreed.no_data:
+                raise RunStopped(agreed.no_data)
+            if agreed.stop and not self._is_finished():
+                return Outcome("preempted", self.progress.step)
+        for monitor in self.monitors:
+            monitor.finish()
+        self._pass_on_reports()
+        return Outcome("finished", self.progress.step)
 
     # ---- one optimizer step
 
@@ -92,8 +107,7 @@ class Engine:
         )
         loss_sum = torch.zeros((), device=self.device)
         for micro in range(self.accumulation):
-            with meter.waiting_for_data():
-                batch = next(batches)
+            batch = self._fetch(batches, meter) if micro else self.ahead
             self.last_batch = batch = batch.to(self.device)
             loss = self.deepspeed(batch, self.progress)
             self.deepspeed.backward(loss.total)
@@ -105,7 +119,32 @@ class Engine:
         if applied:
             self.objective.after_step(self.progress)
         meter.step_done()
+        self._fetch_ahead(batches, meter)
         return self._agree(loss_sum / self.accumulation, applied)
+
+    def _fetch_ahead(self, batches, meter: "Meter") -> None:
+        """The next step's first batch, or why there is none. A checkpoint of now goes on with that batch."""
+        self.data_position = self.loader.state_dict()
+        self.ahead, self.no_data = None, ""
+        if self._is_finished():
+            return
+        try:
+            self.ahead = self._fetch(batches, meter)
+        except Stopped:
+            self.stop_requested = True
+        except RunStopped as error:
+            self.no_data = str(error)
+
+    def _fetch(self, batches, meter: "Meter") -> Batch:
+        with meter.waiting_for_data():
+            return next(batches)
+
+    def stop_wanted(self) -> bool:
+        """Whether this rank has been asked to stop. Cheap, for whoever waits to ask often."""
+        return self.stop_requested or (self.run_dir / "STOP").exists()
+
+    def _is_finished(self) -> bool:
+        return self.progress.step == self.progress.num_steps
 
     def _apply_gradients(self, at_boundary: bool) -> bool:
         """Steps the optimizer at the boundary. Returns whether the weights moved; the same on all ranks."""
@@ -143,12 +182,12 @@ class Engine:
 
         Raises RunStopped, on all ranks alike.
         """
-        stop = self.stop_requested or (distributed.is_main() and (self.run_dir / "STOP").exists())
+        stop = self.stop_requested or (distributed.is_main() and self.stop_wanted())
         bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
         memory = [0] * distributed.world_size()  # a sum with one entry a rank also has their maximum
         memory[distributed.rank()] = peak_memory() if self._is_logged() else 0
-        loss_sum, stops, bad, read, refused, *memory = distributed.total(
-            loss.item(), stop, bad, read, bool(self.stop_reason), *memory
+        loss_sum, stops, bad, read, refused, without_data, *memory = distributed.total(
+            loss.item(), stop, bad, read, bool(self.stop_reason), bool(self.no_data), *memory
         )
         self.peak_memory = int(max(self.peak_memory, *memory))
         if refused:
@@ -161,12 +200,13 @@ class Engine:
                 f"step {self.progress.step}; the last good checkpoint is {self._last_checkpoint()}. "
                 "Lower optimizer.lr, or write train.precision=fp32."
             )
-        if read and bad / read > self.config.data.max_bad_share and bad > self.micro_batch:
+        if read and not without_data and bad / read > self.config.data.max_bad_share and bad > self.micro_batch:
             raise RunStopped(
                 f"{bad:.0f} of {read:.0f} samples could not be read, more than data.max_bad_share="
                 f"{self.config.data.max_bad_share}; see {self.run_dir / 'bad_samples.jsonl'}."
             )
-        return _Agreed(loss_sum / distributed.world_size(), bool(stops), int(bad))
+        no_data = next(filter(None, distributed.of_all(self.no_data))) if without_data else ""
+        return _Agreed(loss_sum / distributed.world_size(), bool(stops), int(bad), no_data)
 
     def _step_seed(self) -> int:
         """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
@@ -178,7 +218,7 @@ class Engine:
         if not self.monitors:
             return
         step, last = self.progress.step, self.progress.step == self.progress.num_steps
-        if self._is_logged() or agreed.stop:
+        if self._is_logged() or agreed.stop or agreed.no_data:
             speed, data_wait = meter.read()
             record = StepRecord(
                 step=step,
@@ -241,7 +281,7 @@ class Engine:
             "exported": self._exported_prefix(),
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),
-            "loader": self.loader.state_dict(),
+            "loader": self.data_position,
         }
         for monitor in self.monitors:
             monitor.saving(self.progress.step)
@@ -309,6 +349,7 @@ class _Agreed:
     loss: float
     stop: bool
     bad_samples: int
+    no_data: str  # why some rank has no batch for the next step
 
 
 class Meter:
