@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return dry_run(config)
 
-    device = distributed.start()
+    device = distributed.start(config.train.rank_timeout_seconds)
     run_dir = prepare_run_dir(config)
     objective = build_objective(config)
     loader = loader_of(config, objective.views)

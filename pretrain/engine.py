@@ -3,11 +3,12 @@
 - One counter, `progress.step`, drives schedules, data position and checkpoints; a run of S steps has the same
   samples, crops, masks and learning rates at any number of ranks and after any interruption.
 - A step whose loss or gradient is not finite is not applied, on any rank; too many in a row stop the run.
-- SIGTERM, SIGUSR1 or a file named STOP in the run folder end the run after the current step, with a checkpoint.
+- SIGTERM, SIGUSR1, Ctrl-C or a file named STOP in the run folder end the run after the current step, with a
+  checkpoint.
+- All ranks have the same data, config and code, or none of them begins.
 - The engine is handed its parts and imports none of their modules.
 """
 
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Literal
 import torch
 
 from prelude.data.errors import RunStopped, UserError
-from prelude.pretrain import deepspeed_config, distributed, optimizers, precision
+from prelude.pretrain import attendance, deepspeed_config, distributed, optimizers, precision, stopping
 from prelude.pretrain.config import Config
-from prelude.pretrain.environment import peak_memory
+from prelude.pretrain.environment import describe_code, peak_memory
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.resume import changed_settings, refuse_changed_config
+from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress
 
 
@@ -47,9 +49,9 @@ class Engine:
         steps_per_epoch = loader.num_samples / config.train.global_batch
         num_steps = max(-int(-config.train.epochs * steps_per_epoch // 1), 1)
         self.progress = Progress(0, num_steps, steps_per_epoch)
+        self._refuse_other_ranks()
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
-        self.stop_requested = False
         self.stop_reason = ""  # of a monitor, on rank 0
         self.nonfinite_in_a_row = 0
         self.skipped_steps = 0
@@ -57,29 +59,35 @@ class Engine:
 
     def run(self) -> Outcome:
         """Trains to the end, or until asked to stop. Collective. Raises RunStopped when it cannot go on."""
-        self._listen_for_signals()
-        self._resume()
+        with distributed.explained():
+            self._resume()
         for monitor in self.monitors:
             monitor.start(self.progress)
         self._hand_over_encoder()
-        meter = Meter(self.config.train.global_batch)
-        batches = iter(self.loader)
         try:
-            while self.progress.step < self.progress.num_steps:
-                record = self._step(batches, meter)
-                self._watch(record, meter)
-                finished = self.progress.step == self.progress.num_steps
-                if finished or record.stop or self.progress.step % self.config.checkpoint.every_steps == 0:
-                    self._save()
-                if record.stop and not finished:
-                    return Outcome("preempted", self.progress.step)
-            for monitor in self.monitors:
-                monitor.finish()
-            self._pass_on_reports()
-            return Outcome("finished", self.progress.step)
+            with stopping.postponed(), distributed.explained():
+                return self._train()
         finally:
             for monitor in self.monitors:
                 monitor.close()
+
+    def _train(self) -> Outcome:
+        meter = Meter(self.config.train.global_batch)
+        batches = iter(self.loader)
+        while self.progress.step < self.progress.num_steps:
+            record = self._step(batches, meter)
+            self._watch(record, meter)
+            finished, stop = self.progress.step == self.progress.num_steps, record.stop
+            if finished or stop or self.progress.step % self.config.checkpoint.every_steps == 0:
+                self._save()
+                # Who asks for the end while a checkpoint is written has it: no step more, and no second save.
+                stop = stop or any(distributed.total(self._asked_to_stop()))
+            if stop and not finished:
+                return Outcome("preempted", self.progress.step)
+        for monitor in self.monitors:
+            monitor.finish()
+        self._pass_on_reports()
+        return Outcome("finished", self.progress.step)
 
     # ---- one optimizer step
 
@@ -89,11 +97,15 @@ class Engine:
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
         loss_sum = torch.zeros((), device=self.device)
+        step = self.progress.step + 1
         for micro in range(self.accumulation):
+            attendance.reach("waiting for data", step)
             with meter.waiting_for_data():
                 batch = next(batches)
             self.last_batch = batch = batch.to(self.device)
+            attendance.reach("in the forward pass", step)
             loss = self.deepspeed(batch, self.progress)
+            attendance.reach("in the backward pass", step)
             self.deepspeed.backward(loss.total)
             loss_sum += loss.total.detach()
             at_boundary = micro == self.accumulation - 1
@@ -141,7 +153,8 @@ class Engine:
 
         Raises RunStopped, on all ranks alike.
         """
-        stop = self.stop_requested or (distributed.is_main() and (self.run_dir / "STOP").exists())
+        stop = self._asked_to_stop()
+        attendance.reach("ending the step", self.progress.step)
         bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
         memory = [0] * distributed.world_size()  # a sum with one entry a rank also has their maximum
         memory[distributed.rank()] = peak_memory() if self._is_logged() else 0
@@ -165,6 +178,9 @@ class Engine:
                 f"{self.config.data.max_bad_share}; see {self.run_dir / 'bad_samples.jsonl'}."
             )
         return _Agreed(loss_sum / distributed.world_size(), bool(stops), int(bad))
+
+    def _asked_to_stop(self) -> bool:
+        return stopping.requested() or (distributed.is_main() and (self.run_dir / "STOP").exists())
 
     def _step_seed(self) -> int:
         """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
@@ -228,6 +244,7 @@ class Engine:
     # ---- saving and resuming
 
     def _save(self) -> None:
+        attendance.reach("saving the checkpoint", self.progress.step)
         meta = {
             "step": self.progress.step,
             "num_steps": self.progress.num_steps,
@@ -239,6 +256,7 @@ class Engine:
             "loader": self.loader.state_dict(),
         }
         path = self.store.save(self.progress.step, self.deepspeed, meta)
+        attendance.saved(str(path))
         for monitor in self.monitors:
             monitor.saved(self.progress.step, path)
 
@@ -246,9 +264,12 @@ class Engine:
         """Goes on from the run's newest valid checkpoint, or from the one that is named; else from the start."""
         named = self.config.resume.checkpoint
         newest = self.store.newest if named == "auto" else lambda: Path(named)
+        attendance.reach("looking for a checkpoint")
         path = distributed.from_main(newest() if distributed.is_main() else None)
+        attendance.saved("none: none had been written" if path is None else str(path))
         if path is None:
             return
+        attendance.reach("loading a checkpoint")
         meta = self.store.load(path, self.deepspeed)
         if not self.config.resume.allow_changed_config:
             refuse_changed_config(changed_settings(meta["config"], self.config), path)
@@ -263,6 +284,11 @@ class Engine:
         return str(self.store.newest() or "none: no checkpoint had been written")
 
     # ---- starting
+
+    def _refuse_other_ranks(self) -> None:
+        facts = {"config": self.config.model_dump(mode="json"), "code": describe_code()}
+        facts |= {"data": self.loader.state_dict(), "num_steps": self.progress.num_steps}
+        refuse_differences(facts)
 
     def _initialise_deepspeed(self, objective: Objective):
         import deepspeed
@@ -284,13 +310,6 @@ class Engine:
             optimizer = optimizers.build_optimizer(objective, self.config, objective.lr_scales())
             engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         return engine
-
-    def _listen_for_signals(self) -> None:
-        def request(*_):
-            self.stop_requested = True
-
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, request)
 
 
 @dataclass(frozen=True)
