@@ -3,7 +3,8 @@
 - It cannot touch the run: the engine hands over copies of the weights, and all that is computed with them is computed
   in a process of its own, niced, with few threads, on the accelerator where there is one.
 - The training step waits for the copy and for nothing else. An evaluation that is due while another is under way is
-  skipped, and that is told; that of the last step is waited for, up to `LAST_WAIT` seconds.
+  skipped, and that is told; that of the last step is waited for, up to `LAST_WAIT` seconds and not beyond a request
+  to end.
 - A process that dies, or that cannot read its subset, is told of once; the run goes on without.
 - At ZeRO stages 0 to 2, where rank 0 holds whole weights; the config refuses stage 3.
 """
@@ -23,13 +24,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import prelude
-from prelude.pretrain import distributed
+from prelude.pretrain import distributed, stopping
 from prelude.pretrain.config import Config
 from prelude.pretrain.files import save_file, write_whole
 from prelude.pretrain.monitors import Monitor, Report
 from prelude.pretrain.schedules import Progress
 
 LAST_WAIT = 300.0  # seconds; other ranks may be waiting to leave
+_LOOK_UP = 0.2  # seconds between two looks at whether the run was asked to end
 _PACKAGE_PATH = Path(prelude.__file__).resolve().parents[1]
 _ENDED = {"ended": True}
 
@@ -96,9 +98,11 @@ class OnlineProbe(Monitor):
 
     def finish(self) -> None:
         until = time.monotonic() + LAST_WAIT
-        while self.judging is not None and (left := until - time.monotonic()) > 0:
-            self._take_answers(wait=left)
-        if self.judging is not None:
+        while self.judging is not None and (left := until - time.monotonic()) > 0 and not stopping.requested():
+            self._take_answers(wait=min(left, _LOOK_UP))
+        if self.judging is not None and stopping.requested():
+            self._note(f"the evaluation of step {self.judging} was given up, as the run was asked to end")
+        elif self.judging is not None:
             self._note(f"the evaluation of step {self.judging} took more than {LAST_WAIT:.0f} s and was given up")
 
     def close(self) -> None:

@@ -1,34 +1,46 @@
 """How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 4 done in part, 75 pre-empted (run it
-again)."""
+again), 130 interrupted by Ctrl-C with nothing saved."""
 
+import multiprocessing
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from prelude.data.errors import RunStopped, Stopped, UserError
-from prelude.pretrain import distributed
+from prelude.pretrain import distributed, stopping
+from prelude.pretrain.stopping import INTERRUPTED, PREEMPTED
+
+__all__ = ["INCOMPLETE", "PREEMPTED", "door", "leave"]
 
 INCOMPLETE = 4  # some of what was asked for is missing, and what there is says which
-PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a launched rank. What failed leaves as usual, which also ends the loader's workers."""
-    if code in (0, PREEMPTED):
-        distributed.leave(code)
-    raise SystemExit(code)
+    """Ends a launched rank. What failed may have loader workers still: they ignore signals and would live on for some
+    seconds, in which a launcher's output stays open."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    distributed.leave(code)
 
 
 def door(main: Callable[[], int]) -> int:
-    """Runs `main`, telling a foreseen failure in its own sentence instead of a traceback."""
+    """Runs `main`, telling a foreseen failure in its own sentence instead of a traceback. The other ranks are told of
+    any failure, so that they need not wait to find out."""
+    stopping.interruptible()
     try:
-        return main()
+        with distributed.explained():
+            return main()
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        distributed.left(error.exit_code, str(error))
         return error.exit_code
     except Stopped as stop:
         print(f"stopped {stop}; run the same command again", file=sys.stderr, flush=True)
         return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        distributed.left(INTERRUPTED, "interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        distributed.left(1, f"{type(error).__name__}: {error}")
+        raise

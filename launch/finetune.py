@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(task: finetune.Task, command: str) -> int:
     started, config = time.monotonic(), task.config
-    device = distributed.start()
+    device = distributed.start(config.train.rank_timeout_seconds)
     with run_folder(config) as folder:
         classifier = finetune.build(task)
         loader = Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))

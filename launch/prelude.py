@@ -6,7 +6,7 @@ if __name__ == "__main__" and not __package__:
 import importlib
 import sys
 
-from prelude.launch.exit_codes import door
+from prelude.pretrain import stopping
 
 COMMANDS = {
     "quickstart": ("quickstart", "pretrain, probe and export on a small data set that is made on the spot"),
@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
+    stopping.listen()
+    from prelude.launch.exit_codes import door  # brings torch along, which takes seconds to import
+
     raise SystemExit(door(main))
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return dry_run(config)
 
-    device = distributed.start()
+    device = distributed.start(config.train.rank_timeout_seconds)
     with run_folder(config) as folder:
         objective = build_objective(config)
         loader = loader_of(config, objective.views)

@@ -128,6 +128,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     max_nonfinite_steps: int = Field(10, ge=1)  # in a row, before the run stops
+    rank_timeout_seconds: float = Field(600, gt=0)  # that ranks wait for one that stalls, before the run stops
 
 
 class CheckpointConfig(Section):

@@ -36,6 +36,7 @@ _FREE = (
     "train.gradient_checkpointing",
     "train.compile",
     "train.max_nonfinite_steps",
+    "train.rank_timeout_seconds",
 )
 
 
@@ -116,7 +117,7 @@ def _jump_of_learning_rate(meta: dict, config: Config, progress: Progress) -> st
 
 def changed_settings(saved: dict, config: Config) -> list[str]:
     """`key: then -> now` for every setting that differs and must not."""
-    then, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    then, now = flat(saved), flat(config.model_dump(mode="json"))
     keys = sorted(set(then) | set(now))
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
@@ -133,11 +134,11 @@ def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
         )
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
+def flat(values: dict, prefix: str = "") -> dict:
     out = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out
