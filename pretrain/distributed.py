@@ -12,6 +12,7 @@ import socket
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -85,6 +86,7 @@ def start() -> torch.device:
 
 def stop() -> None:
     if dist.is_initialized():
+        _hosts.cache_clear()
         dist.destroy_process_group()
 
 
@@ -124,11 +126,18 @@ def from_main(value):
 
 
 def total(*values: float) -> list[float]:
-    """The sum over ranks of each value, in float64."""
-    sums = torch.tensor(values, dtype=torch.float64, device=device())
-    if world_size() > 1:
-        dist.all_reduce(sums)
-    return sums.tolist()
+    """The sum over ranks of each value, in float64. Between the hosts: no device is waited for."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums, group=_hosts())
+    return sums.numpy().tolist()
+
+
+@cache
+def _hosts() -> dist.ProcessGroup:
+    """All ranks, by a backend for tensors in host memory. Collective when first called."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def deepspeed_messages_to(log: Path) -> None:

@@ -3,6 +3,7 @@
 - One counter, `progress.step`, drives schedules, data position and checkpoints; a run of S steps has the same
   samples, crops, masks and learning rates at any number of ranks and after any interruption.
 - A step whose loss or gradient is not finite is not applied, on any rank; too many in a row stop the run.
+- Between two logged steps the host never waits for the device: it learns a step later whether one was applied.
 - SIGTERM, SIGUSR1 or a file named STOP in the run folder end the run after the current step, with a checkpoint.
 - The engine is handed its parts and imports none of their modules.
 """
@@ -19,10 +20,12 @@ from prelude.data.errors import RunStopped, UserError
 from prelude.pretrain import deepspeed_config, distributed, optimizers, precision
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import peak_memory
+from prelude.pretrain.guarded_step import GuardedStep
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.resume import changed_settings, refuse_changed_config
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.transfers import Later
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Engine:
         self.progress = Progress(0, num_steps, steps_per_epoch)
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
+        self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), config.train.gradient_clipping)
+        self.applied = Later()
         self.stop_requested = False
         self.stop_reason = ""  # of a monitor, on rank 0
         self.nonfinite_in_a_row = 0
@@ -96,75 +101,52 @@ class Engine:
             loss = self.deepspeed(batch, self.progress)
             self.deepspeed.backward(loss.total)
             loss_sum += loss.total.detach()
-            at_boundary = micro == self.accumulation - 1
-            applied = self._apply_gradients(at_boundary)
-        self.parts = loss.parts
+            self.guarded_step(at_boundary=micro == self.accumulation - 1)
+        self.loss, self.parts = loss_sum / self.accumulation, loss.parts
         self.progress = Progress(self.progress.step + 1, self.progress.num_steps, self.progress.steps_per_epoch)
-        if applied:
-            self.objective.after_step(self.progress)
+        self.objective.after_step(self.progress, self.guarded_step.applied)
         meter.step_done()
-        return self._agree(loss_sum / self.accumulation, applied)
+        self._count_refusal(self.applied.push(self.guarded_step.applied), self.progress.step - 1)
+        if self._is_logged():
+            self._count_refusal(self.applied.read(), self.progress.step)
+        return self._agree()
 
-    def _apply_gradients(self, at_boundary: bool) -> bool:
-        """Steps the optimizer at the boundary. Returns whether the weights moved; the same on all ranks."""
-        if at_boundary and self.config.train.zero_stage == 0:
-            return self._step_at_stage_0()
-        self.deepspeed.step()
-        if not at_boundary:
-            return False
-        self.grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return self.deepspeed.was_step_applied()
-
-    def _step_at_stage_0(self) -> bool:
-        """Without ZeRO nothing below us looks at the gradients, so they are measured, clipped or refused here.
-
-        They are averaged over ranks already: every rank sees the same norm and decides alike.
-        """
-        scaler = self.deepspeed.torch_autocast_z0_gradscaler
-        if scaler:
-            scaler.unscale_(self.deepspeed.optimizer)
-        parameters = [p for p in self.objective.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self.grad_norm = norm.item()
-        finite = self.grad_norm < float("inf")
-        if finite and self.config.train.gradient_clipping:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.gradient_clipping, norm)
-        if not finite and not scaler:
-            # Optimizers pass over parameters without a gradient; DeepSpeed's own counters still advance.
-            for parameter in parameters:
-                parameter.grad = None
-        self.deepspeed.step()  # a loss scaler skips non-finite gradients itself, and lowers its scale
-        return finite
-
-    def _agree(self, loss: torch.Tensor, applied: bool) -> "_Agreed":
-        """One small collective a step: the mean loss, and whether any rank was asked to stop.
-
-        Raises RunStopped, on all ranks alike.
-        """
-        stop = self.stop_requested or (distributed.is_main() and (self.run_dir / "STOP").exists())
-        bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
-        memory = [0] * distributed.world_size()  # a sum with one entry a rank also has their maximum
-        memory[distributed.rank()] = peak_memory() if self._is_logged() else 0
-        loss_sum, stops, bad, read, refused, *memory = distributed.total(
-            loss.item(), stop, bad, read, bool(self.stop_reason), *memory
-        )
-        self.peak_memory = int(max(self.peak_memory, *memory))
-        if refused:
-            raise RunStopped(distributed.from_main(self.stop_reason))
+    def _count_refusal(self, applied: float | None, step: int) -> None:
+        """Raises RunStopped, on all ranks alike, where too many steps in a row were refused."""
+        if applied is None:
+            return
         self.nonfinite_in_a_row = 0 if applied else self.nonfinite_in_a_row + 1
         self.skipped_steps += not applied
         if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
             raise RunStopped(
                 f"The loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, the last being "
-                f"step {self.progress.step}; the last good checkpoint is {self._last_checkpoint()}. "
+                f"step {step}; the last good checkpoint is {self._last_checkpoint()}. "
                 "Lower optimizer.lr, or write train.precision=fp32."
             )
+
+    def _agree(self) -> "_Agreed":
+        """One small message a step between the hosts: whether any rank was asked to stop, or reads bad samples.
+
+        Raises RunStopped, on all ranks alike.
+        """
+        stop = self.stop_requested or (distributed.is_main() and (self.run_dir / "STOP").exists())
+        bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
+        stops, bad, read, refused = distributed.total(stop, bad, read, bool(self.stop_reason))
+        if refused:
+            raise RunStopped(distributed.from_main(self.stop_reason))
         if read and bad / read > self.config.data.max_bad_share and bad > self.micro_batch:
             raise RunStopped(
                 f"{bad:.0f} of {read:.0f} samples could not be read, more than data.max_bad_share="
                 f"{self.config.data.max_bad_share}; see {self.run_dir / 'bad_samples.jsonl'}."
             )
-        return _Agreed(loss_sum / distributed.world_size(), bool(stops), int(bad))
+        return _Agreed(bool(stops), int(bad))
+
+    def _measured(self) -> tuple[float, int]:
+        """(mean loss, peak memory of the rank with most), over ranks. Collective; waits for the device."""
+        memory = [0] * distributed.world_size()  # a sum with one entry a rank also has their maximum
+        memory[distributed.rank()] = peak_memory()
+        loss_sum, *memory = distributed.total(self.loss.item(), *memory)
+        return loss_sum / distributed.world_size(), int(max(memory))
 
     def _step_seed(self) -> int:
         """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
@@ -173,26 +155,29 @@ class Engine:
     # ---- watching
 
     def _watch(self, agreed: "_Agreed", meter: "Meter") -> None:
+        step, last = self.progress.step, self.progress.step == self.progress.num_steps
+        logged = self._is_logged() or agreed.stop
+        loss, memory = self._measured() if logged else (0.0, 0)
+        self.peak_memory = max(self.peak_memory, memory)
         if not self.monitors:
             return
-        step, last = self.progress.step, self.progress.step == self.progress.num_steps
-        if self._is_logged() or agreed.stop:
+        if logged:
             speed, data_wait = meter.read()
             record = StepRecord(
                 step=step,
                 num_steps=self.progress.num_steps,
                 epoch=self.progress.epoch,
-                loss=agreed.loss,
-                parts={name: float(value) for name, value in self.parts.items()},
+                loss=loss,
+                parts=_on_host(self.parts),
                 lr=self.lr,
                 weight_decay=self.weight_decay,
-                grad_norm=self.grad_norm,
+                grad_norm=self.guarded_step.norm.item(),
                 images_per_second=speed,
                 data_wait=data_wait,
                 eta_seconds=(self.progress.num_steps - step) * meter.seconds_per_step(),
                 skipped_steps=self.skipped_steps,
                 bad_samples=agreed.bad_samples,
-                peak_memory=self.peak_memory or peak_memory(),
+                peak_memory=self.peak_memory,
             )
             for monitor in self.monitors:
                 monitor.record(record)
@@ -297,9 +282,15 @@ class Engine:
 class _Agreed:
     """What all ranks know after a step."""
 
-    loss: float
     stop: bool
     bad_samples: int
+
+
+def _on_host(parts: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars in one copy."""
+    return (
+        dict(zip(parts, torch.stack([part.double() for part in parts.values()]).tolist(), strict=True)) if parts else {}
+    )
 
 
 class Meter:

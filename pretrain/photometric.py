@@ -109,7 +109,7 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     on_green, on_blue = torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)
     sextant = torch.where(value == red, green - blue, torch.where(value == green, on_green, on_blue))
     sextant = (sextant / chroma.clamp(min=1e-12)).add_(6 * turn[:, None, None])  # a grey pixel has no hue to turn
-    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
+    offset = torch.arange(5, 0, -2, device=images.device)[:, None, None]  # 5, 3, 1
     k = torch.remainder(sextant[:, None] + offset, 6)  # (B, 3, H, W)
     return torch.addcmul(least[:, None], chroma[:, None], k.sub_(2).abs_().sub_(1).clamp_(0, 1))
 

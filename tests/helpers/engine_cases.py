@@ -56,8 +56,8 @@ class Regression(Objective):
             loss = loss * math.nan
         return Loss(loss, {"mean_output": hidden.detach().mean()})
 
-    def after_step(self, progress):
-        self.average.lerp_(self.head.weight.detach(), 0.5)
+    def after_step(self, progress, applied):
+        self.average.lerp_(self.head.weight.detach(), 0.5 * applied)
 
 
 def batch_at(positions: torch.Tensor) -> Batch:
