@@ -35,7 +35,8 @@ class Regions:
 
     def sizes(self, most: int) -> Tensor:
         """Patches of regions 1..most + 1, zeros beyond an image's n + 1. Returns (B, most + 1) int64."""
-        return F.one_hot(self.rid - 1, most + 1).sum(1)
+        sizes = self.rid.new_zeros(len(self.rid), most + 1)
+        return sizes.scatter_add_(1, self.rid - 1, torch.ones_like(self.rid))
 
 
 def normalised_saliency(similarity: Tensor) -> Tensor:

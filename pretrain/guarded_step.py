@@ -5,11 +5,13 @@ it is looked at on the device, so that the host can go on to the next step witho
 
 - AdamW's fused kernel leaves weights, moments and step counts as they are where it is told to.
 - Any other optimizer steps with gradients of zero, and what that changed is put back, which takes a second copy of
-  weights and moments while it steps.
+  weights and moments while it steps. A count of steps on the host, as timm's LAMB keeps one, counts refused steps too.
 """
 
 import torch
 from torch import Tensor, nn
+
+from prelude.pretrain.collectives import sum_over_ranks
 
 
 class GuardedStep:
@@ -24,7 +26,7 @@ class GuardedStep:
         self.zero = engine.optimizer if engine.zero_optimization_stage() else None
         optimizer = self.zero.optimizer if self.zero else engine.optimizer
         if self.zero:
-            _leave_refusing_to_us()
+            _leave_refusing_to_us(self.zero, engine.device)
         elif engine.world_size == 1:
             engine.enable_backward_allreduce = False  # nobody to share gradients with, yet each would be copied
         self._before: list[tuple[Tensor, Tensor]] = []
@@ -90,10 +92,16 @@ def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return weights + moments
 
 
-def _leave_refusing_to_us() -> None:
-    """DeepSpeed's ZeRO optimizers ask the device, every step and twice where they clip, whether the norm is finite."""
+def _leave_refusing_to_us(zero, device: torch.device) -> None:
+    """DeepSpeed's ZeRO optimizers make the host wait to mark a norm that is not finite, and to ask whether it is."""
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
+    def norm_over_ranks(gradients: list[Tensor], *_) -> Tensor:
+        """Of one group of parameters, of which each rank holds a part."""
+        norms = torch._foreach_norm([part for part in gradients if not getattr(part, "_zero_padding", False)])
+        return sum_over_ranks(torch.stack([torch.zeros((), device=device), *norms]).square().sum()).sqrt()
+
+    zero.get_grad_norm_direct = norm_over_ranks
     for module in (stage_1_and_2, stage3):
         module.is_invalid_grad_norm = _taken_as_valid
 

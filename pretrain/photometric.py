@@ -154,12 +154,16 @@ def _where(mask: Tensor, operation, images: Tensor, *parameters: Tensor) -> Tens
     Choosing rows would make the host wait for an accelerator, so there every sample is computed. On the CPU it
     costs nothing, and saves the samples that are left alone.
     """
-    if images.device.type != "cpu":
+    if not _on_host(images):
         return torch.where(_per_image(mask), operation(images, *parameters), images)
     rows = mask.nonzero().squeeze(1)
     if not len(rows):
         return images
     return images.index_copy(0, rows, operation(images[rows], *(parameter[rows] for parameter in parameters)))
+
+
+def _on_host(images: Tensor) -> bool:
+    return images.device.type == "cpu"
 
 
 def _factor(strength: float, u: Tensor) -> Tensor:
