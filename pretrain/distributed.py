@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
+from functools import cache
 from typing import NoReturn
 
 import torch
@@ -121,6 +122,7 @@ class _Watching:
 def stop() -> None:
     left(0)
     if dist.is_initialized():
+        _hosts.cache_clear()
         dist.destroy_process_group()
 
 
@@ -187,13 +189,19 @@ def from_main(value):
 
 
 def total(*values: float) -> list[float]:
-    """The sum over ranks of each value, in float64."""
-    sums = torch.tensor(values, dtype=torch.float64, device=device())
-    if world_size() > 1:
-        with attendance.collective():
-            dist.all_reduce(sums)
-            return sums.tolist()  # on an accelerator it is here that the others are waited for
-    return sums.tolist()
+    """The sum over ranks of each value, in float64. Between the hosts: no device is waited for."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64)
+    with attendance.collective():
+        dist.all_reduce(sums, group=_hosts())
+    return sums.numpy().tolist()
+
+
+@cache
+def _hosts() -> dist.ProcessGroup:
+    """All ranks, by a backend for tensors in host memory. Collective when first called."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def of_all(value) -> list:

@@ -80,7 +80,7 @@ def causes(name: str, objective, lr: float = 2e-3, change=lambda batch: batch) -
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-        objective.after_step(Progress(step + 1, STEPS, 10.0))
+        objective.after_step(Progress(step + 1, STEPS, 10.0), torch.ones(()))
         parts = {name: float(value) for name, value in loss.parts.items()}
         watch.record(replace(a_record(step + 1, loss.total.item()), parts=parts))
         found |= {report.cause for report in watch.found()}
