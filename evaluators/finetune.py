@@ -30,9 +30,10 @@ from prelude.evaluators.labels import class_numbers
 from prelude.evaluators.low_label import low_label
 from prelude.evaluators.results import Outcome, Result, hits, percent, versions
 from prelude.pretrain import distributed
-from prelude.pretrain.config import Config, EncoderConfig, read_recipe, validate_config
+from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.recipes import read_recipe, validate_config
 from prelude.pretrain.schedules import Progress
 
 _FROM_SCRATCH = "_from_scratch"

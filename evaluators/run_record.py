@@ -12,7 +12,8 @@ from pathlib import Path
 
 from prelude.checkpoints.store import STATE, Store
 from prelude.evaluators.comparison import Cost, Curve, Picture
-from prelude.pretrain.config import Config, read_recipe
+from prelude.pretrain.config import Config
+from prelude.pretrain.recipes import read_recipe
 from prelude.pretrain.resume import changed_settings
 
 _NOT_PLOTTED = ("trivial_loss",)  # a constant

@@ -23,7 +23,7 @@ from prelude.evaluators.run_record import is_finished
 from prelude.launch.children import run_door
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within
-from prelude.pretrain.config import find_recipe, load_config, read_recipe
+from prelude.pretrain.recipes import find_recipe, load_config, read_recipe
 
 
 def recipe_of(source: str) -> Path | None:

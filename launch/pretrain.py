@@ -29,11 +29,12 @@ from prelude.launch.exit_codes import PREEMPTED, door, leave
 from prelude.objectives import build_objective, check_objective, objective_class, options_for
 from prelude.pretrain import distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
-from prelude.pretrain.config import Config, load_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.environment import describe_environment
 from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
 from prelude.pretrain.preview import describe
+from prelude.pretrain.recipes import load_config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,7 +39,7 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def options_for(name: str) -> type[Options]:
-    """The model of an objective's settings, as `prelude.pretrain.config.load_config` wants it. Raises UserError."""
+    """The model of an objective's settings, as `prelude.pretrain.recipes.load_config` wants it. Raises UserError."""
     return objective_class(name).Options
 
 

@@ -15,8 +15,8 @@ from prelude.data.batch import Batch
 from prelude.objectives import build_objective, objective_class, options_for
 from prelude.objectives.dseqjepa import DSeqJEPA
 from prelude.objectives.ijepa import IJEPA
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.encoders import forward_tokens
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 STEPS, GRACE, SUSTAINED = 60, 40, 10

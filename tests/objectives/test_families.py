@@ -5,8 +5,8 @@ import timm
 import torch
 
 from prelude.objectives import build_objective, options_for
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.preview import blank_batch
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 FAMILIES = {  # name: (pixels, further keys of the encoder)

@@ -8,8 +8,8 @@ import torch
 from prelude import objectives
 from prelude.data.errors import UserError
 from prelude.objectives import build_objective, check_objective, objective_class, options_for
-from prelude.pretrain.config import load_config, validate_config
 from prelude.pretrain.objective import Loss, Objective
+from prelude.pretrain.recipes import load_config, validate_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("finetune_*.yaml")))  # these have no objective of ours

@@ -12,8 +12,8 @@ from prelude.data.errors import UserError
 from prelude.objectives import build_objective, check_objective, options_for
 from prelude.objectives.masking import mask_noise, random_mask
 from prelude.objectives.spark import Reconstruction
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 RESNET = {

@@ -3,8 +3,9 @@ import yaml
 from pydantic import Field
 
 from prelude.data.errors import UserError
-from prelude.pretrain.config import Config, load_config, validate_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.objective import Options
+from prelude.pretrain.recipes import load_config, validate_config
 from prelude.pretrain.resume import changed_settings
 
 GOOD = {
