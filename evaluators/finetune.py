@@ -24,7 +24,8 @@ from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.classifier import NAME, Classifier, FineTuneOptions
+from prelude.evaluators.classifier import Classifier
+from prelude.evaluators.finetune_recipe import NAME, FineTuneOptions, options_for, refuse_what_the_source_decides
 from prelude.evaluators.frozen import Labelled, labelled_shards
 from prelude.evaluators.labels import class_numbers
 from prelude.evaluators.low_label import low_label
@@ -73,7 +74,7 @@ def prepare(
     section, which overrides that of the source's run. Raises UserError.
     """
     values = read_recipe(recipe, overrides)
-    _refuse_what_the_source_decides(values)
+    refuse_what_the_source_decides(values)
     section = values.get("evaluate") or {}
     labelled = labelled_shards(
         [source],
@@ -89,7 +90,7 @@ def prepare(
     values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
     values["objective"] = {"name": NAME} | dict(values.get("objective") or {})
     values["encoder"] = {"name": "of the source", "image_size": 1}  # so that mistakes are told before it is opened
-    options_of = validate_config(values, str(recipe), _options_for).objective
+    options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
         source = source if source.startswith(_RANDOM) else _RANDOM + source
         values["run_dir"] += _FROM_SCRATCH
@@ -99,7 +100,7 @@ def prepare(
     values["encoder"] = encoder.model_dump(mode="json")
     values["objective"]["weights"] = opened.fingerprint
     values["data"] = {"mean": list(opened.mean), "std": list(opened.std)} | values["data"]
-    config = validate_config(values, str(recipe), _options_for)
+    config = validate_config(values, str(recipe), options_for)
     return _with_labels(source, config, opened, labelled)
 
 
@@ -272,28 +273,6 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 
 
 # ---- what has to be known beforehand
-
-
-def _options_for(name: str) -> type[FineTuneOptions]:
-    if name != NAME:
-        raise UserError(f"objective.name={name} is no way to fine-tune; write {NAME}, or leave it out.")
-    return FineTuneOptions
-
-
-def _refuse_what_the_source_decides(values: dict) -> None:
-    if "encoder" in values:
-        raise UserError(
-            "The encoder is that of SOURCE; leave the section encoder out (objective.image_size and "
-            "objective.drop_path change what fine-tuning may change)."
-        )
-    if "shards" in (values.get("data") or {}):
-        raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
-    if (values.get("data") or {}).get("num_samples") is not None:
-        raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
-    if (values.get("evaluate") or {}).get("every_steps"):
-        raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
-    if "collapse" in values:
-        raise UserError("The section collapse has no effect on training with labels; leave it out.")
 
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:

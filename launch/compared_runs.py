@@ -15,8 +15,8 @@ import torch
 
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.classifier import NAME as FINE_TUNE
 from prelude.evaluators.comparison import Entry
+from prelude.evaluators.finetune_recipe import NAME as FINE_TUNE
 from prelude.evaluators.frozen import Labelled
 from prelude.evaluators.gathering import Named
 from prelude.evaluators.run_record import is_finished

@@ -26,7 +26,8 @@ from prelude.data.shards import expand_shards
 from prelude.evaluators.online import OnlineProbe
 from prelude.launch.arguments import documented_parser
 from prelude.launch.exit_codes import PREEMPTED, door, leave
-from prelude.objectives import build_objective, check_objective, objective_class, options_for
+from prelude.objectives import check_objective, objective_class, options_for
+from prelude.objectives.building import build_objective
 from prelude.pretrain import distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config

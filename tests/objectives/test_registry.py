@@ -7,7 +7,8 @@ import torch
 
 from prelude import objectives
 from prelude.data.errors import UserError
-from prelude.objectives import build_objective, check_objective, objective_class, options_for
+from prelude.objectives import building, check_objective, objective_class, options_for
+from prelude.objectives.building import build_objective
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.recipes import load_config, validate_config
 
@@ -109,7 +110,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE)
 def test_what_cannot_work_is_refused_before_anything_is_built(changes, message, monkeypatch):
-    monkeypatch.setattr(objectives, "build_encoder", lambda *args, **kwargs: pytest.fail("built"))
+    monkeypatch.setattr(building, "build_encoder", lambda *args, **kwargs: pytest.fail("built"))
     with pytest.raises(UserError, match=message):
         check_objective(a_config(**changes))
 
