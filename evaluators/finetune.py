@@ -25,7 +25,7 @@ from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.classifier import Classifier
-from prelude.evaluators.finetune_recipe import NAME, FineTuneOptions, options_for, refuse_what_the_source_decides
+from prelude.evaluators.finetune_recipe import NAME, FineTuneOptions, check_recipe, completed, options_for
 from prelude.evaluators.frozen import Labelled, labelled_shards
 from prelude.evaluators.labels import class_numbers
 from prelude.evaluators.low_label import low_label
@@ -65,16 +65,16 @@ def prepare(
     recipe: str | Path,
     overrides: list[str] = (),
     *,
-    train: str | None = None,
-    test: str | None = None,
+    train: str | list[str] | None = None,
+    test: str | list[str] | None = None,
     label: str | None = None,
     from_scratch: bool = False,
 ) -> Task:
     """Reads the recipe, opens the source and finds the labels. train, test, label: override the recipe's `evaluate`
     section, which overrides that of the source's run. Raises UserError.
     """
-    values = read_recipe(recipe, overrides)
-    refuse_what_the_source_decides(values)
+    check_recipe(recipe, overrides)
+    values = read_recipe(recipe, overrides, options_for)
     section = values.get("evaluate") or {}
     labelled = labelled_shards(
         [source],
@@ -82,14 +82,7 @@ def prepare(
         test or section.get("test_shards"),
         label or section.get("label"),
     )
-    values["evaluate"] = section | {
-        "train_shards": labelled.train,
-        "test_shards": labelled.test,
-        "label": labelled.label,
-    }
-    values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
-    values["objective"] = {"name": NAME} | dict(values.get("objective") or {})
-    values["encoder"] = {"name": "of the source", "image_size": 1}  # so that mistakes are told before it is opened
+    values = completed(values, train=labelled.train, test=labelled.test, label=labelled.label)
     options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
         source = source if source.startswith(_RANDOM) else _RANDOM + source

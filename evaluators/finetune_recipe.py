@@ -1,13 +1,17 @@
 """What a recipe of fine-tuning may say, checked without importing torch."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from prelude.data.errors import UserError
 from prelude.pretrain.options import AreaRange, Options
+from prelude.pretrain.recipes import read_recipe, validate_config
 
 NAME = "fine_tune"
+_UNKNOWN = "of the source"
 
 
 class AugmentOptions(Options):
@@ -56,6 +60,26 @@ class FineTuneOptions(Options):
         return self
 
 
+def check_recipe(recipe: str | Path, overrides: list[str] = ()) -> None:
+    """Raises UserError for what is wrong with a recipe whatever its source and its labels are."""
+    values = read_recipe(recipe, overrides, options_for)
+    refuse_what_the_source_decides(values)
+    whole = completed(values, train=_UNKNOWN, test=_UNKNOWN, label="cls")
+    validate_config(whole, str(recipe), options_for)
+
+
+def completed(values: dict, *, train: str | Sequence[str], test: str | Sequence[str], label: str) -> dict:
+    """A recipe's values with the labelled shards, and an encoder that stands for that of the source."""
+    section, data, objective = (values.get(name) or {} for name in ("evaluate", "data", "objective"))
+    labelled = {"train_shards": train, "test_shards": test, "label": label}
+    return values | {
+        "evaluate": section | labelled if isinstance(section, dict) else section,
+        "data": data | {"shards": train} if isinstance(data, dict) else data,
+        "objective": {"name": NAME} | objective if isinstance(objective, dict) else objective,
+        "encoder": {"name": _UNKNOWN, "image_size": 1},
+    }
+
+
 def options_for(name: str) -> type[FineTuneOptions]:
     if name != NAME:
         raise UserError(f"objective.name={name} is no way to fine-tune; write {NAME}, or leave it out.")
@@ -63,16 +87,18 @@ def options_for(name: str) -> type[FineTuneOptions]:
 
 
 def refuse_what_the_source_decides(values: dict) -> None:
+    """Raises UserError for what a recipe says in vain."""
+    data, evaluate = (part if isinstance(part := values.get(name), dict) else {} for name in ("data", "evaluate"))
     if "encoder" in values:
         raise UserError(
             "The encoder is that of SOURCE; leave the section encoder out (objective.image_size and "
             "objective.drop_path change what fine-tuning may change)."
         )
-    if "shards" in (values.get("data") or {}):
+    if "shards" in data:
         raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
-    if (values.get("data") or {}).get("num_samples") is not None:
+    if data.get("num_samples") is not None:
         raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
-    if (values.get("evaluate") or {}).get("every_steps"):
+    if evaluate.get("every_steps"):
         raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
     if "collapse" in values:
         raise UserError("The section collapse has no effect on training with labels; leave it out.")

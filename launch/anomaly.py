@@ -12,13 +12,15 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.evaluators.anomaly import anomaly
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.anomaly import anomaly
+    from prelude.launch.frozen import judge
+
     return judge(args, [partial(anomaly, normal=args.normal)], "anomaly", argv)
 
 

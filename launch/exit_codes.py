@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from prelude.data.errors import RunStopped, UserError
-from prelude.pretrain import distributed
 
 INCOMPLETE = 4  # some of what was asked for is missing, and what there is says which
 PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
@@ -15,6 +14,8 @@ PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
 def leave(code: int) -> NoReturn:
     """Ends a launched rank. What failed leaves as usual, which also ends the loader's workers."""
     if code in (0, PREEMPTED):
+        from prelude.pretrain import distributed  # whose torch a rank that ran has, and a refusal needs not
+
         distributed.leave(code)
     raise SystemExit(code)
 

@@ -12,13 +12,16 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.evaluators.knn import TEMPERATURE, K, knn
+from prelude.evaluators.defaults import TEMPERATURE, K
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.knn import knn
+    from prelude.launch.frozen import judge
+
     return judge(args, [partial(knn, ks=args.k, temperatures=args.temperature)], "knn", argv)
 
 

@@ -12,21 +12,24 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.evaluators.frozen import vector_format
-from prelude.evaluators.multilabel import multilabel
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.frozen import vector_format
+    from prelude.evaluators.multilabel import multilabel
+    from prelude.launch.frozen import judge
+
     form = vector_format(args.sources, args.names, args.field, args.group)
     judged = partial(multilabel, names=form.names, norms=args.norm)
     return judge(args, [judged], "multilabel", argv, vectors=form)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = door_parser(__doc__)
+    label = "extension of the JSON member with the findings (default: that of the run's evaluate section, else json)"
+    parser = door_parser(__doc__, label=label)
     default = "(default: the run's evaluate section)"
     parser.add_argument("--names", nargs="+", metavar="NAME", help=f"of the findings {default}")
     parser.add_argument("--field", metavar="KEY", help=f"of the JSON object that holds the findings {default}")

@@ -1,16 +1,18 @@
 """The configuration of a run as typed sections. `recipes` reads it, `config_words` says what is wrong with it."""
 
 import json
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prelude.data.errors import UserError
+from prelude.pretrain import recipe_yaml
+from prelude.pretrain.options import Count, FilePath, Positive, Share, Strict, Text
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+class Section(Strict):
+    model_config = ConfigDict(validate_default=True)
 
 
 class ShuffleConfig(Section):
@@ -22,28 +24,29 @@ class ShuffleConfig(Section):
 
 
 class DataConfig(Section):
-    shards: str | list[str]
+    shards: Text | list[Text]
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
-    num_workers: int | Literal["auto"] = "auto"  # auto: from the cores of this machine and its ranks
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
     max_bad_share: float = Field(0.01, ge=0, le=1)
     shuffle: ShuffleConfig = ShuffleConfig()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    @field_validator("num_workers")
-    @classmethod
-    def _not_negative(cls, value):
-        if value != "auto" and value < 0:
-            raise ValueError("must be 0 or more, or auto")
-        return value
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
 class EncoderConfig(Section):
-    name: str  # a timm architecture
-    image_size: int | tuple[int, int]  # pixels; (height, width) where they differ
-    patch_size: int | None = None  # vision transformers; the architecture's own unless given
+    name: Text  # a timm architecture
+    image_size: Count | tuple[Count, Count]  # pixels; (height, width) where they differ
+    patch_size: Count | None = None  # vision transformers; the architecture's own unless given
     pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
     kwargs: dict[str, Any] = {}  # passed to timm.create_model: depth, embed_dim, drop_path_rate, ...
+
+    @field_validator("kwargs")
+    @classmethod
+    def _are_finite(cls, value):
+        for name, given in value.items():
+            if isinstance(given, float) and not math.isfinite(given):
+                raise ValueError(f"write a finite number for {name}")
+        return value
 
     @property
     def size(self) -> tuple[int, int]:
@@ -55,7 +58,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
     lr: float = Field(gt=0)
     lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: peak = lr x global_batch / 256
-    betas: tuple[float, float] = (0.9, 0.95)  # adamw, lamb
+    betas: tuple[Share, Share] = (0.9, 0.95)  # adamw, lamb
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars
     nesterov: bool = False  # sgd
     weight_decay: float = Field(0.05, ge=0)
@@ -111,7 +114,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     epochs: float = Field(gt=0)
     global_batch: int = Field(ge=1)  # samples an optimizer step, over all ranks
-    micro_batch: int | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
+    micro_batch: Count | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     gradient_clipping: float = Field(0.0, ge=0)  # 0: off
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -131,7 +134,7 @@ class LogConfig(Section):
 
 
 class ResumeConfig(Section):
-    checkpoint: str = "auto"  # auto: the run's newest valid one, if any; or the path of one
+    checkpoint: FilePath = "auto"  # auto: the run's newest valid one, if any; or the path of one
     allow_changed_data: bool = False
     allow_changed_config: bool = False
 
@@ -140,10 +143,10 @@ class EvaluateConfig(Section):
     """Labelled shards that evaluations use for this run unless told otherwise, and how a small part of them judges the
     encoder while it trains."""
 
-    train_shards: str | list[str]
-    test_shards: str | list[str]
-    label: str = "cls"  # extension of the label's member in the tar
-    label_names: list[str] = []  # findings that `prelude multilabel` reads from a JSON member
+    train_shards: Text | list[Text]
+    test_shards: Text | list[Text]
+    label: Text = "cls"  # extension of the label's member in the tar
+    label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
     label_group: str = ""  # field whose values group images, such as patient
     every_steps: int = Field(0, ge=0)  # k-NN and a linear head, in a process of its own; 0: not while it trains
@@ -167,7 +170,7 @@ class CollapseConfig(Section):
 
 
 class Config(Section):
-    run_dir: str
+    run_dir: FilePath
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig
     encoder: EncoderConfig
@@ -179,7 +182,7 @@ class Config(Section):
     resume: ResumeConfig = ResumeConfig()
     evaluate: EvaluateConfig | None = None
     collapse: CollapseConfig = CollapseConfig()
-    deepspeed: dict[str, Any] | str = {}  # merged into what the engine builds; a dictionary or a JSON file
+    deepspeed: dict[str, Any] | FilePath = {}  # merged into what the engine builds; a dictionary or a JSON file
 
     @model_validator(mode="after")
     def _lars_and_friends_need_whole_tensors(self):
@@ -196,6 +199,25 @@ class Config(Section):
             raise ValueError(
                 f"evaluate.every_steps={self.evaluate.every_steps} needs whole weights between steps, which ZeRO stage "
                 "3 keeps in parts; write train.zero_stage=2, or evaluate.every_steps=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _online_evaluation_knows_classes(self):
+        if self.evaluate and self.evaluate.every_steps and self.evaluate.label_names:
+            raise ValueError(
+                f"evaluate.every_steps={self.evaluate.every_steps} judges by class numbers, and evaluate.label_names "
+                "says that images have several findings; write evaluate.every_steps=0, or no evaluate.label_names"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self):
+        warmup, epochs = self.optimizer.warmup_epochs, self.train.epochs
+        if warmup > epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs={warmup:g} is longer than the run of train.epochs={epochs:g}, whose learning "
+                f"rate would not reach its peak; write optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
             )
         return self
 
@@ -237,4 +259,4 @@ class Config(Section):
         return self.train.global_batch / 256 if self.optimizer.lr_rule == "per_256" else 1.0
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
+        return recipe_yaml.dump(json.loads(self.model_dump_json()))
