@@ -1,9 +1,11 @@
 """Anomaly detection by frozen encoders: one class is normal, the others are not.
 
-    prelude anomaly runs/mae random:runs/mae --train 'train-{0..9}.tar' --test test-0.tar
+    prelude anomaly runs/mae random:runs/mae \\
+        --train 'train-{0..9}.tar' --test test-0.tar
     prelude anomaly runs/mae --normal 3 --features stages
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -3,7 +3,8 @@
     prelude bank runs/mae            what is in runs/mae/bank
     prelude bank runs/mae --clear    and remove it
 
-Features are made again when an evaluation wants them. Without a folder: those kept outside of any run.
+Features are made again when an evaluation wants them. Without a folder: those
+kept outside of any run.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,11 +1,15 @@
 """Objectives or checkpoints side by side: same data, same budget, all evaluators, one table and one page.
 
-    prelude compare runs/mae runs/barlow --train 'train-{0..9}.tar' --test test-0.tar
-    prelude compare mae_cifar10 barlow_cifar10 --images 200000 --train 'train-{0..9}.tar' --test test-0.tar
-    deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow        ranks share the encoders' work
+    prelude compare runs/mae runs/barlow \\
+        --train 'train-{0..9}.tar' --test test-0.tar
+    prelude compare mae_cifar10 barlow_cifar10 --images 200000 \\
+        --train 'train-{0..9}.tar' --test test-0.tar
+    deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow
 
-A recipe among the sources is pretrained first, into OUT/runs. The same command, run again, goes on where it stopped.
-Writes OUT/report.html, OUT/table.md and OUT/comparison.json. Exit codes as those of pretraining, and 4 where a source
+A recipe among the sources is pretrained first, into OUT/runs; ranks of a
+launcher share the work of encoders that are. The same command, run again, goes
+on where it stopped. Writes OUT/report.html, OUT/table.md and
+OUT/comparison.json. Exit codes as those of pretraining, and 4 where a source
 could not be compared. docs/evaluators.md says how it is measured.
 """
 

@@ -1,7 +1,8 @@
 """Write a run's encoder as a plain timm checkpoint.
 
 prelude export runs/mae --to encoder
-python -c "import timm; print(timm.create_model('local-dir:encoder', pretrained=True))"
+python -c "import timm
+print(timm.create_model('local-dir:encoder', pretrained=True))"
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,9 +1,11 @@
 """Accuracy of frozen encoders with few labels.
 
-    prelude fewshot runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
+    prelude fewshot runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
     prelude fewshot runs/mae --per-class 1 2 5 --share 1 --draws 10
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,10 +1,14 @@
 """Fine-tune an encoder on labelled shards, and test it.
 
-    prelude finetune runs/mae --config finetune_vit_cifar10 --train 'train-*.tar' --test 'test-*.tar'
-    deepspeed --num_gpus 8 launch/finetune.py runs/mae --config configs/finetune_vit_base.yaml run_dir=runs/tuned
-    deepspeed --num_gpus 8 launch/finetune.py runs/mae --config configs/finetune_vit_base.yaml --from-scratch
+    prelude finetune runs/mae --config finetune_vit_cifar10 \\
+        --train 'train-*.tar' --test 'test-*.tar'
+    deepspeed --num_gpus 8 launch/finetune.py runs/mae \\
+        --config configs/finetune_vit_base.yaml run_dir=runs/tuned
+    deepspeed --num_gpus 8 launch/finetune.py runs/mae \\
+        --config configs/finetune_vit_base.yaml --from-scratch
 
-The same command, run again, goes on from the run's newest checkpoint. Exit codes as those of pretraining.
+The same command, run again, goes on from the run's newest checkpoint. Exit
+codes as those of pretraining.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,9 +1,12 @@
 """k-nearest-neighbour accuracy of frozen encoders.
 
-    prelude knn runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
-    prelude knn runs/mae --k 5 10 20 50 --temperature 0.03 0.07 0.2    chosen on a held-out tenth of train
+    prelude knn runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
+    prelude knn runs/mae --k 5 10 20 50 --temperature 0.03 0.07 0.2
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several neighbours or temperatures are chosen from on a held-out tenth of train.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,11 +1,13 @@
 """Linear probe of frozen encoders.
 
-    prelude probe runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
+    prelude probe runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
     prelude probe runs/mae --norm batch none --features cls mean last4 --seeds 3
     deepspeed --num_gpus 8 launch/linear_probe.py runs/mae --protocol mae
 
-Without --protocol, heads are trained to their optimum on features of one fixed view. With it, they are trained as in
-that paper, on augmented images. Several sources give one table; each result is also written as JSON.
+Without --protocol, heads are trained to their optimum on features of one fixed
+view. With it, they are trained as in that paper, on augmented images. Several
+sources give one table; each result is also written as JSON.
 docs/evaluators.md says how it is measured.
 """
 

@@ -1,9 +1,11 @@
 """Several findings in one image, by yes-or-no heads on frozen encoders.
 
-    prelude multilabel runs/cxr random:runs/cxr --train train-0.tar --test test-0.tar \\
+    prelude multilabel runs/cxr random:runs/cxr \\
+        --train train-0.tar --test test-0.tar \\
         --field labels --names Viral COVID-19 Bacterial --group patient
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,8 +1,10 @@
 """Nearest-class-mean accuracy of frozen encoders.
 
-    prelude ncm runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
+    prelude ncm runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -14,7 +14,7 @@ from prelude.data.errors import UserError
 from prelude.launch.exit_codes import door
 
 COMMANDS = {
-    "quickstart": ("quickstart", "pretrain, probe and export on a small data set that is made on the spot"),
+    "quickstart": ("quickstart", "pretrain, probe and export on a small data set made on the spot"),
     "pretrain": ("pretrain", "train an encoder on unlabelled shards"),
     "probe": ("linear_probe", "linear probe of a frozen encoder"),
     "knn": ("knn", "k-nearest-neighbour accuracy of a frozen encoder"),

@@ -3,8 +3,9 @@
     prelude quickstart
     prelude quickstart --seed 1 --run-dir runs/second
 
-Takes about three minutes on two cores and ends with a table: the pretrained encoder, the same encoder untrained,
-and raw pixels. A quickstart that was interrupted goes on where it stopped.
+Takes about three minutes on two cores and ends with a table: the pretrained
+encoder, the same encoder untrained, and raw pixels. A quickstart that was
+interrupted goes on where it stopped.
 """
 
 if __name__ == "__main__" and not __package__:

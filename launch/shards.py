@@ -1,7 +1,10 @@
 """Look at shards before training on them.
 
-prelude shards info 'train-{000000..000019}.tar'      how many samples, and what is wrong with which
-prelude shards shapes --to data/shapes                write the embedded data set
+    prelude shards info 'train-{000000..000019}.tar'
+    prelude shards shapes --to data/shapes
+
+The first says how many samples there are, and what is wrong with which; the
+second writes the embedded data set.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -36,6 +36,8 @@ from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress, linear
 
 _NUM_PICTURES = 6
+_INIT_STD = 0.02  # of the official code
+_USUAL_VALUES = 768  # of a patch of 16 x 16 x 3
 
 
 class IJEPA(Objective):
@@ -172,7 +174,7 @@ class IJEPA(Objective):
         for part in (self.encoder, self.predictor):
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    std = self.options.patch_init_std if isinstance(module, nn.Conv2d) else 0.02
+                    std = self._patch_init_std(module) if isinstance(module, nn.Conv2d) else _INIT_STD
                     nn.init.trunc_normal_(module.weight, std=std)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
@@ -184,7 +186,11 @@ class IJEPA(Objective):
                         written.weight.data.div_((2 * layer) ** 0.5)
         for token in (self.encoder.cls_token, self.encoder.reg_token, self.predictor.mask_token):
             if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+                nn.init.trunc_normal_(token, std=_INIT_STD)
+
+    def _patch_init_std(self, projection: nn.Conv2d) -> float:
+        wanted = self.options.patch_init_std
+        return _INIT_STD * (_USUAL_VALUES / projection.weight[0].numel()) ** 0.5 if wanted == "balanced" else wanted
 
 
 def gather(values: Tensor, ids: Tensor) -> Tensor:

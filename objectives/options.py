@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prelude.pretrain.options import AreaRange, Options
+from prelude.pretrain.options import AreaRange, Count, Options, Positive
 
 Strategy = Literal["otsu_components", "quantiles"]  # how DSeq-JEPA cuts regions, see `regions`
 
@@ -69,13 +69,13 @@ class IJEPAOptions(Options):
     predictor: Literal["repeat", "packed"] = "repeat"  # packed: all targets in one sequence, another computation
     predictor_dim: int = Field(384, ge=4)
     predictor_depth: int = Field(12, ge=1)
-    predictor_num_heads: int | Literal["encoder"] = "encoder"  # as many as the encoder has
+    predictor_num_heads: Count | Literal["encoder"] = "encoder"  # as many as the encoder has
     momentum: float = Field(0.996, ge=0, le=1)  # of the teacher, at the start
     momentum_end: float = Field(1.0, ge=0, le=1)  # at the end; linear over the run
     depth_scaled_init: bool = False  # divide what block l adds by sqrt(2 l) at the start
     # Of the patch projection's initial weights. Beside its position, a patch of few pixels weighs little at the
-    # official 0.02; multiplied by sqrt(768 / values of a patch) it weighs as much as one of 16 x 16 x 3 does.
-    patch_init_std: float = Field(0.02, gt=0)
+    # official 0.02; balanced: multiplied by sqrt(768 / values of a patch), it weighs as much as one of 16 x 16 x 3.
+    patch_init_std: Positive | Literal["balanced"] = 0.02
     crop_scale: AreaRange = (0.3, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
 

@@ -42,10 +42,12 @@ class EncoderConfig(Section):
 
     @field_validator("kwargs")
     @classmethod
-    def _are_finite(cls, value):
+    def _are_possible(cls, value):
         for name, given in value.items():
-            if isinstance(given, float) and not math.isfinite(given):
-                raise ValueError(f"write a finite number for {name}")
+            if name.endswith("_rate") and not (type(given) in (int, float) and 0 <= given < 1):
+                raise ValueError(f"write a number of 0 or more and below 1 for {name}")
+            if isinstance(given, (int, float)) and not 0 <= given < math.inf:
+                raise ValueError(f"write a finite number of 0 or more for {name}")
         return value
 
     @property
