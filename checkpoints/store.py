@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from prelude.checkpoints.portable import PortableState, gather_state, scatter_state
 from prelude.data.errors import RunStopped, UserError
 from prelude.pretrain import distributed
-from prelude.pretrain.config import read_recipe
 from prelude.pretrain.files import Tolerant, reason, remove, save_file, sync_to_disk, write_whole
+from prelude.pretrain.recipes import read_recipe
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"

@@ -25,16 +25,18 @@ from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
 from prelude.data.waiting import wait_at_most
-from prelude.evaluators.classifier import NAME, Classifier, FineTuneOptions
+from prelude.evaluators.classifier import Classifier
+from prelude.evaluators.finetune_recipe import NAME, FineTuneOptions, check_recipe, completed, options_for
 from prelude.evaluators.frozen import Labelled, labelled_shards
 from prelude.evaluators.labels import class_numbers
 from prelude.evaluators.low_label import low_label
 from prelude.evaluators.results import Outcome, Result, hits, percent, versions
 from prelude.pretrain import distributed
-from prelude.pretrain.config import Config, EncoderConfig, read_recipe, validate_config
+from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.recipes import read_recipe, validate_config
 from prelude.pretrain.schedules import Progress
 
 log = logging.getLogger(__name__)
@@ -67,16 +69,16 @@ def prepare(
     recipe: str | Path,
     overrides: list[str] = (),
     *,
-    train: str | None = None,
-    test: str | None = None,
+    train: str | list[str] | None = None,
+    test: str | list[str] | None = None,
     label: str | None = None,
     from_scratch: bool = False,
 ) -> Task:
     """Reads the recipe, opens the source and finds the labels. train, test, label: override the recipe's `evaluate`
     section, which overrides that of the source's run. Raises UserError.
     """
-    values = read_recipe(recipe, overrides)
-    _refuse_what_the_source_decides(values)
+    check_recipe(recipe, overrides)
+    values = read_recipe(recipe, overrides, options_for)
     section = values.get("evaluate") or {}
     labelled = labelled_shards(
         [source],
@@ -84,15 +86,8 @@ def prepare(
         test or section.get("test_shards"),
         label or section.get("label"),
     )
-    values["evaluate"] = section | {
-        "train_shards": labelled.train,
-        "test_shards": labelled.test,
-        "label": labelled.label,
-    }
-    values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
-    values["objective"] = {"name": NAME} | dict(values.get("objective") or {})
-    values["encoder"] = {"name": "of the source", "image_size": 1}  # so that mistakes are told before it is opened
-    options_of = validate_config(values, str(recipe), _options_for).objective
+    values = completed(values, train=labelled.train, test=labelled.test, label=labelled.label)
+    options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
         source = source if source.startswith(_RANDOM) else _RANDOM + source
         values["run_dir"] += _FROM_SCRATCH
@@ -102,7 +97,7 @@ def prepare(
     values["encoder"] = encoder.model_dump(mode="json")
     values["objective"]["weights"] = opened.fingerprint
     values["data"] = {"mean": list(opened.mean), "std": list(opened.std)} | values["data"]
-    config = validate_config(values, str(recipe), _options_for)
+    config = validate_config(values, str(recipe), options_for)
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     return _with_labels(source, config, opened, labelled)
 
@@ -284,28 +279,6 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 
 
 # ---- what has to be known beforehand
-
-
-def _options_for(name: str) -> type[FineTuneOptions]:
-    if name != NAME:
-        raise UserError(f"objective.name={name} is no way to fine-tune; write {NAME}, or leave it out.")
-    return FineTuneOptions
-
-
-def _refuse_what_the_source_decides(values: dict) -> None:
-    if "encoder" in values:
-        raise UserError(
-            "The encoder is that of SOURCE; leave the section encoder out (objective.image_size and "
-            "objective.drop_path change what fine-tuning may change)."
-        )
-    if "shards" in (values.get("data") or {}):
-        raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
-    if (values.get("data") or {}).get("num_samples") is not None:
-        raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
-    if (values.get("evaluate") or {}).get("every_steps"):
-        raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
-    if "collapse" in values:
-        raise UserError("The section collapse has no effect on training with labels; leave it out.")
 
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:

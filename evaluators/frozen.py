@@ -22,7 +22,8 @@ from prelude.evaluators.labels import Labels, VectorFormat, class_numbers, label
 from prelude.evaluators.pixels import is_pixels, open_pixels
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
-from prelude.pretrain.config import EvaluateConfig, read_recipe
+from prelude.pretrain.config import EvaluateConfig
+from prelude.pretrain.recipes import read_recipe
 
 Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
 BANK = "bank"  # folder of a run's features

@@ -21,19 +21,18 @@ the step. It decides for a whole step (alike on all ranks), for a sample, or for
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.objectives.blocks import step_draws
-from prelude.objectives.ijepa import IJEPA, IJEPAOptions, gather
+from prelude.objectives.ijepa import IJEPA, gather
+from prelude.objectives.options import DSeqJEPAOptions
 from prelude.objectives.patch_pictures import page, region_panels
-from prelude.objectives.regions import Regions, Strategy, find_regions, normalised_saliency, with_rectangles
+from prelude.objectives.regions import Regions, find_regions, normalised_saliency, with_rectangles
 from prelude.objectives.vicreg import VICReg
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.draws import uniform
@@ -49,31 +48,6 @@ STEP_STREAM, SAMPLE_STREAM = 121, 122  # of pretrain.draws
 _BUCKET = 16  # images of similar context that are encoded together, at least
 _MAX_BUCKETS = 4
 _MULTIPLE = 8  # padded lengths are multiples of this, for the sake of attention kernels
-
-
-class DSeqJEPAOptions(IJEPAOptions):
-    num_regions: int = Field(5, ge=2)  # the most an image can have, the background included
-    region_min_area: float = Field(0.02, ge=0, le=1)  # share of the image below which a component is background
-    region_strategy: Strategy = "otsu_components"
-    saliency_block: int | Literal["auto"] = "auto"  # of the teacher, from 0; auto: the last but one
-    saliency_query: Literal["contextual", "parameter"] = "contextual"  # parameter: the learned token, before any block
-    context: Literal["causal", "reencode"] = "causal"
-    lambda_start: float = Field(0.0, ge=0, le=1)  # probability of regions rather than random blocks
-    lambda_end: float = Field(1.0, ge=0, le=1)  # at the end of the run; linear between
-    lambda_granularity: Literal["step", "sample", "region"] = "step"
-    loss_reduction: Literal["patch", "step"] = "patch"  # what counts the same within an image
-    contrastive_weight: float = Field(0.0, ge=0)  # of VICReg; the paper's variant: 0.001
-    contrastive_projector: list[int] = [3072, 3072, 3072]  # widths of its projector's layers
-
-    @model_validator(mode="after")
-    def _projector_is_read(self):
-        if not self.contrastive_weight and self.contrastive_projector != [3072, 3072, 3072]:
-            raise ValueError(
-                "contrastive_projector has no effect at contrastive_weight=0; write 0.001, or leave it out"
-            )
-        if not self.contrastive_projector or min(self.contrastive_projector) < 2:
-            raise ValueError("contrastive_projector wants the widths of one or more layers, such as [3072, 3072, 3072]")
-        return self
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,18 @@ DSeq-JEPA (arXiv 2511.17354), equations 1 to 3.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prelude.objectives.blocks import Size, draw_corners, inside
+from prelude.objectives.options import Strategy
 from prelude.pretrain.draws import uniform
 
 RECTANGLE_STREAM, ACCEPT_STREAM = 131, 132  # of pretrain.draws
 _LEVELS = 256
 _FIXED_POINT = 2**30  # saliency as integers while it is summed
-
-Strategy = Literal["otsu_components", "quantiles"]
 
 
 @dataclass(frozen=True)

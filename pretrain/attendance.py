@@ -202,8 +202,10 @@ class Watch:
             return self._sentence(f"{self._awaited(awaited, now)} for {seconds:.0f} s (train.rank_timeout_seconds)")
         if seconds > self.warn_after and not self.warned:
             self.warned = True
-            _print(f"warning: {len(waiting)} of {self.meeting.world_size} ranks wait: {self._awaited(awaited, now)} for "
-                   f"{seconds:.0f} s; the run ends after {self.limit:.0f} s of this.")  # fmt: skip
+            _print(
+                f"warning: {len(waiting)} of {self.meeting.world_size} ranks wait: {self._awaited(awaited, now)} for "
+                f"{seconds:.0f} s; the run ends after {self.limit:.0f} s of this."
+            )
         return None
 
     def _judge_first(self) -> dict | None:
@@ -244,8 +246,8 @@ class Watch:
     def _sentence(self, what: str, left: int | None = None) -> dict:
         return {
             "code": stopping.PREEMPTED if left == stopping.PREEMPTED else RunStopped.exit_code,
-            "text": f"{what}, and the others cannot go on without it.{_kept()} Look at that rank's output and host, then "
-            "start the same command again.",
+            "text": f"{what}, and the others cannot go on without it.{_kept()} Look at that rank's output and host, "
+            "then start the same command again.",
         }
 
     def _end(self) -> None:

@@ -13,9 +13,10 @@ from prelude.evaluators.knn import knn
 from prelude.evaluators.linear_probe import linear_probe
 from prelude.evaluators.online import OnlineProbe
 from prelude.evaluators.online_worker import Judge
-from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 

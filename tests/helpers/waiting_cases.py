@@ -13,10 +13,12 @@ from in_memory import MemoryLoader, NoStore, Recorder
 from waiting import counted
 
 from prelude.data.batch import Batch
-from prelude.objectives import build_objective, options_for
+from prelude.objectives import options_for
+from prelude.objectives.building import build_objective
 from prelude.pretrain import distributed, photometric
-from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine, Meter
+from prelude.pretrain.recipes import validate_config
 
 VIT = {
     "name": "vit_tiny_patch16_224",

@@ -12,11 +12,12 @@ from collapse_cases import a_record, a_watch
 from jepa_models import a_batch
 
 from prelude.data.batch import Batch
-from prelude.objectives import build_objective, objective_class, options_for
+from prelude.objectives import objective_class, options_for
+from prelude.objectives.building import build_objective
 from prelude.objectives.dseqjepa import DSeqJEPA
 from prelude.objectives.ijepa import IJEPA
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.encoders import forward_tokens
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 STEPS, GRACE, SUSTAINED = 60, 40, 10

@@ -251,6 +251,10 @@ def test_initial_weights_are_those_of_the_released_code():
     louder = tiny(patch_init_std=0.08)
     assert louder.teacher.patch_embed.proj.weight.std().item() == pytest.approx(0.08, rel=0.1)
     assert louder.encoder.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    balanced = tiny(patch_init_std="balanced")
+    projection = balanced.encoder.patch_embed.proj.weight
+    expected = 0.02 * (768 / projection[0].numel()) ** 0.5  # the patch size decides, whatever it is overridden to
+    assert projection.std().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_the_mask_token_is_decayed_and_biases_are_not():
