@@ -1,12 +1,14 @@
 """Shards that are no local files, as the output of the commands that webdataset opens them with.
 
-- A command that fails is an error in its own words, even where what it printed looks like a whole tar.
-- A server that says nothing for `stall_seconds` is left. Nothing is tried again in mid-transfer, which would print the
-  beginning twice; the stream goes on with another shard.
+- A command that fails before the tar's end is an error in its own words, even where it was cut between two members.
+- A command that prints nothing for `stall_seconds` is left. Nothing is tried again in mid-transfer, which would print
+  the beginning twice; the stream goes on with another shard.
 - A stream that is closed ends its command, whatever that waits for.
 """
 
 import atexit
+import os
+import select
 import subprocess
 import weakref
 
@@ -16,7 +18,6 @@ from prelude.data.errors import UserError
 from prelude.data.shards import is_remote
 
 CONNECT_SECONDS = 30
-_BUFFER_BYTES = 2**16
 _BROKEN_PIPE = (141, -13)  # of a shell and of a process: we stopped reading
 _LAST_WORDS_SECONDS = 5
 
@@ -37,7 +38,7 @@ def open_url(url: str, stall_seconds: float):
     url = rewrite_url(url)
     if gopen_schemes.get(url.partition(":")[0]) is not gopen_curl:
         opened = gopen(url)
-        return _Command(opened) if isinstance(opened, Pipe) else opened
+        return _Command(opened, stall_seconds) if isinstance(opened, Pipe) else opened
     connect = min(CONNECT_SECONDS, stall_seconds)
     limits = [
         "--connect-timeout",
@@ -48,22 +49,31 @@ def open_url(url: str, stall_seconds: float):
         f"{max(stall_seconds, 1):.0f}",
     ]
     curl = ["curl", "--silent", "--show-error", "--fail", "--location", *limits, url]
-    return _Command(Pipe(curl, mode="rb", bufsize=_BUFFER_BYTES, stderr=subprocess.PIPE))
+    return _Command(Pipe(curl, mode="rb", bufsize=0, stderr=subprocess.PIPE), stall_seconds)
 
 
 class _Command:
     """What a command prints."""
 
-    def __init__(self, pipe: Pipe):
-        self.pipe, self.process = pipe, pipe.proc
+    def __init__(self, pipe: Pipe, stall_seconds: float):
+        self.pipe, self.process, self.stall_seconds = pipe, pipe.proc, stall_seconds
+        self.fd, self.ready = pipe.stream.fileno(), select.poll()
+        self.ready.register(self.fd, select.POLLIN)
         _running.add(self)
 
     def read(self, size: int) -> bytes:
-        """`size` bytes, or what is left. Raises OSError when the command has failed."""
-        content = self.pipe.stream.read(size)
-        if len(content) < size:
+        """`size` bytes, or what is left. Raises OSError when the command has failed or prints nothing more."""
+        content = bytearray()
+        while len(content) < size:
+            if not self.ready.poll(self.stall_seconds * 1000):
+                raise OSError(f"nothing has come for {self.stall_seconds:g} seconds")
+            some = os.read(self.fd, size - len(content))
+            if not some:
+                break
+            content += some
+        if not content:  # only now, so that what came before the failure is not lost with it
             self._check()
-        return content
+        return bytes(content)
 
     def _check(self) -> None:
         try:

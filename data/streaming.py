@@ -197,7 +197,7 @@ class StreamSource(IterableDataset):
     def _shard_failed(self, error: Exception) -> bool:
         """webdataset's handler: true goes on, with the next shard where this one cannot be read further."""
         self.shards_failed, self.failed = self.shards_failed + 1, True
-        reason = str(error.args[0]) if error.args else type(error).__name__
+        reason = str(error.args[0]).partition(" @ <")[0] if error.args else type(error).__name__
         self.bad.append((self.position, (self.url, "what follows"), reason))
         doing(f"it has just left {self.url}: {reason}".encode())
         if self.shards_failed > MAX_SHARDS_FAILED:
