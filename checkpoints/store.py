@@ -49,7 +49,9 @@ class Store:
     def __init__(self, folder: str | Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
         self.holding: str | None = None  # as `held` says, or should say, since this process began
-        self.tolerant = Tolerant(self.folder)
+        self.pointing, self.sparing, self.retiring = map(
+            Tolerant, (self.folder / "latest", self.folder / "held", folder)
+        )
 
     def save(self, step: int, engine, meta: dict) -> Path:
         """Saves the engine's state and `meta` (plain JSON values). Collective; returns the checkpoint's folder.
@@ -117,18 +119,18 @@ class Store:
     def hold(self, step: int) -> Path | None:
         """Spares the newest complete checkpoint of at most `step`, and no other, until `release`: in later starts of
         the run too. Returns it; None, and nothing changes, where there is none."""
-        with self.tolerant:
+        held = None
+        with self.sparing:
             eligible = (path for path in self._by_age() if _step(path) <= step and not _obvious_fault(path))
             held = next(eligible, None)
             if held and self._held() != held.name:
                 self.holding = held.name
                 self._point("held", held)
-            return held
-        return None
+        return held
 
     def release(self) -> None:
         self.holding = ""
-        with self.tolerant:
+        with self.sparing:
             (self.folder / "held").unlink(missing_ok=True)
 
     def _held(self) -> str:
@@ -153,9 +155,9 @@ class Store:
                 f"command again, which goes on from {self._where_to_go_on()}."
             )
         # The checkpoint is there. What is left to do is no reason to end the run, and a full disk one to do the rest.
-        with self.tolerant:
+        with self.pointing:
             self._point("latest", self.folder / _name(step))
-        with self.tolerant:
+        with self.retiring:
             self._retire()
         return None
 
