@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prelude.data.tar_index import Problem
@@ -57,7 +57,10 @@ class BadSamples:
         """
         for shard, found in problems.items():
             reasons = Counter(problem.reason for problem in found)
-            log.warning("%s: left out: %s", shard, ", ".join(f"{n} x {reason}" for reason, n in reasons.items()))
+            lost = sum(problem.lost for problem in found)
+            about = f" (about {lost} samples)" if lost != len(found) else ""
+            listed = ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
+            log.warning("%s: left out: %s%s", shard, listed, about)
         every = ((shard, problem) for shard, found in problems.items() for problem in found)
         lines = [{"shard": shard, "key": p.where, "reason": p.reason, "position": None} for shard, p in every]
         self._unindexed = lines[:MAX_LISTED]
@@ -66,6 +69,12 @@ class BadSamples:
         lines, self._unindexed = self._unindexed, []
         if self.path and lines:
             self._append(lines)
+
+    def add_unended(self, shards: Sequence[str]) -> None:
+        """Shards without their end marker, of which nobody can know whether they are whole."""
+        if shards:
+            what = "end without an end marker, as after a copy that was cut off between two members"
+            log.warning("%d shards %s (the first: %s)", len(shards), what, shards[0])
 
     def _append(self, lines: list[dict]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -1,6 +1,6 @@
 """The label members of an index, read without their images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,23 +12,24 @@ from prelude.data.waiting import in_threads
 _AT_ONCE = 256  # that a thread reads
 
 
-def label_members(index: ShardIndex) -> Iterator[bytes | None]:
-    """The bytes of each sample's label member, in the order of the index; None where there is none to be had."""
+def label_members(index: ShardIndex, sample_ids: Sequence[int] | None = None) -> Iterator[bytes | None]:
+    """The bytes of each sample's label member, in the order of the index, or of `sample_ids`; None where there is none
+    to be had."""
     files = OpenFiles(index.paths)
-    shards = np.searchsorted(index.ends, np.arange(index.num_samples), side="right")
+    samples = range(index.num_samples) if sample_ids is None else sample_ids
 
     def content(sample: int) -> bytes | None:
         offset, size = index.labels[sample].tolist()
         if offset < 0:
             return None
         try:
-            return files.read(int(shards[sample]), offset, size)
+            return files.read(int(np.searchsorted(index.ends, sample, side="right")), offset, size)
         except BadImage:
             return None
 
     def contents(start: int) -> list[bytes | None]:
-        return [content(sample) for sample in range(start, min(start + _AT_ONCE, index.num_samples))]
+        return [content(sample) for sample in samples[start : start + _AT_ONCE]]
 
-    starts = range(0, index.num_samples, _AT_ONCE)
-    for found in in_threads(contents, starts, lambda start: f"the labels in {index.shard_of(start)}"):
+    starts = range(0, len(samples), _AT_ONCE)
+    for found in in_threads(contents, starts, lambda start: f"the labels in {index.shard_of(samples[start])}"):
         yield from found

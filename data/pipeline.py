@@ -40,6 +40,10 @@ class EndlessLoader(ABC):
     def identity(self) -> dict:
         """What decides which samples and pixels come when, besides `samples`."""
 
+    def in_todays_terms(self, state: dict) -> dict:
+        """A state as this version would have written it."""
+        return state
+
     @abstractmethod
     def name_of(self, sample) -> tuple[str, Callable[[], str]]:
         """The shard of a sample that `stages` reported as bad, and a function that finds its key."""
@@ -68,7 +72,7 @@ class EndlessLoader(ABC):
         change: where the order is another one, its next whole epoch begins.
         """
         now = {"version": STATE_VERSION, **self.identity()}
-        was = {key: value for key, value in state.items() if key != "samples"}
+        was = {key: value for key, value in self.in_todays_terms(state).items() if key != "samples"}
         changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
         if changed and (not allow_changed_data or "version" in changed):
             listed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in changed)

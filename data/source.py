@@ -130,7 +130,7 @@ class MicroBatchReader:
         """
         positions, sample_ids = step["positions"], step["sample_ids"].copy()
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
-        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label)
+        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, self.index.value_range)
         fill = functools.partial(self._fill, rows, positions, seeds, sample_ids)
         failures = list(self._map(fill, range(len(positions))))  # by row: the failed attempts, and whether all failed
         bad = [failed for attempts, _ in failures for failed in attempts]
@@ -191,9 +191,15 @@ class MicroBatchReader:
 class MicroBatchBuffers:
     """The arrays of one micro-batch of `size` rows, to be filled row by row from any thread."""
 
-    def __init__(self, plan: ViewPlan, size: int, read_label: LabelReader | None):
+    def __init__(
+        self,
+        plan: ViewPlan,
+        size: int,
+        read_label: LabelReader | None,
+        value_range: tuple[float, float] | None = None,
+    ):
         num_views = len(plan.views)
-        self.plan = plan
+        self.plan, self.value_range = plan, value_range
         self.views = tuple(torch.empty(size, *view.size, 3, dtype=torch.uint8) for view in plan.views)
         self.pixels = [view.numpy() for view in self.views]
         self.boxes = np.zeros((size, num_views, 4), np.int32)
@@ -202,7 +208,8 @@ class MicroBatchBuffers:
 
     def write(self, row: int, image: bytes, seed: int, label: np.ndarray | None) -> None:
         """Raises BadImage; the row is then undefined until it is written again."""
-        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, [view[row] for view in self.pixels])
+        out = [view[row] for view in self.pixels]
+        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, out, self.value_range)
         if label is not None:
             self.labels[row] = label
 

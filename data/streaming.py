@@ -14,6 +14,7 @@ import random
 import time
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import webdataset as wds
@@ -29,6 +30,7 @@ from prelude.data.remote import open_url, refuse_unknown_schemes
 from prelude.data.shards import is_remote
 from prelude.data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
 from prelude.data.tar_index import image_extension
+from prelude.data.value_range import ValueRange
 from prelude.data.waiting import TIMEOUT_SECONDS, doing, patience
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class StreamingLoader(EndlessLoader):
         num_workers: int = 0,
         label: str = "",
         bad_samples_log: str | Path | None = None,
+        value_range: tuple[float, float] | Literal["auto"] | None = None,
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         first = next(filter(is_remote, urls))
@@ -69,8 +72,12 @@ class StreamingLoader(EndlessLoader):
                 f"{first} in data.shards is no local file, so its samples cannot be counted; write "
                 f"data.num_samples=..., or copy the shards to a disk."
             )
+        if value_range == "auto":
+            raise UserError(
+                f"data.range=auto cannot be found in {first}, which is no local file; write data.range=[low,high]."
+            )
         refuse_unknown_schemes(urls)
-        self.urls, self.num_samples, self.source = urls, num_samples, None
+        self.urls, self.num_samples, self.value_range, self.source = urls, num_samples, value_range, None
         if rank == 0:
             log.warning("%s cannot be indexed: samples are streamed, and an exact resume is not available", first)
 
@@ -85,7 +92,7 @@ class StreamingLoader(EndlessLoader):
     def stages(self) -> list:
         where = dict(start=self.samples, micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size)
         where["stall_seconds"] = max(patience.timeout_seconds / 4, 1)  # so that others are tried before the run ends
-        self.source = StreamSource(self.urls, self.plan, self.seed, **where)
+        self.source = StreamSource(self.urls, self.plan, self.seed, **where, value_range=self.value_range)
         return [self.source]
 
     def close(self) -> None:
@@ -94,7 +101,8 @@ class StreamingLoader(EndlessLoader):
             self.source.close()
 
     def identity(self) -> dict:
-        return {"exact": False, "seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
+        settings = {"seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
+        return {"exact": False, **settings, **({"range": list(self.value_range)} if self.value_range else {})}
 
     def name_of(self, sample):
         url, key = sample
@@ -114,8 +122,10 @@ class StreamSource(IterableDataset):
         rank: int,
         world_size: int,
         stall_seconds: float = TIMEOUT_SECONDS / 4,
+        value_range: ValueRange | None = None,
     ):
-        self.urls, self.plan, self.seed, self.start, self.stall_seconds = urls, plan, seed, start, stall_seconds
+        self.urls, self.plan, self.seed, self.start = urls, plan, seed, start
+        self.stall_seconds, self.value_range = stall_seconds, value_range
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
         self.open, self.closed = None, False
 
@@ -163,7 +173,7 @@ class StreamSource(IterableDataset):
             yield sample
 
     def _micro_batch(self, positions: np.ndarray, samples) -> dict:
-        rows = MicroBatchBuffers(self.plan, len(positions), None)
+        rows = MicroBatchBuffers(self.plan, len(positions), None, self.value_range)
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
         sample_ids = np.zeros(len(positions), np.int64)
         lost = []

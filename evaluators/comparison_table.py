@@ -2,10 +2,13 @@
 
 - A column is an evaluator's headline. The best pretrained encoder of a column is bold, several that are equal all are.
 - After a number comes its spread or standard error, then in brackets the gain over the same architecture untrained.
+- Names, notes and commands come from file names and recipes of others: none of them can become markup.
 - Pretrained encoders come first, by objective in the order in which these were named; then untrained ones and floors.
 """
 
+import html
 import json
+import re
 from dataclasses import asdict, dataclass
 
 from rich import box
@@ -17,6 +20,7 @@ from prelude.evaluators.comparison import Comparison, Entry
 from prelude.evaluators.headline import best, evaluator_name, gain, headline, number_name
 
 NOTHING = "–"
+_MARKUP = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[-+#=]|(?<=^\d)[.)]")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """A table for GitHub, with what was compared, on what, and by which command."""
-    columns = ["encoder", "objective", "images seen", *(title_of(comparison, name) for name in comparison.evaluators)]
+    titles = [plain(title_of(comparison, name)) for name in comparison.evaluators]
+    columns = ["encoder", "objective", "images seen", *titles]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * 2}{'---:|' * (len(columns) - 2)}"]
     for entry in in_order(comparison):
         seen = f"{entry.cost.num_images:,}" if entry.cost else ""
@@ -77,13 +82,18 @@ def markdown(comparison: Comparison) -> str:
             (f"**{cell.text}**" if cell.best else cell.text) + (f" ({cell.gain})" if cell.gain else "")
             for cell in cells(comparison, entry)
         ]
-        row = [entry.name, _objective(entry), seen, *numbers]
-        lines.append(f"| {' | '.join(text.replace('|', '/') for text in row)} |")
+        lines.append(f"| {' | '.join([plain(entry.name), plain(_objective(entry)), seen, *numbers])} |")
     encoders = {entry.name: entry.encoder for entry in in_order(comparison) if entry.kind == "pretrained"}
-    lines += ["", f"{_explanation(comparison)}", "", "```", comparison.command, "```"]
-    lines += ["", *(f"- {name}: {encoder}" for name, encoder in encoders.items() if encoder)]
-    lines += ["", *(f"- {note}" for note in notes(comparison))] if notes(comparison) else []
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+|$", comparison.command)))
+    lines += ["", f"{_explanation(comparison)}", "", fence, comparison.command, fence]
+    lines += ["", *(f"- {plain(name)}: {plain(encoder)}" for name, encoder in encoders.items() if encoder)]
+    lines += ["", *(f"- {plain(note)}" for note in notes(comparison))] if notes(comparison) else []
     return "\n".join(lines) + "\n"
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is, in a table too: neither HTML nor a link, a line of its own or emphasis."""
+    return html.escape(_MARKUP.sub(r"\\\g<0>", " ".join(text.split())), quote=False)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

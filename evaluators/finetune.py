@@ -282,7 +282,8 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
-    whole, test = (ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test))
+    value_range = config.data.range or labelled.value_range
+    whole, test = (ShardIndex(shards, labelled.label, value_range) for shards in (labelled.train, labelled.test))
     labels = class_numbers(whole)
     numbers, labelled_ids = labels.values.numpy(), np.flatnonzero(labels.known.numpy())
     if numbers.min() < 0:

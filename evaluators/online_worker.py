@@ -47,7 +47,8 @@ class Judge:
         self.config, self.section, self.device = config, config.evaluate, device
         self.model = build_encoder(config.encoder, seed=0).requires_grad_(False).eval()
         section = config.evaluate
-        indexes = [ShardIndex(shards, section.label) for shards in (section.train_shards, section.test_shards)]
+        named = (section.train_shards, section.test_shards)
+        indexes = [ShardIndex(shards, section.label, config.data.range) for shards in named]
         wanted = (section.num_train, section.num_test)
         self.parts = [self._images(index, count) for index, count in zip(indexes, wanted, strict=True)]
         self.same_shards = indexes[0].fingerprint == indexes[1].fingerprint

@@ -8,6 +8,7 @@
 import json
 import re
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -92,14 +93,14 @@ def recipe_of(run: Path) -> str | None:
     return yaml.safe_dump(settings, sort_keys=False) if settings else None
 
 
-def is_finished(config: Config, data: str) -> bool:
-    """Whether the run of this config has come to its end, with these settings, on data of this fingerprint."""
+def is_finished(config: Config, data: Collection[str]) -> bool:
+    """Whether the run of this config has come to its end, with these settings, on data with such a fingerprint."""
     newest = Store(Path(config.run_dir) / "checkpoints").newest()
     if newest is None:
         return False
     saved = json.loads((newest / STATE).read_text())
     meta = saved["meta"]
-    same = meta["loader"]["fingerprint"] == data and not changed_settings(meta["config"], config)
+    same = meta["loader"]["fingerprint"] in data and not changed_settings(meta["config"], config)
     return same and saved["step"] == meta["num_steps"]
 
 

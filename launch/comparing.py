@@ -96,14 +96,16 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
     section = first_section(sources)
     if not (args.names or args.field or args.group or (section and section.label_names)):
         names = list(dict.fromkeys(args.evaluators or COMPARED))
-        return labelled_shards(sources, args.train, args.test, args.label), [EVALUATORS[name] for name in names]
+        labelled = labelled_shards(sources, args.train, args.test, args.label, None, args.range)
+        return labelled, [EVALUATORS[name] for name in names]
     if args.evaluators or args.finetune:
         raise UserError(
             "--evaluators and --finetune are for class numbers; with several findings an image the evaluator is "
             "multilabel, so leave them out."
         )
     form = vector_format(sources, args.names, args.field, args.group)
-    return labelled_shards(sources, args.train, args.test, args.label, form), [partial(multilabel, names=form.names)]
+    labelled = labelled_shards(sources, args.train, args.test, args.label, form, args.range)
+    return labelled, [partial(multilabel, names=form.names)]
 
 
 # ---- judging

@@ -10,7 +10,7 @@ from rich.table import Table
 from prelude.checkpoints.store import Store
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
-from prelude.data.shards import expand_shards
+from prelude.data.shards import expand_shards, local_shards
 from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators.online import OnlineProbe
 from prelude.launch.run_folder import run_folder
@@ -31,10 +31,11 @@ def check(config: Config) -> None:
     check_objective(config)
     config.batching(distributed.launched_world_size())
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
-    expand_shards(config.data.shards)  # a shard that this node lacks is told before any rank waits for another
+    # A shard that this node lacks is told before any rank waits for another.
+    expand_shards(config.data.shards, config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:
-        expand_shards(config.evaluate.train_shards)
-        expand_shards(config.evaluate.test_shards)
+        local_shards(config.evaluate.train_shards)
+        local_shards(config.evaluate.test_shards)
 
 
 def train(config: Config) -> int:
@@ -55,8 +56,9 @@ def train(config: Config) -> int:
 
 
 def loader_of(config: Config, views):
-    length = {"num_samples": config.data.num_samples, "max_bad_share": config.data.max_bad_share}
-    return build_loader(config.data.shards, views, **loader_settings(config), **length)
+    of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
+    of_data["value_range"] = config.data.range
+    return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
 
 
 def loader_settings(config: Config) -> dict[str, Any]:

@@ -25,13 +25,22 @@ class ShuffleConfig(Section):
 
 class DataConfig(Section):
     shards: Text | list[Text]
+    allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
+    range: tuple[float, float] | Literal["auto"] | None = None  # values of 16-bit images that are black and white
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
     max_bad_share: float = Field(0.01, ge=0, le=1)
     timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
     shuffle: ShuffleConfig = ShuffleConfig()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+    @field_validator("range")
+    @classmethod
+    def _growing(cls, value):
+        if isinstance(value, tuple) and not -math.inf < value[0] < value[1] < math.inf:
+            raise ValueError("write [low, high] with low below high, such as [0, 4095], or auto")
+        return value
 
 
 class EncoderConfig(Section):
