@@ -1,7 +1,6 @@
 """What the doors to frozen-feature evaluations share: the way from their arguments to results."""
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from prelude.data.waiting import wait_at_most
 from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
 from prelude.pretrain import distributed
-from prelude.pretrain.config import DataConfig
 
 
 def judge(
@@ -30,14 +28,6 @@ def judge(
 
 def labelled_of(args: argparse.Namespace, **changes) -> Labelled:
     return labelled_shards(args.sources, args.train, args.test, args.label, value_range=args.range, **changes)
-
-
-def value_range(text: str) -> tuple[float, float] | str:
-    """Of `--range`."""
-    try:
-        return "auto" if text == "auto" else DataConfig(shards="", range=json.loads(f"[{text}]")).range
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no range; write LOW,HIGH, such as 0,4095, or auto") from None
 
 
 def results_of(
