@@ -114,20 +114,23 @@ class Growing:
     def append(self, piece: bytes, keep: bool = True) -> None:
         """keep: whether a piece that the disk does not take is worth the memory until it does."""
         self.waiting.append(piece)
-        with self.tolerant:
-            self._write(b"".join(self.waiting))
-            self.waiting = []
+        self._try()
         if self.waiting and not keep:
             self.waiting.pop()
 
     def sync(self) -> None:
         """Brings what was written, and the file's name, to the disk."""
-        if self.waiting:
-            self.append(b"")
-        with self.tolerant:
+        self._try()
+        with suppress(OSError) if self.waiting else self.tolerant:  # one failure is told once
             if self.path.exists():
                 sync_to_disk(self.path)
                 sync_to_disk(self.path.parent)
+
+    def _try(self) -> None:
+        if self.waiting:
+            with self.tolerant:
+                self._write(b"".join(self.waiting))
+                self.waiting = []
 
     def _write(self, content: bytes) -> None:
         descriptor = _open_to_append(self.path)
