@@ -1,6 +1,6 @@
 """Tars and images damaged at random, read by us and by an independent reader.
 
-    python tests/data/fuzz.py 2000        so many of each, from seed 0; stops at the first that is wrong
+    python tests/helpers/fuzz_data.py 2000        so many of each, from seed 0; stops at the first that is wrong
 
 What must hold of every tar: nothing raises, every place lies within the file, an image that is whole never has
 another's label, what is missing is told, and where Python's tarfile reads all of it, both find the same members. Of
