@@ -10,14 +10,16 @@ import html
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from prelude.evaluators.comparison import Comparison, Entry
 from prelude.evaluators.headline import best, evaluator_name, gain, headline, number_name
+from prelude.evaluators.table_text import fits, folded, print_whole
 
 NOTHING = "–"
 _MARKUP = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[-+#=]|(?<=^\d)[.)]")
@@ -97,26 +99,40 @@ def plain(text: str) -> str:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    table = Table(box=box.SIMPLE, title=comparison.title, pad_edge=False, collapse_padding=True)
-    table.add_column("encoder", overflow="fold", min_width=8)
-    table.add_column("objective", overflow="fold", min_width=5)
-    for name in comparison.evaluators:
-        table.add_column(title_of(comparison, name), justify="right")
-    rows, before = in_order(comparison), None
-    for entry in rows:
-        group = (entry.kind, entry.objective if entry.kind == "pretrained" else None)
-        if before not in (None, group):
-            table.add_section()
-        before = group
-        numbers = [
-            (f"[bold]{cell.text}[/]" if cell.best else cell.text) + (f"\n{cell.gain}" if cell.gain else "")
-            for cell in cells(comparison, entry)
-        ]
-        table.add_row(escape(entry.name), escape(_objective(entry)), *numbers)
     console = console or Console()
-    console.print(table)
+    rows, left = in_order(comparison), list(range(len(comparison.evaluators)))
+    found = [cells(comparison, entry) for entry in rows]
+
+    def build(width: int, columns: list[int]) -> Table:
+        table = Table(box=box.SIMPLE, title=comparison.title, pad_edge=False, collapse_padding=True)
+        table.add_column("encoder", no_wrap=True)
+        table.add_column("objective", no_wrap=True)
+        for column in columns:
+            widest = max(len(text) for row in found for text in (row[column].text, row[column].gain))
+            title = title_of(comparison, comparison.evaluators[column])
+            table.add_column(folded(title, max(widest, 10)), justify="right", no_wrap=True)
+        for entry, row, following in zip(rows, found, [*rows[1:], None], strict=True):
+            named = Text(folded(entry.name, width)), Text(folded(_objective(entry), width))
+            ends = following is not None and _group(entry) != _group(following)
+            table.add_row(*named, *(_told(row[column]) for column in columns), end_section=ends)
+        return table
+
+    names = [name for entry in rows for name in (entry.name, _objective(entry))]
+    while True:  # what a terminal is too narrow for goes on in a table below
+        some = next((left[:n] for n in range(len(left), 1, -1) if fits(console, build(1, left[:n]))), left[:1])
+        print_whole(console, partial(build, columns=some), names)
+        if not (left := left[len(some) :]):
+            break
     for line in (_explanation(comparison), *notes(comparison)):
         console.print(line, highlight=False, markup=False)
+
+
+def _told(cell: Cell) -> str:
+    return (f"[bold]{cell.text}[/]" if cell.best else cell.text) + (f"\n{cell.gain}" if cell.gain else "")
+
+
+def _group(entry: Entry) -> tuple[str, str | None]:
+    return entry.kind, entry.objective if entry.kind == "pretrained" else None
 
 
 def to_json(comparison: Comparison) -> str:

@@ -1,4 +1,4 @@
-"""Objectives or checkpoints side by side: same data, same budget, all evaluators, one table and one page.
+"""Objectives or checkpoints side by side: same data, same budget, one page.
 
     prelude compare runs/mae runs/barlow \\
         --train 'train-{0..9}.tar' --test test-0.tar
@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "--evaluators",
         nargs="+",
         choices=COMPARABLE,
-        help=f"(default: {' '.join(COMPARED)})",
+        metavar="NAME",
+        help=f"of {', '.join(COMPARABLE)} (default: {' '.join(COMPARED)})",
     )
     parser.add_argument("--no-floors", action="store_true", help="without untrained encoders and pixels beside them")
     recipes = parser.add_argument_group("recipes that are pretrained first")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 from torch import Tensor
 
 from prelude.pretrain.event_file import EventFile
@@ -105,7 +107,7 @@ class ConsoleMonitor(Monitor):
     def __init__(self):
         self.console = _Console(file=sys.stderr)
         self.tolerant = Tolerant("the console")
-        self.bar = None
+        self.live: Live | None = None
         self.judged = ""
 
     def start(self, progress: Progress) -> None:
@@ -115,10 +117,10 @@ class ConsoleMonitor(Monitor):
             self._print(f"resumed at step {progress.step} of {progress.num_steps}")
         self.last_printed = progress.step
         if self.console.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
-            self.bar = Bar(*columns, console=self.console)
-            self.task = self.bar.add_task("starting", total=progress.num_steps, completed=progress.step)
-            self.bar.start()
+            self.bar = Bar(BarColumn(bar_width=None), MofNCompleteColumn(), console=self.console, expand=True)
+            self.task = self.bar.add_task("", total=progress.num_steps, completed=progress.step)
+            self.live = Live(self._drawn("starting"), console=self.console)
+            self.live.start()
 
     def record(self, record: StepRecord) -> None:
         text = (
@@ -132,8 +134,9 @@ class ConsoleMonitor(Monitor):
             text += f"  bad samples {record.bad_samples}"
         text += self.judged
         last = record.step == record.num_steps
-        if self.bar:
-            self.bar.update(self.task, completed=record.step, description=text)
+        if self.live:
+            self.bar.update(self.task, completed=record.step)
+            self.live.update(self._drawn(text))
         elif last or record.step - self.last_printed >= record.num_steps / 20:
             self.last_printed = record.step
             self._print(f"step {record.step}/{record.num_steps}  {text}")
@@ -146,12 +149,20 @@ class ConsoleMonitor(Monitor):
 
     def close(self) -> None:
         with self.tolerant:
-            if self.bar:
-                self.bar.stop()
+            if self.live:
+                self.live.stop()
 
     def _print(self, text: str) -> None:
         with self.tolerant:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _drawn(self, text: str) -> Group:
+        """The numbers above the bar, over as many lines as they need: beside it a narrow terminal would cut them."""
+        lines: list[str] = []
+        for part in text.split("  "):
+            fits = lines and len(f"{lines[-1]}  {part}") <= self.console.width
+            lines[-1:] = [f"{lines[-1]}  {part}"] if fits else [*lines[-1:], part]
+        return Group(Text("\n".join(lines)), self.bar)
 
 
 class JsonlMonitor(Monitor):
