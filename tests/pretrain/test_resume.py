@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from prelude.data.errors import UserError
-from prelude.pretrain.config import validate_config
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.resume import progress_after, starting_point
 from prelude.pretrain.schedules import Progress
 
