@@ -199,7 +199,8 @@ class Watch:
                     f"Rank {rank} on {self._host(rank)} has died; when last heard of it was {note.doing}"
                 )
         if seconds > self.limit:
-            return self._sentence(f"{self._awaited(awaited, now)} for {seconds:.0f} s (train.rank_timeout_seconds)")
+            awaited = self._awaited(awaited, now)
+            return self._sentence(f"{awaited} for {seconds:.0f} s (train.rank_timeout_seconds)")
         if seconds > self.warn_after and not self.warned:
             self.warned = True
             _print(
@@ -244,10 +245,10 @@ class Watch:
         return self.meeting.hosts[rank]
 
     def _sentence(self, what: str, left: int | None = None) -> dict:
+        do = "Look at that rank's output and host, then start the same command again."
         return {
             "code": stopping.PREEMPTED if left == stopping.PREEMPTED else RunStopped.exit_code,
-            "text": f"{what}, and the others cannot go on without it.{_kept()} Look at that rank's output and host, "
-            "then start the same command again.",
+            "text": f"{what}, and the others cannot go on without it.{_kept()} {do}",
         }
 
     def _end(self) -> None:
