@@ -22,13 +22,20 @@ def alternatives(annotation: Any) -> tuple:
 
 def takes(annotation: Any, kind: type) -> bool:
     """Whether a value of this kind (str, list, dict, bool) may be written; a Literal takes no text but its own."""
-    return any(_kind_of(part) is kind for part in alternatives(annotation))
+    return any(kind_of(part) is kind for part in alternatives(annotation))
 
 
-def _kind_of(part: Any) -> type | None:
+def takes_texts(annotation: Any) -> bool:
+    """Whether a list of nothing but text may be written."""
+    lists = (part for part in alternatives(annotation) if kind_of(part) is list)
+    return any(kind_of(item) is str for part in lists for item in get_args(part))
+
+
+def kind_of(part: Any) -> type | None:
+    """Of values: a tuple is written as a list, and a Literal has no kind but its own values."""
     origin = get_origin(part)
     if origin is Annotated:
-        return _kind_of(get_args(part)[0])
+        return kind_of(get_args(part)[0])
     if origin is Literal:
         return None
     kind = origin or part

@@ -89,7 +89,7 @@ def _laid_out_for_tokens(config: EncoderConfig) -> nn.Module:
     """An architecture that takes other settings than a transformer's is told as what it is, not by its settings."""
     try:
         return lay_out_encoder(config)
-    except UserError as refusal:
+    except _NoSetting as refusal:
         try:
             plain = lay_out_encoder(config.model_copy(update={"kwargs": {}, "patch_size": None}))
         except UserError:
@@ -233,10 +233,14 @@ def _sound(model: nn.Module) -> nn.Module:
     return model
 
 
-def _no_setting(key: str, config: EncoderConfig) -> UserError:
+class _NoSetting(UserError):
+    """An architecture has no such setting."""
+
+
+def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
     where, instead = ("patch_size", "null") if key == "patch_size" else ("kwargs", "{}")
     name = f"encoder.{where}" if where == key else f"encoder.{where}.{key}"
-    return UserError(
+    return _NoSetting(
         f"{name} is no setting of encoder.name={config.name}; leave it out, or write encoder.{where}={instead} where a "
         "recipe was written for another architecture."
     )

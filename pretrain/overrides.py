@@ -5,14 +5,14 @@
 - A number as a part of the key is a place in a list: `optimizer.betas.0=0.8`.
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic.fields import FieldInfo
 
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
-from prelude.pretrain.annotations import alternatives, takes
+from prelude.pretrain.annotations import takes, takes_texts
 from prelude.pretrain.config_keys import Keys
 
 
@@ -38,7 +38,7 @@ def value_of(text: str, field: FieldInfo | None) -> Any:
     if text[:1] in ("'", '"'):
         return _parsed(text, str, text)
     annotation = field.annotation if field else Any
-    texts = any(get_args(part) == (str,) for part in alternatives(annotation))  # a list of texts
+    texts = takes_texts(annotation)
     if text.startswith("[") and (texts or not takes(annotation, str)):
         return _parsed(text, list, text, texts)
     if text.startswith("{") and not (takes(annotation, str) and not takes(annotation, dict)):
