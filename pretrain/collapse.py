@@ -14,8 +14,8 @@ evaluations:
 - Shares of the run, not counts of steps, say when: nothing is judged in its first tenth (`grace`), as joint-embedding
   methods start with nearly equal features, nor in the first half of a run of less than 1,000 steps.
 - What is judged is the median of each number over a window, the last twentieth of the run (`sustained`; a quarter of a
-  short one): the majority of the records decides, and a single one neither accuses nor acquits. The loss is judged by
-  its mean over the window. A cause is told once, with what to change.
+  short one), and over its newest third: the majority of the records decides, a single one neither accuses nor acquits,
+  and what is passing already is not told. The loss is judged by its mean. A cause is told once, with what to change.
 - A teacher that is an average over many steps lags behind, the more the faster the encoder learns. It is lost only if
   that lasts for several times as many steps.
 - From the first doubt on, the newest checkpoint from before it is kept; once a window without any lets it go again.
@@ -49,6 +49,7 @@ WATCHED = (
 SHORTEST = 50  # steps of a run that is judged
 FEWEST = {"step": 3, "evaluation": 2}  # observations in a window, however few steps lie between them
 _GRACE, _SUSTAINED = (0.5, 500), (0.25, 100)  # at least: this share of the run, or so many steps where that is fewer
+_FAMILY = {"few_dimensions": "same_features"}  # of which `signs` names one at a time
 _TEACHER_SPANS = 3  # how often the steps that a teacher averages over
 
 
@@ -190,6 +191,9 @@ class CollapseWatch(Monitor):
             return
         self.judged |= bool(recent[-1].numbers.keys() - {"loss"})
         found = {sign.cause: sign for sign in signs(_typical(recent), self.config)}
+        newest = recent[-max(len(recent) // 3, FEWEST[source]) :]
+        still = {_FAMILY.get(sign.cause, sign.cause) for sign in signs(_typical(newest), self.config)}
+        found = {cause: sign for cause, sign in found.items() if _FAMILY.get(cause, cause) in still}
         if "lost_teacher" in found and self.teacher_patience > self._sustained:
             lagging = signs(_typical(seen), self.config)
             if step - first < self.teacher_patience or "lost_teacher" not in {sign.cause for sign in lagging}:
