@@ -81,7 +81,9 @@ def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
         return []
     online = [OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
     remedies = objective_class(config.objective["name"]).remedies
-    watch = CollapseWatch(config.collapse, store, remedies)
+    momentum = config.objective.get("momentum", 1.0)  # at 1 a teacher does not follow at all, so no lag excuses it
+    teacher_steps = 1 / (1 - momentum) if momentum < 1 else 0.0
+    watch = CollapseWatch(config.collapse, store, remedies, teacher_steps, run_dir)
     return [*online, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
 
 

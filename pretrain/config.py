@@ -172,11 +172,11 @@ class CollapseConfig(Section):
     """When a run is taken for collapsed; `pretrain/collapse.py` says what each sign means."""
 
     stop: bool = False  # end the run, with exit code 3, rather than only tell
-    grace_steps: int = Field(1000, ge=0)  # nothing is judged before
-    sustained_steps: int = Field(200, ge=0)  # how long a sign must stand
+    grace: float = Field(0.1, ge=0, le=1)  # share of the run in which nothing is judged
+    sustained: float = Field(0.05, ge=0, le=1)  # share of the run over whose last part a sign must stand
     max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
     min_std: float = Field(1e-4, ge=0)  # of a feature, over images
-    min_rank: float = Field(0.005, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
+    min_rank: float = Field(0.0025, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
     min_embedding_rank: float = Field(0.02, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
     min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
     trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it

@@ -53,10 +53,10 @@ class Report:
     """What a monitor found out beside the logged steps: how good the encoder is, or that something is wrong."""
 
     step: int
-    kind: Literal["evaluation", "collapse", "notice"]
+    kind: Literal["evaluation", "collapse", "notice", "verdict"]  # verdict: on collapse, at the run's end
     text: str  # for a person
     numbers: dict[str, float] = field(default_factory=dict)
-    cause: str = ""  # of a collapse
+    cause: str = ""  # of a collapse; of a verdict, what it is
     stop: bool = False  # whether the run should end, with this text
 
 
@@ -144,7 +144,7 @@ class ConsoleMonitor(Monitor):
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
             self.judged = f"  k-NN {report.numbers['knn']:.1f} %  linear {report.numbers['linear']:.1f} %"
-        label = {"evaluation": "", "collapse": "[bold red]warning[/] ", "notice": "[yellow]note[/] "}[report.kind]
+        label = {"collapse": "[bold red]warning[/] ", "notice": "[yellow]note[/] "}.get(report.kind, "")
         self._print(f"step {report.step}  {label}{escape(report.text)}")
 
     def close(self) -> None:
