@@ -112,7 +112,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         table.add_column("encoder", no_wrap=True)
         table.add_column("objective", no_wrap=True)
         for column in columns:
-            widest = max(len(text) for row in found for text in _told(row[column]).split("\n"))
+            widest = max(len(text) for row in found for text in (row[column].text, _below(row[column])))
             title = title_of(comparison, comparison.evaluators[column])
             table.add_column(folded(title, max(widest, 10)), justify="right", no_wrap=True)
         for entry, row, following in zip(rows, found, [*rows[1:], None], strict=True):
@@ -132,8 +132,11 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def _told(cell: Cell) -> str:
-    below = f"{cell.kind} {cell.gain}".strip()
-    return (f"[bold]{cell.text}[/]" if cell.best else cell.text) + (f"\n{below}" if below else "")
+    return "\n".join(filter(None, (f"[bold]{cell.text}[/]" if cell.best else cell.text, _below(cell))))
+
+
+def _below(cell: Cell) -> str:
+    return f"{cell.kind} {cell.gain}".strip()
 
 
 def _group(entry: Entry) -> tuple[str, str | None]:
