@@ -1,15 +1,15 @@
 """The label members of an index, read without their images."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from prelude.data.decode import BadImage
 from prelude.data.shards import ShardIndex
 from prelude.data.source import OpenFiles
+from prelude.data.waiting import in_threads
 
-_CHUNK = 4096
+_AT_ONCE = 256  # that a thread reads
 
 
 def label_members(index: ShardIndex, sample_ids: Sequence[int] | None = None) -> Iterator[bytes | None]:
@@ -27,6 +27,9 @@ def label_members(index: ShardIndex, sample_ids: Sequence[int] | None = None) ->
         except BadImage:
             return None
 
-    with ThreadPoolExecutor(8) as threads:  # waits for the disk overlap
-        for start in range(0, len(samples), _CHUNK):
-            yield from threads.map(content, samples[start : start + _CHUNK])
+    def contents(start: int) -> list[bytes | None]:
+        return [content(sample) for sample in samples[start : start + _AT_ONCE]]
+
+    starts = range(0, len(samples), _AT_ONCE)
+    for found in in_threads(contents, starts, lambda start: f"the labels in {index.shard_of(samples[start])}"):
+        yield from found

@@ -22,7 +22,6 @@ import secrets
 import socket
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +31,7 @@ from webdataset.shardlists import expand_urls
 from prelude.data.errors import UserError
 from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
 from prelude.data.value_range import ValueRange, resolved
+from prelude.data.waiting import called, in_threads
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ class ShardIndex:
 
     def key(self, sample_id: int) -> str:
         """A sample's key in its shard. Walks the shard's headers: for people to read, not for every sample."""
-        return keys_by_offset(self.shard_of(sample_id)).get(int(self.images[sample_id, 0]), "?")
+        path, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
+        return called(lambda: keys_by_offset(path).get(offset, "?"), f"the headers of {path}")
 
     def with_label(self, label: str) -> "ShardIndex":
         """The same data set, with the places of another label."""
@@ -159,7 +160,7 @@ def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list
     """
     found = []
     for pattern in [shards] if isinstance(shards, str) else shards:
-        found += _expand(pattern)
+        found += called(functools.partial(_expand, pattern), f"the folder of data.shards={pattern!r}")
     commands = [url for url in found if is_command(url)]
     if commands and not allow_commands:
         raise UserError(
@@ -254,6 +255,11 @@ def _local(url: str, pattern: str) -> list[str]:
 def _as_file(path: str, pattern: str) -> str:
     if os.path.isdir(path):
         raise UserError(f"{path} in data.shards={pattern!r} is a folder; write {os.path.join(path, '*.tar')!r}.")
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{path} in data.shards={pattern!r} is a pipe or a device, and images are read by their place in a file; "
+            f"write 'pipe:cat {path}' with data.num_samples=..., or copy the shard to a disk."
+        )
     return path
 
 
@@ -265,8 +271,7 @@ def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     begin = len(paths) * int(os.environ.get("LOCAL_RANK", 0)) // ranks
     turned = paths[begin:] + paths[:begin]
-    with ThreadPoolExecutor(8) as threads:  # waits for the disk overlap
-        parts = list(threads.map(lambda path: _load(path, label), turned))
+    parts = list(in_threads(lambda path: _load(path, label), turned, lambda path: f"the headers of {path}"))
     return parts[len(paths) - begin :] + parts[: len(paths) - begin]
 
 

@@ -23,6 +23,7 @@ from webdataset.tariterators import base_plus_ext
 
 from prelude.data.errors import UserError
 from prelude.data.tar_headers import TAIL, Damage, Walk
+from prelude.data.waiting import moved, open_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif", "pgm", "pbm", "jp2", "avif")
 """In order of preference: a sample with `jpg` and `png` is an image with, most likely, a mask."""
@@ -122,6 +123,7 @@ def _is_of_desktops(folder: str) -> bool:
 def _named(walk: Walk, problems: list[Problem]) -> Iterable[tuple[str, str, str, _Place]]:
     """(key, extension, name, place) of every member that can be part of a sample."""
     for member in walk:
+        moved()
         key, extension = base_plus_ext(member.name)
         if key is None or passed_over(member.name):
             continue
@@ -213,7 +215,7 @@ class _Open:
         self.path = path
 
     def __enter__(self) -> "_Open":
-        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_file(self.path)
         try:
             self.size = os.fstat(self.fd).st_size
             if hasattr(os, "posix_fadvise"):

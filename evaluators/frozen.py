@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.checkpoints.store import recorded_config
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import ValueRange, tell_if_dark
@@ -23,7 +24,8 @@ from prelude.evaluators.labels import Labels, VectorFormat, class_numbers, label
 from prelude.evaluators.pixels import is_pixels, open_pixels
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
-from prelude.pretrain.config import EvaluateConfig, read_recipe
+from prelude.pretrain.config import EvaluateConfig
+from prelude.pretrain.recipes import read_recipe
 
 Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
 BANK = "bank"  # folder of a run's features
@@ -168,10 +170,15 @@ def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: 
 
 
 def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:
-    """Writes a result where it belongs, and says so."""
+    """Writes a result where it belongs, and says so. Raises UserError, the numbers told, where the disk refuses."""
     folder = _folder(result.source, sources, out)
-    written = f", written to {write(result, folder)}" if folder else ""
-    say(f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s{written}")
+    done = f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s"
+    try:
+        written = f", written to {write(result, folder)}" if folder else ""
+    except UserError:
+        say(f"{done}: " + ", ".join(f"{name} {number.value:.2f} %" for name, number in result.outcome.numbers.items()))
+        raise
+    say(done + written)
 
 
 def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str, Features]:
@@ -244,7 +251,8 @@ def run_of(source: str) -> Path | None:
         return None
     folder = Path(source.removeprefix("random:")).absolute()
     for candidate in (folder, *folder.parents[:2]):
-        if (candidate / "config.yaml").is_file() and (candidate / "checkpoints").is_dir():
+        checkpoints = candidate / "checkpoints"
+        if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
             return candidate
     return None
 
@@ -256,9 +264,9 @@ def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
 
 def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
     """The sections of this name in the runs of the sources, and in sources that are themselves recipes."""
-    runs = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
-    recipes = [path if path.is_file() else path / "config.yaml" for path in runs if path]
-    return filter(None, (read_recipe(path).get(name) for path in recipes))
+    paths = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
+    recipes = (read_recipe(path) if path.is_file() else recorded_config(path) for path in paths if path)
+    return filter(None, (recipe.get(name) for recipe in recipes))
 
 
 def is_random(source: str) -> bool:

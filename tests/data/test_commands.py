@@ -9,7 +9,7 @@ from prelude.data.loader import build_loader
 from prelude.data.shards import ShardIndex, expand_shards
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
-from prelude.pretrain.config import load_config
+from prelude.pretrain.recipes import load_config
 
 PLAN = ViewPlan((View((6, 6)),))
 
