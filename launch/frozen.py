@@ -10,6 +10,8 @@ from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_sh
 from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import documented_parser
 from prelude.pretrain import distributed
+from prelude.pretrain.environment import describe_code
+from prelude.pretrain.sameness import refuse_differences
 
 SOURCES = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
@@ -90,6 +92,7 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
     if distributed.launched_world_size() > 1:
         distributed.start()
     given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+    refuse_differences({"arguments": shlex.join(given), "code": describe_code()})
     return {
         "seed": args.seed,
         "num_seeds": args.seeds,
