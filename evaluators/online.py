@@ -16,16 +16,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 import prelude
 from prelude.pretrain import distributed, stopping
 from prelude.pretrain.config import Config
+from prelude.pretrain.files import save_file, write_whole
 from prelude.pretrain.monitors import Monitor, Report
 from prelude.pretrain.schedules import Progress
 
@@ -39,7 +40,7 @@ class OnlineProbe(Monitor):
     """For a config whose `evaluate` section has `every_steps`."""
 
     def __init__(self, config: Config):
-        self.every, self.run_dir = config.evaluate.every_steps, Path(config.run_dir)
+        self.config, self.every, self.run_dir = config, config.evaluate.every_steps, Path(config.run_dir)
         self.weights_file = self.run_dir / "online-encoder.safetensors"
         self.log = self.run_dir / "online.log"
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
@@ -53,15 +54,22 @@ class OnlineProbe(Monitor):
         self.step = self.first = progress.step
         path = f"{_PACKAGE_PATH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         threads = str(max(distributed.cores_per_rank() // 4, 1))
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "prelude.evaluators.online_worker", str(self.run_dir.absolute())],
-                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        try:
+            write_whole(self.log, "")
+            with open(self.log, "a") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "prelude.evaluators.online_worker"],
+                    env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+        except OSError as error:
+            self._note(f"there is no online evaluation, and the run goes on without: {error}")
+            return
+        with suppress(BrokenPipeError):  # the process has ended, which `_listen` tells
+            print(json.dumps({"config": self.config.model_dump(mode="json")}), file=self.process.stdin, flush=True)
         threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
 
     def wants_encoder(self, progress: Progress) -> bool:
@@ -101,7 +109,8 @@ class OnlineProbe(Monitor):
         process, self.process = self.process, None
         if process:
             _end(process)
-        self.weights_file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.weights_file.unlink(missing_ok=True)
 
     # ---- what the process says
 

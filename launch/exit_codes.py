@@ -4,10 +4,11 @@ again), 130 interrupted by Ctrl-C with nothing saved."""
 import multiprocessing
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import NoReturn
 
-from prelude.data.errors import RunStopped, UserError
-from prelude.pretrain import distributed, stopping
+from prelude.data.errors import RunStopped, Stopped, UserError
+from prelude.pretrain import stopping
 from prelude.pretrain.stopping import INTERRUPTED, PREEMPTED
 
 __all__ = ["INCOMPLETE", "PREEMPTED", "door", "leave"]
@@ -20,7 +21,9 @@ def leave(code: int) -> NoReturn:
     seconds, in which a launcher's output stays open."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    distributed.leave(code)
+    if distributed := _with_ranks():
+        distributed.leave(code)
+    raise SystemExit(code)
 
 
 def door(main: Callable[[], int]) -> int:
@@ -28,16 +31,40 @@ def door(main: Callable[[], int]) -> int:
     any failure, so that they need not wait to find out."""
     stopping.interruptible()
     try:
-        with distributed.explained():
-            return main()
+        return _explained(main)
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        distributed.left(error.exit_code, str(error))
+        _left(error.exit_code, str(error))
         return error.exit_code
+    except Stopped as stop:
+        print(f"stopped {stop}; run the same command again", file=sys.stderr, flush=True)
+        _left(stop.exit_code, f"stopped {stop}")
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        distributed.left(INTERRUPTED, "interrupted")
+        _left(INTERRUPTED, "interrupted")
         return INTERRUPTED
     except Exception as error:
-        distributed.left(1, f"{type(error).__name__}: {error}")
+        _left(1, f"{type(error).__name__}: {error}")
         raise
+
+
+def _explained(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except RuntimeError:
+        if not (distributed := _with_ranks()):
+            raise
+        with distributed.explained():
+            raise
+
+
+def _left(code: int, why: str) -> None:
+    if distributed := _with_ranks():
+        distributed.left(code, why)
+
+
+def _with_ranks() -> ModuleType | None:
+    """`pretrain.distributed`, once it is imported. Until then there is no other rank, and no torch, which a wrong word
+    is told without."""
+    return sys.modules.get("prelude.pretrain.distributed")

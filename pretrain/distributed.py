@@ -13,9 +13,9 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
-from pathlib import Path
+from functools import cache
 from typing import NoReturn
 
 import torch
@@ -122,6 +122,7 @@ class _Watching:
 def stop() -> None:
     left(0)
     if dist.is_initialized():
+        _hosts.cache_clear()
         dist.destroy_process_group()
 
 
@@ -150,8 +151,9 @@ def leave(code: int) -> NoReturn:
     Those of torch's communication now and then abort a rank that has already finished, and the launcher then reports
     a failed run.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a log that nobody reads, or that a full disk holds, makes no failure of a run
+            stream.flush()
     logging.shutdown()
     os._exit(code)
 
@@ -187,13 +189,19 @@ def from_main(value):
 
 
 def total(*values: float) -> list[float]:
-    """The sum over ranks of each value, in float64."""
-    sums = torch.tensor(values, dtype=torch.float64, device=device())
-    if world_size() > 1:
-        with attendance.collective():
-            dist.all_reduce(sums)
-            return sums.tolist()  # on an accelerator it is here that the others are waited for
-    return sums.tolist()
+    """The sum over ranks of each value, in float64. Between the hosts: no device is waited for."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64)
+    with attendance.collective():
+        dist.all_reduce(sums, group=_hosts())
+    return sums.numpy().tolist()
+
+
+@cache
+def _hosts() -> dist.ProcessGroup:
+    """All ranks, by a backend for tensors in host memory. Collective when first called."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def of_all(value) -> list:
@@ -206,10 +214,10 @@ def of_all(value) -> list:
     return values
 
 
-def deepspeed_messages_to(log: Path) -> None:
-    """From now on DeepSpeed's log lines go to this file and nowhere else."""
+def deepspeed_messages_to(handler: logging.Handler) -> None:
+    """From now on DeepSpeed's log lines go to this handler and nowhere else."""
     logger = logging.getLogger("DeepSpeed")
-    logger.handlers[:] = [logging.FileHandler(log, delay=True)]
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ from prelude.evaluators.linear_probe import linear_probe
 from prelude.evaluators.online import OnlineProbe
 from prelude.evaluators.online_worker import Judge
 from prelude.pretrain import stopping
-from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 
@@ -88,7 +88,6 @@ class Ready:
     """An OnlineProbe whose process is there, and everything that it reported."""
 
     def __init__(self, config: Config, first: int = 0):
-        Path(config.run_dir, "config.yaml").write_text(config.to_yaml())
         self.config, self.probe, self.reports = config, OnlineProbe(config), []
         self.probe.start(at(first))
 

@@ -34,6 +34,10 @@ CASES = {
     "one_bad_step": {"train": {}, "bad_steps": [2]},
     "one_bad_step_accumulated": {"train": {"micro_batch": 2}, "bad_steps": [2]},
     "one_bad_step_zero1": {"train": {"zero_stage": 1}, "bad_steps": [2]},
+    # Optimizers that know nothing of refused steps; the first step makes their moments
+    "bad_steps_sgd": {"train": {}, "bad_steps": [0, 3], "optimizer": {"name": "sgd", "nesterov": True}},
+    "bad_steps_lars": {"train": {"gradient_clipping": 0.05}, "bad_steps": [0, 3], "optimizer": {"name": "lars"}},
+    "bad_steps_sgd_zero2": {"train": {"zero_stage": 2}, "bad_steps": [2], "optimizer": {"name": "sgd"}},
     "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
     "bf16": {"train": {"precision": "bf16"}},
     "asked_while_saving": {"train": {}, "saves_every": 2},
@@ -59,8 +63,8 @@ class Regression(Objective):
             loss = loss * math.nan
         return Loss(loss, {"mean_output": hidden.detach().mean()})
 
-    def after_step(self, progress):
-        self.average.lerp_(self.head.weight.detach(), 0.5)
+    def after_step(self, progress, applied):
+        self.average.lerp_(self.head.weight.detach(), 0.5 * applied)
 
 
 def batch_at(positions: torch.Tensor) -> Batch:
@@ -80,7 +84,8 @@ def config_of(case: dict, out: Path) -> Config:
             "encoder": {"name": "none", "image_size": SIZE},
             "objective": {"name": "regression"},
             "train": COMMON | case["train"],
-            "optimizer": {"lr": 0.02, "lr_rule": "absolute", "warmup_epochs": 0.5, "weight_decay_end": 0.2},
+            "optimizer": {"lr": 0.02, "lr_rule": "absolute", "warmup_epochs": 0.5, "weight_decay_end": 0.2}
+            | case.get("optimizer", {}),
             "log": {"every_steps": 1},
             "checkpoint": {"every_steps": case.get("saves_every", 1000)},
         }

@@ -46,7 +46,7 @@ def reference(name: str) -> tuple[dict, list[float]]:
         if config.train.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
         optimizer.step()
-        model.after_step(progress)
+        model.after_step(progress, torch.ones(()))
     return model.state_dict(), losses
 
 
