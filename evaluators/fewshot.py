@@ -17,6 +17,7 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators import ncm
 from prelude.evaluators.convex import ClassLoss, Space
+from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
 from prelude.evaluators.features import Features
 from prelude.evaluators.linear_probe import score
 from prelude.evaluators.results import Outcome, Percent, by_frequency, mean_and_spread, percent
@@ -26,7 +27,6 @@ WEIGHT_DECAYS = tuple(float(f"{10 ** (-4 + i / 2):.3g}") for i in range(10))  # 
 UNTUNED_DECAY = 0.1  # where a draw has no image to spare for a choice
 FOLDS = 5
 ONE_FOLD_FROM = 1000  # images; from here on a tenth that is held out once is enough to choose on
-PER_CLASS, SHARES, DRAWS = (1, 5, 10), (1.0, 10.0), 5
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from prelude.data.errors import UserError
 from prelude.evaluators.convex import pieces, resident
+from prelude.evaluators.defaults import TEMPERATURE, K
 from prelude.evaluators.features import Features
 from prelude.evaluators.results import Outcome, Percent, hits, percent
 from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
 
-K = 20
-TEMPERATURE = 0.07
 KS = (1, 5, 10, 20, 50, 100, 200)
 HEADLINE = "cosW, centred"
 VARIANTS = {  # name: (votes weighted, features centred)

@@ -22,9 +22,13 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.evaluators.table_text import folded, print_whole
+from prelude.pretrain.files import reason, write_whole
 
 TOP5_FROM = 10  # classes; below, five guesses say little
 TITLES = {"top1": "top-1 %", "top5": "top-5 %", "auc": "macro AUC %", "map": "mAP %", "auroc": "AUROC %"}
@@ -154,38 +158,41 @@ def _mean_numbers(found: Sequence[dict[str, Percent]]) -> dict[str, Percent]:
 
 
 def write(result: Result, folder: str | Path) -> Path:
-    """Writes the result's JSON into `folder` and returns its path."""
+    """Writes the result's JSON into `folder` and returns its path. Raises UserError where the disk does not take it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / result.file_name
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w") as file:
-        json.dump(result.to_json(), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result.to_json(), indent=1) + "\n"
+        write_whole(path, text, draft=path.with_name(f".{path.name}.{os.getpid()}"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({reason(error)}); make room there, or write --out DIR.") from None
     return path
 
 
 def print_table(results: list[Result], console: Console | None = None) -> None:
     """One row a result. After a number comes its standard error, or, over several seeds or draws, their deviation."""
     evaluators = {result.outcome.evaluator.replace("_", " ") for result in results}
-    alone = len(evaluators) == 1  # then it is the title: several numbers need the width
-    table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None, pad_edge=False, collapse_padding=True)
-    table.add_column("encoder", overflow="fold", min_width=6)
-    for name in ("features",) if alone else ("evaluator", "features"):
-        table.add_column(name, overflow="fold", min_width=6)
+    alone = evaluators.pop() if len(evaluators) == 1 else None  # then it is the title: several numbers need the width
     columns = list(dict.fromkeys(name for result in results for name in result.outcome.numbers))
     cells = [[_cell(result.outcome.numbers.get(name)) for name in columns] for result in results]
-    for name, column in zip(columns, zip(*cells, strict=True), strict=True):
-        table.add_column(TITLES.get(name, name), justify="right", no_wrap=True, min_width=max(map(len, column)))
-    for result, row in zip(results, cells, strict=True):
-        outcome = result.outcome
-        names = [] if alone else [outcome.evaluator.replace("_", " ")]
-        table.add_row(escape(result.encoder["name"]), *names, outcome.chosen.get("features", ""), *row)
+    titles = [TITLES.get(name, name) for name in columns]
+    names = [[result.encoder["name"], result.outcome.evaluator.replace("_", " "),
+              result.outcome.chosen.get("features", "")] for result in results]  # fmt: skip
+
+    def build(width: int) -> Table:
+        table = Table(box=box.SIMPLE, title=alone, pad_edge=False, collapse_padding=True)
+        for name in ("encoder", "features") if alone else ("encoder", "evaluator", "features"):
+            table.add_column(name, no_wrap=True)
+        for title, column in zip(titles, zip(*cells, strict=True), strict=True):
+            table.add_column(folded(title, max(map(len, column))), justify="right", no_wrap=True)
+        for (encoder, evaluator, features), row in zip(names, cells, strict=True):
+            middle = [] if alone else [folded(evaluator, width)]
+            table.add_row(Text(folded(encoder, width)), *middle, folded(features, width), *row)
+        return table
+
     console = console or Console()
-    console.print(table)
+    print_whole(console, build, [name for row in names for name in row])
     for result in results:
         for warning in result.outcome.warnings:
             console.print(f"{result.encoder['name']}: {warning}", highlight=False, markup=False)

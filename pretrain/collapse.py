@@ -220,7 +220,8 @@ class CollapseWatch(Monitor):
 
     def _warning(self, step: int, sign: Sign, numbers: Mapping[str, float], since: int) -> Report:
         kept = self.store.hold(self.healthy_step) if self.healthy_step is not None else None
-        where = f"{kept}, the last healthy checkpoint, which is kept" if kept else "the beginning, as none is older"
+        healthy = f"{kept}, the last healthy checkpoint, which is kept (by resume.checkpoint, in another run_dir)"
+        where = healthy if kept else "the beginning, as none is older"
         text = (
             f"The run looks collapsed ({sign.cause}): since step {since} {sign.found}. To mend it, "
             f"{self.remedies[sign.cause]}, and start again from {where}."

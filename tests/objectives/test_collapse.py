@@ -11,11 +11,12 @@ from collapse_cases import a_record, a_watch
 from jepa_models import a_batch
 
 from prelude.data.batch import Batch
-from prelude.objectives import build_objective, objective_class, options_for
+from prelude.objectives import objective_class, options_for
+from prelude.objectives.building import build_objective
 from prelude.objectives.dseqjepa import DSeqJEPA
 from prelude.objectives.ijepa import IJEPA
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.encoders import forward_tokens
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 STEPS = 60
@@ -78,7 +79,7 @@ def causes(name: str, objective, lr: float = 2e-3, change=lambda batch: batch) -
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-        objective.after_step(Progress(step + 1, STEPS, 10.0))
+        objective.after_step(Progress(step + 1, STEPS, 10.0), torch.ones(()))
         parts = {name: float(value) for name, value in loss.parts.items()}
         watch.record(replace(a_record(step + 1, loss.total.item(), STEPS), parts=parts))
         found |= {report.cause for report in watch.found()}
