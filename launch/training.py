@@ -13,11 +13,11 @@ from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.shards import expand_shards
-from prelude.evaluators.online import OnlineProbe
+from prelude.evaluators import online
 from prelude.launch.exit_codes import PREEMPTED
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
-from prelude.pretrain import distributed, precision
+from prelude.pretrain import deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
@@ -32,13 +32,14 @@ def check(config: Config) -> None:
     config.batching(distributed.launched_world_size())
     expand_shards(config.data.shards)  # a shard that this node lacks is told before any rank waits for another
     if config.evaluate and config.evaluate.every_steps:
-        expand_shards(config.evaluate.train_shards)
-        expand_shards(config.evaluate.test_shards)
+        online.check(config.evaluate)
+    deepspeed_config.passed_through(config)
 
 
 def train(config: Config) -> int:
     """The exit code of the run."""
     device = distributed.start()
+    deepspeed_config.check(config)
     run_dir = prepare_run_dir(config)
     objective = build_objective(config)
     loader = loader_of(config, objective.views)
@@ -90,10 +91,10 @@ def prepare_run_dir(config: Config) -> Path:
 def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     if not distributed.is_main():
         return []
-    online = [OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
+    probes = [online.OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
     remedies = objective_class(config.objective["name"]).remedies
     watch = CollapseWatch(config.collapse, store, remedies)
-    return [*online, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
+    return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
 
 
 def logs_of(run_dir: Path) -> list[Monitor]:
