@@ -24,6 +24,7 @@ from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import pooled_width
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.mixing import Mixing
+from prelude.pretrain.moving_average import move_towards
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
@@ -82,9 +83,16 @@ class Classifier(Objective):
                 total = F.cross_entropy(logits.float(), targets)
         return Loss(total, {"accuracy": right})
 
-    def after_step(self, progress: Progress) -> None:
-        if self.average is not None:
-            self.average.update(nn.ModuleDict(self._trained()))
+    def after_step(self, progress: Progress, applied: Tensor) -> None:
+        if self.average is None:
+            return
+        trained = nn.ModuleDict(self._trained()).state_dict()
+        kept = self.average.module.state_dict()
+        moving = [name for name, value in trained.items() if value.is_floating_point()]
+        share = (1.0 - self.options.ema_decay) * applied
+        move_towards([kept[name] for name in moving], [trained[name] for name in moving], share)
+        for name in trained.keys() - set(moving):  # counts of batches
+            kept[name].copy_(trained[name])
 
     def lr_scales(self) -> dict[str, float]:
         scales = layer_decay.lr_scales(self.encoder, self.options.layer_decay)

@@ -7,7 +7,7 @@
 - Every test image is scored once, whatever the number of ranks.
 """
 
-import json
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.batch import Batch
-from prelude.data.errors import UserError
+from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
+from prelude.data.waiting import wait_at_most
 from prelude.evaluators.classifier import Classifier
 from prelude.evaluators.finetune_recipe import NAME, FineTuneOptions, check_recipe, completed, options_for
 from prelude.evaluators.frozen import Labelled, labelled_shards
@@ -33,9 +34,12 @@ from prelude.evaluators.results import Outcome, Result, hits, percent, versions
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.recipes import read_recipe, validate_config
 from prelude.pretrain.schedules import Progress
+
+log = logging.getLogger(__name__)
 
 _FROM_SCRATCH = "_from_scratch"
 _RANDOM = "random:"
@@ -94,6 +98,7 @@ def prepare(
     values["objective"]["weights"] = opened.fingerprint
     values["data"] = {"mean": list(opened.mean), "std": list(opened.std)} | values["data"]
     config = validate_config(values, str(recipe), options_for)
+    wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     return _with_labels(source, config, opened, labelled)
 
 
@@ -176,7 +181,8 @@ def pretrained(opened: OpenedEncoder, config: EncoderConfig, *, seed: int) -> nn
 
 
 def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size: int, num_workers: int) -> dict:
-    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective."""
+    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective; raises Stopped
+    on all ranks when one of them is asked to stop while its images do not come."""
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = one_pass(
         index, classifier.test_views, batch_size=batch_size, num_workers=num_workers, label=label, **ranks
@@ -184,13 +190,19 @@ def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size:
     counts = {"top1": 0, "total": 0}
     training = classifier.training
     classifier.eval()
-    device = distributed.device()
-    for batch in batches:
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            scores = classifier.scores(batch.to(device))
-        found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
-        counts = {name: counts.get(name, 0) + count for name, count in found.items()}
-    classifier.train(training)
+    device, stopped = distributed.device(), ""
+    try:
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+                scores = classifier.scores(batch.to(device))
+            found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
+            counts = {name: counts.get(name, 0) + count for name, count in found.items()}
+    except Stopped as stop:
+        stopped = str(stop)
+    finally:
+        classifier.train(training)
+    if why := next(filter(None, distributed.of_all(stopped)), ""):
+        raise Stopped(why)
     if len(classifier.classes) >= 10:
         counts.setdefault("top5", 0)  # a rank may have had nothing to score
     names = sorted(counts)
@@ -204,31 +216,32 @@ class TestCurve(Monitor):
     __test__ = False  # no test of pytest's
 
     def __init__(self, test, every_epochs: float, path: Path):
-        self.test, self.every_epochs, self.path = test, every_epochs, path
+        self.test, self.every_epochs, self.lines = test, every_epochs, Lines(path)
 
     def start(self, progress: Progress) -> None:
         self.done = math.floor(progress.epoch / self.every_epochs)
         if distributed.is_main():
-            kept = [line for line in read_curve(self.path) if line["step"] <= progress.step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.lines.start(progress.step)
 
     def record(self, record: StepRecord) -> None:
         due = math.floor(record.epoch / self.every_epochs)
         if due <= self.done:
             return
         self.done = due
-        counts = self.test()
+        try:
+            counts = self.test()
+        except Stopped as stop:
+            log.warning("the test of step %d is left out: the run is stopped %s", record.step, stop)
+            return  # the engine ends the run at its next step, and saves
         if distributed.is_main():
             accuracy = {
                 name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts
             }
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": record.step, "epoch": record.epoch, **accuracy}) + "\n")
+            self.lines.add({"step": record.step, "epoch": record.epoch, **accuracy})
 
-
-def read_curve(path: Path) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    def saving(self, step: int) -> None:
+        if distributed.is_main():
+            self.lines.sync()
 
 
 def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict], command: str, seconds: float):
@@ -269,7 +282,8 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
-    whole, test = (ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test))
+    value_range = config.data.range or labelled.value_range
+    whole, test = (ShardIndex(shards, labelled.label, value_range) for shards in (labelled.train, labelled.test))
     labels = class_numbers(whole)
     numbers, labelled_ids = labels.values.numpy(), np.flatnonzero(labels.known.numpy())
     if numbers.min() < 0:

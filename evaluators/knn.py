@@ -77,9 +77,10 @@ def knn(
     alone = {"features": next(iter(train)), "k": ks[0], "temperature": temperatures[0]}
     best = max(sweep, key=lambda row: row["held_out_top1"]) if sweep else alone
     chosen = {key: best[key] for key in alone}
+    by_kind = {kind: found[HEADLINE][chosen["k"], chosen["temperature"]] for kind, found in by_features.items()}
     return Outcome(
         evaluator="knn",
-        numbers=by_features[chosen["features"]][HEADLINE][chosen["k"], chosen["temperature"]],
+        numbers=by_kind[chosen["features"]],
         chosen=chosen,
         recipe={
             "k": ks,
@@ -90,6 +91,7 @@ def knn(
             "seed": seed,
         },
         details={"held_out": sweep, "by_features": {kind: _nested(found) for kind, found in by_features.items()}},
+        by_kind=by_kind,
     )
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from prelude.data.errors import UserError
+from prelude.pretrain.config import DataConfig
 
 SOURCES = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
@@ -52,6 +53,14 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def value_range(text: str) -> tuple[float, float] | str:
+    """Of `--range`."""
+    try:
+        return "auto" if text == "auto" else DataConfig(shards="", range=json.loads(f"[{text}]")).range
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; write LOW,HIGH, such as 0,4095, or auto") from None
+
+
 def source(text: str) -> str:
     """A source with its `~` expanded, behind `random:` too."""
     prefix, place = ("random:", text.removeprefix("random:")) if text.startswith("random:") else ("", text)
@@ -84,6 +93,12 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     parser.add_argument("sources", nargs="+", type=source, metavar="SOURCE", help=sources)
     add_labelled(parser, label=label)
     parser.add_argument(
+        "--range",
+        type=value_range,
+        metavar="LOW,HIGH",
+        help="values of 16-bit images that are black and white, or auto (default: data.range of the run's config)",
+    )
+    parser.add_argument(
         "--features",
         nargs="+",
         metavar="KIND",
@@ -100,6 +115,9 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
         "--num-workers", type=int, metavar="N", help="processes that read images (default: a rank's share of the cores)"
     )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument(
+        "--timeout-seconds", type=float, metavar="N", help="how long to wait for images that do not come (default: 300)"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     return parser
 

@@ -29,6 +29,7 @@ from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuni
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import common
 from prelude.pretrain import distributed
+from prelude.pretrain.files import write_whole
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
 FEW_LABELS = partial(fewshot, shares=(1.0,))
@@ -95,14 +96,16 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
     section = first_section(sources)
     if not (args.names or args.field or args.group or (section and section.label_names)):
         names = list(dict.fromkeys(args.evaluators or COMPARED))
-        return labelled_shards(sources, args.train, args.test, args.label), [EVALUATORS[name] for name in names]
+        labelled = labelled_shards(sources, args.train, args.test, args.label, None, args.range)
+        return labelled, [EVALUATORS[name] for name in names]
     if args.evaluators or args.finetune:
         raise UserError(
             "--evaluators and --finetune are for class numbers; with several findings an image the evaluator is "
             "multilabel, so leave them out."
         )
     form = vector_format(sources, args.names, args.field, args.group)
-    return labelled_shards(sources, args.train, args.test, args.label, form), [partial(multilabel, names=form.names)]
+    labelled = labelled_shards(sources, args.train, args.test, args.label, form, args.range)
+    return labelled, [partial(multilabel, names=form.names)]
 
 
 # ---- judging
@@ -154,9 +157,7 @@ def write(comparison: Comparison, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            unfinished = out / f".{name}"
-            unfinished.write_text(text)
-            unfinished.replace(out / name)
+            write_whole(out / name, text)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
     print_comparison(comparison)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from prelude.data.errors import UserError
+from prelude.data.waiting import wait_at_most
 from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
 from prelude.pretrain import distributed
@@ -26,7 +27,7 @@ def judge(
 
 
 def labelled_of(args: argparse.Namespace, **changes) -> Labelled:
-    return labelled_shards(args.sources, args.train, args.test, args.label, **changes)
+    return labelled_shards(args.sources, args.train, args.test, args.label, value_range=args.range, **changes)
 
 
 def results_of(
@@ -43,6 +44,10 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
     """What every evaluation is told, under the names that it has there. Joins the other ranks, if there are any."""
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
+    if args.timeout_seconds is not None:
+        if not args.timeout_seconds > 0:
+            raise UserError(f"--timeout-seconds {args.timeout_seconds:g} leaves no time for data; write more than 0.")
+        wait_at_most(args.timeout_seconds, "--timeout-seconds")
     if distributed.launched_world_size() > 1:
         distributed.start()
     given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]

@@ -21,12 +21,20 @@ from prelude.launch.exit_codes import door
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     from prelude.evaluators.frozen import vector_format
+    from prelude.evaluators.label_table import print_labels
     from prelude.evaluators.multilabel import multilabel
-    from prelude.launch.frozen import judge
+    from prelude.evaluators.results import print_table
+    from prelude.launch.frozen import labelled_of, results_of
+    from prelude.pretrain import distributed
 
     form = vector_format(args.sources, args.names, args.field, args.group)
     judged = partial(multilabel, names=form.names, norms=args.norm)
-    return judge(args, [judged], "multilabel", argv, vectors=form)
+    results = results_of(args, [judged], "multilabel", argv, labelled_of(args, vectors=form))
+    if results:
+        print_table(results)
+        print_labels(results)
+    distributed.stop()
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:

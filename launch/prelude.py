@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prelude.data.errors import UserError
 from prelude.launch.exit_codes import door
+from prelude.pretrain import stopping
 
 COMMANDS = {
     "quickstart": ("quickstart", "pretrain, probe and export on a small data set made on the spot"),
@@ -71,6 +72,7 @@ def version() -> str:
 
 
 def run() -> None:
+    stopping.listen()
     raise SystemExit(door(main))
 
 

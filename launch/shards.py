@@ -47,6 +47,10 @@ def info(shards: list[str], label: str) -> int:
         table.add_row(f"with .{label}", str(int((index.labels[:, 1] > 0).sum())))
     table.add_row("fingerprint", index.fingerprint)
     table.add_row("problems", str(index.num_problems))
+    if index.num_lost:
+        table.add_row("samples lost", f"about {index.num_lost}")
+    if index.unended:
+        table.add_row("without an end marker", f"{len(index.unended)} shards: {index.unended[0]} ...")
     Console().print(table)
     listed = [
         f"{path}: {problem.reason} at {problem.where}" for path, found in index.problems.items() for problem in found

@@ -1,6 +1,5 @@
 """A run from its config to its end: the parts are built, handed to each other, and told on the console."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,53 +8,60 @@ from rich.console import Console
 from rich.table import Table
 
 from prelude.checkpoints.store import Store
-from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
-from prelude.data.shards import expand_shards
+from prelude.data.shards import expand_shards, local_shards
+from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators import online
-from prelude.launch.exit_codes import PREEMPTED
+from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
 from prelude.pretrain import deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
-from prelude.pretrain.environment import describe_environment
+from prelude.pretrain.files import Tolerant
 from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
 from prelude.pretrain.preview import describe
+from prelude.pretrain.stopping import PREEMPTED
 
 
 def check(config: Config) -> None:
     """Refuses, before anything is built, what cannot work here. Raises UserError."""
     check_objective(config)
     config.batching(distributed.launched_world_size())
-    expand_shards(config.data.shards)  # a shard that this node lacks is told before any rank waits for another
+    wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    # A shard that this node lacks is told before any rank waits for another.
+    expand_shards(config.data.shards, config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:
+        local_shards(config.evaluate.train_shards)
+        local_shards(config.evaluate.test_shards)
         online.check(config.evaluate)
     deepspeed_config.passed_through(config)
 
 
 def train(config: Config) -> int:
     """The exit code of the run."""
-    device = distributed.start()
+    device = distributed.start(config.train.rank_timeout_seconds)
     deepspeed_config.check(config)
-    run_dir = prepare_run_dir(config)
-    objective = build_objective(config)
-    loader = loader_of(config, objective.views)
-    store = Store(run_dir / "checkpoints", keep=config.checkpoint.keep)
-    engine = Engine(config, objective, loader, store, monitors_of(config, run_dir, store))
-    if distributed.is_main():
+    with run_folder(config) as folder:
+        objective = build_objective(config)
+        loader = loader_of(config, objective.views)
+        store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
+        monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
+        engine = Engine(config, objective, loader, store, monitors)
+        stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
-    outcome = engine.run()
-    loader.close()
+        outcome = engine.run()
+        loader.close()
     distributed.stop()
     return 0 if outcome.reason == "finished" else PREEMPTED
 
 
 def loader_of(config: Config, views):
-    length = {"num_samples": config.data.num_samples, "max_bad_share": config.data.max_bad_share}
-    return build_loader(config.data.shards, views, **loader_settings(config), **length)
+    of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
+    of_data["value_range"] = config.data.range
+    return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
 
 
 def loader_settings(config: Config) -> dict[str, Any]:
@@ -73,27 +79,14 @@ def loader_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def prepare_run_dir(config: Config) -> Path:
-    run_dir = Path(config.run_dir)
-    if distributed.is_main():
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "STOP").unlink(missing_ok=True)  # what stopped the last run must not stop this one
-            (run_dir / "config.yaml").write_text(config.to_yaml())
-            (run_dir / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
-        except OSError as error:
-            raise UserError(f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another.") from None
-        distributed.deepspeed_messages_to(run_dir / "deepspeed.log")
-    distributed.barrier()
-    return run_dir
-
-
 def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     if not distributed.is_main():
         return []
     probes = [online.OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
     remedies = objective_class(config.objective["name"]).remedies
-    watch = CollapseWatch(config.collapse, store, remedies)
+    momentum = config.objective.get("momentum", 1.0)  # at 1 a teacher does not follow at all, so no lag excuses it
+    teacher_steps = 1 / (1 - momentum) if momentum < 1 else 0.0
+    watch = CollapseWatch(config.collapse, store, remedies, teacher_steps, run_dir)
     return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
 
 
@@ -105,14 +98,17 @@ def logs_of(run_dir: Path) -> list[Monitor]:
 
 def introduce(config: Config, engine: Engine, loader, device) -> None:
     """The values that were derived and not asked for."""
-    print(
+    if not distributed.is_main():
+        return
+    text = (
         f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} images, "
         f"{distributed.world_size()} x {device.type} in {precision.resolve(config, device)}: "
         f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
-        f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}",
-        file=sys.stderr,
+        f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
     )
+    with Tolerant("the console"):
+        print(text, file=sys.stderr)
 
 
 def dry_run(config: Config) -> int:

@@ -94,7 +94,7 @@ class BarlowTwins(Objective):
                 "embedding_rank_share": rank_share(terms.effective_dimensions, sum(counts), first.shape[1]),
                 "embedding_std": spread.mean(),
                 "dead_dimensions": (spread < _DEAD).to(dtype).mean(),
-                TRIVIAL_LOSS: terms.total.new_tensor(self._trivial_loss(sum(counts), first.shape[1])),
+                TRIVIAL_LOSS: terms.total.new_full((), self._trivial_loss(sum(counts), first.shape[1])),
             },
         )
 

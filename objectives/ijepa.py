@@ -138,10 +138,11 @@ class IJEPA(Objective):
         """
         return teacher_cosine(self.normalised(context), gather(target, ids))
 
-    def after_step(self, progress: Progress) -> None:
+    def after_step(self, progress: Progress, applied: Tensor) -> None:
         done = progress.step - 1  # steps before the one that was just applied
         o = self.options
-        follow(self.teacher, self.encoder, linear(o.momentum, o.momentum_end, done / progress.num_steps))
+        momentum = linear(o.momentum, o.momentum_end, done / progress.num_steps)
+        follow(self.teacher, self.encoder, (1.0 - momentum) * applied)
 
     def exported_encoder(self) -> nn.Module:
         return self.teacher

@@ -78,7 +78,7 @@ class Rotation(Objective):
         parts = {f"accuracy_{degrees}": share for degrees, share in zip(self.options.rotations, right, strict=True)}
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            trivial = logits.new_tensor(num_classes).log()  # every rotation equally likely
+            trivial = logits.new_full((), num_classes).log()  # every rotation equally likely
             return Loss(F.cross_entropy(logits, labels), {"accuracy": right.mean(), **parts, TRIVIAL_LOSS: trivial})
 
     @torch.no_grad()

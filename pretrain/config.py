@@ -25,12 +25,22 @@ class ShuffleConfig(Section):
 
 class DataConfig(Section):
     shards: Text | list[Text]
+    allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
+    range: tuple[float, float] | Literal["auto"] | None = None  # values of 16-bit images that are black and white
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
     max_bad_share: float = Field(0.01, ge=0, le=1)
+    timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
     shuffle: ShuffleConfig = ShuffleConfig()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+    @field_validator("range")
+    @classmethod
+    def _growing(cls, value):
+        if isinstance(value, tuple) and not -math.inf < value[0] < value[1] < math.inf:
+            raise ValueError("write [low, high] with low below high, such as [0, 4095], or auto")
+        return value
 
 
 class EncoderConfig(Section):
@@ -123,6 +133,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     max_nonfinite_steps: int = Field(10, ge=1)  # in a row, before the run stops
+    rank_timeout_seconds: float = Field(600, gt=0)  # that ranks wait for one that stalls, before the run stops
 
 
 class CheckpointConfig(Section):
@@ -161,11 +172,11 @@ class CollapseConfig(Section):
     """When a run is taken for collapsed; `pretrain/collapse.py` says what each sign means."""
 
     stop: bool = False  # end the run, with exit code 3, rather than only tell
-    grace_steps: int = Field(1000, ge=0)  # nothing is judged before
-    sustained_steps: int = Field(200, ge=0)  # how long a sign must stand
+    grace: float = Field(0.1, ge=0, le=1)  # share of the run in which nothing is judged
+    sustained: float = Field(0.05, ge=0, le=1)  # share of the run over whose last part a sign must stand
     max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
     min_std: float = Field(1e-4, ge=0)  # of a feature, over images
-    min_rank: float = Field(0.005, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
+    min_rank: float = Field(0.0025, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
     min_embedding_rank: float = Field(0.02, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
     min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
     trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it

@@ -63,8 +63,12 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Loss: ...
 
-    def after_step(self, progress: Progress) -> None:
-        """Called once after every optimizer step that was applied: momentum teachers and the like."""
+    def after_step(self, progress: Progress, applied: Tensor) -> None:
+        """Called once after every optimizer step: momentum teachers and the like.
+
+        applied: a scalar on the device, 1.0 where the weights moved and 0.0 where the step was refused, which must then
+        change nothing here either. Reading it would make the host wait; multiply by it.
+        """
 
     def lr_scales(self) -> dict[str, float]:
         """Multipliers of the learning rate by parameter name, such as a decay by layers; 1 where a name is absent."""

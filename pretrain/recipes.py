@@ -46,10 +46,20 @@ def read_recipe(recipe: str | Path, overrides: list[str] = (), options_for: Opti
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct it there.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
+    _refuse_commands_of_a_file(values, path)
     keys = Keys(_options_named(values, overrides, options_for))
     for override in overrides:
         setting.apply(values, override, keys)
     return values
+
+
+def _refuse_commands_of_a_file(values: dict, path: Path) -> None:
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("allow_commands"):
+        raise UserError(
+            f"{path} cannot allow itself to run commands; leave data.allow_commands out, and write it on the command "
+            f"line if you trust the shards that the file names."
+        )
 
 
 def find_recipe(recipe: str | Path) -> Path:

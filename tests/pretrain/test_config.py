@@ -139,3 +139,20 @@ def test_what_changes_the_run_is_told_from_what_does_not():
     assert changed_settings(saved, config) == []
     saved["optimizer"]["lr"], saved["encoder"]["kwargs"] = 1.0, {"depth": 3}
     assert changed_settings(saved, config) == ["encoder.kwargs.depth: 3 -> None", "optimizer.lr: 1.0 -> 0.00015"]
+
+
+def test_a_range_of_values_is_two_growing_numbers_or_auto():
+    config = validate_config(GOOD | {"data": GOOD["data"] | {"range": [0, 4095]}}, "x", options_for)
+    assert config.data.range == (0, 4095)
+    assert validate_config(GOOD | {"data": GOOD["data"] | {"range": "auto"}}, "x", options_for).data.range == "auto"
+    for wrong in ([4095, 0], [1, 1], [0], "12bit", [0, float("inf")]):
+        assert "data.range" in refused({"data.range": wrong})
+
+
+def test_a_run_from_before_there_were_ranges_and_commands_goes_on():
+    config = validate_config(GOOD, "x", options_for)
+    saved = config.model_dump(mode="json")
+    del saved["data"]["range"]
+    assert changed_settings(saved, config) == []
+    ranged = validate_config(GOOD | {"data": GOOD["data"] | {"range": [0, 4095]}}, "x", options_for)
+    assert len(changed_settings(saved, ranged)) == 1
