@@ -12,11 +12,11 @@ from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.shards import expand_shards, local_shards
 from prelude.data.waiting import stop_when, wait_at_most
-from prelude.evaluators.online import OnlineProbe
+from prelude.evaluators import online
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
-from prelude.pretrain import distributed, precision
+from prelude.pretrain import deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
@@ -36,11 +36,14 @@ def check(config: Config) -> None:
     if config.evaluate and config.evaluate.every_steps:
         local_shards(config.evaluate.train_shards)
         local_shards(config.evaluate.test_shards)
+        online.check(config.evaluate)
+    deepspeed_config.passed_through(config)
 
 
 def train(config: Config) -> int:
     """The exit code of the run."""
     device = distributed.start(config.train.rank_timeout_seconds)
+    deepspeed_config.check(config)
     with run_folder(config) as folder:
         objective = build_objective(config)
         loader = loader_of(config, objective.views)
@@ -79,12 +82,12 @@ def loader_settings(config: Config) -> dict[str, Any]:
 def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     if not distributed.is_main():
         return []
-    online = [OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
+    probes = [online.OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
     remedies = objective_class(config.objective["name"]).remedies
     momentum = config.objective.get("momentum", 1.0)  # at 1 a teacher does not follow at all, so no lag excuses it
     teacher_steps = 1 / (1 - momentum) if momentum < 1 else 0.0
     watch = CollapseWatch(config.collapse, store, remedies, teacher_steps, run_dir)
-    return [*online, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
+    return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
 
 
 def logs_of(run_dir: Path) -> list[Monitor]:

@@ -250,6 +250,19 @@ def test_the_console_shows_the_same_numbers(comparison):
     assert "Learned from 2,000 labelled images, tested on 500." in text
 
 
+def test_a_terminal_that_is_too_narrow_gets_several_tables_with_nothing_cut():
+    names = ["knn", "linear_probe", "ncm", "fewshot", "anomaly", "fine_tune"]
+    long = "runs/chest_xrays_dseqjepa_vit_small_patch16-800_epochs"
+    entry = an_entry(long, objective="dseqjepa", results={name: result(name, top1=70.5) for name in names})
+    console = Console(record=True, width=60, force_terminal=False)
+    print_comparison(Comparison("Many", [entry], names, {}, "", "", 0, None, {}), console)
+    text = console.export_text()
+    assert text.count("70.5 ± 0.5") == len(names) and "…" not in text
+    assert max(map(len, text.splitlines())) <= 60
+    words = {word for line in text.splitlines() for word in re.split(r"[^A-Za-z0-9]+", line)}
+    assert set(re.split(r"[/_-]", long)) | {"dseqjepa", "linear", "anomaly"} <= words
+
+
 def test_json_holds_all_but_the_pictures(comparison):
     found = json.loads(to_json(comparison))
     assert found["entries"][0]["pictures"] == [{"title": "masks", "caption": "What was hidden.", "num_bytes": 5}]
