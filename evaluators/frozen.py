@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from prelude.checkpoints.description import has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
@@ -231,9 +232,9 @@ def vector_format(
 
 def run_of(source: str) -> Path | None:
     """The folder of the run that a source belongs to: itself, or where its checkpoint or export lies."""
-    if is_pixels(source) or source.startswith("timm:"):
+    if is_pixels(source) or not has_folder(source):
         return None
-    folder = Path(source.removeprefix("random:")).absolute()
+    folder = path_of(source).absolute()
     for candidate in (folder, *folder.parents[:2]):
         if (candidate / "config.yaml").is_file() and (candidate / "checkpoints").is_dir():
             return candidate
@@ -242,10 +243,15 @@ def run_of(source: str) -> Path | None:
 
 def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
     """The first `evaluate` section among the runs of the sources, and the sources that are themselves recipes."""
-    runs = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
+    runs = [Path(source) if is_recipe(source) else run_of(source) for source in sources]
     recipes = [path if path.is_file() else path / "config.yaml" for path in runs if path]
     sections = filter(None, (read_recipe(path).get("evaluate") for path in recipes))
     return next((EvaluateConfig.model_validate(section) for section in sections), None)
+
+
+def is_recipe(source: str) -> bool:
+    """Whether this is the file of a recipe, and not one of weights."""
+    return Path(source).suffix in (".yaml", ".yml") and Path(source).is_file()
 
 
 def is_random(source: str) -> bool:

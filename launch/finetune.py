@@ -19,6 +19,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
+from prelude.checkpoints.sources import SOURCES
 from prelude.checkpoints.store import Store
 from prelude.data.loader import Loader
 from prelude.evaluators import finetune
@@ -91,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, random:SOURCE",
+        help=f"{SOURCES}, random:SOURCE",
     )
     parser.add_argument("--config", required=True, help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("--train", metavar="SHARDS", help="labelled shards to learn from (default: the recipe's or the "

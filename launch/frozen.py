@@ -5,16 +5,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from prelude.checkpoints.sources import SOURCES as ENCODERS
 from prelude.data.errors import UserError
 from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import documented_parser
 from prelude.pretrain import distributed
 
-SOURCES = (
-    "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
-    "random:SOURCE (the same architecture, untrained), or pixels, pixels:SIZE"
-)
+SOURCES = f"{ENCODERS}, random:SOURCE (the same architecture, untrained), or pixels, pixels:SIZE"
 OUT = "where results are written (default: RUN/evaluations)"
 
 

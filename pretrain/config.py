@@ -52,12 +52,28 @@ class EncoderConfig(Section):
     image_size: int | tuple[int, int]  # pixels; (height, width) where they differ
     patch_size: int | None = None  # vision transformers; the architecture's own unless given
     pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
+    norm_eps: float | None = Field(None, gt=0)  # of every LayerNorm; None: timm's own, 1e-6 in most
     kwargs: dict[str, Any] = {}  # passed to timm.create_model: depth, embed_dim, drop_path_rate, ...
+    weights: str | None = None  # where the encoder's weights come from; None: drawn from the seed
+    weights_fingerprint: str | None = None  # of those weights; filled in by the command, and checked where it is given
+    own_parts: bool = False  # take an objective's decoder, predictor or projector from there too
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def architecture(self) -> "EncoderConfig":
+        """Without where its weights came from."""
+        return self.model_copy(update={"weights": None, "weights_fingerprint": None, "own_parts": False})
+
+    @model_validator(mode="after")
+    def _own_parts_come_from_somewhere(self):
+        for key in ("own_parts", "weights_fingerprint"):
+            if getattr(self, key) and not self.weights:
+                raise ValueError(f"{key} has no effect without weights; write encoder.weights=SOURCE, or leave it out")
+        return self
 
 
 class OptimizerConfig(Section):

@@ -26,6 +26,8 @@ from prelude.pretrain.position import sincos_table
 
 _HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
 _ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
+# timm would load these, leniently, and an objective's initialisation would undo it.
+_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 @dataclass(frozen=True)
@@ -179,18 +181,34 @@ def _create(config: EncoderConfig) -> nn.Module:
             raise UserError(f"encoder.kwargs.{key} has its own key; write encoder.{_HOME_OF[key]}.")
         if key in _ALWAYS:
             raise UserError(f"encoder.kwargs.{key} is the same for every encoder here; leave it out.")
+        if key in _WEIGHTS:
+            raise UserError(f"encoder.kwargs.{key} loads weights without a word; write encoder.weights=SOURCE.")
     kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
     try:
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs)
+            model = timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs)
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)  # takes any size
+            model = timm.create_model(name, pretrained=False, num_classes=0, **kwargs)  # takes any size
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         given = ", ".join(f"{key}={value}" for key, value in {"image_size": config.image_size, **kwargs}.items())
         raise UserError(f"timm cannot build encoder.name={name} with {given}: {reason}") from error
+    if config.norm_eps is not None:
+        _set_norm_eps(model, config)
+    return model
+
+
+def _set_norm_eps(model: nn.Module, config: EncoderConfig) -> None:
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    if not norms:
+        raise UserError(
+            f"encoder.norm_eps={config.norm_eps:g} has no effect on {config.name}, which has no LayerNorm; leave it "
+            "out."
+        )
+    for norm in norms:
+        norm.eps = config.norm_eps
 
 
 def _check_patches_fit(model: nn.Module, config: EncoderConfig) -> None:
