@@ -32,6 +32,7 @@ SOURCES = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
     "(FILE#WORD says what it does not tell), timm:NAME, hf-hub:ID, local-dir:FOLDER"
 )
+OWN = "own parts of the objective"
 _RANDOM = "random:"
 _KINDS = f"{SOURCES}, or random: before one of these"
 # How the code of a method resamples its table of positions; others take timm's way.
@@ -191,7 +192,7 @@ def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exporte
         resampling=_RESAMPLING.get(objective, "timm"),
         grid=grid_of(model),
         prefix_rows=prefix_rows_of(model),
-        left_out={"own parts": len(own)} if own else {},
+        left_out={OWN: len(own)} if own else {},
         own={objective: own} if own and objective else {},
         **facts(model),
     )

@@ -135,6 +135,8 @@ class Judging:
     def _taken(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
         """The features, and a word on what they took."""
         started = time.monotonic()
+        if encoder.loaded:
+            self.say(encoder.loaded)
         found = self.features(source, sources, encoder)
         counts = " and ".join(
             f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)

@@ -8,7 +8,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from prelude.checkpoints import sources
 from prelude.checkpoints.description import has_folder, path_of

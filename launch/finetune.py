@@ -54,7 +54,8 @@ def run(task: finetune.Task, command: str) -> int:
     started, config = time.monotonic(), task.config
     device = distributed.start()
     run_dir = prepare_run_dir(config)
-    classifier = finetune.build(task)
+    loaded: list[str] = []
+    classifier = finetune.build(task, loaded.append)
     loader = Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))
     micro_batch, _ = config.batching(distributed.world_size())
     test = functools.partial(
@@ -71,6 +72,7 @@ def run(task: finetune.Task, command: str) -> int:
     engine = Engine(config, classifier, loader, Store(run_dir / "checkpoints", keep=config.checkpoint.keep), monitors)
     if distributed.is_main():
         introduce(config, engine, loader, device)
+        print(*loaded, sep="\n", file=sys.stderr)
     outcome = engine.run()
     loader.close()
     if outcome.reason != "finished":
@@ -111,11 +113,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def dry_run(task: finetune.Task) -> int:
-    config, classifier = task.config, finetune.build(task)
+    config, loaded = task.config, []
+    classifier = finetune.build(task, loaded.append)
     table = Table(title=f"fine-tuning of {task.opened.name}", show_header=False)
     world_size = distributed.launched_world_size()
     for row in describe(config, classifier, num_samples=task.train.num_samples, world_size=world_size):
         table.add_row(*row)
+    table.add_row("weights", *loaded)
     table.add_row("labels", f"{task.train.num_samples} images of {len(task.classes)} classes")
     table.add_row("test", f"{task.test.num_samples} images")
     Console().print(table)

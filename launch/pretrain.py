@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prelude.checkpoints.starting import starting_point
 from prelude.checkpoints.store import Store
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
@@ -49,13 +50,17 @@ def main(argv: list[str] | None = None) -> int:
         return dry_run(config)
 
     device = distributed.start()
+    store = Store(Path(config.run_dir) / "checkpoints", keep=config.checkpoint.keep)
+    start = starting_point(config, store)
+    config = start.config
     run_dir = prepare_run_dir(config)
-    objective = build_objective(config)
+    objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views)
-    store = Store(run_dir / "checkpoints", keep=config.checkpoint.keep)
     engine = Engine(config, objective, loader, store, monitors_of(config, run_dir, store))
     if distributed.is_main():
         introduce(config, engine, loader, device)
+        if start.sentence:
+            print(start.sentence, file=sys.stderr)
     outcome = engine.run()
     loader.close()
     distributed.stop()
@@ -134,12 +139,15 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
 
 
 def dry_run(config: Config) -> int:
-    objective = build_objective(config)
+    start = starting_point(config)
+    objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views)
     table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
     world_size = distributed.launched_world_size()
     for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
         table.add_row(*row)
+    if start.sentence:
+        table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     Console().print(table)

@@ -16,6 +16,7 @@ from prelude.data.errors import UserError
 from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.objective import Objective, Options
+from prelude.pretrain.warm_start import WarmStart
 
 OURS = {
     "barlow_twins": "prelude.objectives.barlow_twins:BarlowTwins",
@@ -47,6 +48,7 @@ def check_objective(config: Config) -> None:
     """Refuses, before anything is built, an objective that cannot work with this encoder. Raises UserError."""
     cls, options = _chosen(config)
     cls.check(options, config.encoder)
+    _refuse_freezing_chance(config)
     if config.train.zero_stage > cls.max_zero_stage:
         raise UserError(
             f"objective.name={config.objective['name']} reads whole weights between steps, which ZeRO stage "
@@ -54,12 +56,27 @@ def check_objective(config: Config) -> None:
         )
 
 
-def build_objective(config: Config) -> Objective:
-    """The objective around a fresh encoder; its weights depend on `config.seed` alone. Raises UserError."""
+def _refuse_freezing_chance(config: Config) -> None:
+    steps = config.train.freeze_encoder_steps
+    if steps and config.encoder.weights is None:
+        raise UserError(
+            f"train.freeze_encoder_steps={steps} would hold an encoder that is still random; write "
+            "encoder.weights=SOURCE, or leave it out."
+        )
+
+
+def build_objective(config: Config, warm: WarmStart | None = None) -> Objective:
+    """The objective around a fresh encoder, whose weights depend on `config.seed` alone, or around one that `warm`
+    fills. Raises UserError.
+    """
     cls, options = _chosen(config)
     encoder = build_encoder(config.encoder, seed=config.seed)
+    filled = warm.begin(encoder) if warm else {}
     with seeded(config.seed + 2**31):  # seeds are below 2**31: no run's encoder starts from these draws
-        return cls(encoder, options, image_size=config.encoder.size, mean=config.data.mean, std=config.data.std)
+        objective = cls(encoder, options, image_size=config.encoder.size, mean=config.data.mean, std=config.data.std)
+    if warm:
+        warm.finish(objective, filled, config.objective["name"])
+    return objective
 
 
 def _chosen(config: Config) -> tuple[type[Objective], Options]:

@@ -88,6 +88,7 @@ class OptimizerConfig(Section):
     weight_decay_schedule: Literal["cosine", "linear"] = "cosine"  # how it gets there
     decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
     decay_vectors: bool = False  # whether biases and norms are decayed too
+    layer_decay: float = Field(1.0, gt=0, le=1)  # of the encoder's rate, a layer; see pretrain/layer_decay.py; 1: none
     spared_lr_ratio: float = Field(1.0, gt=0)  # learning rate of what is not decayed, as a share of lr
     warmup_epochs: float = Field(0.0, ge=0)
     warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
@@ -138,6 +139,7 @@ class TrainConfig(Section):
     global_batch: int = Field(ge=1)  # samples an optimizer step, over all ranks
     micro_batch: int | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    freeze_encoder_steps: int = Field(0, ge=0)  # first steps in which an encoder that comes with weights stays as it is
     gradient_clipping: float = Field(0.0, ge=0)  # 0: off
     zero_stage: Literal[0, 1, 2, 3] = 0
     gradient_checkpointing: bool = False

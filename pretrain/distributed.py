@@ -123,6 +123,15 @@ def from_main(value):
     return box[0]
 
 
+def from_all(value) -> list:
+    """Every rank's value (any picklable object), in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def total(*values: float) -> list[float]:
     """The sum over ranks of each value, in float64."""
     sums = torch.tensor(values, dtype=torch.float64, device=device())

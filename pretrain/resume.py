@@ -6,6 +6,8 @@ watched and how its batch is split over ranks may change freely.
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from prelude.data.errors import UserError
 from prelude.pretrain.config import Config
 
@@ -31,7 +33,7 @@ _FREE = (
 
 def changed_settings(saved: dict, config: Config) -> list[str]:
     """`key: then -> now` for every setting that differs and must not."""
-    then, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    then, now = _flat(_with_defaults(saved)), _flat(config.model_dump(mode="json"))
     keys = sorted(set(then) | set(now))
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
@@ -46,6 +48,14 @@ def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
             f"{checkpoint} belongs to a run with other settings ({'; '.join(changes)}); choose another run_dir, "
             f"restore the settings, or write resume.allow_changed_config=true."
         )
+
+
+def _with_defaults(saved: dict) -> dict:
+    """With the keys that did not exist when the checkpoint was saved, at what they do when they are left out."""
+    try:
+        return Config.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
