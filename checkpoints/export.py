@@ -49,6 +49,11 @@ def export_encoder(source: str, to: str | Path) -> ExportReport:
     to = Path(to)
     _refuse_to_overwrite(to)
     encoder = open_encoder(source)
+    if encoder.config.norm_eps is not None:
+        raise UserError(
+            f"{source} has LayerNorms of eps {encoder.config.norm_eps:g}, which timm's config.json cannot say; open "
+            "the weights that it comes from as SOURCE#norm_eps=1e-6, whose features differ in the sixth digit."
+        )
     draft = to.absolute().parent / f".tmp-{to.absolute().name}"
     try:
         shutil.rmtree(draft, ignore_errors=True)

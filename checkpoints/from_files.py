@@ -9,6 +9,7 @@ What no file tells is said after its name: `mae.pth#num_heads=4`, `ijepa.pth.tar
 | `grid=RxC` | rows and columns of the table of positions, where they are no square |
 | `resampling=RULE` | how the table is brought to another grid: `offset` (DINO), `plain` (MAE), `corners`, `timm` |
 | `pixels=imagenet`, `pixels=half`, six numbers with `/` | mean and standard deviation that pixels are normalised by |
+| `norm_eps=E` | of its LayerNorms, to take them as timm's 1e-6 where they were 1e-12 |
 | `image_size=N` | pixels that a convnet is shown |
 """
 
@@ -25,7 +26,7 @@ from prelude.checkpoints.description import Description, Pixels
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from prelude.data.errors import UserError
 
-_KEYS = ("num_heads", "grid", "resampling", "pixels", "image_size")
+_KEYS = ("num_heads", "grid", "resampling", "pixels", "norm_eps", "image_size")
 _HALF = (0.5, 0.5, 0.5)
 _AMBIGUOUS = "ViT, timm layout"
 
@@ -39,6 +40,7 @@ class Words:
     grid: tuple[int, int] | None = None
     resampling: str | None = None
     pixels: tuple[Pixels, Pixels] | None = None
+    norm_eps: float | None = None
     image_size: int | None = None
 
 
@@ -46,16 +48,15 @@ def describe_file(source: str) -> Description:
     """source: PATH or PATH#WORD,WORD of a file or a folder of `transformers`. Raises UserError."""
     path, words = _split(source)
     weights = read_weights(source)
-    pixels = words.pixels or _published_pixels(path, weights)
-    if pixels is None:
+    if weights.pixels is None:
         raise UserError(
             f"{source} ({weights.format}) does not tell how its pixels were normalised; write {_with(source)}"
             "pixels=imagenet, or pixels=half for 0.5."
         )
     return Description(
         config=encoder_config(weights, words.image_size),
-        mean=pixels[0],
-        std=pixels[1],
+        mean=weights.pixels[0],
+        std=weights.pixels[1],
         name=path.name + (f"#{words.part}" if words.part else ""),
         read=lambda: weights,
         origin={"format": weights.format},
@@ -69,6 +70,8 @@ def read_weights(source: str) -> Weights:
     tree = read_folder(path) if settings is not None else read_file(path)
     weights = weights_in(tree, source, words.part, settings)
     given = {"num_heads": words.num_heads, "grid": words.grid, "resampling": words.resampling}
+    given["norm_eps"] = words.norm_eps
+    given["pixels"] = words.pixels or _published_pixels(path, weights)
     return replace(weights, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -98,6 +101,8 @@ def _value(source: str, key: str, value: str):
         match key:
             case "num_heads" | "image_size":
                 return _positive(int(value))
+            case "norm_eps":
+                return _positive(float(value))
             case "grid":
                 rows, columns = value.split("x")
                 return _positive(int(rows)), _positive(int(columns))
@@ -114,6 +119,7 @@ def _value(source: str, key: str, value: str):
         right = {
             "num_heads": "num_heads=12",
             "image_size": "image_size=224",
+            "norm_eps": "norm_eps=1e-6",
             "grid": "grid=14x28",
             "pixels": "pixels=imagenet, pixels=half, or pixels=M/M/M/S/S/S",
             "resampling": "resampling=" + ", ".join(RULES),
@@ -122,8 +128,8 @@ def _value(source: str, key: str, value: str):
     return value
 
 
-def _positive(number: int) -> int:
-    if number < 1:
+def _positive(number):
+    if not number > 0:
         raise ValueError
     return number
 

@@ -9,7 +9,7 @@ the Hugging Face hub's weights, or chance.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -77,7 +77,10 @@ def open_weights(source: str) -> Weights:
     """The weights of any source but `random:`, whatever encoder they are to go into. Raises UserError."""
     if source.startswith(_RANDOM):
         raise UserError(f"{source} holds no weights; leave it out, and the encoder starts at random.")
-    return read_weights(source) if _is_published(source) else describe(source).read()
+    if _is_published(source):
+        return read_weights(source)
+    described = describe(source)
+    return replace(described.read(), pixels=(described.mean, described.std))
 
 
 def weights_of(opened: OpenedEncoder) -> Weights:

@@ -7,6 +7,7 @@
 """
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -25,6 +26,9 @@ _OWN_PARTS = ("decoder", "predictor", "projector", "dense_decoder", "densify_nor
 _OWN_PARTS += (OWN,)
 
 
+_SAME_PIXELS = 0.002  # data sets' statistics are published with three digits
+
+
 @dataclass
 class Start:
     config: Config  # completed by the fingerprint of the weights
@@ -37,6 +41,9 @@ class Start:
         """How much was loaded, and by which rules; empty where nothing was."""
         if self.fitted is None:
             return ""
+        return self._loaded() + _other_pixels(self.config, self.weights)
+
+    def _loaded(self) -> str:
         if not self.warm.own:
             return self.fitted.sentence(self.weights)
         left_out = {kind: n for kind, n in self.weights.left_out.items() if kind not in _OWN_PARTS}
@@ -94,6 +101,20 @@ def _of_checkpoint(config: Config, checkpoints: store.Store | None) -> dict | No
     if path is None:
         return None
     return {"fingerprint": store.read_meta(path).get("encoder", {}).get("weights_fingerprint")}
+
+
+def _other_pixels(config: Config, weights: Weights) -> str:
+    """A word where this run normalises pixels otherwise than the weights are used to; nobody but the user knows why."""
+    here = (config.data.mean, config.data.std)
+    if weights.pixels is None:
+        return f"; how its pixels were normalised is not known, here by data.mean={list(here[0])}, {list(here[1])}"
+    pairs = zip(chain(*here), chain(*weights.pixels), strict=True)
+    if all(abs(ours - theirs) <= _SAME_PIXELS for ours, theirs in pairs):
+        return ""
+    return (
+        f"; its pixels were normalised by data.mean={list(weights.pixels[0])} and data.std={list(weights.pixels[1])}, "
+        f"which here are {list(here[0])} and {list(here[1])}"
+    )
 
 
 def _with_fingerprint(config: Config, found: str | None) -> Config:

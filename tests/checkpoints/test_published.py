@@ -8,6 +8,7 @@ import torch
 from published import METHODS, SIDE
 from safetensors.torch import load_file, save_file
 
+from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.sources import open_encoder
 from prelude.data.errors import UserError
 
@@ -198,6 +199,16 @@ def test_a_folder_of_transformers_has_the_features_of_transformers(kind, tmp_pat
     assert f"{len(opened.model.state_dict())} of {len(opened.model.state_dict())} tensors loaded" in opened.loaded
     assert opened.mean == (0.1, 0.2, 0.3) and opened.std == (0.4, 0.5, 0.6)
     assert opened.model.norm.eps == model.config.layer_norm_eps
+
+
+def test_a_folder_of_transformers_goes_out_to_timm_once_its_eps_is_timms(tmp_path):
+    transformers_model("ViT").save_pretrained(tmp_path / "folder")
+    with pytest.raises(
+        UserError, match="LayerNorms of eps 1e-12, which timm's config.json cannot say; .*norm_eps=1e-6"
+    ):
+        export_encoder(f"{tmp_path}/folder#pixels=half", tmp_path / "out")
+    report = export_encoder(f"{tmp_path}/folder#pixels=half,norm_eps=1e-6", tmp_path / "out")
+    assert report.max_difference <= 1e-6 and open_encoder(str(tmp_path / "out")).fingerprint == report.fingerprint
 
 
 def test_damaged_folders_of_transformers_are_refused(tmp_path):

@@ -86,6 +86,15 @@ def test_the_record_says_what_a_run_started_from_and_checks_it(tmp_path):
         starting_point(start.config)
 
 
+def test_pixels_that_are_normalised_otherwise_are_said(tmp_path):
+    options, encoder, _ = OBJECTIVES["mae"]
+    data = {"shards": "-", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    start, _ = started(mae(), tmp_path / "weights.pth", options, encoder, data=data)
+    assert "; its pixels were normalised by data.mean=[0.485, 0.456, 0.406] and data.std=[0.229" in start.sentence
+    start, _ = started(mae(), tmp_path / "weights.pth", options, encoder)
+    assert "normalised" not in start.sentence.replace(str(tmp_path), "")
+
+
 def test_a_run_that_goes_on_does_not_read_the_weights(tmp_path, save):
     options, encoder, _ = OBJECTIVES["mae"]
     start, _ = started(mae(), tmp_path / "weights.pth", options, encoder)
