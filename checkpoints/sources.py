@@ -174,15 +174,17 @@ def _describe_export(folder: Path) -> Description:
 def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exported: str = "") -> Weights:
     """The tensors below `exported`, under their names without it; those of the objective's own parts besides.
 
-    A student whose teacher is exported is neither.
+    A student whose teacher is exported is left out.
     """
-    tensors, own = {}, {}
+    tensors, own, student = {}, {}, 0
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 if name.startswith(exported):
                     tensors[name.removeprefix(exported)] = file.get_tensor(name)
-                elif not name.startswith("encoder."):
+                elif name.startswith("encoder."):
+                    student += 1
+                else:
                     own[name] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); export or save it again.") from None
@@ -195,7 +197,7 @@ def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exporte
         resampling=_RESAMPLING.get(objective, "timm"),
         grid=grid_of(model),
         prefix_rows=prefix_rows_of(model),
-        left_out={OWN: len(own)} if own else {},
+        left_out={kind: count for kind, count in ((OWN, len(own)), ("student", student)) if count},
         own={objective: own} if own and objective else {},
         **facts(model),
     )

@@ -86,6 +86,27 @@ def test_the_record_says_what_a_run_started_from_and_checks_it(tmp_path):
         starting_point(start.config)
 
 
+@pytest.mark.parametrize("own_parts", [False, True])
+def test_an_earlier_run_is_gone_on_from_at_another_size(own_parts, tmp_path, save):
+    options, encoder, _ = OBJECTIVES["ijepa"]
+    earlier = config_of(options, encoder, seed=5)
+    state = build_objective(earlier).state_dict()
+    meta = {"encoder": earlier.encoder.model_dump(mode="json"), "exported": "teacher.", "config": earlier.model_dump()}
+    meta |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    state = {name: tensor + 1 if name.startswith("encoder.") else tensor for name, tensor in state.items()}
+    save(Store(tmp_path / "run" / "checkpoints"), 7, meta=meta, encoder=state)
+    larger = encoder | {"image_size": 24, "weights": str(tmp_path / "run"), "own_parts": own_parts}
+    start = starting_point(config_of(options, larger))
+    objective = build_objective(start.config, start.warm)
+    for name, tensor in objective.encoder.state_dict().items():
+        assert name == "pos_embed" or torch.equal(tensor, state[f"teacher.{name}"])
+    assert "29 of 29 tensors loaded, position table resampled from 4 x 4 to 6 x 6 (by its formula)" in start.sentence
+    assert "student (29)" in start.sentence
+    predictor = {f"predictor.{name}": tensor for name, tensor in objective.predictor.state_dict().items()}
+    same = [torch.equal(tensor, state[name]) for name, tensor in predictor.items()]
+    assert all(same) if own_parts else not all(same)
+
+
 def test_pixels_that_are_normalised_otherwise_are_said(tmp_path):
     options, encoder, _ = OBJECTIVES["mae"]
     data = {"shards": "-", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
