@@ -28,13 +28,12 @@ from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
-SOURCES = (
-    "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
-    "(FILE#WORD says what it does not tell), timm:NAME, hf-hub:ID, local-dir:FOLDER"
-)
 OWN = "own parts of the objective"
 _RANDOM = "random:"
-_KINDS = f"{SOURCES}, or random: before one of these"
+_KINDS = (
+    "a run folder, a checkpoint folder, an exported folder, a file or folder of published weights, timm:NAME, "
+    "hf-hub:ID, local-dir:FOLDER, or random: before one of these"
+)
 # How the code of a method resamples its table of positions; others take timm's way.
 _RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
 

@@ -19,6 +19,7 @@ from prelude.checkpoints.sources import OWN, open_weights
 from prelude.data.errors import UserError
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
+from prelude.pretrain.resume import starting_point
 from prelude.pretrain.warm_start import WarmStart
 
 # As they are named among what is left out, where they are not taken along.
@@ -51,22 +52,22 @@ class Start:
         return f"{loaded}, and {len(self.warm.own)} tensors of the objective's own parts"
 
 
-def starting_point(config: Config, checkpoints: store.Store | None = None) -> Start:
+def start_of(config: Config, checkpoints: store.Store | None = None) -> Start:
     """Opens `encoder.weights`, unless there is a checkpoint to go on from. Collective where ranks are joined.
 
     Raises UserError on every rank, when any of them cannot read the source, or reads another one.
     """
     if config.encoder.weights is None:
         return Start(config)
-    known = distributed.from_main(_of_checkpoint(config, checkpoints) if distributed.is_main() else None)
-    if known is not None:
-        return Start(_with_fingerprint(config, config.encoder.weights_fingerprint or known["fingerprint"]))
+    checkpoint = starting_point(checkpoints, config) if checkpoints else None
+    if checkpoint is not None:
+        return Start(_with_fingerprint(config, config.encoder.weights_fingerprint or _recorded(checkpoint)))
     weights, refusal = None, None
     try:
         weights = open_weights(config.encoder.weights)
     except UserError as error:
         refusal = str(error)
-    refusals, found = zip(*distributed.from_all((refusal, weights and weights.fingerprint)), strict=True)
+    refusals, found = zip(*distributed.of_all((refusal, weights and weights.fingerprint)), strict=True)
     if any(refusals):
         raise UserError(next(filter(None, refusals)))
     _refuse_others(config, found)
@@ -92,15 +93,10 @@ def _own_parts(config: Config, weights: Weights) -> dict | None:
     return weights.own[name]
 
 
-def _of_checkpoint(config: Config, checkpoints: store.Store | None) -> dict | None:
-    """{"fingerprint": what the run to go on from started from}, or None where there is no checkpoint."""
-    if config.resume.checkpoint != "auto":
-        path = Path(config.resume.checkpoint)
-    else:
-        path = checkpoints.newest() if checkpoints else None
-    if path is None:
-        return None
-    return {"fingerprint": store.read_meta(path).get("encoder", {}).get("weights_fingerprint")}
+def _recorded(checkpoint: Path) -> str | None:
+    """The fingerprint of what the run to go on from started from; rank 0's, whose disk has the checkpoint."""
+    meta = store.read_meta(checkpoint) if distributed.is_main() else {}
+    return distributed.from_main(meta.get("encoder", {}).get("weights_fingerprint"))
 
 
 def _other_pixels(config: Config, weights: Weights) -> str:

@@ -1,7 +1,10 @@
 """Look at shards before training on them.
 
-prelude shards info 'train-{000000..000019}.tar'      how many samples, and what is wrong with which
-prelude shards shapes --to data/shapes                write the embedded data set
+    prelude shards info 'train-{000000..000019}.tar'
+    prelude shards shapes --to data/shapes
+
+The first says how many samples there are, and what is wrong with which; the
+second writes the embedded data set.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -12,9 +15,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from prelude.data.shapes import write_shards
-from prelude.data.shards import ShardIndex
-from prelude.launch.arguments import documented_parser
+from prelude.launch.arguments import documented_parser, path
 from prelude.launch.exit_codes import door
 
 _MOST_PROBLEMS = 20
@@ -24,14 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.action == "info":
         return info(args.shards, args.label)
+    from prelude.data.shapes import write_shards
+
     for split, count in (("train", args.num_train), ("test", args.num_test)):
         paths = write_shards(args.to, split, count, seed=args.seed, image_size=args.image_size)
         print(f"{count} {split} images in {len(paths)} shards: {paths[0]} ...")
     return 0
 
 
-def info(shards: str, label: str) -> int:
+def info(shards: list[str], label: str) -> int:
     """Prints what the index says; exit code 1 where something is wrong, for scripts."""
+    from prelude.data.shards import ShardIndex
+
     index = ShardIndex(shards, label)
     table = Table(show_header=False)
     table.add_row("shards", str(index.num_shards))
@@ -42,6 +47,10 @@ def info(shards: str, label: str) -> int:
         table.add_row(f"with .{label}", str(int((index.labels[:, 1] > 0).sum())))
     table.add_row("fingerprint", index.fingerprint)
     table.add_row("problems", str(index.num_problems))
+    if index.num_lost:
+        table.add_row("samples lost", f"about {index.num_lost}")
+    if index.unended:
+        table.add_row("without an end marker", f"{len(index.unended)} shards: {index.unended[0]} ...")
     Console().print(table)
     listed = [
         f"{path}: {problem.reason} at {problem.where}" for path, found in index.problems.items() for problem in found
@@ -57,10 +66,10 @@ def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     about = actions.add_parser("info", help="count samples and list damage, from the tars' headers")
-    about.add_argument("shards", metavar="SHARDS", help="path, braces, * or a list joined by ::")
+    about.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, braces, * or a list joined by ::")
     about.add_argument("--label", default="", metavar="EXT", help="extension of a label's member, to count it too")
     shapes = actions.add_parser("shapes", help="write the embedded data set of shapes")
-    shapes.add_argument("--to", required=True, metavar="DIR", help="where the shards go")
+    shapes.add_argument("--to", required=True, type=path, metavar="DIR", help="where the shards go")
     shapes.add_argument("--num-train", type=int, default=4000, metavar="N", help="(default: 4000)")
     shapes.add_argument("--num-test", type=int, default=1000, metavar="N", help="(default: 1000)")
     shapes.add_argument("--image-size", type=int, default=48, metavar="PIXELS", help="(default: 48)")

@@ -5,10 +5,11 @@ import torch
 from published import METHODS, WIDTH, decoder_shapes, drawn, fixed_table, jepa, mae, spark
 from torch import nn
 
-from prelude.checkpoints.starting import starting_point
+from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
 from prelude.data.errors import UserError
-from prelude.objectives import build_objective, check_objective
+from prelude.objectives import check_objective
+from prelude.objectives.building import build_objective
 from prelude.objectives.mae import MAE
 from prelude.pretrain.config import Config
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
@@ -43,7 +44,7 @@ def started(published, path, objective: dict, encoder: dict, **changes):
     torch.save(published.tree, path)
     words = ",".join(word for word in published.words[1:].split(",") if not word.startswith("num_heads"))
     encoder = {"weights": f"{path}{'#' if words else ''}{words}"} | encoder
-    start = starting_point(config_of(objective, encoder, **changes))
+    start = start_of(config_of(objective, encoder, **changes))
     return start, build_objective(start.config, start.warm)
 
 
@@ -79,11 +80,11 @@ def test_the_record_says_what_a_run_started_from_and_checks_it(tmp_path):
     recorded = start.config.encoder
     assert recorded.weights == str(tmp_path / "weights.pth")
     assert recorded.weights_fingerprint == start.weights.fingerprint
-    assert starting_point(start.config).config == start.config
+    assert start_of(start.config).config == start.config
     network = mae().tree | {"model": mae().network | {"norm.bias": torch.ones(WIDTH)}}
     torch.save(network, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="has the fingerprint .* and not encoder.weights_fingerprint="):
-        starting_point(start.config)
+        start_of(start.config)
 
 
 @pytest.mark.parametrize("own_parts", [False, True])
@@ -96,7 +97,7 @@ def test_an_earlier_run_is_gone_on_from_at_another_size(own_parts, tmp_path, sav
     state = {name: tensor + 1 if name.startswith("encoder.") else tensor for name, tensor in state.items()}
     save(Store(tmp_path / "run" / "checkpoints"), 7, meta=meta, encoder=state)
     larger = encoder | {"image_size": 24, "weights": str(tmp_path / "run"), "own_parts": own_parts}
-    start = starting_point(config_of(options, larger))
+    start = start_of(config_of(options, larger))
     objective = build_objective(start.config, start.warm)
     for name, tensor in objective.encoder.state_dict().items():
         assert name == "pos_embed" or torch.equal(tensor, state[f"teacher.{name}"])
@@ -123,10 +124,10 @@ def test_a_run_that_goes_on_does_not_read_the_weights(tmp_path, save):
     save(store, 3, meta={"encoder": start.config.encoder.model_dump(mode="json")})
     (tmp_path / "weights.pth").unlink()
     asked = config_of(options, encoder | {"weights": str(tmp_path / "weights.pth")})
-    going_on = starting_point(asked, store)
+    going_on = start_of(asked, store)
     assert going_on.config == start.config and going_on.warm is None and going_on.sentence == ""
     with pytest.raises(UserError, match="There is no folder .*weights.pth"):
-        starting_point(asked, Store(tmp_path / "elsewhere"))
+        start_of(asked, Store(tmp_path / "elsewhere"))
 
 
 CHANGES = {
@@ -146,7 +147,7 @@ def test_weights_of_another_encoder_are_refused_with_what_to_write(change, tmp_p
     torch.save(mae().tree, tmp_path / "weights.pth")
     given = {"weights": f"{tmp_path}/weights.pth{words}", **VIT, **encoder, "kwargs": SMALL | kwargs}
     with pytest.raises(UserError, match=why):
-        start = starting_point(config_of({"name": "rotation"}, given))
+        start = start_of(config_of({"name": "rotation"}, given))
         build_objective(start.config, start.warm)
 
 
@@ -207,7 +208,7 @@ def test_a_frozen_encoder_does_not_move_and_its_teacher_neither_until_its_time(t
         for parameter in objective.parameters():
             parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
         optimizer.step()
-        objective.after_step(Progress(step + 1, 10, 10.0))
+        objective.after_step(Progress(step + 1, 10, 10.0), torch.ones(()))
         after = objective.state_dict()
         moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
         assert moved == ({"predictor"} if step < 2 else {"predictor", "encoder", "teacher"})

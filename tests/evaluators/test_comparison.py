@@ -1,7 +1,10 @@
 """What is gathered about a run, who stands beside whom, and the table that comes of it."""
 
+import dataclasses
+import html
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,10 +15,14 @@ from rich.console import Console
 from prelude.data.errors import UserError
 from prelude.evaluators import gathering
 from prelude.evaluators.comparison import Comparison, Entry, Picture
-from prelude.evaluators.comparison_table import cells, in_order, markdown, notes, print_comparison, to_json
+from prelude.evaluators.comparison_table import cells, in_order, markdown, notes, plain, print_comparison, to_json
 from prelude.evaluators.features import fair_kinds, kinds_among
+from prelude.evaluators.fewshot import fewshot
 from prelude.evaluators.gathering import Named, in_words, line_up
-from prelude.evaluators.headline import headline
+from prelude.evaluators.headline import gain, headline
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.evaluators.ncm import ncm
 from prelude.evaluators.pixels import open_pixels
 from prelude.evaluators.run_record import cost_of, curves_of, pictures_of_run
 from prelude.pretrain.config import EncoderConfig
@@ -181,6 +188,40 @@ def test_gains_are_over_the_same_architecture_untrained(comparison):
     assert not any(gains[name] for name in ("rotation", "random:mae", "pixels 32x32", "gone"))
 
 
+def of_kinds(chosen: str, pool: float, stages: float) -> dict:
+    each = {"pool": {"top1": {"value": pool, "se": 0.5}}, "stages": {"top1": {"value": stages, "se": 0.5}}}
+    return {"knn": {"numbers": each[chosen], "chosen": {"features": chosen}, "by_kind": each}}
+
+
+def test_gains_are_by_the_same_kind_of_feature_which_is_named():
+    trained = an_entry("b", objective="b", untrained="random:b", results=of_kinds("pool", 62.3, 60.0))
+    twin = an_entry("random:b", "untrained", results=of_kinds("stages", 60.0, 65.8))
+    alone = Comparison("", [trained, twin], ["knn"], {}, "", "", 0, None, {})
+    assert "| b | b |  | **62.3 ± 0.5** pool (+2.3) |" in markdown(alone)
+    assert "| random:b | none |  | 65.8 ± 0.5 stages |" in markdown(alone)
+    twin.results["knn"].pop("by_kind")  # another kind of feature alone is no comparison
+    assert cells(alone, trained)[0].gain == ""
+
+
+@pytest.mark.parametrize("evaluator", [linear_probe, knn, ncm, fewshot])
+def test_evaluators_give_the_number_of_each_kind_and_so_gains_can_be_had(problem, evaluator):
+    settings = {"per_class": (2,), "shares": (), "draws": 3} if evaluator is fewshot else {}
+    train, test = problem
+    outcome = evaluator(train, test, **settings)
+    (name,) = outcome.by_kind["cls"].keys() & {"top1", "2 a class"}
+    kind = outcome.chosen["features"].split(", ")[0]
+    if evaluator is not fewshot:
+        assert outcome.by_kind[kind][name] == outcome.numbers[name]
+    alone = evaluator({"cls": train["cls"]}, {"cls": test["cls"]}, **settings)
+    assert outcome.by_kind["cls"][name].value == pytest.approx(alone.numbers[name].value)
+    found = json.loads(json.dumps({outcome.evaluator: dataclasses.asdict(outcome)}, default=str))
+    blind = json.loads(json.dumps({outcome.evaluator: dataclasses.asdict(alone)}, default=str))
+    blind[outcome.evaluator]["by_kind"] = found[outcome.evaluator]["by_kind"]
+    entries = [an_entry("a", untrained="b", results=found), an_entry("b", "untrained", results=blind)]
+    both = Comparison("", entries, [outcome.evaluator], {}, "", "", 0, None, {})
+    assert gain(entries[0], outcome.evaluator, both) == pytest.approx(0)
+
+
 def test_rows_are_grouped_by_objective_and_floors_come_last(comparison):
     assert [entry.name for entry in in_order(comparison)] == [
         "mae", "mae long", "rotation", "gone", "random:mae", "pixels 32x32",
@@ -234,3 +275,44 @@ def test_a_warning_is_told_once_with_those_that_it_is_about(comparison):
     told = [an_entry(name, results={"knn": result("knn", ["Odd."], top1=1.0)}) for name in ("a", "b")]
     few = Comparison("", told, ["knn"], {}, "", "", 0, None, {}, ["Two."])
     assert notes(few) == ["Two.", "a (knn), b (knn): Odd."]
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "a|b",
+    "[x](http://evil)",
+    "**x**",
+    "`x`",
+    "_x_",
+    "# x",
+    "- x",
+    "a\n\n# b",
+    "~~x~~",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_and_notes_cannot_become_markup(comparison, name):
+    hostile = an_entry(name, objective=name, top1=51.0)
+    failed = an_entry(f"{name} ", problem=f"No {name}.")
+    lines = markdown(replace(comparison, entries=[hostile, failed], command=f"```\n{name}")).splitlines()
+    cells_of = [re.split(r"(?<!\\)\|", line) for line in lines[:4]]
+    assert all(len(row) == 6 for row in cells_of)
+    fence = lines.index("````")
+    told = [line for i, line in enumerate(lines) if i < fence or line.startswith("- ")]
+    shown = html.unescape(re.sub(r"\\(.)", r"\1", "\n".join(told)))
+    assert " ".join(name.split()) in shown
+    assert not re.search(
+        r"<|(?<!\\)[\[\]`~]|(?<!\*)(?<!\\)\*(?!\*)|(?<![\w\\])_|\| #|^- [#-]", "\n".join(told[2:]), re.MULTILINE
+    )
+
+
+def test_ordinary_names_stay_as_they_are():
+    for name in (
+        "mae_cifar10",
+        "random:runs/mae-2",
+        "pixels 32x32",
+        "vit_tiny_patch16_224 at 32 px",
+        "pixels:8 (floor)",
+    ):
+        assert plain(name) == name
