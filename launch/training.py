@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
@@ -44,14 +45,17 @@ def train(config: Config) -> int:
     """The exit code of the run."""
     device = distributed.start(config.train.rank_timeout_seconds)
     deepspeed_config.check(config)
+    start = start_of(config, Store(Path(config.run_dir) / "checkpoints", keep=config.checkpoint.keep))
+    config = start.config
     with run_folder(config) as folder:
-        objective = build_objective(config)
+        objective = build_objective(config, start.warm)
         loader = loader_of(config, objective.views)
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
         engine = Engine(config, objective, loader, store, monitors)
         stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
+        tell_weights(start.sentence)
         outcome = engine.run()
         loader.close()
     distributed.stop()
@@ -111,13 +115,23 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
         print(text, file=sys.stderr)
 
 
+def tell_weights(sentence: str) -> None:
+    """How much was loaded, where an encoder starts from weights."""
+    if sentence and distributed.is_main():
+        with Tolerant("the console"):
+            print(sentence, file=sys.stderr)
+
+
 def dry_run(config: Config) -> int:
-    objective = build_objective(config)
+    start = start_of(config)
+    objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views)
     table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
     world_size = distributed.launched_world_size()
     for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
         table.add_row(*row)
+    if start.sentence:
+        table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     Console().print(table)
