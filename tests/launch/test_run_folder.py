@@ -18,7 +18,7 @@ from prelude.evaluators.frozen import first_section
 from prelude.pretrain.run_lock import NAME, RunLock
 
 LOGS = ("config.yaml", "environment.json", "metrics.jsonl", "online.jsonl", "deepspeed.log")
-SHORT = ["checkpoint.every_steps=3", "log.pictures_every_steps=2", "train.epochs=0.5"]  # 7 steps of 12.5
+SHORT = ["checkpoint.every_steps=3", "log.pictures_every_steps=2", "train.epochs=0.5", "optimizer.warmup_epochs=0.1"]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def start(recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(start, tmp_path_factory) -> Path:
-    """A finished run of 7 steps in `run`, and copies of it to be spoilt."""
+    """A finished run of 7 steps (half an epoch of 12.5) in `run`, and copies of it to be spoilt."""
     folder = tmp_path_factory.mktemp("starts")
     ((code, told),) = start(folder, {"first": [f"run_dir={folder / 'run'}"]}, umask=0o002).values()
     assert code == 0, told
