@@ -258,7 +258,8 @@ def _as_file(path: str, pattern: str) -> str:
     if not os.path.isfile(path):
         raise UserError(
             f"{path} in data.shards={pattern!r} is a pipe or a device, and images are read by their place in a file; "
-            f"write 'pipe:cat {path}' with data.num_samples=..., or copy the shard to a disk."
+            f"write 'pipe:cat {path}' with data.num_samples=... and data.allow_commands=true, or copy the shard to a "
+            f"disk."
         )
     return path
 

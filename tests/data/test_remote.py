@@ -57,7 +57,7 @@ def server(write_shards):
 
 
 def build(urls, **changes):
-    return build_loader(urls, PLAN, **dict(seed=5, micro_batch=4, num_samples=35) | changes)
+    return build_loader(urls, PLAN, **dict(seed=5, micro_batch=4, num_samples=35, allow_commands=True) | changes)
 
 
 def commands():

@@ -9,7 +9,9 @@ def once(recipe, flags) -> list[str]:
     flags.mkdir()
     (shard,) = (recipe.parent / "shapes").glob("train-*.tar")
     command = f"mkdir {flags}/$RANK 2> /dev/null && exec cat {shard}; exec sleep 1000"
-    return [f"data.shards=pipe:{command}", "data.num_samples=200", "checkpoint.every_steps=100"]
+    return [
+        f"data.shards=pipe:{command}", "data.allow_commands=true", "data.num_samples=200", "checkpoint.every_steps=100",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
