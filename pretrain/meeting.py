@@ -80,17 +80,33 @@ def _keep(address: tuple[str, int], limit: float) -> dist.Store:
 
 
 def _reach(rank: int, address: tuple[str, int], limit: float, warn_after: float) -> dist.Store:
-    for patience in (warn_after, limit - warn_after):
-        try:
-            return dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
-        except dist.DistError as error:
-            why = first_line(error)
-            if patience == warn_after:
-                _warn(f"rank {rank} on {socket.gethostname()} still waits for rank 0 at {_text(address)}")
-    raise RunStopped(
-        f"Rank {rank} on {socket.gethostname()} found no rank 0 at {_text(address)} in {limit:.0f} s ({why}); see "
-        "whether rank 0 has started there, and whether this host may reach that port."
-    )
+    """Connects to rank 0's store. A plain connection is tried first: torch's own attempts cannot be interrupted, and
+    say in forty lines that nobody answers."""
+    started, warned = time.monotonic(), False
+    while why := _unreachable(address):
+        waited = time.monotonic() - started
+        if waited > limit:
+            raise RunStopped(
+                f"Rank {rank} on {socket.gethostname()} found no rank 0 at {_text(address)} in {waited:.0f} s ({why}); "
+                "see whether rank 0 has started there, and whether this host may reach that port."
+            )
+        if waited > warn_after and not warned:
+            warned = True
+            _warn(f"rank {rank} on {socket.gethostname()} still waits for rank 0 at {_text(address)} ({why})")
+        time.sleep(_LOOK_EVERY)
+    try:
+        return dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=limit))
+    except dist.DistError as error:
+        raise UserError(_taken(address, f"what answers there is no rank 0 ({first_line(error)})")) from None
+
+
+def _unreachable(address: tuple[str, int]) -> str:
+    """Why nobody answers there; "" where somebody does."""
+    try:
+        socket.create_connection(address, timeout=2).close()
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _wait_for_all(store: dist.Store, world_size: int, address, until: float, warn_after: float) -> None:

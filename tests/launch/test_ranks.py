@@ -71,7 +71,7 @@ class Ranks:
 
 @pytest.mark.parametrize("victim, number", [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_a_rank_that_dies_or_freezes_is_named_with_its_host_and_the_last_checkpoint(victim, number, recipe, tmp_path):
-    limit = "train.rank_timeout_seconds=5"
+    limit = "train.rank_timeout_seconds=20"  # longer than two starts on a busy machine may lie apart
     ranks = Ranks(recipe, tmp_path / "run", [limit], [limit]).at_step(7)
     ranks.processes[victim].send_signal(number)
     assert ranks.processes[1 - victim].wait(timeout=200) == 3, ranks.output(1 - victim)
@@ -84,26 +84,11 @@ def test_a_rank_that_dies_or_freezes_is_named_with_its_host_and_the_last_checkpo
 @pytest.mark.parametrize("trouble, named", [("sleep", "in the forward pass of step 8 (in forward, troubled.py"),
                                             ("raise", "exit code 1 (KeyError: 'a fault of ours')")])  # fmt: skip
 def test_a_rank_that_hangs_or_fails_alone_ends_the_run_with_what_it_was_doing(trouble, named, recipe, tmp_path):
-    settings = ["train.rank_timeout_seconds=5", "objective.name=troubled:TroubledMAE"]
+    settings = ["train.rank_timeout_seconds=20", "objective.name=troubled:TroubledMAE"]
     ranks = Ranks(recipe, tmp_path / "run", settings, settings, TROUBLE=trouble)
     assert ranks.end() == [3, 3 if trouble == "sleep" else 1]
     assert "Rank 1" in ranks.error(0) and named in ranks.error(0)
     assert trouble == "raise" or "warning: 1 of 2 ranks wait: Rank 1" in ranks.output(0)
-
-
-def test_a_rank_that_never_comes_is_named(recipe, tmp_path):
-    limit = ["train.rank_timeout_seconds=2"]
-    ranks = Ranks(recipe, tmp_path / "run", limit, None, limit, None)
-    assert ranks.end() == [3, 3]
-    for rank in (0, 2):
-        assert "Ranks 1, 3 of 4 did not come" in ranks.error(rank)
-
-
-def test_without_rank_0_the_others_say_where_they_looked(recipe, tmp_path):
-    port = free_port()
-    ranks = Ranks(recipe, tmp_path / "run", None, ["train.rank_timeout_seconds=2"], port=port)
-    assert ranks.end() == [3]
-    assert f"found no rank 0 at 127.0.0.1:{port}" in ranks.error(1)
 
 
 def test_a_rank_with_other_data_and_settings_is_refused_by_all(recipe, tmp_path):
