@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from prelude.data.batch import ViewPlan
 from prelude.data.decode import BadImage
+from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import LabelReader
 from prelude.data.order import Order, Shuffle, sample_seed, substitute
 from prelude.data.shards import ShardIndex
@@ -226,7 +227,10 @@ class OpenFiles:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Raises BadImage when fewer bytes than `size` can be had."""
+        path = self.paths[shard]
         try:
+            if isinstance(path, ImageFolder):
+                return path.read(offset, size)
             file = self._file(shard)
             content = os.pread(file.fd, size, offset)
         except OSError as error:
@@ -236,7 +240,7 @@ class OpenFiles:
         return content
 
     def will_read(self, shard: int, offset: int, size: int) -> None:
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and not isinstance(self.paths[shard], ImageFolder):
             try:
                 file = self._file(shard)
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)

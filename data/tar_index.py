@@ -17,11 +17,7 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from prelude.data.errors import UserError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif", "pgm", "pbm", "jp2", "avif")
-"""In order of preference: a sample with `jpg` and `png` is an image with, most likely, a mask."""
-
-MAX_IMAGE_BYTES = 256 * 2**20
+from prelude.data.image_files import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 
 BLOCK = 512
 _MAX_EXTENDED_HEADER = 2**20
@@ -70,6 +66,11 @@ def index_tar(path: str, label: str = "") -> TarIndex:
 def keys_by_offset(path: str) -> dict[int, str]:
     """The key of every member of a tar, by the offset of its content."""
     return {member.offset: base_plus_ext(member.name)[0] or member.name for member in _members(path, [])}
+
+
+def samples_of(path: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """(key, {extension: (offset, size)}) of every sample of a tar, with or without an image; errors as `index_tar`."""
+    return _samples(_members(path, problems), problems)
 
 
 def image_extension(extensions) -> str | None:

@@ -1,5 +1,6 @@
-"""Look at shards before training on them.
+"""Make shards, and look at them before training on them.
 
+prelude shards pack photos --to shards                of a folder, a table, a dataset, or other shards
 prelude shards info 'train-{000000..000019}.tar'      how many samples, and what is wrong with which
 prelude shards shapes --to data/shapes                write the embedded data set
 """
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
+from prelude.launch import packing
 from prelude.launch.arguments import documented_parser
 from prelude.launch.exit_codes import door
 
@@ -22,6 +24,8 @@ _MOST_PROBLEMS = 20
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.action == "pack":
+        return packing.main(args)
     if args.action == "info":
         return info(args.shards, args.label)
     for split, count in (("train", args.num_train), ("test", args.num_test)):
@@ -56,6 +60,7 @@ def info(shards: str, label: str) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    packing.add_arguments(actions.add_parser("pack", help=packing.ABOUT))
     about = actions.add_parser("info", help="count samples and list damage, from the tars' headers")
     about.add_argument("shards", metavar="SHARDS", help="path, braces, * or a list joined by ::")
     about.add_argument("--label", default="", metavar="EXT", help="extension of a label's member, to count it too")

@@ -1,0 +1,101 @@
+"""`prelude shards pack`: its arguments, and what it tells."""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from prelude.data.errors import UserError
+from prelude.data.packing.images import QUALITY
+from prelude.data.packing.pack import Packing, pack, read_classes
+from prelude.data.packing.source import SourceOptions
+from prelude.launch.exit_codes import INCOMPLETE
+from prelude.pretrain import distributed
+
+ABOUT = "make shards of a folder, a table, a dataset, or other shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="what there is; docs/data.md says what it may be")
+    parser.add_argument("--to", required=True, metavar="DIR", help="where the shards go")
+    parser.add_argument("--name", metavar="WORD", help="how shards are called (default: the split, or train)")
+    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (default: 0)")
+    parser.add_argument("--workers", type=int, default=distributed.cores_per_rank(), metavar="N", help="processes")
+    smaller = parser.add_argument_group("smaller images, which decode faster")
+    smaller.add_argument("--short-side", type=int, metavar="PIXELS", help="of images that are larger; as JPEG")
+    smaller.add_argument("--quality", type=int, metavar="Q", help=f"of these JPEGs, 1 to 100 (default: {QUALITY})")
+    split = parser.add_argument_group("train and val")
+    split.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help="of images that go to val-*.tar")
+    split.add_argument("--group", default="", metavar="FIELD", help="whose images are on one side, such as a patient")
+    split.add_argument("--split", default="", metavar="NAME", help="of a source that has several, such as test")
+    found = parser.add_argument_group("what is where in the source")
+    found.add_argument("--image", default="", metavar="NAME", help="column, array or member of the image")
+    found.add_argument(
+        "--label", nargs="+", default=[], metavar="NAME",
+        help="columns, array or member of the label; parent or top for folders; none for no label",
+    )  # fmt: skip
+    found.add_argument("--label-separator", default="", metavar="C", help="between the labels of one column")
+    found.add_argument("--fields", nargs="+", default=[], metavar="NAME", help="columns to keep, in a .json member")
+    found.add_argument("--root", default="", metavar="DIR", help="of a table's paths (default: the table's folder)")
+    found.add_argument("--classes", metavar="FILE", help="class names, one a line, in the order of their numbers")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code 4 where an image was left out."""
+    if args.quality is not None and args.short_side is None:
+        raise UserError("--quality has no effect without --short-side, as nothing is re-coded; leave it out.")
+    options = SourceOptions(
+        image=args.image,
+        label=tuple(args.label),
+        label_separator=args.label_separator,
+        group=args.group,
+        fields=tuple(args.fields),
+        split=args.split,
+        root=args.root,
+        classes=read_classes(args.classes) if args.classes else None,
+    )
+    packing = Packing(
+        to=args.to,
+        name=args.name or args.split or "train",
+        per_shard=args.per_shard,
+        seed=args.seed,
+        val_share=args.val_share,
+        short_side=args.short_side,
+        quality=QUALITY if args.quality is None else args.quality,
+        workers=args.workers,
+    )
+    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        summary, notes = pack(
+            args.source, options, packing, lambda done, of: bar.update(task, completed=done, total=of)
+        )
+    for note in notes:
+        print(note, file=sys.stderr)
+    _tell(summary, packing)
+    return INCOMPLETE if summary["lost"] else 0
+
+
+def _tell(summary: dict, packing: Packing) -> None:
+    table = Table(show_header=False)
+    for name, split in summary["splits"].items():
+        mib = split["bytes"] / 2**20
+        table.add_row(name, f"{split['images']} images in {split['shards']} shards, {mib:.1f} MiB")
+    if summary["classes"]:
+        table.add_row("classes", f"{summary['classes']}, in {packing.to}/classes.txt")
+    if summary["unlabelled"]:
+        table.add_row("without a label", str(summary["unlabelled"]))
+    for title, reasons in (("left out", summary["lost"]), ("also noted", summary["remarks"])):
+        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+            table.add_row(title, f"{count} x {reason}")
+            title = ""
+    Console().print(table)
+    if summary["lost"] or summary["remarks"]:
+        print(f"each by name: {packing.path('.left_out.jsonl')}")
+    for name, split in summary["splits"].items():
+        last = split["shards"] - 1
+        braces = f"{{000000..{last:06d}}}" if last else "000000"
+        print(f"data.shards='{packing.to}/{name}-{braces}.tar'")
