@@ -178,7 +178,10 @@ def _finish(source: Source, outcomes: list[Outcome], summary: dict, packing: Pac
         for key, label, where in outcome.samples
     )
     write_whole(packing.path(".samples.jsonl"), "".join(f"{line}\n" for line in samples))
-    left_out = [json.dumps(passed._asdict()) for passed in _passed_over(source, outcomes)]
+    left_out = [
+        json.dumps({"source": passed.where, "reason": passed.reason, "lost": passed.is_image})
+        for passed in _passed_over(source, outcomes)
+    ]
     write_whole(packing.path(".left_out.jsonl"), "".join(f"{line}\n" for line in left_out))
     write_whole(packing.path(".sha256"), "".join(f"{o.sha256}  {o.shard}\n" for o in outcomes))
     record = _read_json(packing.path(".pack.json"))
@@ -254,8 +257,8 @@ def _alone(packing: Packing) -> Iterator[None]:
             yield
     finally:
         with contextlib.suppress(OSError):
-            if os.listdir(packing.records) == ["lock"] and not os.path.exists(packing.path(".pack.json")):
-                shutil.rmtree(packing.records)  # nothing was begun
+            if os.listdir(packing.records) == ["lock"]:  # nothing is begun, or all is done
+                shutil.rmtree(packing.records)
 
 
 def _stopped(error: OSError, packing: Packing) -> RunStopped | UserError:
