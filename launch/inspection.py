@@ -1,0 +1,189 @@
+"""`prelude shards info`, `verify` and `peek`: what is in a data set, what is wrong with it, what an objective sees."""
+
+import argparse
+import json
+import sys
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.loader import build_loader
+from prelude.data.shards import ShardIndex
+from prelude.data.survey import NEAR_BITS, Survey, spread, survey
+from prelude.objectives import build_objective, options_for
+from prelude.objectives.patch_pictures import page
+from prelude.pretrain import distributed
+from prelude.pretrain.config import load_config
+from prelude.pretrain.images import denormalise, images
+
+_MOST_LISTED = 20
+_PLAIN_VIEW = View((128, 128), crop="center", flip=0.0)
+_LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by whole factors
+
+
+def add_arguments(actions) -> None:
+    about = actions.add_parser("info", help="what there is: counts, sizes, channels, classes, mean, and damage")
+    _shards(about)
+    about.add_argument("--images", type=int, default=1000, metavar="N", help="to decode; 0 for none (default: 1000)")
+    check = actions.add_parser("verify", help="decode every image; list what is undecodable or there twice")
+    _shards(check)
+    check.add_argument("--to", metavar="FILE", help="where everything found is written, a JSON object a line")
+    sheet = actions.add_parser("peek", help="draw a sheet of what an objective sees after augmentation")
+    _shards(sheet)
+    sheet.add_argument("--to", default="peek.png", metavar="FILE", help="the picture (default: peek.png)")
+    sheet.add_argument("--config", metavar="RECIPE", help="whose views are drawn (default: the images themselves)")
+    sheet.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+    sheet.add_argument("--seed", type=int, default=0, metavar="N", help="of the order and the views (default: 0)")
+    sheet.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+
+
+def info(args: argparse.Namespace) -> int:
+    """Exit code 1 where something is wrong, for scripts."""
+    index = _index(args)
+    table = _counts(index, args.label)
+    if args.images:
+        chosen = spread(index.num_samples, args.images)
+        found = survey(index, chosen, threads=args.workers)
+        _describe(table, found, f"of {len(chosen)} images" if len(chosen) < index.num_samples else "of all images")
+    Console().print(table)
+    if args.images:
+        _paste(found)
+    problems = _problems(index) + (_undecodable(index, found) if args.images else [])
+    _list(problems)
+    return 1 if problems else 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Exit code 1 where an image is damaged; duplicates are told of."""
+    index = _index(args)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("decoding", total=index.num_samples)
+        every = spread(index.num_samples, index.num_samples)
+        found = survey(index, every, threads=args.workers, duplicates=True, progress=lambda: bar.advance(task))
+    table = _counts(index, args.label)
+    _describe(table, found, "of all images")
+    table.add_row("byte-identical", f"{sum(map(len, found.identical))} images in {len(found.identical)} groups")
+    near = f"{len(found.near)} pairs ({NEAR_BITS} bits of pHash or fewer apart)"
+    table.add_row("near-identical", near if found.looked_for_near else "not looked for: pip install imagehash")
+    Console().print(table)
+    _paste(found)
+    name = lambda sample: f"{index.shard_of(sample)}:{index.key(sample)}"  # noqa: E731
+    problems = _problems(index) + _undecodable(index, found)
+    twice = [{"kind": "byte-identical", "images": [name(n) for n in group]} for group in found.identical]
+    twice += [{"kind": "near-identical", "images": [name(a), name(b)]} for a, b in found.near]
+    _list(problems)
+    _list([f"{pair['kind']}: {', '.join(pair['images'])}" for pair in twice])
+    if args.to:
+        lines = [{"kind": "problem", "what": problem} for problem in problems] + twice
+        try:
+            with open(args.to, "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another file.") from None
+    return 1 if problems else 0
+
+
+def peek(args: argparse.Namespace) -> int:
+    plan = ViewPlan((_PLAIN_VIEW,))
+    if args.config:
+        given = [f"data.shards={json.dumps(args.shards)}", *args.overrides]
+        plan = build_objective(load_config(args.config, given, options_for)).views
+    elif args.overrides:
+        raise UserError(f"{args.overrides[0]} has no effect without --config; leave it out.")
+    if args.count < 1:
+        raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
+    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count)
+    names = loader.preview(args.count)
+    batch = next(loader)
+    rows: list[list] = [[] for _ in range(args.count)]
+    for v, view in enumerate(images(batch, plan)):
+        pictures = denormalise(view, plan).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        for row, picture in zip(rows, pictures, strict=True):
+            row.append((f"view {v + 1}" if args.config else "", _enlarged(picture)))
+    try:
+        page(rows).save(args.to)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--to {args.to} cannot be written ({error}); write the name of a .png file.") from None
+    print("\n".join(names), file=sys.stderr)
+    print(f"{args.count} images, {len(plan.views)} view{'s' * (len(plan.views) > 1)} each: {args.to}")
+    return 0
+
+
+def _enlarged(picture):
+    factor = max(1, -(-_LEAST_SIDE // min(picture.shape[:2])))
+    return Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1))
+
+
+def _shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", metavar="SHARDS", help="a folder of images, or a path, braces, * or a list with ::")
+    parser.add_argument("--label", default="", metavar="EXT", help="extension of a label's member (default: cls)")
+    parser.add_argument("--workers", type=int, default=distributed.cores_per_rank(), metavar="N", help="threads")
+
+
+def _index(args: argparse.Namespace) -> ShardIndex:
+    if args.label:
+        return ShardIndex(args.shards, args.label)
+    try:
+        return ShardIndex(args.shards, "cls")
+    except UserError:  # a folder whose labels are not clear, or what raises again
+        return ShardIndex(args.shards)
+
+
+def _counts(index: ShardIndex, label: str) -> Table:
+    table = Table(show_header=False)
+    table.add_row("shards", str(index.num_shards))
+    table.add_row("samples", str(index.num_samples))
+    table.add_row("samples a shard", f"{index.counts.min()} to {index.counts.max()}")
+    table.add_row("bytes an image", f"{index.images[:, 1].mean():.0f} on average, {index.images[:, 1].max()} at most")
+    labelled = int((index.labels[:, 1] > 0).sum())
+    if label or labelled:
+        table.add_row(f"with .{index.label}", str(labelled))
+    table.add_row("fingerprint", index.fingerprint)
+    table.add_row("problems", str(index.num_problems))
+    return table
+
+
+def _describe(table: Table, found: Survey, of: str) -> None:
+    table.add_section()
+    table.add_row(f"undecodable {of}", str(len(found.undecodable)))
+    if not found.num_images:
+        return
+    heights, widths = zip(*found.sizes, strict=True)
+    table.add_row(f"height x width {of}", f"{_range(heights)} x {_range(widths)}")
+    for (name, channels, bits), count in found.forms.most_common():
+        depth = f"{bits} bits" if bits else "depth unknown"
+        table.add_row("", f"{count} x {name}, {channels} channel{'s' * (channels > 1)}, {depth}")
+    if found.classes:
+        counts = found.classes.values()
+        table.add_row(f"labels {of}", f"{len(counts)} different, {min(counts)} to {max(counts)} images each")
+
+
+def _paste(found: Survey) -> None:
+    if found.num_images:
+        written = [",".join(f"{value:.4f}" for value in values) for values in (found.mean, found.std)]
+        print(f"data.mean=[{written[0]}] data.std=[{written[1]}]")
+
+
+def _range(values) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _problems(index: ShardIndex) -> list[str]:
+    return [
+        f"{path}: {problem.reason} at {problem.where}" for path, found in index.problems.items() for problem in found
+    ]
+
+
+def _undecodable(index: ShardIndex, found: Survey) -> list[str]:
+    return [f"{index.shard_of(sample)}: {reason} at {index.key(sample)}" for sample, reason in found.undecodable]
+
+
+def _list(lines: list[str]) -> None:
+    for line in lines[:_MOST_LISTED]:
+        print(line)
+    if len(lines) > _MOST_LISTED:
+        print(f"... and {len(lines) - _MOST_LISTED} more")
