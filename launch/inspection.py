@@ -1,44 +1,27 @@
-"""`prelude shards info`, `verify` and `peek`: what is in a data set, what is wrong with it, what an objective sees."""
+"""`prelude shards info` and `verify`: what is in a data set, and what is wrong with it."""
 
 import argparse
 import json
-import sys
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
-from prelude.data.loader import build_loader
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
-from prelude.objectives import build_objective, options_for
-from prelude.objectives.patch_pictures import page
 from prelude.pretrain import distributed
-from prelude.pretrain.config import load_config
-from prelude.pretrain.images import denormalise, images
 
 _MOST_LISTED = 20
-_PLAIN_VIEW = View((128, 128), crop="center", flip=0.0)
-_LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by whole factors
 
 
 def add_arguments(actions) -> None:
     about = actions.add_parser("info", help="what there is: counts, sizes, channels, classes, mean, and damage")
-    _shards(about)
+    add_shards(about)
     about.add_argument("--images", type=int, default=1000, metavar="N", help="to decode; 0 for none (default: 1000)")
     check = actions.add_parser("verify", help="decode every image; list what is undecodable or there twice")
-    _shards(check)
+    add_shards(check)
     check.add_argument("--to", metavar="FILE", help="where everything found is written, a JSON object a line")
-    sheet = actions.add_parser("peek", help="draw a sheet of what an objective sees after augmentation")
-    _shards(sheet)
-    sheet.add_argument("--to", default="peek.png", metavar="FILE", help="the picture (default: peek.png)")
-    sheet.add_argument("--config", metavar="RECIPE", help="whose views are drawn (default: the images themselves)")
-    sheet.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
-    sheet.add_argument("--seed", type=int, default=0, metavar="N", help="of the order and the views (default: 0)")
-    sheet.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
 
 
 def info(args: argparse.Namespace) -> int:
@@ -87,38 +70,7 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def peek(args: argparse.Namespace) -> int:
-    plan = ViewPlan((_PLAIN_VIEW,))
-    if args.config:
-        given = [f"data.shards={json.dumps(args.shards)}", *args.overrides]
-        plan = build_objective(load_config(args.config, given, options_for)).views
-    elif args.overrides:
-        raise UserError(f"{args.overrides[0]} has no effect without --config; leave it out.")
-    if args.count < 1:
-        raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
-    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count)
-    names = loader.preview(args.count)
-    batch = next(loader)
-    rows: list[list] = [[] for _ in range(args.count)]
-    for v, view in enumerate(images(batch, plan)):
-        pictures = denormalise(view, plan).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-        for row, picture in zip(rows, pictures, strict=True):
-            row.append((f"view {v + 1}" if args.config else "", _enlarged(picture)))
-    try:
-        page(rows).save(args.to)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--to {args.to} cannot be written ({error}); write the name of a .png file.") from None
-    print("\n".join(names), file=sys.stderr)
-    print(f"{args.count} images, {len(plan.views)} view{'s' * (len(plan.views) > 1)} each: {args.to}")
-    return 0
-
-
-def _enlarged(picture):
-    factor = max(1, -(-_LEAST_SIDE // min(picture.shape[:2])))
-    return Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1))
-
-
-def _shards(parser: argparse.ArgumentParser) -> None:
+def add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", metavar="SHARDS", help="a folder of images, or a path, braces, * or a list with ::")
     parser.add_argument("--label", default="", metavar="EXT", help="extension of a label's member (default: cls)")
     parser.add_argument("--workers", type=int, default=distributed.cores_per_rank(), metavar="N", help="threads")

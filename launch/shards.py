@@ -20,7 +20,11 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    found = {"pack": packing.main, "info": inspection.info, "verify": inspection.verify, "peek": inspection.peek}
+    if args.action == "peek":
+        from prelude.launch.peek import peek  # here: only what draws needs objectives
+
+        return peek(args)
+    found = {"pack": packing.main, "info": inspection.info, "verify": inspection.verify}
     if args.action in found:
         return found[args.action](args)
     for split, count in (("train", args.num_train), ("test", args.num_test)):
@@ -34,6 +38,14 @@ def parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     packing.add_arguments(actions.add_parser("pack", help=packing.ABOUT))
     inspection.add_arguments(actions)
+    sheet = actions.add_parser("peek", help="draw a sheet of what an objective sees after augmentation")
+    inspection.add_shards(sheet)
+    sheet.add_argument("--to", default="peek.png", metavar="FILE", help="the picture (default: peek.png)")
+    sheet.add_argument("--config", metavar="RECIPE", help="whose views are drawn (default: the images themselves)")
+    sheet.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
+    sheet.add_argument("--seed", type=int, default=0, metavar="N", help="of the order and the views (default: 0)")
+    sheet.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+
     shapes = actions.add_parser("shapes", help="write the embedded data set of shapes")
     shapes.add_argument("--to", required=True, metavar="DIR", help="where the shards go")
     shapes.add_argument("--num-train", type=int, default=4000, metavar="N", help="(default: 4000)")
