@@ -99,10 +99,13 @@ def survey(
 
 
 def near_pairs(samples: Sequence[int], hashes: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of samples whose hashes (n,) uint64 differ in NEAR_BITS at most.
+    """Pairs of samples whose hashes (n,) uint64 differ in NEAR_BITS at most; of several with one hash, the first stands
+    for all and is paired with each of the others.
 
     Of NEAR_BITS + 1 parts of such hashes one is the same, so that only images with a part in common are compared.
     """
+    hashes, first_with, which = np.unique(hashes, return_index=True, return_inverse=True)
+    alike = [(int(first_with[w]), n) for n, w in enumerate(which.tolist()) if first_with[w] != n]
     pairs = set()
     width = 64 // (NEAR_BITS + 1)
     for part in range(NEAR_BITS + 1):
@@ -114,7 +117,8 @@ def near_pairs(samples: Sequence[int], hashes: np.ndarray) -> list[tuple[int, in
                 others = members[place + 1 :]
                 differing = np.bitwise_count(hashes[others] ^ hashes[first])
                 pairs |= {(min(first, o), max(first, o)) for o in others[differing <= NEAR_BITS].tolist()}
-    return sorted((samples[a], samples[b]) for a, b in pairs)
+    differing = [tuple(sorted((int(first_with[a]), int(first_with[b])))) for a, b in pairs]
+    return sorted((samples[a], samples[b]) for a, b in alike + differing)
 
 
 def spread(num_samples: int, count: int) -> np.ndarray:

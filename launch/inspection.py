@@ -136,6 +136,6 @@ def _undecodable(index: ShardIndex, found: Survey) -> list[str]:
 
 def _list(lines: list[str]) -> None:
     for line in lines[:_MOST_LISTED]:
-        print(line)
+        print(line.encode("utf-8", "backslashreplace").decode())  # names of files may be no text
     if len(lines) > _MOST_LISTED:
         print(f"... and {len(lines) - _MOST_LISTED} more")

@@ -45,7 +45,6 @@ def parser() -> argparse.ArgumentParser:
     sheet.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
     sheet.add_argument("--seed", type=int, default=0, metavar="N", help="of the order and the views (default: 0)")
     sheet.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
-
     shapes = actions.add_parser("shapes", help="write the embedded data set of shapes")
     shapes.add_argument("--to", required=True, metavar="DIR", help="where the shards go")
     shapes.add_argument("--num-train", type=int, default=4000, metavar="N", help="(default: 4000)")

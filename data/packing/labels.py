@@ -40,7 +40,7 @@ def class_labels(values: Sequence, given: Sequence[str] | None, what: str) -> La
     texts = [_text(value, what) for value in values]
     present = {text for text in texts if text}
     if present and all(_WHOLE.fullmatch(text) for text in present) and not (given and present <= set(given)):
-        numbers = [int(float(text)) if text else None for text in texts]
+        numbers = [int(text.partition(".")[0]) if text else None for text in texts]
         numbers = [number if number is not None and number >= 0 else None for number in numbers]
         if given and any(number >= len(given) for number in numbers if number is not None):
             largest = max(number for number in numbers if number is not None)

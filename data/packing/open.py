@@ -37,14 +37,14 @@ def open_source(source: str, options: SourceOptions) -> Source:
 
 def _open(source: str, options: SourceOptions) -> Source:
     lower = source.lower()
+    if os.path.isdir(source):
+        return _open_folder(source, options)
     if lower.endswith(".tar") or "::" in source or "{" in source:
         return TarSource(source, options)
     if lower.endswith((".parquet", ".arrow")):
         return open_arrow(source, options)
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist; write {KINDS}.")
-    if os.path.isdir(source):
-        return _open_folder(source, options)
     if lower.endswith(_TABLES):
         return TableSource(source, read_table(source), options)
     if lower.endswith(".npy"):

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from prelude.data.shards import ShardIndex
 
 VERSION = 1
 CLASSES = "classes.txt"
+_PATIENCE = 5.0  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -85,6 +87,7 @@ def pack(
     packing.check()
     _refuse_inside(name, packing)
     source = open_source(name, replace(options, classes=options.classes or _written_classes(packing)))
+    _check_classes(source)
     plan = deal(
         len(source.names), name=packing.name, per_shard=packing.per_shard, seed=packing.seed,
         val_share=packing.val_share, groups=source.groups, blocks=source.blocks,
@@ -113,7 +116,7 @@ def _begin(name: str, source: Source, plan: list[Shard], packing: Packing) -> di
     wanted = {
         "version": VERSION,
         "images": len(source.names),
-        "source fingerprint": source.stamp(),
+        "source": source.stamp(),
         "order": order.hexdigest(),
         **{key.replace("_", "-"): getattr(packing, key) for key in ("per_shard", "seed", "val_share")},
         **({"short-side": packing.short_side, "quality": packing.quality} if packing.short_side else {}),
@@ -129,7 +132,10 @@ def _begin(name: str, source: Source, plan: list[Shard], packing: Packing) -> di
     was = record.get("packing", {})
     changed = [key for key in {**was, **wanted} if was.get(key) != wanted.get(key)]
     if changed:
-        listed = ", ".join(f"{key} {was.get(key)} -> {wanted.get(key)}" for key in changed)
+        listed = ", ".join(
+            f"another {key}" if key in ("source", "order") else f"{key} {was.get(key)} -> {wanted.get(key)}"
+            for key in changed
+        )
         raise UserError(
             f"{path} is of another packing ({listed}); write another --to or --name, or remove it and its shards."
         )
@@ -232,12 +238,16 @@ def read_classes(path: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _check_classes(source: Source) -> None:
+    for name in source.labels.classes if source.labels else ():
+        if not name.strip() or set(name) & set("\r\n") or name != name.encode("utf-8", "replace").decode():
+            raise UserError(f"The class name {name!r} cannot be a line of {CLASSES}; rename the class.")
+
+
 def _write_classes(source: Source, packing: Packing) -> None:
     if source.labels and source.labels.classes:
         written = _written_classes(packing) or ()
         names = written + tuple(name for name in source.labels.classes if name not in written)
-        if any("\n" in name for name in names):
-            raise UserError(f"{CLASSES} cannot hold a class name with a line break; rename the class.")
         write_whole(os.path.join(packing.to, CLASSES), "".join(f"{name}\n" for name in names))
 
 
@@ -245,20 +255,28 @@ def _write_classes(source: Source, packing: Packing) -> None:
 def _alone(packing: Packing) -> Iterator[None]:
     """Raises UserError where another process is packing into the same folder under the same name."""
     os.makedirs(packing.records, exist_ok=True)
-    lock = os.path.join(packing.records, "lock")
     try:
-        with open(lock, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"Another process is packing {packing.name} into {packing.to}; wait for it.") from None
-            except OSError:
-                pass  # a file system without locks
+        with open(os.path.join(packing.records, "lock"), "w") as file:
+            _lock(file, packing)
             yield
     finally:
         with contextlib.suppress(OSError):
             if os.listdir(packing.records) == ["lock"]:  # nothing is begun, or all is done
                 shutil.rmtree(packing.records)
+
+
+def _lock(file, packing: Packing) -> None:
+    """Workers hold the lock, too: those of a packing that was killed end a moment after it, and are waited for."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UserError(f"Another process is packing {packing.name} into {packing.to}; wait for it.") from None
+            time.sleep(0.05)
+        except OSError:
+            return None  # a file system without locks
 
 
 def _stopped(error: OSError, packing: Packing) -> RunStopped | UserError:

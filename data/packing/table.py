@@ -137,7 +137,7 @@ def _csv(path: str, text: str) -> Columns:
 
 def _json_lines(path: str, text: str) -> Columns:
     rows, lines = [], []
-    for line, content in enumerate(text.splitlines(), start=1):
+    for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
             try:
                 row = json.loads(content)

@@ -71,7 +71,7 @@ def test_near_pairs_are_all_pairs_that_differ_in_three_bits():
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 2**64, 400, np.uint64)
     for n in range(100, 400):  # near an earlier one, by up to six bits
-        flips = generator.choice(64, generator.integers(0, 7), replace=False)
+        flips = generator.choice(64, generator.integers(1, 7), replace=False)
         hashes[n] = int(hashes[n - 100]) ^ sum(1 << int(bit) for bit in flips)
     expected = [
         (a + 1000, b + 1000)
@@ -80,6 +80,11 @@ def test_near_pairs_are_all_pairs_that_differ_in_three_bits():
         if (int(hashes[a]) ^ int(hashes[b])).bit_count() <= 3
     ]
     assert near_pairs(range(1000, 1400), hashes) == expected and len(expected) > 100
+
+
+def test_of_many_that_look_the_same_the_first_stands_for_all():
+    hashes = np.array([5, 7, 5, 5, 2**40 - 1], np.uint64)
+    assert near_pairs(range(5), hashes) == [(0, 1), (0, 2), (0, 3)]
 
 
 def test_a_spread_covers_the_whole():

@@ -178,6 +178,21 @@ def test_folders_that_cannot_be_read_in_place_name_the_command(tmp_path, write_f
         ShardIndex(str(write_files("deep", {"a/b/1.png": picture(1), "c/2.png": picture(2)})), "cls")
 
 
+def test_a_shard_of_which_nothing_is_left_is_empty_and_in_nobodys_way(write_files, picture, packed):
+    source = write_files("few", {"a/1.png": picture(1), "a/2.png": b"garbage", "a/3.png": picture(3)})
+    folder, _ = packed(source, per_shard=1)
+    index = ShardIndex(str(folder / "train-*.tar"))
+    assert sorted(index.counts.tolist()) == [0, 1, 1] and not index.num_problems
+    loader = Loader(index, PLAN, seed=0, micro_batch=2)
+    assert all(sorted(next(loader).sample_ids.tolist()) == [0, 1] for _ in range(3))
+
+
+def test_class_names_that_no_text_file_can_hold_are_refused(write_files, picture, packed):
+    for number, name in enumerate(("a\nb", "x\udcff")):
+        with pytest.raises(UserError, match="cannot be a line of classes.txt"):
+            packed(write_files(f"odd{number}", {f"{name}/1.png": picture(1), "plain/1.png": picture(2)}))
+
+
 def test_nothing_but_names_and_sizes_is_in_the_headers(photos, packed):
     folder, _ = packed(photos)
     with tarfile.open(folder / "train-000000.tar") as tar:

@@ -13,6 +13,7 @@ import pytest
 from packed_shards import read_shards
 
 from prelude.data.errors import RunStopped, UserError
+from prelude.data.packing import pack as packing_of
 from prelude.data.packing import writer as writing
 from prelude.data.packing.pack import Packing, pack
 from prelude.data.packing.source import SourceOptions
@@ -89,7 +90,7 @@ def test_finished_it_is_finished_and_another_packing_is_refused(photos, packed):
     with pytest.raises(UserError, match="seed 0 -> 1.*another --to or --name"):
         packed(photos, per_shard=40, seed=1)
     (photos / "a" / "0.png").write_bytes((photos / "a" / "2.png").read_bytes())
-    with pytest.raises(UserError, match="source fingerprint"):
+    with pytest.raises(UserError, match="another source"):
         packed(photos, per_shard=40)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
@@ -110,7 +111,8 @@ def test_a_shard_that_has_changed_since_is_told(photos, packed):
         packed(photos)
 
 
-def test_two_at_once_are_refused(photos, packed, tmp_path):
+def test_two_at_once_are_refused(photos, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing_of, "_PATIENCE", 0.2)
     (tmp_path / "shards" / ".train.packing").mkdir(parents=True)
     with open(tmp_path / "shards" / ".train.packing" / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
