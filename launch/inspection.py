@@ -51,7 +51,9 @@ def verify(args: argparse.Namespace) -> int:
     _describe(table, found, "of all images")
     table.add_row("byte-identical", f"{sum(map(len, found.identical))} images in {len(found.identical)} groups")
     near = f"{len(found.near)} pairs ({NEAR_BITS} bits of pHash or fewer apart)"
-    table.add_row("near-identical", near if found.looked_for_near else "not looked for: pip install imagehash")
+    table.add_row(
+        "near-identical", near if found.looked_for_near else "not looked for: pip install 'prelude-ssl[duplicates]'"
+    )
     Console().print(table)
     _paste(found)
     name = lambda sample: f"{index.shard_of(sample)}:{index.key(sample)}"  # noqa: E731

@@ -68,6 +68,43 @@ def test_killed_anywhere_and_started_again_the_same_bytes(photos, packed, tmp_pa
     assert len(list(whole.glob("*.tar"))) == 20
 
 
+def dying_after(operations: int):
+    """Kills this process in the middle of its file operations."""
+    left = [operations]
+
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    writing._Hashed.write, os.fsync, os.replace = map(wrap, (writing._Hashed.write, os.fsync, os.replace))
+
+
+def test_killed_in_the_middle_of_file_operations_the_same_bytes(write_files, picture, packed, tmp_path):
+    source = write_files("few", {f"{'ab'[n % 2]}/{n}.png": picture(n) for n in range(20)})
+    whole, _ = packed(source, to="whole", per_shard=4)
+    killed, context = tmp_path / "killed", multiprocessing.get_context("fork")
+
+    def run(operations: int):
+        dying_after(operations)
+        pack(str(source), SourceOptions(), Packing(to=str(killed), per_shard=4))
+
+    deaths, code = 0, None
+    while code != 0:
+        process = context.Process(target=run, args=(1 + 3 * deaths,))
+        process.start()
+        process.join(60)
+        code, deaths = process.exitcode, deaths + 1
+        assert code in (0, -signal.SIGKILL)
+        for shard in killed.glob("*.tar"):
+            assert shard.read_bytes() == (whole / shard.name).read_bytes()
+    assert content_of(killed) == content_of(whole) and deaths > 10
+
+
 def test_workers_end_with_the_process_that_started_them(photos, tmp_path, start):
     process = start(photos, tmp_path / "out", 2)
     until = time.monotonic() + 60

@@ -168,13 +168,14 @@ def image_table(images, with_paths=False):
 
 
 def with_class_names(table, names):
-    features = {"label": {"_type": "ClassLabel", "names": names}, "image": {"_type": "Image"}}
+    features = {"species": {"_type": "ClassLabel", "names": names}, "image": {"_type": "Image"}}
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def test_parquet_with_image_bytes(images, packed, tmp_path):
     (tmp_path / "pq").mkdir()
-    table = with_class_names(image_table(images), ["dog", "cat", "emu"])
+    table = image_table(images).rename_columns(["image", "species", "patient"])
+    table = with_class_names(table, ["dog", "cat", "emu"])
     pq.write_table(table.slice(0, 3), tmp_path / "pq" / "part-0.parquet", row_group_size=2)
     pq.write_table(table.slice(3), tmp_path / "pq" / "part-1.parquet")
     folder, _ = packed(tmp_path / "pq", options={"group": "patient"}, per_shard=2)
