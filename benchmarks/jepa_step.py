@@ -131,7 +131,7 @@ def step(model, batch: Batch, nth: int) -> None:
         loss = model(batch, Progress(nth, STEPS, 10.0)).total
     loss.backward()
     model.zero_grad(set_to_none=True)
-    model.after_step(Progress(nth + 1, STEPS, 10.0))
+    model.after_step(Progress(nth + 1, STEPS, 10.0), torch.ones(()))
 
 
 def measure(model, batch: Batch, nth: int) -> dict[str, float]:

@@ -2,27 +2,32 @@
 
 - Nothing of ours is needed to load it: weights under timm's names, and timm's own config.json.
 - Published only after timm has loaded it in this process and its features agree with ours.
-- The folder appears whole: it is written beside its place and renamed into it.
+- The folder appears whole: it is written beside its place, and takes it in one operation. Where the file system cannot
+  exchange two folders (NFS), a kill between two renames leaves the earlier export aside, and the next export brings it
+  back first.
 """
 
+import ctypes
 import json
 import math
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder, open_encoder
 from prelude.data.errors import RunStopped, UserError
 from prelude.pretrain.encoders import seeded
+from prelude.pretrain.files import remove, save_file, sync_to_disk
 
 # The same weights in the same operations on the same machine; relative to features that are larger than one.
 TOLERANCE = 1e-6
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,11 @@ def export_encoder(source: str, to: str | Path) -> ExportReport:
     to = Path(to)
     _refuse_to_overwrite(to)
     encoder = open_encoder(source)
-    draft = to.absolute().parent / f".tmp-{to.absolute().name}"
+    draft = _beside(to, ".tmp-")
     try:
-        shutil.rmtree(draft, ignore_errors=True)
+        if not os.path.lexists(to) and _aside(to).is_dir():
+            os.rename(_aside(to), to)  # a kill came between two renames
+        remove(draft)
         draft.mkdir(parents=True)
         tensors = {name: tensor.contiguous() for name, tensor in encoder.model.state_dict().items()}
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
@@ -59,10 +66,11 @@ def export_encoder(source: str, to: str | Path) -> ExportReport:
         difference = _feature_difference(encoder, draft)
         (draft / "README.md").write_text(_card(encoder, to.absolute().name))
         _publish(draft, to)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"The export cannot be written to {to} ({error}); make room there or name another.") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            remove(draft)
     numel = sum(tensor.numel() for tensor in encoder.model.parameters())
     return ExportReport(to, encoder.config.name, encoder.fingerprint, difference, numel)
 
@@ -79,14 +87,42 @@ def _refuse_to_overwrite(to: Path) -> None:
 
 
 def _publish(draft: Path, to: Path) -> None:
-    if to.exists() and any(to.iterdir()):
-        earlier = to.absolute().parent / f".tmp-earlier-{to.absolute().name}"
-        shutil.rmtree(earlier, ignore_errors=True)
-        os.rename(to, earlier)
+    for path in (*draft.iterdir(), draft):
+        sync_to_disk(path)  # or a power cut could leave the new names with nothing behind them
+    if not os.path.lexists(to):
         os.rename(draft, to)
-        shutil.rmtree(earlier, ignore_errors=True)
-    else:
+    elif not _exchanged(draft, to):
+        _replace_in_two_steps(draft, to)
+    sync_to_disk(draft.parent)
+
+
+def _exchanged(draft: Path, to: Path) -> bool:
+    """Lets two folders take each other's place in one operation; false where the system or file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    return libc.renameat2(_HERE, os.fsencode(draft), _HERE, os.fsencode(to), _EXCHANGE) == 0
+
+
+def _replace_in_two_steps(draft: Path, to: Path) -> None:
+    aside = _aside(to)
+    remove(aside)
+    os.rename(to, aside)
+    try:
         os.rename(draft, to)
+    except OSError:
+        os.rename(aside, to)
+        raise
+    with suppress(OSError):
+        remove(aside)
+
+
+def _aside(to: Path) -> Path:
+    return _beside(to, ".tmp-earlier-")
+
+
+def _beside(to: Path, prefix: str) -> Path:
+    return to.absolute().parent / f"{prefix}{to.absolute().name}"
 
 
 # ---- what timm reads

@@ -2,6 +2,8 @@
 
 - Whenever the process, the node or the disk gives up, the checkpoints that were complete stay complete.
 - `newest` trusts checksums, never a name: what does not match its manifest is passed over.
+- A run begins anew only where no checkpoint was ever written: those that cannot be used are refused, each by name.
+- What cannot be read, or is of another format, is never removed: somebody else, or tomorrow's disk, may read it.
 - A failure on rank 0 is told to every rank, so that none waits for ever.
 - Only rank 0 reads and writes files; the folder need not be visible to other nodes.
 - Files are safetensors and JSON: reading a checkpoint runs no code that it brings along.
@@ -17,23 +19,26 @@ import logging
 import math
 import os
 import re
-import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from prelude.checkpoints.portable import PortableState, gather_state, scatter_state
 from prelude.data.errors import RunStopped, UserError
 from prelude.pretrain import distributed
+from prelude.pretrain.files import Tolerant, reason, remove, save_file, sync_to_disk, write_whole
+from prelude.pretrain.recipes import read_recipe
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _FILES = (MODEL, OPTIMIZER, STATE)
 _TEMPORARY = ".tmp-"
-_REPLACED = ".replaced"  # a complete checkpoint that another of the same step is taking the place of
-_NAME = re.compile(r"step-(\d{8,})(" + re.escape(_REPLACED) + ")?")
+_REPLACED = ".replaced"  # a checkpoint that another of the same step has taken, or is taking, the place of
+_NAME = re.compile(r"step-(\d{8,})(" + re.escape(_REPLACED) + r"(-\d+)?)?")
+_BEYOND = 1_000_000  # more saves than a run makes: what is saved beside unread serial numbers comes after them
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,10 @@ class Store:
 
     def __init__(self, folder: str | Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
+        self.holding: str | None = None  # as `held` says, or should say, since this process began
+        self.pointing, self.sparing, self.retiring = map(
+            Tolerant, (self.folder / "latest", self.folder / "held", folder)
+        )
 
     def save(self, step: int, engine, meta: dict) -> Path:
         """Saves the engine's state and `meta` (plain JSON values). Collective; returns the checkpoint's folder.
@@ -57,16 +66,34 @@ class Store:
         return self.folder / _name(step)
 
     def newest(self) -> Path | None:
-        """The complete checkpoint that was saved last, or None. Not collective, and needs no process group.
+        """The complete checkpoint that was saved last, or None where none was ever saved. Not collective, and needs no
+        process group.
 
-        One saved later that is damaged is passed over with a warning that says what is wrong with it.
+        One saved later that cannot be used is passed over with a warning that says what is wrong with it. Raises
+        UserError where there are checkpoints and none can be used.
         """
-        for path in self._by_age():
-            if why := problem(path):
-                log.warning(f"Checkpoint {path} is passed over: {why}.")
-            else:
+        try:
+            passed_over = []
+            for path in self._by_age():
+                if fault := fault_of(path):
+                    passed_over.append((path, fault.why))
+                    continue
+                for other, why in passed_over:
+                    log.warning(f"Checkpoint {other} is passed over: {why}.")
                 return path
-        return None
+            named = (self.folder / "latest").read_text(errors="replace").strip() if not passed_over else ""
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be read ({reason(error)}), so nobody knows which checkpoints are there; make it "
+                f"readable, or write another run folder."
+            ) from None
+        listed = "; ".join(f"{path.name}: {why}" for path, why in passed_over) or f"{named or 'latest'}: it is gone"
+        raise UserError(
+            f"{self.folder} has checkpoints and none can be used ({listed}); make one readable to this version and "
+            f"this user, or write another run folder. To begin anew there, move {self.folder} away."
+        )
 
     def load(self, path: str | Path, engine) -> dict:
         """Puts a checkpoint into the engine on every rank, whatever its stage and world size. Collective.
@@ -92,35 +119,54 @@ class Store:
     def hold(self, step: int) -> Path | None:
         """Spares the newest complete checkpoint of at most `step`, and no other, until `release`: in later starts of
         the run too. Returns it; None, and nothing changes, where there is none."""
-        eligible = (path for path in self._by_age() if _step(path) <= step and _looks_complete(path))
-        held = next(eligible, None)
-        if held and self._held() != held.name:
-            self._point("held", held)
+        held = None
+        with self.sparing:
+            eligible = (path for path in self._by_age() if _step(path) <= step and not _obvious_fault(path))
+            held = next(eligible, None)
+            if held and self._held() != held.name:
+                self.holding = held.name
+                self._point("held", held)
         return held
 
     def release(self) -> None:
-        (self.folder / "held").unlink(missing_ok=True)
+        self.holding = ""
+        with self.sparing:
+            (self.folder / "held").unlink(missing_ok=True)
 
     def _held(self) -> str:
         """The name of the checkpoint that is spared, or nothing."""
+        if self.holding is not None:
+            return self.holding
         try:
-            return (self.folder / "held").read_text().strip()
+            return (self.folder / "held").read_text(errors="replace").strip()
         except OSError:
             return ""
 
     def _try_to_write(self, step: int, state: PortableState, meta: dict) -> str | None:
         """Returns why the disk did not take it, in a sentence, having cleaned up; None when it did."""
         try:
-            self._remove(self.folder.glob(_TEMPORARY + "*"))  # left by processes that were killed
+            self._clean()  # after processes that were killed
             self._write(step, state, meta)
-            return None
         except (OSError, SafetensorError) as error:
-            self._remove(self.folder.glob(_TEMPORARY + "*"))
-            kept = self.newest()
+            with suppress(OSError):
+                self._clean()
             return (
                 f"{_name(step)} could not be saved in {self.folder} ({error}); make room there and start the same "
-                f"command again, which goes on from {kept.name if kept else 'the start: no checkpoint is complete'}."
+                f"command again, which goes on from {self._where_to_go_on()}."
             )
+        # The checkpoint is there. What is left to do is no reason to end the run, and a full disk one to do the rest.
+        with self.pointing:
+            self._point("latest", self.folder / _name(step))
+        with self.retiring:
+            self._retire()
+        return None
+
+    def _where_to_go_on(self) -> str:
+        try:
+            newest = self.newest()
+        except UserError:
+            return "a checkpoint once one can be read: see what is wrong with them there"
+        return newest.name if newest else "the start: no checkpoint is complete"
 
     def _write(self, step: int, state: PortableState, meta: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,34 +183,50 @@ class Store:
         # cut a file system may have kept the later of two writes and lost the earlier.
         for name in _FILES:
             sync_to_disk(draft / name)
-        manifest = {"format": FORMAT, "serial": 1 + max(map(_serial, self._all()), default=0), "files": files}
+        manifest = {"format": FORMAT, "serial": self._next_serial(), "files": files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         sync_to_disk(draft / MANIFEST)
         # The folder's list of names is data of its own: without this, synced files may be missing from it.
         sync_to_disk(draft)
-        replaced = place.with_name(place.name + _REPLACED)
-        if place.exists():
-            self._remove([replaced])
-            os.rename(place, replaced)  # still a checkpoint that `newest` finds, until the new one is in place
+        if os.path.lexists(place):
+            os.rename(place, self._aside(place))  # where `newest` finds it, until the new one is in place
         os.rename(draft, place)
         # The rename is a change of the parent folder, and not on disk before that is.
         sync_to_disk(self.folder)
-        self._point("latest", place)
-        self._retire()
+
+    def _aside(self, place: Path) -> Path:
+        """A name for what is replaced: free, and not that of something that must not be lost."""
+        aside, number = place.with_name(place.name + _REPLACED), 1
+        while os.path.lexists(aside):
+            if _may_go(aside):
+                self._remove([aside])
+            else:
+                number += 1
+                aside = place.with_name(f"{place.name}{_REPLACED}-{number}")
+        return aside
+
+    def _next_serial(self) -> int:
+        serials = [_serial(path) for path in self._all()]
+        return 1 + max(serials, default=0) + (_BEYOND if 0 in serials else 0)
 
     def _point(self, name: str, place: Path) -> None:
         """Replaced in one operation: whoever reads `latest` sees the old name or the new one, never half of it."""
-        pointer = self.folder / (_TEMPORARY + name)
-        pointer.write_text(place.name + "\n")
-        sync_to_disk(pointer)  # or the replaced file could come up empty after a power cut
-        os.replace(pointer, self.folder / name)
-        sync_to_disk(self.folder)
+        write_whole(self.folder / name, place.name + "\n")
 
     def _retire(self) -> None:
-        """Keeps the `keep` saved last and the held one, and removes all others, damaged ones with them."""
-        kept = [path for path in self._by_age() if not path.name.endswith(_REPLACED) and _looks_complete(path)]
-        held = self._held()
-        self._remove(path for path in self._all() if path not in kept[: self.keep] and path.name != held)
+        """Keeps the `keep` saved last and the held one, and removes all others, damaged ones with them; but nothing
+        that might be read elsewhere or another day."""
+        held, kept = self._held(), 0
+        for path in self._by_age():
+            if not _obvious_fault(path) and _REPLACED not in path.name:
+                kept += 1
+                if kept <= self.keep:
+                    continue
+            if path.name != held and _may_go(path):
+                self._remove([path])
+
+    def _clean(self) -> None:
+        self._remove(self.folder.glob(_TEMPORARY + "*"))
 
     def _remove(self, paths) -> None:
         """What cannot be removed now is tried again at the next save."""
@@ -173,7 +235,7 @@ class Store:
                 if not path.name.startswith(_TEMPORARY):
                     # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
                     path = path.rename(path.with_name(_TEMPORARY + path.name))
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
 
     def _by_age(self) -> list[Path]:
         """Saved last first. Steps do not tell: a run may have gone back to an earlier step and on from there.
@@ -183,32 +245,56 @@ class Store:
         return sorted(self._all(), key=lambda path: (_serial(path) or math.inf, path.name), reverse=True)
 
     def _all(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        """Whatever has the name of a checkpoint. Raises OSError where nobody can say: an empty answer would be one."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        return [self.folder / name for name in names if _NAME.fullmatch(name)]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What keeps a folder from being a complete checkpoint."""
+
+    why: str
+    lost: bool  # whether it was read, and is not what was written. Else it may be whole for another reader
+
+
+def fault_of(path: str | Path, files: tuple[str, ...] = _FILES, *, checksums: bool = True) -> Fault | None:
+    """None for a complete checkpoint. Opens `files`, and checks their sizes and, if asked to, their checksums."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if (found := manifest.get("format", "unknown")) != FORMAT:
+            return Fault(f"it is of format {found}, and this version reads format {FORMAT}", lost=False)
+        described = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["blake2b"]) for name in _FILES}
+    except OSError as error:
+        if not path.is_dir():
+            return Fault("there is no such folder", lost=False)
+        return Fault(f"{MANIFEST} cannot be read ({reason(error)})", lost=False)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Fault(f"{MANIFEST} is damaged", lost=True)
+    try:
+        for name in files:
+            size, digest = described[name]
+            with open(path / name, "rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    return Fault(f"{name} has {found} bytes instead of {size}", lost=True)
+                if checksums and hashlib.file_digest(file, "blake2b").hexdigest() != digest:
+                    return Fault(f"{name} does not match its checksum", lost=True)
+    except FileNotFoundError as error:
+        return Fault(f"{name} cannot be read ({reason(error)})", lost=True)
+    except OSError as error:
+        return Fault(f"{name} cannot be read ({reason(error)})", lost=False)
+    return None
 
 
 def problem(path: str | Path, files: tuple[str, ...] = _FILES) -> str | None:
-    """What keeps `path` from being a complete checkpoint, or None. Checks size and checksum of `files`."""
-    path = Path(path)
-    if not path.is_dir():
-        return "there is no such folder"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        described = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["blake2b"]) for name in _FILES}
-        if manifest["format"] != FORMAT:
-            return f"it is of format {manifest['format']}, and this version reads format {FORMAT}"
-        for name in files:
-            size, digest = described[name]
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
-        for name in files:
-            if _digest(path / name) != described[name][1]:
-                return f"{name} does not match its checksum"
-    except OSError as error:
-        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is damaged"
-    return None
+    """What keeps `path` from being a complete checkpoint, in words, or None."""
+    fault = fault_of(path, files)
+    return fault and fault.why
 
 
 def read_checkpoint(path: str | Path) -> tuple[PortableState, dict]:
@@ -216,15 +302,32 @@ def read_checkpoint(path: str | Path) -> tuple[PortableState, dict]:
     path = Path(path)
     if why := problem(path):
         raise UserError(f"{path} is no complete checkpoint: {why}; name another one, or write resume.checkpoint=auto.")
-    rest = json.loads((path / STATE).read_text())
-    moments: dict = {}
-    for place, tensor in load_file(path / OPTIMIZER).items():
-        name, _, key = place.rpartition("/")
-        moments.setdefault(name, {})[key] = tensor
-    state = PortableState(
-        load_file(path / MODEL), rest["optimizer"], moments, rest["scalars"], loss_scaler=rest["loss_scaler"]
-    )
+    try:
+        rest = json.loads((path / STATE).read_text())
+        tensors, moments = load_file(path / MODEL), {}
+        for place, tensor in load_file(path / OPTIMIZER).items():
+            name, _, key = place.rpartition("/")
+            moments.setdefault(name, {})[key] = tensor
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read any more ({error}); see to the disk, and start again.") from None
+    state = PortableState(tensors, rest["optimizer"], moments, rest["scalars"], loss_scaler=rest["loss_scaler"])
     return state, rest["meta"]
+
+
+def recorded_config(run: str | Path) -> dict:
+    """The settings of a run, as in its config.yaml; where that is lost or damaged, as in its newest checkpoint. Empty
+    where there is neither."""
+    path = Path(run) / "config.yaml"
+    with suppress(OSError, ValueError, UserError):
+        return read_recipe(path)
+    try:
+        newest = Store(Path(run) / "checkpoints").newest()
+    except UserError:
+        return {}
+    if newest is None:
+        return {}
+    log.warning(f"{path} cannot be read; the settings are taken from {newest.name}.")
+    return json.loads((newest / STATE).read_text())["meta"].get("config", {})
 
 
 def _name(step: int) -> str:
@@ -243,24 +346,17 @@ def _serial(path: Path) -> int:
         return 0
 
 
-def _looks_complete(path: Path) -> bool:
-    """The cheap part of `problem`."""
-    return problem(path, files=()) is None and all((path / name).exists() for name in _FILES)
+def _obvious_fault(path: Path) -> Fault | None:
+    """The cheap part of `fault_of`."""
+    return fault_of(path, checksums=False)
+
+
+def _may_go(path: Path) -> bool:
+    fault = _obvious_fault(path)
+    return fault is None or fault.lost
 
 
 def _described(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "blake2b": _digest(path)}
-
-
-def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def sync_to_disk(path: Path) -> None:
-    """Returns when the disk itself, and not only the operating system, has the bytes of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+    return {"bytes": path.stat().st_size, "blake2b": digest}

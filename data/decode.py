@@ -1,18 +1,23 @@
 """From an image file's bytes to RGB pixels, or to a short reason why not.
 
-- JPEG goes through simplejpeg (libjpeg-turbo) and, where that is not installed, through torchvision; every
-  other format, and every JPEG that those refuse (CMYK, a recoverable warning), through PIL. PIL therefore has the
-  last word on whether an image is bad, and which images are bad does not depend on what is installed.
-- The size is read from the header and checked before a pixel is decoded.
+- JPEG goes through simplejpeg (libjpeg-turbo) and, where that is not installed, through torchvision; every other
+  format, and every JPEG that those cannot turn into RGB (CMYK), through PIL.
+- A JPEG whose data simplejpeg finds damaged is bad, whatever PIL would make of it: PIL paints what is missing grey.
+  Where simplejpeg is not installed nobody notices, unless the file is cut off.
+- The size is read from the header before a pixel is decoded, and weighed against the file's bytes: a few hundred bytes
+  that claim millions of pixels hold no image.
 - The result is always three channels of 8 bits, the same as PIL's `convert("RGB")`: grey is repeated, palettes are
   looked up, CMYK is converted, an alpha channel is dropped (not composited), the first frame of an animation is
-  taken. 16-bit grey keeps its upper 8 bits, where PIL would clip it to white.
+  taken. 16-bit grey keeps its upper 8 bits, where PIL would clip it to white, or is scaled by a `value_range`.
 - EXIF orientation is ignored: pixels come as they are stored, as PIL, torchvision and timm read them.
-- Nothing is written to the console and no state is shared: safe from any number of threads.
+- Nothing of ours is written to the console (libtiff has words of its own) and no state is shared: safe from any number
+  of threads.
 """
 
+import contextlib
 import functools
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -31,6 +36,15 @@ Backend = Literal["simplejpeg", "torchvision", "pil"]
 MAX_PIXELS = 64 * 2**20
 """Larger images are refused: 64 Mi pixels are 192 MiB of RGB. Below PIL's own limit, so that ours is the one met."""
 
+MAX_PIXELS_PER_BYTE = 1000
+"""Of an image with more than `ALWAYS_ENOUGH` pixels. Photographs have below 100; one colour all over, as PNG or JPEG
+with 8 bits, up to 1030."""
+
+ALWAYS_ENOUGH = 4 * 2**20
+
+MAX_SCANS = 100
+"""Of a progressive JPEG, which has about ten. Each may take ten bytes and as long as a whole image."""
+
 # A list of our own: PIL also registers formats that start other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
@@ -48,8 +62,10 @@ class BadImage(Exception):
     """Bytes that give no image. The message is a short reason, one of few, so that reasons can be counted."""
 
 
-def decode(image: bytes, backend: Backend | None = None) -> np.ndarray:
+def decode(image: bytes, backend: Backend | None = None, value_range: tuple[float, float] | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB, C-contiguous and writable.
+
+    value_range: the values of images with more than 8 bits that become black and white; None for all of 16 bits.
 
     `backend` forces one decoder alone, for comparisons. Raises BadImage when no pixels can be had; ImportError
     when the forced backend is not installed.
@@ -61,11 +77,25 @@ def decode(image: bytes, backend: Backend | None = None) -> np.ndarray:
     if image.startswith(b"\xff\xd8\xff"):
         if _ends_in_a_hole(image):
             raise BadImage("truncated")
+        if image.count(b"\xff\xda") > MAX_SCANS:
+            raise BadImage("too many scans")
         try:
             return _decode_jpeg(image)
-        except BadImage:
+        except _Unsupported:
             pass
-    return _decode_pil(image)
+    return _decode_pil(image, value_range)
+
+
+def deep_values(image: bytes) -> np.ndarray | None:
+    """(H, W) stored values of an image with more than 8 bits; None for any other. Raises BadImage."""
+    if image.startswith(b"\xff\xd8\xff"):
+        return None
+    with _open(image) as opened:
+        return _deep(opened)
+
+
+class _Unsupported(BadImage):
+    """A fast decoder cannot do this, and PIL may."""
 
 
 def _ends_in_a_hole(jpeg: bytes) -> bool:
@@ -81,7 +111,7 @@ def _decode_jpeg(image: bytes) -> np.ndarray:
         return _decode_simplejpeg(image)
     if _torchvision_io() is not None:
         return _decode_torchvision(image)
-    raise BadImage("no fast JPEG decoder")
+    raise _Unsupported("no fast JPEG decoder")
 
 
 def _decode_simplejpeg(image: bytes) -> np.ndarray:
@@ -89,13 +119,29 @@ def _decode_simplejpeg(image: bytes) -> np.ndarray:
         raise ImportError("simplejpeg is not installed")
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        _check_size(height, width)
-        if colours in ("CMYK", "YCCK"):
-            raise BadImage("undecodable")  # its conversion differs from PIL's
+        _check_size(height, width, len(image))
         # Strict, because a lenient decoder returns a truncated image as a grey one.
+        if colours in ("CMYK", "YCCK"):
+            simplejpeg.decode_jpeg(image, "CMYK", strict=True)
+            raise _Unsupported("undecodable")  # its conversion to RGB differs from PIL's
         return simplejpeg.decode_jpeg(image, "RGB", strict=True)
     except ValueError as error:
-        raise BadImage("undecodable") from error
+        raise _refusal(str(error)) from error
+
+
+def _refusal(message: str) -> BadImage:
+    """What libjpeg's warning or error says of a file: whether PIL may try, and if not, why."""
+    if message.startswith("Premature end") or "premature end" in message:
+        return BadImage("truncated")
+    between_headers = _EXTRANEOUS.match(message)
+    if message.startswith("Corrupt JPEG data") and not between_headers:
+        return BadImage("undecodable")
+    return _Unsupported("undecodable")
+
+
+# Bytes too many before a table, a frame or a comment, none of which follows pixels. Before all others they are pixels
+# that were left over: the decoder had lost its way.
+_EXTRANEOUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0x(db|c[012]|dd|e.|fe)")
 
 
 def _decode_torchvision(image: bytes) -> np.ndarray:
@@ -104,7 +150,7 @@ def _decode_torchvision(image: bytes) -> np.ndarray:
         raise ImportError("torchvision.io.decode_jpeg is not available")
     with _open(image) as header:
         if header.format != "JPEG" or header.mode not in ("RGB", "L"):
-            raise BadImage("undecodable")  # its CMYK conversion differs from PIL's
+            raise _Unsupported("undecodable")  # its CMYK conversion differs from PIL's
     import torch  # here, as torchvision is: plain decoding needs neither
 
     try:
@@ -112,7 +158,7 @@ def _decode_torchvision(image: bytes) -> np.ndarray:
         encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
         pixels = io_module.decode_jpeg(encoded, io_module.ImageReadMode.RGB)  # (3, H, W)
     except RuntimeError as error:
-        raise BadImage("undecodable") from error
+        raise _Unsupported("undecodable") from error  # PIL knows better what is wrong
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
@@ -127,17 +173,37 @@ def _torchvision_io():
     return torchvision.io if hasattr(torchvision.io, "decode_jpeg") else None
 
 
-def _decode_pil(image: bytes) -> np.ndarray:
+def _decode_pil(image: bytes, value_range: tuple[float, float] | None = None) -> np.ndarray:
     with _open(image) as opened:
-        try:
-            if opened.mode.startswith("I"):  # I;16 and its byte orders, and I, which older PILs give 16-bit PNGs
-                grey = (np.asarray(opened).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            if opened.mode == "F":
-                raise BadImage("floating point pixels")  # they have no range that could be mapped to 0..255
-            return np.array(opened.convert("RGB"))
-        except _PIL_ERRORS as error:
-            raise BadImage("truncated" if "truncated" in str(error).lower() else "undecodable") from error
+        values = _deep(opened)
+        if values is None:
+            with _pil_errors():
+                return np.array(opened.convert("RGB"))
+    if value_range is not None:
+        low, high = value_range
+        grey = (values.astype(np.float32) - low) * (255 / (high - low))
+        grey = np.nan_to_num(grey).clip(0, 255).round()
+    elif values.dtype.kind == "f":
+        raise BadImage("floating point pixels")  # they have no range that could be mapped to 0..255
+    else:
+        grey = (values >> 8).clip(0, 255)
+    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _deep(opened: Image.Image) -> np.ndarray | None:
+    """Modes I;16 and its byte orders, I, which older PILs give 16-bit PNGs, and F."""
+    if not opened.mode.startswith(("I", "F")):
+        return None
+    with _pil_errors():
+        return np.asarray(opened)
+
+
+@contextlib.contextmanager
+def _pil_errors():
+    try:
+        yield
+    except _PIL_ERRORS as error:
+        raise BadImage("truncated" if "truncated" in str(error).lower() else "undecodable") from error
 
 
 def _open(image: bytes) -> Image.Image:
@@ -148,7 +214,7 @@ def _open(image: bytes) -> Image.Image:
         raise BadImage("too many pixels") from error
     except _PIL_ERRORS as error:
         raise BadImage("not an image") from error
-    _check_size(opened.height, opened.width)
+    _check_size(opened.height, opened.width, len(image))
     return opened
 
 
@@ -158,9 +224,11 @@ def _installed_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _check_size(height: int, width: int) -> None:
+def _check_size(height: int, width: int, num_bytes: int) -> None:
     if height * width > MAX_PIXELS:
         raise BadImage("too many pixels")
+    if height * width > max(ALWAYS_ENOUGH, MAX_PIXELS_PER_BYTE * num_bytes):
+        raise BadImage("too few bytes")
     if height * width == 0:
         raise BadImage("no pixels")
 

@@ -1,6 +1,6 @@
-"""The two kinds of failure that a person is told about in one sentence.
+"""The kinds of failure that a person is told about in one sentence, and the stop that is none.
 
-Both stand on the lowest floor so that every folder can raise them; the doors in `launch/` print the
+They stand on the lowest floor so that every folder can raise them; the doors in `launch/` print the
 sentence without a traceback and leave with the exit code of the class.
 """
 
@@ -15,3 +15,9 @@ class RunStopped(Exception):
     """A run that cannot go on (too many bad samples, a loss that stays non-finite); says what to look at."""
 
     exit_code = 3
+
+
+class Stopped(Exception):
+    """A wait that ended because the process was asked to end; says what was waited for. Run again, it goes on."""
+
+    exit_code = 75

@@ -17,8 +17,13 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "
 
 MAX_IMAGE_BYTES = 256 * 2**20
 
+DESKTOP_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+DESKTOP_FOLDERS = {
+    "__macosx", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems", ".thumbnails",
+    ".ipynb_checkpoints", ".git", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
+
 _ALIASES = {"jpe": "jpg", "jfif": "jpg"}
-_OF_SYSTEMS = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
 
 class PassedOver(NamedTuple):
@@ -54,7 +59,7 @@ def list_images(root: str) -> FolderListing:
             continue
         for entry in entries:
             name = f"{inside}/{entry.name}" if inside else entry.name
-            if entry.name.startswith(".") or entry.name in _OF_SYSTEMS:
+            if entry.name.startswith(".") or entry.name.lower() in DESKTOP_FILES | DESKTOP_FOLDERS:
                 listing.passed_over.append(PassedOver(name, "hidden, or a system's own file", False))
                 continue
             status = _status(entry, name, listing)

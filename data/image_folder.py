@@ -18,6 +18,7 @@ from prelude.data.image_files import folders_of, list_images
 from prelude.data.tar_index import Problem, TarIndex
 
 LABEL = "cls"
+_SAMPLED = 64  # images whose bytes are part of the fingerprint
 
 
 class ImageFolder(str):
@@ -36,7 +37,7 @@ class ImageFolder(str):
         gives."""
         images = np.stack([self.ends - self.sizes, self.sizes], 1)
         labels = self._index_labels(label) if label else np.empty((0, 2), np.int64)
-        return TarIndex(images, labels, tuple(self.problems))
+        return TarIndex(images, labels, tuple(self.problems), True, self._content(), self._label_content())
 
     def read(self, offset: int, size: int) -> bytes:
         """Raises BadImage where the file is no longer what was listed."""
@@ -50,15 +51,24 @@ class ImageFolder(str):
             raise BadImage("the file has changed since it was listed")
         return content
 
-    def fingerprint(self) -> str:
-        """Of the names of all images; sizes are in the index."""
+    def keys_by_offset(self) -> dict[int, str]:
+        return dict(zip((self.ends - self.sizes).tolist(), self.names, strict=True))
+
+    def _content(self) -> str:
+        """A hash of all names, and of the bytes of a few images; sizes are in the index."""
         digest = hashlib.blake2b(digest_size=16)
         for name in self.names:
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-        return f"{os.path.basename(os.path.abspath(self))} {digest.hexdigest()}"
+        for number in range(0, len(self.names), max(len(self.names) // _SAMPLED, 1)):
+            try:
+                content = self.read(int(self.ends[number] - self.sizes[number]), int(self.sizes[number]))
+            except (OSError, BadImage) as error:
+                content = str(error).encode()  # the image will be a bad sample
+            digest.update(hashlib.blake2b(content, digest_size=16).digest())
+        return digest.hexdigest()
 
-    def keys_by_offset(self) -> dict[int, str]:
-        return dict(zip((self.ends - self.sizes).tolist(), self.names, strict=True))
+    def _label_content(self) -> str:
+        return hashlib.blake2b(self.label_text, digest_size=16).hexdigest()
 
     def _index_labels(self, label: str) -> np.ndarray:
         if label != LABEL:

@@ -2,40 +2,43 @@
 
 - A label is a number, or numbers in the same shape for every sample: `.cls`, `.index`, `.id` (integers), `.json` (a
   number or a list of numbers), `.npy`.
+- What most of some labels look like is what a label is; others are spoilt, wherever they stand.
 - Formats whose decoding can run code (pickle, torch files) are refused.
 """
 
+import io
+import math
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
-from webdataset.autodecode import basichandlers, decoders
+from webdataset.autodecode import basichandlers
 
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 
-_EXECUTES_CODE = ("pkl", "pickle", "pyd", "pth")
+_KINDS = ("cls", "cls2", "index", "inx", "id", "json", "jsn", "npy", "txt")  # of .txt it is told what is wrong
 _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
+_LOOKED_AT = 64  # labels, to find out what a label is
+_FORMATS = ".cls (an integer), .json (a number or a list of numbers) or .npy"
 
 
 class LabelReader:
-    """Decodes the members with one extension. `shape` and `dtype` are those of `example`, a sound label's bytes.
+    """Decodes the members with one extension. `shape` and `dtype` are those of most of `examples`, the bytes of some
+    members, that can be decoded.
 
-    Raises UserError for an extension or a label that cannot become a tensor.
+    Raises UserError for an extension that cannot become a tensor, and where none of the examples can.
     """
 
-    def __init__(self, extension: str, example: bytes):
+    def __init__(self, extension: str, examples: Sequence[bytes]):
         self.extension = extension
-        kind = extension.rpartition(".")[2]
-        if kind in _EXECUTES_CODE or kind not in decoders:
-            raise UserError(
-                f"Labels cannot be read from .{extension} members; write them as .cls (an integer), .json (a number or "
-                f"a list of numbers) or .npy."
-            )
-        label = self._decode(example)
-        if label is None:
-            raise UserError(
-                f"The label {example[:60]!r} of a .{extension} member is neither a number nor numbers; write .cls (an "
-                f"integer), .json (a number or a list of numbers) or .npy."
-            )
-        self.shape, self.dtype = label.shape, label.dtype
+        if extension.rpartition(".")[2] not in _KINDS:
+            raise UserError(f"Labels cannot be read from .{extension} members; write them as {_FORMATS}.")
+        labels = [label for label in map(self._decode, examples) if label is not None]
+        if not labels:
+            found = f"The label {examples[0][:60]!r}" if examples else "The content"
+            raise UserError(f"{found} of a .{extension} member is neither a number nor numbers; write {_FORMATS}.")
+        ((self.shape, self.dtype), _) = Counter((label.shape, label.dtype) for label in labels).most_common(1)[0]
 
     def __call__(self, content: bytes) -> np.ndarray:
         """Raises BadImage when this sample's label is spoilt: without it, the sample is of no use."""
@@ -46,7 +49,33 @@ class LabelReader:
 
     def _decode(self, content: bytes) -> np.ndarray | None:
         try:
+            if self.extension.rpartition(".")[2] == "npy" and not _is_whole_npy(content):
+                return None
             label = np.asarray(basichandlers(f".{self.extension}", content))
-        except (ValueError, TypeError, EOFError, OverflowError):
+        except (ValueError, TypeError, EOFError, OverflowError, RecursionError, MemoryError):
             return None
-        return label.astype(_DTYPES[label.dtype.kind]) if label.dtype.kind in _DTYPES else None
+        if label.dtype.kind not in _DTYPES or (label.dtype == np.uint64 and (label > np.iinfo(np.int64).max).any()):
+            return None
+        return label.astype(_DTYPES[label.dtype.kind])
+
+
+def some(sample_ids: np.ndarray) -> list[int]:
+    """A few of them, from all over."""
+    return sample_ids[np.linspace(0, len(sample_ids) - 1, min(len(sample_ids), _LOOKED_AT)).astype(int)].tolist()
+
+
+def no_label(index) -> UserError:
+    """Where no sample of an index has the label."""
+    return UserError(
+        f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label, or name members "
+        f"so that image and label are the same up to the first dot of the file's name."
+    )
+
+
+def _is_whole_npy(content: bytes) -> bool:
+    """Whether an array's bytes are there: a header may claim any number of them, and memory is taken first."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return math.prod(shape) * dtype.itemsize <= len(content)

@@ -13,6 +13,7 @@
 import functools
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ import webdataset as wds
 from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
-from prelude.data.labels import LabelReader
+from prelude.data.labels import LabelReader, no_label, some
+from prelude.data.members import label_members
 from prelude.data.order import DEFAULT_SHUFFLE, Order, Shuffle
 from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
 from prelude.data.shards import ShardIndex, expand_shards, is_remote
-from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, OpenFiles, announce
+from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
 from prelude.data.streaming import StreamingLoader
+from prelude.data.value_range import ValueRange, tell_if_dark
 
 
 def build_loader(
@@ -43,29 +46,31 @@ def build_loader(
     bad_samples_log: str | Path | None = None,
     num_samples: int | None = None,
     max_bad_share: float = 1.0,
+    allow_commands: bool = False,
+    value_range: ValueRange | Literal["auto"] | None = None,
 ) -> "Loader | StreamingLoader":
     """A `Loader` where every shard is a local file, else a `StreamingLoader`, which alone takes `num_samples`.
 
-    max_bad_share: the share of samples that an index may leave out. Raises UserError past it, and as `ShardIndex` does.
+    max_bad_share: the share of samples that damage may have cost. allow_commands: whether a shell may run what `pipe:`
+    says. value_range: as `ShardIndex` takes it. Raises UserError where too much is lost, for a command that may not be
+    run, and as `ShardIndex` does.
     """
     common = dict(
         seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=num_workers, label=label,
         bad_samples_log=bad_samples_log,
     )  # fmt: skip
-    urls = expand_shards(shards)
+    urls = expand_shards(shards, allow_commands)
     if any(map(is_remote, urls)):
-        return StreamingLoader(urls, plan, num_samples=num_samples, **common)
+        return StreamingLoader(urls, plan, num_samples=num_samples, value_range=value_range, **common)
     if num_samples is not None:
         raise UserError(
             f"data.num_samples={num_samples} has no effect on local shards, which are counted; leave it out."
         )
-    index = ShardIndex(shards, label)
-    if index.num_problems > max_bad_share * (index.num_samples + index.num_problems):
-        shard, problems = next(iter(index.problems.items()))
+    index = ShardIndex(shards, label, value_range)
+    if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
         raise UserError(
-            f"{index.num_problems} samples of data.shards={shards!r} are damaged, beside {index.num_samples} sound "
-            f"ones (the first: {problems[0].reason}, {problems[0].where} in {shard}); mend the shards, or raise "
-            f"data.max_bad_share."
+            f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
+            f"ones (the first: {index.first_problem()}); mend the shards, or raise data.max_bad_share."
         )
     return Loader(index, plan, shuffle=shuffle, **common)
 
@@ -93,10 +98,13 @@ class Loader(EndlessLoader):
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         self.index, self.shuffle = index.with_label(label), shuffle
-        self.num_samples, self.fingerprint = index.num_samples, index.fingerprint
+        self.num_samples = index.num_samples
+        self.fingerprint = index.fingerprint + (f"_{self.index.label_fingerprint()}" if label else "")
         self.reader = _reader(self.index, plan, seed, label, "substitute", num_workers)
         if rank == 0:
             self.bad.add_unindexed(index.problems)
+            self.bad.add_unended(index.unended)
+            tell_if_dark(index)
 
     @property
     def num_shards(self) -> int:
@@ -124,6 +132,13 @@ class Loader(EndlessLoader):
             "span": self.shuffle.span,
             "views": self.plan.fingerprint(),
         }
+
+    def in_todays_terms(self, state: dict) -> dict:
+        """Runs of 0.1 knew names, sizes and offsets of the images and nothing of labels: theirs are the same data if
+        these are."""
+        if state.get("fingerprint") != self.index.layout_fingerprint():
+            return state
+        return state | {"fingerprint": self.fingerprint}
 
     def name_of(self, sample):
         return self.index.shard_of(sample), lambda: self.index.key(sample)
@@ -185,12 +200,11 @@ def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
 
 
 def label_reader(index: ShardIndex, label: str) -> LabelReader | None:
-    """For the members with this extension, after the first of them. Raises UserError where there is none."""
+    """For the members with this extension, after what most of them look like. Raises UserError where there is none."""
     if not label:
         return None
     labelled = np.flatnonzero(index.labels[:, 0] >= 0)
     if not len(labelled):
-        raise UserError(f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label.")
-    place = index.labels[labelled[0]].tolist()
-    shard = index.paths.index(index.shard_of(int(labelled[0])))
-    return LabelReader(index.label, OpenFiles(index.paths).read(shard, *place))
+        raise no_label(index)
+    examples = label_members(index, some(labelled))
+    return LabelReader(index.label, [content for content in examples if content is not None])

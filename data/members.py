@@ -1,31 +1,35 @@
 """The label members of an index, read without their images."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from prelude.data.decode import BadImage
 from prelude.data.shards import ShardIndex
 from prelude.data.source import OpenFiles
+from prelude.data.waiting import in_threads
 
-_CHUNK = 4096
+_AT_ONCE = 256  # that a thread reads
 
 
-def label_members(index: ShardIndex) -> Iterator[bytes | None]:
-    """The bytes of each sample's label member, in the order of the index; None where there is none to be had."""
+def label_members(index: ShardIndex, sample_ids: Sequence[int] | None = None) -> Iterator[bytes | None]:
+    """The bytes of each sample's label member, in the order of the index, or of `sample_ids`; None where there is none
+    to be had."""
     files = OpenFiles(index.paths)
-    shards = np.searchsorted(index.ends, np.arange(index.num_samples), side="right")
+    samples = range(index.num_samples) if sample_ids is None else sample_ids
 
     def content(sample: int) -> bytes | None:
         offset, size = index.labels[sample].tolist()
         if offset < 0:
             return None
         try:
-            return files.read(int(shards[sample]), offset, size)
+            return files.read(int(np.searchsorted(index.ends, sample, side="right")), offset, size)
         except BadImage:
             return None
 
-    with ThreadPoolExecutor(8) as threads:  # waits for the disk overlap
-        for start in range(0, index.num_samples, _CHUNK):
-            yield from threads.map(content, range(start, min(start + _CHUNK, index.num_samples)))
+    def contents(start: int) -> list[bytes | None]:
+        return [content(sample) for sample in samples[start : start + _AT_ONCE]]
+
+    starts = range(0, len(samples), _AT_ONCE)
+    for found in in_threads(contents, starts, lambda start: f"the labels in {index.shard_of(samples[start])}"):
+        yield from found

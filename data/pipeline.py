@@ -1,16 +1,9 @@
-"""What every loader shares: the worker processes, and the cursor over an endless order.
+"""What every loader shares: the way from stages to batches, and the cursor over an endless order.
 
 - The cursor moves when a batch is handed to the trainer, never when a worker prefetches one.
-- Workers ignore the signals that end a run, so that the step under way can finish and be saved; they end with the
-  process that started them, however it ends.
-- A worker that dies is an error and not a wait.
+- A batch that does not come is waited for as `data.waiting` says, whoever makes it.
 """
 
-import atexit
-import contextlib
-import signal
-import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -21,9 +14,10 @@ from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import Batch, ViewPlan
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.source import MAX_ATTEMPTS
+from prelude.data.waiting import Caller, doing_now
+from prelude.data.workers import Workers
 
 STATE_VERSION = 1
-MICRO_BATCHES_AHEAD = 2  # that each worker prepares
 
 
 class EndlessLoader(ABC):
@@ -46,6 +40,10 @@ class EndlessLoader(ABC):
     def identity(self) -> dict:
         """What decides which samples and pixels come when, besides `samples`."""
 
+    def in_todays_terms(self, state: dict) -> dict:
+        """A state as this version would have written it."""
+        return state
+
     @abstractmethod
     def name_of(self, sample) -> tuple[str, Callable[[], str]]:
         """The shard of a sample that `stages` reported as bad, and a function that finds its key."""
@@ -54,7 +52,8 @@ class EndlessLoader(ABC):
         return self
 
     def __next__(self) -> Batch:
-        """Raises RunStopped when a sample and all that could replace it are unreadable, or a worker has died."""
+        """Raises RunStopped when a sample and all that could replace it are unreadable, a worker has died, or nothing
+        came for too long; Stopped when the process is asked to end while nothing comes."""
         if self._running is None:
             self._running = run_pipeline(self.stages(), self.num_workers)
         arrays = next(self._running)
@@ -73,7 +72,7 @@ class EndlessLoader(ABC):
         change: where the order is another one, its next whole epoch begins.
         """
         now = {"version": STATE_VERSION, **self.identity()}
-        was = {key: value for key, value in state.items() if key != "samples"}
+        was = {key: value for key, value in self.in_todays_terms(state).items() if key != "samples"}
         changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
         if changed and (not allow_changed_data or "version" in changed):
             listed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in changed)
@@ -107,11 +106,9 @@ class EndlessLoader(ABC):
 def run_pipeline(stages: list, num_workers: int) -> Iterator[dict]:
     """What a `wds.DataPipeline` of these stages yields, made by worker processes or, with none, here.
 
-    Raises RunStopped when a worker dies.
+    Raises RunStopped when a worker dies, and as `data.waiting.Wait` does when nothing comes.
     """
-    running = _results(stages, num_workers)
-    _all_running.add(running)
-    return running
+    return Workers(wds.DataPipeline(*stages), num_workers).results() if num_workers else _made_here(stages)
 
 
 def to_batch(arrays: dict) -> Batch:
@@ -129,68 +126,14 @@ def to_batch(arrays: dict) -> Batch:
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
-def _results(stages: list, num_workers: int) -> Iterator[dict]:
-    loader = wds.WebLoader(
-        wds.DataPipeline(*stages),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        prefetch_factor=MICRO_BATCHES_AHEAD if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or torch draws from the global one at each start
-    )
-    with _explained():
-        for arrays in loader:
-            if num_workers:
-                _explain_deaths()
-            yield arrays
-
-
-def _as_it_is(arrays: dict) -> dict:
-    """Keeps numpy arrays: each tensor that leaves a worker costs a file descriptor and a shared-memory segment."""
-    return arrays
-
-
-def _start_worker(_: int) -> None:
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def _explained():
+def _made_here(stages: list) -> Iterator[dict]:
+    batches, call = iter(wds.DataPipeline(*stages)), Caller()
     try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:  # a batch of the dead worker may be half received
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
-        raise RunStopped(
-            f"A data worker died ({' '.join(str(error).split())}). It is most often short of memory, or of shared "
-            f"memory in /dev/shm: write a smaller data.num_workers, or give the job more."
-        ) from error
+        while (arrays := call(lambda: next(batches, None), _what_this_process_reads)) is not None:
+            yield arrays
+    finally:
+        call.left()
 
 
-def _explain_deaths() -> None:
-    """torch's handler of SIGCHLD raises in whatever the main thread is doing: say there, too, what it means."""
-    raising = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(raising) or raising in _explaining:
-        return
-
-    def handler(signum, frame):
-        with _explained():
-            raising(signum, frame)
-
-    _explaining.add(handler)
-    signal.signal(signal.SIGCHLD, handler)
-
-
-_explaining: set = set()
-_all_running: weakref.WeakSet = weakref.WeakSet()
-
-
-@atexit.register
-def _end_all_workers() -> None:
-    """Python ends its child processes with SIGTERM and waits for them; ours ignore it and must be told otherwise."""
-    for running in list(_all_running):
-        running.close()
+def _what_this_process_reads() -> str:
+    return f"the next batch ({doing_now() or 'nothing has been read yet'})"

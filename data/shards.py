@@ -4,9 +4,11 @@
 - `data.shards` is a path, a pattern with braces (`{000..099}`), `*` or `?`, several of them joined by `::`, or a list;
   braces, `::` and `${...}` are expanded by webdataset. A name that exists as it is written is taken as it is.
 - A sample's id is its place in the index: shard after shard, in the order of the tar.
-- The index of a tar is kept in a cache folder under its path, size and time of change, written to the side and renamed,
-  so that any number of processes may build it at once.
-- The fingerprint is a hash of names, sizes and offsets, not of folders: a data set that is moved is still the same.
+- The index of a tar is kept in a cache folder under its path, size and times of change, written to the side and
+  renamed, so that any number of processes may build it at once.
+- The fingerprint is a hash of names, sizes, offsets and samples of the images' bytes, not of folders and times: a data
+  set that is moved or copied is still the same, one whose images were written again in place is not.
+- A command (`pipe:`) is taken only by those who say that it may be run.
 """
 
 import copy
@@ -20,8 +22,9 @@ import re
 import secrets
 import socket
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from webdataset.shardlists import expand_urls
@@ -29,38 +32,48 @@ from webdataset.shardlists import expand_urls
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder, open_folder
 from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
+from prelude.data.value_range import ValueRange, resolved
+from prelude.data.waiting import called, in_threads
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
-_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
+CACHE_VERSION = 2
+_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
+_COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
 
 
 class ShardIndex:
     """The samples of local, uncompressed tar shards. 16 bytes of memory a sample, 32 with labels.
 
     shards: see the module. label: extension of the member that holds a sample's label (`cls`), or "" for none; it
-    changes neither ids nor fingerprint.
+    changes neither ids nor fingerprint. value_range: the stored values of images with more than 8 bits that become
+    black and white, "auto" to find them, None for all of 16 bits; part of the fingerprint where it is given.
 
     Raises UserError where nothing matches, a shard is missing, unreadable, compressed or not local, or no shard holds
     an image. Damage inside a shard does not raise: see `problems`.
     """
 
-    def __init__(self, shards: str | list[str], label: str = ""):
+    def __init__(
+        self,
+        shards: str | list[str],
+        label: str = "",
+        value_range: ValueRange | Literal["auto"] | None = None,
+    ):
         self.label = label.lower().removeprefix(".")
-        self.paths = tuple(expand_shards(shards))
-        for path in self.paths:
-            if is_remote(path):
-                raise UserError(f"{path} in data.shards is not a local file and cannot be indexed; copy it to a disk.")
+        self.paths = tuple(local_shards(shards))
         parts = _load_all(self.paths, self.label)
         self.images = np.concatenate([part.images for part in parts])  # (N, 2) int64: offset, size
         self.labels = np.concatenate([part.labels for part in parts])  # (N, 2) int64, or (0, 2) without a label
         self.counts = np.array([len(part.images) for part in parts], np.int64)  # (num_shards,)
         self.problems = {path: part.problems for path, part in zip(self.paths, parts, strict=True) if part.problems}
+        self.unended = tuple(path for path, part in zip(self.paths, parts, strict=True) if not part.ended)
+        self.num_lost = int(_lost(parts).sum())
         self.ends = np.cumsum(self.counts)
-        self.fingerprint = self._fingerprint()
+        self._contents = [(part.content, part.label_content) for part in parts]
         if not self.num_samples:
             raise UserError(self._nothing_found(shards))
+        self.value_range = resolved(self, value_range)
+        self.fingerprint = self._fingerprint()
 
     @property
     def num_samples(self) -> int:
@@ -72,8 +85,16 @@ class ShardIndex:
 
     @property
     def num_problems(self) -> int:
-        """Members and samples that could not be indexed, over all shards."""
+        """Members and samples that could not be indexed, over all shards. One of them may have cost many samples:
+        `num_lost` says about how many are missing.
+        """
         return sum(map(len, self.problems.values()))
+
+    def first_problem(self) -> str:
+        """What is wrong, and where, in a few words."""
+        for shard, problems in self.problems.items():
+            return f"{problems[0].reason}, {problems[0].where} in {shard}"
+        return f"no end marker, and fewer samples than others, in {self.unended[0]}"
 
     def shard_of(self, sample_id: int) -> str:
         """The path of the shard that holds a sample."""
@@ -81,14 +102,21 @@ class ShardIndex:
 
     def key(self, sample_id: int) -> str:
         """A sample's key in its shard. Walks the shard's headers: for people to read, not for every sample."""
-        shard, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
-        keys = shard.keys_by_offset() if isinstance(shard, ImageFolder) else keys_by_offset(shard)
-        return keys.get(offset, "?")
+        path, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
+        keys = path.keys_by_offset if isinstance(path, ImageFolder) else functools.partial(keys_by_offset, path)
+        return called(lambda: keys().get(offset, "?"), f"the headers of {path}")
 
     def with_label(self, label: str) -> "ShardIndex":
         """The same data set, with the places of another label."""
         label = label.lower().removeprefix(".")
-        return self if label in ("", self.label) else ShardIndex(list(self.paths), label)
+        return self if label in ("", self.label) else ShardIndex(list(self.paths), label, self.value_range)
+
+    def with_range(self, value_range: ValueRange | Literal["auto"] | None) -> "ShardIndex":
+        """The same data set, with other values for black and white."""
+        other = copy.copy(self)
+        other.value_range = resolved(self, value_range)
+        other.fingerprint = other._fingerprint()
+        return other
 
     def subset(self, sample_ids: np.ndarray) -> "ShardIndex":
         """The data set of these samples alone, numbered anew from 0 in the order of the tar, with a fingerprint of
@@ -102,13 +130,21 @@ class ShardIndex:
         part.fingerprint = part._fingerprint()
         return part
 
+    def label_fingerprint(self) -> str:
+        """The same of the labels, which are no part of `fingerprint`."""
+        return _digest(self.paths, self.labels, self.ends, [label for _, label in self._contents])
+
+    def layout_fingerprint(self) -> str:
+        """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint. With a `value_range` that is
+        given, which they did not have, it is no such thing.
+        """
+        if self.value_range is not None:
+            return self.fingerprint
+        return _digest(self.paths, self.images, self.ends, None)
+
     def _fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for path, images in zip(self.paths, np.split(self.images, self.ends[:-1]), strict=True):
-            name = path.fingerprint() if isinstance(path, ImageFolder) else os.path.basename(path)
-            digest.update(json.dumps([name, len(images)]).encode())
-            digest.update(np.ascontiguousarray(images, "<i8").tobytes())
-        return digest.hexdigest()
+        seen_as = "" if self.value_range is None else f" {self.value_range}"
+        return _digest(self.paths, self.images, self.ends, [image + seen_as for image, _ in self._contents])
 
     def _nothing_found(self, shards) -> str:
         found = [problem for problems in self.problems.values() for problem in problems]
@@ -120,11 +156,21 @@ class ShardIndex:
         )
 
 
-def expand_shards(shards: str | list[str]) -> list[str]:
-    """Local paths and URLs, in order; local ones exist. Raises UserError naming the pattern and this host."""
+def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list[str]:
+    """Local paths and URLs, in order; local ones exist.
+
+    allow_commands: whether `pipe:` may be among them, behind which a shell runs what a file, or somebody else's recipe,
+    says. Raises UserError naming the pattern and this host.
+    """
     found = []
     for pattern in [shards] if isinstance(shards, str) else shards:
-        found += _expand(pattern)
+        found += called(functools.partial(_expand, pattern), f"the folder of data.shards={pattern!r}")
+    commands = [url for url in found if is_command(url)]
+    if commands and not allow_commands:
+        raise UserError(
+            f"{commands[0]!r} is a command that a shell would run; if you trust it, write data.allow_commands=true on "
+            f"the command line, or else name files."
+        )
     if not found:
         raise UserError(
             "data.shards is empty; write the path of a tar file, or a pattern such as /data/{000..099}.tar."
@@ -132,13 +178,50 @@ def expand_shards(shards: str | list[str]) -> list[str]:
     return found
 
 
+def local_shards(shards: str | list[str]) -> list[str]:
+    """Paths, in order, of shards that must be files. Raises UserError as `expand_shards`, and for URLs and commands."""
+    paths = expand_shards(shards, allow_commands=True)  # none is run: it is refused here
+    for path in paths:
+        if is_remote(path):
+            raise UserError(f"{path} is not a local file and cannot be indexed; copy it to a disk.")
+    return paths
+
+
 def is_remote(url: str) -> bool:
     return bool(_URL.match(url))
+
+
+def is_command(url: str) -> bool:
+    return bool(_COMMAND.match(url))
 
 
 def cache_folder() -> Path:
     """Where indexes are kept: $PRELUDE_CACHE, or ~/.cache/prelude."""
     return Path(os.environ.get("PRELUDE_CACHE") or Path.home() / ".cache" / "prelude")
+
+
+def _digest(paths: tuple[str, ...], places: np.ndarray, ends: np.ndarray, contents: list[str] | None) -> str:
+    """places: (N, 2) int64, or (0, 2). contents: a hash of each shard, None to leave them out."""
+    digest = hashlib.blake2b(digest_size=16)
+    of_shards = np.split(places, ends[:-1]) if len(places) else [places] * len(paths)
+    for i, (path, of_shard) in enumerate(zip(paths, of_shards, strict=True)):
+        content = [] if contents is None else [contents[i]]
+        digest.update(json.dumps([os.path.basename(path), len(of_shard), *content]).encode())
+        digest.update(np.ascontiguousarray(of_shard, "<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _lost(parts: list[TarIndex]) -> np.ndarray:
+    """(num_shards,) about how many samples are missing from each shard.
+
+    What was cut off leaves no trace in a shard: it is taken for what the others have more.
+    """
+    told = np.array([sum(problem.lost for problem in part.problems) for part in parts])
+    counts = np.array([len(part.images) for part in parts])
+    whole = [len(part.images) for part in parts if part.ended and not part.problems]
+    cut = np.array([not part.ended or bool(part.problems and not len(part.images)) for part in parts])
+    usual = int(np.median(whole)) if whole else 0
+    return np.where(cut, np.maximum(told, usual - counts), told)
 
 
 # ---- patterns into paths
@@ -148,7 +231,7 @@ def _expand(pattern: str) -> list[str]:
     if isinstance(pattern, ImageFolder):
         return [pattern]
     if not is_remote(pattern) and os.path.exists(pattern):
-        return [_as_path(pattern)]
+        return [_as_path(pattern, pattern)]
     try:
         urls = expand_urls(pattern)
     except (AssertionError, ValueError) as error:  # a variable that is not set; a brace that is not closed
@@ -164,19 +247,26 @@ def _has_scheme(url: str) -> bool:
 def _local(url: str, pattern: str) -> list[str]:
     path = os.path.expanduser(re.sub(r"^file:(//)?", "", url))
     if os.path.exists(path):
-        return [_as_path(path)]
+        return [_as_path(path, pattern)]
     if "*" in path or "?" in path:
         matches = sorted(glob.glob(path.replace("[", "[[]")))
         if matches:
-            return [_as_path(match) for match in matches]
+            return [_as_path(match, pattern) for match in matches]
         raise UserError(f"No file matches {path!r} on {socket.gethostname()}; correct data.shards={pattern!r}.")
     raise UserError(
         f"{path} does not exist on {socket.gethostname()}; correct data.shards={pattern!r}, or copy the shard there."
     )
 
 
-def _as_path(path: str) -> str:
-    return open_folder(path) if os.path.isdir(path) else path
+def _as_path(path: str, pattern: str) -> str:
+    if os.path.isdir(path):
+        return open_folder(path)
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{path} in data.shards={pattern!r} is a pipe or a device, and images are read by their place in a file; "
+            f"write 'pipe:cat {path}' with data.num_samples=..., or copy the shard to a disk."
+        )
+    return path
 
 
 # ---- indexes, kept on disk
@@ -187,8 +277,7 @@ def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     begin = len(paths) * int(os.environ.get("LOCAL_RANK", 0)) // ranks
     turned = paths[begin:] + paths[:begin]
-    with ThreadPoolExecutor(8) as threads:  # waits for the disk overlap
-        parts = list(threads.map(lambda path: _load(path, label), turned))
+    parts = list(in_threads(lambda path: _load(path, label), turned, lambda path: f"the headers of {path}"))
     return parts[len(paths) - begin :] + parts[: len(paths) - begin]
 
 
@@ -197,7 +286,8 @@ def _load(path: str, label: str) -> TarIndex:
         return path.index(label)
     try:
         status = os.stat(path)
-        identity = json.dumps([CACHE_VERSION, os.path.abspath(path), status.st_size, status.st_mtime_ns, label])
+        times = status.st_mtime_ns, status.st_ctime_ns  # the second changes even where a tool puts the first back
+        identity = json.dumps([CACHE_VERSION, os.path.abspath(path), status.st_size, *times, label])
         name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         kept = cache_folder() / "index" / f"{name}.npz"
         index = _read(kept)
@@ -215,21 +305,23 @@ def _load(path: str, label: str) -> TarIndex:
 def _read(kept: Path) -> TarIndex | None:
     try:
         with np.load(kept, allow_pickle=False) as arrays:
-            problems = json.loads(arrays["problems"].tobytes())
-            return TarIndex(arrays["images"], arrays["labels"], tuple(Problem(*problem) for problem in problems))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            about = json.loads(arrays["about"].tobytes())
+            problems = tuple(Problem(*problem) for problem in about.pop("problems"))
+            return TarIndex(arrays["images"], arrays["labels"], problems, **about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None  # not there yet, or spoilt: it is built again
 
 
 def _write(kept: Path, index: TarIndex) -> None:
     """A cache that cannot be written costs time at the next start and nothing else."""
     aside = kept.with_name(f"{kept.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    problems = np.frombuffer(json.dumps(index.problems).encode(), np.uint8)
+    about = {name: getattr(index, name) for name in ("problems", "ended", "content", "label_content")}
+    encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "wb") as file:
-                np.savez(file, images=index.images, labels=index.labels, problems=problems)
+                np.savez(file, images=index.images, labels=index.labels, about=encoded)
             os.replace(aside, kept)
         finally:
             aside.unlink(missing_ok=True)

@@ -13,8 +13,8 @@ import functools
 import os
 import resource
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from multiprocessing.pool import ThreadPool
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from prelude.data.labels import LabelReader
 from prelude.data.order import Order, Shuffle, sample_seed, substitute
 from prelude.data.shards import ShardIndex
 from prelude.data.views import read_views
+from prelude.data.waiting import doing, moved, open_file
 
 MAX_ATTEMPTS = 16
 
@@ -130,7 +131,7 @@ class MicroBatchReader:
         """
         positions, sample_ids = step["positions"], step["sample_ids"].copy()
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
-        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label)
+        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, self.index.value_range)
         fill = functools.partial(self._fill, rows, positions, seeds, sample_ids)
         failures = list(self._map(fill, range(len(positions))))  # by row: the failed attempts, and whether all failed
         bad = [failed for attempts, _ in failures for failed in attempts]
@@ -184,16 +185,22 @@ class MicroBatchReader:
         return self._pool.map(function, rows) if self.threads > 1 else map(function, rows)
 
     @functools.cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.threads)
+    def _pool(self) -> ThreadPool:
+        return ThreadPool(self.threads)  # its threads are daemons: one that hangs keeps no process alive
 
 
 class MicroBatchBuffers:
     """The arrays of one micro-batch of `size` rows, to be filled row by row from any thread."""
 
-    def __init__(self, plan: ViewPlan, size: int, read_label: LabelReader | None):
+    def __init__(
+        self,
+        plan: ViewPlan,
+        size: int,
+        read_label: LabelReader | None,
+        value_range: tuple[float, float] | None = None,
+    ):
         num_views = len(plan.views)
-        self.plan = plan
+        self.plan, self.value_range = plan, value_range
         self.views = tuple(torch.empty(size, *view.size, 3, dtype=torch.uint8) for view in plan.views)
         self.pixels = [view.numpy() for view in self.views]
         self.boxes = np.zeros((size, num_views, 4), np.int32)
@@ -202,7 +209,8 @@ class MicroBatchBuffers:
 
     def write(self, row: int, image: bytes, seed: int, label: np.ndarray | None) -> None:
         """Raises BadImage; the row is then undefined until it is written again."""
-        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, [view[row] for view in self.pixels])
+        out = [view[row] for view in self.pixels]
+        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, out, self.value_range)
         if label is not None:
             self.labels[row] = label
 
@@ -221,6 +229,7 @@ class OpenFiles:
 
     def __init__(self, paths: tuple[str, ...]):
         self.paths = paths
+        self.words = [f"it reads {path}".encode() for path in paths]
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.limit = 1024 if soft == resource.RLIM_INFINITY else max(min(1024, soft // 2), 1)
         self.opened: OrderedDict[int, _File] = OrderedDict()
@@ -230,11 +239,14 @@ class OpenFiles:
         path = self.paths[shard]
         try:
             if isinstance(path, ImageFolder):
-                return path.read(offset, size)
-            file = self._file(shard)
-            content = os.pread(file.fd, size, offset)
+                doing(self.words[shard])
+                content = path.read(offset, size)
+            else:
+                file = self._file(shard)  # held until the read is done: another thread may drop it meanwhile
+                content = os.pread(file.fd, size, offset)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
+        moved()
         if len(content) < size:
             raise BadImage("the shard has become shorter")
         return content
@@ -248,6 +260,7 @@ class OpenFiles:
                 pass  # advice only: the read itself reports what is wrong
 
     def _file(self, shard: int) -> "_File":
+        doing(self.words[shard])
         file = self.opened.pop(shard, None) or _File(self.paths[shard])
         self.opened[shard] = file  # the newest is last
         while len(self.opened) > self.limit:
@@ -258,14 +271,19 @@ class OpenFiles:
         return file
 
     def __getstate__(self):
-        return {"paths": self.paths, "limit": self.limit, "opened": OrderedDict()}  # descriptors do not travel
+        return {
+            "paths": self.paths,
+            "words": self.words,
+            "limit": self.limit,
+            "opened": OrderedDict(),
+        }  # descriptors do not travel
 
 
 class _File:
     """An open file that closes with its last user, so that no thread reads from a descriptor that was closed."""
 
     def __init__(self, path: str):
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_file(path)
 
     def __del__(self):
         if hasattr(self, "fd"):

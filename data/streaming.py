@@ -6,30 +6,39 @@
   resumed run goes on at its step with other samples.
 """
 
+import contextlib
+import functools
 import hashlib
 import logging
 import random
+import time
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import webdataset as wds
 from torch.utils.data import IterableDataset
-from webdataset.gopen import gopen_schemes
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from prelude.data.batch import ViewPlan
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.order import sample_seed
 from prelude.data.pipeline import EndlessLoader
+from prelude.data.remote import open_url, refuse_unknown_schemes
 from prelude.data.shards import is_remote
 from prelude.data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
 from prelude.data.tar_index import image_extension
+from prelude.data.value_range import ValueRange
+from prelude.data.waiting import TIMEOUT_SECONDS, doing, patience
 
 log = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 1000  # samples, as encoded bytes, of each worker
 MAX_SHARDS_FAILED = 20  # in a row, before the stream is given up
+FAILED_IN_PASSING = 3  # in a row, before there is a pause after each
+MAX_PAUSE_SECONDS = 15
 
 
 class StreamingLoader(EndlessLoader):
@@ -52,6 +61,7 @@ class StreamingLoader(EndlessLoader):
         num_workers: int = 0,
         label: str = "",
         bad_samples_log: str | Path | None = None,
+        value_range: tuple[float, float] | Literal["auto"] | None = None,
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         first = next(filter(is_remote, urls))
@@ -62,8 +72,12 @@ class StreamingLoader(EndlessLoader):
                 f"{first} in data.shards is no local file, so its samples cannot be counted; write "
                 f"data.num_samples=..., or copy the shards to a disk."
             )
-        _refuse_unknown_schemes(urls)
-        self.urls, self.num_samples = urls, num_samples
+        if value_range == "auto":
+            raise UserError(
+                f"data.range=auto cannot be found in {first}, which is no local file; write data.range=[low,high]."
+            )
+        refuse_unknown_schemes(urls)
+        self.urls, self.num_samples, self.value_range, self.source = urls, num_samples, value_range, None
         if rank == 0:
             log.warning("%s cannot be indexed: samples are streamed, and an exact resume is not available", first)
 
@@ -77,10 +91,18 @@ class StreamingLoader(EndlessLoader):
 
     def stages(self) -> list:
         where = dict(start=self.samples, micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size)
-        return [StreamSource(self.urls, self.plan, self.seed, **where)]
+        where["stall_seconds"] = max(patience.timeout_seconds / 4, 1)  # so that others are tried before the run ends
+        self.source = StreamSource(self.urls, self.plan, self.seed, **where, value_range=self.value_range)
+        return [self.source]
+
+    def close(self) -> None:
+        super().close()
+        if self.source is not None:
+            self.source.close()
 
     def identity(self) -> dict:
-        return {"exact": False, "seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
+        settings = {"seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
+        return {"exact": False, **settings, **({"range": list(self.value_range)} if self.value_range else {})}
 
     def name_of(self, sample):
         url, key = sample
@@ -88,16 +110,29 @@ class StreamingLoader(EndlessLoader):
 
 
 class StreamSource(IterableDataset):
-    """A rank's micro-batches, as `MicroBatchReader` makes them."""
+    """A rank's micro-batches, as `MicroBatchReader` makes them. A server that is silent for `stall_seconds` is left."""
 
-    def __init__(self, urls, plan: ViewPlan, seed: int, start: int, micro_batch: int, rank: int, world_size: int):
+    def __init__(
+        self,
+        urls,
+        plan: ViewPlan,
+        seed: int,
+        start: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        stall_seconds: float = TIMEOUT_SECONDS / 4,
+        value_range: ValueRange | None = None,
+    ):
         self.urls, self.plan, self.seed, self.start = urls, plan, seed, start
+        self.stall_seconds, self.value_range = stall_seconds, value_range
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
+        self.open, self.closed = None, False
 
     def __iter__(self):
         nth_worker, workers = worker()
         self.bad: list[tuple[int, tuple[str, str], str]] = []
-        self.shards_failed = 0
+        self.shards_failed, self.ever_come = 0, False
         samples = self._stream(sample_seed(self.seed, self.start + self.rank + self.world_size * nth_worker))
         for nth in count(nth_worker, workers):
             yield self._micro_batch(
@@ -108,13 +143,37 @@ class StreamSource(IterableDataset):
         return iter(
             wds.DataPipeline(
                 wds.ResampledShards(self.urls, seed=seed, worker_seed=lambda: seed, deterministic=True),
-                wds.tarfile_to_samples(handler=self._shard_failed),
+                self._opened,
+                functools.partial(tar_file_expander, handler=self._shard_failed),
+                functools.partial(group_by_keys, handler=self._shard_failed),
+                self._counted,
                 wds.shuffle(SHUFFLE_BUFFER, rng=random.Random(seed)),
             )
         )
 
+    def _opened(self, shards):
+        for shard in shards:
+            if self.closed:
+                raise _NothingLeft
+            self.url, self.come, self.failed = shard["url"], 0, False
+            doing(f"it reads {self.url}".encode())
+            try:
+                self.open = open_url(self.url, self.stall_seconds)
+            except (OSError, ValueError) as error:
+                self._shard_failed(error)
+                continue
+            with contextlib.closing(self.open):
+                yield shard | {"stream": self.open}
+            if not (self.come or self.failed):
+                self._shard_failed(ValueError("a tar without a single sample"))
+
+    def _counted(self, samples):
+        for sample in samples:
+            self.come, self.shards_failed, self.ever_come = self.come + 1, 0, True
+            yield sample
+
     def _micro_batch(self, positions: np.ndarray, samples) -> dict:
-        rows = MicroBatchBuffers(self.plan, len(positions), None)
+        rows = MicroBatchBuffers(self.plan, len(positions), None, self.value_range)
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
         sample_ids = np.zeros(len(positions), np.int64)
         lost = []
@@ -134,7 +193,6 @@ class StreamSource(IterableDataset):
         """Writes the stream's next readable sample; returns its id, a hash of its shard's URL and its key."""
         for _ in range(MAX_ATTEMPTS + 1):
             sample = next(samples)
-            self.shards_failed = 0
             url, key = sample["__url__"], sample["__key__"]
             try:
                 extension = image_extension([name for name in sample if not name.startswith("__")])
@@ -148,25 +206,22 @@ class StreamSource(IterableDataset):
 
     def _shard_failed(self, error: Exception) -> bool:
         """webdataset's handler: true goes on, with the next shard where this one cannot be read further."""
-        self.shards_failed += 1
-        url = error.args[-1] if error.args and isinstance(error.args[-1], str) else self.urls[0]
-        self.bad.append(
-            (self.position, (url, "what follows"), f"{type(error).__name__}: {error.args[0] if error.args else ''}")
-        )
+        self.shards_failed, self.failed = self.shards_failed + 1, True
+        reason = str(error.args[0]).partition(" @ <")[0] if error.args else type(error).__name__
+        self.bad.append((self.position, (self.url, "what follows"), reason))
+        doing(f"it has just left {self.url}: {reason}".encode())
         if self.shards_failed > MAX_SHARDS_FAILED:
             raise _NothingLeft
+        if self.ever_come and self.shards_failed > FAILED_IN_PASSING:  # a server that worked may do so again
+            time.sleep(min(2 ** (self.shards_failed - FAILED_IN_PASSING - 1), MAX_PAUSE_SECONDS))
         return True
+
+    def close(self) -> None:
+        """Ends the command whose output is being read in this process, and opens no other."""
+        self.closed = True
+        if hasattr(self.open, "end"):
+            self.open.end()
 
 
 class _NothingLeft(BaseException):
     """Not an Exception: webdataset would hand it to the handler that raises it."""
-
-
-def _refuse_unknown_schemes(urls: list[str]) -> None:
-    for url in filter(is_remote, urls):
-        scheme = url.partition(":")[0]
-        if scheme not in gopen_schemes:
-            raise UserError(
-                f"{url} cannot be opened: the scheme {scheme} is not known; write a command that prints the tar, "
-                f"such as 'pipe:aws s3 cp s3://bucket/000.tar -'."
-            )

@@ -12,6 +12,7 @@ from prelude.data.decode import BadImage
 from prelude.data.loader import label_reader
 from prelude.data.shards import ShardIndex
 from prelude.data.source import OpenFiles
+from prelude.data.waiting import in_threads
 
 CANDIDATES = 10  # for each sample that is wanted
 
@@ -25,18 +26,24 @@ def balanced_subset(index: ShardIndex, label: str, num_samples: int, seed: int) 
     index = index.with_label(label)
     read, files = label_reader(index, label), OpenFiles(index.paths)
     candidates = np.random.default_rng(seed).permutation(index.num_samples)[: CANDIDATES * num_samples]
-    seen: Counter = Counter()
-    turns, labelled = [], []
-    for sample in candidates.tolist():
+
+    def class_of(sample: int) -> bytes | None:
         offset, size = index.labels[sample].tolist()
         if offset < 0:
-            continue
+            return None
         try:
-            number = read(files.read(int(np.searchsorted(index.ends, sample, side="right")), offset, size)).tobytes()
+            shard = int(np.searchsorted(index.ends, sample, side="right"))
+            return read(files.read(shard, offset, size)).tobytes()
         except BadImage:
-            continue
-        turns.append(seen[number])
-        labelled.append(sample)
-        seen[number] += 1
+            return None
+
+    seen: Counter = Counter()
+    turns, labelled = [], []
+    numbers = in_threads(class_of, candidates.tolist(), lambda sample: f"a label in {index.shard_of(sample)}")
+    for sample, number in zip(candidates.tolist(), numbers, strict=True):
+        if number is not None:
+            turns.append(seen[number])
+            labelled.append(sample)
+            seen[number] += 1
     first = np.argsort(np.array(turns, np.int64), kind="stable")[:num_samples]
     return np.sort(np.array(labelled, np.int64)[first])

@@ -136,7 +136,7 @@ def _look(index: ShardIndex, files: OpenFiles, read_label, sample: int, duplicat
     shard = int(np.searchsorted(index.ends, sample, side="right"))
     try:
         content = files.read(shard, *index.images[sample].tolist())
-        pixels = decode(content)
+        pixels = decode(content, value_range=index.value_range)
         form = form_of(content)
     except BadImage as error:
         return _Seen(sample, str(error))

@@ -1,44 +1,39 @@
 """Where the samples of one tar shard lie: byte offsets and sizes, read from the headers alone.
 
-- Reads what webdataset reads: ustar with prefixes, GNU long names, PAX paths and sizes, base-256 sizes, old (v7)
-  headers. Every header's checksum is verified. File names become samples by webdataset's own rule.
-- Damage never raises and is never silent: each lost member or sample is one `Problem`. After a damaged header the
-  walk goes on at the next sound one, so a single bad block costs one member and not the rest of the shard.
+- Members with one key are one sample, wherever in the shard they lie. A key is the name up to the first dot of the
+  file's name, as in webdataset, and an image and its label may both have more dots: `a.left.jpg`, `a.left.cls`.
+- Damage never raises and is never silent: each lost member or sample is one `Problem`, which says about how many
+  samples it has cost, as far as bytes that no sound member covers tell.
+- `content` is a hash over samples of the images' bytes, so that a shard which was written again in place is noticed.
 - Nothing is ever extracted: a member's name is only a key, so it cannot climb out of a folder.
 """
 
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from prelude.data.errors import UserError
-from prelude.data.image_files import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
+from prelude.data.image_files import DESKTOP_FILES, DESKTOP_FOLDERS, IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
+from prelude.data.tar_headers import TAIL, Damage, Walk
+from prelude.data.waiting import moved, open_file
 
-BLOCK = 512
-_MAX_EXTENDED_HEADER = 2**20
-_SCAN = 2**20
-_ZEROS = bytes(BLOCK)
-_REGULAR = (b"0", b"\0", b"7")
-_LINKS = (b"1", b"2")
-_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, whatever their size field says
+_SAMPLED = 64  # images of a shard whose middle is part of its content's hash, beside the end of every image
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own metadata members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
-
-
-class Member(NamedTuple):
-    name: str
-    offset: int  # of the content, bytes from the start of the tar
-    size: int
 
 
 class Problem(NamedTuple):
     reason: str  # one of few, so that problems can be counted
     where: str  # a key, a member's name, or a byte offset
+    lost: int = 1  # about how many samples
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,20 @@ class TarIndex:
     images: np.ndarray  # (n, 2) int64: offset and size of each sample's image
     labels: np.ndarray  # (n, 2) int64: the same of its label, -1 where it has none; (0, 2) if no label was asked for
     problems: tuple[Problem, ...]
+    ended: bool  # whether the end marker is there; without, the tar may have been cut off between two members
+    content: str  # hash of samples of the images' bytes
+    label_content: str  # the same of the labels
+
+
+class _Place(NamedTuple):
+    """A member's content, as a sample knows it."""
+
+    offset: int
+    size: int
+    tail: int  # checksum of its last bytes
+
+
+_NOWHERE = _Place(-1, -1, 0)
 
 
 def index_tar(path: str, label: str = "") -> TarIndex:
@@ -54,23 +63,38 @@ def index_tar(path: str, label: str = "") -> TarIndex:
     Raises UserError for a compressed tar, which has no byte offsets, and OSError where the file cannot be read.
     """
     problems: list[Problem] = []
-    images, labels = [], []
-    for key, files in _samples(_members(path, problems), problems):
-        image = _image_of(key, files, problems)
-        if image:
-            images.append(image)
-            labels.append(files.get(label, (-1, -1)))
-    return TarIndex(_table(images), _table(labels if label else []), tuple(problems))
+    with _Open(path) as file:
+        walk = Walk(file.fd, file.size)
+        samples = _samples(_named(walk, problems), problems)
+        found = [(files[image], _label_of(files, image, label)) for image, files in _with_image(samples, problems)]
+        found.sort(key=lambda places: places[0].offset)
+        images, labels = [place for place, _ in found], [place for _, place in found]
+        middles = [_middle(file.fd, place) for place in images[:: max(len(images) // _SAMPLED, 1)]]
+    covered = file.size - sum(damage.num_bytes for damage in walk.damage)
+    damage = [_told(damage, covered / len(images) if images else 0) for damage in walk.damage]
+    return TarIndex(
+        _table(images),
+        _table(labels if label else []),
+        tuple(problem for problem in (*damage, *problems) if problem),
+        walk.ended,
+        _hash([*(place.tail for place in images), *middles]),
+        _hash([place.tail for place in labels] if label else []),
+    )
 
 
 def keys_by_offset(path: str) -> dict[int, str]:
     """The key of every member of a tar, by the offset of its content."""
-    return {member.offset: base_plus_ext(member.name)[0] or member.name for member in _members(path, [])}
+    with _Open(path) as file:
+        return {member.offset: base_plus_ext(member.name)[0] or member.name for member in Walk(file.fd, file.size)}
 
 
-def samples_of(path: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {extension: (offset, size)}) of every sample of a tar, with or without an image; errors as `index_tar`."""
-    return _samples(_members(path, problems), problems)
+def samples_of(path: str, problems: list[Problem]) -> dict[str, dict[str, tuple[int, int]]]:
+    """{key: {extension: (offset, size)}} of every sample of a tar, with or without an image; errors as `index_tar`."""
+    with _Open(path) as file:
+        walk = Walk(file.fd, file.size)
+        samples = _samples(_named(walk, problems), problems)
+    problems += [Problem(damage.reason, damage.where) for damage in walk.damage if damage.num_bytes]
+    return {key: {ext: (place.offset, place.size) for ext, place in files.items()} for key, files in samples.items()}
 
 
 def image_extension(extensions) -> str | None:
@@ -78,70 +102,127 @@ def image_extension(extensions) -> str | None:
     for known in IMAGE_EXTENSIONS:
         if known in extensions:
             return known
-    return next((ext for ext in extensions if ext.rpartition(".")[2] in IMAGE_EXTENSIONS), None)
+    return next((ext for ext in extensions if _is_image(ext)), None)
+
+
+def passed_over(name: str) -> bool:
+    """Whether a member is no part of a data set: a hidden file, what desktops leave behind, webdataset's own notes."""
+    *folders, file = name.lower().split("/")
+    in_vain = file in DESKTOP_FILES or not DESKTOP_FOLDERS.isdisjoint(folders)
+    return file.startswith(".") or in_vain or bool(_META.match(name))
 
 
 # ---- members into samples
 
 
-def _samples(members: Iterator[Member], problems: list[Problem]) -> Iterator[tuple[str, dict]]:
-    """Neighbouring members with one key are one sample: (key, {extension: (offset, size)})."""
-    key, files, seen = None, None, set()
-    for member in members:
-        prefix, extension = base_plus_ext(member.name)
-        if prefix is None or _META.match(member.name):
-            continue
-        if prefix != key:
-            if files is not None:
-                yield key, files
-            key, files = prefix, {}
-            if key in seen:
-                problems.append(Problem("duplicate key", key))
-                files = None
-            seen.add(key)
-        if files is None:
+def _named(walk: Walk, problems: list[Problem]) -> Iterable[tuple[str, str, str, _Place]]:
+    """(key, extension, name, place) of every member that can be part of a sample."""
+    for member in walk:
+        moved()
+        key, extension = base_plus_ext(member.name)
+        if key is None or passed_over(member.name):
             continue
         extension = extension.lower()
-        if extension in files:
-            problems.append(Problem("duplicate member", member.name))
-            continue
-        files[extension] = member.offset, member.size
-    if files is not None:
-        yield key, files
+        if member.is_file:
+            yield key, extension, member.name, _Place(member.offset, member.size, zlib.crc32(member.tail))
+        elif _is_image(extension):
+            problems.append(Problem("a link and not a file", member.name))
 
 
-def _image_of(key: str, files: dict, problems: list[Problem]) -> tuple[int, int] | None:
-    extension = image_extension(files)
-    if extension is None:
-        problems.append(Problem("no image", key))
+def _samples(members: Iterable, problems: list[Problem]) -> dict[str, dict[str, _Place]]:
+    """Places by extension by key. A second run of neighbours under a key completes its sample, if it has what is
+    missing there; else it is a sample of its own whose key is taken."""
+    samples: dict[str, dict[str, _Place]] = {}
+    for key, run in groupby(members, key=lambda member: member[0]):
+        files: dict[str, _Place] = {}
+        for _, extension, name, place in run:
+            if extension in files:
+                problems.append(Problem("duplicate member", name))
+            else:
+                files[extension] = place
+        known = samples.setdefault(key, {})
+        if known.keys() & files.keys() or (_has_image(known) and _has_image(files) and not all(map(_is_image, files))):
+            problems.append(Problem("duplicate key", key))
+        else:
+            known.update(files)
+    return samples
+
+
+def _with_image(samples: dict, problems: list[Problem]) -> Iterable[tuple[str, dict]]:
+    """(extension of the image, places by extension) of every sample that has one image."""
+    for key, files in samples.items():
+        extension = image_extension(files)
+        images = sum(map(_is_image, files))
+        if extension is None:
+            problems.append(Problem("no image", key))
+        elif "." in extension and images > 1:  # `photo.1.jpg`, `photo.2.jpg`
+            where = f"{key} (a key ends at the first dot of a file's name)"
+            problems.append(Problem("several images under one key", where, images))
+        elif files[extension].size == 0 or files[extension].size > MAX_IMAGE_BYTES:
+            reason = "image too large" if files[extension].size else "empty image"
+            problems.append(Problem(reason, f"{key}.{extension}"))
+        else:
+            yield extension, files
+
+
+def _label_of(files: dict, image: str, label: str) -> _Place:
+    """`a.cls` before `a.left.cls`, which is that of `a.left.jpg`."""
+    between = image.rpartition(".")[0]
+    return files.get(label) or files.get(f"{between}.{label}") or _NOWHERE
+
+
+def _has_image(extensions) -> bool:
+    return any(map(_is_image, extensions))
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def _table(places: list[_Place]) -> np.ndarray:
+    return np.array([place[:2] for place in places], np.int64).reshape(-1, 2)
+
+
+# ---- damage, content
+
+
+def _told(damage: Damage, bytes_a_sample: float) -> Problem | None:
+    """None where it has cost nothing and is nothing strange."""
+    lost = round(damage.num_bytes / bytes_a_sample) if bytes_a_sample else 1
+    if damage.reason == "nothing but an end" and not lost:
         return None
-    if "." in extension and sum(ext.rpartition(".")[2] in IMAGE_EXTENSIONS for ext in files) > 1:
-        # `photo.1.jpg`, `photo.2.jpg`: by the convention, a key ends at the first dot of the file's name
-        problems.append(Problem("several images under one key", key))
-        return None
-    _, size = files[extension]
-    if size == 0 or size > MAX_IMAGE_BYTES:
-        problems.append(Problem("image too large" if size else "empty image", f"{key}.{extension}"))
-        return None
-    return files[extension]
+    return Problem(damage.reason, damage.where, max(lost, damage.at_least))
 
 
-def _table(rows: list) -> np.ndarray:
-    return np.array(rows, np.int64).reshape(-1, 2)
+def _middle(fd: int, place: _Place) -> int:
+    """Checksum of bytes in the middle of an image; 0 where its end is all of it."""
+    if place.size <= TAIL:
+        return 0
+    return zlib.crc32(os.pread(fd, min(TAIL, place.size), place.offset + (place.size - TAIL) // 2))
 
 
-# ---- headers into members
+def _hash(checksums: list[int]) -> str:
+    return hashlib.blake2b(np.array(checksums, "<u4").tobytes(), digest_size=16).hexdigest()
 
 
-def _members(path: str, problems: list[Problem]) -> Iterator[Member]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: headers lie far apart
-        _refuse_compressed(path, os.pread(fd, 8, 0))
-        yield from _walk(fd, os.fstat(fd).st_size, problems)
-    finally:
-        os.close(fd)
+class _Open:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __enter__(self) -> "_Open":
+        self.fd = open_file(self.path)
+        try:
+            self.size = os.fstat(self.fd).st_size
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: headers lie far apart
+            _refuse_compressed(self.path, os.pread(self.fd, 8, 0))
+        except BaseException:
+            os.close(self.fd)
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self.fd)
 
 
 def _refuse_compressed(path: str, start: bytes) -> None:
@@ -151,121 +232,3 @@ def _refuse_compressed(path: str, start: bytes) -> None:
                 f"{path} is compressed with {name}, and images inside cannot be read by their byte offset; "
                 f"write an uncompressed tar (images gain nothing from it)."
             )
-
-
-def _walk(fd: int, end: int, problems: list[Problem]) -> Iterator[Member]:
-    offset, extended = 0, {}
-    while True:
-        block = os.pread(fd, BLOCK, offset)
-        if len(block) < BLOCK:
-            problems.append(Problem("cut short" if block else "no end marker", f"byte {offset}"))
-            return
-        header = _parse(block)
-        if header is None:
-            following = _next_sound_header(fd, offset + BLOCK, end)
-            blank = block == _ZEROS
-            if blank and following is None:
-                return  # the end marker
-            problems.append(Problem("zeros between members" if blank else "bad header", f"byte {offset}"))
-            if following is None:
-                return
-            offset, extended = following, {}
-            continue
-
-        name, size, kind = header
-        content = offset + BLOCK
-        if kind in b"xgLK":
-            if size > _MAX_EXTENDED_HEADER:
-                problems.append(Problem("bad header", f"byte {offset}"))
-                return
-            if kind in b"xL":
-                extended.update(_extended(kind, os.pread(fd, size, content)))
-        else:
-            name, size = extended.get("path", name), extended.get("size", size)
-            if kind in _WITHOUT_CONTENT:
-                size = 0
-            if content + size > end:
-                problems.append(Problem("cut short", name))
-                return
-            if "sparse" in extended or kind == b"S":
-                problems.append(Problem("sparse member", name))
-            elif kind in _LINKS:
-                if (base_plus_ext(name)[1] or "").lower() in IMAGE_EXTENSIONS:
-                    problems.append(Problem("a link and not a file", name))
-            elif kind in _REGULAR and not name.endswith("/"):
-                yield Member(name, content, size)
-            extended = {}
-        offset = content + -(-size // BLOCK) * BLOCK
-
-
-def _parse(block: bytes) -> tuple[str, int, bytes] | None:
-    """(name, size, type) of a header block, or None if its checksum or a number in it is wrong."""
-    try:
-        stored = _number(block[148:156])
-        size = _number(block[124:136])
-    except ValueError:
-        return None
-    summed = block[:148] + b" " * 8 + block[156:]
-    if stored != sum(summed) and stored != _signed_sum(summed):
-        return None
-    name = block[:100].partition(b"\0")[0]
-    prefix = block[345:500].partition(b"\0")[0]
-    if block[257:263] == b"ustar\0" and prefix:  # GNU's magic ends with a blank and has other fields there
-        name = prefix + b"/" + name
-    return _text(name), size, block[156:157]
-
-
-def _signed_sum(block: bytes) -> int:
-    """Some old writers summed the bytes as signed ones."""
-    return sum(block) - 256 * sum(byte > 127 for byte in block)
-
-
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # base 256, for sizes of 8 GiB and more
-        if field[0] & 0x40:
-            raise ValueError("negative")
-        return int.from_bytes(bytes([field[0] & 0x3F]) + field[1:], "big")
-    digits = field.partition(b"\0")[0].strip()
-    if not digits:
-        return 0
-    value = int(digits, 8)
-    if value < 0:
-        raise ValueError("negative")
-    return value
-
-
-def _extended(kind: bytes, content: bytes) -> dict:
-    """What a PAX or GNU header says of the member that follows: `path`, `size`, `sparse`."""
-    if kind == b"L":
-        return {"path": _text(content.partition(b"\0")[0])}
-    found, at = {}, 0
-    while at < len(content):
-        length, blank, _ = content[at : at + 20].partition(b" ")
-        if not blank or not length.isdigit() or int(length) <= len(length) + 1:
-            break
-        keyword, _, value = content[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
-        if keyword == b"path":
-            found["path"] = _text(value)
-        elif keyword == b"size" and value.isdigit():
-            found["size"] = int(value)
-        elif keyword.startswith(b"GNU.sparse"):
-            found["sparse"] = True
-        at += int(length)
-    return found
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _next_sound_header(fd: int, offset: int, end: int) -> int | None:
-    """The first block at or after `offset` that is a ustar header with a right checksum."""
-    while offset < end:
-        chunk = os.pread(fd, _SCAN, offset)
-        for at in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if chunk[at + 257 : at + 262] == b"ustar" and _parse(chunk[at : at + BLOCK]):
-                return offset + at
-        if len(chunk) < _SCAN:
-            return None
-        offset += _SCAN
-    return None

@@ -25,14 +25,20 @@ AUGMENT_DRAWS = 2**15  # of view_generator: apart from those of boxes, whose num
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the source image
 
 
-def read_views(image: bytes, plan: ViewPlan, seed: int, out: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Decode `image` and write its views into `out`.
+def read_views(
+    image: bytes,
+    plan: ViewPlan,
+    seed: int,
+    out: Sequence[np.ndarray],
+    value_range: tuple[float, float] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode `image` and write its views into `out`. value_range: as `decode` takes it.
 
     out: one (H, W, 3) uint8 C-contiguous array for each view of the plan, of that view's size.
     Returns boxes (V, 4) int32 as top, left, height, width in the source image, and flips (V,) bool.
     The pixels are not flipped. Raises data.decode.BadImage.
     """
-    pixels = decode(image)
+    pixels = decode(image, value_range=value_range)
     height, width, _ = pixels.shape
     boxes = np.empty((len(plan.views), 4), np.int32)
     flips = np.empty(len(plan.views), np.bool_)

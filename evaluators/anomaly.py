@@ -6,7 +6,8 @@ well-conditioned estimator for large-dimensional covariance matrices", 2004. Dis
 paper's levels) are added.
 
 - One class is normal, all others are anomalies. Only normal training images are used, and no anomaly chooses anything.
-- By default each class is normal in turn, and the headline is the mean of their areas under the ROC curve.
+- By default each class with enough test images is normal in turn, and the headline is the mean of their areas under
+  the ROC curve. Its standard error is of the same classes: a draw of the bootstrap that lacks one is left out.
 - Fitted in float64.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from prelude.data.errors import UserError
 from prelude.evaluators.features import Features
-from prelude.evaluators.ranking import auc, bootstrap
+from prelude.evaluators.ranking import MIN_POSITIVES, auc, bootstrap, standard_error
 from prelude.evaluators.results import Outcome, Percent
 
 PIECE = 4096  # samples
@@ -31,14 +32,16 @@ def anomaly(
     device: torch.device | str = "cpu",
     normal: Sequence[int] | None = None,
 ) -> Outcome:
-    """AUROC of one class against the rest, the mean over the classes `normal` (default: all that both sets have).
+    """AUROC of one class against the rest, the mean over the classes `normal` (default: all that both sets have, and
+    test `MIN_POSITIVES` times; all of them where none is there so often).
 
     seed: of the bootstrap behind the standard error. Raises UserError for a class that train or test lacks, and where
     test has nothing else.
     """
     labels, test_labels = next(iter(train.values())).labels, next(iter(test.values())).labels
     shared = sorted(set(labels.tolist()) & set(test_labels.tolist()))
-    classes = shared if normal is None else list(dict.fromkeys(normal))
+    frequent = [number for number in shared if (test_labels == number).sum() >= MIN_POSITIVES] or shared
+    classes = frequent if normal is None else list(dict.fromkeys(normal))
     unknown = [number for number in classes if number not in shared]
     if unknown or not classes:
         raise UserError(f"Class {', '.join(map(str, unknown)) or 'of any number'} is not in train and test; write "
@@ -50,10 +53,10 @@ def anomaly(
 
     def mean_auc(weights: Tensor | None) -> Tensor:
         each = [auc(summed[number], test_labels != number, weights) for number in classes]
-        return torch.stack(each).nanmean(0)
+        return torch.stack(each).mean(0)
 
-    draws = 100 * bootstrap(mean_auc, len(test_labels), seed)
-    number = Percent(100 * mean_auc(None).item(), draws[draws.isfinite()].std().item())
+    error = standard_error(100 * bootstrap(mean_auc, len(test_labels), seed))
+    number = Percent(100 * mean_auc(None).item(), error)
     by_class = {
         c: {
             "auroc": 100 * auc(summed[c], test_labels != c).item(),
@@ -69,7 +72,16 @@ def anomaly(
         chosen={"features": " + ".join(train)},
         recipe={"normal": classes, "features": list(train), "covariance": "Ledoit-Wolf", "seed": seed},
         details={"by_class": by_class},
+        warnings=_warnings(shared, classes, test_labels) if normal is None else [],
     )
+
+
+def _warnings(shared: list[int], classes: list[int], test_labels: Tensor) -> list[str]:
+    rare = [number for number in shared if (test_labels == number).sum() < MIN_POSITIVES]
+    if not rare:
+        return []
+    done = "all are so rare that they count nonetheless" if classes == shared else "left out of the mean AUROC"
+    return [f"With fewer than {MIN_POSITIVES} images in test, so {done}: class {', '.join(map(str, rare))}."]
 
 
 def fit_gaussian(values: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -2,9 +2,10 @@
 
 - An entry is one kind of feature of every readable sample of a set of shards, in the order of their index. It is named
   by a hash of the encoder's weights, the data's fingerprint, the view, the normalisation, the kind and the precision:
-  what could change a value changes the name.
+  what could change a value changes the name. Images written again in place have another fingerprint, copies have not.
 - Values are kept as they were computed, in float32, so that an evaluation from the bank is the one without it.
-- An entry exists whole or not at all: it is written to the side, synced and renamed. A damaged one is made again.
+- An entry exists whole or not at all: it is written to the side, synced and renamed. Its files carry checksums, which
+  are verified before it is used; a damaged one is made again.
 - Ranks share the work by contiguous parts of the index, each writing its own rows. No sample comes twice or is lost,
   and the entry is that of one process, but for rounding in the encoder.
 - Reading costs address space, not memory: pages come from the file and can be dropped again. Making holds one batch.
@@ -14,8 +15,10 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,10 +36,11 @@ from prelude.evaluators.features import Extractor, nothing_readable
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts
 
-FORMAT = 1
+FORMAT = 2
 VALUES, SAMPLE_IDS, ABOUT = "values.f32", "sample_ids.i64", "about.json"
 UNFINISHED = ".unfinished-"
 COPY_BYTES = 2**24
+_ENTRY = re.compile(rf"[0-9a-f]{{24}}|{re.escape(UNFINISHED)}[0-9a-f]+")  # nothing else is ours
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Bank:
         extractor = Extractor(encoder, kinds, device)
         identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}
         folders = {kind: self.folder / _digest(identity) for kind, identity in identities.items()}
-        missing = distributed.from_main([kind for kind in folders if _about(folders[kind]) is None])
+        sound = {kind: distributed.is_main() and _is_sound(folders[kind], identities[kind]) for kind in folders}
+        missing = distributed.from_main([kind for kind in folders if not sound[kind]])
         if missing:
             extractor.kinds = tuple(missing)
             self._fill(extractor, index, {kind: identities[kind] for kind in missing}, batch_size, num_workers)
@@ -89,7 +94,8 @@ class Bank:
 
     def entries(self) -> list[Entry]:
         found = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        return [Entry(path, _about(path) or {}, _num_bytes(path)) for path in found if path.is_dir()]
+        ours = [path for path in found if path.is_dir() and _ENTRY.fullmatch(path.name)]
+        return [Entry(path, _about(path) or {}, _num_bytes(path)) for path in ours]
 
     def clear(self) -> int:
         """Removes every entry, and what was never finished; returns the bytes that this gave back."""
@@ -142,13 +148,13 @@ class Bank:
         width = json.loads((written / ABOUT).read_text())["width"]
         for name, row_bytes in ((VALUES, 4 * width), (SAMPLE_IDS, 8)):
             _close_gaps(written / name, starts, counts, row_bytes)
-        about = {**identity, "num_samples": sum(counts), "width": width}
+        about = {**identity, "num_samples": sum(counts), "width": width, "checksums": _checksums(written)}
         with open(written / ABOUT, "w") as file:
             json.dump(about, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         final = self.folder / _digest(identity)
-        if _about(final) is None:
+        if not _is_sound(final, identity):
             shutil.rmtree(final, ignore_errors=True)  # a damaged one
         with suppress(FileExistsError):  # another process was faster, and has the same
             try:
@@ -219,13 +225,38 @@ def _digest(identity: dict) -> str:
 
 
 def _about(folder: Path) -> dict | None:
-    """What an entry says of itself; None where there is none or it is not whole."""
+    """What an entry says of itself; None where there is none, or it makes no sense."""
     try:
         about = json.loads((folder / ABOUT).read_text())
-        whole = (folder / VALUES).stat().st_size == 4 * about["num_samples"] * about["width"]
-        return about if whole and (folder / SAMPLE_IDS).stat().st_size == 8 * about["num_samples"] else None
-    except (OSError, ValueError, KeyError):
+        known = all(isinstance(about[key], str) for key in ("name", "kind", "data"))
+        counts = [about[key] for key in ("num_samples", "width")]
+        sizes = [(folder / name).stat().st_size for name in (SAMPLE_IDS, VALUES)]
+        sensible = known and all(type(count) is int and count > 0 for count in counts)
+        return about if sensible and sizes == [8 * counts[0], 4 * counts[0] * counts[1]] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _is_sound(folder: Path, identity: dict) -> bool:
+    """Whether an entry is whole, what it ought to be, and as it was written. Reads all of it, once."""
+    about = _about(folder)
+    if about is None or _digest({key: about.get(key) for key in identity}) != _digest(identity):
+        return False
+    try:
+        return about.get("checksums") == _checksums(folder)
+    except OSError:
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file: against decay and mistakes, at the speed of memory."""
+    found = {}
+    for name in (VALUES, SAMPLE_IDS):
+        found[name] = 0
+        with open(folder / name, "rb", buffering=0) as file:
+            while chunk := file.read(COPY_BYTES):
+                found[name] = zlib.crc32(chunk, found[name])
+    return found
 
 
 def _mapped(folder: Path, recipe: dict) -> Rows:

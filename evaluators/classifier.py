@@ -10,73 +10,25 @@
 - Batch norm is taken over all ranks. With `ema_decay`, what is tested and exported is the average of the weights.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from prelude.data.batch import AutoAugment, Batch, View, ViewPlan
 from prelude.data.errors import UserError
+from prelude.evaluators.finetune_recipe import FineTuneOptions
 from prelude.pretrain import layer_decay
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import pooled_width
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.mixing import Mixing
-from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.moving_average import move_towards
+from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
-NAME = "fine_tune"
 _HEAD_STD = 2e-5
-
-
-class AugmentOptions(Options):
-    """See data.batch.AutoAugment."""
-
-    policy: Literal["rand", "trivial"] = "rand"
-    num_ops: int = Field(2, ge=1)
-    probability: float = Field(0.5, gt=0, le=1)
-    magnitude: float = Field(9.0, ge=0, le=10)
-    magnitude_std: float = Field(0.5, ge=0)
-
-    @model_validator(mode="after")
-    def _trivial_has_no_settings(self):
-        if self.policy == "trivial" and self.model_fields_set - {"policy"}:
-            if self != type(self)(policy="trivial"):
-                raise ValueError("the policy trivial has no settings; write {policy: trivial} alone")
-        return self
-
-
-class FineTuneOptions(Options):
-    weights: str = ""  # fingerprint of the weights that training starts from; filled in by the command
-    per_class: int | None = Field(None, ge=1)  # labelled images of each class; None: all
-    fraction: float | None = Field(None, gt=0, le=1)  # of each class's labelled images
-    # mean: of the patch tokens, then a new norm (MAE). own: what the encoder itself pools. ViTs only; convnets pool.
-    pooling: Literal["mean", "own"] = "mean"
-    image_size: int | None = Field(None, ge=1)  # pixels; None: the size of pretraining
-    drop_path: float = Field(0.0, ge=0, lt=1)  # of the last block; rises linearly from 0
-    layer_decay: float = Field(1.0, gt=0, le=1)  # see pretrain/layer_decay.py; 1: the same rate everywhere
-    head_lr_ratio: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
-    crop_scale: AreaRange = (0.08, 1.0)  # share of the image's area; [1, 1]: the whole image
-    flip: float = Field(0.5, ge=0, le=1)
-    shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, as is usual on CIFAR
-    augment: AugmentOptions | None = None
-    mixup: float = Field(0.0, ge=0)  # alpha; 0: off
-    cutmix: float = Field(0.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: binary cross-entropy, averaged over the classes
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # of the average of the weights; 0: none
-    test_crop_share: float | None = Field(None, gt=0, le=1)  # None: 0.875 from 128 to 224 pixels, else all of it
-    test_every_epochs: float | None = Field(None, gt=0)  # a curve to look at; only the last weights are reported
-
-    @model_validator(mode="after")
-    def _one_way_to_take_few(self):
-        if self.per_class is not None and self.fraction is not None:
-            raise ValueError("objective.per_class and objective.fraction both say how many labels there are; write one")
-        return self
 
 
 class Classifier(Objective):
@@ -131,9 +83,16 @@ class Classifier(Objective):
                 total = F.cross_entropy(logits.float(), targets)
         return Loss(total, {"accuracy": right})
 
-    def after_step(self, progress: Progress) -> None:
-        if self.average is not None:
-            self.average.update(nn.ModuleDict(self._trained()))
+    def after_step(self, progress: Progress, applied: Tensor) -> None:
+        if self.average is None:
+            return
+        trained = nn.ModuleDict(self._trained()).state_dict()
+        kept = self.average.module.state_dict()
+        moving = [name for name, value in trained.items() if value.is_floating_point()]
+        share = (1.0 - self.options.ema_decay) * applied
+        move_towards([kept[name] for name in moving], [trained[name] for name in moving], share)
+        for name in trained.keys() - set(moving):  # counts of batches
+            kept[name].copy_(trained[name])
 
     def lr_scales(self) -> dict[str, float]:
         scales = layer_decay.lr_scales(self.encoder, self.options.layer_decay)

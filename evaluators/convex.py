@@ -8,7 +8,12 @@ A head minimises a mean cross-entropy (of classes, or of yes and no for each lab
   logistic regression algorithm", 1992: at most half the covariance; a quarter for yes and no) is diagonal. Each
   coordinate gets its own step, and accelerated gradient (Nesterov; restarted as in O'Donoghue & Candes, 2015) needs
   tens of passes where SGD needs thousands on features as correlated as an encoder's.
-- All heads share those passes: a pass is two matrix products.
+- Where samples are told apart well, the curvature is far below the bound. Steps are made for what gradients on the way
+  show of it (as Barzilai & Borwein, 1988, read it off them), with a margin, and for the bound once the loss rises.
+- All heads share those passes: a pass is two matrix products. What is a problem of its own (a head of classes, or one
+  label of a head of labels) has its own momentum, its own gap, and leaves when it is done.
+- The gap is an estimate of how far a loss is above its least, as a share of it: half of g^T H^-1 g, with the mean
+  curvature where the descent stands. With the bound in its place rare labels would seem done long before they are.
 - Weights are rotated, never the samples: features are read in pieces, from a memory map as well as from memory, and
   nothing of their size is kept beside them. A GPU holds them itself where they fit.
 """
@@ -20,8 +25,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-6  # a head is done when one more step promises to lower its loss by less than this share
-MAX_PASSES = 300
+TOLERANCE = 1e-6  # a problem is done when its loss seems to be above its least by less than this share
+MAX_PASSES = 1000
+# The curvature that steps are made for: by how much it may fall in a pass, what it is above the one that was met, and
+# the rise of the loss (a ratio) after which it is the bound again.
+SHRINK, MARGIN, WORSE = 0.95, 2.0, 1.1
 # Logits or features held at once: 4 MiB of float32, or 128 MiB beside a GPU, which wants large matrices.
 PIECE_ELEMENTS = 2**25 if torch.cuda.is_available() else 2**20
 
@@ -36,12 +44,12 @@ class Heads:
     biases: Tensor  # (H, C)
     mean: Tensor  # (D,)
     scale: Tensor  # (D,) 1 / standard deviation; 0 for a feature that is constant
-    passes: Tensor  # (H,) over the training set
-    gaps: Tensor  # (H,) the decrease of the loss that one more step promised, as a share of it
+    passes: Tensor  # (H, P) over the training set; of each problem: one a head for classes, each label for labels
+    gaps: Tensor  # (H, P) how far the loss seemed to be above its least, as a share of it
 
     @property
     def converged(self) -> list[bool]:
-        return (self.gaps < TOLERANCE).tolist()
+        return (self.gaps < TOLERANCE).all(1).tolist()
 
     def logits(self, values: Tensor) -> Tensor:
         """(N, D) raw features to (H, N, C), on the heads' device."""
@@ -60,58 +68,72 @@ class Heads:
 
 
 class ClassLoss:
-    """Mean cross-entropy of N samples with classes (N,) in 0..C-1."""
+    """Mean cross-entropy of N samples with classes (N,) in 0..C-1: one problem a head, with C outputs."""
 
     def __init__(self, classes: Tensor, num_classes: int):
-        self.classes, self.num_outputs = classes, num_classes
+        self.classes, self.num_outputs, self.num_problems = classes, num_classes, 1
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def curvature(self) -> Tensor:
-        """(1, 1): the bound on the Hessian, as a share of the features' second moments."""
-        return torch.full((1, 1), 0.5, device=self.classes.device)
+        """(P,): the bound on the Hessian, as a share of the features' second moments."""
+        return torch.full((1,), 0.5, device=self.classes.device)
+
+    def solvable(self) -> Tensor:
+        """(P,) bool: whether there is something to tell apart."""
+        return torch.ones(1, dtype=torch.bool)
 
     def take(self, rows: Tensor) -> "ClassLoss":
         return ClassLoss(self.classes[rows], self.num_outputs)
 
-    def __call__(self, logits: Tensor, places: slice) -> tuple[Tensor, Tensor]:
-        """logits (n, h, C) of samples `places`. Returns their gradient and (h,) their part of the loss."""
+    def __call__(self, logits: Tensor, places: slice, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits (n, p, C) of samples `places`, of the problems `which` (p,).
+
+        Returns their gradient, and their parts of the loss (p,) and of the curvature that is felt (p, C).
+        """
         labels = self.classes[places]
         own = (torch.arange(len(labels), device=labels.device), slice(None), labels)
-        residual = logits.softmax(2)  # (n, h, C)
+        residual = logits.softmax(2)  # (n, p, C)
         loss = -residual[own].clamp(min=1e-30).log().sum(0)
+        felt = (residual.sum(0) - residual.square().sum(0)) / len(self)
         residual[own] -= 1
-        return residual.div_(len(self)), loss / len(self)
+        return residual.div_(len(self)), loss / len(self), felt
 
 
 class LabelLoss:
     """Binary cross-entropy of N samples with labels (N, L) of 1, 0 and NaN, which counts for nothing.
 
-    Each label's mean is over the samples where it is known, and the loss is the sum over labels: each is a problem of
-    its own.
+    Each label is a problem of its own with one output, and its loss the mean over the samples where it is known. A
+    label that is always or never there has no optimum, and its head stays 0.
     """
 
     def __init__(self, labels: Tensor):
-        self.labels, self.num_outputs = labels, labels.shape[1]
+        self.labels, self.num_outputs, self.num_problems = labels, 1, labels.shape[1]
         self.num_known = labels.isfinite().sum(0).clamp(min=1)  # (L,)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def curvature(self) -> Tensor:
-        """(L, 1)"""
-        return (0.25 * len(self) / self.num_known)[:, None]
+        """(L,)"""
+        return 0.25 * len(self) / self.num_known
+
+    def solvable(self) -> Tensor:
+        """(L,)"""
+        return ((self.labels == 1).any(0) & (self.labels == 0).any(0)).cpu()
 
     def take(self, rows: Tensor) -> "LabelLoss":
         return LabelLoss(self.labels[rows])
 
-    def __call__(self, logits: Tensor, places: slice) -> tuple[Tensor, Tensor]:
-        labels = self.labels[places][:, None]  # (n, 1, L)
-        share = labels.isfinite() / self.num_known
+    def __call__(self, logits: Tensor, places: slice, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        labels = self.labels[places][:, which, None]  # (n, p, 1)
+        share = labels.isfinite() / self.num_known[which, None]
         wanted = labels.nan_to_num(0.0)
         loss = (torch.nn.functional.softplus(logits) - wanted * logits) * share
-        return (logits.sigmoid() - wanted) * share, loss.sum((0, 2))
+        found = logits.sigmoid()
+        felt = (found * (1 - found) * share).sum(0)
+        return (found - wanted) * share, loss.sum((0, 2)), felt
 
 
 @dataclass(frozen=True)
@@ -155,80 +177,103 @@ class Space:
         # grows with its largest eigenvalue, so small ones are not trusted below that. The constant has variance 1.
         variances = torch.cat([self.variances + 1e-6 * self.variances.max(), self.variances.new_ones(1)]) / share
         decays = torch.tensor(weight_decays, device=self.mean.device)
-        heads = self.mean.new_zeros(len(decays), loss.num_outputs, len(variances))  # (H, C, R + 1)
+        num_heads, problems = len(decays), (len(decays), loss.num_problems)
+        heads = self.mean.new_zeros(*problems, loss.num_outputs, len(variances))  # (H, P, C, R + 1)
         if start is not None:
-            heads = torch.cat([start.weights @ self.basis, start.biases[..., None]], 2)
-        heads, passes, gaps = self._minimise(loss, rows, variances * loss.curvature(), decays, heads)
-        return Heads(heads[..., :-1] @ self.basis.T, heads[..., -1], self.mean, self.scale, passes, gaps)
+            heads = torch.cat([start.weights @ self.basis, start.biases[..., None]], 2).view_as(heads)
+        heads, passes, gaps = self._minimise(loss, rows, variances, decays, heads)
+        heads = heads.view(num_heads, -1, len(variances))
+        weights, biases = heads[..., :-1] @ self.basis.T, heads[..., -1]
+        return Heads(weights, biases, self.mean, self.scale, passes.view(problems), gaps.view(problems))
 
-    def _minimise(self, loss, rows, curvature: Tensor, decays: Tensor, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The heads (H, C, R + 1), the bias last, with the passes and the gap of each. curvature: (C or 1, R + 1).
+    def _minimise(self, loss, rows, variances: Tensor, decays: Tensor, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """heads: (H, P, C, R + 1), the bias last. variances: (R + 1,). Returns heads (H * P, C, R + 1), and the passes
+        and the gap of each.
 
-        A head leaves when it is done, so that the few with little decay, which are slow, do not hold up the others.
+        A problem leaves when it is done, so that the few with little decay, which are slow, do not hold up the others.
         """
-        decay = decays[:, None, None].repeat(1, 1, curvature.shape[1])  # (H, 1, R + 1)
+        num_heads, num_problems = heads.shape[:2]
+        which = torch.arange(num_problems, device=decays.device).repeat(num_heads)
+        decay = decays.repeat_interleave(num_problems)[:, None, None].repeat(1, 1, len(variances))  # (H * P, 1, R + 1)
         decay[..., -1] = 0  # the bias is free
-        passes, gaps = torch.zeros(len(decays), dtype=torch.long), torch.full((len(decays),), torch.inf)
-        descent = _Descent(decay, 1 / (curvature + decay), heads, heads, torch.ones_like(decays))
+        bound = loss.curvature()[which]  # (H * P,)
+        heads = heads.flatten(0, 1)
+        passes, gaps = torch.zeros(len(heads), dtype=torch.long), torch.zeros(len(heads))
+        running = loss.solvable().repeat(num_heads).nonzero()[:, 0]
+        start = (torch.ones_like(bound), heads, torch.zeros_like(heads), torch.full_like(bound, torch.inf))
+        descent = _Descent(which, decay, bound, bound.clone(), heads, heads, *start).only(running)
         heads = torch.zeros_like(heads)
-        running = torch.arange(len(decays))
         for count in range(1, MAX_PASSES + 1):
-            gap = descent.advance(*self._gradient(loss, rows, descent.ahead)).cpu()
+            if not len(running):
+                break
+            gap = descent.advance(*self._gradient(loss, rows, descent.ahead, descent.which), variances).cpu()
             done = gap < TOLERANCE if count < MAX_PASSES else torch.ones_like(gap, dtype=torch.bool)
             if done.any():
                 finished = running[done]
                 heads[finished.to(heads.device)] = descent.weights[done.to(heads.device)]
                 passes[finished], gaps[finished] = count, gap[done]
-                descent, running = descent.without(done.to(heads.device)), running[~done]
-            if not len(running):
-                break
+                descent, running = descent.only(~done), running[~done]
         return heads, passes, gaps
 
-    def _gradient(self, loss, rows: Tensor | None, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss' gradient (h, C, R + 1) and (h,) its value."""
-        num_heads, num_outputs, _ = heads.shape
-        weights = (heads[..., :-1] @ self.basis.T).flatten(0, 1)  # (h * C, D)
+    def _gradient(self, loss, rows: Tensor | None, heads: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss' gradient (p, C, R + 1), its value (p,) and the curvature (p, C) that is felt, by problem."""
+        num_problems, num_outputs, _ = heads.shape
+        weights = (heads[..., :-1] @ self.basis.T).flatten(0, 1)  # (p * C, D)
         biases = heads[..., -1].flatten()
         gradient, of_biases = torch.zeros_like(weights), torch.zeros_like(biases)
-        value = heads.new_zeros(num_heads)
+        value, felt = heads.new_zeros(num_problems), heads.new_zeros(num_problems, num_outputs)
         for places, piece in pieces(self.values, rows, max(weights.shape)):
             standardised = (piece.to(self.mean.device) - self.mean) * self.scale  # (n, D)
-            logits = torch.addmm(biases, standardised, weights.T).view(-1, num_heads, num_outputs)
-            residual, part = loss(logits, places)
-            residual = residual.flatten(1)  # (n, h * C)
+            logits = torch.addmm(biases, standardised, weights.T).view(-1, num_problems, num_outputs)
+            residual, part, curved = loss(logits, places, which)
+            residual = residual.flatten(1)  # (n, p * C)
             gradient.addmm_(residual.T, standardised)
             of_biases += residual.sum(0)
             value += part
-        rotated = gradient.view(num_heads, num_outputs, -1) @ self.basis
-        return torch.cat([rotated, of_biases.view(num_heads, num_outputs, 1)], 2), value
+            felt += curved
+        rotated = gradient.view(num_problems, num_outputs, -1) @ self.basis
+        return torch.cat([rotated, of_biases.view(num_problems, num_outputs, 1)], 2), value, felt
 
 
 @dataclass
 class _Descent:
-    """Accelerated gradient descent of h heads, with one step size a coordinate; every head restarts on its own."""
+    """Accelerated gradient descent of p problems, with one step size a coordinate; each restarts on its own."""
 
-    decay: Tensor  # (h, 1, R)
-    step: Tensor  # (h, C or 1, R)
-    weights: Tensor  # (h, C, R)
-    ahead: Tensor  # (h, C, R) where the gradient is taken
-    momentum: Tensor  # (h,)
+    which: Tensor  # (p,) among the problems of the loss
+    decay: Tensor  # (p, 1, R)
+    bound: Tensor  # (p,) on the curvature, as a share of the variances
+    curvature: Tensor  # (p,) that the step is made for
+    weights: Tensor  # (p, C, R)
+    ahead: Tensor  # (p, C, R) where the gradient is taken
+    momentum: Tensor  # (p,)
+    before: Tensor  # (p, C, R) where the gradient was taken last
+    slope: Tensor  # (p, C, R) and that gradient, of the plain loss
+    loss: Tensor  # (p,) there, the decayed one
 
-    def advance(self, gradient: Tensor, loss: Tensor) -> Tensor:
-        """One pass, of the plain loss. Returns (h,) the decrease that a plain step from here promises, as a share of
-        the decayed loss."""
-        gradient = gradient + self.decay * self.ahead
+    def advance(self, gradient: Tensor, loss: Tensor, felt: Tensor, variances: Tensor) -> Tensor:
+        """One pass, of the plain loss. variances: (R,). Returns (p,) the gap, as a share of the decayed loss."""
+        went = self.ahead - self.before
+        length = (variances * went.square()).sum((1, 2))
+        met = ((gradient - self.slope) * went).sum((1, 2)) / length.clamp(min=1e-30)
+        met = torch.where(length > 0, met, self.bound)
+        gradient, plain = gradient + self.decay * self.ahead, gradient
         loss = loss + 0.5 * (self.decay * self.ahead.square()).sum((1, 2))
-        weights = self.ahead - self.step * gradient
+        expected = torch.maximum(SHRINK * self.curvature, MARGIN * met).minimum(self.bound)
+        self.curvature = torch.where(loss > WORSE * self.loss, self.bound, expected)  # the bound never overshoots
+        self.before, self.slope, self.loss = self.ahead, plain, loss
+        step = 1 / (self.curvature[:, None, None] * variances + self.decay)
+        weights = self.ahead - step * gradient
         moved = weights - self.weights
         uphill = (gradient * moved).sum((1, 2)) > 0
         momentum = torch.where(uphill, 1.0, (1 + (1 + 4 * self.momentum**2).sqrt()) / 2)
         push = torch.where(uphill, 0.0, (self.momentum - 1) / momentum)
         self.weights, self.ahead, self.momentum = weights, weights + push[:, None, None] * moved, momentum
-        return 0.5 * (self.step * gradient.square()).sum((1, 2)) / loss
+        curvature = (felt[..., None] * variances + self.decay).clamp(min=1e-30)
+        return 0.5 * (gradient.square() / curvature).sum((1, 2)) / loss
 
-    def without(self, done: Tensor) -> "_Descent":
-        """The heads that are not done, (h,) bool."""
-        return _Descent(*(getattr(self, field.name)[~done] for field in fields(self)))
+    def only(self, kept: Tensor) -> "_Descent":
+        """Some of the problems, by place or (p,) bool."""
+        return _Descent(*(getattr(self, field.name)[kept.to(self.which.device)] for field in fields(self)))
 
 
 # ---- features in pieces

@@ -17,16 +17,16 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators import ncm
 from prelude.evaluators.convex import ClassLoss, Space
+from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
 from prelude.evaluators.features import Features
 from prelude.evaluators.linear_probe import score
-from prelude.evaluators.results import Outcome, mean_and_spread, percent
-from prelude.evaluators.splits import contiguous_labels, hold_out
+from prelude.evaluators.results import Outcome, Percent, by_frequency, mean_and_spread, percent
+from prelude.evaluators.splits import contiguous_labels, edge_warnings, hold_out
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-4 + i / 2):.3g}") for i in range(10))  # 1e-4 .. 3.16
 UNTUNED_DECAY = 0.1  # where a draw has no image to spare for a choice
 FOLDS = 5
 ONE_FOLD_FROM = 1000  # images; from here on a tenth that is held out once is enough to choose on
-PER_CLASS, SHARES, DRAWS = (1, 5, 10), (1.0, 10.0), 5
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def fewshot(
         raise UserError("Few-shot needs one draw or more, of 1 image a class or more, or of 0 to 100 %; write others.")
     labels, test_labels, num_classes = contiguous_labels(train, test)
     task = _Task(train, test, labels, test_labels.to(device), num_classes, device)
-    numbers, details, kinds = {}, {}, []
+    numbers, details, kinds, warnings = {}, {}, [], []
+    by_kind: dict[str, dict[str, Percent]] = {kind: {} for kind in train}
     for amount in amounts:
         found = [task.judge(draw_rows(labels, amount, seed, number)) for number in range(draws)]
         numbers[amount.name] = mean_and_spread([each["top1"] for each in found])
@@ -73,11 +74,14 @@ def fewshot(
             "draws": found,
             "ncm": {kind: mean_and_spread([each["ncm_top1"][kind] for each in found]) for kind in train},
         }
+        for kind in train:
+            by_kind[kind][amount.name] = mean_and_spread([each["by_features"][kind] for each in found])
         kinds += [each["features"] for each in found]
+        warnings += _edge(found, amount)
     return Outcome(
         evaluator="fewshot",
         numbers=numbers,
-        chosen={"features": ", ".join(sorted(set(kinds), key=list(train).index))},
+        chosen={"features": by_frequency(kinds)},
         recipe={
             "per_class": list(per_class),
             "shares": list(shares),
@@ -87,7 +91,8 @@ def fewshot(
             "seed": seed,
         },
         details={"by_amount": details},
-        warnings=_warnings(amounts, torch.bincount(labels)),
+        warnings=_warnings(amounts, torch.bincount(labels)) + list(dict.fromkeys(warnings)),
+        by_kind=by_kind,
     )
 
 
@@ -113,19 +118,21 @@ class _Task:
     def judge(self, rows: Tensor) -> dict:
         """One draw: what was chosen inside of it, and the test accuracy."""
         labels = self.labels[rows]
-        loss, best, ncm_top1 = ClassLoss(labels.to(self.device), self.num_classes), None, {}
+        loss, best, ncm_top1, by_kind = ClassLoss(labels.to(self.device), self.num_classes), None, {}, {}
         for kind in self.train:
             values = self.train[kind].values[rows]
             space = Space.of(values, device=self.device)
             top1, decay = self._tuned(space, loss, labels)
             if best is None or top1 > best[0]:
-                best = (top1, decay, kind, space)
+                best = (top1, decay, kind)
+            (counts,), _ = score(space.fit(loss, (decay,)), self.test[kind].values, self.test_labels)
+            by_kind[kind] = percent(counts["top1"], len(self.test_labels))
             means = ncm.class_means(values, labels, self.num_classes, device=self.device)
             ncm_top1[kind] = ncm.accuracy(means, self.test[kind].values, self.test_labels.cpu())["top1"]
-        top1, decay, kind, space = best
-        (counts,), _ = score(space.fit(loss, (decay,)), self.test[kind].values, self.test_labels)
+        top1, decay, kind = best
         return {
-            "top1": percent(counts["top1"], len(self.test_labels)),
+            "top1": by_kind[kind],
+            "by_features": by_kind,
             "features": kind,
             "weight_decay": decay,
             "cross_validated_top1": top1,
@@ -161,6 +168,15 @@ def _folds(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     spare = counts[labels] > 1
     held = [place[(turn == fold) & spare] for fold in range(FOLDS)]
     return [(place[~torch.isin(place, part)], part) for part in held if len(part)]
+
+
+def _edge(draws: Sequence[dict], amount: Amount) -> list[str]:
+    """A warning where most draws chose one end of the grid."""
+    decays = [each["weight_decay"] for each in draws if each["cross_validated_top1"]]  # without one nothing was chosen
+    decay = max(decays, key=decays.count, default=UNTUNED_DECAY)
+    if 2 * decays.count(decay) <= len(draws):
+        return []
+    return edge_warnings("weight decay", decay, WEIGHT_DECAYS, f" in most draws of {amount.name}")
 
 
 def _warnings(amounts: Sequence[Amount], counts: Tensor) -> list[str]:

@@ -7,7 +7,7 @@
 - Every test image is scored once, whatever the number of ranks.
 """
 
-import json
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,19 +21,25 @@ from torch import Tensor, nn
 
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.batch import Batch
-from prelude.data.errors import UserError
+from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.classifier import NAME, Classifier, FineTuneOptions
+from prelude.data.waiting import wait_at_most
+from prelude.evaluators.classifier import Classifier
+from prelude.evaluators.finetune_recipe import NAME, FineTuneOptions, check_recipe, completed, options_for
 from prelude.evaluators.frozen import Labelled, labelled_shards
 from prelude.evaluators.labels import class_numbers
 from prelude.evaluators.low_label import low_label
 from prelude.evaluators.results import Outcome, Result, hits, percent, versions
 from prelude.pretrain import distributed
-from prelude.pretrain.config import Config, EncoderConfig, read_recipe, validate_config
+from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.recipes import read_recipe, validate_config
 from prelude.pretrain.schedules import Progress
+
+log = logging.getLogger(__name__)
 
 _FROM_SCRATCH = "_from_scratch"
 _RANDOM = "random:"
@@ -63,16 +69,16 @@ def prepare(
     recipe: str | Path,
     overrides: list[str] = (),
     *,
-    train: str | None = None,
-    test: str | None = None,
+    train: str | list[str] | None = None,
+    test: str | list[str] | None = None,
     label: str | None = None,
     from_scratch: bool = False,
 ) -> Task:
     """Reads the recipe, opens the source and finds the labels. train, test, label: override the recipe's `evaluate`
     section, which overrides that of the source's run. Raises UserError.
     """
-    values = read_recipe(recipe, overrides)
-    _refuse_what_the_source_decides(values)
+    check_recipe(recipe, overrides)
+    values = read_recipe(recipe, overrides, options_for)
     section = values.get("evaluate") or {}
     labelled = labelled_shards(
         [source],
@@ -80,15 +86,8 @@ def prepare(
         test or section.get("test_shards"),
         label or section.get("label"),
     )
-    values["evaluate"] = section | {
-        "train_shards": labelled.train,
-        "test_shards": labelled.test,
-        "label": labelled.label,
-    }
-    values["data"] = dict(values.get("data") or {}) | {"shards": labelled.train}
-    values["objective"] = {"name": NAME} | dict(values.get("objective") or {})
-    values["encoder"] = {"name": "of the source", "image_size": 1}  # so that mistakes are told before it is opened
-    options_of = validate_config(values, str(recipe), _options_for).objective
+    values = completed(values, train=labelled.train, test=labelled.test, label=labelled.label)
+    options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
         source = source if source.startswith(_RANDOM) else _RANDOM + source
         values["run_dir"] += _FROM_SCRATCH
@@ -98,7 +97,8 @@ def prepare(
     values["encoder"] = encoder.model_dump(mode="json")
     values["objective"]["weights"] = opened.fingerprint
     values["data"] = {"mean": list(opened.mean), "std": list(opened.std)} | values["data"]
-    config = validate_config(values, str(recipe), _options_for)
+    config = validate_config(values, str(recipe), options_for)
+    wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     return _with_labels(source, config, opened, labelled)
 
 
@@ -181,7 +181,8 @@ def pretrained(opened: OpenedEncoder, config: EncoderConfig, *, seed: int) -> nn
 
 
 def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size: int, num_workers: int) -> dict:
-    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective."""
+    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective; raises Stopped
+    on all ranks when one of them is asked to stop while its images do not come."""
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     batches = one_pass(
         index, classifier.test_views, batch_size=batch_size, num_workers=num_workers, label=label, **ranks
@@ -189,13 +190,19 @@ def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size:
     counts = {"top1": 0, "total": 0}
     training = classifier.training
     classifier.eval()
-    device = distributed.device()
-    for batch in batches:
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            scores = classifier.scores(batch.to(device))
-        found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
-        counts = {name: counts.get(name, 0) + count for name, count in found.items()}
-    classifier.train(training)
+    device, stopped = distributed.device(), ""
+    try:
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+                scores = classifier.scores(batch.to(device))
+            found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
+            counts = {name: counts.get(name, 0) + count for name, count in found.items()}
+    except Stopped as stop:
+        stopped = str(stop)
+    finally:
+        classifier.train(training)
+    if why := next(filter(None, distributed.of_all(stopped)), ""):
+        raise Stopped(why)
     if len(classifier.classes) >= 10:
         counts.setdefault("top5", 0)  # a rank may have had nothing to score
     names = sorted(counts)
@@ -209,31 +216,32 @@ class TestCurve(Monitor):
     __test__ = False  # no test of pytest's
 
     def __init__(self, test, every_epochs: float, path: Path):
-        self.test, self.every_epochs, self.path = test, every_epochs, path
+        self.test, self.every_epochs, self.lines = test, every_epochs, Lines(path)
 
     def start(self, progress: Progress) -> None:
         self.done = math.floor(progress.epoch / self.every_epochs)
         if distributed.is_main():
-            kept = [line for line in read_curve(self.path) if line["step"] <= progress.step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.lines.start(progress.step)
 
     def record(self, record: StepRecord) -> None:
         due = math.floor(record.epoch / self.every_epochs)
         if due <= self.done:
             return
         self.done = due
-        counts = self.test()
+        try:
+            counts = self.test()
+        except Stopped as stop:
+            log.warning("the test of step %d is left out: the run is stopped %s", record.step, stop)
+            return  # the engine ends the run at its next step, and saves
         if distributed.is_main():
             accuracy = {
                 name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts
             }
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": record.step, "epoch": record.epoch, **accuracy}) + "\n")
+            self.lines.add({"step": record.step, "epoch": record.epoch, **accuracy})
 
-
-def read_curve(path: Path) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    def saving(self, step: int) -> None:
+        if distributed.is_main():
+            self.lines.sync()
 
 
 def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict], command: str, seconds: float):
@@ -273,30 +281,9 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 # ---- what has to be known beforehand
 
 
-def _options_for(name: str) -> type[FineTuneOptions]:
-    if name != NAME:
-        raise UserError(f"objective.name={name} is no way to fine-tune; write {NAME}, or leave it out.")
-    return FineTuneOptions
-
-
-def _refuse_what_the_source_decides(values: dict) -> None:
-    if "encoder" in values:
-        raise UserError(
-            "The encoder is that of SOURCE; leave the section encoder out (objective.image_size and "
-            "objective.drop_path change what fine-tuning may change)."
-        )
-    if "shards" in (values.get("data") or {}):
-        raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
-    if (values.get("data") or {}).get("num_samples") is not None:
-        raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
-    if (values.get("evaluate") or {}).get("every_steps"):
-        raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
-    if "collapse" in values:
-        raise UserError("The section collapse has no effect on training with labels; leave it out.")
-
-
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
-    whole, test = (ShardIndex(shards, labelled.label) for shards in (labelled.train, labelled.test))
+    value_range = config.data.range or labelled.value_range
+    whole, test = (ShardIndex(shards, labelled.label, value_range) for shards in (labelled.train, labelled.test))
     labels = class_numbers(whole)
     numbers, labelled_ids = labels.values.numpy(), np.flatnonzero(labels.known.numpy())
     if numbers.min() < 0:

@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.checkpoints.store import recorded_config
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
+from prelude.data.value_range import ValueRange, tell_if_dark
 from prelude.evaluators.bank import Bank, Rows
 from prelude.evaluators.features import Features
 from prelude.evaluators.labels import Labels, VectorFormat, class_numbers, label_vectors
 from prelude.evaluators.pixels import is_pixels, open_pixels
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
-from prelude.pretrain.config import EvaluateConfig, read_recipe
+from prelude.pretrain.config import EvaluateConfig
+from prelude.pretrain.recipes import read_recipe
 
 Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
 BANK = "bank"  # folder of a run's features
@@ -35,6 +39,7 @@ class Labelled:
     test: str | Sequence[str]
     label: str  # extension of the member with the class number
     vectors: VectorFormat | None = None  # where that member says which of several findings there are
+    value_range: ValueRange | Literal["auto"] | None = None  # of images with more than 8 bits, see `ShardIndex`
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Judging:
     @cached_property
     def indexes(self) -> list[ShardIndex]:
         """Of train and test."""
-        return [ShardIndex(shards, self.labelled.label) for shards in (self.labelled.train, self.labelled.test)]
+        one = self.labelled
+        return [ShardIndex(shards, one.label, one.value_range) for shards in (one.train, one.test)]
 
     @cached_property
     def labels(self) -> list[Labels]:
@@ -66,6 +72,8 @@ class Judging:
     def check(self) -> None:
         """Raises UserError for shards that cannot be used, before any work is done."""
         _ = self.labels
+        if distributed.is_main():
+            tell_if_dark(self.indexes[0])
 
     @property
     def seeds(self) -> list[int]:
@@ -162,10 +170,15 @@ def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: 
 
 
 def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:
-    """Writes a result where it belongs, and says so."""
+    """Writes a result where it belongs, and says so. Raises UserError, the numbers told, where the disk refuses."""
     folder = _folder(result.source, sources, out)
-    written = f", written to {write(result, folder)}" if folder else ""
-    say(f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s{written}")
+    done = f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s"
+    try:
+        written = f", written to {write(result, folder)}" if folder else ""
+    except UserError:
+        say(f"{done}: " + ", ".join(f"{name} {number.value:.2f} %" for name, number in result.outcome.numbers.items()))
+        raise
+    say(done + written)
 
 
 def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str, Features]:
@@ -187,8 +200,10 @@ def labelled_shards(
     test: str | Sequence[str] | None = None,
     label: str | None = None,
     vectors: VectorFormat | None = None,
+    value_range: ValueRange | Literal["auto"] | None = None,
 ) -> Labelled:
-    """What is given, completed by the `evaluate` section of the first run among the sources that has one.
+    """What is given, completed by the `evaluate` section of the first run among the sources that has one, and by the
+    first `data.range`.
 
     vectors: where labels are findings instead of class numbers.
 
@@ -204,7 +219,8 @@ def labelled_shards(
             f"evaluate section in the run's config."
         )
     default = "json" if vectors else "cls"
-    return Labelled(train, test, label or (section.label if section else default), vectors)
+    value_range = value_range or next(filter(None, (data.get("range") for data in sections_of(sources, "data"))), None)
+    return Labelled(train, test, label or (section.label if section else default), vectors, value_range)
 
 
 def vector_format(
@@ -235,17 +251,22 @@ def run_of(source: str) -> Path | None:
         return None
     folder = Path(source.removeprefix("random:")).absolute()
     for candidate in (folder, *folder.parents[:2]):
-        if (candidate / "config.yaml").is_file() and (candidate / "checkpoints").is_dir():
+        checkpoints = candidate / "checkpoints"
+        if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
             return candidate
     return None
 
 
 def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
     """The first `evaluate` section among the runs of the sources, and the sources that are themselves recipes."""
-    runs = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
-    recipes = [path if path.is_file() else path / "config.yaml" for path in runs if path]
-    sections = filter(None, (read_recipe(path).get("evaluate") for path in recipes))
-    return next((EvaluateConfig.model_validate(section) for section in sections), None)
+    return next((EvaluateConfig.model_validate(section) for section in sections_of(sources, "evaluate")), None)
+
+
+def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
+    """The sections of this name in the runs of the sources, and in sources that are themselves recipes."""
+    paths = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
+    recipes = (read_recipe(path) if path.is_file() else recorded_config(path) for path in paths if path)
+    return filter(None, (recipe.get(name) for recipe in recipes))
 
 
 def is_random(source: str) -> bool:
@@ -299,12 +320,16 @@ def describe_data(
 ) -> tuple[dict, list[str]]:
     """What the images were, for the record, and what to be told about them."""
     data, warnings = {"label": labelled.label}, []
+    if labelled.value_range:
+        data["range"] = indexes[0].value_range
     for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
         one = next(iter(features.values()))
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         if unlabelled:
             warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
+        if index.num_lost:
+            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
         if unreadable:
             warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
         data[name] = {

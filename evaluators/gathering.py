@@ -119,7 +119,7 @@ def _drawn(
 ) -> list[Picture]:
     """By the features that k-NN chose, if it was among the evaluators: they decide what is near."""
     train, test = judging.features(contestant.source, contestant.beside, opened)
-    kind = measured.get("knn", {}).get("chosen", {}).get("features", next(iter(train)))
+    kind = measured.get("knn", {}).get("chosen", {}).get("features", next(iter(train))).split(", ")[0]
     return pictures_of(opened, tuple(judging.indexes), train[kind], test[kind], seed=judging.seed)
 
 

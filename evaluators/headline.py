@@ -4,13 +4,15 @@
   luck. Of any other evaluator it is the first.
 - What a number is given with is its 95 % interval where it has one, else its deviation over seeds or draws, else the
   standard error of the test sample.
+- A gain is over the same architecture untrained, by the same kind of feature: the one that the pretrained encoder's
+  number is of, whatever kind the untrained encoder chose for its own.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prelude.evaluators.comparison import Comparison, Entry
-from prelude.evaluators.results import TITLES
+from prelude.evaluators.results import TITLES, by_frequency
 
 NAMES = {
     "linear_probe": "linear probe",
@@ -32,6 +34,7 @@ class Headline:
     low: float  # ends of the 95 % interval
     high: float
     text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
+    kind: str = ""  # of feature; where draws or seeds differ, the one chosen most often. "": there is no choice of one
 
 
 def headline(entry: Entry, evaluator: str) -> Headline | None:
@@ -40,7 +43,7 @@ def headline(entry: Entry, evaluator: str) -> Headline | None:
     if not numbers:
         return None
     name = _headline_name(evaluator, list(numbers))
-    return number(name, numbers[name])
+    return replace(number(name, numbers[name]), kind=_kind(entry.results[evaluator], name))
 
 
 def number(name: str, found: dict) -> Headline:
@@ -57,10 +60,26 @@ def number(name: str, found: dict) -> Headline:
 
 
 def gain(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
-    """Points over the same architecture untrained."""
+    """Points over the same architecture untrained, both by the kind of feature of the entry's headline."""
+    mine, theirs = _alike(entry, evaluator, comparison)
+    return mine - theirs if theirs is not None else None
+
+
+def untrained_value(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
+    """What the same architecture untrained reaches by the kind of feature of the entry's headline."""
+    return _alike(entry, evaluator, comparison)[1]
+
+
+def _alike(entry: Entry, evaluator: str, comparison: Comparison) -> tuple[float | None, float | None]:
+    """The entry's number and its untrained twin's, by one kind of feature; None where there is none to compare."""
     before = next((other for other in comparison.entries if other.name == entry.untrained), None)
     mine, theirs = headline(entry, evaluator), before and headline(before, evaluator)
-    return mine.value - theirs.value if mine and theirs else None
+    if not (mine and theirs):
+        return None, None
+    both = [each.results[evaluator].get("by_kind", {}).get(mine.kind, {}).get(mine.number) for each in (entry, before)]
+    if None not in both:
+        return both[0]["value"], both[1]["value"]
+    return (mine.value, theirs.value) if mine.kind == theirs.kind else (None, None)
 
 
 def pretrained(comparison: Comparison) -> list[Entry]:
@@ -82,6 +101,13 @@ def number_name(evaluator: str, key: str) -> str:
     if evaluator == "fewshot":
         return f"{key} labelled, top-1 %" if key.endswith("%") else f"{key}, top-1 %"
     return TITLES.get(key, key)
+
+
+def _kind(result: dict, number: str) -> str:
+    draws = result.get("details", {}).get("by_amount", {}).get(number, {}).get("draws")  # of few labels
+    if draws and "by_seed" not in result["details"]:
+        return by_frequency(draw["features"] for draw in draws).split(", ")[0]
+    return result.get("chosen", {}).get("features", "").split(", ")[0]
 
 
 def _headline_name(evaluator: str, names: list[str]) -> str:

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from prelude.data.errors import UserError
 from prelude.evaluators.convex import pieces, resident
+from prelude.evaluators.defaults import TEMPERATURE, K
 from prelude.evaluators.features import Features
 from prelude.evaluators.results import Outcome, Percent, hits, percent
 from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
 
-K = 20
-TEMPERATURE = 0.07
 KS = (1, 5, 10, 20, 50, 100, 200)
 HEADLINE = "cosW, centred"
 VARIANTS = {  # name: (votes weighted, features centred)
@@ -78,9 +77,10 @@ def knn(
     alone = {"features": next(iter(train)), "k": ks[0], "temperature": temperatures[0]}
     best = max(sweep, key=lambda row: row["held_out_top1"]) if sweep else alone
     chosen = {key: best[key] for key in alone}
+    by_kind = {kind: found[HEADLINE][chosen["k"], chosen["temperature"]] for kind, found in by_features.items()}
     return Outcome(
         evaluator="knn",
-        numbers=by_features[chosen["features"]][HEADLINE][chosen["k"], chosen["temperature"]],
+        numbers=by_kind[chosen["features"]],
         chosen=chosen,
         recipe={
             "k": ks,
@@ -91,6 +91,7 @@ def knn(
             "seed": seed,
         },
         details={"held_out": sweep, "by_features": {kind: _nested(found) for kind, found in by_features.items()}},
+        by_kind=by_kind,
     )
 
 

@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
-from prelude.data.labels import LabelReader
+from prelude.data.labels import LabelReader, no_label, some
 from prelude.data.members import label_members
 from prelude.data.shards import ShardIndex
 
@@ -61,10 +62,10 @@ class VectorFormat:
 def class_numbers(index: ShardIndex) -> Labels:
     """Raises UserError where the label members hold no class numbers."""
     contents = list(label_members(index))
-    example = next((content for content in contents if content is not None), None)
-    if example is None:
-        raise UserError(f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label.")
-    reader = LabelReader(index.label, example)
+    there = np.array([i for i, content in enumerate(contents) if content is not None], np.int64)
+    if not len(there):
+        raise no_label(index)
+    reader = LabelReader(index.label, [contents[i] for i in some(there)])
     if reader.shape or reader.dtype != "int64":
         raise not_class_numbers(index.label, reader.dtype, reader.shape)
     values, known = torch.zeros(len(contents), dtype=torch.int64), torch.zeros(len(contents), dtype=torch.bool)
@@ -91,7 +92,7 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
     for i, content in enumerate(label_members(index)):
         try:
             parsed = json.loads(content) if content is not None else None
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         vector = form.vector(parsed) if isinstance(parsed, (dict, list)) else None
         values.append(vector or [math.nan] * len(form.names))

@@ -18,7 +18,7 @@ from torch import Tensor
 from prelude.evaluators.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
 from prelude.evaluators.features import Features
 from prelude.evaluators.results import Outcome, hits, percent
-from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.evaluators.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-5 + i / 2):.3g}") for i in range(12))  # 1e-5 .. 3.16
 
@@ -66,6 +66,7 @@ def linear_probe(
             "seed": seed,
         },
         details={"grid": grid, "by_features": by_features},
+        by_kind={kind: found["test"] for kind, found in by_features.items()},
         warnings=_warnings(chosen, weight_decays),
     )
 
@@ -132,9 +133,4 @@ def _warnings(chosen: dict, weight_decays: Sequence[float]) -> list[str]:
     warnings = []
     if not chosen["converged"]:
         warnings.append(f"The probe was stopped after {MAX_PASSES} passes, before its optimum.")
-    if chosen["weight_decay"] in (min(weight_decays), max(weight_decays)) and len(weight_decays) > 1:
-        warnings.append(
-            f"The chosen weight decay {chosen['weight_decay']:g} is at the edge of the grid "
-            f"({min(weight_decays):g} to {max(weight_decays):g}), so a better one may lie outside."
-        )
-    return warnings
+    return warnings + edge_warnings("weight decay", chosen["weight_decay"], weight_decays)

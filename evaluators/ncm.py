@@ -47,6 +47,7 @@ def ncm(
         chosen={"features": chosen},
         recipe={"features": list(train), "held_out": HELD_OUT, "seed": seed},
         details={"held_out_top1": held_out_top1, "by_features": by_features},
+        by_kind=by_features,
     )
 
 

@@ -3,7 +3,8 @@
 - It cannot touch the run: the engine hands over copies of the weights, and all that is computed with them is computed
   in a process of its own, niced, with few threads, on the accelerator where there is one.
 - The training step waits for the copy and for nothing else. An evaluation that is due while another is under way is
-  skipped, and that is told; that of the last step is waited for, up to `LAST_WAIT` seconds.
+  skipped, and that is told; that of the last step is waited for, up to `LAST_WAIT` seconds and not beyond a request
+  to end.
 - A process that dies, or that cannot read its subset, is told of once; the run goes on without.
 - At ZeRO stages 0 to 2, where rank 0 holds whole weights; the config refuses stage 3.
 """
@@ -15,20 +16,22 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 import prelude
-from prelude.pretrain import distributed
+from prelude.pretrain import distributed, stopping
 from prelude.pretrain.config import Config
+from prelude.pretrain.files import save_file, write_whole
 from prelude.pretrain.monitors import Monitor, Report
 from prelude.pretrain.schedules import Progress
 
 LAST_WAIT = 300.0  # seconds; other ranks may be waiting to leave
+_LOOK_UP = 0.2  # seconds between two looks at whether the run was asked to end
 _PACKAGE_PATH = Path(prelude.__file__).resolve().parents[1]
 _ENDED = {"ended": True}
 
@@ -37,7 +40,7 @@ class OnlineProbe(Monitor):
     """For a config whose `evaluate` section has `every_steps`."""
 
     def __init__(self, config: Config):
-        self.every, self.run_dir = config.evaluate.every_steps, Path(config.run_dir)
+        self.config, self.every, self.run_dir = config, config.evaluate.every_steps, Path(config.run_dir)
         self.weights_file = self.run_dir / "online-encoder.safetensors"
         self.log = self.run_dir / "online.log"
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
@@ -51,15 +54,22 @@ class OnlineProbe(Monitor):
         self.step = self.first = progress.step
         path = f"{_PACKAGE_PATH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         threads = str(max(distributed.cores_per_rank() // 4, 1))
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "prelude.evaluators.online_worker", str(self.run_dir.absolute())],
-                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        try:
+            write_whole(self.log, "")
+            with open(self.log, "a") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "prelude.evaluators.online_worker"],
+                    env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+        except OSError as error:
+            self._note(f"there is no online evaluation, and the run goes on without: {error}")
+            return
+        with suppress(BrokenPipeError):  # the process has ended, which `_listen` tells
+            print(json.dumps({"config": self.config.model_dump(mode="json")}), file=self.process.stdin, flush=True)
         threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
 
     def wants_encoder(self, progress: Progress) -> bool:
@@ -88,16 +98,19 @@ class OnlineProbe(Monitor):
 
     def finish(self) -> None:
         until = time.monotonic() + LAST_WAIT
-        while self.judging is not None and (left := until - time.monotonic()) > 0:
-            self._take_answers(wait=left)
-        if self.judging is not None:
+        while self.judging is not None and (left := until - time.monotonic()) > 0 and not stopping.requested():
+            self._take_answers(wait=min(left, _LOOK_UP))
+        if self.judging is not None and stopping.requested():
+            self._note(f"the evaluation of step {self.judging} was given up, as the run was asked to end")
+        elif self.judging is not None:
             self._note(f"the evaluation of step {self.judging} took more than {LAST_WAIT:.0f} s and was given up")
 
     def close(self) -> None:
         process, self.process = self.process, None
         if process:
             _end(process)
-        self.weights_file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.weights_file.unlink(missing_ok=True)
 
     # ---- what the process says
 

@@ -1,10 +1,10 @@
 """The process beside a run that judges its encoder on a small labelled subset, see `evaluators.online`.
 
-    python -m evaluators.online_worker RUN_DIR
+    python -m prelude.evaluators.online_worker
 
-It reads the run's config.yaml, keeps the subset's images as uint8, and answers each line on its standard input
-(`{"step": 100, "weights": FILE}`) by one on its standard output: `{"step": 100, "text": ..., "numbers": ...}`, or
-`{"error": ...}` before it ends. It ends with its standard input, in the middle of an evaluation too.
+The first line on its standard input is the run's config. It keeps the subset's images as uint8, and answers each line
+that follows (`{"step": 100, "weights": FILE}`) by one on its standard output (`{"step": 100, "text": ..., "numbers":
+...}`, or `{"error": ...}` before it ends). It ends with its standard input, in the middle of an evaluation too.
 """
 
 import json
@@ -14,10 +14,8 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,7 +47,8 @@ class Judge:
         self.config, self.section, self.device = config, config.evaluate, device
         self.model = build_encoder(config.encoder, seed=0).requires_grad_(False).eval()
         section = config.evaluate
-        indexes = [ShardIndex(shards, section.label) for shards in (section.train_shards, section.test_shards)]
+        named = (section.train_shards, section.test_shards)
+        indexes = [ShardIndex(shards, section.label, config.data.range) for shards in named]
         wanted = (section.num_train, section.num_test)
         self.parts = [self._images(index, count) for index, count in zip(indexes, wanted, strict=True)]
         self.same_shards = indexes[0].fingerprint == indexes[1].fingerprint
@@ -98,7 +97,7 @@ def main() -> int:
         print(json.dumps(values), file=answers, flush=True)
 
     try:
-        config = Config.model_validate(yaml.safe_load((Path(sys.argv[1]) / "config.yaml").read_text()))
+        config = Config.model_validate(wanted.get()["config"])
         device = torch.device("cpu") if config.evaluate.device == "cpu" else distributed.device()
         judge = Judge(config, device)
         if judge.same_shards:

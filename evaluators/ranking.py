@@ -1,9 +1,12 @@
 """How well scores rank: area under the ROC curve and average precision, and what they owe to the sample.
 
 - Area under the curve: the share of (positive, negative) pairs in the right order, ties counting half (Mann-Whitney).
+- Scores of different heads have no common scale, so they are never ranked together: of heads of several folds, the area
+  is taken within each fold, and averaged.
 - Average precision: sum over distinct scores of (recall gained) x precision; no interpolation.
 - Bootstrap: samples, or groups of them such as a patient's images, are drawn with replacement. A draw is a weight for
-  each sample, so scores are sorted once.
+  each sample, so scores are sorted once. A mean over labels or classes is always over the same ones: a draw that has no
+  sample of one of them is left out, and `MIN_POSITIVES` keeps such draws rare.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +17,8 @@ from torch import Tensor
 NUM_DRAWS = 1000
 ELEMENTS = 2**22  # weights held at once
 CONFIDENCE = 0.95
+MIN_POSITIVES = 5  # in test, and as many negatives; a draw lacks all of five in 1 of 150 cases
+FEWEST_DRAWS = 100  # that an error or an interval is taken from
 
 
 def auc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -24,6 +29,15 @@ def auc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tens
     of_group = below.diff(dim=1, prepend=below.new_zeros(len(below), 1))
     lower = below[:, -1:] - below
     return (gained * (lower + of_group / 2)).sum(1) / (above[:, -1] * below[:, -1])
+
+
+def auc_within(scores: Tensor, positive: Tensor, parts: Tensor) -> float:
+    """The mean of the areas within each part, over the parts that have both; NaN without any.
+
+    scores, positive: (N,). parts: (N,), such as the number of the fold whose head gave a score.
+    """
+    found = [auc(scores[parts == part], positive[parts == part]) for part in parts.unique().tolist()]
+    return torch.cat(found).nanmean().item() if found else float("nan")
 
 
 def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -41,11 +55,19 @@ def bootstrap(
     return torch.cat([statistic(weights) for weights in _draws(num_samples, seed, groups)])
 
 
-def interval(draws: Tensor) -> tuple[float, float]:
-    """The percentile interval at 95 %, of draws (B,) without NaN."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = draws[draws.isfinite()].quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
+def interval(draws: Tensor) -> tuple[float, float] | None:
+    """The percentile interval at 95 %, of draws (B,); those that are no number are left out. None for too few."""
+    draws, tail = draws[draws.isfinite()], (1 - CONFIDENCE) / 2
+    if len(draws) < FEWEST_DRAWS:
+        return None
+    low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
     return low, high
+
+
+def standard_error(draws: Tensor) -> float | None:
+    """The deviation of draws (B,), as `interval` takes them."""
+    draws = draws[draws.isfinite()]
+    return draws.std().item() if len(draws) >= FEWEST_DRAWS else None
 
 
 def _draws(num_samples: int, seed: int, groups: Tensor | None) -> Iterator[Tensor]:

@@ -13,6 +13,8 @@ import os
 import platform
 import re
 import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +22,13 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.evaluators.table_text import folded, print_whole
+from prelude.pretrain.files import reason, write_whole
 
 TOP5_FROM = 10  # classes; below, five guesses say little
 TITLES = {"top1": "top-1 %", "top5": "top-5 %", "auc": "macro AUC %", "map": "mAP %", "auroc": "AUROC %"}
@@ -33,7 +39,7 @@ class Percent:
     """What is not known of a number is None, and left out of a result file."""
 
     value: float  # percent; over several seeds or draws, their mean
-    se: float  # standard error that the test sample gives it, in points: binomial, or by bootstrap
+    se: float | None  # standard error that the test sample gives it, in points: binomial, or by bootstrap
     spread: float | None = None  # standard deviation over seeds or draws, in points
     interval: tuple[float, float] | None = None  # 95 % confidence interval, where it is not value +- 1.96 se
 
@@ -48,6 +54,7 @@ class Outcome:
     recipe: dict  # what was fixed beforehand
     details: dict  # everything else that was computed
     warnings: list[str] = field(default_factory=list)
+    by_kind: dict[str, dict[str, Percent]] = field(default_factory=dict)  # the headline of each kind of feature
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,11 @@ def over_seeds(outcomes: list[Outcome], seeds: list[int]) -> Outcome:
     if len(outcomes) == 1:
         return outcomes[0]
     first = outcomes[0]
-    numbers = {name: mean_and_spread([outcome.numbers[name] for outcome in outcomes]) for name in first.numbers}
+    numbers = _mean_numbers([outcome.numbers for outcome in outcomes])
     by_seed = {seed: {"chosen": o.chosen, "numbers": o.numbers} for seed, o in zip(seeds, outcomes, strict=True)}
     same = {key: value for key, value in first.chosen.items() if all(o.chosen.get(key) == value for o in outcomes)}
+    if "features" in first.chosen and "features" not in same:
+        same["features"] = by_frequency(kind for o in outcomes for kind in o.chosen["features"].split(", "))
     return Outcome(
         evaluator=first.evaluator,
         numbers=numbers,
@@ -129,48 +138,61 @@ def over_seeds(outcomes: list[Outcome], seeds: list[int]) -> Outcome:
         recipe={**{key: value for key, value in first.recipe.items() if key != "seed"}, "seeds": list(seeds)},
         details={**first.details, "by_seed": by_seed},
         warnings=list(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings)),
+        by_kind={kind: _mean_numbers([outcome.by_kind[kind] for outcome in outcomes]) for kind in first.by_kind},
     )
 
 
+def by_frequency(kinds: Iterable[str]) -> str:
+    """Kinds of feature that were chosen in several draws or seeds, the one chosen most often first."""
+    return ", ".join(kind for kind, _ in Counter(kinds).most_common())
+
+
 def mean_and_spread(numbers: list[Percent]) -> Percent:
-    values = [number.value for number in numbers]
+    values, errors = [number.value for number in numbers], [number.se for number in numbers]
     spread = statistics.stdev(values) if len(values) > 1 else None
-    return Percent(statistics.mean(values), statistics.mean(number.se for number in numbers), spread)
+    return Percent(statistics.mean(values), None if None in errors else statistics.mean(errors), spread)
+
+
+def _mean_numbers(found: Sequence[dict[str, Percent]]) -> dict[str, Percent]:
+    return {name: mean_and_spread([numbers[name] for numbers in found]) for name in found[0]}
 
 
 def write(result: Result, folder: str | Path) -> Path:
-    """Writes the result's JSON into `folder` and returns its path."""
+    """Writes the result's JSON into `folder` and returns its path. Raises UserError where the disk does not take it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / result.file_name
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w") as file:
-        json.dump(result.to_json(), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result.to_json(), indent=1) + "\n"
+        write_whole(path, text, draft=path.with_name(f".{path.name}.{os.getpid()}"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({reason(error)}); make room there, or write --out DIR.") from None
     return path
 
 
 def print_table(results: list[Result], console: Console | None = None) -> None:
     """One row a result. After a number comes its standard error, or, over several seeds or draws, their deviation."""
     evaluators = {result.outcome.evaluator.replace("_", " ") for result in results}
-    alone = len(evaluators) == 1  # then it is the title: several numbers need the width
-    table = Table(box=box.SIMPLE, title=evaluators.pop() if alone else None, pad_edge=False, collapse_padding=True)
-    table.add_column("encoder", overflow="fold", min_width=6)
-    for name in ("features",) if alone else ("evaluator", "features"):
-        table.add_column(name, overflow="fold", min_width=6)
+    alone = evaluators.pop() if len(evaluators) == 1 else None  # then it is the title: several numbers need the width
     columns = list(dict.fromkeys(name for result in results for name in result.outcome.numbers))
     cells = [[_cell(result.outcome.numbers.get(name)) for name in columns] for result in results]
-    for name, column in zip(columns, zip(*cells, strict=True), strict=True):
-        table.add_column(TITLES.get(name, name), justify="right", no_wrap=True, min_width=max(map(len, column)))
-    for result, row in zip(results, cells, strict=True):
-        outcome = result.outcome
-        names = [] if alone else [outcome.evaluator.replace("_", " ")]
-        table.add_row(escape(result.encoder["name"]), *names, outcome.chosen.get("features", ""), *row)
+    titles = [TITLES.get(name, name) for name in columns]
+    names = [[result.encoder["name"], result.outcome.evaluator.replace("_", " "),
+              result.outcome.chosen.get("features", "")] for result in results]  # fmt: skip
+
+    def build(width: int) -> Table:
+        table = Table(box=box.SIMPLE, title=alone, pad_edge=False, collapse_padding=True)
+        for name in ("encoder", "features") if alone else ("encoder", "evaluator", "features"):
+            table.add_column(name, no_wrap=True)
+        for title, column in zip(titles, zip(*cells, strict=True), strict=True):
+            table.add_column(folded(title, max(map(len, column))), justify="right", no_wrap=True)
+        for (encoder, evaluator, features), row in zip(names, cells, strict=True):
+            middle = [] if alone else [folded(evaluator, width)]
+            table.add_row(Text(folded(encoder, width)), *middle, folded(features, width), *row)
+        return table
+
     console = console or Console()
-    console.print(table)
+    print_whole(console, build, [name for row in names for name in row])
     for result in results:
         for warning in result.outcome.warnings:
             console.print(f"{result.encoder['name']}: {warning}", highlight=False, markup=False)
@@ -181,7 +203,8 @@ def _cell(number: Percent | None) -> str:
         return ""
     if number.interval:
         return f"{number.value:.1f} [{number.interval[0]:.1f}, {number.interval[1]:.1f}]"
-    return f"{number.value:.1f} ± {number.se if number.spread is None else number.spread:.1f}"
+    doubt = number.se if number.spread is None else number.spread
+    return f"{number.value:.1f}" if doubt is None else f"{number.value:.1f} ± {doubt:.1f}"
 
 
 def _without_none(pairs: list[tuple]) -> dict:

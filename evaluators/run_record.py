@@ -8,11 +8,15 @@
 import json
 import re
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 
-from prelude.checkpoints.store import STATE, Store
+import yaml
+
+from prelude.checkpoints.store import STATE, Store, recorded_config
 from prelude.evaluators.comparison import Cost, Curve, Picture
-from prelude.pretrain.config import Config, read_recipe
+from prelude.pretrain.config import Config
+from prelude.pretrain.files import read_lines
 from prelude.pretrain.resume import changed_settings
 
 _NOT_PLOTTED = ("trivial_loss",)  # a constant
@@ -24,7 +28,7 @@ def cost_of(run: Path, step: int | None = None) -> Cost | None:
     records = _records(run / "metrics.jsonl", step)
     if not records:
         return None
-    batch = _config(run).get("train", {}).get("global_batch", 0)
+    batch = recorded_config(run).get("train", {}).get("global_batch", 0)
     environment = _environment(run)
     seconds = waited = 0.0
     before = 0
@@ -85,36 +89,28 @@ def pictures_of_run(run: Path) -> list[Picture]:
 
 
 def recipe_of(run: Path) -> str | None:
-    path = run / "config.yaml"
-    return path.read_text() if path.is_file() else None
+    settings = recorded_config(run)
+    return yaml.safe_dump(settings, sort_keys=False) if settings else None
 
 
-def is_finished(config: Config, data: str) -> bool:
-    """Whether the run of this config has come to its end, with these settings, on data of this fingerprint."""
+def is_finished(config: Config, data: Collection[str]) -> bool:
+    """Whether the run of this config has come to its end, with these settings, on data with such a fingerprint."""
     newest = Store(Path(config.run_dir) / "checkpoints").newest()
     if newest is None:
         return False
     saved = json.loads((newest / STATE).read_text())
     meta = saved["meta"]
-    same = meta["loader"]["fingerprint"] == data and not changed_settings(meta["config"], config)
+    same = meta["loader"]["fingerprint"] in data and not changed_settings(meta["config"], config)
     return same and saved["step"] == meta["num_steps"]
 
 
 def _records(path: Path, step: int | None, kind: str | None = None) -> list[dict]:
     """By growing step, each step once; only those of `kind` where it is given."""
     found = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            if (step is None or record["step"] <= step) and (kind is None or record["kind"] == kind):
-                found[record["step"]] = record
-        except (ValueError, KeyError, TypeError):
-            continue
+    for record in read_lines(path):
+        if (step is None or record["step"] <= step) and (kind is None or record.get("kind") == kind):
+            found[record["step"]] = record
     return [found[number] for number in sorted(found)]
-
-
-def _config(run: Path) -> dict:
-    return read_recipe(run / "config.yaml") if (run / "config.yaml").is_file() else {}
 
 
 def _environment(run: Path) -> dict:

@@ -56,7 +56,7 @@ class SGDHeads:
         mean, variance = self.running / self.gathered if self.gathered else (0 * self.running[0], None)
         eps = self.protocol.norm_eps
         scale = torch.ones_like(mean) if variance is None else (variance + eps).rsqrt()
-        never = torch.zeros(len(weights), dtype=torch.long)
+        never = torch.zeros(len(weights), 1, dtype=torch.long)
         return Heads(weights, biases, mean, scale, never, never.float())
 
     def _normalised(self, values: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Which training samples are held out to choose a setting, and how classes are numbered.
+"""Which training samples are held out to choose a setting, how classes are numbered, and a choice at a grid's edge.
 
 Whatever an evaluator chooses, it chooses on the held-out part of train; test labels are read once, at the end.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,3 +46,13 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     if not held.any():
         raise UserError("The train shards hold one sample a class, so nothing can be held out; write more of them.")
     return by_class[~held].sort().values, by_class[held].sort().values
+
+
+def edge_warnings(setting: str, value: float, grid: Sequence[float], how_often: str = "") -> list[str]:
+    """A warning where `value`, which was chosen for `setting`, is the least or the largest of a grid of several."""
+    if len(set(grid)) < 2 or value not in (min(grid), max(grid)):
+        return []
+    return [
+        f"The chosen {setting} {value:g} is at the edge of the grid ({min(grid):g} to {max(grid):g}){how_often}, so a "
+        f"better one may lie outside."
+    ]

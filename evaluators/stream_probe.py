@@ -28,7 +28,7 @@ from prelude.evaluators.pixels import is_pixels
 from prelude.evaluators.protocols import Protocol
 from prelude.evaluators.results import Outcome, Result, percent
 from prelude.evaluators.sgd_heads import SGDHeads
-from prelude.evaluators.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.evaluators.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import gather_rows
 
@@ -200,15 +200,13 @@ def _preference(row: dict) -> tuple[float, float]:
 
 
 def _warnings(num_steps: int, chosen: dict, protocol: Protocol) -> list[str]:
-    warnings, rates = [], protocol.learning_rates
+    warnings = []
     if num_steps < FEW_STEPS:
         warnings.append(
             f"The protocol's global batch of {protocol.global_batch} gives {num_steps} steps on this data; "
             f"--global-batch takes a smaller one."
         )
-    if len(rates) > 1 and chosen["learning_rate"] in (min(rates), max(rates)):
-        warnings.append(
-            f"The chosen learning rate {chosen['learning_rate']:g} is at the edge of the grid ({min(rates):g} to "
-            f"{max(rates):g}), so a better one may lie outside."
-        )
+    warnings += edge_warnings("learning rate", chosen["learning_rate"], protocol.learning_rates)
+    if len(protocol.weight_decays) > 2:  # of two, each is at the edge
+        warnings += edge_warnings("weight decay", chosen["weight_decay"], protocol.weight_decays)
     return warnings

@@ -1,9 +1,11 @@
 """Anomaly detection by frozen encoders: one class is normal, the others are not.
 
-    prelude anomaly runs/mae random:runs/mae --train 'train-{0..9}.tar' --test test-0.tar
+    prelude anomaly runs/mae random:runs/mae \\
+        --train 'train-{0..9}.tar' --test test-0.tar
     prelude anomaly runs/mae --normal 3 --features stages
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -12,13 +14,15 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.evaluators.anomaly import anomaly
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.anomaly import anomaly
+    from prelude.launch.frozen import judge
+
     return judge(args, [partial(anomaly, normal=args.normal)], "anomaly", argv)
 
 

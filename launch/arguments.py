@@ -1,9 +1,152 @@
-"""How every door's help looks."""
+"""What doors are told on the command line: how help looks, where words may stand, and options that several doors share.
+
+Nothing here imports torch, and a door reads its arguments before it does: help and a wrong word are answered at once.
+"""
 
 import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from prelude.data.errors import UserError
+from prelude.pretrain.config import DataConfig
+
+SOURCES = (
+    "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
+    "random:SOURCE (the same architecture, untrained), or pixels, pixels:SIZE"
+)
+OUT = "where results are written (default: RUN/evaluations)"
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+_SHARD = re.compile(r"\.(tar|tgz)\b|[*?{]|::|://")
 
 
 def documented_parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose help is a door's docstring: its first line above the arguments, the rest below, as written."""
     first, _, rest = doc.partition("\n\n")
     return argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments in any order: settings stand on both sides of options, and a shell's `train-*.tar` may follow one."""
+    words = _each_with_its_option(parser, sys.argv[1:] if argv is None else argv)
+    if not any(action.dest == "overrides" for action in parser._actions):
+        return parser.parse_intermixed_args(words)
+    settings = [word for word in words if _OVERRIDE.match(word)]
+    args = parser.parse_intermixed_args([word for word in words if not _OVERRIDE.match(word)])
+    args.overrides = [*args.overrides, *_gathered(settings)]
+    return args
+
+
+class Shards(argparse.Action):
+    """A pattern, or a list of several: the option may be given, or go on, more than once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            values = [*(before if isinstance(before, list) else [before]), values]
+        setattr(namespace, self.dest, values)
+
+
+def path(text: str) -> str:
+    return os.path.expanduser(text)
+
+
+def value_range(text: str) -> tuple[float, float] | str:
+    """Of `--range`."""
+    try:
+        return "auto" if text == "auto" else DataConfig(shards="", range=json.loads(f"[{text}]")).range
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; write LOW,HIGH, such as 0,4095, or auto") from None
+
+
+def source(text: str) -> str:
+    """A source with its `~` expanded, behind `random:` too."""
+    prefix, place = ("random:", text.removeprefix("random:")) if text.startswith("random:") else ("", text)
+    return prefix + path(place)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """What doors that train take."""
+    parser.add_argument("--config", required=True, type=path, help="a YAML file, or the name of a recipe in configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+
+
+def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: str = "the run's evaluate section"):
+    """The shards to be judged on. label: the help of --label."""
+    train, test = (f"labelled shards to {what} (default: {default})" for what in ("learn from", "report on"))
+    parser.add_argument("--train", action=Shards, metavar="SHARDS", help=train)
+    parser.add_argument("--test", action=Shards, metavar="SHARDS", help=test)
+    label = label or "extension of the class number's member (default: that of the run's evaluate section, else cls)"
+    parser.add_argument("--label", metavar="EXT", help=label)
+
+
+def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str = "") -> argparse.ArgumentParser:
+    """A parser whose help is a door's docstring, with the arguments that every evaluation takes.
+
+    sources, out, label: the help of these.
+    """
+    parser = documented_parser(doc)
+    parser.add_argument("sources", nargs="+", type=source, metavar="SOURCE", help=sources)
+    add_labelled(parser, label=label)
+    parser.add_argument(
+        "--range",
+        type=value_range,
+        metavar="LOW,HIGH",
+        help="values of 16-bit images that are black and white, or auto (default: data.range of the run's config)",
+    )
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        metavar="KIND",
+        help="cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
+        "(default: those that suit each encoder)",
+    )
+    parser.add_argument("--bank", type=path, metavar="DIR", help="where features are kept (default: RUN/bank)")
+    parser.add_argument("--out", type=path, metavar="DIR", help=out)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of every random choice and of random: (default: 0)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", help="processes that read images (default: a rank's share of the cores)"
+    )
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument(
+        "--timeout-seconds", type=float, metavar="N", help="how long to wait for images that do not come (default: 300)"
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
+    return parser
+
+
+def _each_with_its_option(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """`--train a.tar b.tar` as `--train a.tar --train b.tar`. Only what looks like shards goes on with the option, so
+    that a source or a setting may stand behind it."""
+    options = {name for action in parser._actions if isinstance(action, Shards) for name in action.option_strings}
+    found, option, first = [], None, False
+    for word in words:
+        if word.startswith("-"):
+            option, first = (word, True) if word in options else (None, False)
+        elif option and not first and _SHARD.search(word) and not _OVERRIDE.match(word):
+            found.append(option)
+        elif first:
+            first = False
+        else:
+            option = None
+        found.append(word)
+    return found
+
+
+def _gathered(settings: list[str]) -> list[str]:
+    """The shell makes several words of `data.shards=train-{0..9}.tar` without quotes; they are one list again."""
+    values: dict[str, list[str]] = {}
+    for word in settings:
+        key, _, value = word.partition("=")
+        values.setdefault(key, []).append(value)
+    for key, given in values.items():
+        if len(given) > 1 and not key.endswith("shards"):
+            raise UserError(f"{key} is set {len(given)} times, to {' and '.join(given)}; write it once.")
+    return [f"{key}={json.dumps(given) if len(given) > 1 else given[0]}" for key, given in values.items()]

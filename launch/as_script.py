@@ -15,3 +15,6 @@ if (_checkout / "prelude").is_dir():
     sys.path.insert(0, str(_checkout))
 
 import prelude.launch  # noqa: E402, F401  what it sets has to be there before torch is imported
+from prelude.pretrain import stopping  # noqa: E402
+
+stopping.listen()

@@ -3,7 +3,8 @@
     prelude bank runs/mae            what is in runs/mae/bank
     prelude bank runs/mae --clear    and remove it
 
-Features are made again when an evaluation wants them. Without a folder: those kept outside of any run.
+Features are made again when an evaluation wants them. Without a folder: those
+kept outside of any run.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -16,14 +17,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prelude.evaluators.bank import Bank
-from prelude.evaluators.frozen import BANK, run_of
-from prelude.launch.arguments import documented_parser
+from prelude.launch.arguments import documented_parser, parse, path
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.bank import Bank
+    from prelude.evaluators.frozen import BANK, run_of
+
     console = Console(highlight=False)
     for folder in args.folders or [None]:
         bank = Bank(Path(folder) / BANK if folder and run_of(folder) == Path(folder).absolute() else folder)
@@ -52,7 +54,7 @@ def table_of(entries) -> Table:
 
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
-    parser.add_argument("folders", nargs="*", metavar="DIR", help="runs, or folders given as --bank")
+    parser.add_argument("folders", nargs="*", type=path, metavar="DIR", help="runs, or folders given as --bank")
     parser.add_argument("--clear", action="store_true", help="remove all entries, and what was never finished")
     return parser
 

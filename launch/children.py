@@ -1,7 +1,7 @@
 """Starts another door in a process of its own, as a person would, and shows what it says.
 
 The child has a process group of its own: what asks this process to end is passed on to it, so that it saves and ends in
-its own way, and the same command goes on later.
+its own way, and the same command goes on later. It asks itself to end when this process is gone without a word.
 """
 
 import os
@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from prelude.launch.exit_codes import PREEMPTED
+from prelude.pretrain import stopping
 from prelude.pretrain.distributed import free_port
 
 DOORS = Path(__file__).resolve().parent
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
@@ -30,22 +30,15 @@ def run_door(door: str, arguments: Sequence[str], *, num_ranks: int, name: str) 
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), *script]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
-    )
-    asked_to_stop = False
-
-    def pass_on(*_) -> None:
-        nonlocal asked_to_stop
-        asked_to_stop = True
-        _signal(process, signal.SIGTERM)
-
-    before = {number: signal.signal(number, pass_on) for number in _STOPPING}
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        env=os.environ | {stopping.PARENT: str(os.getpid())},
+    )  # fmt: skip
     try:
-        sentence = _show(process.stdout, name)
-        code = process.wait()
+        with stopping.postponed(lambda: _signal(process, signal.SIGTERM)):
+            sentence = _show(process.stdout, name)
+            code = process.wait()
+            asked_to_stop = stopping.requested()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if process.poll() is None:
             _signal(process, signal.SIGKILL)
     if asked_to_stop or code == PREEMPTED:

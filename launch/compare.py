@@ -1,11 +1,15 @@
-"""Objectives or checkpoints side by side: same data, same budget, all evaluators, one table and one page.
+"""Objectives or checkpoints side by side: same data, same budget, one page.
 
-    prelude compare runs/mae runs/barlow --train 'train-{0..9}.tar' --test test-0.tar
-    prelude compare mae_cifar10 barlow_cifar10 --images 200000 --train 'train-{0..9}.tar' --test test-0.tar
-    deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow        ranks share the encoders' work
+    prelude compare runs/mae runs/barlow \\
+        --train 'train-{0..9}.tar' --test test-0.tar
+    prelude compare mae_cifar10 barlow_cifar10 --images 200000 \\
+        --train 'train-{0..9}.tar' --test test-0.tar
+    deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow
 
-A recipe among the sources is pretrained first, into OUT/runs. The same command, run again, goes on where it stopped.
-Writes OUT/report.html, OUT/table.md and OUT/comparison.json. Exit codes as those of pretraining, and 4 where a source
+A recipe among the sources is pretrained first, into OUT/runs; ranks of a
+launcher share the work of encoders that are. The same command, run again, goes
+on where it stopped. Writes OUT/report.html, OUT/table.md and
+OUT/comparison.json. Exit codes as those of pretraining, and 4 where a source
 could not be compared. docs/evaluators.md says how it is measured.
 """
 
@@ -13,73 +17,17 @@ if __name__ == "__main__" and not __package__:
     import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
-import sys
-import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
 
-from prelude.data.errors import UserError
-from prelude.data.shards import ShardIndex
-from prelude.evaluators import gathering
-from prelude.evaluators.anomaly import anomaly
-from prelude.evaluators.comparison import Comparison, Entry
-from prelude.evaluators.comparison_table import markdown, print_comparison, to_json
-from prelude.evaluators.fewshot import fewshot
-from prelude.evaluators.frozen import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
-from prelude.evaluators.gathering import Contestant
-from prelude.evaluators.knn import knn
-from prelude.evaluators.linear_probe import linear_probe
-from prelude.evaluators.multilabel import multilabel
-from prelude.evaluators.ncm import ncm
-from prelude.evaluators.report.page import page
-from prelude.evaluators.results import versions
-from prelude.launch.children import Preempted
-from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuning
-from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED, door
-from prelude.launch.frozen import SOURCES, common, door_parser
-from prelude.pretrain import distributed
-
-# 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
-FEW_LABELS = partial(fewshot, shares=(1.0,))
-EVALUATORS = {"probe": linear_probe, "knn": knn, "ncm": ncm, "fewshot": FEW_LABELS, "anomaly": anomaly}
-DEFAULT_EVALUATORS = ["probe", "knn", "ncm", "fewshot"]  # anomaly takes long with many classes
+from prelude.evaluators.defaults import COMPARABLE, COMPARED
+from prelude.launch.arguments import SOURCES, Shards, door_parser, parse
+from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, started = parser().parse_args(argv), time.monotonic()
-    settings = common(args, "compare", argv)
-    recipes = {source: path for source in args.sources if (path := recipe_of(source))}
-    if recipes and distributed.world_size() > 1:
-        raise UserError(
-            f"{next(iter(recipes))} is to be pretrained first, which ranks of one launcher cannot; start "
-            f"`prelude compare` without one, and write --ranks {distributed.world_size()}."
-        )
-    refuse_without_effect(args, recipes)
-    labelled, evaluators = task_of(args, [str(recipes.get(source, source)) for source in args.sources])
-    judging = Judging(
-        evaluators, labelled, kinds=gathering.kinds_of(args.features), bank=args.bank, **settings | {"out": None}
-    )
-    judging.check()
-    index = ShardIndex(args.shards or labelled.train) if recipes else None
-    try:
-        named = [named_source(args, source, recipes.get(source), labelled, index) for source in unlike(args.sources)]
-        contestants = gathering.line_up(named, floors=not args.no_floors)
-        if distributed.world_size() > 1:
-            prepare(contestants, judging)
-            if not distributed.is_main():
-                distributed.stop()
-                return 0
-            distributed.stop()  # all is in the bank; nobody waits for what one rank does with it
-        entries = [gathering.gather(contestant, judging) for contestant in contestants]
-        entries, warnings = with_fine_tuning(args, entries, labelled)
-    except Preempted:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return PREEMPTED
-    comparison = compared(args, entries, labelled, settings["command"], started, warnings, bool(recipes))
-    write(comparison, Path(args.out))
-    return INCOMPLETE if warnings or any(entry.problem for entry in entries) else 0
+    args = parse(parser(), argv)
+    from prelude.launch.comparing import compare
+
+    return compare(args, argv)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,13 +40,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluators",
         nargs="+",
-        choices=list(EVALUATORS),
-        help=f"(default: {' '.join(DEFAULT_EVALUATORS)})",
+        choices=COMPARABLE,
+        metavar="NAME",
+        help=f"of {', '.join(COMPARABLE)} (default: {' '.join(COMPARED)})",
     )
     parser.add_argument("--no-floors", action="store_true", help="without untrained encoders and pixels beside them")
     recipes = parser.add_argument_group("recipes that are pretrained first")
     recipes.add_argument("--images", type=int, metavar="N", help="that each sees, repeats counted (default: its own)")
-    recipes.add_argument("--shards", metavar="SHARDS", help="without labels, for all (default: those of --train)")
+    recipes.add_argument(
+        "--shards", action=Shards, metavar="SHARDS", help="without labels, for all (default: those of --train)"
+    )
     recipes.add_argument("--set", nargs="+", default=[], metavar="key.sub=value", help="settings, for all of them")
     recipes.add_argument(
         "--ranks", type=int, metavar="N", help="processes that train (default: one for each GPU, else one)"
@@ -117,99 +68,6 @@ def parser() -> argparse.ArgumentParser:
     findings.add_argument("--field", metavar="KEY")
     findings.add_argument("--group", metavar="KEY")
     return parser
-
-
-# ---- what is asked for
-
-
-def unlike(sources: Sequence[str]) -> list[str]:
-    """Each once."""
-    return list(dict.fromkeys(sources))
-
-
-def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
-    given = [f"--{name}" for name in ("images", "shards", "set", "ranks") if getattr(args, name)]
-    if args.finetune:
-        given = [name for name in given if name != "--ranks"]
-    if given and not recipes:
-        raise UserError(f"{' and '.join(given)} has no effect without a recipe among the sources; leave it out.")
-    stems = [path.stem for path in {path.resolve(): path for path in recipes.values()}.values()]
-    if double := [stem for stem in stems if stems.count(stem) > 1]:
-        raise UserError(f"Two recipes are named {double[0]} and would train into one folder; rename one of them.")
-    if args.images is not None and args.images < 1:
-        raise UserError(f"--images {args.images} leaves nothing to do; write 1 or more.")
-
-
-def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled, list[Evaluator]]:
-    section = first_section(sources)
-    if not (args.names or args.field or args.group or (section and section.label_names)):
-        names = list(dict.fromkeys(args.evaluators or DEFAULT_EVALUATORS))
-        return labelled_shards(sources, args.train, args.test, args.label), [EVALUATORS[name] for name in names]
-    if args.evaluators or args.finetune:
-        raise UserError(
-            "--evaluators and --finetune are for class numbers; with several findings an image the evaluator is "
-            "multilabel, so leave them out."
-        )
-    form = vector_format(sources, args.names, args.field, args.group)
-    return labelled_shards(sources, args.train, args.test, args.label, form), [partial(multilabel, names=form.names)]
-
-
-# ---- judging
-
-
-def prepare(contestants: Sequence[Contestant], judging: Judging) -> None:
-    for contestant in contestants:
-        try:
-            if not contestant.problem:
-                judging.prepare(contestant.source, contestant.beside)
-        except UserError:
-            continue  # it is told when its turn comes to be judged
-
-
-# ---- what comes out
-
-
-def compared(
-    args: argparse.Namespace,
-    entries: list[Entry],
-    labelled: Labelled,
-    command: str,
-    started: float,
-    warnings: list[str],
-    any_recipe: bool,
-) -> Comparison:
-    measured = [result for entry in entries for result in entry.results.values()]
-    objectives = list(dict.fromkeys(entry.objective or entry.name for entry in entries if entry.kind == "pretrained"))
-    unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
-    shards = args.shards or labelled.train
-    budget = f"{args.images:,} images each" if args.images else "each recipe's own number of images"
-    what = "without labels" if args.shards else "the labelled train shards, without their labels"
-    return Comparison(
-        title=" and ".join(filter(None, (", ".join(objectives[:-1]), *objectives[-1:]))) or "Floors",
-        entries=entries,
-        evaluators=list(dict.fromkeys(result["evaluator"] for result in measured)),
-        data=measured[0]["data"] if measured else unknown,
-        command=command,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=time.monotonic() - started,
-        budget=f"{budget}, from {shards} ({what})" if any_recipe else None,
-        versions=versions(),
-        warnings=warnings,
-    )
-
-
-def write(comparison: Comparison, out: Path) -> None:
-    files = {"comparison.json": to_json(comparison), "table.md": markdown(comparison), "report.html": page(comparison)}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            unfinished = out / f".{name}"
-            unfinished.write_text(text)
-            unfinished.replace(out / name)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
-    print_comparison(comparison)
-    print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ import torch
 
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.classifier import NAME as FINE_TUNE
 from prelude.evaluators.comparison import Entry
+from prelude.evaluators.finetune_recipe import NAME as FINE_TUNE
 from prelude.evaluators.frozen import Labelled
 from prelude.evaluators.gathering import Named
 from prelude.evaluators.run_record import is_finished
 from prelude.launch.children import run_door
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within
-from prelude.pretrain.config import find_recipe, load_config, read_recipe
+from prelude.pretrain.recipes import find_recipe, load_config, read_recipe
 
 
 def recipe_of(source: str) -> Path | None:
@@ -57,24 +57,31 @@ def pretrained(
 ) -> str | None:
     """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
     overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
-    overrides += ["data.num_samples=null", *evaluate_section(labelled), *args.set]
+    overrides = last_of_each([*overrides, "data.num_samples=null", *shared_settings(labelled), *args.set])
     config = load_config(recipe, overrides, options_for)
     if args.images:
-        overrides += within(config, args.images, index.num_samples)
+        overrides = last_of_each([*overrides, *within(config, args.images, index.num_samples)])
         config = load_config(recipe, overrides, options_for)
-    if is_finished(config, index.fingerprint):
+    index = index.with_range(config.data.range)
+    if is_finished(config, (index.fingerprint, index.layout_fingerprint())):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None
     return run_door("pretrain", ["--config", str(recipe), *overrides], num_ranks=num_ranks(args), name=run_dir.name)
 
 
-def evaluate_section(labelled: Labelled) -> list[str]:
-    """So that later evaluations of a run find the same shards."""
+def last_of_each(overrides: list[str]) -> list[str]:
+    """A key written twice is a mistake at a door; here what is said later replaces what was said before."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
+def shared_settings(labelled: Labelled) -> list[str]:
+    """So that later evaluations of a run find the same shards, and images look alike everywhere."""
     values = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
     if labelled.vectors:
         form = labelled.vectors
         values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group}
-    return [f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()]
+    looks = [f"data.range={json.dumps(labelled.value_range)}"] if labelled.value_range else []
+    return [*(f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()), *looks]
 
 
 def with_fine_tuning(
@@ -96,7 +103,8 @@ def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tu
     problem = None
     for recipe, *overrides in args.finetune:
         run_dir = Path(args.out) / "finetune" / f"{slug(entry.name)}-{Path(recipe).stem}"
-        arguments = [entry.source, "--config", recipe, f"run_dir={run_dir}", *evaluate_section(labelled), *overrides]
+        settings = last_of_each([f"run_dir={run_dir}", *shared_settings(labelled), *overrides])
+        arguments = [entry.source, "--config", recipe, *settings]
         problem = run_door("finetune", arguments, num_ranks=num_ranks(args), name=f"fine-tuning {entry.name}")
         if problem is None:
             newest = max((run_dir / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime)

@@ -1,31 +1,69 @@
 """How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 4 done in part, 75 pre-empted (run it
-again)."""
+again), 130 interrupted by Ctrl-C with nothing saved."""
 
+import multiprocessing
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import NoReturn
 
-from prelude.data.errors import RunStopped, UserError
-from prelude.pretrain import distributed
+from prelude.data.errors import RunStopped, Stopped, UserError
+from prelude.pretrain import stopping
+from prelude.pretrain.stopping import INTERRUPTED, PREEMPTED
+
+__all__ = ["INCOMPLETE", "PREEMPTED", "door", "leave"]
 
 INCOMPLETE = 4  # some of what was asked for is missing, and what there is says which
-PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a launched rank. What failed leaves as usual, which also ends the loader's workers."""
-    if code in (0, PREEMPTED):
+    """Ends a launched rank. What failed may have loader workers still: they ignore signals and would live on for some
+    seconds, in which a launcher's output stays open."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if distributed := _with_ranks():
         distributed.leave(code)
     raise SystemExit(code)
 
 
 def door(main: Callable[[], int]) -> int:
-    """Runs `main`, telling a foreseen failure in its own sentence instead of a traceback."""
+    """Runs `main`, telling a foreseen failure in its own sentence instead of a traceback. The other ranks are told of
+    any failure, so that they need not wait to find out."""
+    stopping.interruptible()
     try:
-        return main()
+        return _explained(main)
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        _left(error.exit_code, str(error))
         return error.exit_code
+    except Stopped as stop:
+        print(f"stopped {stop}; run the same command again", file=sys.stderr, flush=True)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        _left(INTERRUPTED, "interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        _left(1, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _explained(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except RuntimeError:
+        if not (distributed := _with_ranks()):
+            raise
+        with distributed.explained():
+            raise
+
+
+def _left(code: int, why: str) -> None:
+    if distributed := _with_ranks():
+        distributed.left(code, why)
+
+
+def _with_ranks() -> ModuleType | None:
+    """`pretrain.distributed`, once it is imported. Until then there is no other rank, and no torch, which a wrong word
+    is told without."""
+    return sys.modules.get("prelude.pretrain.distributed")

@@ -1,9 +1,11 @@
 """Accuracy of frozen encoders with few labels.
 
-    prelude fewshot runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
+    prelude fewshot runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
     prelude fewshot runs/mae --per-class 1 2 5 --share 1 --draws 10
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -12,13 +14,16 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.evaluators.fewshot import DRAWS, PER_CLASS, SHARES, fewshot
+from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.fewshot import fewshot
+    from prelude.launch.frozen import judge
+
     chosen = args.per_class is not None or args.share is not None
     amounts = {
         "per_class": (args.per_class or []) if chosen else PER_CLASS,

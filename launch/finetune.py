@@ -1,38 +1,35 @@
 """Fine-tune an encoder on labelled shards, and test it.
 
-    prelude finetune runs/mae --config finetune_vit_cifar10 --train 'train-*.tar' --test 'test-*.tar'
-    deepspeed --num_gpus 8 launch/finetune.py runs/mae --config configs/finetune_vit_base.yaml run_dir=runs/tuned
-    deepspeed --num_gpus 8 launch/finetune.py runs/mae --config configs/finetune_vit_base.yaml --from-scratch
+    prelude finetune runs/mae --config finetune_vit_cifar10 \\
+        --train 'train-*.tar' --test 'test-*.tar'
+    deepspeed --num_gpus 8 launch/finetune.py runs/mae \\
+        --config configs/finetune_vit_base.yaml run_dir=runs/tuned
+    deepspeed --num_gpus 8 launch/finetune.py runs/mae \\
+        --config configs/finetune_vit_base.yaml --from-scratch
 
-The same command, run again, goes on from the run's newest checkpoint. Exit codes as those of pretraining.
+The same command, run again, goes on from the run's newest checkpoint. Exit
+codes as those of pretraining.
 """
 
 if __name__ == "__main__" and not __package__:
     import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
-import functools
 import shlex
 import sys
-import time
 
-from rich.console import Console
-from rich.table import Table
-
-from prelude.checkpoints.store import Store
-from prelude.data.loader import Loader
-from prelude.evaluators import finetune
-from prelude.evaluators.results import print_table, write
-from prelude.launch.arguments import documented_parser
-from prelude.launch.exit_codes import PREEMPTED, door, leave
-from prelude.launch.pretrain import introduce, loader_settings, logs_of, prepare_run_dir
-from prelude.pretrain import distributed
-from prelude.pretrain.engine import Engine
-from prelude.pretrain.preview import describe
+from prelude.evaluators.finetune_recipe import check_recipe
+from prelude.launch.arguments import add_config, add_labelled, documented_parser, parse, source
+from prelude.launch.exit_codes import door, leave
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_intermixed_args(argv)
+    args = parse(parser(), argv)
+    check_recipe(args.config, args.overrides)
+    from prelude.evaluators import finetune
+    from prelude.launch import finetuning
+    from prelude.pretrain import distributed
+
     task = finetune.prepare(
         args.source,
         args.config,
@@ -44,81 +41,27 @@ def main(argv: list[str] | None = None) -> int:
     )
     finetune.check(task, distributed.launched_world_size())
     if args.dry_run:
-        return dry_run(task)
+        return finetuning.dry_run(task)
     command = shlex.join(["prelude", "finetune", *(sys.argv[1:] if argv is None else argv)])
-    return run(task, command)
-
-
-def run(task: finetune.Task, command: str) -> int:
-    started, config = time.monotonic(), task.config
-    device = distributed.start()
-    run_dir = prepare_run_dir(config)
-    classifier = finetune.build(task)
-    loader = Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))
-    micro_batch, _ = config.batching(distributed.world_size())
-    test = functools.partial(
-        finetune.tested,
-        classifier,
-        task.test,
-        config.evaluate.label,
-        batch_size=max(micro_batch, 64),
-        num_workers=loader.num_workers,
-    )
-    monitors, curve = logs_of(run_dir), run_dir / "test.jsonl"
-    if task.options.test_every_epochs:
-        monitors.append(finetune.TestCurve(test, task.options.test_every_epochs, curve))
-    engine = Engine(config, classifier, loader, Store(run_dir / "checkpoints", keep=config.checkpoint.keep), monitors)
-    if distributed.is_main():
-        introduce(config, engine, loader, device)
-    outcome = engine.run()
-    loader.close()
-    if outcome.reason != "finished":
-        distributed.stop()
-        return PREEMPTED
-    counts = test()
-    if distributed.is_main():
-        seconds = time.monotonic() - started
-        result = finetune.result_of(task, classifier, counts, finetune.read_curve(curve), command, seconds)
-        path = write(result, run_dir / "evaluations")
-        print_table([result])
-        print(f"written to {path}", file=sys.stderr)
-    distributed.stop()
-    return 0
+    return finetuning.run(task, command)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
     parser.add_argument(
         "source",
+        type=source,
         metavar="SOURCE",
         help="a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, random:SOURCE",
     )
-    parser.add_argument("--config", required=True, help="a YAML file, or the name of a recipe in configs/")
-    parser.add_argument("--train", metavar="SHARDS", help="labelled shards to learn from (default: the recipe's or the "
-                        "run's evaluate section)")  # fmt: skip
-    parser.add_argument("--test", metavar="SHARDS", help="labelled shards to report on (default: the same)")
-    parser.add_argument("--label", metavar="EXT", help="extension of the class number's member (default: cls)")
+    add_labelled(parser, default="the recipe's or the run's evaluate section")
     parser.add_argument(
         "--from-scratch",
         action="store_true",
         help="the same recipe on the same architecture untrained, in RUN_DIR_from_scratch",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+    add_config(parser)
     return parser
-
-
-def dry_run(task: finetune.Task) -> int:
-    config, classifier = task.config, finetune.build(task)
-    table = Table(title=f"fine-tuning of {task.opened.name}", show_header=False)
-    world_size = distributed.launched_world_size()
-    for row in describe(config, classifier, num_samples=task.train.num_samples, world_size=world_size):
-        table.add_row(*row)
-    table.add_row("labels", f"{task.train.num_samples} images of {len(task.classes)} classes")
-    table.add_row("test", f"{task.test.num_samples} images")
-    Console().print(table)
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,18 +10,9 @@ from rich.table import Table
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
-from prelude.pretrain import distributed
+from prelude.pretrain.distributed import cores_per_rank
 
 _MOST_LISTED = 20
-
-
-def add_arguments(actions) -> None:
-    about = actions.add_parser("info", help="what there is: counts, sizes, channels, classes, mean, and damage")
-    add_shards(about)
-    about.add_argument("--images", type=int, default=1000, metavar="N", help="to decode; 0 for none (default: 1000)")
-    check = actions.add_parser("verify", help="decode every image; list what is undecodable or there twice")
-    add_shards(check)
-    check.add_argument("--to", metavar="FILE", help="where everything found is written, a JSON object a line")
 
 
 def info(args: argparse.Namespace) -> int:
@@ -46,7 +37,7 @@ def verify(args: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("decoding", total=index.num_samples)
         every = spread(index.num_samples, index.num_samples)
-        found = survey(index, every, threads=args.workers, duplicates=True, progress=lambda: bar.advance(task))
+        found = survey(index, every, threads=_threads(args), duplicates=True, progress=lambda: bar.advance(task))
     table = _counts(index, args.label)
     _describe(table, found, "of all images")
     table.add_row("byte-identical", f"{sum(map(len, found.identical))} images in {len(found.identical)} groups")
@@ -72,10 +63,10 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def add_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", metavar="SHARDS", help="a folder of images, or a path, braces, * or a list with ::")
-    parser.add_argument("--label", default="", metavar="EXT", help="extension of a label's member (default: cls)")
-    parser.add_argument("--workers", type=int, default=distributed.cores_per_rank(), metavar="N", help="threads")
+def _threads(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} leaves nobody to decode; write 1 or more.")
+    return args.workers or cores_per_rank()
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:
@@ -98,6 +89,10 @@ def _counts(index: ShardIndex, label: str) -> Table:
         table.add_row(f"with .{index.label}", str(labelled))
     table.add_row("fingerprint", index.fingerprint)
     table.add_row("problems", str(index.num_problems))
+    if index.num_lost:
+        table.add_row("samples lost", f"about {index.num_lost}")
+    if index.unended:
+        table.add_row("without an end marker", f"{len(index.unended)} shards: {index.unended[0]} ...")
     return table
 
 

@@ -1,9 +1,12 @@
 """k-nearest-neighbour accuracy of frozen encoders.
 
-    prelude knn runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
-    prelude knn runs/mae --k 5 10 20 50 --temperature 0.03 0.07 0.2    chosen on a held-out tenth of train
+    prelude knn runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
+    prelude knn runs/mae --k 5 10 20 50 --temperature 0.03 0.07 0.2
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several neighbours or temperatures are chosen from on a held-out tenth of train.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -12,13 +15,16 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.evaluators.knn import TEMPERATURE, K, knn
+from prelude.evaluators.defaults import TEMPERATURE, K
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.knn import knn
+    from prelude.launch.frozen import judge
+
     return judge(args, [partial(knn, ks=args.k, temperatures=args.temperature)], "knn", argv)
 
 

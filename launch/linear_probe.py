@@ -1,11 +1,13 @@
 """Linear probe of frozen encoders.
 
-    prelude probe runs/mae random:runs/mae pixels --train 'train-{0..9}.tar' --test test-0.tar
+    prelude probe runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
     prelude probe runs/mae --norm batch none --features cls mean last4 --seeds 3
     deepspeed --num_gpus 8 launch/linear_probe.py runs/mae --protocol mae
 
-Without --protocol, heads are trained to their optimum on features of one fixed view. With it, they are trained as in
-that paper, on augmented images. Several sources give one table; each result is also written as JSON.
+Without --protocol, heads are trained to their optimum on features of one fixed
+view. With it, they are trained as in that paper, on augmented images. Several
+sources give one table; each result is also written as JSON.
 docs/evaluators.md says how it is measured.
 """
 
@@ -16,24 +18,23 @@ import argparse
 from functools import partial
 
 from prelude.data.errors import UserError
-from prelude.evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
-from prelude.evaluators.protocols import PROTOCOLS, protocol_of
-from prelude.evaluators.results import print_table
-from prelude.evaluators.stream_probe import evaluate_protocol
+from prelude.evaluators.defaults import PROTOCOLS
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import common, door_parser, judge, labelled_of
-from prelude.pretrain import distributed
 
 OF_PROTOCOLS = ("learning_rates", "epochs", "global_batch")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
     if args.protocol:
         return by_protocol(args, argv)
     without_effect = [f"--{name.replace('_', '-')}" for name in OF_PROTOCOLS if getattr(args, name) is not None]
     if without_effect:
         raise UserError(f"{' and '.join(without_effect)} has no effect without --protocol; write one, or leave it out.")
+    from prelude.evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
+    from prelude.launch.frozen import judge
+
     decays = args.weight_decays or WEIGHT_DECAYS
     return judge(args, [partial(linear_probe, weight_decays=decays, norms=args.norm or ["batch"])], "probe", argv)
 
@@ -41,6 +42,12 @@ def main(argv: list[str] | None = None) -> int:
 def by_protocol(args: argparse.Namespace, argv) -> int:
     if args.norm:
         raise UserError("--norm is the protocol's own; leave it out, or leave out --protocol.")
+    from prelude.evaluators.protocols import protocol_of
+    from prelude.evaluators.results import print_table
+    from prelude.evaluators.stream_probe import evaluate_protocol
+    from prelude.launch.frozen import common, labelled_of
+    from prelude.pretrain import distributed
+
     changes = {name: getattr(args, name) for name in (*OF_PROTOCOLS, "weight_decays")}
     tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
     protocol, labelled = protocol_of(args.protocol, **tuples), labelled_of(args)
@@ -61,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="heads on features of variance 1, as BatchNorm without affine makes them (default), or on plain ones",
     )
     parser.add_argument("--weight-decays", nargs="+", type=float, metavar="WD", help="(default: 12, or the protocol's)")
-    parser.add_argument("--protocol", choices=list(PROTOCOLS), help="train heads as in a paper, on augmented images")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="train heads as in a paper, on augmented images")
     parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="(default: the protocol's)")
     parser.add_argument("--epochs", type=float, metavar="N", help="(default: the protocol's)")
     parser.add_argument("--global-batch", type=int, metavar="N", help="(default: the protocol's)")

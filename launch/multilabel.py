@@ -1,9 +1,11 @@
 """Several findings in one image, by yes-or-no heads on frozen encoders.
 
-    prelude multilabel runs/cxr random:runs/cxr --train train-0.tar --test test-0.tar \\
+    prelude multilabel runs/cxr random:runs/cxr \\
+        --train train-0.tar --test test-0.tar \\
         --field labels --names Viral COVID-19 Bacterial --group patient
 
-Several sources give one table; each result is also written as JSON. docs/evaluators.md says how it is measured.
+Several sources give one table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -12,21 +14,32 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.evaluators.frozen import vector_format
-from prelude.evaluators.multilabel import multilabel
+from prelude.launch.arguments import door_parser, parse
 from prelude.launch.exit_codes import door
-from prelude.launch.frozen import door_parser, judge
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.evaluators.frozen import vector_format
+    from prelude.evaluators.label_table import print_labels
+    from prelude.evaluators.multilabel import multilabel
+    from prelude.evaluators.results import print_table
+    from prelude.launch.frozen import labelled_of, results_of
+    from prelude.pretrain import distributed
+
     form = vector_format(args.sources, args.names, args.field, args.group)
     judged = partial(multilabel, names=form.names, norms=args.norm)
-    return judge(args, [judged], "multilabel", argv, vectors=form)
+    results = results_of(args, [judged], "multilabel", argv, labelled_of(args, vectors=form))
+    if results:
+        print_table(results)
+        print_labels(results)
+    distributed.stop()
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = door_parser(__doc__)
+    label = "extension of the JSON member with the findings (default: that of the run's evaluate section, else json)"
+    parser = door_parser(__doc__, label=label)
     default = "(default: the run's evaluate section)"
     parser.add_argument("--names", nargs="+", metavar="NAME", help=f"of the findings {default}")
     parser.add_argument("--field", metavar="KEY", help=f"of the JSON object that holds the findings {default}")

@@ -1,4 +1,4 @@
-"""`prelude shards pack`: its arguments, and what it tells."""
+"""`prelude shards pack`: from its arguments to what it tells."""
 
 import argparse
 import sys
@@ -12,35 +12,7 @@ from prelude.data.packing.images import QUALITY
 from prelude.data.packing.pack import Packing, pack, read_classes
 from prelude.data.packing.source import SourceOptions
 from prelude.launch.exit_codes import INCOMPLETE
-from prelude.pretrain import distributed
-
-ABOUT = "make shards of a folder, a table, a dataset, or other shards"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="what there is; docs/data.md says what it may be")
-    parser.add_argument("--to", required=True, metavar="DIR", help="where the shards go")
-    parser.add_argument("--name", metavar="WORD", help="how shards are called (default: the split, or train)")
-    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (default: 0)")
-    parser.add_argument("--workers", type=int, default=distributed.cores_per_rank(), metavar="N", help="processes")
-    smaller = parser.add_argument_group("smaller images, which decode faster")
-    smaller.add_argument("--short-side", type=int, metavar="PIXELS", help="of images that are larger; as JPEG")
-    smaller.add_argument("--quality", type=int, metavar="Q", help=f"of these JPEGs, 1 to 100 (default: {QUALITY})")
-    split = parser.add_argument_group("train and val")
-    split.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help="of images that go to val-*.tar")
-    split.add_argument("--group", default="", metavar="FIELD", help="whose images are on one side, such as a patient")
-    split.add_argument("--split", default="", metavar="NAME", help="of a source that has several, such as test")
-    found = parser.add_argument_group("what is where in the source")
-    found.add_argument("--image", default="", metavar="NAME", help="column, array or member of the image")
-    found.add_argument(
-        "--label", nargs="+", default=[], metavar="NAME",
-        help="columns, array or member of the label; parent or top for folders; none for no label",
-    )  # fmt: skip
-    found.add_argument("--label-separator", default="", metavar="C", help="between the labels of one column")
-    found.add_argument("--fields", nargs="+", default=[], metavar="NAME", help="columns to keep, in a .json member")
-    found.add_argument("--root", default="", metavar="DIR", help="of a table's paths (default: the table's folder)")
-    found.add_argument("--classes", metavar="FILE", help="class names, one a line, in the order of their numbers")
+from prelude.pretrain.distributed import cores_per_rank
 
 
 def main(args: argparse.Namespace) -> int:
@@ -65,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
         val_share=args.val_share,
         short_side=args.short_side,
         quality=QUALITY if args.quality is None else args.quality,
-        workers=args.workers,
+        workers=cores_per_rank() if args.workers is None else args.workers,
     )
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

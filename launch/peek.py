@@ -9,25 +9,27 @@ from PIL import Image
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
-from prelude.objectives import build_objective, options_for
+from prelude.objectives import options_for
+from prelude.objectives.building import build_objective
 from prelude.objectives.patch_pictures import page
-from prelude.pretrain.config import load_config
 from prelude.pretrain.images import denormalise, images
+from prelude.pretrain.recipes import load_config
 
 _PLAIN_VIEW = View((128, 128), crop="center", flip=0.0)
 _LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by whole factors
 
 
 def peek(args: argparse.Namespace) -> int:
-    plan = ViewPlan((_PLAIN_VIEW,))
+    plan, value_range = ViewPlan((_PLAIN_VIEW,)), None
     if args.config:
-        given = [f"data.shards={json.dumps(args.shards)}", *args.overrides]
-        plan = build_objective(load_config(args.config, given, options_for)).views
-    elif args.overrides:
-        raise UserError(f"{args.overrides[0]} has no effect without --config; leave it out.")
+        given = [f"data.shards={json.dumps(args.shards)}", *args.set]
+        config = load_config(args.config, given, options_for)
+        plan, value_range = build_objective(config).views, config.data.range
+    elif args.set:
+        raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
     if args.count < 1:
         raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
-    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count)
+    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, value_range=value_range)
     names = loader.preview(args.count)
     batch = next(loader)
     rows: list[list] = [[] for _ in range(args.count)]

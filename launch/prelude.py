@@ -3,13 +3,19 @@
 if __name__ == "__main__" and not __package__:
     import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
+import difflib
 import importlib
+import importlib.metadata
 import sys
+import tomllib
+from pathlib import Path
 
+from prelude.data.errors import UserError
 from prelude.launch.exit_codes import door
+from prelude.pretrain import stopping
 
 COMMANDS = {
-    "quickstart": ("quickstart", "pretrain, probe and export on a small data set that is made on the spot"),
+    "quickstart": ("quickstart", "pretrain, probe and export on a small data set made on the spot"),
     "pretrain": ("pretrain", "train an encoder on unlabelled shards"),
     "probe": ("linear_probe", "linear probe of a frozen encoder"),
     "knn": ("knn", "k-nearest-neighbour accuracy of a frozen encoder"),
@@ -25,14 +31,17 @@ COMMANDS = {
 }
 
 USAGE = """usage: prelude COMMAND ...
+       prelude --version
 
 Self-supervised pretraining of image encoders from tar shards.
 
 commands:
 {commands}
 
-`prelude COMMAND --help` says what a command takes. To train on several devices or nodes, start the same door
-with a launcher: deepspeed --num_gpus 8 launch/pretrain.py --config ..."""
+`prelude COMMAND --help` says what a command takes. To train on several
+devices or nodes, start the same door with a launcher:
+
+    deepspeed --num_gpus 8 launch/pretrain.py --config ..."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,15 +51,28 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0
+    if argv[0] == "--version":
+        print(f"prelude {version()}")
+        return 0
     if argv[0] not in COMMANDS:
-        print(f"error: prelude has no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+        raise UserError(f"prelude has no command {argv[0]!r}; {hint}")
     module = importlib.import_module(f"prelude.launch.{COMMANDS[argv[0]][0]}")
     sys.argv[0] = f"prelude {argv[0]}"  # the name that argparse shows in a command's own help
     return module.main(argv[1:])
 
 
+def version() -> str:
+    """Of this checkout, or of the package that is installed."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():
+        return tomllib.loads(project.read_text())["project"]["version"]
+    return importlib.metadata.version("prelude-ssl")
+
+
 def run() -> None:
+    stopping.listen()
     raise SystemExit(door(main))
 
 

@@ -3,8 +3,9 @@
     prelude quickstart
     prelude quickstart --seed 1 --run-dir runs/second
 
-Takes about two minutes on two cores and ends with a table: the pretrained encoder, the same encoder untrained,
-and raw pixels. A quickstart that was interrupted goes on where it stopped.
+Takes about three minutes on two cores and ends with a table: the pretrained
+encoder, the same encoder untrained, and raw pixels. A quickstart that was
+interrupted goes on where it stopped.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -15,21 +16,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prelude.checkpoints.export import export_encoder
-from prelude.data.shapes import write_shards
-from prelude.evaluators.frozen import evaluate, labelled_shards
-from prelude.evaluators.knn import knn
-from prelude.evaluators.linear_probe import linear_probe
-from prelude.evaluators.results import print_table
 from prelude.launch import pretrain
-from prelude.launch.arguments import documented_parser
+from prelude.launch.arguments import documented_parser, parse, path
 from prelude.launch.exit_codes import door
 
 NUM_TRAIN, NUM_TEST = 5000, 1000
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parse(parser(), argv)
+    from prelude.checkpoints.export import export_encoder
+    from prelude.data.shapes import write_shards
+    from prelude.evaluators.frozen import evaluate, labelled_shards
+    from prelude.evaluators.knn import knn
+    from prelude.evaluators.linear_probe import linear_probe
+    from prelude.evaluators.results import print_table
+
     console, run = Console(stderr=True, highlight=False), Path(args.run_dir)
     shards = run / "shapes"
     console.print(f"[bold]1 of 4[/] making {NUM_TRAIN} + {NUM_TEST} images of shapes in {shards}")
@@ -67,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
-    parser.add_argument("--run-dir", default="runs/quickstart", metavar="DIR", help="(default: runs/quickstart)")
+    parser.add_argument(
+        "--run-dir", type=path, default="runs/quickstart", metavar="DIR", help="(default: runs/quickstart)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images and the weights (default: 0)")
     return parser
 

@@ -1,5 +1,7 @@
 """Self-supervised objectives, found by name and imported only when one is asked for.
 
+This module and `options`, the settings of our own objectives, come without torch: a wrong setting is told at once.
+
 A name in a config is one of ours (`mae`), a class anywhere on the import path (`package.module:Class`), or one
 that an installed package offers in the entry-point group `prelude.objectives`.
 """
@@ -10,12 +12,15 @@ if __name__ != "prelude.objectives":  # under a second name every module would e
 import difflib
 import importlib
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prelude.data.errors import UserError
+from prelude.objectives.options import OPTIONS
 from prelude.pretrain.config import Config
-from prelude.pretrain.encoders import build_encoder, seeded
-from prelude.pretrain.objective import Objective, Options
+from prelude.pretrain.options import Options
+
+if TYPE_CHECKING:
+    from prelude.pretrain.objective import Objective
 
 OURS = {
     "barlow_twins": "prelude.objectives.barlow_twins:BarlowTwins",
@@ -28,7 +33,7 @@ OURS = {
 ENTRY_POINTS = "prelude.objectives"
 
 
-def objective_class(name: str) -> type[Objective]:
+def objective_class(name: str) -> "type[Objective]":
     """The class behind `objective.name`. Raises UserError for a name that leads nowhere."""
     offered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)} | OURS
     if name not in offered and ":" not in name:
@@ -39,13 +44,13 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def options_for(name: str) -> type[Options]:
-    """The model of an objective's settings, as `prelude.pretrain.config.load_config` wants it. Raises UserError."""
-    return objective_class(name).Options
+    """The model of an objective's settings, as `prelude.pretrain.recipes.load_config` wants it. Raises UserError."""
+    return OPTIONS[name] if name in OPTIONS else objective_class(name).Options
 
 
 def check_objective(config: Config) -> None:
     """Refuses, before anything is built, an objective that cannot work with this encoder. Raises UserError."""
-    cls, options = _chosen(config)
+    cls, options = chosen(config)
     cls.check(options, config.encoder)
     if config.train.zero_stage > cls.max_zero_stage:
         raise UserError(
@@ -54,26 +59,21 @@ def check_objective(config: Config) -> None:
         )
 
 
-def build_objective(config: Config) -> Objective:
-    """The objective around a fresh encoder; its weights depend on `config.seed` alone. Raises UserError."""
-    cls, options = _chosen(config)
-    encoder = build_encoder(config.encoder, seed=config.seed)
-    with seeded(config.seed + 2**31):  # seeds are below 2**31: no run's encoder starts from these draws
-        return cls(encoder, options, image_size=config.encoder.size, mean=config.data.mean, std=config.data.std)
-
-
-def _chosen(config: Config) -> tuple[type[Objective], Options]:
+def chosen(config: Config) -> "tuple[type[Objective], Options]":
+    """The class and the settings of `config.objective`. Raises UserError."""
     given: dict[str, Any] = dict(config.objective)
     cls = objective_class(given.pop("name"))
     return cls, cls.Options.model_validate(given)
 
 
-def _imported(path: str, name: str) -> type[Objective]:
+def _imported(path: str, name: str) -> "type[Objective]":
     module, _, attribute = path.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"objective.name={name} cannot be imported: {error}; write module:Class.") from error
+    from prelude.pretrain.objective import Objective  # torch, which whoever names a class has just imported
+
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
         raise UserError(f"objective.name={name} is not an Objective; subclass prelude.pretrain.objective.Objective.")
     return cls

@@ -15,11 +15,11 @@ standardised over the batch, and the correlations between the two views are push
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, Photometric, View, ViewPlan
 from prelude.objectives.cross_correlation import barlow_loss
+from prelude.objectives.options import BarlowTwinsOptions
 from prelude.objectives.pictures import sheet
 from prelude.objectives.projector import projector
 from prelude.pretrain.batch_norm import normalise_columns, synchronise
@@ -28,59 +28,12 @@ from prelude.pretrain.encoders import pooled_width
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
 _EPSILON = 1e-5  # added to the variance of a dimension
 _DEAD = 1e-3  # a dimension whose standard deviation over the batch is below this says nothing
 _NUM_PICTURES = 8
-
-
-class ColourOptions(Options):
-    """Probabilities and strengths, with torchvision's meaning. The defaults are those of BYOL that both views share."""
-
-    jitter: float = Field(0.8, ge=0, le=1)  # probability of the next four, in random order
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.2, ge=0)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    grey: float = Field(0.2, ge=0, le=1)  # probability
-    blur: float = Field(0.0, ge=0, le=1)  # probability
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
-    solarise: float = Field(0.0, ge=0, le=1)  # probability
-
-    @field_validator("blur_sigma")
-    @classmethod
-    def _is_a_range(cls, value):
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("write two standard deviations above 0, such as [0.1, 2.0]")
-        return value
-
-
-class FirstView(ColourOptions):
-    blur: float = Field(1.0, ge=0, le=1)
-
-
-class SecondView(ColourOptions):
-    blur: float = Field(0.1, ge=0, le=1)
-    solarise: float = Field(0.2, ge=0, le=1)
-
-
-class BarlowTwinsOptions(Options):
-    projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
-    off_diagonal_weight: float = Field(0.0051, ge=0)
-    loss_scale: float = Field(1.0, gt=0)  # multiplies loss and gradient; 1 / ranks gives the official gradient
-    crop_scale: AreaRange = (0.08, 1.0)  # area of the random crop, as a share of the image
-    flip: float = Field(0.5, ge=0, le=1)  # probability
-    view_1: FirstView = FirstView()
-    view_2: SecondView = SecondView()
-
-    @field_validator("projector")
-    @classmethod
-    def _has_layers(cls, value):
-        if not value or min(value) < 1 or value[-1] < 2:
-            raise ValueError("write the widths of one or more layers, such as [8192, 8192, 8192]")
-        return value
 
 
 class BarlowTwins(Objective):
@@ -141,7 +94,7 @@ class BarlowTwins(Objective):
                 "embedding_rank_share": rank_share(terms.effective_dimensions, sum(counts), first.shape[1]),
                 "embedding_std": spread.mean(),
                 "dead_dimensions": (spread < _DEAD).to(dtype).mean(),
-                TRIVIAL_LOSS: terms.total.new_tensor(self._trivial_loss(sum(counts), first.shape[1])),
+                TRIVIAL_LOSS: terms.total.new_full((), self._trivial_loss(sum(counts), first.shape[1])),
             },
         )
 

@@ -112,7 +112,7 @@ def context_length(grid: Size, num_targets: int, sizes: BlockSizes) -> int:
 
 def step_draws(salt: int, step: int, count: int, stream: int) -> list[float]:
     """`count` uniform numbers in [0, 1) that belong to an optimizer step of a run, whatever the rank."""
-    return uniform(torch.tensor([salt + step]), count, stream)[0].tolist()
+    return uniform(torch.tensor([salt + step]), count, stream)[0].numpy().tolist()
 
 
 def between(limits: tuple[float, float], share: float) -> float:

@@ -21,19 +21,18 @@ the step. It decides for a whole step (alike on all ranks), for a sample, or for
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.objectives.blocks import step_draws
-from prelude.objectives.ijepa import IJEPA, IJEPAOptions, gather
+from prelude.objectives.ijepa import IJEPA, gather
+from prelude.objectives.options import DSeqJEPAOptions
 from prelude.objectives.patch_pictures import page, region_panels
-from prelude.objectives.regions import Regions, Strategy, find_regions, normalised_saliency, with_rectangles
+from prelude.objectives.regions import Regions, find_regions, normalised_saliency, with_rectangles
 from prelude.objectives.vicreg import VICReg
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.draws import uniform
@@ -43,36 +42,12 @@ from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss
 from prelude.pretrain.schedules import Progress, linear
+from prelude.pretrain.transfers import to_device
 
 STEP_STREAM, SAMPLE_STREAM = 121, 122  # of pretrain.draws
 _BUCKET = 16  # images of similar context that are encoded together, at least
 _MAX_BUCKETS = 4
 _MULTIPLE = 8  # padded lengths are multiples of this, for the sake of attention kernels
-
-
-class DSeqJEPAOptions(IJEPAOptions):
-    num_regions: int = Field(5, ge=2)  # the most an image can have, the background included
-    region_min_area: float = Field(0.02, ge=0, le=1)  # share of the image below which a component is background
-    region_strategy: Strategy = "otsu_components"
-    saliency_block: int | Literal["auto"] = "auto"  # of the teacher, from 0; auto: the last but one
-    saliency_query: Literal["contextual", "parameter"] = "contextual"  # parameter: the learned token, before any block
-    context: Literal["causal", "reencode"] = "causal"
-    lambda_start: float = Field(0.0, ge=0, le=1)  # probability of regions rather than random blocks
-    lambda_end: float = Field(1.0, ge=0, le=1)  # at the end of the run; linear between
-    lambda_granularity: Literal["step", "sample", "region"] = "step"
-    loss_reduction: Literal["patch", "step"] = "patch"  # what counts the same within an image
-    contrastive_weight: float = Field(0.0, ge=0)  # of VICReg; the paper's variant: 0.001
-    contrastive_projector: list[int] = [3072, 3072, 3072]  # widths of its projector's layers
-
-    @model_validator(mode="after")
-    def _projector_is_read(self):
-        if not self.contrastive_weight and self.contrastive_projector != [3072, 3072, 3072]:
-            raise ValueError(
-                "contrastive_projector has no effect at contrastive_weight=0; write 0.001, or leave it out"
-            )
-        if not self.contrastive_projector or min(self.contrastive_projector) < 2:
-            raise ValueError("contrastive_projector wants the widths of one or more layers, such as [3072, 3072, 3072]")
-        return self
 
 
 @dataclass(frozen=True)
@@ -127,23 +102,25 @@ class DSeqJEPA(IJEPA):
         predictions = []
         in_blocks = list(range(len(images)))
         if regions is not None:
-            sizes = regions.sizes(self.options.num_regions - 1)  # (B, R)
-            on_host = sizes.tolist()  # lengths decide shapes, so the host waits for them here
+            sizes, on_host, complete = self.sizes_on_host(regions)
+            if not complete:
+                regions = self.choose(saliency, batch.seeds, progress, rounds=saliency.shape[1])
+                sizes, on_host, _ = self.sizes_on_host(regions)
             in_blocks = [row for row in in_blocks if _num_steps(on_host[row]) == 0]
             for rows in _buckets(on_host):
-                chosen = torch.tensor(rows, device=images.device)
+                chosen = to_device(rows, images.device)
                 some = Regions(regions.rid[chosen], regions.count[chosen])
                 found = self.predict_regions(images[chosen], target[chosen], some, [on_host[row] for row in rows])
                 predictions += [replace(p, rows=chosen[p.rows]) for p in found]
         if in_blocks:
-            chosen = torch.tensor(in_blocks, device=images.device)
+            chosen = to_device(in_blocks, images.device)
             found = self._in_blocks(images[chosen], target[chosen], batch.seeds[chosen], progress)
             predictions.append(replace(found, rows=chosen))
         errors = [self.error(p.predicted, p.target) for p in predictions]
         total = sum((error * p.weight).sum() for error, p in zip(errors, predictions, strict=True)) / len(images)
         parts = feature_health(features.mean(1)) | {
             "teacher_cosine": torch.cat([p.agreement for p in predictions]).mean(),
-            "lambda": images.new_tensor(self.curriculum(progress)),
+            "lambda": images.new_full((), self.curriculum(progress)),
         }
         if regions is not None:
             parts |= self._region_statistics(predictions, errors, regions, sizes)
@@ -152,6 +129,18 @@ class DSeqJEPA(IJEPA):
             parts |= {"prediction": total.detach(), "contrastive": contrastive.detach()}
             total = total + self.options.contrastive_weight * contrastive
         return Loss(total, parts)
+
+    def sizes_on_host(self, regions: Regions) -> tuple[Tensor, list[list[int]], bool]:
+        """Patches of each region, (B, R) and as lists, and whether the regions are final.
+
+        Lengths decide shapes, so the host waits for the device here, once, and nowhere else.
+        """
+        sizes = regions.sizes(self.options.num_regions - 1)
+        if regions.complete is None:
+            return sizes, sizes.tolist(), True
+        *flat, complete = torch.cat([sizes.flatten(), regions.complete[None].long()]).tolist()
+        most = sizes.shape[1]
+        return sizes, [flat[start : start + most] for start in range(0, len(flat), most)], bool(complete)
 
     # ---- what is predicted from what
 
@@ -169,10 +158,16 @@ class DSeqJEPA(IJEPA):
             similarity = (patches * query.to(patches.dtype)).sum(-1) / patches.shape[-1] ** 0.5
             return tokens[:, self.num_prefix :], normalised_saliency(similarity)
 
-    def find(self, saliency: Tensor) -> Regions:
+    def find(self, saliency: Tensor, rounds: int | None = None) -> Regions:
+        """The regions of each image. saliency: (B, N); rounds: as for `find_regions`."""
         o = self.options
         return find_regions(
-            saliency, self.grid, num_regions=o.num_regions, min_area=o.region_min_area, strategy=o.region_strategy
+            saliency,
+            self.grid,
+            num_regions=o.num_regions,
+            min_area=o.region_min_area,
+            strategy=o.region_strategy,
+            rounds=rounds,
         )
 
     def curriculum(self, progress: Progress) -> float:
@@ -180,17 +175,17 @@ class DSeqJEPA(IJEPA):
         return linear(self.options.lambda_start, self.options.lambda_end, progress.fraction)
 
     @torch.no_grad()
-    def choose(self, saliency: Tensor, seeds: Tensor, progress: Progress) -> Regions | None:
+    def choose(self, saliency: Tensor, seeds: Tensor, progress: Progress, rounds: int | None = None) -> Regions | None:
         """The regions that this step predicts; an image with n = 0 gets random blocks, and all do where None."""
         probability, granularity = self.curriculum(progress), self.options.lambda_granularity
         if granularity == "step":
             (draw,) = step_draws(self.salt, progress.step, 1, STEP_STREAM)
-            return self.find(saliency) if draw < probability else None
-        regions = self.find(saliency)
+            return self.find(saliency, rounds) if draw < probability else None
+        regions = self.find(saliency, rounds)
         if granularity == "sample":
             sequential = uniform(seeds, 1, SAMPLE_STREAM)[:, 0] < probability
             count = torch.where(sequential, regions.count, 0)
-            return Regions(torch.where(sequential[:, None], regions.rid, 1), count)
+            return Regions(torch.where(sequential[:, None], regions.rid, 1), count, regions.complete)
         size = self.blocks.sizes(progress.step).target
         most = self.options.num_regions - 1
         return with_rectangles(regions, seeds, self.grid, most=most, acceptance=probability, size=size)
@@ -237,7 +232,7 @@ class DSeqJEPA(IJEPA):
     def _reencoded(self, images, target, regions: Regions, by_region: Tensor, sizes, step: int) -> Prediction:
         """Step k alone, of the images that have it: context and mask tokens all see one another."""
         rows = [row for row, size in enumerate(sizes) if _num_steps(size) >= step]
-        chosen = torch.tensor(rows, device=images.device)
+        chosen = to_device(rows, images.device)
         regions, by_region = Regions(regions.rid[chosen], regions.count[chosen]), by_region[chosen]
         num_patches = by_region.shape[1]
         num_context = _padded(max(sum(sizes[row][:step]) for row in rows), num_patches)

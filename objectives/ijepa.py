@@ -14,12 +14,9 @@ From one large visible part of an image, predict what a slowly moving copy of th
 - What is evaluated and exported is the teacher.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
@@ -27,6 +24,7 @@ from prelude.data.errors import UserError
 from prelude.objectives.blocks import BlockMasks, MultiBlock
 from prelude.objectives.momentum_teacher import follow, momentum_teacher
 from prelude.objectives.official_blocks import OfficialMultiBlock
+from prelude.objectives.options import IJEPAOptions
 from prelude.objectives.patch_pictures import Panel, block_panels, page
 from prelude.objectives.predictor import Predictor
 from prelude.pretrain.config import EncoderConfig
@@ -34,37 +32,12 @@ from prelude.pretrain.encoders import check_encoder, forward_tokens
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress, linear
 
 _NUM_PICTURES = 6
-
-
-class IJEPAOptions(Options):
-    num_targets: int = Field(4, ge=1)
-    target_scale: AreaRange = (0.15, 0.2)  # area of a target block, as a share of the image
-    target_aspect: tuple[float, float] = (0.75, 1.5)  # height / width
-    context_scale: AreaRange = (0.85, 1.0)  # area of the context block before targets are cut out
-    masks: Literal["paper", "official"] = "paper"  # official: as the released code draws them, for parity
-    predictor: Literal["repeat", "packed"] = "repeat"  # packed: all targets in one sequence, another computation
-    predictor_dim: int = Field(384, ge=4)
-    predictor_depth: int = Field(12, ge=1)
-    predictor_num_heads: int | Literal["encoder"] = "encoder"  # as many as the encoder has
-    momentum: float = Field(0.996, ge=0, le=1)  # of the teacher, at the start
-    momentum_end: float = Field(1.0, ge=0, le=1)  # at the end; linear over the run
-    depth_scaled_init: bool = False  # divide what block l adds by sqrt(2 l) at the start
-    # Of the patch projection's initial weights. Beside its position, a patch of few pixels weighs little at the
-    # official 0.02; multiplied by sqrt(768 / values of a patch) it weighs as much as one of 16 x 16 x 3 does.
-    patch_init_std: float = Field(0.02, gt=0)
-    crop_scale: AreaRange = (0.3, 1.0)  # area of the random crop, as a share of the image
-    flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
-
-    @field_validator("target_aspect")
-    @classmethod
-    def _is_a_range(cls, value):
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("write two ratios of height to width, such as [0.75, 1.5]")
-        return value
+_INIT_STD = 0.02  # of the official code
+_USUAL_VALUES = 768  # of a patch of 16 x 16 x 3
 
 
 class IJEPA(Objective):
@@ -165,10 +138,11 @@ class IJEPA(Objective):
         """
         return teacher_cosine(self.normalised(context), gather(target, ids))
 
-    def after_step(self, progress: Progress) -> None:
+    def after_step(self, progress: Progress, applied: Tensor) -> None:
         done = progress.step - 1  # steps before the one that was just applied
         o = self.options
-        follow(self.teacher, self.encoder, linear(o.momentum, o.momentum_end, done / progress.num_steps))
+        momentum = linear(o.momentum, o.momentum_end, done / progress.num_steps)
+        follow(self.teacher, self.encoder, (1.0 - momentum) * applied)
 
     def exported_encoder(self) -> nn.Module:
         return self.teacher
@@ -201,7 +175,7 @@ class IJEPA(Objective):
         for part in (self.encoder, self.predictor):
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    std = self.options.patch_init_std if isinstance(module, nn.Conv2d) else 0.02
+                    std = self._patch_init_std(module) if isinstance(module, nn.Conv2d) else _INIT_STD
                     nn.init.trunc_normal_(module.weight, std=std)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
@@ -213,7 +187,11 @@ class IJEPA(Objective):
                         written.weight.data.div_((2 * layer) ** 0.5)
         for token in (self.encoder.cls_token, self.encoder.reg_token, self.predictor.mask_token):
             if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+                nn.init.trunc_normal_(token, std=_INIT_STD)
+
+    def _patch_init_std(self, projection: nn.Conv2d) -> float:
+        wanted = self.options.patch_init_std
+        return _INIT_STD * (_USUAL_VALUES / projection.weight[0].numel()) ** 0.5 if wanted == "balanced" else wanted
 
 
 def gather(values: Tensor, ids: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from prelude.objectives.options import MAEOptions
 from prelude.objectives.pictures import sheet
 from prelude.objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
 from prelude.pretrain.config import EncoderConfig
@@ -30,22 +30,12 @@ from prelude.pretrain.encoders import check_encoder, forward_tokens, gather_patc
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.position import sincos_table
 from prelude.pretrain.schedules import Progress
 
 _EPSILON = 1e-6  # added to a patch's variance, so that a flat patch has target 0
 _NUM_PICTURES = 8
-
-
-class MAEOptions(Options):
-    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that is hidden
-    norm_pix_loss: bool = True  # predict patches of mean 0 and variance 1 rather than plain pixels
-    decoder_dim: int = Field(512, ge=4)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_num_heads: int = Field(16, ge=1)
-    crop_scale: AreaRange = (0.2, 1.0)  # area of the random crop, as a share of the image
-    flip: float = Field(0.5, ge=0, le=1)  # probability
 
 
 @dataclass(frozen=True)

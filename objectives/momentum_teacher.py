@@ -10,7 +10,9 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from prelude.pretrain.moving_average import move_towards
 
 
 def momentum_teacher(student: nn.Module) -> nn.Module:
@@ -19,12 +21,11 @@ def momentum_teacher(student: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every weight; buffers are copied.
+def follow(teacher: nn.Module, student: nn.Module, share: Tensor) -> None:
+    """teacher <- (1 - share) * teacher + share * student, for every weight; buffers are copied.
 
-    Written as a step towards the student, whose rounding error shrinks with the step: at momentum 1 nothing moves.
+    share: a scalar on the device, 1 - momentum; 0 after a step that was refused.
     """
-    teachers, students = list(teacher.parameters()), list(student.parameters())
-    torch._foreach_lerp_(teachers, students, 1.0 - momentum)
+    move_towards(list(teacher.parameters()), list(student.parameters()), share)
     for kept, current in zip(teacher.buffers(), student.buffers(), strict=True):
         kept.copy_(current)

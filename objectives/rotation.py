@@ -15,11 +15,11 @@ which is which:
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
+from prelude.objectives.options import RotationOptions
 from prelude.objectives.pictures import sheet
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
@@ -27,27 +27,12 @@ from prelude.pretrain.encoders import check_encoder, pooled_width
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
 _NUM_PICTURES = 8
 _FRAME = 2  # pixels
 _GREEN, _RED = (0, 160, 60), (220, 30, 30)
-
-
-class RotationOptions(Options):
-    rotations: list[int] = [0, 90, 180, 270]  # degrees counter-clockwise; the paper also tries pairs of them
-    # A random resized crop of this area, as a share of the image; None takes the whole image.
-    crop_scale: AreaRange | None = (0.08, 1.0)
-    shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, the paper's choice on CIFAR: 4
-    flip: float = Field(0.5, ge=0, le=1)  # probability
-
-    @field_validator("rotations")
-    @classmethod
-    def _are_quarter_turns(cls, value):
-        if len(value) < 2 or len(set(value)) != len(value) or not set(value) <= {0, 90, 180, 270}:
-            raise ValueError("write two or more of 0, 90, 180 and 270, each once")
-        return value
 
 
 class Rotation(Objective):
@@ -93,7 +78,7 @@ class Rotation(Objective):
         parts = {f"accuracy_{degrees}": share for degrees, share in zip(self.options.rotations, right, strict=True)}
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            trivial = logits.new_tensor(num_classes).log()  # every rotation equally likely
+            trivial = logits.new_full((), num_classes).log()  # every rotation equally likely
             return Loss(F.cross_entropy(logits, labels), {"accuracy": right.mean(), **parts, TRIVIAL_LOSS: trivial})
 
     @torch.no_grad()

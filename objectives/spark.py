@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from PIL import Image
-from pydantic import Field
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.objectives.active_positions import ActivePositions
 from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from prelude.objectives.options import SparKOptions
 from prelude.objectives.pictures import sheet
 from prelude.objectives.sparse_check import Stage, Survey, survey, total_stride
 from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
@@ -39,20 +39,12 @@ from prelude.pretrain.encoders import gather_patches, lay_out_encoder
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.objective import AreaRange, Loss, Objective, Options
+from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
 _EPSILON = 1e-6  # added to a cell's variance, so that a flat cell has target 0
 _NUM_SCALES = 4  # maps that reach the decoder, from the coarsest: strides 32, 16, 8 and 4 of most convnets
 _NUM_PICTURES = 8
-
-
-class SparKOptions(Options):
-    mask_ratio: float = Field(0.6, gt=0, lt=1)  # share of the cells that is hidden
-    mask_patch: int | None = Field(None, ge=1)  # side of a cell in pixels; None: the encoder's total stride
-    decoder_dim: int = Field(768, ge=1)  # width of the decoder at the coarsest map; halved with every doubling
-    crop_scale: AreaRange = (0.67, 1.0)  # area of the random crop, as a share of the image
-    flip: float = Field(0.5, ge=0, le=1)  # probability
 
 
 @dataclass(frozen=True)

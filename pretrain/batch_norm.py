@@ -3,7 +3,7 @@
 - Output, gradient and running statistics equal those of one process with the joined batch, whatever each rank's
   share of it; the running statistics are the same on all ranks to the last bit.
 - Modules keep their names, parameters and buffers: only the class of an instance changes, to a subclass.
-- One message forward (count, mean and squared deviations of each channel) and one backward.
+- One message forward and one backward, each a sum over ranks of two numbers a channel and a count.
 
 torch's own SyncBatchNorm refuses tensors on the CPU and replaces modules.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.data.errors import UserError
-from prelude.pretrain.collectives import gather_rows, sum_over_ranks
+from prelude.pretrain.collectives import sum_over_ranks
 from prelude.pretrain.distributed import world_size
 
 
@@ -49,19 +49,17 @@ def normalise_columns(values: Tensor, eps: float = 1e-5) -> Tensor:
 def global_statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Biased (mean, variance) of each channel over all ranks, and the number of values behind them (a scalar).
 
-    values: (n, C, ...). Merged from each rank's own mean and squared deviations (Chan, Golub and LeVeque, 1979), so
-    that nothing cancels; every rank merges the same numbers in the same order. Returns (C,), (C,), () in float32
-    at least.
+    values: (n, C, ...). Merged from each rank's own mean and squared deviations, as sums of values and of squares in
+    float64, whose difference loses nothing that float32 could hold. Returns (C,), (C,), () in float32 at least.
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    count = values.new_tensor([values.numel() // values.shape[1]])
-    mean, deviations = _mean_and_squared_deviations(values)
-    message = torch.cat([count, mean, deviations])
-    counts, means, deviations = gather_rows(message[None], [1] * world_size()).split([1, len(mean), len(mean)], dim=1)
-    total = counts.sum()
-    mean = (counts * means).sum(0) / total
-    variance = (deviations + counts * (means - mean).square()).sum(0) / total
-    return mean, variance, total
+    mean, deviations = (numbers.double() for numbers in _mean_and_squared_deviations(values))
+    count = mean.new_full((1,), values.numel() // values.shape[1])
+    sums = sum_over_ranks(torch.cat([count, count * mean, deviations + count * mean.square()]))
+    total = sums[0]
+    mean, square = (sums[1:] / total).chunk(2)
+    variance = (square - mean.square()).clamp(min=0)
+    return mean.to(values.dtype), variance.to(values.dtype), total.to(values.dtype)
 
 
 def _mean_and_squared_deviations(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +86,7 @@ class _Normalise(torch.autograd.Function):
         values, weight, mean, variance = ctx.saved_tensors
         inverse_std = (variance + ctx.eps).rsqrt()
         projection, grad_sum = _sums(grad, values, mean, inverse_std)
-        count = mean.new_tensor([values.numel() // values.shape[1]])
+        count = mean.new_full((1,), values.numel() // values.shape[1])
         total = sum_over_ranks(torch.cat([count, grad_sum, projection]))
         mean_grad, mean_projection = (total[1:] / total[0]).chunk(2)
         scale = inverse_std if weight is None else inverse_std * weight

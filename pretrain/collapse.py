@@ -11,21 +11,29 @@ evaluations:
 | `lost_teacher` | encoder and teacher no longer see an image alike |
 | `trivial_loss` | the loss is what a model would have that ignores the image |
 
-- Nothing is judged in the first `grace_steps`: joint-embedding methods start with nearly equal features.
-- A sign must stand for `sustained_steps`, in every record, before it is told: once a cause, with what to change. The
-  loss is judged by its running mean.
-- From the first doubt on, the newest checkpoint from before it is kept; a doubt that passes lets it go again.
-- The run goes on, unless `collapse.stop` asks for its end.
+- Shares of the run, not counts of steps, say when: nothing is judged in its first tenth (`grace`), as joint-embedding
+  methods start with nearly equal features, nor in the first half of a run of less than 1,000 steps.
+- What is judged is the median of each number over a window, the last twentieth of the run (`sustained`; a quarter of a
+  short one), and over its newest third: the majority of the records decides, a single one neither accuses nor acquits,
+  and what is passing already is not told. The loss is judged by its mean. A cause is told once, with what to change.
+- A teacher that is an average over many steps lags behind, the more the faster the encoder learns. It is lost only if
+  that lasts for several times as many steps.
+- From the first doubt on, the newest checkpoint from before it is kept; once a window without any lets it go again.
+- The run goes on, unless `collapse.stop` asks for its end. At its end a line says "healthy", "collapsed", or "too short
+  to be judged". A resumed run remembers what was logged before.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Protocol
 
 from prelude.pretrain.config import CollapseConfig
 from prelude.pretrain.feature_health import TRIVIAL_LOSS
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
+from prelude.pretrain.schedules import Progress
 
 REMEDIES = {
     "same_features": "lower optimizer.lr, or lengthen optimizer.warmup_epochs",
@@ -34,8 +42,15 @@ REMEDIES = {
     "lost_teacher": "lower objective.momentum, or lower optimizer.lr",
     "trivial_loss": "lower optimizer.lr, or lengthen optimizer.warmup_epochs",
 }
-_SMOOTHING = 0.1  # weight of the newest loss in its running mean: a batch's own luck is no sign
-_FEWEST = {"step": 3, "evaluation": 2}  # observations in a row, however few steps lie between them
+WATCHED = (
+    "feature_cosine", "feature_std", "feature_rank", "feature_rank_share", "embedding_rank_share", "teacher_cosine",
+    "loss", TRIVIAL_LOSS,
+)  # fmt: skip
+SHORTEST = 50  # steps of a run that is judged
+FEWEST = {"step": 3, "evaluation": 2}  # observations in a window, however few steps lie between them
+_GRACE, _SUSTAINED = (0.5, 500), (0.25, 100)  # at least: this share of the run, or so many steps where that is fewer
+_FAMILY = {"few_dimensions": "same_features"}  # of which `signs` names one at a time
+_TEACHER_SPANS = 3  # how often the steps that a teacher averages over
 
 
 class Keeper(Protocol):
@@ -79,22 +94,44 @@ def signs(numbers: Mapping[str, float], config: CollapseConfig) -> list[Sign]:
 
 
 class CollapseWatch(Monitor):
-    """remedies: by cause, an objective's own advice; `REMEDIES` for the rest."""
+    """remedies: by cause, an objective's own advice; `REMEDIES` for the rest. teacher_steps: that a momentum teacher
+    averages over, 1 / (1 - momentum). run_dir: where an earlier part of the run has left its logs, if anywhere."""
 
-    def __init__(self, config: CollapseConfig, store: Keeper, remedies: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        config: CollapseConfig,
+        store: Keeper,
+        remedies: Mapping[str, str] | None = None,
+        teacher_steps: float = 0.0,
+        run_dir: Path | None = None,
+    ):
         self.config, self.store, self.remedies = config, store, REMEDIES | dict(remedies or {})
-        self.losses: dict[str, float] = {}  # running means of the loss and of its trivial value
-        self.doubts: dict[tuple[str, str], _Doubt] = {}
-        self.told: set[str] = set()
+        self.teacher_patience, self.run_dir = _TEACHER_SPANS * teacher_steps, run_dir
+        self.num_steps = 0
+        self.seen: dict[str, list[_Seen]] = {"step": [], "evaluation": []}  # after the grace, of the window
+        self.standing: dict[str, dict[str, Sign]] = {"step": {}, "evaluation": {}}  # by source, then cause
+        self.told: dict[str, int] = {}  # the step at which a cause was told
+        self.judged, self.watched = False, False
         self.healthy_step: int | None = None
         self.reports: list[Report] = []
 
+    def start(self, progress: Progress) -> None:
+        self.num_steps = progress.num_steps
+        if not (self.run_dir and progress.step):
+            return
+        store, self.store = self.store, _Nobody()  # what was kept then is kept still
+        for line in _lines(self.run_dir / "metrics.jsonl", progress.step):
+            self._observe("step", line["step"], line["parts"] | {"loss": line["loss"]})
+        for line in _lines(self.run_dir / "online.jsonl", progress.step):
+            if line["kind"] == "evaluation":
+                self._observe("evaluation", line["step"], line["numbers"])
+            elif line["kind"] == "collapse":
+                self.told.setdefault(line["cause"], line["step"])
+        self.store, self.reports = store, []
+
     def record(self, record: StepRecord) -> None:
-        numbers = {**record.parts, "loss": record.loss}
-        for name in {"loss", TRIVIAL_LOSS} & numbers.keys():
-            mean = self.losses.get(name, numbers[name])
-            self.losses[name] = mean + _SMOOTHING * (numbers[name] - mean)
-        self._observe("step", record.step, numbers | self.losses)
+        self.num_steps = record.num_steps or self.num_steps
+        self._observe("step", record.step, record.parts | {"loss": record.loss})
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
@@ -104,24 +141,77 @@ class CollapseWatch(Monitor):
         reports, self.reports = self.reports, []
         return reports
 
+    def finish(self) -> None:
+        standing = [sign for signs_of in self.standing.values() for sign in signs_of.values()]
+        step = max((seen[-1].step for seen in self.seen.values() if seen), default=self.num_steps)
+        if standing:
+            verdict, text = "collapsed", f"the run has ended collapsed: {'; '.join(sign.found for sign in standing)}"
+        elif self.judged:
+            verdict, text = "healthy", "the features are healthy: no sign of collapse stands at the end"
+            text += "".join(f", though {cause} was told of at step {when}" for cause, when in self.told.items())
+        elif not self.watched:
+            verdict, text = "not judged", "the objective logs nothing that could be judged for collapse"
+        else:
+            verdict = "too short"
+            text = (
+                f"the run is too short to be judged for collapse: that takes {SHORTEST} steps, and {FEWEST['step']} "
+                f"logged ones after step {self._grace:.0f}"
+            )
+        self.reports.append(Report(max(step, self.num_steps), "verdict", text, cause=verdict))
+
+    @property
+    def _grace(self) -> float:
+        share, steps = _GRACE
+        return max(self.config.grace * self.num_steps, min(share * self.num_steps, steps))
+
+    @property
+    def _sustained(self) -> float:
+        share, steps = _SUSTAINED
+        return max(self.config.sustained * self.num_steps, min(share * self.num_steps, steps))
+
     def _observe(self, source: str, step: int, numbers: Mapping[str, float]) -> None:
-        found = signs(numbers, self.config)
-        if found and step <= self.config.grace_steps:
-            return
-        for sign in found:
-            doubt = self.doubts.setdefault((source, sign.cause), _Doubt(step))
-            doubt.count += 1
-            stood = doubt.count >= _FEWEST[source] and step - doubt.since >= self.config.sustained_steps
-            if stood and sign.cause not in self.told:
-                self.told.add(sign.cause)
-                self.reports.append(self._warning(step, sign, numbers, doubt.since))
-        present = {(source, sign.cause) for sign in found}
-        self.doubts = {key: doubt for key, doubt in self.doubts.items() if key in present or key[0] != source}
+        numbers = {name: numbers[name] for name in WATCHED if name in numbers}
+        self.watched |= bool(numbers.keys() - {"loss"})
+        if step > self._grace:
+            self.seen[source].append(_Seen(step, numbers, bool(signs(numbers, self.config))))
+            self._judge(source, step)
+        elif not self._doubted and source == "step" and not signs(numbers, self.config):
+            self.healthy_step = step
         self._keep_the_healthy(source, step)
 
+    def _judge(self, source: str, step: int) -> None:
+        """Takes the medians over the window, and tells of a sign that is new."""
+        seen, first = self.seen[source], self.seen[source][0].step
+        longest = max(self._sustained, self.teacher_patience)
+        while len(seen) > FEWEST[source] and seen[1].step <= step - longest:
+            seen.pop(0)
+        recent = [each for each in seen if each.step > step - self._sustained]
+        recent = recent if len(recent) >= FEWEST[source] else seen[-FEWEST[source] :]
+        if self.num_steps < SHORTEST or len(recent) < FEWEST[source] or step < self._grace + self._sustained:
+            return
+        self.judged |= bool(recent[-1].numbers.keys() - {"loss"})
+        found = {sign.cause: sign for sign in signs(_typical(recent), self.config)}
+        newest = recent[-max(len(recent) // 3, FEWEST[source]) :]
+        still = {_FAMILY.get(sign.cause, sign.cause) for sign in signs(_typical(newest), self.config)}
+        found = {cause: sign for cause, sign in found.items() if _FAMILY.get(cause, cause) in still}
+        if "lost_teacher" in found and self.teacher_patience > self._sustained:
+            lagging = signs(_typical(seen), self.config)
+            if step - first < self.teacher_patience or "lost_teacher" not in {sign.cause for sign in lagging}:
+                del found["lost_teacher"]
+        self.standing[source] = found
+        for cause, sign in found.items():
+            if cause not in self.told:
+                self.told[cause] = step
+                since = next((each.step for each in recent if each.doubtful), step)
+                self.reports.append(self._warning(step, sign, recent[-1].numbers, since))
+
+    @property
+    def _doubted(self) -> bool:
+        return any(each.doubtful for seen in self.seen.values() for each in seen)
+
     def _keep_the_healthy(self, source: str, step: int) -> None:
-        if not self.doubts:
-            if source == "step":
+        if not self._doubted:
+            if source == "step" and step > self._grace:
                 self.healthy_step = step
             if not self.told:
                 self.store.release()
@@ -130,7 +220,8 @@ class CollapseWatch(Monitor):
 
     def _warning(self, step: int, sign: Sign, numbers: Mapping[str, float], since: int) -> Report:
         kept = self.store.hold(self.healthy_step) if self.healthy_step is not None else None
-        where = f"{kept}, the last healthy checkpoint, which is kept" if kept else "the beginning, as none is older"
+        healthy = f"{kept}, the last healthy checkpoint, which is kept (by resume.checkpoint, in another run_dir)"
+        where = healthy if kept else "the beginning, as none is older"
         text = (
             f"The run looks collapsed ({sign.cause}): since step {since} {sign.found}. To mend it, "
             f"{self.remedies[sign.cause]}, and start again from {where}."
@@ -138,7 +229,37 @@ class CollapseWatch(Monitor):
         return Report(step, "collapse", text, dict(numbers), cause=sign.cause, stop=self.config.stop)
 
 
-@dataclass
-class _Doubt:
-    since: int  # step
-    count: int = 0  # of observations in a row
+@dataclass(frozen=True)
+class _Seen:
+    """A logged step, or an evaluation."""
+
+    step: int
+    numbers: Mapping[str, float]
+    doubtful: bool  # whether it shows a sign by itself
+
+
+class _Nobody:
+    def hold(self, step: int) -> None:
+        return None
+
+    def release(self) -> None: ...
+
+
+def _typical(seen: list[_Seen]) -> dict[str, float]:
+    """Of each number the median over the observations that have it; of the loss the mean, as batches differ in luck."""
+    found = {}
+    for name in dict.fromkeys(name for each in seen for name in each.numbers):
+        of = mean if name in ("loss", TRIVIAL_LOSS) else median
+        found[name] = of(each.numbers[name] for each in seen if name in each.numbers)
+    return found
+
+
+def _lines(path: Path, step: int) -> Iterator[dict]:
+    """Of a log, up to and with `step`; a line that a crash has cut short is no line."""
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line["step"] <= step:
+            yield line

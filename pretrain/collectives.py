@@ -5,11 +5,15 @@ The gradient of `all_reduce` is therefore a sum over ranks as well: what reaches
 sum of all ranks' losses, and the average turns it into that of one process with the joined batch.
 """
 
+from functools import cache
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prelude.pretrain.distributed import device, world_size
+from prelude.pretrain.distributed import rank, total, world_size
+from prelude.pretrain.transfers import to_device
 
 
 class _AllReduce(torch.autograd.Function):
@@ -57,12 +61,18 @@ def row_counts(count: int) -> list[int]:
 
     Exchanged rather than assumed: dividing by a nominal batch is wrong for every batch that is not full.
     """
-    if world_size() == 1:
-        return [count]
-    counts = torch.tensor([count], device=device())
-    gathered = counts.new_empty(world_size())
-    dist.all_gather_into_tensor(gathered, counts)
-    return gathered.tolist()
+    own = [0] * world_size()
+    own[rank()] = count
+    return [int(number) for number in total(*own)]
+
+
+@cache
+def _by_partner(count: int, world: int, own: int, device: torch.device) -> tuple[Tensor, list[int]]:
+    """The order in which a rank's samples are sent to their partners' ranks, and how many to each."""
+    place = np.arange(count) * world + own  # in the global micro-batch
+    peer = (place ^ 1) % world
+    # By peer, and for each in the order of pairs: what a peer sends back comes in this same order.
+    return to_device(peer.argsort(kind="stable"), device), np.bincount(peer, minlength=world).tolist()
 
 
 @torch.no_grad()
@@ -76,11 +86,7 @@ def partners(rows: Tensor) -> Tensor:
     world = world_size()
     if world == 1:
         return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    place = torch.arange(len(rows)) * world + dist.get_rank()  # in the global micro-batch
-    peer = (place ^ 1) % world
-    # By peer, and for each in the order of pairs: what a peer sends back comes in this same order.
-    order = peer.argsort(stable=True).to(rows.device)
-    counts = peer.bincount(minlength=world).tolist()
+    order, counts = _by_partner(len(rows), world, dist.get_rank(), rows.device)
     sent = rows[order].contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, counts, counts)

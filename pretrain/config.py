@@ -1,25 +1,18 @@
-"""The configuration of a run: typed, strict, and refused whole with every mistake at once.
+"""The configuration of a run as typed sections. `recipes` reads it, `config_words` says what is wrong with it."""
 
-- One YAML a recipe; `key.sub=value` on the command line overrides it; the values are YAML too.
-- A key that does not exist is refused with the nearest one that does.
-- What the sections of this file cannot know (an objective's own options) is validated by the caller's
-  `options_for`, so that this module imports no objective.
-"""
-
-import difflib
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prelude.data.errors import UserError
+from prelude.pretrain import recipe_yaml
+from prelude.pretrain.options import Count, FilePath, Positive, Share, Strict, Text
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+class Section(Strict):
+    model_config = ConfigDict(validate_default=True)
 
 
 class ShuffleConfig(Section):
@@ -31,28 +24,41 @@ class ShuffleConfig(Section):
 
 
 class DataConfig(Section):
-    shards: str | list[str]
+    shards: Text | list[Text]
+    allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
-    num_workers: int | Literal["auto"] = "auto"  # auto: from the cores of this machine and its ranks
+    range: tuple[float, float] | Literal["auto"] | None = None  # values of 16-bit images that are black and white
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
     max_bad_share: float = Field(0.01, ge=0, le=1)
+    timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
     shuffle: ShuffleConfig = ShuffleConfig()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
-    @field_validator("num_workers")
+    @field_validator("range")
     @classmethod
-    def _not_negative(cls, value):
-        if value != "auto" and value < 0:
-            raise ValueError("must be 0 or more, or auto")
+    def _growing(cls, value):
+        if isinstance(value, tuple) and not -math.inf < value[0] < value[1] < math.inf:
+            raise ValueError("write [low, high] with low below high, such as [0, 4095], or auto")
         return value
 
 
 class EncoderConfig(Section):
-    name: str  # a timm architecture
-    image_size: int | tuple[int, int]  # pixels; (height, width) where they differ
-    patch_size: int | None = None  # vision transformers; the architecture's own unless given
+    name: Text  # a timm architecture
+    image_size: Count | tuple[Count, Count]  # pixels; (height, width) where they differ
+    patch_size: Count | None = None  # vision transformers; the architecture's own unless given
     pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
     kwargs: dict[str, Any] = {}  # passed to timm.create_model: depth, embed_dim, drop_path_rate, ...
+
+    @field_validator("kwargs")
+    @classmethod
+    def _are_possible(cls, value):
+        for name, given in value.items():
+            if name.endswith("_rate") and not (type(given) in (int, float) and 0 <= given < 1):
+                raise ValueError(f"write a number of 0 or more and below 1 for {name}")
+            if isinstance(given, (int, float)) and not 0 <= given < math.inf:
+                raise ValueError(f"write a finite number of 0 or more for {name}")
+        return value
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,7 +70,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
     lr: float = Field(gt=0)
     lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: peak = lr x global_batch / 256
-    betas: tuple[float, float] = (0.9, 0.95)  # adamw, lamb
+    betas: tuple[Share, Share] = (0.9, 0.95)  # adamw, lamb
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars
     nesterov: bool = False  # sgd
     weight_decay: float = Field(0.05, ge=0)
@@ -120,13 +126,14 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     epochs: float = Field(gt=0)
     global_batch: int = Field(ge=1)  # samples an optimizer step, over all ranks
-    micro_batch: int | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
+    micro_batch: Count | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     gradient_clipping: float = Field(0.0, ge=0)  # 0: off
     zero_stage: Literal[0, 1, 2, 3] = 0
     gradient_checkpointing: bool = False
     compile: bool = False
     max_nonfinite_steps: int = Field(10, ge=1)  # in a row, before the run stops
+    rank_timeout_seconds: float = Field(600, gt=0)  # that ranks wait for one that stalls, before the run stops
 
 
 class CheckpointConfig(Section):
@@ -140,7 +147,7 @@ class LogConfig(Section):
 
 
 class ResumeConfig(Section):
-    checkpoint: str = "auto"  # auto: the run's newest valid one, if any; or the path of one
+    checkpoint: FilePath = "auto"  # auto: the run's newest valid one, if any; or the path of one
     allow_changed_data: bool = False
     allow_changed_config: bool = False
 
@@ -149,10 +156,10 @@ class EvaluateConfig(Section):
     """Labelled shards that evaluations use for this run unless told otherwise, and how a small part of them judges the
     encoder while it trains."""
 
-    train_shards: str | list[str]
-    test_shards: str | list[str]
-    label: str = "cls"  # extension of the label's member in the tar
-    label_names: list[str] = []  # findings that `prelude multilabel` reads from a JSON member
+    train_shards: Text | list[Text]
+    test_shards: Text | list[Text]
+    label: Text = "cls"  # extension of the label's member in the tar
+    label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
     label_group: str = ""  # field whose values group images, such as patient
     every_steps: int = Field(0, ge=0)  # k-NN and a linear head, in a process of its own; 0: not while it trains
@@ -165,18 +172,18 @@ class CollapseConfig(Section):
     """When a run is taken for collapsed; `pretrain/collapse.py` says what each sign means."""
 
     stop: bool = False  # end the run, with exit code 3, rather than only tell
-    grace_steps: int = Field(1000, ge=0)  # nothing is judged before
-    sustained_steps: int = Field(200, ge=0)  # how long a sign must stand
+    grace: float = Field(0.1, ge=0, le=1)  # share of the run in which nothing is judged
+    sustained: float = Field(0.05, ge=0, le=1)  # share of the run over whose last part a sign must stand
     max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
     min_std: float = Field(1e-4, ge=0)  # of a feature, over images
-    min_rank: float = Field(0.005, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
+    min_rank: float = Field(0.0025, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
     min_embedding_rank: float = Field(0.02, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
     min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
     trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it
 
 
 class Config(Section):
-    run_dir: str
+    run_dir: FilePath
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig
     encoder: EncoderConfig
@@ -188,7 +195,7 @@ class Config(Section):
     resume: ResumeConfig = ResumeConfig()
     evaluate: EvaluateConfig | None = None
     collapse: CollapseConfig = CollapseConfig()
-    deepspeed: dict[str, Any] | str = {}  # merged into what the engine builds; a dictionary or a JSON file
+    deepspeed: dict[str, Any] | FilePath = {}  # merged into what the engine builds; a dictionary or a JSON file
 
     @model_validator(mode="after")
     def _lars_and_friends_need_whole_tensors(self):
@@ -205,6 +212,25 @@ class Config(Section):
             raise ValueError(
                 f"evaluate.every_steps={self.evaluate.every_steps} needs whole weights between steps, which ZeRO stage "
                 "3 keeps in parts; write train.zero_stage=2, or evaluate.every_steps=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _online_evaluation_knows_classes(self):
+        if self.evaluate and self.evaluate.every_steps and self.evaluate.label_names:
+            raise ValueError(
+                f"evaluate.every_steps={self.evaluate.every_steps} judges by class numbers, and evaluate.label_names "
+                "says that images have several findings; write evaluate.every_steps=0, or no evaluate.label_names"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self):
+        warmup, epochs = self.optimizer.warmup_epochs, self.train.epochs
+        if warmup > epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs={warmup:g} is longer than the run of train.epochs={epochs:g}, whose learning "
+                f"rate would not reach its peak; write optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
             )
         return self
 
@@ -246,128 +272,4 @@ class Config(Section):
         return self.train.global_batch / 256 if self.optimizer.lr_rule == "per_256" else 1.0
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False)
-
-
-def load_config(
-    recipe: str | Path, overrides: list[str] = (), options_for: Callable[[str], type[BaseModel]] | None = None
-) -> Config:
-    """Reads a recipe, applies `key.sub=value` overrides, and validates all of it.
-
-    `options_for(name)` returns the options model of an objective and raises UserError for an unknown one.
-    Raises UserError with every mistake found.
-    """
-    return validate_config(read_recipe(recipe, overrides), str(recipe), options_for)
-
-
-def read_recipe(recipe: str | Path, overrides: list[str] = ()) -> dict:
-    """The values of a recipe after `key.sub=value` overrides, not validated. Raises UserError."""
-    path = find_recipe(recipe)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
-    for override in overrides:
-        _apply(values, override)
-    return values
-
-
-def find_recipe(recipe: str | Path) -> Path:
-    """A file, or the name of one of the recipes that ship in configs/ (`quickstart`)."""
-    shipped = Path(__file__).resolve().parents[1] / "configs"
-    for candidate in (Path(recipe), shipped / Path(recipe).name, shipped / f"{recipe}.yaml"):
-        if candidate.is_file():
-            return candidate
-    names = sorted(path.stem for path in shipped.glob("*.yaml"))
-    near = difflib.get_close_matches(Path(recipe).stem, names, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"write a file, or one of: {', '.join(names)}."
-    raise UserError(f"No config at {recipe}; {hint}")
-
-
-def validate_config(values: dict, source: str, options_for=None) -> Config:
-    mistakes, config = [], None
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        mistakes += [_sentence(e, Config, "") for e in error.errors()]
-    objective = values.get("objective")
-    if options_for and isinstance(objective, dict):
-        resolved, more = _objective_options(objective, options_for)
-        mistakes += more
-    if mistakes:
-        count = f"Found {len(mistakes)} error{'s' * (len(mistakes) > 1)} in {source}:"
-        raise UserError("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
-    if options_for:
-        config = config.model_copy(update={"objective": resolved})
-    return config
-
-
-def _objective_options(objective: dict, options_for) -> tuple[dict, list[str]]:
-    given = dict(objective)
-    name = given.pop("name", None)
-    if not isinstance(name, str):
-        return {}, ["objective.name is missing: write the name of an objective, such as mae."]
-    try:
-        model = options_for(name)
-        return {"name": name, **model.model_validate(given).model_dump()}, []
-    except UserError as error:
-        return {}, [str(error)]
-    except ValidationError as error:
-        return {}, [_sentence(e, model, "objective.") for e in error.errors()]
-
-
-def _apply(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"{override!r} is not an override; write key.sub=value, such as train.epochs=10.")
-    *parents, leaf = key.strip().split(".")
-    for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
-            raise UserError(f"{override!r} sets a key below {parent!r}, which is a plain value.")
-        values = values[parent]
-    try:
-        values[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values[leaf] = text  # a shard pattern that starts with a brace is text, not a mapping
-    if isinstance(values[leaf], str) and _is_number(values[leaf]):
-        values[leaf] = float(values[leaf])  # YAML 1.1 reads 1e-3 as text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _sentence(error: dict, model: type[BaseModel], prefix: str) -> str:
-    """One mistake in one sentence, ending with what to write instead."""
-    loc = [str(part) for part in error["loc"] if not _names_a_branch(part)]
-    where = prefix + ".".join(loc)
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(model, loc[:-1])
-        near = difflib.get_close_matches(loc[-1], known, 1, 0.5)
-        hint = f"did you mean {'.'.join([prefix + loc[0], *loc[1:-1], near[0]]) if len(loc) > 1 else prefix + near[0]}?"
-        return f"{where} does not exist; {hint if near else 'the keys here are ' + ', '.join(known) + '.'}"
-    if error["type"] == "missing":
-        return f"{where} is missing: write a value for it."
-    message = error["msg"].removeprefix("Value error, ")
-    if not loc:
-        return message + "."
-    return f"{where}={error['input']!r} is refused: {message[0].lower() + message[1:]}."
-
-
-def _names_a_branch(part) -> bool:
-    """pydantic adds the branch of a union (`int`, `tuple[int, int]`, `literal['auto']`) to an error's place."""
-    return isinstance(part, str) and (part in ("int", "str", "dict", "EvaluateConfig") or "[" in part)
-
-
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        options = [a for a in getattr(annotation, "__args__", (annotation,)) if isinstance(a, type)]
-        model = next(a for a in options if issubclass(a, BaseModel))
-    return list(model.model_fields)
+        return recipe_yaml.dump(json.loads(self.model_dump_json()))

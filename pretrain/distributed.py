@@ -1,6 +1,7 @@
 """One way to start, whoever starts us: the `deepspeed` launcher, torchrun, Slurm's srun, or plain python.
 
-- The place of a process is read from the environment only; a bare process is a world of one.
+- The place of a process is read from the environment only (`launchers`); a bare process is a world of one.
+- From the first meeting to `stop`, a rank that the others wait for is named (`attendance`).
 - On CPU no C++ extension is compiled at start, and no rank takes more threads than its share of cores.
 - Collectives that decide something (stop, resume from where) give every rank the same answer.
 """
@@ -11,15 +12,20 @@ import os
 import socket
 import sys
 import warnings
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import timedelta
+from functools import cache
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from prelude.data.errors import UserError
+from prelude.pretrain import attendance, launchers, stopping
+from prelude.pretrain.meeting import meet
 
+RANK_TIMEOUT = 600.0  # seconds, where no config says otherwise
+_WARN_AFTER = 60.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -35,12 +41,8 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def local_world_size() -> int:
-    """How many ranks share this machine: torchrun and the deepspeed launcher use different names."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        if name in os.environ:
-            return max(int(os.environ[name]), 1)
-    return 1
+def host() -> str:
+    return socket.gethostname()
 
 
 def is_main() -> bool:
@@ -52,13 +54,17 @@ def device() -> torch.device:
 
 
 def launched_world_size() -> int:
-    """The world size that the environment announces, before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) if _launched() else 1
+    """The world size that the environment announces, before any process group exists. Raises UserError."""
+    return launchers.world_size()
 
 
-def start() -> torch.device:
-    """Joins the process group of this job and returns this rank's device."""
-    _complete_environment()
+def start(rank_timeout: float = RANK_TIMEOUT) -> torch.device:
+    """Joins the process group of this job and returns this rank's device.
+
+    rank_timeout: seconds that ranks wait for one another, now and later. Raises UserError for a launch that cannot
+    work, RunStopped when ranks do not come.
+    """
+    launchers.complete()
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -67,6 +73,8 @@ def start() -> torch.device:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(cores_per_rank() - 1, 1)))
     else:
         torch.cuda.set_device(local_rank())
+    if not dist.is_initialized():
+        _join("gloo" if on_cpu else "nccl", rank_timeout)
     with nothing_printed():
         import deepspeed
 
@@ -78,14 +86,63 @@ def start() -> torch.device:
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():
-            deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
     return device()
 
 
+def _join(backend: str, rank_timeout: float) -> None:
+    """Forms the process group. Here and not in DeepSpeed, whose start has no name for a rank that does not come."""
+    mine, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    warn_after = min(_WARN_AFTER, rank_timeout / 2)
+    meeting = meet(mine, world, limit=rank_timeout, warn_after=warn_after)
+    _Watching.watch = attendance.Watch(meeting, rank_timeout, warn_after)
+    stopping.before_leaving(left)
+    # torch's own limit comes later: it knows no rank's name.
+    timeout = timedelta(seconds=2 * rank_timeout + 60)
+    group = dist.PrefixStore("group", meeting.store)
+    with explained():
+        dist.init_process_group(backend, store=group, rank=mine, world_size=world, timeout=timeout, **_binding(backend))
+
+
+def _binding(backend: str) -> dict:
+    """NCCL is told its device, as DeepSpeed would, but for the versions of torch that hang then."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:3] if part.isdigit())
+    if backend != "nccl" or (2, 6, 0) < version < (2, 7, 1):
+        return {}
+    return {"device_id": device()}
+
+
+class _Watching:
+    watch: attendance.Watch | None = None
+
+
 def stop() -> None:
+    left(0)
     if dist.is_initialized():
+        _hosts.cache_clear()
         dist.destroy_process_group()
+
+
+def left(code: int, why: str = "") -> None:
+    """Tells the other ranks that this one ends, and how; what they wait for from now on they need not wait for."""
+    watch, _Watching.watch = _Watching.watch, None
+    if watch:
+        watch.leave(code, why)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raises RunStopped with the rank that is missing where a collective fails for want of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        stopped = _Watching.watch and _Watching.watch.explain(error)
+        if not stopped:
+            raise
+        raise stopped from None
 
 
 def leave(code: int) -> NoReturn:
@@ -94,14 +151,20 @@ def leave(code: int) -> NoReturn:
     Those of torch's communication now and then abort a rank that has already finished, and the launcher then reports
     a failed run.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a log that nobody reads, or that a full disk holds, makes no failure of a run
+            stream.flush()
     logging.shutdown()
     os._exit(code)
 
 
 def cores_per_rank() -> int:
-    return max(len(os.sched_getaffinity(0)) // local_world_size(), 1)
+    return max(num_cores() // launchers.local_world_size(), 1)
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_num_workers() -> int:
@@ -111,7 +174,8 @@ def default_num_workers() -> int:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with attendance.collective():
+            dist.barrier()
 
 
 def from_main(value):
@@ -119,22 +183,41 @@ def from_main(value):
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with attendance.collective():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def total(*values: float) -> list[float]:
-    """The sum over ranks of each value, in float64."""
-    sums = torch.tensor(values, dtype=torch.float64, device=device())
-    if world_size() > 1:
-        dist.all_reduce(sums)
-    return sums.tolist()
+    """The sum over ranks of each value, in float64. Between the hosts: no device is waited for."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64)
+    with attendance.collective():
+        dist.all_reduce(sums, group=_hosts())
+    return sums.numpy().tolist()
 
 
-def deepspeed_messages_to(log: Path) -> None:
-    """From now on DeepSpeed's log lines go to this file and nowhere else."""
+@cache
+def _hosts() -> dist.ProcessGroup:
+    """All ranks, by a backend for tensors in host memory. Collective when first called."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def of_all(value) -> list:
+    """Each rank's value (any picklable object), on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    with attendance.collective():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def deepspeed_messages_to(handler: logging.Handler) -> None:
+    """From now on DeepSpeed's log lines go to this handler and nowhere else."""
     logger = logging.getLogger("DeepSpeed")
-    logger.handlers[:] = [logging.FileHandler(log, delay=True)]
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
 
 
@@ -144,25 +227,6 @@ def nothing_printed():
     with open(os.devnull, "w") as sink, redirect_stdout(sink), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _launched() -> bool:
-    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
-
-
-def _complete_environment() -> None:
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        if "MASTER_ADDR" not in env:
-            raise UserError(
-                "Under srun MASTER_ADDR is not set; export MASTER_ADDR=$(scontrol show hostnames | head -n 1) and "
-                "MASTER_PORT=29500 before srun."
-            )
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
-        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
-        env.setdefault("MASTER_PORT", "29500")
-    if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def _keep_freed_memory() -> None:

@@ -8,6 +8,7 @@
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,18 @@ from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.position import sincos_table
 
 _HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
+# What timm and torch raise for settings that no model can have.
+_REFUSALS = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    NameError,
+)
+_LONGEST_REASON = 200  # characters
 _ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
 
 
@@ -47,7 +60,7 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     The architecture is laid out on the meta device, which costs a fraction of a second at any size.
     Raises UserError.
     """
-    model = lay_out_encoder(config)
+    model = _laid_out_for_tokens(config) if tokens else lay_out_encoder(config)
     _check_patches_fit(model, config)
     if tokens:
         _check_tokens(model, config.name)
@@ -70,6 +83,20 @@ def lay_out_encoder(config: EncoderConfig) -> nn.Module:
     """The architecture on the meta device: shapes without numbers. Raises UserError when timm cannot build it."""
     with torch.device("meta"):
         return _create(config)
+
+
+def _laid_out_for_tokens(config: EncoderConfig) -> nn.Module:
+    """An architecture that takes other settings than a transformer's is told as what it is, not by its settings."""
+    try:
+        return lay_out_encoder(config)
+    except _NoSetting as refusal:
+        try:
+            plain = lay_out_encoder(config.model_copy(update={"kwargs": {}, "patch_size": None}))
+        except UserError:
+            raise refusal from None
+        if not isinstance(plain, VisionTransformer):
+            _check_tokens(plain, config.name)
+        raise
 
 
 def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
@@ -182,15 +209,41 @@ def _create(config: EncoderConfig) -> nn.Module:
     kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
     try:
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs)
+            return _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)  # takes any size
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+            return _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
+    except _REFUSALS as error:
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            raise _no_setting(unknown[1], config) from error
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         given = ", ".join(f"{key}={value}" for key, value in {"image_size": config.image_size, **kwargs}.items())
-        raise UserError(f"timm cannot build encoder.name={name} with {given}: {reason}") from error
+        raise UserError(
+            f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "
+            "encoder.kwargs={} for the architecture as timm has it."
+        ) from error
+
+
+def _sound(model: nn.Module) -> nn.Module:
+    """timm builds transformers without a block, and weights without a value."""
+    empty = next((name for name, parameter in model.named_parameters() if not parameter.numel()), None)
+    if empty or not len(getattr(model, "blocks", "some")):
+        raise ValueError(f"{empty or 'blocks'} would be empty")
+    return model
+
+
+class _NoSetting(UserError):
+    """An architecture has no such setting."""
+
+
+def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
+    where, instead = ("patch_size", "null") if key == "patch_size" else ("kwargs", "{}")
+    name = f"encoder.{where}" if where == key else f"encoder.{where}.{key}"
+    return _NoSetting(
+        f"{name} is no setting of encoder.name={config.name}; leave it out, or write encoder.{where}={instead} where a "
+        "recipe was written for another architecture."
+    )
 
 
 def _check_patches_fit(model: nn.Module, config: EncoderConfig) -> None:

@@ -3,26 +3,35 @@
 - One counter, `progress.step`, drives schedules, data position and checkpoints; a run of S steps has the same
   samples, crops, masks and learning rates at any number of ranks and after any interruption.
 - A step whose loss or gradient is not finite is not applied, on any rank; too many in a row stop the run.
-- SIGTERM, SIGUSR1 or a file named STOP in the run folder end the run after the current step, with a checkpoint.
+- Between two logged steps the host never waits for the device: it learns a step later whether one was applied.
+- SIGTERM, SIGUSR1, Ctrl-C or a file named STOP in the run folder end the run after the current step, with a
+  checkpoint.
+- A step's first batch is fetched before the ranks agree on the end of the step before: whoever gets none, or is asked
+  to stop while waiting for it, says so there, and the run ends between two steps on all ranks alike.
+- All ranks have the same data, config and code, or none of them begins.
 - The engine is handed its parts and imports none of their modules.
 """
 
-import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from prelude.data.errors import RunStopped, UserError
-from prelude.pretrain import deepspeed_config, distributed, optimizers, precision
+from prelude.data.batch import Batch
+from prelude.data.errors import RunStopped, Stopped, UserError
+from prelude.pretrain import attendance, deepspeed_config, distributed, optimizers, precision, stopping
 from prelude.pretrain.config import Config
-from prelude.pretrain.environment import peak_memory
-from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.environment import describe_code, peak_memory
+from prelude.pretrain.guarded_step import GuardedStep
+from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
-from prelude.pretrain.resume import changed_settings, refuse_changed_config
+from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
+from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.transfers import Later
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,11 @@ class Engine:
         steps_per_epoch = loader.num_samples / config.train.global_batch
         num_steps = max(-int(-config.train.epochs * steps_per_epoch // 1), 1)
         self.progress = Progress(0, num_steps, steps_per_epoch)
+        self._refuse_other_ranks()
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
-        self.stop_requested = False
+        self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), config.train.gradient_clipping)
+        self.applied = Later()
         self.stop_reason = ""  # of a monitor, on rank 0
         self.nonfinite_in_a_row = 0
         self.skipped_steps = 0
@@ -57,29 +68,41 @@ class Engine:
 
     def run(self) -> Outcome:
         """Trains to the end, or until asked to stop. Collective. Raises RunStopped when it cannot go on."""
-        self._listen_for_signals()
-        self._resume()
+        with distributed.explained():
+            notices = self._resume()
         for monitor in self.monitors:
             monitor.start(self.progress)
+        self._tell(Report(self.progress.step, "notice", text) for text in notices)
         self._hand_over_encoder()
-        meter = Meter(self.config.train.global_batch)
-        batches = iter(self.loader)
         try:
-            while self.progress.step < self.progress.num_steps:
-                record = self._step(batches, meter)
-                self._watch(record, meter)
-                finished = self.progress.step == self.progress.num_steps
-                if finished or record.stop or self.progress.step % self.config.checkpoint.every_steps == 0:
-                    self._save()
-                if record.stop and not finished:
-                    return Outcome("preempted", self.progress.step)
-            for monitor in self.monitors:
-                monitor.finish()
-            self._pass_on_reports()
-            return Outcome("finished", self.progress.step)
+            with stopping.postponed(), distributed.explained():
+                return self._train()
         finally:
             for monitor in self.monitors:
                 monitor.close()
+
+    def _train(self) -> Outcome:
+        meter = Meter(self.config.train.global_batch)
+        batches = iter(self.loader)
+        self._fetch_ahead(batches, meter)
+        agreed = self._agree()
+        while not (self._is_finished() or agreed.stop or agreed.no_data):
+            agreed = self._step(batches, meter)
+            self._watch(agreed, meter)
+            ends = self._is_finished() or agreed.stop or agreed.no_data
+            if ends or self.progress.step % self.config.checkpoint.every_steps == 0:
+                self._save()
+                # Who asks for the end while a checkpoint is written has it: no step more, and no second save.
+                if any(distributed.total(self._asked_to_stop())):
+                    break
+        if agreed.no_data:
+            raise RunStopped(agreed.no_data)
+        if not self._is_finished():
+            return Outcome("preempted", self.progress.step)
+        for monitor in self.monitors:
+            monitor.finish()
+        self._pass_on_reports()
+        return Outcome("finished", self.progress.step)
 
     # ---- one optimizer step
 
@@ -89,82 +112,89 @@ class Engine:
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
         loss_sum = torch.zeros((), device=self.device)
+        step = self.progress.step + 1
         for micro in range(self.accumulation):
-            with meter.waiting_for_data():
-                batch = next(batches)
+            batch = self._fetch(batches, meter) if micro else self.ahead
             self.last_batch = batch = batch.to(self.device)
+            attendance.reach("in the forward pass", step)
             loss = self.deepspeed(batch, self.progress)
+            attendance.reach("in the backward pass", step)
             self.deepspeed.backward(loss.total)
             loss_sum += loss.total.detach()
-            at_boundary = micro == self.accumulation - 1
-            applied = self._apply_gradients(at_boundary)
-        self.parts = loss.parts
-        self.progress = Progress(self.progress.step + 1, self.progress.num_steps, self.progress.steps_per_epoch)
-        if applied:
-            self.objective.after_step(self.progress)
+            self.guarded_step(at_boundary=micro == self.accumulation - 1)
+        self.loss, self.parts = loss_sum / self.accumulation, loss.parts
+        self.progress = Progress(step, self.progress.num_steps, self.progress.steps_per_epoch)
+        self.objective.after_step(self.progress, self.guarded_step.applied)
         meter.step_done()
-        return self._agree(loss_sum / self.accumulation, applied)
+        self._count_refusal(self.applied.push(self.guarded_step.applied), step - 1)
+        if self._is_logged():
+            self._count_refusal(self.applied.read(), step)
+        self._fetch_ahead(batches, meter)
+        return self._agree()
 
-    def _apply_gradients(self, at_boundary: bool) -> bool:
-        """Steps the optimizer at the boundary. Returns whether the weights moved; the same on all ranks."""
-        if at_boundary and self.config.train.zero_stage == 0:
-            return self._step_at_stage_0()
-        self.deepspeed.step()
-        if not at_boundary:
-            return False
-        self.grad_norm = float(self.deepspeed.get_global_grad_norm())
-        return self.deepspeed.was_step_applied()
+    def _fetch_ahead(self, batches, meter: "Meter") -> None:
+        """The next step's first batch, or why there is none. A checkpoint of now goes on with that batch."""
+        self.data_position = self.loader.state_dict()
+        self.ahead, self.no_data, self.stopped_waiting = None, "", False
+        if self._is_finished():
+            return
+        try:
+            self.ahead = self._fetch(batches, meter)
+        except Stopped:
+            self.stopped_waiting = True
+        except RunStopped as error:
+            self.no_data = str(error)
 
-    def _step_at_stage_0(self) -> bool:
-        """Without ZeRO nothing below us looks at the gradients, so they are measured, clipped or refused here.
+    def _fetch(self, batches, meter: "Meter") -> Batch:
+        attendance.reach("waiting for data", self.progress.step + 1)
+        with meter.waiting_for_data():
+            return next(batches)
 
-        They are averaged over ranks already: every rank sees the same norm and decides alike.
-        """
-        scaler = self.deepspeed.torch_autocast_z0_gradscaler
-        if scaler:
-            scaler.unscale_(self.deepspeed.optimizer)
-        parameters = [p for p in self.objective.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self.grad_norm = norm.item()
-        finite = self.grad_norm < float("inf")
-        if finite and self.config.train.gradient_clipping:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.gradient_clipping, norm)
-        if not finite and not scaler:
-            # Optimizers pass over parameters without a gradient; DeepSpeed's own counters still advance.
-            for parameter in parameters:
-                parameter.grad = None
-        self.deepspeed.step()  # a loss scaler skips non-finite gradients itself, and lowers its scale
-        return finite
-
-    def _agree(self, loss: torch.Tensor, applied: bool) -> "_Agreed":
-        """One small collective a step: the mean loss, and whether any rank was asked to stop.
-
-        Raises RunStopped, on all ranks alike.
-        """
-        stop = self.stop_requested or (distributed.is_main() and (self.run_dir / "STOP").exists())
-        bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
-        memory = [0] * distributed.world_size()  # a sum with one entry a rank also has their maximum
-        memory[distributed.rank()] = peak_memory() if self._is_logged() else 0
-        loss_sum, stops, bad, read, refused, *memory = distributed.total(
-            loss.item(), stop, bad, read, bool(self.stop_reason), *memory
-        )
-        self.peak_memory = int(max(self.peak_memory, *memory))
-        if refused:
-            raise RunStopped(distributed.from_main(self.stop_reason))
+    def _count_refusal(self, applied: float | None, step: int) -> None:
+        """Raises RunStopped, on all ranks alike, where too many steps in a row were refused."""
+        if applied is None:
+            return
         self.nonfinite_in_a_row = 0 if applied else self.nonfinite_in_a_row + 1
         self.skipped_steps += not applied
         if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
             raise RunStopped(
                 f"The loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, the last being "
-                f"step {self.progress.step}; the last good checkpoint is {self._last_checkpoint()}. "
+                f"step {step}; the last good checkpoint is {self._last_checkpoint()}. "
                 "Lower optimizer.lr, or write train.precision=fp32."
             )
-        if read and bad / read > self.config.data.max_bad_share and bad > self.micro_batch:
+
+    def _agree(self) -> "_Agreed":
+        """One small message a step between the hosts: whether any rank was asked to stop, has no data, or reads bad
+        samples.
+
+        Raises RunStopped, on all ranks alike.
+        """
+        stop = self._asked_to_stop() or self.stopped_waiting
+        attendance.reach("ending the step", self.progress.step)
+        bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
+        stops, bad, read, refused, without_data = distributed.total(
+            stop, bad, read, bool(self.stop_reason), bool(self.no_data)
+        )
+        if refused:
+            raise RunStopped(distributed.from_main(self.stop_reason))
+        if read and not without_data and bad / read > self.config.data.max_bad_share and bad > self.micro_batch:
             raise RunStopped(
                 f"{bad:.0f} of {read:.0f} samples could not be read, more than data.max_bad_share="
                 f"{self.config.data.max_bad_share}; see {self.run_dir / 'bad_samples.jsonl'}."
             )
-        return _Agreed(loss_sum / distributed.world_size(), bool(stops), int(bad))
+        no_data = next(filter(None, distributed.of_all(self.no_data))) if without_data else ""
+        return _Agreed(bool(stops), int(bad), no_data)
+
+    def _asked_to_stop(self) -> bool:
+        """What this rank says of a stop where all ranks agree. The file is one rank's to see."""
+        return self.stop_wanted() if distributed.is_main() else stopping.requested()
+
+    def stop_wanted(self) -> bool:
+        """Whether this rank has been asked to stop. Cheap, for whoever waits to ask often."""
+        return stopping.requested() or (self.run_dir / "STOP").exists()
+
+    def _is_finished(self) -> bool:
+        return self.progress.step == self.progress.num_steps
 
     def _step_seed(self) -> int:
         """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
@@ -173,31 +203,34 @@ class Engine:
     # ---- watching
 
     def _watch(self, agreed: "_Agreed", meter: "Meter") -> None:
+        step = self.progress.step
+        logged = self._is_logged() or agreed.stop or bool(agreed.no_data)
+        loss, memory = self._measured() if logged else (0.0, 0)
+        self.peak_memory = max(self.peak_memory, memory)
         if not self.monitors:
             return
-        step, last = self.progress.step, self.progress.step == self.progress.num_steps
-        if self._is_logged() or agreed.stop:
+        if logged:
             speed, data_wait = meter.read()
             record = StepRecord(
                 step=step,
                 num_steps=self.progress.num_steps,
                 epoch=self.progress.epoch,
-                loss=agreed.loss,
-                parts={name: float(value) for name, value in self.parts.items()},
+                loss=loss,
+                parts=_on_host(self.parts),
                 lr=self.lr,
                 weight_decay=self.weight_decay,
-                grad_norm=self.grad_norm,
+                grad_norm=self.guarded_step.norm.item(),
                 images_per_second=speed,
                 data_wait=data_wait,
                 eta_seconds=(self.progress.num_steps - step) * meter.seconds_per_step(),
                 skipped_steps=self.skipped_steps,
                 bad_samples=agreed.bad_samples,
-                peak_memory=self.peak_memory or peak_memory(),
+                peak_memory=self.peak_memory,
             )
             for monitor in self.monitors:
                 monitor.record(record)
         every = self.config.log.pictures_every_steps
-        if every and (step % every == 0 or last) and self.config.train.zero_stage < 3:
+        if every and (step % every == 0 or self._is_finished()) and self.config.train.zero_stage < 3:
             with torch.no_grad():
                 pictures = self.objective.pictures(self.last_batch.head(8))
             for monitor in self.monitors:
@@ -206,8 +239,14 @@ class Engine:
         self._pass_on_reports()
 
     def _is_logged(self) -> bool:
-        step = self.progress.step
-        return step % self.config.log.every_steps == 0 or step == self.progress.num_steps
+        return self.progress.step % self.config.log.every_steps == 0 or self._is_finished()
+
+    def _measured(self) -> tuple[float, int]:
+        """(mean loss, peak memory of the rank with most), over ranks. Collective; waits for the device."""
+        memory = [0] * distributed.world_size()  # a sum with one entry a rank also has their maximum
+        memory[distributed.rank()] = peak_memory()
+        loss_sum, *memory = distributed.total(self.loss.item(), *memory)
+        return loss_sum / distributed.world_size(), int(max(memory))
 
     def _hand_over_encoder(self) -> None:
         """Copies of the exported encoder's weights, to those who ask: whatever becomes of them, training goes on."""
@@ -219,15 +258,19 @@ class Engine:
 
     def _pass_on_reports(self) -> None:
         for finder in self.monitors:
-            for report in finder.found():
-                for monitor in self.monitors:
-                    monitor.report(report)
-                if report.stop:
-                    self.stop_reason = report.text
+            self._tell(finder.found())
+
+    def _tell(self, reports: Iterable[Report]) -> None:
+        for report in reports:
+            for monitor in self.monitors:
+                monitor.report(report)
+            if report.stop:
+                self.stop_reason = report.text
 
     # ---- saving and resuming
 
     def _save(self) -> None:
+        attendance.reach("saving the checkpoint", self.progress.step)
         meta = {
             "step": self.progress.step,
             "num_steps": self.progress.num_steps,
@@ -236,33 +279,46 @@ class Engine:
             "exported": self._exported_prefix(),
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),
-            "loader": self.loader.state_dict(),
+            "loader": self.data_position,
         }
+        for monitor in self.monitors:
+            monitor.saving(self.progress.step)
         path = self.store.save(self.progress.step, self.deepspeed, meta)
+        attendance.saved(str(path))
         for monitor in self.monitors:
             monitor.saved(self.progress.step, path)
 
-    def _resume(self) -> None:
-        """Goes on from the run's newest valid checkpoint, or from the one that is named; else from the start."""
-        named = self.config.resume.checkpoint
-        newest = self.store.newest if named == "auto" else lambda: Path(named)
-        path = distributed.from_main(newest() if distributed.is_main() else None)
+    def _resume(self) -> list[str]:
+        """Goes on from where `starting_point` says, if anywhere. Returns what a person should know about it."""
+        attendance.reach("looking for a checkpoint")
+        path = starting_point(self.store, self.config)
+        attendance.saved("none: none had been written" if path is None else str(path))
         if path is None:
-            return
+            return []
+        attendance.reach("loading a checkpoint")
         meta = self.store.load(path, self.deepspeed)
         if not self.config.resume.allow_changed_config:
             refuse_changed_config(changed_settings(meta["config"], self.config), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
-        self.progress = Progress(meta["step"], self.progress.num_steps, self.progress.steps_per_epoch)
+        self.progress, notices = progress_after(meta, self.config, self.progress, path)
+        return notices
 
     def _exported_prefix(self) -> str:
         exported = self.objective.exported_encoder()
         return next(name for name, module in self.objective.named_modules() if module is exported) + "."
 
     def _last_checkpoint(self) -> str:
-        return str(self.store.newest() or "none: no checkpoint had been written")
+        try:
+            return str(self.store.newest() or "none: no checkpoint had been written")
+        except UserError as error:
+            return f"none: {error}"
 
     # ---- starting
+
+    def _refuse_other_ranks(self) -> None:
+        facts = {"config": self.config.model_dump(mode="json"), "code": describe_code()}
+        facts |= {"data": self.loader.state_dict(), "num_steps": self.progress.num_steps}
+        refuse_differences(facts)
 
     def _initialise_deepspeed(self, objective: Objective):
         import deepspeed
@@ -285,21 +341,20 @@ class Engine:
             engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         return engine
 
-    def _listen_for_signals(self) -> None:
-        def request(*_):
-            self.stop_requested = True
-
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, request)
-
 
 @dataclass(frozen=True)
 class _Agreed:
     """What all ranks know after a step."""
 
-    loss: float
     stop: bool
     bad_samples: int
+    no_data: str  # why some rank has no batch for the next step
+
+
+def _on_host(parts: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars in one copy."""
+    values = torch.stack([part.double() for part in parts.values()]).tolist() if parts else []
+    return dict(zip(parts, values, strict=True))
 
 
 class Meter:

@@ -1,7 +1,7 @@
 """Where a run took place: versions, devices and the commit, for environment.json."""
 
+import hashlib
 import importlib.metadata
-import os
 import platform
 import resource
 import subprocess
@@ -21,11 +21,21 @@ def describe_environment() -> dict:
         "packages": {name: _version(name) for name in _PACKAGES},
         "device": _device_name(),
         "world_size": distributed.world_size(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": distributed.num_cores(),
         "host": platform.node(),
         "commit": _commit(),
         "command": sys.argv,
     }
+
+
+def describe_code() -> dict[str, str]:
+    """What computes: the versions of Python and of the packages, and a hash of our own source files."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.glob("*/*.py")):
+        digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {"prelude": digest.hexdigest(), "python": platform.python_version(), **versions}
 
 
 def peak_memory() -> int:

@@ -1,5 +1,7 @@
 """The device's half of a view: from uint8 crops to float images, flipped, shifted, recoloured and normalised."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,16 +15,14 @@ SHIFT_STREAM = 151  # of pretrain.draws; view v of a plan reads stream 151 + v
 
 def normalise(pixels: Tensor, plan: ViewPlan) -> Tensor:
     """(B, 3, H, W) uint8 in 0..255 to float32 with the plan's mean and standard deviation, in one multiply-add."""
-    mean = torch.tensor(plan.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(plan.std, device=pixels.device).view(3, 1, 1)
+    mean, std = _statistics(plan, pixels.device)
     floats = pixels.to(torch.float32, copy=True)  # a copy always, because the result overwrites it
     return torch.addcmul(-mean / std, floats, 1 / (255 * std), out=floats)
 
 
 def denormalise(images: Tensor, plan: ViewPlan) -> Tensor:
     """The inverse of `normalise`, rounded and clamped to uint8, for pictures."""
-    mean = torch.tensor(plan.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(plan.std, device=images.device).view(3, 1, 1)
+    mean, std = _statistics(plan, images.device)
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -43,9 +43,18 @@ def _image(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
     if view.photometric is None:
         return normalise(pixels, plan)
     coloured = augment(pixels.float() / 255, view.photometric, batch.seeds, v)
-    mean = torch.tensor(plan.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(plan.std, device=pixels.device).view(3, 1, 1)
+    mean, std = _statistics(plan, pixels.device)
     return torch.addcmul(-mean / std, coloured, 1 / std)
+
+
+def _statistics(plan: ViewPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (3, 1, 1)."""
+    return _constant(tuple(plan.mean), device).view(3, 1, 1), _constant(tuple(plan.std), device).view(3, 1, 1)
+
+
+@cache  # copying from the host anew for each view would make it wait for the device
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 def _shifted(pixels: Tensor, view: View, seeds: Tensor, v: int) -> Tensor:

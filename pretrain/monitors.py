@@ -1,23 +1,27 @@
 """What watches a run: the console, metrics.jsonl and TensorBoard.
 
 Monitors live on rank 0 and are handed to the engine; none of them can change what is computed: they are handed
-records, pictures and copies of weights. What one of them finds out is passed on to all.
+records, pictures and copies of weights. What one of them finds out is passed on to all. Nor can one end a run because
+it cannot write: that is told once, and whether the run can go on is for the next checkpoint to say.
 """
 
-import json
+import io
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from PIL import Image
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 from torch import Tensor
 
+from prelude.pretrain.event_file import EventFile
+from prelude.pretrain.files import Lines, Tolerant, make_folder, write_whole
 from prelude.pretrain.schedules import Progress
 
 _LEGIBLE_WIDTH = 480  # pixels
@@ -49,10 +53,10 @@ class Report:
     """What a monitor found out beside the logged steps: how good the encoder is, or that something is wrong."""
 
     step: int
-    kind: Literal["evaluation", "collapse", "notice"]
+    kind: Literal["evaluation", "collapse", "notice", "verdict"]  # verdict: on collapse, at the run's end
     text: str  # for a person
     numbers: dict[str, float] = field(default_factory=dict)
-    cause: str = ""  # of a collapse
+    cause: str = ""  # of a collapse; of a verdict, what it is
     stop: bool = False  # whether the run should end, with this text
 
 
@@ -82,28 +86,41 @@ class Monitor:
 
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None: ...
 
+    def saving(self, step: int) -> None:
+        """Called before a checkpoint is written, which must not be on the disk before what belongs to it."""
+
     def saved(self, step: int, path: Path) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _Console(Console):
+    """rich ends the process where nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that is being handled
 
 
 class ConsoleMonitor(Monitor):
     """A progress bar on a terminal; elsewhere a line for every twentieth of the run."""
 
     def __init__(self):
-        self.console = Console(file=sys.stderr)
-        self.bar = None
+        self.console = _Console(file=sys.stderr)
+        self.tolerant = Tolerant("the console")
+        self.live: Live | None = None
         self.judged = ""
 
     def start(self, progress: Progress) -> None:
-        if progress.step:
-            self.console.print(f"resumed at step {progress.step} of {progress.num_steps}", highlight=False)
+        if progress.step == progress.num_steps:
+            self._print(f"finished at step {progress.step} of {progress.num_steps} before; nothing is left to train")
+        elif progress.step:
+            self._print(f"resumed at step {progress.step} of {progress.num_steps}")
         self.last_printed = progress.step
         if self.console.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
-            self.bar = Bar(*columns, console=self.console)
-            self.task = self.bar.add_task("starting", total=progress.num_steps, completed=progress.step)
-            self.bar.start()
+            self.bar = Bar(BarColumn(bar_width=None), MofNCompleteColumn(), console=self.console, expand=True)
+            self.task = self.bar.add_task("", total=progress.num_steps, completed=progress.step)
+            self.live = Live(self._drawn("starting"), console=self.console)
+            self.live.start()
 
     def record(self, record: StepRecord) -> None:
         text = (
@@ -117,53 +134,73 @@ class ConsoleMonitor(Monitor):
             text += f"  bad samples {record.bad_samples}"
         text += self.judged
         last = record.step == record.num_steps
-        if self.bar:
-            self.bar.update(self.task, completed=record.step, description=text)
+        if self.live:
+            self.bar.update(self.task, completed=record.step)
+            self.live.update(self._drawn(text))
         elif last or record.step - self.last_printed >= record.num_steps / 20:
             self.last_printed = record.step
-            self.console.print(f"step {record.step}/{record.num_steps}  {text}", highlight=False, soft_wrap=True)
+            self._print(f"step {record.step}/{record.num_steps}  {text}")
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
             self.judged = f"  k-NN {report.numbers['knn']:.1f} %  linear {report.numbers['linear']:.1f} %"
-        label = {"evaluation": "", "collapse": "[bold red]warning[/] ", "notice": "[yellow]note[/] "}[report.kind]
-        self.console.print(f"step {report.step}  {label}{escape(report.text)}", highlight=False, soft_wrap=True)
+        label = {"collapse": "[bold red]warning[/] ", "notice": "[yellow]note[/] "}.get(report.kind, "")
+        self._print(f"step {report.step}  {label}{escape(report.text)}")
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
+        with self.tolerant:
+            if self.live:
+                self.live.stop()
+
+    def _print(self, text: str) -> None:
+        with self.tolerant:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _drawn(self, text: str) -> Group:
+        """The numbers above the bar, over as many lines as they need: beside it a narrow terminal would cut them."""
+        lines: list[str] = []
+        for part in text.split("  "):
+            fits = lines and len(f"{lines[-1]}  {part}") <= self.console.width
+            lines[-1:] = [f"{lines[-1]}  {part}"] if fits else [*lines[-1:], part]
+        return Group(Text("\n".join(lines)), self.bar)
 
 
 class JsonlMonitor(Monitor):
     """metrics.jsonl: one line a logged step. A resumed run drops the lines after its checkpoint first."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.lines = Lines(path)
 
     def start(self, progress: Progress) -> None:
-        _drop_lines_after(progress.step, self.path)
-        self.file = open(self.path, "a", buffering=1)
+        self.lines.start(progress.step)
 
     def record(self, record: StepRecord) -> None:
-        self.file.write(json.dumps(asdict(record)) + "\n")
+        self.lines.add(asdict(record))
+
+    def saving(self, step: int) -> None:
+        self.lines.sync()
 
     def close(self) -> None:
-        self.file.close()
+        self.lines.sync()
 
 
 class ReportsMonitor(Monitor):
     """online.jsonl: one line a report, in a file that is there once there is one; resumed like metrics.jsonl."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.lines = Lines(path)
 
     def start(self, progress: Progress) -> None:
-        if self.path.exists():
-            _drop_lines_after(progress.step, self.path)
+        self.lines.start(progress.step)
 
     def report(self, report: Report) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(asdict(report)) + "\n")
+        self.lines.add(asdict(report))
+
+    def saving(self, step: int) -> None:
+        self.lines.sync()
+
+    def close(self) -> None:
+        self.lines.sync()
 
 
 class TensorBoardMonitor(Monitor):
@@ -171,56 +208,43 @@ class TensorBoardMonitor(Monitor):
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
+        self.tolerant = Tolerant(run_dir / "pictures")
 
     def start(self, progress: Progress) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(self.run_dir / "tensorboard", purge_step=progress.step + 1)
+        self.events = EventFile(self.run_dir / "tensorboard", purge_step=progress.step + 1)
 
     def record(self, record: StepRecord) -> None:
         values = asdict(record)
-        for name, value in values.pop("parts").items():
-            self.writer.add_scalar(f"parts/{name}", value, record.step)
-        for name in _SCALARS:
-            self.writer.add_scalar(f"train/{name}", values[name], record.step)
+        scalars = {f"parts/{name}": value for name, value in values.pop("parts").items()}
+        self.events.add_scalars(record.step, scalars | {f"train/{name}": values[name] for name in _SCALARS})
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
-            for name, value in report.numbers.items():
-                self.writer.add_scalar(f"online/{name}", value, report.step)
+            self.events.add_scalars(report.step, {f"online/{name}": value for name, value in report.numbers.items()})
         else:
-            self.writer.add_text(report.kind, report.text, report.step)
+            self.events.add_text(report.step, report.kind, report.text)
 
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         folder = self.run_dir / "pictures"
         for name, picture in pictures.items():
-            picture = _legible(picture)
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}-{step:08d}.png")
-            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            picture, png = _legible(picture), io.BytesIO()
+            picture.save(png, "PNG")
+            with self.tolerant:
+                make_folder(folder)
+                write_whole(folder / f"{name}-{step:08d}.png", png.getvalue())
+            self.events.add_picture(step, name, picture)
+
+    def saving(self, step: int) -> None:
+        self.events.sync()
 
     def close(self) -> None:
-        self.writer.close()
+        self.events.sync()
 
 
 def _legible(picture: Image.Image) -> Image.Image:
     """Small pictures enlarged by a whole factor, so that a person sees the pixels of a 32-pixel image."""
     factor = max(_LEGIBLE_WIDTH // picture.width, 1)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-def _drop_lines_after(step: int, path: Path) -> None:
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a metrics line; None for a line cut short by a crash."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None
 
 
 def _time(seconds: float) -> str:

@@ -5,32 +5,16 @@ Adding one needs no change to the engine: subclass `Objective`, and name it in t
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, ViewPlan
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import check_encoder
+from prelude.pretrain.options import Options
 from prelude.pretrain.schedules import Progress
-
-
-class Options(BaseModel):
-    """Base of an objective's settings: strict, so that a key nobody reads is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1] <= 1:
-        raise ValueError("write two shares of the area, such as [0.2, 1.0]")
-    return value
-
-
-# The least and the largest area of a crop or block, as shares of the image.
-AreaRange = Annotated[tuple[float, float], AfterValidator(_ordered_shares)]
 
 
 class Loss(NamedTuple):
@@ -79,8 +63,12 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Loss: ...
 
-    def after_step(self, progress: Progress) -> None:
-        """Called once after every optimizer step that was applied: momentum teachers and the like."""
+    def after_step(self, progress: Progress, applied: Tensor) -> None:
+        """Called once after every optimizer step: momentum teachers and the like.
+
+        applied: a scalar on the device, 1.0 where the weights moved and 0.0 where the step was refused, which must then
+        change nothing here either. Reading it would make the host wait; multiply by it.
+        """
 
     def lr_scales(self) -> dict[str, float]:
         """Multipliers of the learning rate by parameter name, such as a decay by layers; 1 where a name is absent."""

@@ -109,7 +109,7 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     on_green, on_blue = torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)
     sextant = torch.where(value == red, green - blue, torch.where(value == green, on_green, on_blue))
     sextant = (sextant / chroma.clamp(min=1e-12)).add_(6 * turn[:, None, None])  # a grey pixel has no hue to turn
-    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
+    offset = torch.arange(5, 0, -2, device=images.device)[:, None, None]  # 5, 3, 1
     k = torch.remainder(sextant[:, None] + offset, 6)  # (B, 3, H, W)
     return torch.addcmul(least[:, None], chroma[:, None], k.sub_(2).abs_().sub_(1).clamp_(0, 1))
 
@@ -154,12 +154,16 @@ def _where(mask: Tensor, operation, images: Tensor, *parameters: Tensor) -> Tens
     Choosing rows would make the host wait for an accelerator, so there every sample is computed. On the CPU it
     costs nothing, and saves the samples that are left alone.
     """
-    if images.device.type != "cpu":
+    if not _on_host(images):
         return torch.where(_per_image(mask), operation(images, *parameters), images)
     rows = mask.nonzero().squeeze(1)
     if not len(rows):
         return images
     return images.index_copy(0, rows, operation(images[rows], *(parameter[rows] for parameter in parameters)))
+
+
+def _on_host(images: Tensor) -> bool:
+    return images.device.type == "cpu"
 
 
 def _factor(strength: float, u: Tensor) -> Tensor:

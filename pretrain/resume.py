@@ -1,13 +1,22 @@
-"""What may differ between a checkpoint and the run that goes on from it.
+"""Where a run goes on, and what may differ between a checkpoint and the run that goes on from it.
 
-Anything that changes what is computed is refused, so that "the same run" stays true; where it runs, how it is
-watched and how its batch is split over ranks may change freely.
+- A run goes on from the newest of its own checkpoints. Only one without any begins at `resume.checkpoint`, so that the
+  same command can be given again and again.
+- Anything that changes what is computed is refused, so that "the same run" stays true; where it runs, how it is
+  watched and how its batch is split over ranks may change freely.
+- Where a change is allowed, what it does to the steps and to the learning rate is told.
 """
 
+import math
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from prelude.data.errors import UserError
+from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
+from prelude.pretrain.optimizers import scheduled
+from prelude.pretrain.schedules import Progress
 
 _FREE = (
     "run_dir",
@@ -20,18 +29,95 @@ _FREE = (
     "data.shards",  # the data set is recognised by its content, not by its path
     "data.num_workers",
     "data.max_bad_share",
+    "data.timeout_seconds",
     "train.micro_batch",
     "train.zero_stage",
     "train.precision",
     "train.gradient_checkpointing",
     "train.compile",
     "train.max_nonfinite_steps",
+    "train.rank_timeout_seconds",
 )
+
+
+def starting_point(store, config: Config) -> Path | None:
+    """The checkpoint that a start goes on from, None for the beginning. Collective.
+
+    Raises UserError on every rank: where there are checkpoints of the run's own and none can be used, and where
+    `resume.checkpoint` would have it go back among them.
+    """
+    answer = None
+    if distributed.is_main():
+        try:
+            answer = _starting_point(store, config)
+        except UserError as error:
+            answer = error
+    answer = distributed.from_main(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _starting_point(store, config: Config) -> Path | None:
+    newest, named = store.newest(), config.resume.checkpoint
+    if named == "auto":
+        return newest
+    if newest and is_own(named, config) and Path(named).resolve() != newest.resolve():
+        raise UserError(
+            f"resume.checkpoint={named} is an earlier checkpoint of this run, which goes on from {newest.name}; leave "
+            f"it out, or go back to it in another run_dir."
+        )
+    return newest or Path(named)
+
+
+def is_own(checkpoint: str | Path, config: Config) -> bool:
+    """Whether it lies among the checkpoints of the run itself."""
+    return Path(checkpoint).resolve().is_relative_to(Path(config.run_dir, "checkpoints").resolve())
+
+
+def progress_after(meta: dict, config: Config, start: Progress, checkpoint: Path) -> tuple[Progress, list[str]]:
+    """Where a run stands that goes on from `checkpoint`, and what a person should know about it.
+
+    meta: the checkpoint's. start: the run's progress before its first step. Progress is counted in samples where the
+    global batch has changed. Raises UserError where nothing would be left to train, but for a run that is finished.
+    """
+    batch, batch_then = config.train.global_batch, meta["config"]["train"]["global_batch"]
+    step, notices = meta["step"] * batch_then // batch, []
+    if batch != batch_then:
+        notices.append(
+            f"train.global_batch {batch_then} -> {batch}: {meta['step']} steps, or {meta['step'] * batch_then} images, "
+            f"count as {step} steps"
+        )
+    finished_before = is_own(checkpoint, config) and meta["step"] == meta["num_steps"] and step == start.num_steps
+    if step >= start.num_steps and not finished_before:
+        raise UserError(
+            f"Nothing is left to train: {checkpoint} has done {step} steps, and this run ends at step "
+            f"{start.num_steps}; write a larger train.epochs, or name an earlier checkpoint in another run_dir."
+        )
+    progress = Progress(step, start.num_steps, start.steps_per_epoch)
+    if step < start.num_steps and (jump := _jump_of_learning_rate(meta, config, progress)):
+        notices.append(jump)
+    return progress, notices
+
+
+def _jump_of_learning_rate(meta: dict, config: Config, progress: Progress) -> str | None:
+    """In a sentence, if the next step's rate is not what it would have been without what has changed."""
+    try:
+        config_then = Config.model_validate(meta["config"])
+    except ValidationError:
+        return None  # of a version with other settings, whose schedule is not known here
+    batch_then = config_then.train.global_batch
+    num_samples = meta["loader"].get("num_samples", progress.steps_per_epoch * config.train.global_batch)
+    progress_then = Progress(meta["step"], meta["num_steps"], num_samples / batch_then)
+    then, now = scheduled(config_then, progress_then)[0], scheduled(config, progress)[0]
+    if math.isclose(then, now, rel_tol=1e-3):
+        return None
+    return f"the learning rate jumps here: {then:.3g} -> {now:.3g}"
 
 
 def changed_settings(saved: dict, config: Config) -> list[str]:
     """`key: then -> now` for every setting that differs and must not."""
-    then, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    then, now = flat(saved), flat(config.model_dump(mode="json"))
     keys = sorted(set(then) | set(now))
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
@@ -48,11 +134,11 @@ def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
         )
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
+def flat(values: dict, prefix: str = "") -> dict:
     out = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out

@@ -43,13 +43,20 @@ class TarSource(Source):
     def members(self, number: int) -> dict[str, bytes]:
         shard, image, files = self.places[number]
         left_out = {image, "cls"} if self.replaced else {image}
+        # The labels of `left.jpg` are `left.cls`: packed, the image is `jpg`, and they are `cls`
+        start = f"{image.rpartition('.')[0]}."
         # Where the image was named, another one must not come before it in the index's order of preference
-        renamed = {ext: f"other.{ext}" if self.named and ext in IMAGE_EXTENSIONS else ext for ext in files}
-        return {renamed[ext]: self._content(shard, *files[ext]) for ext in sorted(files) if ext not in left_out}
+        found = {}
+        for ext in sorted(files.keys() - left_out):
+            own = ext.removeprefix(start) if "." in image else ext
+            renamed = f"other.{ext}" if self.named and ext in IMAGE_EXTENSIONS else ext if own in files else own
+            if renamed not in left_out:
+                found[renamed] = self._content(shard, *files[ext])
+        return found
 
     def _add_shard(self, shard: int, short: str, image: str) -> list[str]:
         keys, problems = [], []
-        for key, files in samples_of(self.paths[shard], problems):
+        for key, files in samples_of(self.paths[shard], problems).items():
             extension = image if image in files else None if image else image_extension(files)
             name = f"{short}/{key}"
             images = [ext for ext in files if ext.rpartition(".")[2] in IMAGE_EXTENSIONS]

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from prelude.evaluators.comparison import Comparison, Curve, Entry
-from prelude.evaluators.headline import evaluator_name, headline, number, number_name, pretrained
+from prelude.evaluators.headline import (
+    evaluator_name,
+    headline,
+    number,
+    number_name,
+    pretrained,
+    untrained_value,
+)
 from prelude.evaluators.report import charts
 from prelude.evaluators.report.charts import Bar, Line, Point, Style
 
@@ -53,7 +60,7 @@ def styles(comparison: Comparison) -> dict[str, Style]:
 
 def accuracy(comparison: Comparison) -> list[Figure]:
     """Bars for each evaluator: pretrained encoders, best first, then the floors."""
-    by_name, style = {entry.name: entry for entry in comparison.entries}, styles(comparison)
+    style = styles(comparison)
     figures = []
     for evaluator in comparison.evaluators:
         judged = [(entry, h) for entry in comparison.entries if (h := headline(entry, evaluator))]
@@ -65,10 +72,9 @@ def accuracy(comparison: Comparison) -> list[Figure]:
         shown.sort(key=lambda pair: (order[pair[0].kind], -pair[1].value))
         rows = []
         for entry, found in shown:
-            before = by_name.get(entry.untrained)
-            mark = before and headline(before, evaluator)
+            mark = untrained_value(entry, evaluator, comparison)
             own = style[entry.name] if entry.kind == "pretrained" else Style(None)
-            rows.append(Bar(entry.name, found.value, found.low, found.high, found.text, own, mark and mark.value))
+            rows.append(Bar(entry.name, found.value, found.low, found.high, found.text, own, mark))
         floors = [(entry.name, h.value) for entry, h in judged if entry.kind == "floor"]
         title = evaluator_name(evaluator)
         axis = number_name(evaluator, shown[0][1].number)

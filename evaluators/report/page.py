@@ -14,6 +14,7 @@ import yaml
 
 from prelude.evaluators.comparison import Comparison, Entry, Picture
 from prelude.evaluators.headline import best, evaluator_name, gain, headline, number, number_name
+from prelude.evaluators.label_table import positives
 from prelude.evaluators.report import charts, figures, words
 
 GROUPS = {"pretrained": "Pretrained", "untrained": "Same architecture, untrained", "floor": "Floors"}
@@ -118,7 +119,8 @@ def _protocols(comparison: Comparison) -> list[tuple[str, str, dict]]:
 
 
 def _warnings(comparison: Comparison) -> list[str]:
-    found = list(comparison.warnings)
+    findings = [entry.results["multilabel"] for entry in comparison.entries if "multilabel" in entry.results]
+    found = [*comparison.warnings, *map(positives, findings[:1])]
     for entry in comparison.entries:
         for evaluator, result in entry.results.items():
             name = f"{entry.name}, {evaluator_name(evaluator)}"

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 
@@ -260,3 +262,87 @@ def test_a_full_disk_leaves_the_earlier_export(make_run, tmp_path, monkeypatch):
         export_encoder(str(run), to)
     assert open_encoder(str(to)).fingerprint == first.fingerprint
     shutil.rmtree(to)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchanged", "in two steps"])
+def test_a_kill_at_any_rename_leaves_a_whole_export(make_run, tmp_path, monkeypatch, exchange):
+    """Before and after each; where two folders cannot be exchanged, the next export finds what a kill left."""
+    run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
+    old, to = str(run / "checkpoints" / "step-00000005"), tmp_path / "export"
+    prints = {export_encoder(source, to).fingerprint for source in (str(run), old)}
+    monkeypatch.setattr(export, "_feature_difference", lambda *_: 0.0)
+    if not exchange:
+        monkeypatch.setattr(export, "_exchanged", lambda *_: False)
+    moments = 0
+    while killed_at_operation(moments, lambda: export_encoder(str(run), to)):
+        moments += 1
+        if exchange:
+            assert open_encoder(str(to)).fingerprint in prints
+        with pytest.raises(UserError, match="No space left"), monkeypatch.context() as patch:
+            patch.setattr(export, "save_file", no_space)
+            export_encoder(old, to)
+        assert open_encoder(str(to)).fingerprint in prints
+        export_encoder(old, to)
+    assert moments >= (4 if exchange else 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "run"]
+
+
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def killed_at_operation(moment: int, action) -> bool:
+    """Whether `action` was killed at its n-th chance: before or after what changes the names on the disk."""
+    child = os.fork()
+    if child == 0:
+        left = [moment]
+
+        def guarded(function):
+            def call(*args, **kwargs):
+                chance()
+                result = function(*args, **kwargs)
+                chance()
+                return result
+
+            return call
+
+        def chance():
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+
+        os.rename, export._exchanged = guarded(os.rename), guarded(export._exchanged)
+        shutil.rmtree = guarded(shutil.rmtree)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_colleagues_can_open_an_export(make_run, tmp_path):
+    run, _ = make_run(ARCHITECTURES["resnet"])
+    before = os.umask(0o027)
+    try:
+        export_encoder(str(run), tmp_path / "export")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "export").iterdir()} == {0o640}
+    assert stat.S_IMODE((tmp_path / "export").stat().st_mode) == 0o750
+
+
+def test_an_export_over_a_link_leaves_what_it_leads_to_alone(make_run, tmp_path):
+    run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
+    first = export_encoder(str(run / "checkpoints" / "step-00000005"), tmp_path / "released")
+    (tmp_path / "export").symlink_to(tmp_path / "released")
+    second = export_encoder(str(run), tmp_path / "export")
+    assert open_encoder(str(tmp_path / "released")).fingerprint == first.fingerprint
+    assert open_encoder(str(tmp_path / "export")).fingerprint == second.fingerprint
+
+
+def test_a_run_whose_checkpoints_cannot_be_used_is_told_which_and_why(make_run):
+    run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
+    for path in run.glob("checkpoints/step-*/manifest.json"):
+        path.write_text('{"format": 2}')
+    with pytest.raises(UserError, match="step-00000007: it is of format 2.*step-00000005: it is of format 2"):
+        open_encoder(str(run))

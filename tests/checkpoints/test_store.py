@@ -1,7 +1,9 @@
 import errno
+import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 
@@ -239,3 +241,139 @@ def test_one_checkpoint_is_held_at_a_time_and_no_damaged_one(tmp_path, save):
     (tmp_path / "step-00000020" / stores.MODEL).unlink()
     assert store.hold(25).name == "step-00000010"
     assert (tmp_path / "held").read_text() == "step-00000010\n"
+
+
+# ---- what exists and cannot be used
+
+
+def refuse_to_open(monkeypatch, number: int, *names: str) -> None:
+    """Opening these files fails as the disk or its server would have it; whoever runs the tests may read anything."""
+    real, pathlibs = open, io.open
+
+    def guarded(opener):
+        def guarded_open(file, *args, **kwargs):
+            if not isinstance(file, int) and os.path.basename(file) in names:
+                raise OSError(number, os.strerror(number), str(file))
+            return opener(file, *args, **kwargs)
+
+        return guarded_open
+
+    monkeypatch.setattr("builtins.open", guarded(real))
+    monkeypatch.setattr(io, "open", guarded(pathlibs))
+
+
+def of_a_newer_format(path):
+    (path / stores.MANIFEST).write_text(json.dumps({"format": 2, "serial": 7, "parts": ["elsewhere"]}))
+
+
+def a_folder_in_place_of(name):
+    def spoil(path):
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return spoil
+
+
+UNREADABLE = {
+    "a newer format": (of_a_newer_format, "it is of format 2, and this version reads format 1"),
+    "no format that is known": (lambda path: (path / stores.MANIFEST).write_text("{}"), "it is of format unknown"),
+    "no manifest": (lambda path: (path / stores.MANIFEST).unlink(), "manifest.json cannot be read"),
+    "a folder as manifest": (a_folder_in_place_of(stores.MANIFEST), "manifest.json cannot be read"),
+    "a folder as model": (a_folder_in_place_of(stores.MODEL), "model.safetensors cannot be read"),
+    "a folder as state": (a_folder_in_place_of(stores.STATE), "state.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_where_none_can_be_used_each_is_named_and_nothing_is_begun(tmp_path, save, kind):
+    spoil, why = UNREADABLE[kind]
+    for step in (1, 2):
+        spoil(save(Store(tmp_path), step))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"step-00000001: {why}") as refused:
+        Store(tmp_path).newest()
+    assert f"step-00000002: {why}" in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_disk_that_does_not_answer_is_no_empty_run(tmp_path, save, monkeypatch, number):
+    save(Store(tmp_path), 1)
+    with monkeypatch.context() as patch:
+        refuse_to_open(patch, number, stores.OPTIMIZER)
+        with pytest.raises(UserError, match=re.escape(os.strerror(number))):
+            Store(tmp_path).newest()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+        with pytest.raises(UserError, match="cannot be read .*nobody knows which checkpoints are there"):
+            Store(tmp_path).newest()
+    assert value_of(Store(tmp_path).newest()) == 1
+
+
+def test_damaged_ones_alone_are_no_empty_run_either(tmp_path, save):
+    for path in [save(Store(tmp_path), step) for step in (1, 2)]:
+        truncate(path / stores.MODEL)
+    with pytest.raises(UserError, match="step-00000002: model.safetensors has .*step-00000001: model.safetensors has"):
+        Store(tmp_path).newest()
+
+
+def test_checkpoints_that_are_gone_are_missed(tmp_path, save):
+    shutil.rmtree(save(Store(tmp_path), 5))
+    with pytest.raises(UserError, match="step-00000005: it is gone"):
+        Store(tmp_path).newest()
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_never_removed(tmp_path, save, kind):
+    """Neither by retention, nor where the run comes by the same step again, and again."""
+    store = Store(tmp_path, keep=1)
+    save(store, 1)
+    UNREADABLE[kind][0](save(store, 2))
+    (tmp_path / "step-00000002" / "mark").touch()
+    for step in (2, 3, 2, 4):
+        save(store, step)
+    assert [path.parent.name for path in tmp_path.glob("*/mark")] == ["step-00000002.replaced"]
+    assert store.newest().name == "step-00000004"
+
+
+def test_one_that_can_be_read_again_is_older_than_what_was_saved_meanwhile(tmp_path, save, monkeypatch):
+    store = Store(tmp_path)
+    for step in (1, 2):
+        save(store, step)
+    aside = (tmp_path / "step-00000002" / stores.MANIFEST).rename(tmp_path / "aside")
+    assert store.newest().name == "step-00000001"
+    save(store, 3)
+    aside.rename(tmp_path / "step-00000002" / stores.MANIFEST)
+    assert store.newest().name == "step-00000003"
+
+
+def test_a_full_disk_after_the_checkpoint_is_there_ends_nothing(tmp_path, save, monkeypatch, caplog):
+    store = Store(tmp_path, keep=1)
+    save(store, 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stores, "write_whole", full)
+    save(store, 2)
+    assert store.hold(2).name == "step-00000002"
+    save(store, 3)
+    monkeypatch.undo()
+    assert names(store) == ["latest", "step-00000002", "step-00000003"]  # held, though nobody could write it down
+    assert len([message for message in caplog.messages if "No space left" in message]) == 2
+    store.release()
+
+
+def test_links_among_the_checkpoints_lead_nobody_elsewhere(tmp_path, save):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for name in (".tmp-step-00000002", ".tmp-latest", "step-00000002"):
+        (elsewhere / name).mkdir(parents=True)
+        (elsewhere / name / "mine").touch()
+    store = Store(folder, keep=1)
+    save(store, 1)
+    for name in (".tmp-step-00000002", ".tmp-latest", "step-00000002"):
+        (folder / name).symlink_to(elsewhere / name)
+    for step in (2, 3):
+        save(store, step)
+    assert len(list(elsewhere.glob("*/mine"))) == 3 == len(list(elsewhere.rglob("*"))) / 2
+    assert names(store)[0] == "latest" and names(store)[-1] == "step-00000003"

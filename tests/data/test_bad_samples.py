@@ -134,6 +134,8 @@ def test_what_the_index_left_out_is_logged_and_listed_by_the_first_rank(tmp_path
     loader_of(index, label="", rank=1, world_size=2, bad_samples_log=listed)
     assert not listed.exists() and not caplog.records
     loader = loader_of(index, label="", bad_samples_log=listed)
+    assert not listed.exists()  # the run may still be refused, and then leaves no trace
+    next(loader)
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert lines == [{"shard": path, "key": key, "reason": "no image", "position": None} for key in "23"]
     assert [record.message for record in caplog.records] == [f"{path}: left out: 2 x no image"]
@@ -145,6 +147,7 @@ def test_the_list_has_an_end(tmp_path):
     for n in range(MAX_LISTED + 50):
         ledger.add("x.tar", "not an image", n, lambda n=n: str(n))
     ledger.add_unindexed({"y.tar": (Problem("no image", "k"),) * 500})
+    ledger.add_read(1)
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert [line["shard"] for line in lines] == ["x.tar"] * MAX_LISTED + ["y.tar"] * MAX_LISTED
     assert ledger.num_bad == MAX_LISTED + 50
@@ -156,6 +159,13 @@ def test_a_list_that_cannot_be_written_ends_no_run(tmp_path, caplog):
         ledger.add("x.tar", "not an image", 0, lambda: "k")
         ledger.add("x.tar", "not an image", 1, lambda: "k")
     assert ledger.num_bad == 2 and sum("not listed" in record.message for record in caplog.records) == 1
+
+
+def test_a_list_that_is_a_link_leaves_what_it_leads_to_alone(tmp_path):
+    (tmp_path / "precious").write_text("mine\n")
+    (tmp_path / "bad.jsonl").symlink_to("precious")
+    BadSamples(tmp_path / "bad.jsonl").add("x.tar", "not an image", 0, lambda: "k")
+    assert (tmp_path / "precious").read_text() == "mine\n"
 
 
 TWO_RANKS = """

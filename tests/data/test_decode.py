@@ -151,6 +151,16 @@ def with_size(jpeg: bytes, height: int, width: int) -> bytes:
     return jpeg[:start] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + jpeg[start + 4 :]
 
 
+def without_interval(jpeg: bytes) -> bytes:
+    return jpeg[: jpeg.index(b"\xff\xd1")] + jpeg[jpeg.index(b"\xff\xd2") :]
+
+
+def with_scans(jpeg: bytes, count: int) -> bytes:
+    """The same file with its last scan `count` times more."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[last:-2] * count + jpeg[-2:]
+
+
 BOMB_PNG = encode(Image.new("1", (16_000, 16_000)), "PNG")
 
 DAMAGE = {
@@ -170,10 +180,40 @@ DAMAGE = {
     "png, wrong checksum": (encode(photograph(), "PNG").replace(b"IDAT", b"IDAX", 1), None),
     "jpeg bomb": (with_size(JPEG, 65_000, 65_000), "too many pixels"),
     "png bomb": (BOMB_PNG, "too many pixels"),
+    "claims more pixels than its bytes can hold": (with_size(JPEG, 8_000, 8_000)[:666] + b"\xff\xd9", "too few bytes"),
+    "a png that does": (encode(Image.new("1", (8_000, 8_000)), "PNG")[:700], "too few bytes"),
+    "many scans": (with_scans(encode(photograph(), progressive=True), 200), "too many scans"),
     "no height": (with_size(JPEG, 0, 160), None),
     "float": (encode(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "floating point pixels"),
     "postscript": (encode(photograph(), "EPS"), "not an image"),
 }
+
+
+BELIEVED_BY_PIL = {
+    "cut, with an end marker": (JPEG[: len(JPEG) // 2] + b"\xff\xd9", "truncated"),
+    "cmyk, cut likewise": (encode(Image.fromarray(photograph()).convert("CMYK"))[:-400] + b"\xff\xd9", "truncated"),
+    "a hole": (JPEG[: len(JPEG) // 2] + JPEG[len(JPEG) // 2 + 500 :], "truncated"),
+    "a restart interval is missing": (without_interval(encode(photograph(), restart_marker_blocks=10)), "undecodable"),
+}
+
+
+@pytest.mark.parametrize("damage", BELIEVED_BY_PIL)
+def test_what_the_strict_decoder_finds_damaged_is_not_taken_from_pil(damage):
+    encoded, reason = BELIEVED_BY_PIL[damage]
+    by_pil(encoded)
+    with pytest.raises(BadImage, match=reason):
+        decode(encoded)
+
+
+def test_stray_bytes_between_a_jpegs_headers_are_no_damage():
+    np.testing.assert_array_equal(decode(JPEG[:20] + bytes(3) + JPEG[20:]), by_pil(JPEG))
+
+
+@pytest.mark.parametrize("format, side", [("JPEG", 2500), ("PNG", 2500), ("PNG", 300), ("WEBP", 300)])
+def test_one_colour_all_over_is_an_image(format, side):
+    if format == "WEBP" and not features.check("webp"):
+        pytest.skip("this PIL has no WebP")
+    assert (decode(encode(Image.new("RGB", (side, side), (200,) * 3), format)) == 200).all()
 
 
 def test_a_whole_jpeg_padded_with_zeros_is_read():

@@ -18,7 +18,8 @@ def pipe(write_shards):
 
 
 def build(shards, **changes):
-    return build_loader(shards, PLAN, **dict(seed=5, micro_batch=4, num_samples=35) | changes)
+    settings = dict(seed=5, micro_batch=4, num_samples=35, allow_commands=True) | changes
+    return build_loader(shards, PLAN, **settings)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

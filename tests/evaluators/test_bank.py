@@ -1,10 +1,14 @@
+import io
 import json
 import os
+import shutil
+import time
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.errors import UserError
@@ -14,6 +18,7 @@ from prelude.evaluators import bank as module
 from prelude.evaluators.bank import Bank
 from prelude.evaluators.features import Extractor, extract
 from prelude.evaluators.pixels import open_pixels
+from prelude.launch.bank import main
 from prelude.pretrain.config import EncoderConfig
 
 
@@ -182,3 +187,87 @@ def test_without_a_readable_image_there_is_no_entry(index, tmp_path):
     with pytest.raises(UserError, match="no readable sample"):
         bank.rows(open_pixels("pixels:4"), index)
     assert bank.entries() == []
+
+
+def rewrite(index, sample_ids) -> None:
+    """Inverts images in place, at their sizes, and puts the time of change back."""
+    for sample in sample_ids:
+        offset, size = index.images[sample].tolist()
+        path = index.shard_of(sample)
+        before = os.stat(path)
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            image = Image.open(io.BytesIO(file.read(size)))
+            inverted = io.BytesIO()
+            Image.fromarray(255 - np.asarray(image)).save(inverted, "JPEG", quality=50)
+            assert len(inverted.getvalue()) <= size
+            file.seek(offset)
+            file.write(inverted.getvalue() + bytes(size - len(inverted.getvalue())))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_images_written_again_in_place_have_features_of_their_own(index, tmp_path):
+    bank, encoder, shards = Bank(tmp_path / "bank"), open_pixels("pixels:16"), list(index.paths)
+    before = bank.rows(encoder, index)["pixels"].values.clone()
+    time.sleep(0.02)  # longer than the clock of some file systems takes to move on
+    rewrite(index, [3, 40])
+    after = bank.rows(encoder, ShardIndex(shards, "cls"))["pixels"].values
+    changed = (before != after).any(1).nonzero().flatten().tolist()
+    assert changed == [3, 40]
+
+
+def test_a_copy_of_the_data_is_not_encoded_again(index, encoder, tmp_path, computed):
+    bank = Bank(tmp_path / "bank")
+    bank.rows(encoder, index)
+    calls = len(computed)
+    shutil.copytree(tmp_path / "shapes", tmp_path / "copy")
+    bank.rows(encoder, ShardIndex(f"{tmp_path}/copy/train-*.tar"))
+    assert len(computed) == calls
+
+
+def zeroed(rows):
+    rows[7] = 0
+
+
+def permuted(rows):
+    rows[[1, 2]] = rows[[2, 1]]
+
+
+def one_bit(rows):
+    rows.view(np.uint8)[11, 3] ^= 1
+
+
+@pytest.mark.parametrize("name, kind", [("values.f32", "<f4"), ("sample_ids.i64", "<i8")])
+@pytest.mark.parametrize("spoil", [zeroed, permuted, one_bit])
+def test_values_that_are_not_those_that_were_written_are_made_again(index, tmp_path, name, kind, spoil):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    expected = bank.rows(encoder, index)["pixels"]
+    values, ids = expected.values.clone(), expected.sample_ids.clone()
+    (entry,) = bank.entries()
+    content = np.fromfile(entry.folder / name, kind).reshape(50, -1)
+    spoil(content)
+    content.tofile(entry.folder / name)
+    again = bank.rows(encoder, index)["pixels"]
+    assert again.values.equal(values) and again.sample_ids.equal(ids)
+
+
+NONSENSE = [b"[]", b"null", b"7", b"\xff\xfe", b"{}", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("about", NONSENSE + [{"num_samples": "50"}, {"width": None}, {"checksums": 3}, {"data": "0"}])
+def test_nonsense_in_the_place_of_what_an_entry_says_of_itself_is_no_traceback(index, tmp_path, about):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    expected = bank.rows(encoder, index)["pixels"].values.clone()
+    (entry,) = bank.entries()
+    content = about if isinstance(about, bytes) else json.dumps(entry.about | about).encode()
+    (entry.folder / "about.json").write_bytes(content)
+    main([str(tmp_path / "bank")])  # can be looked at
+    assert bank.rows(encoder, index)["pixels"].values.equal(expected)
+
+
+def test_clearing_leaves_what_is_not_the_banks(index, tmp_path):
+    bank = Bank(tmp_path / "bank")
+    bank.rows(open_pixels("pixels:4"), index)
+    (tmp_path / "bank" / "photographs").mkdir()
+    bank.clear()
+    assert [path.name for path in (tmp_path / "bank").iterdir()] == ["photographs"]

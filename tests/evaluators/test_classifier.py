@@ -91,7 +91,7 @@ def test_the_average_follows_the_weights_as_a_loop_does(encoder):
         optimizer.zero_grad()
         model(labelled_batch(model, [2, 3, 7, 11]), Progress(step, 3, 1.0)).total.backward()
         optimizer.step()
-        model.after_step(Progress(step + 1, 3, 1.0))
+        model.after_step(Progress(step + 1, 3, 1.0), torch.ones(()))
         for name in names:
             now = model.state_dict()[name].double()
             expected[name] = 0.8 * expected[name] + 0.2 * now if model.state_dict()[name].is_floating_point() else now

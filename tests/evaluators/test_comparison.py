@@ -1,7 +1,9 @@
 """What is gathered about a run, who stands beside whom, and the table that comes of it."""
 
+import html
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,7 +14,7 @@ from rich.console import Console
 from prelude.data.errors import UserError
 from prelude.evaluators import gathering
 from prelude.evaluators.comparison import Comparison, Entry, Picture
-from prelude.evaluators.comparison_table import cells, in_order, markdown, notes, print_comparison, to_json
+from prelude.evaluators.comparison_table import cells, in_order, markdown, notes, plain, print_comparison, to_json
 from prelude.evaluators.features import fair_kinds, kinds_among
 from prelude.evaluators.gathering import Named, in_words, line_up
 from prelude.evaluators.headline import headline
@@ -234,3 +236,44 @@ def test_a_warning_is_told_once_with_those_that_it_is_about(comparison):
     told = [an_entry(name, results={"knn": result("knn", ["Odd."], top1=1.0)}) for name in ("a", "b")]
     few = Comparison("", told, ["knn"], {}, "", "", 0, None, {}, ["Two."])
     assert notes(few) == ["Two.", "a (knn), b (knn): Odd."]
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "a|b",
+    "[x](http://evil)",
+    "**x**",
+    "`x`",
+    "_x_",
+    "# x",
+    "- x",
+    "a\n\n# b",
+    "~~x~~",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_and_notes_cannot_become_markup(comparison, name):
+    hostile = an_entry(name, objective=name, top1=51.0)
+    failed = an_entry(f"{name} ", problem=f"No {name}.")
+    lines = markdown(replace(comparison, entries=[hostile, failed], command=f"```\n{name}")).splitlines()
+    cells_of = [re.split(r"(?<!\\)\|", line) for line in lines[:4]]
+    assert all(len(row) == 6 for row in cells_of)
+    fence = lines.index("````")
+    told = [line for i, line in enumerate(lines) if i < fence or line.startswith("- ")]
+    shown = html.unescape(re.sub(r"\\(.)", r"\1", "\n".join(told)))
+    assert " ".join(name.split()) in shown
+    assert not re.search(
+        r"<|(?<!\\)[\[\]`~]|(?<!\*)(?<!\\)\*(?!\*)|(?<![\w\\])_|\| #|^- [#-]", "\n".join(told[2:]), re.MULTILINE
+    )
+
+
+def test_ordinary_names_stay_as_they_are():
+    for name in (
+        "mae_cifar10",
+        "random:runs/mae-2",
+        "pixels 32x32",
+        "vit_tiny_patch16_224 at 32 px",
+        "pixels:8 (floor)",
+    ):
+        assert plain(name) == name

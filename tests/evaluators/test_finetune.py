@@ -219,9 +219,9 @@ def test_the_curve_is_tested_once_an_epoch_and_forgets_what_a_checkpoint_does_no
     curve.start(Progress(0, 20, 4.0))
     for step in range(1, 11):
         curve.record(record(step))
-    assert [line["step"] for line in finetune.read_curve(path)] == [4, 8]
+    assert [line["step"] for line in curve.lines.read()] == [4, 8]
     curve = finetune.TestCurve(test, 1.0, path)
     curve.start(Progress(5, 20, 4.0))
     for step in range(6, 13):
         curve.record(record(step))
-    assert [(line["step"], line["top1"]) for line in finetune.read_curve(path)] == [(4, 10.0), (8, 30.0), (12, 40.0)]
+    assert [(line["step"], line["top1"]) for line in curve.lines.read()] == [(4, 10.0), (8, 30.0), (12, 40.0)]

@@ -1,6 +1,7 @@
 """Judging an encoder while it trains: the same numbers as afterwards, and nothing that happens there hurts the run."""
 
-from pathlib import Path
+import os
+import signal
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from prelude.evaluators.knn import knn
 from prelude.evaluators.linear_probe import linear_probe
 from prelude.evaluators.online import OnlineProbe
 from prelude.evaluators.online_worker import Judge
-from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain import stopping
+from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 
@@ -85,7 +88,6 @@ class Ready:
     """An OnlineProbe whose process is there, and everything that it reported."""
 
     def __init__(self, config: Config, first: int = 0):
-        Path(config.run_dir, "config.yaml").write_text(config.to_yaml())
         self.config, self.probe, self.reports = config, OnlineProbe(config), []
         self.probe.start(at(first))
 
@@ -146,6 +148,18 @@ def test_waiting_for_the_last_evaluation_has_an_end(folder, monkeypatch):
     process = ready.probe.process
     ready.probe.close()
     assert process.poll() is not None  # not left behind
+
+
+def test_waiting_for_the_last_evaluation_ends_when_the_run_is_asked_to(folder):
+    ready = Ready(config_of(folder), first=20)
+    ready.probe.process.send_signal(signal.SIGSTOP)  # it will never answer
+    assert ready.offer(35)
+    with stopping.postponed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        (told,) = ready.wait()
+    assert "step 35 was given up, as the run was asked to end" in told.text
+    ready.probe.process.kill()
+    ready.probe.close()
 
 
 def waited_for(ready: Ready) -> list:

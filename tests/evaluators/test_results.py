@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from prelude.data.errors import UserError
 from prelude.evaluators.results import Outcome, Percent, Result, hits, percent, print_table, write
 
 
@@ -56,7 +57,7 @@ def test_a_crash_while_writing_leaves_the_file_of_before(result, tmp_path, monke
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="disk full"):
         write(result, tmp_path)
     assert path.read_text() == before
 

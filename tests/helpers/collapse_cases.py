@@ -20,14 +20,13 @@ class RememberingStore:
         self.held = None
 
 
-def a_watch(remedies=None, **settings) -> CollapseWatch:
-    settings = {"grace_steps": 100, "sustained_steps": 20} | settings
-    return CollapseWatch(CollapseConfig(**settings), RememberingStore(), remedies)
+def a_watch(remedies=None, teacher_steps=0.0, run_dir=None, **settings) -> CollapseWatch:
+    return CollapseWatch(CollapseConfig(**settings), RememberingStore(), remedies, teacher_steps, run_dir)
 
 
-def a_record(step: int, loss: float = 0.5, **parts: float) -> StepRecord:
+def a_record(step: int, loss: float = 0.5, num_steps: int = 2000, **parts: float) -> StepRecord:
     zeros = dict.fromkeys(StepRecord.__dataclass_fields__, 0)
-    return StepRecord(**zeros | {"step": step, "loss": loss, "parts": HEALTHY | parts})
+    return StepRecord(**zeros | {"step": step, "num_steps": num_steps, "loss": loss, "parts": HEALTHY | parts})
 
 
 def an_evaluation(step: int, **numbers: float) -> Report:

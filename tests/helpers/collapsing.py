@@ -3,7 +3,7 @@
 from prelude.objectives.mae import MAE
 from prelude.pretrain.objective import Loss
 
-HEALTHY_STEPS = 12
+HEALTHY_STEPS = 30
 
 
 class LateCollapse(MAE):

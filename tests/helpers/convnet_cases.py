@@ -12,10 +12,12 @@ import torch.distributed as dist
 from in_memory import MemoryLoader, NoStore, Recorder
 
 from prelude.data.batch import Batch, ViewPlan
-from prelude.objectives import build_objective, options_for
+from prelude.objectives import options_for
+from prelude.objectives.building import build_objective
 from prelude.pretrain import distributed
-from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
+from prelude.pretrain.recipes import validate_config
 
 NUM_SAMPLES = 48
 GLOBAL_BATCH = 16

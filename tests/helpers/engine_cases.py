@@ -5,6 +5,8 @@
 
 import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,8 +34,13 @@ CASES = {
     "one_bad_step": {"train": {}, "bad_steps": [2]},
     "one_bad_step_accumulated": {"train": {"micro_batch": 2}, "bad_steps": [2]},
     "one_bad_step_zero1": {"train": {"zero_stage": 1}, "bad_steps": [2]},
+    # Optimizers that know nothing of refused steps; the first step makes their moments
+    "bad_steps_sgd": {"train": {}, "bad_steps": [0, 3], "optimizer": {"name": "sgd", "nesterov": True}},
+    "bad_steps_lars": {"train": {"gradient_clipping": 0.05}, "bad_steps": [0, 3], "optimizer": {"name": "lars"}},
+    "bad_steps_sgd_zero2": {"train": {"zero_stage": 2}, "bad_steps": [2], "optimizer": {"name": "sgd"}},
     "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
     "bf16": {"train": {"precision": "bf16"}},
+    "asked_while_saving": {"train": {}, "saves_every": 2},
 }
 
 
@@ -56,8 +63,8 @@ class Regression(Objective):
             loss = loss * math.nan
         return Loss(loss, {"mean_output": hidden.detach().mean()})
 
-    def after_step(self, progress):
-        self.average.lerp_(self.head.weight.detach(), 0.5)
+    def after_step(self, progress, applied):
+        self.average.lerp_(self.head.weight.detach(), 0.5 * applied)
 
 
 def batch_at(positions: torch.Tensor) -> Batch:
@@ -77,10 +84,25 @@ def config_of(case: dict, out: Path) -> Config:
             "encoder": {"name": "none", "image_size": SIZE},
             "objective": {"name": "regression"},
             "train": COMMON | case["train"],
-            "optimizer": {"lr": 0.02, "lr_rule": "absolute", "warmup_epochs": 0.5, "weight_decay_end": 0.2},
+            "optimizer": {"lr": 0.02, "lr_rule": "absolute", "warmup_epochs": 0.5, "weight_decay_end": 0.2}
+            | case.get("optimizer", {}),
             "log": {"every_steps": 1},
+            "checkpoint": {"every_steps": case.get("saves_every", 1000)},
         }
     )
+
+
+class AskedWhileSaving(NoStore):
+    """The last rank is asked to end while the second checkpoint is written."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save(self, step, engine, meta):
+        self.saved.append(step)
+        if len(self.saved) == 2 and distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().save(step, engine, meta)
 
 
 def run_case(name: str, out: Path) -> None:
@@ -88,18 +110,19 @@ def run_case(name: str, out: Path) -> None:
     config = config_of(case, out)
     torch.manual_seed(0)
     objective = Regression(case.get("bad_steps", ()))
-    recorder, store = Recorder(), NoStore()
+    recorder, store = Recorder(), AskedWhileSaving() if "saves_every" in case else NoStore()
     micro_batch, _ = config.batching(distributed.world_size())
     engine = Engine(config, objective, MemoryLoader(micro_batch, NUM_SAMPLES, batch_at), store, [recorder])
-    message = ""
+    message, outcome = "", None
     try:
-        engine.run()
+        outcome = engine.run()
     except RunStopped as error:
         message = str(error)
     if distributed.is_main():
         torch.save(objective.state_dict(), out / f"{name}.pt")
         records = [vars(record) for record in recorder.records]
-        (out / f"{name}.json").write_text(json.dumps({"records": records, "message": message}))
+        found = {"records": records, "message": message, "outcome": outcome and vars(outcome)}
+        (out / f"{name}.json").write_text(json.dumps(found | {"saved": getattr(store, "saved", None)}))
 
 
 def main() -> None:

@@ -61,6 +61,14 @@ class Run:
             time.sleep(0.005)
         return self
 
+    def until_said(self, text: str) -> "Run":
+        """Waits until the run has printed `text`."""
+        until = time.monotonic() + 240
+        while text not in self.output.read_text():
+            assert self.process.poll() is None and time.monotonic() < until, self.output.read_text()[-3000:]
+            time.sleep(0.05)
+        return self
+
     def signal_group(self, number: signal.Signals) -> "Run":
         os.killpg(self.process.pid, number)
         return self

@@ -128,7 +128,7 @@ def test_two_ranks_train_what_plain_torch_trains(folder):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.after_step(progress)
+        model.after_step(progress, torch.ones(()))
         losses.append(loss.item())
     loader.close()
     assert [line["loss"] for line in run.metrics()] == pytest.approx(losses, rel=1e-5)

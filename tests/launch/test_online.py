@@ -10,9 +10,8 @@ from prelude.evaluators.frozen import Labelled, evaluate
 from prelude.evaluators.knn import knn
 from prelude.evaluators.linear_probe import linear_probe
 
-NUM_STEPS = 20
-SETTINGS = ["train.epochs=1.6", "train.zero_stage=2", "log.every_steps=2", "objective.name=collapsing:LateCollapse"]
-WATCH = ["collapse.grace_steps=4", "collapse.sustained_steps=2"]
+NUM_STEPS = 50
+SETTINGS = ["train.epochs=4", "train.zero_stage=2", "log.every_steps=2", "objective.name=collapsing:LateCollapse"]
 
 
 def reports(run: Run, kind: str) -> list[dict]:
@@ -32,8 +31,8 @@ def shards(recipe) -> str:
 @pytest.fixture(scope="module")
 def judged(recipe, shards, tmp_path_factory) -> Run:
     """With online probes; told of its collapse, and left running."""
-    online = [f"evaluate.train_shards={shards}", f"evaluate.test_shards={shards}", "evaluate.every_steps=5"]
-    run = Run(deepspeed(2), recipe, tmp_path_factory.mktemp("runs") / "judged", *SETTINGS, *WATCH, *online)
+    online = [f"evaluate.train_shards={shards}", f"evaluate.test_shards={shards}", "evaluate.every_steps=10"]
+    run = Run(deepspeed(2), recipe, tmp_path_factory.mktemp("runs") / "judged", *SETTINGS, *online)
     assert run.wait() == 0, run.output.read_text()[-3000:]
     return run
 
@@ -42,13 +41,13 @@ def judged(recipe, shards, tmp_path_factory) -> Run:
 def stopped(recipe, tmp_path_factory) -> Run:
     """The same without probes; stopped by its collapse."""
     asked = ["collapse.stop=true", "checkpoint.keep=1"]
-    run = Run(deepspeed(2), recipe, tmp_path_factory.mktemp("runs") / "stopped", *SETTINGS, *WATCH, *asked)
+    run = Run(deepspeed(2), recipe, tmp_path_factory.mktemp("runs") / "stopped", *SETTINGS, *asked)
     assert run.wait() == 3, run.output.read_text()[-3000:]
     return run
 
 
 def test_weights_are_bitwise_those_of_a_run_that_nobody_judges(judged, stopped):
-    ours, theirs = judged.weights(15), stopped.weights(15)
+    ours, theirs = judged.weights(30), stopped.weights(30)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     losses = [line["loss"] for line in stopped.metrics()]
     assert [line["loss"] for line in judged.metrics()][: len(losses)] == losses
@@ -68,14 +67,16 @@ def test_the_last_evaluation_is_that_of_the_checkpoint(judged, shards):
 def test_a_collapse_is_told_and_the_last_healthy_checkpoint_kept(judged):
     (report,) = reports(judged, "collapse")
     assert (report["cause"], report["stop"]) == ("same_features", False)
-    assert "step-00000010, the last healthy checkpoint" in report["text"]
+    assert "step-00000030, the last healthy checkpoint" in report["text"]
     assert "change objective.decoder_dim" in report["text"]
     assert "warning The run looks collapsed" in judged.output.read_text()
-    assert checkpoints(judged) == ["step-00000010", "step-00000015", "step-00000020"]  # keep: 2
+    (verdict,) = reports(judged, "verdict")
+    assert verdict["cause"] == "collapsed" and "the run has ended collapsed" in judged.output.read_text()
+    assert checkpoints(judged) == ["step-00000030", "step-00000045", "step-00000050"]  # keep: 2
 
 
 def test_a_run_stops_at_its_collapse_if_asked_to(stopped):
     (report,) = reports(stopped, "collapse")
     assert report["stop"] and stopped.metrics()[-1]["step"] == report["step"] < NUM_STEPS
     assert "error: The run looks collapsed (same_features)" in stopped.output.read_text()
-    assert checkpoints(stopped) == ["step-00000010", "step-00000015"]  # keep: 1
+    assert checkpoints(stopped) == ["step-00000030", "step-00000035"]  # keep: 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import BIN, ROOT, deepspeed
 
-from prelude.objectives import build_objective
+from prelude.objectives.building import build_objective
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.schedules import Progress
 

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from prelude.data.batch import Batch, Photometric
 from prelude.data.errors import UserError
-from prelude.objectives import build_objective, options_for
+from prelude.objectives import options_for
+from prelude.objectives.building import build_objective
 from prelude.objectives.projector import projector
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.images import denormalise, images
 from prelude.pretrain.preview import blank_batch
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 START = Progress(0, 100, 10.0)

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 
-from prelude.objectives import build_objective, options_for
-from prelude.pretrain.config import validate_config
+from prelude.objectives import options_for
+from prelude.objectives.building import build_objective
 from prelude.pretrain.preview import blank_batch
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 FAMILIES = {  # name: (pixels, further keys of the encoder)

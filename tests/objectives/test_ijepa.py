@@ -166,16 +166,16 @@ def test_the_teacher_is_the_exponential_moving_average():
     before = copy.deepcopy(teacher.state_dict())
     for parameter in student.parameters():
         parameter.data.add_(torch.randn_like(parameter))
-    follow(teacher, student, 0.75)
+    follow(teacher, student, torch.tensor(0.25))
     for name, value in teacher.state_dict().items():
         expected = 0.75 * before[name].double() + 0.25 * student.state_dict()[name].double()
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
     assert torch.equal(teacher.pos_embed, before["pos_embed"])
     frozen = copy.deepcopy(teacher.state_dict())
-    follow(teacher, student, 1.0)
+    follow(teacher, student, torch.tensor(0.0))
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
-    follow(teacher, student, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+    follow(teacher, student, torch.tensor(1.0))
+    torch.testing.assert_close(list(teacher.parameters()), list(student.parameters()))
 
 
 def test_the_teacher_still_moves_at_momenta_near_one():
@@ -184,18 +184,20 @@ def test_the_teacher_still_moves_at_momenta_near_one():
     teacher = momentum_teacher(student)
     student.weight.data.fill_(1.0), teacher.weight.data.fill_(0.9)
     for _ in range(20_000):
-        follow(teacher, student, 0.9999)
+        follow(teacher, student, torch.tensor(0.0001))
     assert teacher.weight.item() == pytest.approx(1 - 0.1 * 0.9999**20_000, rel=1e-3)
 
 
 def test_momentum_follows_the_applied_step_alone(monkeypatch):
     """The released schedule: 0.996 + (k - 1) 0.004 / T after the k-th step of T."""
     seen = []
-    monkeypatch.setattr("prelude.objectives.ijepa.follow", lambda teacher, student, momentum: seen.append(momentum))
+    monkeypatch.setattr(
+        "prelude.objectives.ijepa.follow", lambda teacher, student, share: seen.append(1 - share.item())
+    )
     model = tiny()
     for k in (1, 25_000, 106_250, 187_500):
-        model.after_step(Progress(k, 187_500, 625.0))
-    assert seen == pytest.approx([0.996, 0.996533312, 0.9982666453, 0.99999997867], abs=6e-11)
+        model.after_step(Progress(k, 187_500, 625.0), torch.ones(()))
+    assert seen == pytest.approx([0.996, 0.996533312, 0.9982666453, 0.99999997867], abs=1e-9)
 
 
 def test_the_teacher_drops_nothing_whatever_mode_is_set():
@@ -249,6 +251,10 @@ def test_initial_weights_are_those_of_the_released_code():
     louder = tiny(patch_init_std=0.08)
     assert louder.teacher.patch_embed.proj.weight.std().item() == pytest.approx(0.08, rel=0.1)
     assert louder.encoder.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    balanced = tiny(patch_init_std="balanced")
+    projection = balanced.encoder.patch_embed.proj.weight
+    expected = 0.02 * (768 / projection[0].numel()) ** 0.5  # the patch size decides, whatever it is overridden to
+    assert projection.std().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_the_mask_token_is_decayed_and_biases_are_not():
@@ -290,7 +296,7 @@ def test_learning_rate_and_weight_decay_are_the_released_schedules():
     for k, (lr, weight_decay) in expected.items():
         got = scheduled(recipe(), Progress(k - 1, 187_500, 625.0))
         assert got[0] == pytest.approx(lr, rel=1e-9)
-        assert got[1] == pytest.approx(weight_decay, abs=6e-11)
+        assert got[1] == pytest.approx(weight_decay, abs=1e-9)
 
 
 def test_weight_decay_can_rise_linearly_as_the_papers_text_says():

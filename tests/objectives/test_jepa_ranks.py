@@ -91,7 +91,7 @@ def test_weights_and_teacher_are_those_of_plain_torch(runs, ranks, name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.after_step(Progress(step + 1, num_steps, progress.steps_per_epoch))
+        model.after_step(Progress(step + 1, num_steps, progress.steps_per_epoch), torch.ones(()))
         assert logged(runs, ranks, name)[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     ours, followed = weights(runs, ranks, name), 0.0
     for key, value in model.state_dict().items():

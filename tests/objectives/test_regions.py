@@ -13,6 +13,7 @@ from prelude.objectives.regions import (
     first_patch,
     normalised_saliency,
     otsu_threshold,
+    usual_rounds,
     with_rectangles,
 )
 
@@ -70,7 +71,8 @@ def test_components_are_those_of_scipy():
     for grid in [(14, 14), (8, 8), (5, 17), (2, 2), (1, 9)]:
         maps += [(torch.rand(60, *grid, generator=generator) < density, grid) for density in (0.2, 0.45, 0.7)]
     for foreground, grid in maps:
-        ours = first_patch(foreground.flatten(1), grid)
+        ours, complete = first_patch(foreground.flatten(1), grid, usual_rounds(grid))
+        assert complete
         for mask, names in zip(foreground.numpy(), ours, strict=True):
             labels, count = ndimage.label(mask, np.ones((3, 3)))
             first = [np.flatnonzero(labels == label)[0] for label in range(1, count + 1)]

@@ -7,9 +7,10 @@ import torch
 
 from prelude import objectives
 from prelude.data.errors import UserError
-from prelude.objectives import build_objective, check_objective, objective_class, options_for
-from prelude.pretrain.config import load_config, validate_config
+from prelude.objectives import building, check_objective, objective_class, options_for
+from prelude.objectives.building import build_objective
 from prelude.pretrain.objective import Loss, Objective
+from prelude.pretrain.recipes import load_config, validate_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("finetune_*.yaml")))  # these have no objective of ours
@@ -109,7 +110,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE)
 def test_what_cannot_work_is_refused_before_anything_is_built(changes, message, monkeypatch):
-    monkeypatch.setattr(objectives, "build_encoder", lambda *args, **kwargs: pytest.fail("built"))
+    monkeypatch.setattr(building, "build_encoder", lambda *args, **kwargs: pytest.fail("built"))
     with pytest.raises(UserError, match=message):
         check_objective(a_config(**changes))
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
-from prelude.objectives import build_objective, check_objective, options_for
+from prelude.objectives import check_objective, options_for
+from prelude.objectives.building import build_objective
 from prelude.objectives.rotation import Rotation, RotationOptions, rotated
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.preview import blank_batch
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 START = Progress(0, 100, 10.0)

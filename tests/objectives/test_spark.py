@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
-from prelude.objectives import build_objective, check_objective, options_for
+from prelude.objectives import check_objective, options_for
+from prelude.objectives.building import build_objective
 from prelude.objectives.masking import mask_noise, random_mask
 from prelude.objectives.spark import Reconstruction
-from prelude.pretrain.config import validate_config
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 RESNET = {

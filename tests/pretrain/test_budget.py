@@ -4,7 +4,7 @@ import pytest
 
 from prelude.data.errors import UserError
 from prelude.pretrain.budget import within
-from prelude.pretrain.config import validate_config
+from prelude.pretrain.recipes import validate_config
 
 
 def a_config(**optimizer):

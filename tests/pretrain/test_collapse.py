@@ -1,5 +1,8 @@
 """The watch for collapse: what each sign is, when it is told, and what becomes of the last healthy checkpoint."""
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from collapse_cases import HEALTHY, a_record, a_watch, an_evaluation
@@ -7,6 +10,7 @@ from collapse_cases import HEALTHY, a_record, a_watch, an_evaluation
 from prelude.pretrain.collapse import REMEDIES, signs
 from prelude.pretrain.config import CollapseConfig
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
+from prelude.pretrain.schedules import Progress
 
 SIGNS = [
     ({"feature_cosine": 0.9995}, "same_features"),
@@ -48,6 +52,7 @@ def test_every_threshold_can_be_moved(threshold, numbers):
 
 
 def told(watch, steps, **parts) -> list:
+    """Of 2,000 steps the first 500 are the grace, and a window is 100 steps long."""
     reports = []
     for step in steps:
         watch.record(a_record(step, **parts))
@@ -55,66 +60,153 @@ def told(watch, steps, **parts) -> list:
     return reports
 
 
+def verdict(watch):
+    watch.finish()
+    (report,) = watch.found()
+    assert report.kind == "verdict" and not report.stop
+    return report
+
+
 def test_a_cause_is_told_once_after_it_has_stood_and_not_in_the_beginning():
     watch = a_watch()
-    assert told(watch, range(10, 101, 10), feature_cosine=0.9999) == []  # as joint-embedding methods start
-    assert told(watch, (110, 120), feature_cosine=0.9999) == []
-    (report,) = told(watch, range(130, 400, 10), feature_cosine=0.9999)
-    assert (report.step, report.kind, report.cause, report.stop) == (130, "collapse", "same_features", False)
+    assert told(watch, range(10, 501, 10), feature_cosine=0.9999) == []  # as joint-embedding methods start
+    assert told(watch, range(510, 600, 10), feature_cosine=0.9999) == []
+    (report,) = told(watch, range(600, 1000, 10), feature_cosine=0.9999)
+    assert (report.step, report.kind, report.cause, report.stop) == (600, "collapse", "same_features", False)
     assert "same_features" in report.text and "optimizer.lr" in report.text and "0.99990" in report.text
-    (other,) = told(watch, range(400, 500, 10), teacher_cosine=0.0)
+    (other,) = told(watch, range(1000, 1200, 10), teacher_cosine=0.0)
     assert other.cause == "lost_teacher"
 
 
-def test_a_sign_that_comes_and_goes_is_not_told():
-    watch = a_watch()
-    for step in range(110, 500, 10):
-        assert told(watch, (step,), feature_cosine=0.9999 if step % 30 else 0.9) == []
+@pytest.mark.parametrize("num_steps", [60, 300, 1250, 20_000])
+def test_a_run_of_any_length_is_judged(num_steps):
+    every = 1 if num_steps < 100 else 10
+    steps = range(every, num_steps + 1, every)
+    collapsed, healthy = a_watch(), a_watch()
+    (report,) = told(collapsed, steps, num_steps=num_steps, feature_rank_share=0.001)
+    assert report.cause == "few_dimensions" and 0.1 < report.step / num_steps < 0.8
+    assert told(healthy, steps, num_steps=num_steps) == []
+    assert (verdict(collapsed).cause, verdict(healthy).cause) == ("collapsed", "healthy")
 
 
-def test_a_loss_is_judged_by_its_running_mean():
+def test_the_shares_can_be_changed():
+    bad, length = {"feature_cosine": 0.9999}, {"num_steps": 100_000}
+    (early,) = told(a_watch(), range(500, 50_000, 500), **bad, **length)
+    (late,) = told(a_watch(grace=0.2), range(500, 50_000, 500), **bad, **length)
+    (slow,) = told(a_watch(sustained=0.3), range(500, 50_000, 500), **bad, **length)
+    assert (early.step, late.step, slow.step) == (15_000, 25_000, 40_000)
+
+
+def test_a_few_records_on_the_right_side_clear_no_doubt():
     watch, found = a_watch(), []
-    for step in range(110, 500, 10):
+    for step in range(10, 1260, 10):  # one record in four is just below the threshold
+        cosine = 0.9988 if step % 40 == 0 else 0.9991 + step % 7 / 10_000
+        found += told(watch, (step,), num_steps=1250, feature_cosine=cosine, feature_rank_share=0.002)
+    assert [report.cause for report in found][:1] == ["same_features"]
+    assert verdict(watch).cause == "collapsed"
+
+
+def test_a_sign_in_the_minority_is_not_told():
+    watch = a_watch()
+    for step in range(10, 2001, 10):
+        assert told(watch, (step,), feature_cosine=0.9 if step % 30 else 0.9999) == []
+    assert verdict(watch).cause == "healthy"
+
+
+def test_a_loss_is_judged_by_its_mean():
+    watch, found = a_watch(), []
+    for step in range(10, 1001, 10):
         found += told(watch, (step,), loss=1.05 if step % 20 else 0.95, trivial_loss=1.0)
     assert [report.cause for report in found] == ["trivial_loss"]
 
 
 def test_few_records_are_not_enough_however_far_apart():
-    assert told(a_watch(), (1000, 2000), feature_cosine=0.9999) == []
-    assert len(told(a_watch(), (1000, 2000, 3000), feature_cosine=0.9999)) == 1
+    watch = a_watch()
+    assert told(watch, (1000, 1500), feature_cosine=0.9999) == []
+    assert verdict(watch).cause == "too short"
+    assert len(told(watch, (1999,), feature_cosine=0.9999)) == 1
+
+
+def test_a_run_of_few_steps_is_too_short():
+    watch = a_watch()
+    assert told(watch, range(1, 41), num_steps=40, feature_cosine=0.9999) == []
+    report = verdict(watch)
+    assert report.cause == "too short" and "too short to be judged" in report.text and report.step == 40
+
+
+def test_without_signs_there_is_no_verdict_on_health():
+    watch = a_watch()
+    for step in range(10, 2001, 10):
+        watch.record(replace(a_record(step), parts={"accuracy": 1.0}))
+    assert verdict(watch).cause == "not judged"
+
+
+def test_a_run_that_has_recovered_ends_healthy_and_says_so():
+    watch = a_watch()
+    told(watch, range(10, 800, 10), feature_cosine=0.9999)
+    told(watch, range(800, 2001, 10))
+    report = verdict(watch)
+    assert report.cause == "healthy" and "same_features was told of at step 600" in report.text
 
 
 def test_evaluations_are_judged_too_on_their_own():
     watch = a_watch()
-    for step in (200, 300):
-        watch.report(an_evaluation(step, feature_cosine=0.99999))
+    for step in range(10, 901, 10):
+        if step in (800, 900):
+            watch.report(an_evaluation(step, feature_cosine=0.99999))
         watch.record(a_record(step))  # the batch looks well all the while
     (report,) = watch.found()
-    assert report.step == 300 and report.cause == "same_features"
+    assert report.step == 900 and report.cause == "same_features"
+
+
+def test_a_teacher_that_averages_over_many_steps_has_time_to_follow():
+    lagging = {"teacher_cosine": -0.5}
+    assert len(told(a_watch(), range(10, 1001, 10), **lagging)) == 1
+    patient = a_watch(teacher_steps=250)
+    assert told(patient, range(10, 1251, 10), **lagging) == []
+    assert [report.step for report in told(patient, range(1260, 2001, 10), **lagging)] == [1260]
+    following = a_watch(teacher_steps=250)
+    told(following, range(10, 1001, 10), **lagging)
+    assert told(following, range(1010, 2001, 10), teacher_cosine=0.9) == []
+
+
+def test_a_resumed_run_remembers_what_it_has_logged(tmp_path):
+    logged = [asdict(a_record(step, feature_cosine=0.9999)) for step in range(10, 1001, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged) + '{"step": 1010, "lo')
+    earlier = a_watch(run_dir=tmp_path)
+    earlier.start(Progress(550, 2000, 10.0))
+    assert earlier.found() == [] and earlier.store.held is None
+    assert [report.step for report in told(earlier, range(560, 700, 10), feature_cosine=0.9999)] == [600]
+    later = a_watch(run_dir=tmp_path)
+    later.start(Progress(1000, 2000, 10.0))
+    assert told(later, range(1010, 1200, 10), feature_cosine=0.9999) == []  # it was told of before
+    assert verdict(later).cause == "collapsed"
 
 
 def test_the_last_healthy_checkpoint_is_kept_from_the_first_doubt_on():
     watch = a_watch()
-    told(watch, (110, 120))
+    told(watch, (510, 520))
     assert watch.store.held is None
-    told(watch, (130,), feature_cosine=0.9999)
-    assert watch.store.held == 120
-    told(watch, (140,))
+    told(watch, (530,), feature_cosine=0.9999)
+    assert watch.store.held == 520
+    told(watch, (540,))
+    assert watch.store.held == 520  # one record on the right side says little
+    told(watch, range(550, 700, 10))
     assert watch.store.held is None  # a doubt that passed
-    (report,) = told(watch, (150, 160, 170, 180), feature_cosine=0.9999)
-    assert watch.store.held == 140 and "step-00000140" in report.text
-    told(watch, (190, 200, 210))
-    assert watch.store.held == 140  # told of, so kept
+    (report,) = told(watch, range(700, 800, 10), feature_cosine=0.9999)
+    assert watch.store.held == 690 and "step-00000690" in report.text
+    told(watch, range(800, 1000, 10))
+    assert watch.store.held == 690  # told of, so kept
 
 
 def test_without_an_older_checkpoint_it_says_so():
-    (report,) = told(a_watch(), (110, 120, 130), feature_cosine=0.9999)
+    (report,) = told(a_watch(), range(10, 1000, 10), feature_cosine=0.9999)
     assert "the beginning" in report.text
 
 
 def test_the_run_is_stopped_only_if_asked_to_and_an_objective_has_its_own_advice():
     watch = a_watch({"same_features": "raise objective.momentum"}, stop=True)
-    (report,) = told(watch, (110, 120, 130), feature_cosine=0.9999)
+    (report,) = told(watch, range(10, 1000, 10), feature_cosine=0.9999)
     assert report.stop and "raise objective.momentum, and start again" in report.text
 
 

@@ -3,8 +3,9 @@ import yaml
 from pydantic import Field
 
 from prelude.data.errors import UserError
-from prelude.pretrain.config import Config, load_config, validate_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.objective import Options
+from prelude.pretrain.recipes import load_config, validate_config
 from prelude.pretrain.resume import changed_settings
 
 GOOD = {
@@ -53,10 +54,10 @@ def refused(changes: dict, deletions=()) -> str:
             "data.shuffle.windows does not exist; did you mean data.shuffle.window?",
         ),
         ({"objective.mask_ration": 0.5}, "objective.mask_ration does not exist; did you mean objective.mask_ratio?"),
-        ({"objective.mask_ratio": 1.5}, "objective.mask_ratio=1.5 is refused: input should be less than 1."),
+        ({"objective.mask_ratio": 1.5}, "objective.mask_ratio=1.5 is refused: write a number above 0 and below 1."),
         ({"objective.name": "toi"}, "objective.name=toi is unknown; did you mean toy?"),
         ({"train.global_batch": "many"}, "train.global_batch='many' is refused"),
-        ({"data.num_workers": -1}, "data.num_workers=-1 is refused: must be 0 or more, or auto."),
+        ({"data.num_workers": -1}, "data.num_workers=-1 is refused: write a whole number of 0 or more, or auto."),
         ({"optimizer.name": "lars", "train.zero_stage": 1}, "train.zero_stage=0, or optimizer.name=adamw"),
         ({"optimizer.name": "sgd", "optimizer.betas": [0.9, 0.9]}, "sgd has no betas; write momentum"),
         ({"optimizer.momentum": 0.5}, "adamw has no momentum; write betas"),
@@ -138,3 +139,20 @@ def test_what_changes_the_run_is_told_from_what_does_not():
     assert changed_settings(saved, config) == []
     saved["optimizer"]["lr"], saved["encoder"]["kwargs"] = 1.0, {"depth": 3}
     assert changed_settings(saved, config) == ["encoder.kwargs.depth: 3 -> None", "optimizer.lr: 1.0 -> 0.00015"]
+
+
+def test_a_range_of_values_is_two_growing_numbers_or_auto():
+    config = validate_config(GOOD | {"data": GOOD["data"] | {"range": [0, 4095]}}, "x", options_for)
+    assert config.data.range == (0, 4095)
+    assert validate_config(GOOD | {"data": GOOD["data"] | {"range": "auto"}}, "x", options_for).data.range == "auto"
+    for wrong in ([4095, 0], [1, 1], [0], "12bit", [0, float("inf")]):
+        assert "data.range" in refused({"data.range": wrong})
+
+
+def test_a_run_from_before_there_were_ranges_and_commands_goes_on():
+    config = validate_config(GOOD, "x", options_for)
+    saved = config.model_dump(mode="json")
+    del saved["data"]["range"]
+    assert changed_settings(saved, config) == []
+    ranged = validate_config(GOOD | {"data": GOOD["data"] | {"range": [0, 4095]}}, "x", options_for)
+    assert len(changed_settings(saved, ranged)) == 1

@@ -188,8 +188,8 @@ REFUSED = [
     (config(img_size=32), r"kwargs.img_size has its own key; write encoder.image_size"),
     (config(num_classes=10), r"kwargs.num_classes is the same for every encoder"),
     (config(num_heads=5), r"timm cannot build .*divisible by num_heads"),
-    (config(dpeth=3), r"timm cannot build .*dpeth"),
-    (config("resnet18", image_size=64), r"timm cannot build .*patch_size"),
+    (config(dpeth=3), r"encoder.kwargs.dpeth is no setting of .*leave it out"),
+    (config("resnet18", image_size=64), r"encoder.patch_size is no setting of encoder.name=resnet18"),
     (config("resnet18", 64, None, "learned"), r"pos_embed=learned has no effect on resnet18"),
     (config("volo_d1_224", 224, None), r"sincos does not fit the table .*write encoder.pos_embed=learned"),
 ]

@@ -46,11 +46,11 @@ def reference(name: str) -> tuple[dict, list[float]]:
         if config.train.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
         optimizer.step()
-        model.after_step(progress)
+        model.after_step(progress, torch.ones(()))
     return model.state_dict(), losses
 
 
-SOUND = [name for name in engine_cases.CASES if name not in ("all_bad", "bf16")]
+SOUND = [name for name in engine_cases.CASES if name not in ("all_bad", "bf16", "asked_while_saving")]
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -74,6 +74,12 @@ def test_a_run_that_stays_non_finite_stops_and_says_what_to_do(runs):
     untouched = engine_cases.Regression().state_dict()
     ours = torch.load(runs / "all_bad.pt", weights_only=True)
     assert all(torch.equal(ours[key], untouched[key]) for key in untouched)
+
+
+def test_a_signal_during_a_save_leads_to_no_other_step_and_no_second_save(runs):
+    found = json.loads((runs / "asked_while_saving.json").read_text())
+    assert found["outcome"] == {"reason": "preempted", "step": 4}
+    assert found["saved"] == [2, 4] and len(found["records"]) == 4
 
 
 def test_bf16_computes_in_lower_precision_and_keeps_float32_weights(runs):

@@ -1,7 +1,10 @@
+import errno
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -126,3 +129,75 @@ def test_tensorboard_has_online_numbers_and_warnings(tmp_path):
     events.Reload()
     assert events.Scalars("online/knn")[0].value == 41.25
     assert b"alike" in events.Tensors("collapse/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_no_log_ends_a_run_on_a_full_disk_and_none_loses_a_number(tmp_path, monkeypatch, caplog):
+    monitors = [JsonlMonitor(tmp_path / "metrics.jsonl"), ReportsMonitor(tmp_path / "online.jsonl")]
+    monitors.append(TensorBoardMonitor(tmp_path))
+    for monitor in monitors:
+        monitor.start(Progress(0, 100, 10.0))
+
+    def watch(step):
+        for monitor in monitors:
+            monitor.record(replace(RECORD, step=step))
+            monitor.report(replace(EVALUATION, step=step))
+            monitor.pictures(step, {"views": Image.new("RGB", (8, 8))})
+            monitor.saving(step)
+
+    watch(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        watch(2)
+        watch(3)
+    assert len(caplog.messages) == 4  # metrics, reports, events, pictures: each once
+    watch(4)
+    for monitor in monitors:
+        monitor.close()
+    for name in ("metrics.jsonl", "online.jsonl"):
+        assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [each.step for each in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [each.step for each in events.Images("views")] == [1, 4]
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_they_lead_to(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    monitor = JsonlMonitor(tmp_path / "metrics.jsonl")
+    monitor.start(Progress(0, 100, 10.0))
+    monitor.record(RECORD)
+    monitor.saving(5)
+    assert (tmp_path / "metrics.jsonl").stat().st_ino in synced and tmp_path.stat().st_ino in synced
+
+
+def test_a_console_that_nobody_reads_ends_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    monitor = ConsoleMonitor()
+    monitor.console.file = os.fdopen(writer, "w", buffering=1)
+    monitor.start(Progress(2, 100, 10.0))
+    monitor.record(replace(RECORD, step=100))
+    monitor.close()
+    with pytest.raises(BrokenPipeError):  # so it was a console that nobody reads
+        monitor.console.file.close()
+
+
+def test_tensorboard_events_are_those_of_torch(tmp_path):
+    """Its own writer on one side: the same tags, steps and values on the other."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    theirs = SummaryWriter(tmp_path / "theirs", purge_step=3)
+    theirs.add_scalar("train/loss", 0.75, 5)
+    theirs.close()
+    monitor = TensorBoardMonitor(tmp_path)
+    monitor.start(Progress(2, 100, 10.0))
+    monitor.record(RECORD)
+    monitor.close()
+    found = []
+    for folder in ("theirs", "tensorboard"):
+        events = EventAccumulator(str(tmp_path / folder), purge_orphaned_data=True)
+        events.Reload()
+        found.append([(each.step, each.value) for each in events.Scalars("train/loss")])
+    assert found[0] == found[1] == [(5, 0.75)]

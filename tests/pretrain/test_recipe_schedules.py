@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from prelude.data.errors import UserError
-from prelude.pretrain.config import Config, validate_config
+from prelude.pretrain.config import Config
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer, scheduled
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 

@@ -1,0 +1,210 @@
+"""The processes that make batches beside the one that trains.
+
+- Workers ignore the signals that end a run, so that the step under way can finish and be saved. They end with the
+  process that started them, however it ends and whatever they are waiting for, and what they started ends with them.
+- A worker that dies is an error and not a wait, told when its batch is due and never in the middle of a step.
+- A worker that finds no room in /dev/shm for a batch waits for it. Left to torch, the batch would be lost there, and
+  the trainer would wait for it for ever.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from prelude.data.errors import RunStopped
+from prelude.data.waiting import Board, Caller, doing, shared_memory, state_of
+
+MICRO_BATCHES_AHEAD = 2  # that each worker prepares
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_CLOSING_SECONDS = 5
+
+
+class Workers:
+    """`num_workers` processes that take turns in making the batches of `pipeline`.
+
+    Raises RunStopped where they cannot be started.
+    """
+
+    def __init__(self, pipeline: IterableDataset, num_workers: int):
+        self.num_workers = num_workers
+        before = set(multiprocessing.active_children())
+        try:
+            self.board = Board(num_workers)
+            in_main_thread = threading.current_thread() is threading.main_thread()
+            loader = DataLoader(
+                pipeline,
+                batch_size=None,
+                collate_fn=_into_shared_memory,
+                num_workers=num_workers,
+                prefetch_factor=MICRO_BATCHES_AHEAD,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=functools.partial(_start, board=self.board, dies_with_parent=in_main_thread),
+                generator=torch.Generator(),  # or torch draws from the global one at each start
+            )
+            self.batches = iter(loader)
+        except (OSError, RuntimeError) as error:
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            raise RunStopped(
+                f"{num_workers} data workers cannot be started ({' '.join(str(error).split())}); {shared_memory()}. "
+                f"Write a smaller data.num_workers, or give the job more of what is short."
+            ) from error
+        self.processes = list(self.batches._workers)
+        _running.add(self)
+        _keep_deaths_for_later()
+
+    def results(self) -> Iterator[dict]:
+        """What the pipeline yields. Raises RunStopped when a worker dies, and as `data.waiting.Wait` does."""
+        call = Caller()
+        try:
+            for nth in itertools.count():
+                due = functools.partial(self._waited_for, nth % self.num_workers)
+                try:
+                    arrays = call(functools.partial(next, self.batches, None), due, look=self._explain_death)
+                except (RuntimeError, ConnectionError, EOFError) as error:  # torch noticed first, or in mid-batch
+                    self._explain_death(error)
+                    raise
+                if arrays is None:
+                    return
+                yield arrays
+        finally:
+            call.left()
+            self.end()
+
+    def end(self) -> None:
+        """Ends all of them at once: a worker that hangs would not hear a request."""
+        if self.batches is None:
+            return
+        self.kill()
+        # torch's own clean-up waits for threads that a killed worker may have left with half a message.
+        closing = threading.Thread(target=self.batches._shutdown_workers, daemon=True)
+        closing.start()
+        closing.join(_CLOSING_SECONDS)
+        self.batches = None
+        _running.discard(self)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.exitcode is None:
+                (os.killpg if _leads_a_group(process.pid) else os.kill)(process.pid, signal.SIGKILL)
+
+    def has_lost_one(self) -> bool:
+        return any(process.exitcode for process in self.processes)
+
+    def _explain_death(self, noticed: Exception | None = None) -> None:
+        for process in self.processes:
+            if process.exitcode is None and noticed and str(process.pid) in str(noticed):
+                process.join(1)  # torch has seen its end, which the process object may learn a moment later
+            if process.exitcode:
+                raise RunStopped(_of_what(process)) from noticed
+
+    def _waited_for(self, number: int) -> str:
+        process = self.processes[number]
+        state, line = state_of(process.pid), self.board.line(number)
+        return f"the next batch of data worker {number} (process {process.pid}{state and ', ' + state}; {line})"
+
+
+def _of_what(process) -> str:
+    """Why a dead worker has most likely died, and what to do."""
+    ended = f"A data worker died (process {process.pid}, "
+    if process.exitcode == -signal.SIGKILL:
+        return (
+            f"{ended}SIGKILL). This is how the kernel's OOM killer ends a process when memory runs out: write a "
+            f"smaller data.num_workers, or give the job more memory."
+        )
+    if process.exitcode == -signal.SIGBUS:
+        return (
+            f"{ended}SIGBUS). This is what a write to shared memory ends in when there is no more: {shared_memory()}. "
+            f"Write a smaller data.num_workers or train.micro_batch, or make it larger (docker run --shm-size=8g)."
+        )
+    how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
+    return (
+        f"{ended}{how}). If it printed nothing, it was most likely short of memory: write a smaller "
+        f"data.num_workers, or give the job more."
+    )
+
+
+# ---- in a worker
+
+
+def _start(number: int, board: Board, dies_with_parent: bool) -> None:
+    for name in _IGNORED:
+        signal.signal(name, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # so that the commands of a stream can be ended together with it
+    if dies_with_parent and sys.platform == "linux":
+        # torch's watch over the parent looks up between batches only. It is the parent's thread that counts here.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(1)
+    board.written_by(number)
+    doing(b"it has read nothing yet")
+
+
+def _into_shared_memory(arrays: dict) -> dict:
+    """Moves the views there; the rest stays numpy, as each tensor that travels costs a file descriptor."""
+    for view in arrays["views"]:
+        while True:
+            try:
+                view.share_memory_()
+                break
+            except RuntimeError as error:
+                if "No space left" not in str(error):
+                    raise
+                need = f"it needs {view.nbytes / 2**20:.4g} MiB for a batch and {shared_memory()}"
+                doing(f"{need}; write a smaller data.num_workers, or docker run --shm-size=8g".encode())
+                time.sleep(0.1)
+    return arrays
+
+
+# ---- deaths and ends
+
+
+def _leads_a_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
+def _keep_deaths_for_later() -> None:
+    """torch's handler of SIGCHLD raises in whatever the main thread is doing, a step or a save: a worker of ours is
+    told of when its batch is due."""
+    raising = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(raising) or raising in _keeping:
+        return
+
+    def handler(signum, frame):
+        try:
+            raising(signum, frame)
+        except RuntimeError:
+            if not any(workers.has_lost_one() for workers in _running):
+                raise
+
+    _keeping.add(handler)
+    signal.signal(signal.SIGCHLD, handler)
+
+
+_keeping: set = set()
+_running: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Python ends its child processes with SIGTERM and waits for them; ours ignore it and must be told otherwise."""
+    for workers in list(_running):
+        workers.kill()
+        workers.batches = None

@@ -1,0 +1,106 @@
+"""What a recipe of fine-tuning may say, checked without importing torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prelude.data.errors import UserError
+from prelude.pretrain.options import AreaRange, Options
+from prelude.pretrain.recipes import read_recipe, validate_config
+
+NAME = "fine_tune"
+_UNKNOWN = "of the source"
+
+
+class AugmentOptions(Options):
+    """See data.batch.AutoAugment."""
+
+    policy: Literal["rand", "trivial"] = "rand"
+    num_ops: int = Field(2, ge=1)
+    probability: float = Field(0.5, gt=0, le=1)
+    magnitude: float = Field(9.0, ge=0, le=10)
+    magnitude_std: float = Field(0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _trivial_has_no_settings(self):
+        if self.policy == "trivial" and self.model_fields_set - {"policy"}:
+            if self != type(self)(policy="trivial"):
+                raise ValueError("the policy trivial has no settings; write {policy: trivial} alone")
+        return self
+
+
+class FineTuneOptions(Options):
+    weights: str = ""  # fingerprint of the weights that training starts from; filled in by the command
+    per_class: int | None = Field(None, ge=1)  # labelled images of each class; None: all
+    fraction: float | None = Field(None, gt=0, le=1)  # of each class's labelled images
+    # mean: of the patch tokens, then a new norm (MAE). own: what the encoder itself pools. ViTs only; convnets pool.
+    pooling: Literal["mean", "own"] = "mean"
+    image_size: int | None = Field(None, ge=1)  # pixels; None: the size of pretraining
+    drop_path: float = Field(0.0, ge=0, lt=1)  # of the last block; rises linearly from 0
+    layer_decay: float = Field(1.0, gt=0, le=1)  # see pretrain/layer_decay.py; 1: the same rate everywhere
+    head_lr_ratio: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
+    crop_scale: AreaRange = (0.08, 1.0)  # share of the image's area; [1, 1]: the whole image
+    flip: float = Field(0.5, ge=0, le=1)
+    shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, as is usual on CIFAR
+    augment: AugmentOptions | None = None
+    mixup: float = Field(0.0, ge=0)  # alpha; 0: off
+    cutmix: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: binary cross-entropy, averaged over the classes
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # of the average of the weights; 0: none
+    test_crop_share: float | None = Field(None, gt=0, le=1)  # None: 0.875 from 128 to 224 pixels, else all of it
+    test_every_epochs: float | None = Field(None, gt=0)  # a curve to look at; only the last weights are reported
+
+    @model_validator(mode="after")
+    def _one_way_to_take_few(self):
+        if self.per_class is not None and self.fraction is not None:
+            raise ValueError("objective.per_class and objective.fraction both say how many labels there are; write one")
+        return self
+
+
+def check_recipe(recipe: str | Path, overrides: list[str] = ()) -> None:
+    """Raises UserError for what is wrong with a recipe whatever its source and its labels are."""
+    values = read_recipe(recipe, overrides, options_for)
+    refuse_what_the_source_decides(values)
+    whole = completed(values, train=_UNKNOWN, test=_UNKNOWN, label="cls")
+    validate_config(whole, str(recipe), options_for)
+
+
+def completed(values: dict, *, train: str | Sequence[str], test: str | Sequence[str], label: str) -> dict:
+    """A recipe's values with the labelled shards, and an encoder that stands for that of the source."""
+    section, data, objective = (values.get(name) or {} for name in ("evaluate", "data", "objective"))
+    labelled = {"train_shards": train, "test_shards": test, "label": label}
+    return values | {
+        "evaluate": section | labelled if isinstance(section, dict) else section,
+        "data": data | {"shards": train} if isinstance(data, dict) else data,
+        "objective": {"name": NAME} | objective if isinstance(objective, dict) else objective,
+        "encoder": {"name": _UNKNOWN, "image_size": 1},
+    }
+
+
+def options_for(name: str) -> type[FineTuneOptions]:
+    if name != NAME:
+        raise UserError(f"objective.name={name} is no way to fine-tune; write {NAME}, or leave it out.")
+    return FineTuneOptions
+
+
+def refuse_what_the_source_decides(values: dict) -> None:
+    """Raises UserError for what a recipe says in vain."""
+    data, evaluate = (part if isinstance(part := values.get(name), dict) else {} for name in ("data", "evaluate"))
+    if "encoder" in values:
+        raise UserError(
+            "The encoder is that of SOURCE; leave the section encoder out (objective.image_size and "
+            "objective.drop_path change what fine-tuning may change)."
+        )
+    if "shards" in data:
+        raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
+    if data.get("num_samples") is not None:
+        raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
+    if data.get("allow_commands"):
+        raise UserError("data.allow_commands has no effect on labelled shards, which must be files; leave it out.")
+    if evaluate.get("every_steps"):
+        raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
+    if "collapse" in values:
+        raise UserError("The section collapse has no effect on training with labels; leave it out.")

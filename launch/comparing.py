@@ -1,0 +1,164 @@
+"""A comparison from its sources to its page: what has to be trained is trained, all are judged, all is written."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.evaluators import gathering
+from prelude.evaluators.anomaly import anomaly
+from prelude.evaluators.comparison import Comparison, Entry
+from prelude.evaluators.comparison_table import markdown, print_comparison, to_json
+from prelude.evaluators.defaults import COMPARED
+from prelude.evaluators.fewshot import fewshot
+from prelude.evaluators.frozen import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
+from prelude.evaluators.gathering import Contestant
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.evaluators.multilabel import multilabel
+from prelude.evaluators.ncm import ncm
+from prelude.evaluators.report.page import page
+from prelude.evaluators.results import versions
+from prelude.launch.children import Preempted
+from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuning
+from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
+from prelude.launch.frozen import common
+from prelude.pretrain import distributed
+from prelude.pretrain.files import write_whole
+
+# 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
+FEW_LABELS = partial(fewshot, shares=(1.0,))
+EVALUATORS = {"probe": linear_probe, "knn": knn, "ncm": ncm, "fewshot": FEW_LABELS, "anomaly": anomaly}
+
+
+def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """The exit code of the comparison. argv: for the command that it records."""
+    started, settings = time.monotonic(), common(args, "compare", argv)
+    recipes = {source: path for source in args.sources if (path := recipe_of(source))}
+    if recipes and distributed.world_size() > 1:
+        raise UserError(
+            f"{next(iter(recipes))} is to be pretrained first, which ranks of one launcher cannot; start "
+            f"`prelude compare` without one, and write --ranks {distributed.world_size()}."
+        )
+    refuse_without_effect(args, recipes)
+    labelled, evaluators = task_of(args, [str(recipes.get(source, source)) for source in args.sources])
+    judging = Judging(
+        evaluators, labelled, kinds=gathering.kinds_of(args.features), bank=args.bank, **settings | {"out": None}
+    )
+    judging.check()
+    index = ShardIndex(args.shards or labelled.train) if recipes else None
+    try:
+        named = [named_source(args, source, recipes.get(source), labelled, index) for source in unlike(args.sources)]
+        contestants = gathering.line_up(named, floors=not args.no_floors)
+        if distributed.world_size() > 1:
+            prepare(contestants, judging)
+            if not distributed.is_main():
+                distributed.stop()
+                return 0
+            distributed.stop()  # all is in the bank; nobody waits for what one rank does with it
+        entries = [gathering.gather(contestant, judging) for contestant in contestants]
+        entries, warnings = with_fine_tuning(args, entries, labelled)
+    except Preempted:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return PREEMPTED
+    comparison = compared(args, entries, labelled, settings["command"], started, warnings, bool(recipes))
+    write(comparison, Path(args.out))
+    return INCOMPLETE if warnings or any(entry.problem for entry in entries) else 0
+
+
+# ---- what is asked for
+
+
+def unlike(sources: Sequence[str]) -> list[str]:
+    """Each once."""
+    return list(dict.fromkeys(sources))
+
+
+def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
+    given = [f"--{name}" for name in ("images", "shards", "set", "ranks") if getattr(args, name)]
+    if args.finetune:
+        given = [name for name in given if name != "--ranks"]
+    if given and not recipes:
+        raise UserError(f"{' and '.join(given)} has no effect without a recipe among the sources; leave it out.")
+    stems = [path.stem for path in {path.resolve(): path for path in recipes.values()}.values()]
+    if double := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"Two recipes are named {double[0]} and would train into one folder; rename one of them.")
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images {args.images} leaves nothing to do; write 1 or more.")
+
+
+def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled, list[Evaluator]]:
+    section = first_section(sources)
+    if not (args.names or args.field or args.group or (section and section.label_names)):
+        names = list(dict.fromkeys(args.evaluators or COMPARED))
+        labelled = labelled_shards(sources, args.train, args.test, args.label, None, args.range)
+        return labelled, [EVALUATORS[name] for name in names]
+    if args.evaluators or args.finetune:
+        raise UserError(
+            "--evaluators and --finetune are for class numbers; with several findings an image the evaluator is "
+            "multilabel, so leave them out."
+        )
+    form = vector_format(sources, args.names, args.field, args.group)
+    labelled = labelled_shards(sources, args.train, args.test, args.label, form, args.range)
+    return labelled, [partial(multilabel, names=form.names)]
+
+
+# ---- judging
+
+
+def prepare(contestants: Sequence[Contestant], judging: Judging) -> None:
+    for contestant in contestants:
+        try:
+            if not contestant.problem:
+                judging.prepare(contestant.source, contestant.beside)
+        except UserError:
+            continue  # it is told when its turn comes to be judged
+
+
+# ---- what comes out
+
+
+def compared(
+    args: argparse.Namespace,
+    entries: list[Entry],
+    labelled: Labelled,
+    command: str,
+    started: float,
+    warnings: list[str],
+    any_recipe: bool,
+) -> Comparison:
+    measured = [result for entry in entries for result in entry.results.values()]
+    objectives = list(dict.fromkeys(entry.objective or entry.name for entry in entries if entry.kind == "pretrained"))
+    unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
+    shards = args.shards or labelled.train
+    budget = f"{args.images:,} images each" if args.images else "each recipe's own number of images"
+    what = "without labels" if args.shards else "the labelled train shards, without their labels"
+    return Comparison(
+        title=" and ".join(filter(None, (", ".join(objectives[:-1]), *objectives[-1:]))) or "Floors",
+        entries=entries,
+        evaluators=list(dict.fromkeys(result["evaluator"] for result in measured)),
+        data=measured[0]["data"] if measured else unknown,
+        command=command,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=time.monotonic() - started,
+        budget=f"{budget}, from {shards} ({what})" if any_recipe else None,
+        versions=versions(),
+        warnings=warnings,
+    )
+
+
+def write(comparison: Comparison, out: Path) -> None:
+    files = {"comparison.json": to_json(comparison), "table.md": markdown(comparison), "report.html": page(comparison)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(out / name, text)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
+    print_comparison(comparison)
+    print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)

@@ -1,0 +1,113 @@
+"""A run's folder during one start: held against other starts, and written into only once resume has accepted.
+
+    with run_folder(config) as folder:
+        Engine(config, objective, loader, store, [*folder.monitors, ...]).run()
+
+- A start that is refused leaves the folder as it found it; one that would have made the folder takes it away again.
+- What is written at the start (config.yaml, environment.json) is a log like others: a full disk does not end the run.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prelude.data.errors import UserError
+from prelude.pretrain import distributed
+from prelude.pretrain.config import Config
+from prelude.pretrain.environment import describe_environment
+from prelude.pretrain.files import Growing, Tolerant, reason, write_whole
+from prelude.pretrain.monitors import Monitor
+from prelude.pretrain.run_lock import RunLock
+from prelude.pretrain.schedules import Progress
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    monitors: list[Monitor]  # first among the engine's: what they write, others read
+
+
+@contextmanager
+def run_folder(config: Config) -> Iterator[RunFolder]:
+    """Collective. Raises UserError on every rank where another start holds the folder, or it cannot be written."""
+    path = Path(config.run_dir)
+    lock = RunLock(path, say=lambda text: print(text, file=sys.stderr, flush=True))
+    refusal = distributed.from_main(_refusal(lock, path) if distributed.is_main() else None)
+    if refusal:
+        raise UserError(refusal)
+    try:
+        yield RunFolder(path, [StartOfRun(config)] if distributed.is_main() else [])
+    finally:
+        lock.release()
+
+
+def _refusal(lock: RunLock, path: Path) -> str | None:
+    try:
+        lock.hold()
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"run_dir={path} cannot be written ({reason(error)}); choose another."
+    if (path / "checkpoints").is_symlink():
+        lock.release()
+        return (
+            f"{path / 'checkpoints'} is a symbolic link, and a run writes through none, since other runs may do so "
+            f"too; write run_dir=... with a folder on the disk where the checkpoints belong."
+        )
+    return None
+
+
+class StartOfRun(Monitor):
+    """Told that the run begins, it writes what began: config.yaml, environment.json, deepspeed.log."""
+
+    def __init__(self, config: Config):
+        self.config, self.path = config, Path(config.run_dir)
+        self.stop = self.path / "STOP"
+        self.earlier_stop = _identity(self.stop)
+        self.messages = _Messages(Growing(self.path / "deepspeed.log"))
+        distributed.deepspeed_messages_to(self.messages)
+
+    def start(self, progress: Progress) -> None:
+        with Tolerant(self.stop):
+            # What stopped the last start must not stop this one; what came since is meant for it.
+            if self.earlier_stop and _identity(self.stop) == self.earlier_stop:
+                self.stop.unlink()
+        with Tolerant(self.path / "config.yaml"):
+            write_whole(self.path / "config.yaml", self.config.to_yaml())
+        with Tolerant(self.path / "environment.json"):
+            write_whole(self.path / "environment.json", json.dumps(describe_environment(), indent=2))
+        self.messages.begin()
+
+
+class _Messages(logging.Handler):
+    """DeepSpeed's log lines, which it begins to write before the run is known to begin."""
+
+    def __init__(self, file: Growing):
+        super().__init__()
+        self.file, self.early = file, []
+
+    def begin(self) -> None:
+        early, self.early = self.early, None
+        for line in early:
+            self.file.append(line)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record).encode(errors="replace") + b"\n"
+        if self.early is None:
+            self.file.append(line)
+        else:
+            self.early.append(line)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is, and from when; None where there is none."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

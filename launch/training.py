@@ -1,0 +1,121 @@
+"""A run from its config to its end: the parts are built, handed to each other, and told on the console."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prelude.checkpoints.store import Store
+from prelude.data.loader import build_loader
+from prelude.data.order import Shuffle
+from prelude.data.shards import expand_shards, local_shards
+from prelude.data.waiting import stop_when, wait_at_most
+from prelude.evaluators.online import OnlineProbe
+from prelude.launch.run_folder import run_folder
+from prelude.objectives import check_objective, objective_class
+from prelude.objectives.building import build_objective
+from prelude.pretrain import distributed, precision
+from prelude.pretrain.collapse import CollapseWatch
+from prelude.pretrain.config import Config
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.files import Tolerant
+from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
+from prelude.pretrain.preview import describe
+from prelude.pretrain.stopping import PREEMPTED
+
+
+def check(config: Config) -> None:
+    """Refuses, before anything is built, what cannot work here. Raises UserError."""
+    check_objective(config)
+    config.batching(distributed.launched_world_size())
+    wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    # A shard that this node lacks is told before any rank waits for another.
+    expand_shards(config.data.shards, config.data.allow_commands)
+    if config.evaluate and config.evaluate.every_steps:
+        local_shards(config.evaluate.train_shards)
+        local_shards(config.evaluate.test_shards)
+
+
+def train(config: Config) -> int:
+    """The exit code of the run."""
+    device = distributed.start(config.train.rank_timeout_seconds)
+    with run_folder(config) as folder:
+        objective = build_objective(config)
+        loader = loader_of(config, objective.views)
+        store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
+        monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
+        engine = Engine(config, objective, loader, store, monitors)
+        stop_when(engine.stop_wanted)
+        introduce(config, engine, loader, device)
+        outcome = engine.run()
+        loader.close()
+    distributed.stop()
+    return 0 if outcome.reason == "finished" else PREEMPTED
+
+
+def loader_of(config: Config, views):
+    of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
+    of_data["value_range"] = config.data.range
+    return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
+
+
+def loader_settings(config: Config) -> dict[str, Any]:
+    """What a loader is told of a run, whatever it reads."""
+    workers = config.data.num_workers
+    micro_batch, _ = config.batching(distributed.world_size())
+    return {
+        "seed": config.seed,
+        "micro_batch": micro_batch,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "num_workers": distributed.default_num_workers() if workers == "auto" else workers,
+        "shuffle": Shuffle(**config.data.shuffle.model_dump()),
+        "bad_samples_log": Path(config.run_dir) / "bad_samples.jsonl",
+    }
+
+
+def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
+    if not distributed.is_main():
+        return []
+    online = [OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
+    remedies = objective_class(config.objective["name"]).remedies
+    momentum = config.objective.get("momentum", 1.0)  # at 1 a teacher does not follow at all, so no lag excuses it
+    teacher_steps = 1 / (1 - momentum) if momentum < 1 else 0.0
+    watch = CollapseWatch(config.collapse, store, remedies, teacher_steps, run_dir)
+    return [*online, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
+
+
+def logs_of(run_dir: Path) -> list[Monitor]:
+    if not distributed.is_main():
+        return []
+    return [ConsoleMonitor(), JsonlMonitor(run_dir / "metrics.jsonl"), TensorBoardMonitor(run_dir)]
+
+
+def introduce(config: Config, engine: Engine, loader, device) -> None:
+    """The values that were derived and not asked for."""
+    if not distributed.is_main():
+        return
+    text = (
+        f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} images, "
+        f"{distributed.world_size()} x {device.type} in {precision.resolve(config, device)}: "
+        f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
+        f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
+        f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
+    )
+    with Tolerant("the console"):
+        print(text, file=sys.stderr)
+
+
+def dry_run(config: Config) -> int:
+    objective = build_objective(config)
+    loader = loader_of(config, objective.views)
+    table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
+    world_size = distributed.launched_world_size()
+    for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
+        table.add_row(*row)
+    table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
+    table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
+    Console().print(table)
+    return 0

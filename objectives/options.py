@@ -1,0 +1,155 @@
+"""The settings of our objectives: what a config may say below `objective`, checked without importing torch.
+
+Each objective's own file says what its settings do to the method. What cannot be told from the settings alone (whether
+they suit an encoder) is told by the objective's `check`.
+"""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from prelude.pretrain.options import AreaRange, Count, Options, Positive
+
+Strategy = Literal["otsu_components", "quantiles"]  # how DSeq-JEPA cuts regions, see `regions`
+
+
+class ColourOptions(Options):
+    """Probabilities and strengths, with torchvision's meaning. The defaults are those of BYOL that both views share."""
+
+    jitter: float = Field(0.8, ge=0, le=1)  # probability of the next four, in random order
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.2, ge=0)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    grey: float = Field(0.2, ge=0, le=1)  # probability
+    blur: float = Field(0.0, ge=0, le=1)  # probability
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
+    solarise: float = Field(0.0, ge=0, le=1)  # probability
+
+    @field_validator("blur_sigma")
+    @classmethod
+    def _is_a_range(cls, value):
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("write two standard deviations above 0, such as [0.1, 2.0]")
+        return value
+
+
+class FirstView(ColourOptions):
+    blur: float = Field(1.0, ge=0, le=1)
+
+
+class SecondView(ColourOptions):
+    blur: float = Field(0.1, ge=0, le=1)
+    solarise: float = Field(0.2, ge=0, le=1)
+
+
+class BarlowTwinsOptions(Options):
+    projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
+    off_diagonal_weight: float = Field(0.0051, ge=0)
+    loss_scale: float = Field(1.0, gt=0)  # multiplies loss and gradient; 1 / ranks gives the official gradient
+    crop_scale: AreaRange = (0.08, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+    view_1: FirstView = FirstView()
+    view_2: SecondView = SecondView()
+
+    @field_validator("projector")
+    @classmethod
+    def _has_layers(cls, value):
+        if not value or min(value) < 1 or value[-1] < 2:
+            raise ValueError("write the widths of one or more layers, such as [8192, 8192, 8192]")
+        return value
+
+
+class IJEPAOptions(Options):
+    num_targets: int = Field(4, ge=1)
+    target_scale: AreaRange = (0.15, 0.2)  # area of a target block, as a share of the image
+    target_aspect: tuple[float, float] = (0.75, 1.5)  # height / width
+    context_scale: AreaRange = (0.85, 1.0)  # area of the context block before targets are cut out
+    masks: Literal["paper", "official"] = "paper"  # official: as the released code draws them, for parity
+    predictor: Literal["repeat", "packed"] = "repeat"  # packed: all targets in one sequence, another computation
+    predictor_dim: int = Field(384, ge=4)
+    predictor_depth: int = Field(12, ge=1)
+    predictor_num_heads: Count | Literal["encoder"] = "encoder"  # as many as the encoder has
+    momentum: float = Field(0.996, ge=0, le=1)  # of the teacher, at the start
+    momentum_end: float = Field(1.0, ge=0, le=1)  # at the end; linear over the run
+    depth_scaled_init: bool = False  # divide what block l adds by sqrt(2 l) at the start
+    # Of the patch projection's initial weights. Beside its position, a patch of few pixels weighs little at the
+    # official 0.02; balanced: multiplied by sqrt(768 / values of a patch), it weighs as much as one of 16 x 16 x 3.
+    patch_init_std: Positive | Literal["balanced"] = 0.02
+    crop_scale: AreaRange = (0.3, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
+
+    @field_validator("target_aspect")
+    @classmethod
+    def _is_a_range(cls, value):
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("write two ratios of height to width, such as [0.75, 1.5]")
+        return value
+
+
+class DSeqJEPAOptions(IJEPAOptions):
+    num_regions: int = Field(5, ge=2)  # the most an image can have, the background included
+    region_min_area: float = Field(0.02, ge=0, le=1)  # share of the image below which a component is background
+    region_strategy: Strategy = "otsu_components"
+    saliency_block: int | Literal["auto"] = "auto"  # of the teacher, from 0; auto: the last but one
+    saliency_query: Literal["contextual", "parameter"] = "contextual"  # parameter: the learned token, before any block
+    context: Literal["causal", "reencode"] = "causal"
+    lambda_start: float = Field(0.0, ge=0, le=1)  # probability of regions rather than random blocks
+    lambda_end: float = Field(1.0, ge=0, le=1)  # at the end of the run; linear between
+    lambda_granularity: Literal["step", "sample", "region"] = "step"
+    loss_reduction: Literal["patch", "step"] = "patch"  # what counts the same within an image
+    contrastive_weight: float = Field(0.0, ge=0)  # of VICReg; the paper's variant: 0.001
+    contrastive_projector: list[int] = [3072, 3072, 3072]  # widths of its projector's layers
+
+    @model_validator(mode="after")
+    def _projector_is_read(self):
+        if not self.contrastive_weight and self.contrastive_projector != [3072, 3072, 3072]:
+            raise ValueError(
+                "contrastive_projector has no effect at contrastive_weight=0; write 0.001, or leave it out"
+            )
+        if not self.contrastive_projector or min(self.contrastive_projector) < 2:
+            raise ValueError("contrastive_projector wants the widths of one or more layers, such as [3072, 3072, 3072]")
+        return self
+
+
+class MAEOptions(Options):
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that is hidden
+    norm_pix_loss: bool = True  # predict patches of mean 0 and variance 1 rather than plain pixels
+    decoder_dim: int = Field(512, ge=4)
+    decoder_depth: int = Field(8, ge=1)
+    decoder_num_heads: int = Field(16, ge=1)
+    crop_scale: AreaRange = (0.2, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+
+
+class RotationOptions(Options):
+    rotations: list[int] = [0, 90, 180, 270]  # degrees counter-clockwise; the paper also tries pairs of them
+    # A random resized crop of this area, as a share of the image; None takes the whole image.
+    crop_scale: AreaRange | None = (0.08, 1.0)
+    shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, the paper's choice on CIFAR: 4
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+
+    @field_validator("rotations")
+    @classmethod
+    def _are_quarter_turns(cls, value):
+        if len(value) < 2 or len(set(value)) != len(value) or not set(value) <= {0, 90, 180, 270}:
+            raise ValueError("write two or more of 0, 90, 180 and 270, each once")
+        return value
+
+
+class SparKOptions(Options):
+    mask_ratio: float = Field(0.6, gt=0, lt=1)  # share of the cells that is hidden
+    mask_patch: int | None = Field(None, ge=1)  # side of a cell in pixels; None: the encoder's total stride
+    decoder_dim: int = Field(768, ge=1)  # width of the decoder at the coarsest map; halved with every doubling
+    crop_scale: AreaRange = (0.67, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+
+
+OPTIONS: dict[str, type[Options]] = {
+    "barlow_twins": BarlowTwinsOptions,
+    "dseqjepa": DSeqJEPAOptions,
+    "ijepa": IJEPAOptions,
+    "mae": MAEOptions,
+    "rotation": RotationOptions,
+    "spark": SparKOptions,
+}

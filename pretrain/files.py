@@ -1,0 +1,198 @@
+"""Writing into a run folder: a file is there whole or as it was, and no file is a reason to end a run.
+
+- What is replaced is written beside its place, brought to the disk, and renamed: a reader, a kill or a power cut meet
+  the old file or the new one.
+- What grows gets whole lines or none. What the disk does not take is kept in memory and tried again with what follows.
+- Nothing is written through a symbolic link: a link in a file's place is replaced by a file, its target left alone.
+- New files have the permissions that the umask gives.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_OURS_ALONE = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def write_whole(path: Path, content: str | bytes, draft: Path | None = None) -> None:
+    """Puts `content` in the place of `path` in one operation. draft: where it is written first, `.tmp-NAME` beside it
+    unless given; writers that may meet need a name each. Raises OSError, and the old file is then as it was."""
+    draft = draft or path.with_name(f".tmp-{path.name}")
+    remove(draft)
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666)
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(descriptor)  # or the replaced file could come up empty after a power cut
+        os.replace(draft, path)
+    except OSError:
+        with suppress(OSError):
+            remove(draft)
+        raise
+    sync_to_disk(path.parent)
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own, whose files only their owner may read, with the permissions that `open` gives a new file."""
+    remove(path)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666))
+    permissions = stat.S_IMODE(path.stat().st_mode)
+    safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(permissions)
+
+
+def make_folder(path: Path) -> None:
+    """Makes `path` unless it is there. Raises OSError for a symbolic link: what is written would land elsewhere."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    path.mkdir(exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all that is in it, or a link and not what it leads to; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Returns when the disk itself, and not only the operating system, has the bytes of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: OSError) -> str:
+    """Why the disk did not take it, in a few words."""
+    if error.errno == errno.ELOOP:
+        return "it is a symbolic link, and nothing is written through one"
+    return error.strerror or str(error) or type(error).__name__
+
+
+class Tolerant:
+    """`with Tolerant(name):` an OSError inside is told, and not raised; further ones are silent until it works again.
+
+    name: what could not be written.
+    """
+
+    def __init__(self, name: Path | str):
+        self.name, self.failing = name, False
+
+    def __enter__(self) -> "Tolerant":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if not isinstance(error, OSError):
+            self.failing = self.failing and error is not None
+            return False
+        if not self.failing:
+            self.failing = True
+            log.warning("%s cannot be written (%s); the run goes on without", self.name, reason(error))
+        return True
+
+
+class Growing:
+    """A file that grows by whole pieces. Never raises OSError: what could not be written waits for the next piece."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting, self.tolerant = Path(path), [], Tolerant(path)
+
+    def append(self, piece: bytes, keep: bool = True) -> None:
+        """keep: whether a piece that the disk does not take is worth the memory until it does."""
+        self.waiting.append(piece)
+        self._try()
+        if self.waiting and not keep:
+            self.waiting.pop()
+
+    def sync(self) -> None:
+        """Brings what was written, and the file's name, to the disk."""
+        self._try()
+        with suppress(OSError) if self.waiting else self.tolerant:  # one failure is told once
+            if self.path.exists():
+                sync_to_disk(self.path)
+                sync_to_disk(self.path.parent)
+
+    def _try(self) -> None:
+        if self.waiting:
+            with self.tolerant:
+                self._write(b"".join(self.waiting))
+                self.waiting = []
+
+    def _write(self, content: bytes) -> None:
+        descriptor = _open_to_append(self.path)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                while content:
+                    content = content[os.write(descriptor, content) :]
+            except OSError:
+                os.ftruncate(descriptor, before)  # a full disk takes half a line
+                raise
+        finally:
+            os.close(descriptor)
+
+
+class Lines(Growing):
+    """JSON objects, one a line, each with the `step` that it belongs to."""
+
+    def start(self, step: int) -> None:
+        """Leaves out what comes after `step`: a run that goes on from there writes it again."""
+        with self.tolerant:
+            if not os.path.lexists(self.path):
+                return
+            content = self.path.read_bytes()
+            lines = content.splitlines(keepends=True)
+            steps = [_step_of(line) for line in lines]
+            if damaged := sum(found is None and line.endswith(b"\n") for found, line in zip(steps, lines, strict=True)):
+                log.warning("%s: %d damaged lines are left out", self.path, damaged)
+            kept = [line for found, line in zip(steps, lines, strict=True) if found is not None and found <= step]
+            text = b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept)
+            if text != content or self.path.is_symlink():
+                write_whole(self.path, text)
+
+    def add(self, record: dict) -> None:
+        self.append(json.dumps(record).encode() + b"\n")
+
+    def read(self) -> list[dict]:
+        """The records, those that wait for the disk with them."""
+        return [*read_lines(self.path), *map(json.loads, self.waiting)]
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON objects with a `step` in a file of lines. What a crash cut short or a disk damaged is left out."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _step_of(line) is not None]
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None where it is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _open_to_append(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _OURS_ALONE
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+    path.unlink()
+    return os.open(path, flags, 0o666)

@@ -1,0 +1,110 @@
+"""The optimizer's step, which is not taken where loss or gradient are not finite.
+
+The norm of all gradients decides. They are averaged over ranks already, so it is finite on every rank or on none; and
+it is looked at on the device, so that the host can go on to the next step without knowing.
+
+- AdamW's fused kernel leaves weights, moments and step counts as they are where it is told to.
+- Any other optimizer steps with gradients of zero, and what that changed is put back, which takes a second copy of
+  weights and moments while it steps. A count of steps on the host, as timm's LAMB keeps one, counts refused steps too.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from prelude.pretrain.collectives import sum_over_ranks
+
+
+class GuardedStep:
+    """For an engine of DeepSpeed's around a torch optimizer, at any ZeRO stage.
+
+    After a call at an accumulation boundary, `norm` is that of the gradients before clipping and `applied` is 1.0
+    where the weights moved and 0.0 where the step was refused; both are scalars on the device, alike on all ranks.
+    """
+
+    def __init__(self, engine, parameters: list[nn.Parameter], clipping: float):
+        self.engine, self.parameters, self.clipping = engine, parameters, clipping
+        self.zero = engine.optimizer if engine.zero_optimization_stage() else None
+        optimizer = self.zero.optimizer if self.zero else engine.optimizer
+        if self.zero:
+            _leave_refusing_to_us(self.zero, engine.device)
+        elif engine.world_size == 1:
+            engine.enable_backward_allreduce = False  # nobody to share gradients with, yet each would be copied
+        self._before: list[tuple[Tensor, Tensor]] = []
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    def __call__(self, at_boundary: bool) -> None:
+        if at_boundary and self.zero is None:
+            self._look_and_clip()
+        self.engine.step()
+
+    def _look_and_clip(self) -> None:
+        """At stage 0, where nothing below us looks at the gradients or clips them."""
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        if scaler:
+            scaler.unscale_(self.engine.optimizer)
+        held = [parameter for parameter in self.parameters if parameter.grad is not None]
+        self._decide(torch.nn.utils.get_total_norm([parameter.grad for parameter in held]))
+        if self.clipping:
+            torch.nn.utils.clip_grads_with_norm_(held, self.clipping, self.norm)
+
+    def _decide(self, norm: Tensor) -> None:
+        self.norm, self.refused = norm, ~torch.isfinite(norm)
+        self.applied = (~self.refused).float()
+
+    @torch.no_grad()
+    def _begin(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """Under ZeRO an optimizer steps once for each flat piece, after the norm of all is known."""
+        if self.zero:
+            self._decide(self.zero._global_grad_norm)
+        if _is_fused(optimizer):
+            optimizer.found_inf = self.refused.float()
+            return
+        for parameter in _stepped(optimizer):
+            parameter.grad.masked_fill_(self.refused, 0.0)
+        self._before = [(tensor, tensor.clone()) for tensor in _moved(optimizer)]
+
+    @torch.no_grad()
+    def _end(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        if _is_fused(optimizer):
+            return
+        moved, kept = _moved(optimizer), dict(self._before)
+        self._before = []
+        # A moment that this step has made had no value before; at 0, the next step treats it as new.
+        before = [kept[tensor] if tensor in kept else torch.zeros_like(tensor) for tensor in moved]
+        torch._foreach_mul_(moved, self.applied)
+        torch._foreach_mul_(before, self.refused.float())
+        torch._foreach_add_(moved, before)
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("fused"))
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What a step changes on the device: weights and moments."""
+    weights = _stepped(optimizer)
+    moments = [v for w in weights for v in optimizer.state[w].values() if torch.is_tensor(v) and v.ndim]
+    return weights + moments
+
+
+def _leave_refusing_to_us(zero, device: torch.device) -> None:
+    """DeepSpeed's ZeRO optimizers make the host wait to mark a norm that is not finite, and to ask whether it is."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    def norm_over_ranks(gradients: list[Tensor], *_) -> Tensor:
+        """Of one group of parameters, of which each rank holds a part."""
+        norms = torch._foreach_norm([part for part in gradients if not getattr(part, "_zero_padding", False)])
+        return sum_over_ranks(torch.stack([torch.zeros((), device=device), *norms]).square().sum()).sqrt()
+
+    zero.get_grad_norm_direct = norm_over_ranks
+    for module in (stage_1_and_2, stage3):
+        module.is_invalid_grad_norm = _taken_as_valid
+
+
+def _taken_as_valid(norm) -> bool:
+    return False

@@ -1,0 +1,51 @@
+"""What settings are made of: strict models, and the kinds of value that several have. Nothing here needs torch."""
+
+import os
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from prelude.pretrain.annotations import takes
+
+
+class Strict(BaseModel):
+    """Refuses a key that nobody reads, a number that is not finite, and true or false for a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        given = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(one, bool) for one in given) and not (takes(annotation, bool) or takes(annotation, Any)):
+            raise PydanticCustomError("not_a_number", "true and false are no numbers")
+        return value
+
+
+class Options(Strict):
+    """Base of an objective's settings."""
+
+
+def _plain(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise PydanticCustomError("no_text", "write some text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_plain)]
+FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # of a file or a folder
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError("write two shares of the area, such as [0.2, 1.0]")
+    return value
+
+
+# The least and the largest area of a crop or block, as shares of the image.
+AreaRange = Annotated[tuple[float, float], AfterValidator(_ordered_shares)]

@@ -1,0 +1,182 @@
+"""Streams against a server on this machine that stalls, hangs up, refuses or has nothing to give."""
+
+import http.server
+import os
+import threading
+import time
+
+import psutil
+import pytest
+
+from prelude.data import waiting
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import RunStopped, Stopped
+from prelude.data.loader import build_loader
+
+PLAN = ViewPlan((View((6, 6)),))
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    for name, value in vars(waiting.Patience(timeout_seconds=60)).items():
+        monkeypatch.setattr(waiting.patience, name, value)
+    return waiting.patience
+
+
+@pytest.fixture
+def server(write_shards):
+    """The address of a server of one tar of 20 samples, under any name; names that begin so misbehave."""
+    with open(write_shards([20])[0], "rb") as file:
+        tar = file.read()
+    over = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path[1:]
+            if name[:3].isdigit():
+                return self.send_error(int(name[:3]))
+            if name.startswith("silent"):
+                return over.wait(100)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(tar)))
+            self.end_headers()
+            whole = not name.startswith(("stalls", "hangs-up"))
+            self.wfile.write(tar if whole else tar[: len(tar) // 2])
+            if name.startswith("stalls"):
+                over.wait(100)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        over.set()
+        running.shutdown()
+
+
+def build(urls, **changes):
+    return build_loader(urls, PLAN, **dict(seed=5, micro_batch=4, num_samples=35) | changes)
+
+
+def commands():
+    return [child for child in psutil.Process().children(recursive=True) if child.name() in ("curl", "sleep")]
+
+
+def exhaust(loader):
+    while True:
+        next(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("404.tar", "curl: .22. .* 404"),
+        ("503.tar", "curl: .22. .* 503"),
+        (":1/refused.tar", "curl: .7. Failed to connect"),
+        ("//no.such.host.invalid/x.tar", "curl: .6. Could not resolve host"),
+    ],
+)
+def test_a_server_that_gives_nothing_ends_the_run_with_its_reason(name, reason, num_workers, server):
+    url = (
+        f"http:{name}" if name.startswith("//") else f"http://127.0.0.1{name}" if name[0] == ":" else f"{server}/{name}"
+    )
+    loader = build(url, num_workers=num_workers)
+    with pytest.raises(RunStopped, match=f"cannot be read.* in {url} .{reason}"):
+        next(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", ["silent", "stalls"])
+def test_a_server_that_stalls_is_named_and_given_up(name, num_workers, server, patience):
+    patience.timeout_seconds = 3
+    loader = build(f"{server}/{name}", num_workers=num_workers)
+    with pytest.raises(RunStopped, match=f"for 3 seconds while waiting for the next batch.*{server}/{name}"):
+        exhaust(loader)
+    loader.close()
+    assert not commands()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stop_is_obeyed_while_a_server_stalls(num_workers, server, patience):
+    loader = build(f"{server}/silent", num_workers=num_workers)
+    asked = threading.Event()
+    patience.should_stop = asked.is_set
+    threading.Timer(0.5, asked.set).start()
+    with pytest.raises(Stopped, match=f"it reads {server}/silent"):
+        next(loader)
+    loader.close()
+    assert not commands()
+
+
+def test_a_stalled_server_among_others_is_passed(server, patience):
+    patience.timeout_seconds = 8  # a quarter of it for each shard
+    loader = build([f"{server}/silent", *(f"{server}/good{n}" for n in range(20))])
+    while not any("silent" in shard for shard, _ in loader.bad.counts):
+        assert len(next(loader)) == 4
+    assert len(next(loader)) == 4
+    loader.close()
+
+
+def test_a_transfer_that_breaks_off_is_damage(server):
+    loader = build(f"{server}/hangs-up")
+    for _ in range(40):
+        assert len(next(loader)) == 4
+    reasons = {reason for _, reason in loader.bad.counts}
+    assert reasons and all("curl: (18)" in reason for reason in reasons)
+    loader.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("members", [[], [("README", b"no dot")], [("folder/x", b"")]])
+def test_a_command_that_prints_a_tar_without_samples_ends_the_run(members, num_workers, tmp_path, write_tar):
+    path = write_tar(tmp_path / "x.tar", members)
+    loader = build(f"pipe:cat {path}", num_workers=num_workers)
+    with pytest.raises(RunStopped, match=f"cannot be read.* in pipe:cat {path} .a tar without a single sample"):
+        next(loader)
+    loader.close()
+
+
+def test_a_tar_without_images_ends_the_run(tmp_path, write_tar):
+    path = write_tar(tmp_path / "x.tar", [(f"{n}.txt", b"") for n in range(200)])
+    loader = build(f"pipe:cat {path}")
+    with pytest.raises(RunStopped, match="cannot be read.* .no image"):
+        next(loader)
+    loader.close()
+
+
+def test_a_command_that_fails_between_two_members_is_damage(write_shards):
+    loader = build(f"pipe:head -c {5 * 2048} {write_shards([20])[0]}; exit 3")  # four blocks a sample
+    for _ in range(20):
+        assert len(next(loader)) == 4
+    assert {reason for _, reason in loader.bad.counts} == {"the command ended with 3"}
+    loader.close()
+
+
+def test_a_command_that_goes_on_after_its_tar_is_ended(write_shards):
+    loader = build(f"pipe:cat {write_shards([20])[0]}; exec >&-; exec sleep 1000")
+    next(loader)
+    loader.close()
+    assert not commands()
+
+
+def test_a_worker_that_hangs_ends_with_a_process_that_is_killed(server, run_python):
+    code = (
+        "import sys, psutil\nfrom prelude.data.batch import View, ViewPlan\n"
+        "from prelude.data.loader import build_loader\n"
+        "from prelude.data.pipeline import run_pipeline\n"
+        "loader = build_loader(sys.argv[1], ViewPlan((View((6, 6)),)), seed=0, micro_batch=4, num_samples=9)\n"
+        "loader._running = run_pipeline(loader.stages(), 1)\n"
+        "print(*[child.pid for child in psutil.Process().children()], flush=True)\nnext(loader)\n"
+    )
+    process = run_python(code, f"{server}/silent")
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert workers
+    os.kill(process.pid, 9)
+    until = time.monotonic() + 30
+    while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
+        assert time.monotonic() < until
+        time.sleep(0.05)

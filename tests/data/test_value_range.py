@@ -1,0 +1,106 @@
+"""Images that use a part of their 16 bits."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prelude.data.batch import View, ViewPlan
+from prelude.data.decode import BadImage, decode
+from prelude.data.errors import UserError
+from prelude.data.loader import Loader, build_loader, one_pass
+from prelude.data.shards import ShardIndex
+
+PLAN = ViewPlan((View((8, 8), crop="center", flip=0.0),))
+
+
+def encoded(values: np.ndarray, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture
+def deep(tmp_path, write_tar):
+    """deep(highest) -> path of ten 16-bit images that grow from 0 to that value."""
+
+    def write(highest, name="x.tar"):
+        values = np.linspace(0, highest, 64).round().astype(np.uint16).reshape(8, 8)
+        return str(write_tar(tmp_path / name, [(f"{n}.png", encoded(np.roll(values, n, 0))) for n in range(10)]))
+
+    return write
+
+
+def brightest(index) -> int:
+    (batch,) = one_pass(index, PLAN, batch_size=10)
+    return int(batch.views[0].max())
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_a_range_is_linear_and_clipped(format):
+    values = np.array([[0, 1000, 1500, 2000, 4000]], np.uint16)
+    pixels = decode(encoded(values, format), value_range=(1000, 2000))
+    assert pixels.tolist() == [[[v] * 3 for v in (0, 0, 128, 255, 255)]]
+
+
+def test_floats_have_pixels_where_a_range_is_given():
+    values = np.array([[-1, 0, 0.5, np.nan]], np.float32)
+    assert decode(encoded(values, "TIFF"), value_range=(-1, 1))[0, :, 0].tolist() == [0, 128, 191, 0]
+    with pytest.raises(BadImage, match="floating point"):
+        decode(encoded(values, "TIFF"))
+
+
+def test_images_of_8_bits_are_as_they_were():
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    assert (decode(encoded(values), value_range=(0, 4095)) == decode(encoded(values))).all()
+
+
+@pytest.mark.parametrize("highest, bits", [(4095, 12), (3000, 12), (1023, 10), (16383, 14), (60000, 16)])
+def test_auto_is_a_number_of_whole_bits(deep, highest, bits):
+    index = ShardIndex(deep(highest), value_range="auto")
+    assert index.value_range == (0, 2**bits - 1)
+    assert brightest(index) == round(255 * highest / (2**bits - 1))
+
+
+def test_auto_without_deep_images_changes_nothing(write_shards):
+    paths = write_shards([5])
+    index = ShardIndex(paths, value_range="auto")
+    assert index.value_range is None and index.fingerprint == ShardIndex(paths).fingerprint
+
+
+def test_loaders_and_fingerprints_honour_it(deep):
+    path = deep(4095)
+    settings = dict(seed=0, micro_batch=10)
+    plain, given, found = (build_loader(path, PLAN, **settings, value_range=r) for r in (None, (0, 4095), "auto"))
+    assert [int(next(loader).views[0].max()) for loader in (plain, given, found)] == [15, 255, 255]
+    assert plain.fingerprint != given.fingerprint == found.fingerprint
+    with pytest.raises(UserError, match="fingerprint"):
+        given.load_state_dict(plain.state_dict())
+    assert ShardIndex(path).with_range((0, 4095)).fingerprint == given.fingerprint
+    assert ShardIndex(path, value_range=(0, 4095)).with_label("cls").value_range == (0, 4095)
+
+
+def test_streams_honour_it(deep):
+    settings = dict(seed=0, micro_batch=10, num_samples=10, allow_commands=True)
+    loader = build_loader(f"pipe:cat {deep(4095)}", PLAN, **settings, value_range=(0, 4095))
+    assert int(next(loader).views[0].max()) == 255 and loader.state_dict()["range"] == [0, 4095]
+    with pytest.raises(UserError, match="range=auto"):
+        build_loader("pipe:cat x.tar", PLAN, **settings, value_range="auto")
+
+
+@pytest.mark.parametrize("highest, told", [(4095, True), (16000, True), (17000, False), (65535, False)])
+def test_images_that_stay_dark_are_told_once_with_the_setting(deep, caplog, highest, told):
+    index = ShardIndex(deep(highest))
+    for rank in (0, 1):
+        Loader(index, PLAN, seed=0, micro_batch=1, rank=rank, world_size=2)
+    said = [record.message for record in caplog.records if "dark" in record.message]
+    assert len(said) == told
+    if told:
+        assert f"data.range=[0,{2 ** highest.bit_length() - 1}]" in said[0] and f"at most {highest // 256} " in said[0]
+
+
+def test_where_the_range_is_given_or_8_bits_are_all_nothing_is_told(deep, write_shards, caplog):
+    for index in (ShardIndex(deep(4095), value_range=(0, 65535)), ShardIndex(write_shards([4]))):
+        Loader(index, PLAN, seed=0, micro_batch=1)
+    assert not caplog.records

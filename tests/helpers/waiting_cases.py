@@ -1,0 +1,114 @@
+"""Run through the real launcher: what makes the host wait in a step, for every objective at every ZeRO stage.
+
+`deepspeed ... waiting_cases.py OUT` writes OUT/RANK.json: for each case, what was found in a step that is not logged.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from convnet_cases import ADAMW, BARLOW, CONVNEXT, LAMB, LARS, RESNET, ROTATION, SGD, SPARK, STRIDE_8
+from in_memory import MemoryLoader, NoStore, Recorder
+from waiting import counted
+
+from prelude.data.batch import Batch
+from prelude.objectives import options_for
+from prelude.objectives.building import build_objective
+from prelude.pretrain import distributed, photometric
+from prelude.pretrain.config import Config
+from prelude.pretrain.engine import Engine, Meter
+from prelude.pretrain.recipes import validate_config
+
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "image_size": 32,
+    "patch_size": 4,
+    "kwargs": {
+        "depth": 2,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "class_token": True,
+        "global_pool": "avg",
+        "fc_norm": False,
+    },
+}
+MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+IJEPA = {"name": "ijepa", "predictor_dim": 16, "predictor_depth": 1}
+# From the first step on, all images are predicted in regions
+DSEQ = IJEPA | {"name": "dseqjepa", "lambda_start": 1.0}
+CASES = {
+    **{f"mae zero{stage}": (MAE, VIT, ADAMW, stage) for stage in range(4)},
+    **{f"ijepa zero{stage}": (IJEPA, VIT, ADAMW, stage) for stage in range(3)},
+    **{f"dseqjepa zero{stage}": (DSEQ, VIT, ADAMW, stage) for stage in range(3)},
+    "dseqjepa sample reencode": (DSEQ | {"context": "reencode", "lambda_granularity": "sample"}, VIT, ADAMW, 0),
+    "dseqjepa contrastive": (DSEQ | {"contrastive_weight": 0.001, "contrastive_projector": [8]}, VIT, ADAMW, 0),
+    **{f"barlow zero{stage}": (BARLOW, RESNET, ADAMW, stage) for stage in range(4)},
+    "barlow lars": (BARLOW, RESNET, LARS, 0),
+    "spark lamb": (SPARK, STRIDE_8, LAMB, 0),
+    **{f"spark zero{stage}": (SPARK, CONVNEXT, ADAMW, stage) for stage in range(4)},
+    "rotation sgd": (ROTATION, RESNET, SGD | {"milestones": []}, 0),
+    **{f"rotation zero{stage}": (ROTATION, VIT, ADAMW, stage) for stage in range(1, 4)},
+}
+
+
+def config_of(case: str, out: Path) -> Config:
+    objective, encoder, optimizer, stage = CASES[case]
+    values = {
+        "run_dir": str(out),
+        "data": {"shards": "none"},
+        "encoder": encoder,
+        "objective": objective,
+        "train": {
+            "epochs": 5,
+            "global_batch": 8,
+            "precision": "fp32",
+            "zero_stage": stage,
+            "gradient_clipping": 1.0,
+        },
+        "optimizer": optimizer,
+        "log": {"every_steps": 100, "pictures_every_steps": 0},
+    }
+    return validate_config(values, case, options_for)
+
+
+def found_in(case: str, out: Path) -> list[str]:
+    config = config_of(case, out)
+    objective = build_objective(config)
+    micro_batch, _ = config.batching(distributed.world_size())
+    loader = MemoryLoader(micro_batch, 64, lambda positions: batch_at(positions, objective.views))
+    engine = Engine(config, objective, loader, NoStore(), [Recorder()])
+    batches, meter = iter(loader), Meter(config.train.global_batch)
+    for _ in range(2):  # what is made once, such as constants, is made by then
+        engine._watch(engine._step(batches, meter), meter)
+    with counted() as found:
+        engine._watch(engine._step(batches, meter), meter)
+    return found
+
+
+def batch_at(positions: torch.Tensor, views) -> Batch:
+    generator = torch.Generator().manual_seed(7)
+    shape = (64, 3, *views.views[0].size)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)[positions % 64]
+    count, num_views = len(positions), len(views.views)
+    return Batch(
+        (pixels,) * num_views,
+        torch.zeros(count, num_views, 4, dtype=torch.int32),
+        torch.zeros(count, num_views, dtype=torch.bool),
+        seeds=positions * 31,
+        sample_ids=positions % 64,
+        positions=positions,
+    )
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])
+    distributed.start()
+    photometric._on_host = lambda images: False  # where the host computes, choosing rows makes nobody wait
+    found = {case: found_in(case, out) for case in CASES}
+    (out / f"{distributed.rank()}.json").write_text(json.dumps(found, indent=1))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What a start does to its run folder: nothing where it is refused, and no log is worth a run."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT, Run, deepspeed
+
+from prelude.checkpoints.sources import open_encoder
+from prelude.checkpoints.store import MANIFEST, Store
+from prelude.evaluators.frozen import first_section
+from prelude.pretrain.run_lock import NAME, RunLock
+
+LOGS = ("config.yaml", "environment.json", "metrics.jsonl", "online.jsonl", "deepspeed.log")
+SHORT = ["checkpoint.every_steps=3", "log.pictures_every_steps=2", "train.epochs=0.5"]  # 7 steps of 12.5
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_format(number: int, run: Path) -> None:
+    """As if another version had written the run's checkpoints."""
+    for path in run.glob(f"checkpoints/*/{MANIFEST}"):
+        path.write_text(json.dumps({"format": number, "serial": 9, "parts": "elsewhere"}))
+
+
+@pytest.fixture(scope="module")
+def start(recipe, tmp_path_factory):
+    """`start(folder, {name: overrides})`: starts one after another in one process; returns {name: (code, told)}."""
+
+    def start(folder: Path, starts: dict[str, list[str]], **more) -> dict[str, tuple]:
+        common = ["--config", str(recipe), *SHORT]
+        plan = [{"name": name, "argv": [*common, *overrides], **more} for name, overrides in starts.items()]
+        (folder / "plan.json").write_text(json.dumps(plan))
+        script = [sys.executable, str(Path(__file__).with_name("starts.py")), str(folder / "plan.json")]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+        done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        answers = {name: json.loads((folder / f"{name}.json").read_text()) for name in starts}
+        return {name: (answer["code"], answer["told"]) for name, answer in answers.items()}
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def folder(start, tmp_path_factory) -> Path:
+    """A finished run of 7 steps in `run`, and copies of it to be spoilt."""
+    folder = tmp_path_factory.mktemp("starts")
+    ((code, told),) = start(folder, {"first": [f"run_dir={folder / 'run'}"]}, umask=0o002).values()
+    assert code == 0, told
+    for name in ("changed", "foreign", "batch"):
+        shutil.copytree(folder / "run", folder / name)
+    in_format(2, folder / "foreign")
+    return folder
+
+
+REFUSED = {
+    "another seed": ("run", ["seed=1"], "seed: 0 -> 1"),
+    "past its end": ("run", ["train.epochs=0.25", "resume.allow_changed_config=true"], "done 7 steps, .* at step 4"),
+    "back to its own": ("run", ["resume.checkpoint=RUN/checkpoints/step-00000006"], "goes on from step-00000007"),
+    "of another format": ("foreign", [], "step-00000007: it is of format 2.*step-00000006"),
+    "begun at an end": ("fresh", ["resume.checkpoint=RUN/checkpoints/step-00000007"], "Nothing is left to train"),
+    "begun nowhere": ("deep/fresh", ["resume.checkpoint=/nowhere/step-00000005"], "/nowhere/step-00000005"),
+    "through a link": ("linked", [], "checkpoints is a symbolic link"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(start, folder) -> dict[str, tuple]:
+    (folder / "run" / "STOP").touch()
+    (folder / "linked").mkdir()
+    (folder / "linked" / "checkpoints").symlink_to(folder / "run" / "checkpoints")
+    starts = {
+        name: [f"run_dir={folder / run}", *(each.replace("RUN", str(folder / "run")) for each in overrides)]
+        for name, (run, overrides, _) in REFUSED.items()
+    }
+    before = {run: snapshot(folder / run) for run, *_ in REFUSED.values()}
+    answers = start(folder, starts)
+    after = {run: snapshot(folder / run) for run, *_ in REFUSED.values()}
+    (folder / "run" / "STOP").unlink()
+    return {name: (*answers[name], before[run], after[run]) for name, (run, *_) in REFUSED.items()}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_start_says_why_and_changes_nothing(refused, name):
+    _, _, expected = REFUSED[name]
+    code, told, before, after = refused[name]
+    assert code == 2 and re.search(expected, told) and "Traceback" not in told
+    assert after.keys() == before.keys()
+    assert all(after[path] == before[path] for path in before)
+
+
+def test_folders_that_were_made_for_a_refused_start_are_gone(refused, folder):
+    assert not (folder / "deep").exists() and not (folder / "fresh").exists()
+
+
+def test_files_honour_the_umask(folder):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder / "run").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "manifest.json", "config.yaml", "metrics.jsonl", "latest"} <= modes.keys()
+    assert set(modes.values()) == {0o664}
+
+
+@pytest.fixture(scope="module")
+def accepted(start, folder) -> dict[str, tuple]:
+    """A begin at another run's checkpoint, twice the same command; a changed batch; a run that can write no log."""
+    spoilt, linked = folder / "spoilt", folder / "linked_logs"
+    for name in LOGS:
+        (spoilt / name).mkdir(parents=True)
+    for name in ("tensorboard", "pictures"):
+        (spoilt / name).touch()
+    linked.mkdir()
+    for name in LOGS:
+        (folder / f"precious-{name}").write_text("precious\n")
+        (linked / name).symlink_to(folder / f"precious-{name}")
+    (folder / "precious").mkdir()
+    for name in ("tensorboard", "pictures"):
+        (linked / name).symlink_to(folder / "precious")
+    begin = [f"run_dir={folder / 'begun'}", f"resume.checkpoint={folder / 'run' / 'checkpoints' / 'step-00000006'}"]
+    allowed = ["resume.allow_changed_config=true"]
+    return start(
+        folder,
+        {
+            "begun": [*begin, "train.epochs=0.75", *allowed],
+            "begun again": [*begin, "train.epochs=0.75", *allowed],
+            "batch": [f"run_dir={folder / 'batch'}", "train.global_batch=8", "train.epochs=1", *allowed],
+            "spoilt": [f"run_dir={spoilt}"],
+            "linked": [f"run_dir={linked}"],
+        },
+    )
+
+
+def test_the_same_command_begins_at_a_checkpoint_once_and_then_goes_on_from_its_own(accepted, folder):
+    code, told = accepted["begun"]
+    assert code == 0 and "resumed at step 6 of 10" in told
+    code, told = accepted["begun again"]
+    assert code == 0 and "finished at step 10 of 10" in told and "nothing is left to train" in told
+
+
+def test_a_changed_batch_counts_progress_in_samples_and_tells_what_it_does(accepted, folder):
+    code, told = accepted["batch"]
+    assert code == 0 and "resumed at step 14 of 25" in told
+    assert "7 steps, or 112 images, count as 14 steps" in told and "the learning rate jumps here" in told
+    state = json.loads((Store(folder / "batch" / "checkpoints").newest() / "state.json").read_text())
+    assert state["meta"]["loader"]["samples"] == 25 * 8 == state["step"] * 8
+
+
+def test_a_run_that_can_write_no_log_goes_on_and_tells_each_once(accepted, folder):
+    code, told = accepted["spoilt"]
+    assert code == 0 and "Traceback" not in told, told
+    assert Store(folder / "spoilt" / "checkpoints").newest().name == "step-00000007"
+    assert not (folder / "spoilt" / NAME).exists()
+
+
+def test_nothing_is_written_through_a_link(accepted, folder):
+    code, told = accepted["linked"]
+    assert code == 0, told
+    assert all((folder / f"precious-{name}").read_text() == "precious\n" for name in LOGS)
+    assert not list((folder / "precious").iterdir())
+    assert len((folder / "linked_logs" / "metrics.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_run_whose_config_is_lost_is_still_of_use(folder, recipe):
+    run = folder / "changed"
+    (run / "config.yaml").write_bytes(b"")
+    assert open_encoder(str(run)).origin["step"] == 7
+    assert first_section([str(run)]) is None  # asked of the checkpoint, which has no such section
+    (run / "config.yaml").unlink()
+    assert first_section([str(run)]) is None
+
+
+def test_two_ranks_are_refused_together_where_another_start_holds_the_folder(recipe, tmp_path):
+    lock = RunLock(tmp_path / "run")
+    lock.hold()
+    try:
+        run = Run(deepspeed(2), recipe, tmp_path / "run")
+        assert run.wait() != 0
+    finally:
+        lock.release()
+    told = run.output.read_text()
+    assert f"is in use by process {os.getpid()} on" in told and "and this is process" in told
+    assert "Traceback (most recent call last)" not in told.partition("error: ")[0]
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())

@@ -1,0 +1,148 @@
+"""What the doors answer, and that they answer before torch is imported."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from runs import ROOT
+
+from prelude.data.errors import UserError
+from prelude.evaluators import defaults
+from prelude.launch import compare, finetune, knn, multilabel, ncm, prelude, pretrain
+from prelude.launch.arguments import parse
+from prelude.pretrain.recipes import find_recipe
+
+LIGHT = """
+import sys
+from prelude.launch import prelude
+from prelude.launch.exit_codes import door
+
+for argv in {commands!r}:
+    try:
+        code = door(lambda: prelude.main(list(argv)))
+    except SystemExit as stop:
+        code = stop.code
+    print(code, " ".join(argv), sep="|", file=sys.stderr)
+print([name for name in ("torch", "timm", "deepspeed", "webdataset") if name in sys.modules], file=sys.stderr)
+"""
+HELP = [["--help"], ["--version"], *([name, "--help"] for name in prelude.COMMANDS)]
+REFUSALS = [
+    ["knm"],
+    ["pretrain", "--config", "mae_cifr10"],
+    *(["pretrain", "--config", recipe, setting] for recipe, setting in (
+        ("mae_cifar10", "lr=1"),
+        ("ijepa_vit_base", "objective.momentun=1"),
+        ("dseqjepa_cifar10", "objective.num_regions=one"),
+        ("barlow_resnet50", "objective.view_1.hue=2"),
+        ("rotation_cifar10", "objective.rotations=[0, 45]"),
+        ("spark_resnet50", "optimizer.warmup_epochs=99999"),
+    )),
+    ["finetune", "runs/x", "--config", "finetune_vit_cifar10", "objective.mixup=-1"],
+    ["finetune", "runs/x", "--config", "finetune_vit_cifar10", "encoder.name=resnet18"],
+    ["knn"],
+    ["probe", "runs/x", "--protocol", "moco"],
+]  # fmt: skip
+
+
+def without_torch(commands: list[list[str]]) -> list[str]:
+    """The exit code of each command, asked of one process that must not come to import torch."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT.format(commands=commands)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": "src", "COLUMNS": "80"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    *lines, imported = done.stderr.splitlines()
+    assert imported == "[]", done.stderr
+    assert "Traceback" not in done.stderr
+    return [line.partition("|")[0] for line in lines if re.match(r"\d\|", line)]
+
+
+def test_help_is_given_without_torch():
+    assert set(without_torch(HELP)) == {"0"}
+
+
+def test_a_refusal_is_given_without_torch():
+    assert without_torch(REFUSALS) == ["2"] * len(REFUSALS)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in prelude.COMMANDS), ["shards", "info"]])
+def test_help_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    try:
+        prelude.main([*command, "--help"])
+    except SystemExit:
+        pass
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_version_is_that_of_the_project(capsys):
+    assert prelude.main(["--version"]) == 0
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert capsys.readouterr().out == f"prelude {version}\n"
+
+
+def test_settings_stand_on_both_sides_of_options():
+    first = parse(pretrain.parser(), ["seed=1", "--config", "c.yaml", "train.epochs=2", "--dry-run", "run_dir=a b"])
+    assert first.overrides == ["seed=1", "train.epochs=2", "run_dir=a b"]
+    assert first.config == "c.yaml" and first.dry_run
+    words = [
+        "runs/x",
+        "seed=1",
+        "--train",
+        "a.tar",
+        "b.tar",
+        "train.epochs=2",
+        "--config",
+        "c.yaml",
+        "log.every_steps=3",
+    ]
+    second = parse(finetune.parser(), words)
+    assert (second.source, second.train) == ("runs/x", ["a.tar", "b.tar"])
+    assert second.overrides == ["seed=1", "train.epochs=2", "log.every_steps=3"]
+
+
+def test_a_shard_option_takes_one_pattern_or_several_files_and_leaves_sources_alone():
+    args = parse(knn.parser(), ["--train", "a-0.tar", "a-1.tar", "runs/x", "--test", "b-{0..3}.tar", "random:runs/x"])
+    assert (args.train, args.test) == (["a-0.tar", "a-1.tar"], "b-{0..3}.tar")
+    assert args.sources == ["runs/x", "random:runs/x"]
+    args = parse(compare.parser(), ["x", "--shards", "u0.tar", "u1.tar", "--set", "seed=1", "--train", "t.tar"])
+    assert (args.shards, args.set, args.train) == (["u0.tar", "u1.tar"], ["seed=1"], "t.tar")
+
+
+def test_braces_that_the_shell_expanded_are_one_list_again_and_no_other_key_is_set_twice():
+    words = ["--config", "c", "data.shards=t-0.tar", "data.shards=t-1.tar", "seed=3"]
+    assert parse(pretrain.parser(), words).overrides == ['data.shards=["t-0.tar", "t-1.tar"]', "seed=3"]
+    with pytest.raises(UserError, match="seed is set 2 times, to 3 and 4; write it once"):
+        parse(pretrain.parser(), [*words, "seed=4"])
+
+
+def test_a_home_folder_is_found_in_sources_and_folders(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    args = parse(ncm.parser(), ["random:~/runs/x", "~/y", "--out=~/results", "--bank=~/bank"])
+    assert args.sources == ["random:/home/somebody/runs/x", "/home/somebody/y"]
+    assert (args.out, args.bank) == ("/home/somebody/results", "/home/somebody/bank")
+
+
+def test_help_says_what_the_code_does():
+    from prelude.evaluators.protocols import PROTOCOLS
+    from prelude.launch.comparing import EVALUATORS
+
+    assert tuple(PROTOCOLS) == defaults.PROTOCOLS
+    assert tuple(EVALUATORS) == defaults.COMPARABLE
+    assert "else json" in " ".join(multilabel.parser().format_help().split())  # frozen.labelled_shards' default
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_that_a_recipe_quotes_can_be_given(path):
+    *_, command = next(line for line in path.read_text().splitlines() if line.startswith("# Command: ")).split(": ", 1)
+    words = shlex.split(command)
+    if words[:2] == ["prelude", "quickstart"]:
+        return
+    door = {"launch/pretrain.py": pretrain, "launch/finetune.py": finetune}
+    place = next(i for i, word in enumerate(words) if word in door)
+    args = parse(door[words[place]].parser(), words[place + 1 :])
+    assert find_recipe(args.config).name == path.name
+    assert isinstance(yaml.safe_load(path.read_text()), dict)

@@ -1,0 +1,256 @@
+"""Any mistake in a config is told in a sentence that says what to write, whatever the key and whatever the value."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import Field
+
+from prelude.data.errors import UserError
+from prelude.evaluators import finetune_recipe
+from prelude.objectives import check_objective, options_for
+from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.foreign_keys import NAMES
+from prelude.pretrain.options import Options
+from prelude.pretrain.recipes import load_config, read_recipe, validate_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ABSENT, MISSPELT = object(), object()
+MUTATIONS = [ABSENT, MISSPELT, "abc", -1, 0, math.inf, math.nan, [1, "x", None], {"a": {"b": 1}}, True, None, 0.5]
+
+
+def mutated(values: dict, key: str, mutation) -> dict:
+    values = copy.deepcopy(values)
+    *sections, leaf = key.split(".")
+    place = values
+    for section in sections:
+        if not isinstance(place.get(section), dict):
+            place[section] = {}
+        place = place[section]
+    found = place.pop(leaf, 1)
+    if mutation is MISSPELT:
+        place[f"{leaf[:-1]}_q"] = found
+    elif mutation is not ABSENT:
+        place[leaf] = mutation
+    return values
+
+
+def written(values: dict, above: tuple[str, ...] = ()) -> list[str]:
+    """The keys of a recipe, its sections among them."""
+    keys = []
+    for key, value in values.items():
+        keys.append(".".join([*above, key]))
+        keys += written(value, (*above, key)) if isinstance(value, dict) else []
+    return keys
+
+
+def whole(path: Path) -> tuple[dict, object]:
+    values = read_recipe(path)
+    if not path.stem.startswith("finetune"):
+        return values, options_for
+    return finetune_recipe.completed(values, train="a", test="b", label="cls"), finetune_recipe.options_for
+
+
+def answer(values: dict, of) -> str | None:
+    """The refusal, None where there is none; what is neither fails the test."""
+    try:
+        validate_config(values, "a recipe", of)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_value_of_any_key_of_a_recipe_is_a_traceback(path):
+    values, of = whole(path)
+    for key in written(values):
+        for mutation in MUTATIONS:
+            message = answer(mutated(values, key, mutation), of)
+            never = isinstance(mutation, float) and not math.isfinite(mutation)
+            assert message or not never, f"{key}={mutation} is taken"
+            for sentence in (message or "").splitlines()[1:]:
+                assert sentence.endswith((".", "?")) and "parse" not in sentence and "nput should" not in sentence, (
+                    sentence
+                )
+
+
+ONE_OF_EACH = ["mae_cifar10", "ijepa_cifar10", "dseqjepa_cifar10", "barlow_cifar10", "rotation_cifar10",
+               "spark_resnet18_cifar10", "finetune_vit_cifar10"]  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", ONE_OF_EACH)
+def test_nor_is_a_key_that_recipes_leave_out(stem):
+    values, of = whole(CONFIGS / f"{stem}.yaml")
+    model = of(values["objective"]["name"])
+    for key in set(Keys(model).all()) - set(written(values)):
+        for mutation in MUTATIONS[1:]:
+            answer(mutated(values, key, mutation), of)
+
+
+@pytest.mark.parametrize("stem", ["mae_cifar10", "rotation_cifar10"])
+def test_nor_is_what_only_the_encoder_can_tell(stem):
+    values, of = whole(CONFIGS / f"{stem}.yaml")
+    names = ["resnet18", "convnext_tiny", "vgg11", "vit_tiny_patch16_224", "deit3_small_patch16_224", "mixer_s32_224"]
+    changes = [("encoder.name", name) for name in names] + [("encoder.kwargs.nothing", 3), ("encoder.patch_size", 3)]
+    changes += [
+        (key, value) for key in written(values) if key.startswith("encoder.kwargs.") for value in MUTATIONS[2:5]
+    ]
+    for key, value in changes:
+        try:
+            check_objective(validate_config(mutated(values, key, value), "a recipe", of))
+        except UserError as error:
+            assert str(error).rstrip()[-1] in ".?"
+
+
+def refusal(recipe: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        check_objective(load_config(recipe, list(overrides), options_for))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("lr=1", "lr does not exist; did you mean optimizer.lr?"),
+        ("train.learning_rate=1", "did you mean optimizer.lr?"),
+        ("epochs=3", "epochs does not exist; did you mean train.epochs?"),
+        ("optimizer.max_epochs=3", "did you mean train.epochs?"),
+        ("data.batch_size=3", "did you mean train.global_batch?"),
+        ("accumulate_grad_batches=3", "did you mean train.micro_batch?"),
+        ("train.max_steps=3", "write train.epochs = steps x train.global_batch / images."),
+        ("encoder.pretrained=true", "`prelude finetune` trains pretrained ones."),
+        ("log.wandb=true", "metrics.jsonl"),
+        ("encoder.in_chans=1", "three channels"),
+        ("encoder.depth=3", "did you mean encoder.kwargs.depth?"),
+        ("mask_ratio=0.5", "did you mean objective.mask_ratio?"),
+        ("optimizer.crop_scale=[0.5, 1]", "did you mean objective.crop_scale?"),
+        ("log.nothing_of_the_kind=1", "the keys here are every_steps, pictures_every_steps."),
+        ("train.epochs=many", "train.epochs='many' is refused: write a number above 0."),
+        ("train.epochs=inf", "train.epochs=inf is refused: write a finite number above 0."),
+        ("train.epochs=true", "train.epochs=true is refused: write a number above 0."),
+        ("data.std=[0,0,0]", "data.std=[0, 0, 0] is refused: write a list of 3 numbers above 0."),
+        ("encoder.image_size=x", "write a whole number of 1 or more, or a list of 2 whole numbers of 1 or more."),
+        ("encoder.patch_size=0", "encoder.patch_size=0 is refused: write a whole number of 1 or more, or null."),
+        ("train.micro_batch=-4", "train.micro_batch=-4 is refused: write a whole number of 1 or more, or auto."),
+        ("objective.decoder_depth=2.5", "objective.decoder_depth=2.5 is refused: write a whole number of 1 or more."),
+        ("optimizer.betas.1=x", "optimizer.betas=[0.9, 'x'] is refused: write a list of 2 numbers"),
+        ("optimizer.betas.2=0.9", "names none of the 2 values of optimizer.betas"),
+        ("optimizer.warmup_epochs=13", "optimizer.warmup_epochs=13 is longer than the run of train.epochs=12"),
+        ("train.epochs.x=1", "sets a key below 'epochs', which is a plain value; write train.epochs="),
+        ("train..epochs=1", "is not an override; write key.sub=value"),
+        ("objective.name=[mae]", "write the name of an objective"),
+        ("encoder.name=resnet18", "encoder.name=resnet18 builds a ResNet, which cannot run on a part of its patches"),
+        ("encoder.kwargs.heads=3", "encoder.kwargs.heads is no setting of encoder.name=vit_tiny_patch16_224"),
+        ("encoder.kwargs.num_heads=-3", "write a finite number of 0 or more for num_heads"),
+    ],
+)
+def test_a_sentence_says_what_to_write(override, sentence):
+    message = refusal("mae_cifar10", override)
+    assert sentence in message
+    assert len(message.splitlines()) <= 2
+
+
+def test_a_transformer_under_the_recipe_of_a_convnet_is_told_by_the_setting_that_does_not_fit():
+    message = refusal("rotation_cifar10", "encoder.name=vit_tiny_patch16_224", "encoder.image_size=224")
+    assert "is no setting of encoder.name=vit_tiny_patch16_224" in message and "encoder.kwargs={}" in message
+
+
+def test_every_name_of_another_tool_leads_to_a_key_that_there_is():
+    keys = set(Keys(options_for("mae")).all()) | {f"encoder.kwargs.{name}" for name in
+                                                  ("depth", "embed_dim", "num_heads", "drop_path_rate")}  # fmt: skip
+    assert set(NAMES.values()) <= keys
+
+
+def test_online_evaluation_of_several_findings_is_refused_at_the_start():
+    message = refusal("mae_cxr", "evaluate.every_steps=100")
+    assert "judges by class numbers" in message and "write evaluate.every_steps=0" in message
+
+
+class Foreign(Options):
+    """Settings of an objective from elsewhere; its sentences come from its types."""
+
+    temperature: float = Field(0.1, gt=0, lt=2)
+    widths: list[int] = [1]
+    mode: str | None = None
+
+
+def test_an_objective_from_elsewhere_has_the_same_sentences():
+    values, _ = whole(CONFIGS / "mae_cifar10.yaml")
+    values["objective"] = {"name": "foreign", "temperature": "hot", "widths": 3, "mode": 5, "temprature": 1}
+    message = answer(values, lambda name: Foreign)
+    assert "objective.temperature='hot' is refused: write a number above 0 and below 2." in message
+    assert "objective.widths=3 is refused: write a list of whole numbers." in message
+    assert "objective.mode=5 is refused: write text, or null, in quotes where it looks like a number." in message
+    assert "objective.temprature does not exist; did you mean objective.temperature?" in message
+
+
+# ---- what an override's text means
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("runs/a #2", "runs/a #2"),
+        ("a: b", "a: b"),
+        ("2026-01-31", "2026-01-31"),
+        ("0755", "0755"),
+        ("1_000", "1_000"),
+        ("7", "7"),
+        ("yes", "yes"),
+        ("'7'", "7"),
+        ("{x}", "{x}"),
+        ("[x", "[x"),
+        ("~/runs/x", "/home/somebody/runs/x"),
+    ],
+)
+def test_text_is_taken_as_it_stands_and_comes_back_from_the_copy(text, value, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config("mae_cifar10", [f"run_dir={text}"], options_for)
+    assert config.run_dir == value
+    copied = tmp_path / "config.yaml"
+    copied.write_text(config.to_yaml())
+    assert load_config(copied, [], options_for) == config
+    assert yaml.safe_load(copied.read_text())["run_dir"] == value  # for who reads it as YAML 1.1
+
+
+def test_other_values_are_numbers_lists_and_mappings():
+    overrides = [
+        "optimizer.betas.0=0.8",
+        "optimizer.min_lr=1e-6",
+        "objective.crop_scale.1=9e-1",
+        "objective.crop_scale.0=.3",
+        'data.shards=["a", "b"]',
+        "data.shards.0=7.tar",
+        "encoder.kwargs={depth: 4, drop_path_rate: 1e-1}",
+        "deepspeed={aio: {x: 1}}",
+        "evaluate.train_shards=[7, a]",
+        "evaluate.test_shards=b",
+        "evaluate.label_names=[1, no]",
+    ]
+    config = load_config("mae_cifar10", overrides, options_for)
+    assert config.optimizer.betas == (0.8, 0.95) and config.optimizer.min_lr == 1e-6
+    assert config.objective["crop_scale"] == (0.3, 0.9)
+    assert config.data.shards == ["7.tar", "b"]
+    assert config.encoder.kwargs == {"depth": 4, "drop_path_rate": 0.1}
+    assert config.deepspeed == {"aio": {"x": 1}}
+    assert config.evaluate.train_shards == ["7", "a"] and config.evaluate.label_names == ["1", "no"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\xff\xfe\x00bin", "is no text"),
+        (b"", "holds no settings"),
+        (b"- a\n- b\n", "holds no settings"),
+        (b"a: [1, 2\n", "is not valid YAML"),
+        (b"train: {epochs: 1}\ntrain: {epochs: 2}\n", "train is there twice"),
+        (b"seed: !!python/object:os.system x\n", "is not valid YAML"),
+        (b"1: 2\ntrain: 5\n", "train=5 is refused: write settings below it"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_told_as_that(content, sentence, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        load_config(path, [], options_for)

@@ -1,0 +1,87 @@
+"""Who started a process, told from the environment alone; what is said by halves is refused and never waited for."""
+
+import pytest
+
+from prelude.data.errors import UserError
+from prelude.pretrain import launchers
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_NTASKS": "10", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+STEP = SLURM | {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),2"}
+ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29777"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+def completed(env: dict) -> tuple:
+    env = dict(env)
+    launchers.complete(env)
+    return (
+        env["RANK"],
+        env["WORLD_SIZE"],
+        env["LOCAL_RANK"],
+        str(launchers.local_world_size(env)),
+        *(env.get(name) for name in ADDRESS),
+    )
+
+
+ALONE = ("0", "1", "0", "1", None, None)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        SLURM,  # a batch script
+        SLURM | ADDRESS,  # that has exported what its srun will need
+        SLURM | {"SLURM_STEP_ID": str(2**32 - 5)},  # as newer versions number it
+        SLURM | {"SLURM_STEPID": str(2**32 - 6)},  # the shell of salloc
+        STEP | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "4"},  # of a container
+    ],
+)
+def test_one_process_is_a_world_of_one(env):
+    assert completed(env)[:4] == ALONE[:4]
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        (TORCHRUN | ADDRESS, ("2", "4", "0", "2", "node1", "29777")),
+        (STEP | ADDRESS, ("5", "10", "1", "4", "node1", "29777")),
+        (STEP | {"SLURM_NODEID": "2"} | ADDRESS, ("5", "10", "1", "2", "node1", "29777")),
+        (OPEN_MPI | {"MASTER_ADDR": "node1"}, ("3", "4", "1", "2", "node1", "29500")),
+        (HYDRA, ("1", "2", "1", "2", "127.0.0.1", "29500")),  # all on one host
+        (TORCHRUN | ADDRESS | STEP, ("2", "4", "0", "2", "node1", "29777")),  # torchrun in a step
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ("0", "1", "0", "1", None, "29500")),
+    ],
+)
+def test_a_rank_of_many_finds_its_place(env, expected):
+    assert completed(env) == expected
+    assert launchers.world_size(env) == int(expected[1])
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not; unset RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2"} | ADDRESS, "LOCAL_RANK is not"),
+        (TORCHRUN | ADDRESS | {"RANK": "4"}, "RANK=4 is no rank of WORLD_SIZE=4"),
+        (TORCHRUN | ADDRESS | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no whole number"),
+        (TORCHRUN | ADDRESS | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        (TORCHRUN | ADDRESS | {"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        (STEP, "Under srun MASTER_ADDR is not set"),
+        (OPEN_MPI, "mpirun -x MASTER_ADDR=HOST"),
+        (HYDRA | {"PMI_SIZE": "8"}, "mpiexec -genv MASTER_ADDR HOST"),
+    ],
+)
+def test_what_is_said_by_halves_is_a_sentence(env, words):
+    with pytest.raises(UserError, match=words):
+        completed(env)

@@ -1,0 +1,103 @@
+"""Where a run goes on, what its progress is worth under other settings, and what it is told."""
+
+from pathlib import Path
+
+import pytest
+
+from prelude.data.errors import UserError
+from prelude.pretrain.recipes import validate_config
+from prelude.pretrain.resume import progress_after, starting_point
+from prelude.pretrain.schedules import Progress
+
+NUM_SAMPLES = 1600
+OWN = Path("runs/x/checkpoints/step-00000010")
+
+
+def config_of(batch=16, epochs=1.0, checkpoint="auto", **optimizer):
+    values = {
+        "run_dir": "runs/x",
+        "data": {"shards": "none"},
+        "encoder": {"name": "none", "image_size": 8},
+        "objective": {"name": "toy"},
+        "train": {"epochs": epochs, "global_batch": batch},
+        "optimizer": {"lr": 0.1} | optimizer,
+        "resume": {"checkpoint": checkpoint},
+    }
+    return validate_config(values, "a test")
+
+
+def start_of(config) -> Progress:
+    steps_per_epoch = NUM_SAMPLES / config.train.global_batch
+    return Progress(0, round(config.train.epochs * steps_per_epoch), steps_per_epoch)
+
+
+def meta_of(config, step: int) -> dict:
+    num_steps = start_of(config).num_steps
+    loader = {"num_samples": NUM_SAMPLES, "samples": step * config.train.global_batch}
+    return {"step": step, "num_steps": num_steps, "config": config.model_dump(mode="json"), "loader": loader}
+
+
+def after(then, now, step=10, checkpoint=OWN):
+    return progress_after(meta_of(then, step), now, start_of(now), checkpoint)
+
+
+def test_the_same_settings_go_on_at_the_same_step_and_nothing_is_told():
+    assert after(config_of(), config_of()) == (Progress(10, 100, 100.0), [])
+
+
+@pytest.mark.parametrize(("batch", "step"), [(32, 5), (8, 20), (160, 1), (48, 3)])
+def test_another_batch_counts_in_samples(batch, step):
+    absolute = {"lr_rule": "absolute", "min_lr": 0.1}
+    progress, notices = after(config_of(**absolute), config_of(batch, **absolute))
+    assert progress.step == step and progress.num_steps == round(NUM_SAMPLES / batch)
+    assert notices == [f"train.global_batch 16 -> {batch}: 10 steps, or 160 images, count as {step} steps"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batch": 32},  # the rate follows the batch
+        {"lr": 0.2},
+        {"epochs": 3},
+        {"warmup_epochs": 0.5},
+        {"milestones": [0.05]},
+        {"lr_rule": "absolute"},
+    ],
+)
+def test_a_jump_of_the_learning_rate_is_told_whatever_causes_it(changed):
+    _, notices = after(config_of(), config_of(**changed))
+    assert "the learning rate jumps here" in notices[-1]
+
+
+def test_settings_that_leave_the_rate_alone_are_no_jump():
+    assert after(config_of(), config_of(weight_decay=0.3))[1] == []
+
+
+@pytest.mark.parametrize("changed", [{"epochs": 0.05}, {"epochs": 0.1}, {"batch": 800, "epochs": 0.5}])
+def test_nothing_left_to_train_is_refused(changed):
+    with pytest.raises(UserError, match="Nothing is left to train.*larger train.epochs"):
+        after(config_of(), config_of(**changed), step=60 if "batch" in changed else 10)
+
+
+def test_only_a_run_that_came_to_its_own_end_may_start_again_and_do_nothing():
+    finished, _ = after(config_of(), config_of(), step=100)
+    assert finished.step == finished.num_steps
+    with pytest.raises(UserError, match="Nothing is left to train"):
+        after(config_of(), config_of(), step=100, checkpoint=Path("runs/y/checkpoints/step-00000100"))
+
+
+class Has:
+    """A store whose newest checkpoint is this one."""
+
+    def __init__(self, newest):
+        self.newest = lambda: newest
+
+
+def test_a_named_checkpoint_is_where_a_run_without_its_own_begins():
+    named = "runs/y/checkpoints/step-00000005"
+    assert starting_point(Has(None), config_of(checkpoint=named)) == Path(named)
+    assert starting_point(Has(OWN), config_of(checkpoint=named)) == OWN
+    assert starting_point(Has(OWN), config_of(checkpoint=str(OWN))) == OWN
+    assert starting_point(Has(OWN), config_of()) == OWN and starting_point(Has(None), config_of()) is None
+    with pytest.raises(UserError, match="goes on from step-00000010; leave it out, or .* in another run_dir"):
+        starting_point(Has(OWN), config_of(checkpoint="runs/x/checkpoints/step-00000005"))
