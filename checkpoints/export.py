@@ -54,6 +54,11 @@ def export_encoder(source: str, to: str | Path) -> ExportReport:
     to = Path(to)
     _refuse_to_overwrite(to)
     encoder = open_encoder(source)
+    if encoder.config.norm_eps is not None:
+        raise UserError(
+            f"{source} has LayerNorms of eps {encoder.config.norm_eps:g}, which timm's config.json cannot say; open "
+            "the weights that it comes from as SOURCE#norm_eps=1e-6, whose features differ in the sixth digit."
+        )
     draft = _beside(to, ".tmp-")
     try:
         if not os.path.lexists(to) and _aside(to).is_dir():

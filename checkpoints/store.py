@@ -297,6 +297,14 @@ def problem(path: str | Path, files: tuple[str, ...] = _FILES) -> str | None:
     return fault and fault.why
 
 
+def read_meta(path: str | Path) -> dict:
+    """What a checkpoint was saved with beside its tensors, which stay on disk; empty where it cannot be read."""
+    try:
+        return json.loads((Path(path) / STATE).read_text())["meta"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def read_checkpoint(path: str | Path) -> tuple[PortableState, dict]:
     """A checkpoint's state and `meta`. Raises UserError unless every byte of it is as it was written."""
     path = Path(path)

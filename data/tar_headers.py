@@ -21,6 +21,7 @@ _RECORD = 10240  # what tar fills its end up to, unless told otherwise
 _LARGEST_RECORD = 2**20
 _MAX_EXTENDED_HEADER = 2**20
 _SCAN = 2**20
+_SEARCHED = 2**26  # of a member: where its size is wrong, the next header comes after its true content
 _ZEROS = bytes(BLOCK)
 _EXTENDED = (b"x", b"g", b"L", b"K")
 _REGULAR = (b"0", b"\0", b"7")
@@ -45,7 +46,7 @@ class Damage(NamedTuple):
     at_least: int = 1  # samples that must be lost by it
 
 
-@dataclass
+@dataclass(slots=True)
 class _Last:
     """The member before, until what follows shows that its size is right."""
 
@@ -77,11 +78,13 @@ class Walk:
                 if inner is not None:
                     self._lose("wrong size", last.name, inner - last.header)
                 else:
-                    yield from _believed(last, tail)
+                    if last is not None and last.kind:
+                        yield Member(last.name, last.content, last.size, last.kind == "file", tail)
                     inner = self._after_damage(offset, block)
                 offset, last, extended = inner, None, {}
                 continue
-            yield from _believed(last, tail)
+            if last is not None and last.kind:
+                yield Member(last.name, last.content, last.size, last.kind == "file", tail)
             offset, last, extended = self._member(offset, block, header, extended)
 
     def _member(self, offset: int, block: bytes, header: tuple, extended: dict):
@@ -132,7 +135,7 @@ class Walk:
         begins with one, and is no sign of a wrong size."""
         if last is None or offset <= last.content:
             return None
-        found = next_sound_header(self.fd, last.content, offset)
+        found = next_sound_header(self.fd, last.content, min(offset, last.content + _SEARCHED))
         return None if found == last.content else found
 
     def _after_damage(self, offset: int, block: bytes) -> int | None:
@@ -161,11 +164,6 @@ class Walk:
 
     def _lose(self, reason: str, where: str, num_bytes: int, at_least: int = 1) -> None:
         self.damage.append(Damage(reason, where, num_bytes, at_least))
-
-
-def _believed(last: _Last | None, tail: bytes) -> Iterator[Member]:
-    if last is not None and last.kind:
-        yield Member(last.name, last.content, last.size, last.kind == "file", tail)
 
 
 def next_sound_header(fd: int, offset: int, end: int) -> int | None:

@@ -8,6 +8,7 @@
 - Nothing is ever extracted: a member's name is only a key, so it cannot climb out of a folder.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -107,9 +108,13 @@ def image_extension(extensions) -> str | None:
 
 def passed_over(name: str) -> bool:
     """Whether a member is no part of a data set: a hidden file, what desktops leave behind, webdataset's own notes."""
-    *folders, file = name.lower().split("/")
-    in_vain = file in DESKTOP_FILES or not DESKTOP_FOLDERS.isdisjoint(folders)
-    return file.startswith(".") or in_vain or bool(_META.match(name))
+    folder, _, file = name.rpartition("/")
+    return file.startswith(".") or _is_of_desktops(folder) or file.lower() in DESKTOP_FILES or bool(_META.match(name))
+
+
+@functools.lru_cache(1024)
+def _is_of_desktops(folder: str) -> bool:
+    return not DESKTOP_FOLDERS.isdisjoint(folder.lower().split("/"))
 
 
 # ---- members into samples

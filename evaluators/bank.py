@@ -35,6 +35,7 @@ from prelude.data.shards import ShardIndex, cache_folder
 from prelude.evaluators.features import Extractor, nothing_readable
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts
+from prelude.pretrain.sameness import refuse_differences
 
 FORMAT = 2
 VALUES, SAMPLE_IDS, ABOUT = "values.f32", "sample_ids.i64", "about.json"
@@ -105,6 +106,7 @@ class Bank:
         return sum(entry.num_bytes for entry in entries)
 
     def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size: int, num_workers: int):
+        refuse_differences({"features": identities})
         unfinished = distributed.from_main(self._new_folder() if distributed.is_main() else None)
         try:
             self._refuse_unless_shared(unfinished)

@@ -9,17 +9,18 @@
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.checkpoints.convert.fit import fit
+from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
 from prelude.data.batch import Batch
 from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
@@ -119,10 +120,13 @@ def check(task: Task, world_size: int) -> None:
         )
 
 
-def build(task: Task) -> Classifier:
-    """The classifier with the source's weights; its new parts depend on the config's seed alone."""
+def build(task: Task, say: Callable[[str], None] = lambda sentence: None) -> Classifier:
+    """The classifier with the source's weights; its new parts depend on the config's seed alone.
+
+    say: is told what was loaded, and what is new.
+    """
     config = task.config
-    encoder = pretrained(task.opened, config.encoder, seed=config.seed)
+    encoder = pretrained(task.opened, config.encoder, seed=config.seed, say=say)
     with seeded(config.seed + 2**31):
         return Classifier(
             encoder,
@@ -152,28 +156,16 @@ def encoder_config(opened: OpenedEncoder, options: FineTuneOptions) -> EncoderCo
     return config.model_copy(update=changes)
 
 
-def pretrained(opened: OpenedEncoder, config: EncoderConfig, *, seed: int) -> nn.Module:
+def pretrained(
+    opened: OpenedEncoder, config: EncoderConfig, *, seed: int, say: Callable[[str], None] = lambda sentence: None
+) -> nn.Module:
     """`config`'s encoder with the source's weights. A table of positions for another size is resampled; a final norm
     that the other pooling does not use is left behind, and the one that it brings is new. Raises UserError.
     """
     encoder = build_encoder(config, seed=seed)
-    wanted, found = encoder.state_dict(), dict(opened.model.state_dict())
-    if "pos_embed" in wanted and wanted["pos_embed"].shape != found["pos_embed"].shape:
-        found["pos_embed"] = resample_abs_pos_embed(
-            found["pos_embed"],
-            encoder.patch_embed.grid_size,
-            opened.model.patch_embed.grid_size,
-            num_prefix_tokens=0 if encoder.no_embed_class else encoder.num_prefix_tokens,
-        )
-    new = [name for name in wanted if name not in found or wanted[name].shape != found[name].shape]
-    lost = [name for name in found if name not in wanted]
-    unexpected = [name for name in (*new, *lost) if not name.startswith(("norm.", "fc_norm."))]
-    if unexpected:
-        raise UserError(
-            f"{opened.name} cannot be fine-tuned at objective.image_size={config.image_size}: its {unexpected[0]} does "
-            f"not fit; leave objective.image_size out."
-        )
-    encoder.load_state_dict({name: found[name] for name in wanted if name not in new}, strict=False)
+    weights = weights_of(opened)
+    fitted = fit(encoder, weights, "the encoder that is fine-tuned", may_differ=("norm.", "fc_norm."))
+    say(fitted.sentence(weights))
     return encoder
 
 

@@ -102,5 +102,8 @@ def refuse_what_the_source_decides(values: dict) -> None:
         raise UserError("data.allow_commands has no effect on labelled shards, which must be files; leave it out.")
     if evaluate.get("every_steps"):
         raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict) and "layer_decay" in optimizer:
+        raise UserError("optimizer.layer_decay is for pretraining; write objective.layer_decay.")
     if "collapse" in values:
         raise UserError("The section collapse has no effect on training with labels; leave it out.")

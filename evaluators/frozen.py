@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from prelude.checkpoints.description import has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.checkpoints.store import recorded_config
 from prelude.data.errors import UserError
@@ -142,6 +143,8 @@ class Judging:
     def _taken(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
         """The features, and a word on what they took."""
         started = time.monotonic()
+        if encoder.loaded:
+            self.say(encoder.loaded)
         found = self.features(source, sources, encoder)
         counts = " and ".join(
             f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)
@@ -247,9 +250,9 @@ def vector_format(
 
 def run_of(source: str) -> Path | None:
     """The folder of the run that a source belongs to: itself, or where its checkpoint or export lies."""
-    if is_pixels(source) or source.startswith("timm:"):
+    if is_pixels(source) or not has_folder(source):
         return None
-    folder = Path(source.removeprefix("random:")).absolute()
+    folder = path_of(source).absolute()
     for candidate in (folder, *folder.parents[:2]):
         checkpoints = candidate / "checkpoints"
         if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
@@ -264,9 +267,14 @@ def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
 
 def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
     """The sections of this name in the runs of the sources, and in sources that are themselves recipes."""
-    paths = [Path(source) if Path(source).is_file() else run_of(source) for source in sources]
+    paths = [Path(source) if is_recipe(source) else run_of(source) for source in sources]
     recipes = (read_recipe(path) if path.is_file() else recorded_config(path) for path in paths if path)
     return filter(None, (recipe.get(name) for recipe in recipes))
+
+
+def is_recipe(source: str) -> bool:
+    """Whether this is the file of a recipe, and not one of weights."""
+    return Path(source).suffix in (".yaml", ".yml") and Path(source).is_file()
 
 
 def is_random(source: str) -> bool:

@@ -8,9 +8,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from prelude.checkpoints import sources
+from prelude.checkpoints.description import has_folder, path_of
 from prelude.data.errors import UserError
 from prelude.evaluators.comparison import Entry, Picture
 from prelude.evaluators.features import fair_kinds, kinds_among
@@ -146,7 +146,7 @@ def in_words(config: EncoderConfig) -> str:
 def _contestant(named: Named, taken: set[str]) -> tuple[Contestant, sources.Description | None]:
     source = named.source
     kind = "untrained" if is_random(source) else "pretrained"
-    if is_pixels(source) or source.startswith("timm:"):
+    if is_pixels(source) or not (is_random(source) or has_folder(source)):
         kind = "floor"
     name = _unique(named.name or _name(source), taken)
     if named.problem or is_pixels(source):
@@ -165,9 +165,9 @@ def _contestant(named: Named, taken: set[str]) -> tuple[Contestant, sources.Desc
 def _name(source: str) -> str:
     """`mae` of runs/mae, `mae/step-00001000` of a checkpoint, `mae/export` of an export in its run."""
     prefix, path = ("random:", source.removeprefix("random:")) if is_random(source) else ("", source)
-    folder = Path(path)
-    if is_pixels(path) or path.startswith("timm:"):
+    if is_pixels(path) or not has_folder(path):
         return source
+    folder = path_of(path)
     run = run_of(path)
     if run and folder.absolute() != run:
         return f"{prefix}{run.name}/{folder.name}"

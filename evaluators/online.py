@@ -24,8 +24,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import prelude
+from prelude.data.errors import UserError
+from prelude.data.loader import label_reader
+from prelude.data.shards import ShardIndex
 from prelude.pretrain import distributed, stopping
-from prelude.pretrain.config import Config
+from prelude.pretrain.config import Config, EvaluateConfig
 from prelude.pretrain.files import save_file, write_whole
 from prelude.pretrain.monitors import Monitor, Report
 from prelude.pretrain.schedules import Progress
@@ -34,6 +37,24 @@ LAST_WAIT = 300.0  # seconds; other ranks may be waiting to leave
 _LOOK_UP = 0.2  # seconds between two looks at whether the run was asked to end
 _PACKAGE_PATH = Path(prelude.__file__).resolve().parents[1]
 _ENDED = {"ended": True}
+
+
+def check(section: EvaluateConfig) -> None:
+    """Refuses, before a run begins, labelled shards that its encoder cannot be judged on. Raises UserError."""
+    for key in ("train_shards", "test_shards"):
+        shards = getattr(section, key)
+        index = ShardIndex(shards, section.label)
+        if not (index.labels[:, 0] >= 0).any():
+            raise UserError(
+                f"evaluate.{key}={shards} has no image with a .{section.label} member; write evaluate.label, or "
+                "evaluate.every_steps=0."
+            )
+        reader = label_reader(index, section.label)
+        if reader.shape or reader.dtype != "int64":
+            raise UserError(
+                f"evaluate.label={section.label} is no class number in evaluate.{key}={shards}, and a run's encoder "
+                "is judged by those; write evaluate.label with their extension, or evaluate.every_steps=0."
+            )
 
 
 class OnlineProbe(Monitor):

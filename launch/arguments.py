@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from prelude.data.errors import UserError
 from prelude.pretrain.config import DataConfig
 
-SOURCES = (
-    "a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, "
-    "random:SOURCE (the same architecture, untrained), or pixels, pixels:SIZE"
+ENCODERS = (
+    "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
+    "(FILE#WORD says what it does not tell), timm:NAME, hf-hub:ID, local-dir:FOLDER, "
+    "random:SOURCE (the same architecture, untrained)"
 )
+SOURCES = f"{ENCODERS}, or pixels, pixels:SIZE"
 OUT = "where results are written (default: RUN/evaluations)"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 _SHARD = re.compile(r"\.(tar|tgz)\b|[*?{]|::|://")

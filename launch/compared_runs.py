@@ -17,7 +17,7 @@ from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparison import Entry
 from prelude.evaluators.finetune_recipe import NAME as FINE_TUNE
-from prelude.evaluators.frozen import Labelled
+from prelude.evaluators.frozen import Labelled, is_recipe
 from prelude.evaluators.gathering import Named
 from prelude.evaluators.run_record import is_finished
 from prelude.launch.children import run_door
@@ -30,6 +30,8 @@ def recipe_of(source: str) -> Path | None:
     """The file of a source that is a recipe, None for any other. A file that is missing is no recipe either, so that it
     is told as a source that cannot be had."""
     if Path(source).is_dir() or ":" in source or source == "pixels":
+        return None
+    if Path(source).is_file() and not is_recipe(source):
         return None
     try:
         return find_recipe(source)

@@ -38,6 +38,7 @@ def door(main: Callable[[], int]) -> int:
         return error.exit_code
     except Stopped as stop:
         print(f"stopped {stop}; run the same command again", file=sys.stderr, flush=True)
+        _left(stop.exit_code, f"stopped {stop}")
         return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

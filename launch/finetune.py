@@ -19,7 +19,7 @@ import shlex
 import sys
 
 from prelude.evaluators.finetune_recipe import check_recipe
-from prelude.launch.arguments import add_config, add_labelled, documented_parser, parse, source
+from prelude.launch.arguments import ENCODERS, add_config, add_labelled, documented_parser, parse, source
 from prelude.launch.exit_codes import door, leave
 
 
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "source",
         type=source,
         metavar="SOURCE",
-        help="a run folder (its newest checkpoint), a checkpoint or export folder, timm:NAME, random:SOURCE",
+        help=ENCODERS,
     )
     add_labelled(parser, default="the recipe's or the run's evaluate section")
     parser.add_argument(

@@ -13,7 +13,7 @@ from prelude.data.waiting import stop_when
 from prelude.evaluators import finetune
 from prelude.evaluators.results import print_table, write
 from prelude.launch.run_folder import run_folder
-from prelude.launch.training import introduce, loader_settings, logs_of
+from prelude.launch.training import introduce, loader_settings, logs_of, tell_weights
 from prelude.pretrain import distributed
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.preview import describe
@@ -24,7 +24,8 @@ def run(task: finetune.Task, command: str) -> int:
     started, config = time.monotonic(), task.config
     device = distributed.start(config.train.rank_timeout_seconds)
     with run_folder(config) as folder:
-        classifier = finetune.build(task)
+        loaded: list[str] = []
+        classifier = finetune.build(task, loaded.append)
         loader = Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))
         micro_batch, _ = config.batching(distributed.world_size())
         test = functools.partial(
@@ -41,6 +42,7 @@ def run(task: finetune.Task, command: str) -> int:
         engine = Engine(config, classifier, loader, store, monitors)
         stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
+        tell_weights(loaded[0])
         outcome = engine.run()
         loader.close()
         if outcome.reason != "finished":
@@ -57,11 +59,13 @@ def run(task: finetune.Task, command: str) -> int:
 
 
 def dry_run(task: finetune.Task) -> int:
-    config, classifier = task.config, finetune.build(task)
+    config, loaded = task.config, []
+    classifier = finetune.build(task, loaded.append)
     table = Table(title=f"fine-tuning of {task.opened.name}", show_header=False)
     world_size = distributed.launched_world_size()
     for row in describe(config, classifier, num_samples=task.train.num_samples, world_size=world_size):
         table.add_row(*row)
+    table.add_row("weights", *loaded)
     table.add_row("labels", f"{task.train.num_samples} images of {len(task.classes)} classes")
     table.add_row("test", f"{task.test.num_samples} images")
     Console().print(table)

@@ -10,6 +10,8 @@ from prelude.data.waiting import wait_at_most
 from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
 from prelude.pretrain import distributed
+from prelude.pretrain.environment import describe_code
+from prelude.pretrain.sameness import refuse_differences
 
 
 def judge(
@@ -50,16 +52,21 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
         wait_at_most(args.timeout_seconds, "--timeout-seconds")
     if distributed.launched_world_size() > 1:
         distributed.start()
-    given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
+        refuse_differences({"arguments": given_words(argv), "code": describe_code()})
     return {
         "seed": args.seed,
         "num_seeds": args.seeds,
         "batch_size": args.batch_size,
         "num_workers": distributed.cores_per_rank() if args.num_workers is None else args.num_workers,
         "out": args.out,
-        "command": shlex.join(["prelude", name, *given]),
+        "command": f"prelude {name} {given_words(argv)}",
         "say": _say,
     }
+
+
+def given_words(argv: Sequence[str] | None) -> str:
+    """The command line as a person would write it, without what a launcher adds."""
+    return shlex.join(word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank"))
 
 
 def _say(text: str) -> None:

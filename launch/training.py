@@ -7,16 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.shards import expand_shards, local_shards
 from prelude.data.waiting import stop_when, wait_at_most
-from prelude.evaluators.online import OnlineProbe
+from prelude.evaluators import online
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
-from prelude.pretrain import distributed, precision
+from prelude.pretrain import deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
@@ -36,19 +37,25 @@ def check(config: Config) -> None:
     if config.evaluate and config.evaluate.every_steps:
         local_shards(config.evaluate.train_shards)
         local_shards(config.evaluate.test_shards)
+        online.check(config.evaluate)
+    deepspeed_config.passed_through(config)
 
 
 def train(config: Config) -> int:
     """The exit code of the run."""
     device = distributed.start(config.train.rank_timeout_seconds)
+    deepspeed_config.check(config)
+    start = start_of(config, Store(Path(config.run_dir) / "checkpoints", keep=config.checkpoint.keep))
+    config = start.config
     with run_folder(config) as folder:
-        objective = build_objective(config)
+        objective = build_objective(config, start.warm)
         loader = loader_of(config, objective.views)
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
         engine = Engine(config, objective, loader, store, monitors)
         stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
+        tell_weights(start.sentence)
         outcome = engine.run()
         loader.close()
     distributed.stop()
@@ -79,12 +86,12 @@ def loader_settings(config: Config) -> dict[str, Any]:
 def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     if not distributed.is_main():
         return []
-    online = [OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
+    probes = [online.OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
     remedies = objective_class(config.objective["name"]).remedies
     momentum = config.objective.get("momentum", 1.0)  # at 1 a teacher does not follow at all, so no lag excuses it
     teacher_steps = 1 / (1 - momentum) if momentum < 1 else 0.0
     watch = CollapseWatch(config.collapse, store, remedies, teacher_steps, run_dir)
-    return [*online, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
+    return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
 
 
 def logs_of(run_dir: Path) -> list[Monitor]:
@@ -108,13 +115,23 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
         print(text, file=sys.stderr)
 
 
+def tell_weights(sentence: str) -> None:
+    """How much was loaded, where an encoder starts from weights."""
+    if sentence and distributed.is_main():
+        with Tolerant("the console"):
+            print(sentence, file=sys.stderr)
+
+
 def dry_run(config: Config) -> int:
-    objective = build_objective(config)
+    start = start_of(config)
+    objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views)
     table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
     world_size = distributed.launched_world_size()
     for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
         table.add_row(*row)
+    if start.sentence:
+        table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     Console().print(table)

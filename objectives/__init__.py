@@ -52,10 +52,20 @@ def check_objective(config: Config) -> None:
     """Refuses, before anything is built, an objective that cannot work with this encoder. Raises UserError."""
     cls, options = chosen(config)
     cls.check(options, config.encoder)
+    _refuse_freezing_chance(config)
     if config.train.zero_stage > cls.max_zero_stage:
         raise UserError(
             f"objective.name={config.objective['name']} reads whole weights between steps, which ZeRO stage "
             f"{config.train.zero_stage} keeps in parts; write train.zero_stage={cls.max_zero_stage}."
+        )
+
+
+def _refuse_freezing_chance(config: Config) -> None:
+    steps = config.train.freeze_encoder_steps
+    if steps and config.encoder.weights is None:
+        raise UserError(
+            f"train.freeze_encoder_steps={steps} would hold an encoder that is still random; write "
+            "encoder.weights=SOURCE, or leave it out."
         )
 
 

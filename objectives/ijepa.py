@@ -34,6 +34,7 @@ from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress, linear
+from prelude.pretrain.warm_start import drawn_parts, is_warm
 
 _NUM_PICTURES = 6
 _INIT_STD = 0.02  # of the official code
@@ -171,8 +172,9 @@ class IJEPA(Objective):
         ]
 
     def _initialise(self) -> None:
-        """Normal weights of standard deviation 0.02, no bias, as the official code effectively starts."""
-        for part in (self.encoder, self.predictor):
+        """Normal weights of standard deviation 0.02, no bias, as the official code effectively starts; an encoder that
+        comes with weights keeps them."""
+        for part in drawn_parts(self, self.encoder, self.predictor):
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     std = self._patch_init_std(module) if isinstance(module, nn.Conv2d) else _INIT_STD
@@ -185,7 +187,8 @@ class IJEPA(Objective):
                 for layer, block in enumerate(part.blocks, start=1):
                     for written in (block.attn.proj, block.mlp.fc2):
                         written.weight.data.div_((2 * layer) ** 0.5)
-        for token in (self.encoder.cls_token, self.encoder.reg_token, self.predictor.mask_token):
+        of_encoder = () if is_warm(self.encoder) else (self.encoder.cls_token, self.encoder.reg_token)
+        for token in (*of_encoder, self.predictor.mask_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=_INIT_STD)
 

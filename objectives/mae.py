@@ -33,6 +33,7 @@ from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.position import sincos_table
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.warm_start import drawn_parts, is_warm
 
 _EPSILON = 1e-6  # added to a patch's variance, so that a flat patch has target 0
 _NUM_PICTURES = 8
@@ -171,15 +172,22 @@ class MAE(Objective):
         return mean, (variance + _EPSILON).sqrt()
 
     def _initialise(self) -> None:
-        xavier_init(self)
-        projection = self.encoder.patch_embed.proj
+        """As the official code starts; an encoder that comes with weights keeps them."""
+        for part in drawn_parts(self, *self.children()):
+            xavier_init(part)
+        tokens = [self.mask_token]
+        if not is_warm(self.encoder):
+            self._initialise_patches(self.encoder.patch_embed.proj)
+            tokens = [self.encoder.cls_token, self.encoder.reg_token, self.mask_token]
+        for token in tokens:
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+    def _initialise_patches(self, projection: nn.Module) -> None:
         nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))  # as the matrix it acts as
         if projection.bias is not None:  # not zero: the official code leaves the convolution's default
             bound = projection.weight[0].numel() ** -0.5
             nn.init.uniform_(projection.bias, -bound, bound)
-        for token in (self.encoder.cls_token, self.encoder.reg_token, self.mask_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

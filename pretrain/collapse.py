@@ -23,8 +23,7 @@ evaluations:
   to be judged". A resumed run remembers what was logged before.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -32,6 +31,7 @@ from typing import Protocol
 
 from prelude.pretrain.config import CollapseConfig
 from prelude.pretrain.feature_health import TRIVIAL_LOSS
+from prelude.pretrain.files import read_lines
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.schedules import Progress
 
@@ -120,14 +120,21 @@ class CollapseWatch(Monitor):
         if not (self.run_dir and progress.step):
             return
         store, self.store = self.store, _Nobody()  # what was kept then is kept still
-        for line in _lines(self.run_dir / "metrics.jsonl", progress.step):
+        for line in self._lines("metrics.jsonl", progress.step):
             self._observe("step", line["step"], line["parts"] | {"loss": line["loss"]})
-        for line in _lines(self.run_dir / "online.jsonl", progress.step):
+        for line in self._lines("online.jsonl", progress.step):
             if line["kind"] == "evaluation":
                 self._observe("evaluation", line["step"], line["numbers"])
             elif line["kind"] == "collapse":
                 self.told.setdefault(line["cause"], line["step"])
         self.store, self.reports = store, []
+
+    def _lines(self, log: str, step: int) -> list[dict]:
+        """Of an earlier part of the run, up to and with `step`; what cannot be read of it was told where it is kept."""
+        try:
+            return [line for line in read_lines(self.run_dir / log) if line["step"] <= step]
+        except OSError:
+            return []
 
     def record(self, record: StepRecord) -> None:
         self.num_steps = record.num_steps or self.num_steps
@@ -252,14 +259,3 @@ def _typical(seen: list[_Seen]) -> dict[str, float]:
         of = mean if name in ("loss", TRIVIAL_LOSS) else median
         found[name] = of(each.numbers[name] for each in seen if name in each.numbers)
     return found
-
-
-def _lines(path: Path, step: int) -> Iterator[dict]:
-    """Of a log, up to and with `step`; a line that a crash has cut short is no line."""
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if line["step"] <= step:
-            yield line

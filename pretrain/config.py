@@ -48,7 +48,11 @@ class EncoderConfig(Section):
     image_size: Count | tuple[Count, Count]  # pixels; (height, width) where they differ
     patch_size: Count | None = None  # vision transformers; the architecture's own unless given
     pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
+    norm_eps: float | None = Field(None, gt=0)  # of every LayerNorm; None: timm's own, 1e-6 in most
     kwargs: dict[str, Any] = {}  # passed to timm.create_model: depth, embed_dim, drop_path_rate, ...
+    weights: str | None = None  # where the encoder's weights come from; None: drawn from the seed
+    weights_fingerprint: str | None = None  # of those weights; filled in by the command, and checked where it is given
+    own_parts: bool = False  # take an objective's decoder, predictor or projector from there too
 
     @field_validator("kwargs")
     @classmethod
@@ -65,6 +69,18 @@ class EncoderConfig(Section):
         """(height, width) in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
+    @property
+    def architecture(self) -> "EncoderConfig":
+        """Without where its weights came from."""
+        return self.model_copy(update={"weights": None, "weights_fingerprint": None, "own_parts": False})
+
+    @model_validator(mode="after")
+    def _own_parts_come_from_somewhere(self):
+        for key in ("own_parts", "weights_fingerprint"):
+            if getattr(self, key) and not self.weights:
+                raise ValueError(f"{key} has no effect without weights; write encoder.weights=SOURCE, or leave it out")
+        return self
+
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
@@ -78,6 +94,7 @@ class OptimizerConfig(Section):
     weight_decay_schedule: Literal["cosine", "linear"] = "cosine"  # how it gets there
     decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
     decay_vectors: bool = False  # whether biases and norms are decayed too
+    layer_decay: float = Field(1.0, gt=0, le=1)  # of the encoder's rate, a layer; see pretrain/layer_decay.py; 1: none
     spared_lr_ratio: float = Field(1.0, gt=0)  # learning rate of what is not decayed, as a share of lr
     warmup_epochs: float = Field(0.0, ge=0)
     warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
@@ -128,6 +145,7 @@ class TrainConfig(Section):
     global_batch: int = Field(ge=1)  # samples an optimizer step, over all ranks
     micro_batch: Count | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    freeze_encoder_steps: int = Field(0, ge=0)  # first steps in which an encoder that comes with weights stays as it is
     gradient_clipping: float = Field(0.0, ge=0)  # 0: off
     zero_stage: Literal[0, 1, 2, 3] = 0
     gradient_checkpointing: bool = False
@@ -177,7 +195,7 @@ class CollapseConfig(Section):
     max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
     min_std: float = Field(1e-4, ge=0)  # of a feature, over images
     min_rank: float = Field(0.0025, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
-    min_embedding_rank: float = Field(0.02, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
+    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
     min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
     trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it
 

@@ -27,25 +27,16 @@ _OURS = {
 }
 # Larger buckets are allocated whole, whatever the model's size.
 _MAX_BUCKET = 50_000_000
+_LONGEST_REASON = 200  # characters
 
 
 def build(config: Config, *, micro_batch: int, accumulation: int, precision: str, numel: int) -> dict:
     """The full DeepSpeed configuration. Raises UserError for pass-through keys that cannot be honoured."""
-    passed = _read(config.deepspeed)
-    for key, instead in _OURS.items():
-        if key in passed:
-            raise UserError(f"deepspeed.{key} is set by the run itself; write {instead}=... and remove it.")
+    passed = passed_through(config)
     _refuse_unknown(passed)
     bucket = min(_MAX_BUCKET, -(-numel // 1024) * 1024)  # DeepSpeed wants an even number
     zero = {"stage": config.train.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     passed_zero = passed.pop("zero_optimization", {})
-    if passed_zero.get("stage", zero["stage"]) != zero["stage"]:
-        raise UserError(
-            f"deepspeed.zero_optimization.stage={passed_zero['stage']} contradicts train.zero_stage={zero['stage']}; "
-            f"write train.zero_stage={passed_zero['stage']} and remove it."
-        )
-    if any(key.startswith("offload") for key in passed_zero):
-        raise UserError("deepspeed.zero_optimization cannot offload: checkpoints do not cover it; remove offload_*.")
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -59,12 +50,52 @@ def build(config: Config, *, micro_batch: int, accumulation: int, precision: str
     }
 
 
+def passed_through(config: Config) -> dict:
+    """What the config hands to DeepSpeed. Raises UserError for what the run decides itself."""
+    passed = _read(config.deepspeed)
+    for key, instead in _OURS.items():
+        if key in passed:
+            raise UserError(f"deepspeed.{key} is set by the run itself; write {instead}=... and remove it.")
+    zero, stage = passed.get("zero_optimization", {}), config.train.zero_stage
+    if not isinstance(zero, dict):
+        raise UserError(f"deepspeed.zero_optimization={zero!r} is refused: write {{overlap_comm: true}} and its like.")
+    if zero.get("stage", stage) != stage:
+        raise UserError(
+            f"deepspeed.zero_optimization.stage={zero['stage']} contradicts train.zero_stage={stage}; "
+            f"write train.zero_stage={zero['stage']} and remove it."
+        )
+    if any(str(key).startswith("offload") for key in zero):
+        raise UserError("deepspeed.zero_optimization cannot offload: checkpoints do not cover it; remove offload_*.")
+    return passed
+
+
+def check(config: Config) -> None:
+    """Refuses, by DeepSpeed's own reading, a value that is passed through. Raises UserError."""
+    if not (passed := passed_through(config)):
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    ours = build(config.model_copy(update={"deepspeed": {}}), micro_batch=1, accumulation=1, precision="fp32", numel=1)
+    _refuse_unknown(passed)
+    for key, value in passed.items():
+        try:
+            DeepSpeedConfig(ours | {key: {**ours[key], **value} if key == "zero_optimization" else value})
+        except (TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise UserError(
+                f"deepspeed.{key}={value!r} is refused by DeepSpeed: {reason}; correct it, or remove it."
+            ) from error
+
+
 def _read(passed: dict | str) -> dict:
     if isinstance(passed, dict):
         return dict(passed)
     try:
-        return json.loads(Path(passed).read_text())
-    except OSError:
+        found = json.loads(Path(passed).read_text())
+        if isinstance(found, dict):
+            return found
+        raise UserError(f"deepspeed={passed} holds no settings; write the path of a DeepSpeed JSON file.")
+    except (OSError, UnicodeDecodeError):
         raise UserError(f"deepspeed={passed} cannot be read; write the path of a DeepSpeed JSON file.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"deepspeed={passed} is not valid JSON: {error}.") from None

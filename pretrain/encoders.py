@@ -39,6 +39,8 @@ _REFUSALS = (
 )
 _LONGEST_REASON = 200  # characters
 _ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
+# timm would load these, leniently, and an objective's initialisation would undo it.
+_WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 @dataclass(frozen=True)
@@ -206,14 +208,16 @@ def _create(config: EncoderConfig) -> nn.Module:
             raise UserError(f"encoder.kwargs.{key} has its own key; write encoder.{_HOME_OF[key]}.")
         if key in _ALWAYS:
             raise UserError(f"encoder.kwargs.{key} is the same for every encoder here; leave it out.")
+        if key in _WEIGHTS:
+            raise UserError(f"encoder.kwargs.{key} loads weights without a word; write encoder.weights=SOURCE.")
     kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
     try:
         try:
-            return _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
+            model = _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            return _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
+            model = _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
     except _REFUSALS as error:
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             raise _no_setting(unknown[1], config) from error
@@ -223,6 +227,20 @@ def _create(config: EncoderConfig) -> nn.Module:
             f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "
             "encoder.kwargs={} for the architecture as timm has it."
         ) from error
+    if config.norm_eps is not None:
+        _set_norm_eps(model, config)
+    return model
+
+
+def _set_norm_eps(model: nn.Module, config: EncoderConfig) -> None:
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    if not norms:
+        raise UserError(
+            f"encoder.norm_eps={config.norm_eps:g} has no effect on {config.name}, which has no LayerNorm; leave it "
+            "out."
+        )
+    for norm in norms:
+        norm.eps = config.norm_eps
 
 
 def _sound(model: nn.Module) -> nn.Module:

@@ -7,12 +7,13 @@
 - Learning rate and weight decay are set on every group before every step, from the step counter.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from timm.optim import Lamb, Lars
 from torch import nn
 
+from prelude.pretrain import layer_decay
 from prelude.pretrain.config import Config
 from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine
 
@@ -20,14 +21,20 @@ TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
 
 
 def parameter_groups(
-    module: nn.Module, *, decay_tokens: bool, decay_vectors: bool = False, lr_scales: dict[str, float] | None = None
+    module: nn.Module,
+    *,
+    decay_tokens: bool,
+    decay_vectors: bool = False,
+    lr_scales: dict[str, float] | None = None,
+    still: Collection[str] = (),
 ) -> list[dict]:
     """Trainable parameters in a decayed and an undecayed group, named so that they are never told apart by place.
 
     Decayed is what has more than one dimension and is no bias (the rule of the official MAE code); with
     `decay_tokens=False`, tokens and position tables are spared too, and with `decay_vectors` no vector is. Empty
     groups are left out, because DeepSpeed removes them and would shift the others. lr_scales: multipliers of the
-    learning rate by name, 1 where a name is absent.
+    learning rate by name, 1 where a name is absent. still: names of parameters that get groups of their own, whose
+    rate is 0 for the first `train.freeze_encoder_steps`.
     """
     scales, members = lr_scales or {}, {}
     for name, parameter in module.named_parameters():
@@ -36,16 +43,17 @@ def parameter_groups(
         is_token = name.rsplit(".", 1)[-1] in TOKENS
         vector = (parameter.ndim <= 1 or name.endswith(".bias")) and not decay_vectors
         spared = vector or (is_token and not decay_tokens)
-        members.setdefault((-scales.get(name, 1.0), spared), []).append(parameter)
+        members.setdefault((-scales.get(name, 1.0), spared, name in still), []).append(parameter)
     groups = []
-    for (minus_scale, spared), parameters in sorted(members.items(), key=lambda item: item[0]):
-        name, scale = "spared" if spared else "decayed", -minus_scale
+    for (minus_scale, spared, stays), parameters in sorted(members.items(), key=lambda item: item[0]):
+        name, scale = ("spared" if spared else "decayed") + (" of the encoder" if stays else ""), -minus_scale
         groups.append(
             {
                 "params": parameters,
                 "name": name if scale == 1 else f"{name} x {scale:.3g}",
                 "decayed": not spared,
                 "lr_scale": scale,
+                "still": stays,
             }
         )
     return groups
@@ -55,7 +63,18 @@ def build_optimizer(
     module: nn.Module, config: Config, lr_scales: dict[str, float] | None = None
 ) -> torch.optim.Optimizer:
     o = config.optimizer
-    groups = parameter_groups(module, decay_tokens=o.decay_tokens, decay_vectors=o.decay_vectors, lr_scales=lr_scales)
+    scales = dict(lr_scales or {})
+    if o.layer_decay < 1:
+        of_encoder = layer_decay.lr_scales(module.encoder, o.layer_decay)
+        scales |= {f"encoder.{name}": scale * scales.get(f"encoder.{name}", 1.0) for name, scale in of_encoder.items()}
+    still = [name for name, _ in module.named_parameters() if name.startswith("encoder.")]
+    groups = parameter_groups(
+        module,
+        decay_tokens=o.decay_tokens,
+        decay_vectors=o.decay_vectors,
+        lr_scales=scales,
+        still=still if config.train.freeze_encoder_steps else (),
+    )
     common = {"lr": config.peak_lr, "weight_decay": o.weight_decay}
     match o.name:
         case "adamw":
@@ -91,6 +110,7 @@ def apply_schedule(groups: Iterable[dict], config: Config, progress: Progress) -
     lr, weight_decay = scheduled(config, progress)
     for group in groups:
         ratio = 1.0 if group["decayed"] else config.optimizer.spared_lr_ratio
-        group["lr"] = lr * ratio * group["lr_scale"]
+        moves = not (group["still"] and progress.step < config.train.freeze_encoder_steps)
+        group["lr"] = lr * ratio * group["lr_scale"] * moves  # a rate of 0 moves no weight, and decays none
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
     return lr, weight_decay

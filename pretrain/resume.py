@@ -117,7 +117,7 @@ def _jump_of_learning_rate(meta: dict, config: Config, progress: Progress) -> st
 
 def changed_settings(saved: dict, config: Config) -> list[str]:
     """`key: then -> now` for every setting that differs and must not."""
-    then, now = flat(saved), flat(config.model_dump(mode="json"))
+    then, now = flat(_with_defaults(saved)), flat(config.model_dump(mode="json"))
     keys = sorted(set(then) | set(now))
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
@@ -132,6 +132,14 @@ def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
             f"{checkpoint} belongs to a run with other settings ({'; '.join(changes)}); choose another run_dir, "
             f"restore the settings, or write resume.allow_changed_config=true."
         )
+
+
+def _with_defaults(saved: dict) -> dict:
+    """With the keys that did not exist when the checkpoint was saved, at what they do when they are left out."""
+    try:
+        return Config.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
 
 
 def flat(values: dict, prefix: str = "") -> dict:

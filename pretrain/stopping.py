@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 PREEMPTED = 75  # EX_TEMPFAIL: schedulers that requeue on a code can use it
 INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -141,9 +142,20 @@ def _lifelines() -> dict[int, str]:
     found = {}
     if "TORCHELASTIC_RUN_ID" in os.environ or {"LOCAL_SIZE", "CROSS_RANK"} <= os.environ.keys():
         found[os.getppid()] = "the launcher"
+        found |= _deepspeed_command(os.getppid())
     if os.environ.get(PARENT, "").isdigit():
         found[int(os.environ[PARENT])] = "the process that started this run"
     return found
+
+
+def _deepspeed_command(launch: int) -> dict[int, str]:
+    """DeepSpeed's launcher on one host is the child of the command that a person started and signals."""
+    try:
+        parent = int(Path(f"/proc/{launch}/stat").read_text().rpartition(")")[2].split()[1])
+        is_it = b"deepspeed" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return {}
+    return {parent: "the deepspeed command"} if is_it else {}
 
 
 def _is_there(pid: int) -> bool:

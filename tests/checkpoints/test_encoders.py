@@ -140,7 +140,7 @@ def test_pretrained_weights_keep_timms_pixels_and_drop_the_classifier(monkeypatc
     def offline_timm(name, pretrained, **kwargs):
         return create(name, pretrained=False, **kwargs)
 
-    monkeypatch.setattr(sources.timm, "create_model", offline_timm)
+    monkeypatch.setattr(timm, "create_model", offline_timm)
     opened = open_encoder("timm:vit_tiny_patch16_224.augreg_in21k")
     assert opened.mean == (0.5, 0.5, 0.5) and opened.model.num_classes == 0 and not opened.model.training
 
@@ -153,7 +153,7 @@ def test_no_network_is_said_in_one_sentence(monkeypatch):
             raise FileNotFoundError("cannot find the requested files")
         return create(name, **kwargs)
 
-    monkeypatch.setattr(sources.timm, "create_model", no_network)
+    monkeypatch.setattr(timm, "create_model", no_network)
     with pytest.raises(UserError, match="weights of resnet18 could not be fetched .*connect to the network"):
         open_encoder("timm:resnet18")
 
@@ -166,7 +166,7 @@ def test_sources_that_are_none_are_refused_with_what_to_write(tmp_path, make_run
     for source, why in [
         (tmp_path / "nowhere", "There is no folder .*nowhere; write a run folder"),
         (tmp_path / "empty", "holds no complete checkpoint and no export"),
-        (tmp_path / "foreign", "not one that an export writes"),
+        (tmp_path / "foreign", "foreign does not hold the whole of its model"),
         (run / "checkpoints" / "step-00000009", "There is no folder"),
         ("timm:resnet19", "has no model resnet19"),
         ("random:timm:resnet19", "has no model resnet19"),

@@ -66,3 +66,13 @@ def test_features_that_never_vary_are_survived(features):
 def test_classes_that_are_not_there_are_refused(problem):
     with pytest.raises(UserError, match="Class 77 is not in train and test"):
         anomaly(*problem, normal=[77])
+
+
+def test_rare_classes_are_left_out_of_the_mean_and_named(problem):
+    train, test = ({"mean": part["mean"]} for part in problem)
+    rows = ~((test["mean"].labels == 3) & ((test["mean"].labels == 3).cumsum(0) > 4))
+    few = dataclasses.replace(test["mean"], values=test["mean"].values[rows], labels=test["mean"].labels[rows])
+    outcome = anomaly(train, {"mean": few})
+    assert 3 not in outcome.details["by_class"] and len(outcome.details["by_class"]) == 9
+    assert [warning for warning in outcome.warnings if warning.endswith("class 3.")]
+    assert anomaly(train, {"mean": few}, normal=[3]).warnings == []

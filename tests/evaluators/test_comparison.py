@@ -1,5 +1,6 @@
 """What is gathered about a run, who stands beside whom, and the table that comes of it."""
 
+import dataclasses
 import html
 import json
 import re
@@ -16,8 +17,12 @@ from prelude.evaluators import gathering
 from prelude.evaluators.comparison import Comparison, Entry, Picture
 from prelude.evaluators.comparison_table import cells, in_order, markdown, notes, plain, print_comparison, to_json
 from prelude.evaluators.features import fair_kinds, kinds_among
+from prelude.evaluators.fewshot import fewshot
 from prelude.evaluators.gathering import Named, in_words, line_up
-from prelude.evaluators.headline import headline
+from prelude.evaluators.headline import gain, headline
+from prelude.evaluators.knn import knn
+from prelude.evaluators.linear_probe import linear_probe
+from prelude.evaluators.ncm import ncm
 from prelude.evaluators.pixels import open_pixels
 from prelude.evaluators.run_record import cost_of, curves_of, pictures_of_run
 from prelude.pretrain.config import EncoderConfig
@@ -183,6 +188,40 @@ def test_gains_are_over_the_same_architecture_untrained(comparison):
     assert not any(gains[name] for name in ("rotation", "random:mae", "pixels 32x32", "gone"))
 
 
+def of_kinds(chosen: str, pool: float, stages: float) -> dict:
+    each = {"pool": {"top1": {"value": pool, "se": 0.5}}, "stages": {"top1": {"value": stages, "se": 0.5}}}
+    return {"knn": {"numbers": each[chosen], "chosen": {"features": chosen}, "by_kind": each}}
+
+
+def test_gains_are_by_the_same_kind_of_feature_which_is_named():
+    trained = an_entry("b", objective="b", untrained="random:b", results=of_kinds("pool", 62.3, 60.0))
+    twin = an_entry("random:b", "untrained", results=of_kinds("stages", 60.0, 65.8))
+    alone = Comparison("", [trained, twin], ["knn"], {}, "", "", 0, None, {})
+    assert "| b | b |  | **62.3 ± 0.5** pool (+2.3) |" in markdown(alone)
+    assert "| random:b | none |  | 65.8 ± 0.5 stages |" in markdown(alone)
+    twin.results["knn"].pop("by_kind")  # another kind of feature alone is no comparison
+    assert cells(alone, trained)[0].gain == ""
+
+
+@pytest.mark.parametrize("evaluator", [linear_probe, knn, ncm, fewshot])
+def test_evaluators_give_the_number_of_each_kind_and_so_gains_can_be_had(problem, evaluator):
+    settings = {"per_class": (2,), "shares": (), "draws": 3} if evaluator is fewshot else {}
+    train, test = problem
+    outcome = evaluator(train, test, **settings)
+    (name,) = outcome.by_kind["cls"].keys() & {"top1", "2 a class"}
+    kind = outcome.chosen["features"].split(", ")[0]
+    if evaluator is not fewshot:
+        assert outcome.by_kind[kind][name] == outcome.numbers[name]
+    alone = evaluator({"cls": train["cls"]}, {"cls": test["cls"]}, **settings)
+    assert outcome.by_kind["cls"][name].value == pytest.approx(alone.numbers[name].value)
+    found = json.loads(json.dumps({outcome.evaluator: dataclasses.asdict(outcome)}, default=str))
+    blind = json.loads(json.dumps({outcome.evaluator: dataclasses.asdict(alone)}, default=str))
+    blind[outcome.evaluator]["by_kind"] = found[outcome.evaluator]["by_kind"]
+    entries = [an_entry("a", untrained="b", results=found), an_entry("b", "untrained", results=blind)]
+    both = Comparison("", entries, [outcome.evaluator], {}, "", "", 0, None, {})
+    assert gain(entries[0], outcome.evaluator, both) == pytest.approx(0)
+
+
 def test_rows_are_grouped_by_objective_and_floors_come_last(comparison):
     assert [entry.name for entry in in_order(comparison)] == [
         "mae", "mae long", "rotation", "gone", "random:mae", "pixels 32x32",
@@ -209,6 +248,19 @@ def test_the_console_shows_the_same_numbers(comparison):
     text = console.export_text()
     assert "55.0 ± 0.5" in text and "+4.5" in text and "There is no folder gone." in text
     assert "Learned from 2,000 labelled images, tested on 500." in text
+
+
+def test_a_terminal_that_is_too_narrow_gets_several_tables_with_nothing_cut():
+    names = ["knn", "linear_probe", "ncm", "fewshot", "anomaly", "fine_tune"]
+    long = "runs/chest_xrays_dseqjepa_vit_small_patch16-800_epochs"
+    entry = an_entry(long, objective="dseqjepa", results={name: result(name, top1=70.5) for name in names})
+    console = Console(record=True, width=60, force_terminal=False)
+    print_comparison(Comparison("Many", [entry], names, {}, "", "", 0, None, {}), console)
+    text = console.export_text()
+    assert text.count("70.5 ± 0.5") == len(names) and "…" not in text
+    assert max(map(len, text.splitlines())) <= 60
+    words = {word for line in text.splitlines() for word in re.split(r"[^A-Za-z0-9]+", line)}
+    assert set(re.split(r"[/_-]", long)) | {"dseqjepa", "linear", "anomaly"} <= words
 
 
 def test_json_holds_all_but_the_pictures(comparison):

@@ -1,5 +1,4 @@
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -162,9 +161,22 @@ def test_one_class_is_refused(classes, features):
         linear_probe(one, one)
 
 
-def test_twelve_heads_on_5000_images_take_seconds(classes, features):
+def test_twelve_heads_on_5000_images_take_tens_of_passes(classes):
     values, labels = classes(5000, 192, 10, seed=1, noise=4.0)
-    train = {"mean": features(values, labels)}
-    started = time.process_time()
-    linear_probe(train, train)
-    assert time.process_time() - started < 20  # measured 2.5 s
+    heads = Space.of(values).fit(ClassLoss(labels, 10), WEIGHT_DECAYS)
+    assert all(heads.converged)
+    assert heads.passes.float().mean() < 150  # measured 50
+
+
+def test_a_head_with_little_decay_is_at_its_optimum_where_it_says_so(classes):
+    values, labels = classes(120, 60, 6, seed=1, noise=1.5)
+    plain = torch.from_numpy(standardised(values, values)).double()
+
+    def objective(weights, bias):
+        loss = torch.nn.functional.cross_entropy(plain @ weights.double().T + bias.double(), labels)
+        return loss.item() + 5e-5 * weights.double().square().sum().item()
+
+    head = Space.of(values).fit(ClassLoss(labels, 6), (1e-4,))
+    oracle = LogisticRegression(C=1 / (120 * 1e-4), max_iter=20_000, tol=1e-10).fit(plain.numpy(), labels.numpy())
+    least = objective(torch.from_numpy(oracle.coef_), torch.from_numpy(oracle.intercept_))
+    assert head.converged == [True] and objective(head.weights[0], head.biases[0]) == pytest.approx(least, rel=1e-3)

@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from prelude.data.errors import UserError
 from prelude.evaluators.convex import LabelLoss, Space
 from prelude.evaluators.multilabel import group_folds, judge, multilabel
+from prelude.evaluators.ranking import _draws, auc
 
 NAMES = ("a", "b", "c")
 
@@ -116,3 +117,104 @@ def test_permuting_test_labels_changes_no_choice(parts):
     honest, blind = (multilabel(train, part, names=NAMES) for part in (test, mixed))
     assert honest.chosen == blind.chosen and honest.details["grid"] == blind.details["grid"]
     assert honest.numbers["auc"].value > blind.numbers["auc"].value + 10
+
+
+def rare_findings(num_samples, counts, seed=0, width=96):
+    """Correlated features, and for each count a finding that so many samples have."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(num_samples, width, generator=generator)
+    labels = torch.zeros(num_samples, len(counts))
+    for i, count in enumerate(counts):
+        score = drawn @ torch.randn(width, generator=generator) + 8 * torch.randn(num_samples, generator=generator)
+        labels[score.topk(count).indices, i] = 1
+    return drawn @ (torch.randn(width, width, generator=generator) * torch.logspace(0, -2, width)), labels
+
+
+def test_weight_decay_is_chosen_by_auc_within_folds_as_scikit_learn_finds_it(features):
+    values, labels = rare_findings(240, (12, 24, 60), width=48)
+    decays = (1e-2, 1.0, 30.0)
+    train = {"mean": features(values, labels)}
+    grid = multilabel(train, train, names=NAMES, seed=3, weight_decays=decays).details["grid"]
+    plain = ((values - values.mean(0)) / values.std(0, correction=0)).numpy()
+    folds, within, pooled = group_folds(240, None, 3).numpy(), [], []
+    for decay in decays:
+        areas = []
+        for i in range(3):
+            wanted, scores = labels[:, i].numpy(), np.zeros(240)
+            for fold in range(5):
+                fit, held = folds != fold, folds == fold
+                oracle = LogisticRegression(C=1 / (fit.sum() * decay), max_iter=10_000, tol=1e-9)
+                scores[held] = oracle.fit(plain[fit], wanted[fit]).decision_function(plain[held])
+                if 0 < wanted[held].sum() < held.sum():
+                    areas.append((i, roc_auc_score(wanted[held], scores[held])))
+            pooled.append(100 * roc_auc_score(wanted, scores))
+        within.append(100 * np.mean([np.mean([area for which, area in areas if which == i]) for i in range(3)]))
+    assert [row["held_out_auc"] for row in grid] == pytest.approx(within, abs=0.3)
+    assert within[2] > np.mean(pooled[6:]) + 5  # what ranking the folds' heads together would have said of strong decay
+
+
+def test_heads_of_rare_findings_reach_their_optimum_beside_frequent_ones():
+    values, labels = rare_findings(600, (5, 30, 250))
+    plain = ((values - values.mean(0)) / values.std(0, correction=0)).double().numpy()
+    decays = (1e-4, 1e-2)
+    heads = Space.of(values).fit(LabelLoss(labels), decays)
+    assert heads.converged == [True, True] and heads.gaps.shape == (2, 3)
+    for h, decay in enumerate(decays):
+        for i in range(3):
+            wanted = labels[:, i].double().numpy()
+
+            def objective(weights, bias, wanted=wanted, decay=decay):
+                logits = plain @ weights + bias
+                return np.mean(np.logaddexp(0, logits) - wanted * logits) + decay / 2 * weights @ weights
+
+            oracle = LogisticRegression(C=1 / (600 * decay), max_iter=20_000, tol=1e-10).fit(plain, wanted)
+            least = objective(oracle.coef_[0], oracle.intercept_[0])
+            ours = objective(heads.weights[h, i].double().numpy(), heads.biases[h, i].item())
+            assert ours == pytest.approx(least, rel=1e-3), (decay, i)
+
+
+def test_a_finding_is_fitted_as_if_it_were_alone():
+    values, labels = rare_findings(300, (6, 100), width=32)
+    together = Space.of(values).fit(LabelLoss(labels), (1e-3,))
+    for i in range(2):
+        alone = Space.of(values).fit(LabelLoss(labels[:, i : i + 1]), (1e-3,))
+        assert together.passes[0, i] == alone.passes[0, 0]
+        assert torch.allclose(together.weights[:, i], alone.weights[:, 0], atol=1e-3)
+
+
+def test_estimate_and_interval_are_of_the_same_findings():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(80, 3)
+    for i, count in enumerate((5, 30, 4)):
+        labels[:count, i] = 1
+    scores = torch.randn(80, 3, generator=generator) + labels * torch.tensor([3.0, 0.3, 0.0])
+    numbers, by_label = judge(scores, labels, NAMES, seed=1)
+    assert [by_label[name]["counted"] for name in NAMES] == [True, True, False]
+    assert [by_label[name]["num_present"] for name in NAMES] == [5, 30, 4]
+    assert numbers["auc"].value == pytest.approx((by_label["a"]["auc"] + by_label["b"]["auc"]) / 2)
+    weights = torch.cat(list(_draws(80, 1, None)))
+    has_both = weights[:, :5].sum(1) > 0  # positives of the first finding; the second is in every draw
+    lacking = int((~has_both).sum())
+    areas = [auc(scores[:, i], labels[:, i] > 0, weights[has_both]) for i in range(2)]
+    draws = 100 * torch.stack(areas).mean(0).numpy()
+    assert 0 < lacking < 30
+    assert numbers["auc"].interval == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-6)
+    assert numbers["auc"].se == pytest.approx(np.std(draws, ddof=1))
+
+
+def test_positives_count_by_group_and_rare_findings_are_named(features):
+    values, labels = rare_findings(200, (20, 60, 3), width=16)
+    train = features(values, labels)
+    groups = torch.arange(200)
+    groups[labels[:, 0] == 1] = 1000 + torch.arange(20) % 4  # twenty images of four patients
+    outcome = multilabel({"mean": train}, {"mean": dataclasses.replace(train, groups=groups)}, names=NAMES)
+    by_label = outcome.details["by_features"]["mean"]["by_label"]
+    assert [by_label[name]["counted"] for name in NAMES] == [False, True, False]
+    assert any(warning.endswith("a (20 present), c (3 present).") for warning in outcome.warnings)
+    assert [by_label[name]["num_present_train"] for name in NAMES] == [20, 60, 3]
+
+
+def test_a_choice_at_the_edge_is_told(parts):
+    outcome = multilabel(*parts, names=NAMES, weight_decays=(5.0, 30.0))
+    assert any("weight decay" in warning and "edge of the grid (5 to 30)" in warning for warning in outcome.warnings)
+    assert not any("edge" in warning for warning in multilabel(*parts, names=NAMES, weight_decays=(0.1,)).warnings)

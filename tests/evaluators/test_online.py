@@ -1,7 +1,9 @@
 """Judging an encoder while it trains: the same numbers as afterwards, and nothing that happens there hurts the run."""
 
+import io
 import os
 import signal
+import tarfile
 
 import pytest
 import torch
@@ -75,6 +77,20 @@ def test_a_subset_is_as_large_as_asked_for_and_new_weights_give_new_numbers(fold
     first, second, again = (judge(weights_of(config, seed)) for seed in (0, 1, 0))
     assert first["feature_std"] != second["feature_std"]
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_labels_that_cannot_judge_are_refused_before_the_run(folder, tmp_path):
+    online.check(config_of(folder).evaluate)
+    with pytest.raises(UserError, match="has no image with a .json member; write evaluate.label"):
+        online.check(config_of(folder, label="json").evaluate)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.jpg", b"x"), ("0.json", b"[0.5, 1]")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    shards = {"train_shards": str(tmp_path / "a.tar"), "test_shards": str(tmp_path / "a.tar"), "label": "json"}
+    with pytest.raises(UserError, match="evaluate.label=json is no class number in evaluate.train_shards="):
+        online.check(config_of(folder, **shards).evaluate)
 
 
 def test_stage_3_is_refused_with_what_to_write(folder):

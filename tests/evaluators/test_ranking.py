@@ -3,7 +3,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from prelude.evaluators import ranking
-from prelude.evaluators.ranking import auc, average_precision, bootstrap, interval
+from prelude.evaluators.ranking import auc, auc_within, average_precision, bootstrap, interval, standard_error
 
 
 @pytest.fixture
@@ -52,3 +52,23 @@ def test_groups_are_drawn_whole():
     for weights in ranking._draws(6, 0, groups):
         assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 3] == weights[:, 4]).all()
         assert (weights[:, [0, 3, 5]].sum(1) == 3).all()
+
+
+def test_an_area_within_parts_does_not_rank_across_them(ranked):
+    scores, positive = ranked
+    parts = torch.arange(200) % 3
+    expected = sum(roc_auc_score(positive[parts == p].numpy(), scores[parts == p].numpy()) for p in range(3)) / 3
+    assert auc_within(scores, positive, parts) == pytest.approx(expected)
+    assert auc_within(scores - 100 * parts, positive, parts) == pytest.approx(expected)
+    lonely = torch.cat([parts, torch.tensor([3])])  # a part without a negative says nothing
+    assert auc_within(torch.cat([scores, scores[:1]]), torch.cat([positive, torch.tensor([True])]), lonely) == (
+        pytest.approx(expected)
+    )
+
+
+def test_too_few_draws_give_no_interval():
+    draws = torch.full((1000,), torch.nan, dtype=torch.float64)
+    draws[:99] = torch.arange(99.0)
+    assert interval(draws) is None and standard_error(draws) is None
+    draws[99] = 99.0
+    assert interval(draws) == pytest.approx((2.475, 96.525)) and standard_error(draws) == pytest.approx(29.01, abs=0.01)

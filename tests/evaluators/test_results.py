@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,21 @@ def test_the_table_fits_a_terminal_and_shows_uncertainty_and_warnings(result):
     print_table([result], Console(file=text, width=80))
     assert "[a]/step-00000010" in text.getvalue() and "30.0 ± 4.6" in text.getvalue()
     assert "[a]/step-00000010: A warning." in text.getvalue()
+
+
+def test_names_break_between_their_words_and_never_within_one(result):
+    name = "experiments/chest_xrays/mae-vit_small_patch16-800_epochs/step-00012000"
+    numbers = {f"{count} a class": Percent(40, 1.0, spread=2.0) for count in (1, 5, 10, 20)}
+    outcome = replace(result.outcome, numbers=numbers, chosen={"features": "stage2x4"}, warnings=[])
+    long = replace(result, encoder=result.encoder | {"name": name}, outcome=outcome)
+    for width in (80, 60, 20):
+        text = io.StringIO()
+        print_table([long, long], Console(file=text, width=width))
+        lines = text.getvalue().splitlines()
+        words = {word for line in lines for word in re.split(r"[^A-Za-z0-9]+", line)}
+        assert set(re.split(r"[/_-]", name)) | {"stage2x4", "knn"} <= words
+        assert "…" not in text.getvalue() and text.getvalue().count("40.0 ± 2.0") == 8
+        assert max(map(len, lines)) <= max(width, 80)
 
 
 def test_five_numbers_fit_too_and_one_evaluator_is_the_title(result):

@@ -133,14 +133,15 @@ def test_a_port_in_use_is_one_sentence_under_a_launcher_and_without(recipe, tmp_
             assert "Traceback" not in output
 
 
-def test_ranks_whose_launcher_is_killed_save_and_leave(recipe, tmp_path):
+@pytest.mark.parametrize("killed", ["the launcher", "the deepspeed command"])
+def test_ranks_whose_launcher_is_killed_save_and_leave(killed, recipe, tmp_path):
     run = Run(deepspeed(2), recipe, tmp_path / "run", LONG, "checkpoint.every_steps=100000").at_step(3)
     (launch,) = psutil.Process(run.process.pid).children()
-    launch.kill()
+    (launch if killed == "the launcher" else run.process).kill()
     run.wait()  # until the whole process group is gone
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     assert int(checkpoint.name.removeprefix("step-")) >= len(run.metrics()) - 1
-    assert "the launcher is gone" in run.output.read_text()
+    assert f"{killed} is gone" in run.output.read_text()
 
 
 def test_ctrl_c_once_saves_and_leaves_with_75(recipe, tmp_path):

@@ -25,6 +25,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def given(overrides: list[str]) -> list[str]:
+    """These, and what makes a run short where they do not say otherwise."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return [*(setting for setting in SHORT if setting.partition("=")[0] not in keys), *overrides]
+
+
 def in_format(number: int, run: Path) -> None:
     """As if another version had written the run's checkpoints."""
     for path in run.glob(f"checkpoints/*/{MANIFEST}"):
@@ -36,8 +42,9 @@ def start(recipe, tmp_path_factory):
     """`start(folder, {name: overrides})`: starts one after another in one process; returns {name: (code, told)}."""
 
     def start(folder: Path, starts: dict[str, list[str]], **more) -> dict[str, tuple]:
-        common = ["--config", str(recipe), *SHORT]
-        plan = [{"name": name, "argv": [*common, *overrides], **more} for name, overrides in starts.items()]
+        plan = [
+            {"name": name, "argv": ["--config", str(recipe), *given(each)], **more} for name, each in starts.items()
+        ]
         (folder / "plan.json").write_text(json.dumps(plan))
         script = [sys.executable, str(Path(__file__).with_name("starts.py")), str(folder / "plan.json")]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}

@@ -227,3 +227,11 @@ def test_a_teacher_is_compared_image_by_image():
     expected /= student.mean(1).norm(dim=1) * (student.mean(1) + 1).norm(dim=1)
     torch.testing.assert_close(teacher_cosine(student, student + 1), expected)
     torch.testing.assert_close(teacher_cosine(student, -student), torch.full((4,), -1.0))
+
+
+def test_a_damaged_log_of_an_earlier_start_ends_no_later_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0, "parts": {}}\n\xff\xfe\n{"step": 2, "lo')
+    (tmp_path / "online.jsonl").mkdir()
+    watch = a_watch(run_dir=tmp_path)
+    watch.start(Progress(2, 100, 10.0))
+    assert watch.found() == []

@@ -6,7 +6,7 @@ import torch
 from prelude.data.errors import UserError
 from prelude.pretrain import precision
 from prelude.pretrain.config import Config
-from prelude.pretrain.deepspeed_config import build
+from prelude.pretrain.deepspeed_config import build, check
 
 
 def config(deepspeed=None, **train) -> Config:
@@ -57,12 +57,37 @@ def test_pass_through_is_merged_from_a_dictionary_or_a_file(tmp_path):
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "remove offload_*"),
         ({"comm_logger": {}}, "did you mean comms_logger?"),
         ("/nowhere/ds.json", "deepspeed=/nowhere/ds.json cannot be read"),
+        ({"zero_optimization": [1]}, "deepspeed.zero_optimization=[1] is refused: write {overlap_comm: true}"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(passed, sentence):
     with pytest.raises(UserError) as error:
         built(config(passed))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        {"zero_optimization": {"reduce_scatter": "perhaps"}},
+        {"zero_optimization": {"no_such_key": 1}},
+        {"comms_logger": 5},
+        {"flops_profiler": 5},
+        {"communication_data_type": 5},
+    ],
+)
+def test_a_value_that_deepspeed_cannot_read_is_refused_by_its_key(passed):
+    (key,) = passed
+    with pytest.raises(UserError, match=rf"deepspeed.{key}=.* is refused by DeepSpeed: .*; correct it, or remove it"):
+        check(config(passed))
+    check(config({"comms_logger": {"enabled": True}, "zero_optimization": {"overlap_comm": True}}))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])
+def test_a_file_that_holds_no_mapping_is_refused(content, tmp_path):
+    (tmp_path / "ds.json").write_bytes(content)
+    with pytest.raises(UserError, match="ds.json"):
+        built(config(str(tmp_path / "ds.json")))
 
 
 def test_precision_is_resolved_by_the_hardware_or_refused():

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 from dataclasses import replace
@@ -88,6 +89,22 @@ def test_the_console_says_how_the_run_is_doing():
         text = printed(terminal, [RECORD])
         for expected in ("loss 0.7500", "321 images/s", "data wait 3%", "ETA 1:02:05", "bad samples 2", "5/100"):
             assert expected in text
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_a_narrow_terminal_has_the_bar_and_every_number_whole(width):
+    monitor, screen = ConsoleMonitor(), io.StringIO()
+    monitor.console = Console(force_terminal=True, width=width, file=screen, color_system=None)
+    monitor.start(Progress(0, 100, 10.0))
+    monitor.report(EVALUATION)
+    monitor.record(replace(RECORD, skipped_steps=3))
+    monitor.close()
+    lines = screen.getvalue().rpartition("\x1b[2K")[2].splitlines()
+    expected = ["epoch 0.50", "loss 0.7500", "lr 1.00e-03", "321 images/s", "data wait 3%", "ETA 1:02:05", "skipped 3",
+                "bad samples 2", "k-NN 41.2 %", "linear 52.7 %"]  # fmt: skip
+    assert all(any(part in line for line in lines) for part in expected)
+    assert any("━" in line and line.rstrip().endswith("5/100") for line in lines)
+    assert max(map(len, lines)) <= width and "…" not in screen.getvalue()
 
 
 def test_a_log_file_gets_a_line_for_every_twentieth_of_the_run():

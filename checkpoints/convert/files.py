@@ -1,0 +1,67 @@
+"""What lies in a file of weights, read without running anything that it brings along.
+
+- safetensors, and pickles with torch's `weights_only`; beyond tensors and plain values only `argparse.Namespace`, a
+  bag of settings that official training files add, is let in.
+- A folder of `transformers` (config.json with `model_type`) is read with what its config says.
+"""
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from prelude.data.errors import UserError
+
+CONFIG = "config.json"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_file(path: Path) -> dict:
+    """The names and tensors of a file, in the nesting that it was saved with. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no plain file of weights ({_reason(error)}), and a pickle can run code; where you trust it, "
+            "load it yourself and save its tensors with safetensors.torch.save_file."
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}); fetch or save it again.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__} and no weights by name; write a file that does.")
+    return tree
+
+
+def read_folder(folder: Path) -> dict:
+    """The tensors of a `transformers` folder, of all its shards. Raises UserError."""
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            shards = sorted(set(read_json(folder / name)["weight_map"].values()))
+            tensors = {}
+            for shard in shards:
+                tensors |= read_file(folder / shard)
+            return tensors
+    for name in _SINGLE:
+        if (folder / name).is_file():
+            return read_file(folder / name)
+    raise UserError(f"{folder} holds no weights; write a folder with one of {', '.join((*_SINGLE, *_INDEXES))}.")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}); fetch or save it again.") from None
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(". ")[0][:200] or type(error).__name__

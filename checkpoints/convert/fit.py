@@ -1,0 +1,210 @@
+"""Weights put into a model: every tensor, each in its place, or a refusal that lists what does not fit.
+
+Nothing stays at random in silence. What may differ in shape is brought over by a rule that the report names: the table
+of positions for another grid, the patch projection for another patch or number of channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from prelude.checkpoints.convert.resample import RULES, adapt_channels, resample_patches, resample_table
+from prelude.checkpoints.convert.weights import Weights
+from prelude.data.errors import UserError
+
+_SHOWN = 5
+_COUNTER = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    loaded: int  # tensors of the model that are the source's
+    total: int  # tensors of the model
+    changes: tuple[str, ...]  # what was brought over by a rule, or done to the values
+    unused: tuple[str, ...] = ()  # the source's, with no place in this model, by leave
+    new: tuple[str, ...] = ()  # the model's, that the source does not have, by leave
+
+    def sentence(self, weights: Weights) -> str:
+        parts = [f"{weights.where}: {weights.format}, {self.loaded} of {self.total} tensors loaded", *self.changes]
+        if self.new:
+            parts.append(f"new are {_listed(self.new)}")
+        if self.unused:
+            parts.append(f"not used are {_listed(self.unused)}")
+        if weights.left_out:
+            parts.append("left out " + ", ".join(f"{name} ({n})" for name, n in sorted(weights.left_out.items())))
+        return ", ".join(parts)
+
+
+@torch.no_grad()
+def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[str] = ()) -> Fitted:
+    """Puts `weights` into `model`, an encoder without a classifier.
+
+    name: the model's, for messages. may_differ: beginnings of names that the source or the model may have alone.
+    Raises UserError, before anything is changed, unless every other tensor has its place.
+    """
+    _refuse_other_function(model, weights, name)
+    wanted, changes = model.state_dict(), list(weights.notes)
+    found = dict(weights.tensors)
+    filled = _filled(wanted, found, weights)
+    found |= filled
+    for adapt in (_channels, _patches, _table):
+        change = adapt(model, wanted, found, weights)
+        changes += [change] if change else []
+    changes += _named(filled)
+    alone = tuple(may_differ)
+    new = tuple(n for n in wanted if n not in found and n.startswith(alone))
+    unused = tuple(n for n in found if n not in wanted and n.startswith(alone))
+    mistakes = [f"{n} is missing" for n in wanted if n not in found and n not in new]
+    mistakes += [f"{n} has no place" for n in found if n not in wanted and n not in unused]
+    mistakes += [
+        f"{n} is {tuple(found[n].shape)} instead of {tuple(wanted[n].shape)}"
+        for n in wanted
+        if n in found and found[n].shape != wanted[n].shape
+    ]
+    if mistakes:
+        raise UserError(
+            f"{weights.where} ({weights.format}) does not hold the weights of {name}: {_listed(mistakes)}; write the "
+            "encoder that they were trained with."
+        )
+    damaged = [n for n, tensor in found.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if damaged:
+        raise UserError(f"{weights.where} has numbers that are not finite in {_listed(damaged)}; fetch it again.")
+    for tensor_name, target in wanted.items():
+        if tensor_name in found:
+            target.copy_(found[tensor_name])
+    loaded = [n for n in wanted if n in found and n not in filled and torch.equal(wanted[n].cpu(), found[n])]
+    return Fitted(len(loaded), len(wanted), tuple(changes), unused, new)
+
+
+def facts(model: nn.Module) -> dict:
+    """What decides an encoder's function and is in no tensor, of a vision transformer; empty for others."""
+    block = next(iter(getattr(model, "blocks", [])), None)
+    if not hasattr(getattr(block, "attn", None), "num_heads"):
+        return {}
+    return {"num_heads": block.attn.num_heads, "norm_eps": getattr(block.norm1, "eps", None)}
+
+
+def grid_of(model: nn.Module) -> tuple[int, int] | None:
+    return getattr(getattr(model, "patch_embed", None), "grid_size", None) if _has_table(model) else None
+
+
+def prefix_rows_of(model: nn.Module) -> int:
+    return 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
+
+
+# ---- what may differ
+
+
+def _channels(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
+    """The first convolution, for another number of channels."""
+    first = next((n for n in ("patch_embed.proj.weight", "conv1.weight", "stem.0.weight") if n in wanted), None)
+    if first not in found or found[first].ndim != 4 or found[first].shape[1] == wanted[first].shape[1]:
+        return None
+    old, new = found[first].shape[1], wanted[first].shape[1]
+    found[first] = adapt_channels(found[first], new)
+    how = "summed" if new == 1 else f"repeated in turn or cut off, times {old} / {new}"
+    return f"first layer brought from {old} to {new} channels ({how})"
+
+
+def _patches(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
+    name = "patch_embed.proj.weight"
+    if name not in found or name not in wanted or found[name].ndim != 4:
+        return None
+    old, new = tuple(found[name].shape[2:]), tuple(wanted[name].shape[2:])
+    if old == new or found[name].shape[0] != wanted[name].shape[0]:
+        return None
+    found[name] = resample_patches(found[name], new)
+    return f"patch projection resampled from {_by(old)} to {_by(new)} pixels (pseudo-inverse of the resizing)"
+
+
+def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
+    """The table of positions: for another grid, and into a fixed table only if it is that one."""
+    if "pos_embed" not in found or "pos_embed" not in wanted or found["pos_embed"].ndim != 3:
+        return None
+    table, target, prefix = found["pos_embed"], grid_of(model), prefix_rows_of(model)
+    if target is None or table.shape[2] != wanted["pos_embed"].shape[2]:
+        return None
+    if prefix != weights.prefix_rows:
+        raise UserError(
+            f"{weights.where} ({weights.format}) has {weights.prefix_rows} rows of prefix tokens in its table of "
+            f"positions, and this encoder has {prefix}; write encoder.kwargs={{no_embed_class: "
+            f"{'true' if weights.prefix_rows == 0 else 'false'}}}."
+        )
+    grid = weights.grid or (target if table.shape[1] == wanted["pos_embed"].shape[1] else None)
+    if grid is None or table.shape[1] != prefix + grid[0] * grid[1]:
+        raise UserError(
+            f"{weights.where} has a table of {table.shape[1] - prefix} positions, whose grid it does not tell; write "
+            f"{weights.where}#grid=ROWSxCOLUMNS."
+        )
+    fixed = not isinstance(model.pos_embed, nn.Parameter)
+    is_formula = replace(weights, grid=grid).has_sincos_table
+    if fixed and not is_formula:
+        raise UserError(
+            f"{weights.where} ({weights.format}) has a learned table of positions, which encoder.pos_embed=sincos "
+            "would hold fixed; write encoder.pos_embed=learned."
+        )
+    if grid == target:
+        return None
+    rule = "sincos" if fixed or (weights.resampling == "sincos" and is_formula) else weights.resampling
+    rule = "timm" if rule == "sincos" and not (fixed or is_formula) else rule
+    if not rule:
+        raise UserError(
+            f"{weights.where} ({weights.format}) does not tell by which method its table of positions is resampled "
+            f"from {_by(grid)} to {_by(target)}; write {weights.where}#resampling=offset for DINO's, =plain for MAE's, "
+            "=timm for timm's."
+        )
+    found["pos_embed"] = resample_table(table, grid, target, rule, prefix)
+    return f"position table resampled from {_by(grid)} to {_by(target)} ({RULES[rule]})"
+
+
+def _filled(wanted: dict, found: dict, weights: Weights) -> dict[str, Tensor]:
+    """The two things that published files lack as a whole, and that are no trained weights.
+
+    Counts of batches, which old files do not have and no encoder here reads; and the norm before a ConvNeXt's
+    classifier, which SparK does not train and no stage depends on.
+    """
+    filled = {}
+    counters = [name for name in wanted if name.endswith(_COUNTER)]
+    if not any(name.endswith(_COUNTER) for name in found):
+        filled |= {name: torch.zeros_like(wanted[name]) for name in counters}
+    lacks = [name for name in weights.may_lack if name in wanted]
+    if not any(name in found for name in lacks):
+        filled |= {name: torch.full_like(wanted[name], float(name.endswith("weight"))) for name in lacks}
+    return filled
+
+
+def _named(filled: dict[str, Tensor]) -> list[str]:
+    counters = sum(name.endswith(_COUNTER) for name in filled)
+    notes = [f"{counters} counts of batches set to 0"] if counters else []
+    norms = [name for name in filled if not name.endswith(_COUNTER)]
+    return notes + ([f"{', '.join(norms)} set to 1 and 0, since the method has no such norm"] if norms else [])
+
+
+def _refuse_other_function(model: nn.Module, weights: Weights, name: str) -> None:
+    """Keys and shapes fit with these wrong, and the features are others."""
+    has = facts(model)
+    if has and weights.num_heads is not None and weights.num_heads != has["num_heads"]:
+        raise UserError(
+            f"{weights.where} ({weights.format}) was trained with {weights.num_heads} attention heads, and {name} has "
+            f"{has['num_heads']}; write encoder.kwargs.num_heads={weights.num_heads}."
+        )
+    if has and None not in (weights.norm_eps, has["norm_eps"]) and weights.norm_eps != has["norm_eps"]:
+        raise UserError(
+            f"{weights.where} ({weights.format}) was trained with LayerNorms of eps {weights.norm_eps:g}, and {name} "
+            f"has {has['norm_eps']:g}; write encoder.norm_eps={weights.norm_eps:g}."
+        )
+
+
+def _has_table(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "pos_embed", None), Tensor) and getattr(model, "patch_embed", None) is not None
+
+
+def _by(sides: tuple[int, int]) -> str:
+    return f"{sides[0]} x {sides[1]}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    more = f", and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more

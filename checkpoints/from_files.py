@@ -1,0 +1,150 @@
+"""Encoders from files in a published format, and from folders of `transformers`.
+
+What no file tells is said after its name: `mae.pth#num_heads=4`, `ijepa.pth.tar#encoder,grid=14x28`.
+
+| word | says |
+|---|---|
+| a name | which of the networks in the file (`encoder` of I-JEPA, `student` of DINO, `ema`) |
+| `num_heads=N` | attention heads, where no published model is as wide |
+| `grid=RxC` | rows and columns of the table of positions, where they are no square |
+| `resampling=RULE` | how the table is brought to another grid: `offset` (DINO), `plain` (MAE), `corners`, `timm` |
+| `pixels=imagenet`, `pixels=half`, six numbers with `/` | mean and standard deviation that pixels are normalised by |
+| `norm_eps=E` | of its LayerNorms, to take them as timm's 1e-6 where they were 1e-12 |
+| `image_size=N` | pixels that a convnet is shown |
+"""
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prelude.checkpoints.convert.architecture import encoder_config
+from prelude.checkpoints.convert.files import CONFIG, read_file, read_folder, read_json
+from prelude.checkpoints.convert.formats import weights_in
+from prelude.checkpoints.convert.resample import RULES
+from prelude.checkpoints.convert.weights import Weights
+from prelude.checkpoints.description import Description, Pixels
+from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from prelude.data.errors import UserError
+
+_KEYS = ("num_heads", "grid", "resampling", "pixels", "norm_eps", "image_size")
+_HALF = (0.5, 0.5, 0.5)
+_AMBIGUOUS = "ViT, timm layout"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands after a file's name."""
+
+    part: str | None = None
+    num_heads: int | None = None
+    grid: tuple[int, int] | None = None
+    resampling: str | None = None
+    pixels: tuple[Pixels, Pixels] | None = None
+    norm_eps: float | None = None
+    image_size: int | None = None
+
+
+def describe_file(source: str) -> Description:
+    """source: PATH or PATH#WORD,WORD of a file or a folder of `transformers`. Raises UserError."""
+    path, words = _split(source)
+    weights = read_weights(source)
+    if weights.pixels is None:
+        raise UserError(
+            f"{source} ({weights.format}) does not tell how its pixels were normalised; write {_with(source)}"
+            "pixels=imagenet, or pixels=half for 0.5."
+        )
+    return Description(
+        config=encoder_config(weights, words.image_size),
+        mean=weights.pixels[0],
+        std=weights.pixels[1],
+        name=path.name + (f"#{words.part}" if words.part else ""),
+        read=lambda: weights,
+        origin={"format": weights.format},
+    )
+
+
+def read_weights(source: str) -> Weights:
+    """The weights of a file, whatever architecture they are for. Raises UserError."""
+    path, words = _split(source)
+    settings = read_json(path / CONFIG) if path.is_dir() else None
+    tree = read_folder(path) if settings is not None else read_file(path)
+    weights = weights_in(tree, source, words.part, settings)
+    given = {"num_heads": words.num_heads, "grid": words.grid, "resampling": words.resampling}
+    given["norm_eps"] = words.norm_eps
+    given["pixels"] = words.pixels or _published_pixels(path, weights)
+    return replace(weights, **{key: value for key, value in given.items() if value is not None})
+
+
+def is_transformers(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG)
+
+
+def _split(source: str) -> tuple[Path, Words]:
+    if Path(source).exists():
+        return Path(source), Words()
+    path, _, text = source.partition("#")
+    found: dict = {}
+    for word in filter(None, text.split(",")):
+        key, equals, value = word.partition("=")
+        if not equals:
+            key, value = "part", word
+        elif key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(_KEYS)}."
+            raise UserError(f"{source}: {key} is no word about a file of weights; {hint}")
+        found[key] = _value(source, key, value)
+    return Path(path), Words(**found)
+
+
+def _value(source: str, key: str, value: str):
+    try:
+        match key:
+            case "num_heads" | "image_size":
+                return _positive(int(value))
+            case "norm_eps":
+                return _positive(float(value))
+            case "grid":
+                rows, columns = value.split("x")
+                return _positive(int(rows)), _positive(int(columns))
+            case "pixels" if value in ("imagenet", "half"):
+                return (IMAGENET_MEAN, IMAGENET_STD) if value == "imagenet" else (_HALF, _HALF)
+            case "pixels":
+                numbers = tuple(float(number) for number in value.split("/"))
+                if len(numbers) != 6:
+                    raise ValueError
+                return numbers[:3], numbers[3:]
+            case "resampling" if value not in RULES:
+                raise ValueError
+    except ValueError:
+        right = {
+            "num_heads": "num_heads=12",
+            "image_size": "image_size=224",
+            "norm_eps": "norm_eps=1e-6",
+            "grid": "grid=14x28",
+            "pixels": "pixels=imagenet, pixels=half, or pixels=M/M/M/S/S/S",
+            "resampling": "resampling=" + ", ".join(RULES),
+        }[key]
+        raise UserError(f"{source}: {key}={value} cannot be read; write {right}.") from None
+    return value
+
+
+def _positive(number):
+    if not number > 0:
+        raise ValueError
+    return number
+
+
+def _published_pixels(path: Path, weights: Weights) -> tuple[Pixels, Pixels] | None:
+    """All formats with a name take ImageNet's; a folder of `transformers` says its own."""
+    if path.is_dir():
+        if not (path / "preprocessor_config.json").is_file():
+            return None
+        says = read_json(path / "preprocessor_config.json")
+        if "image_mean" not in says or "image_std" not in says:
+            return None
+        return tuple(says["image_mean"]), tuple(says["image_std"])
+    return None if weights.format == _AMBIGUOUS else (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _with(source: str) -> str:
+    return source + ("," if "#" in source else "#")

@@ -1,0 +1,120 @@
+"""Encoders whose weights timm itself fetches and opens: `timm:NAME`, `hf-hub:ID`, `local-dir:FOLDER`.
+
+timm loads leniently as soon as the classifier is left out. So the whole model is loaded, classifier included, where
+timm is strict, and its encoder taken from it.
+"""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from prelude.checkpoints.convert.fit import facts, grid_of, prefix_rows_of
+from prelude.checkpoints.convert.weights import Weights
+from prelude.checkpoints.description import Description
+from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import seeded
+
+TIMM, HUB, FOLDER = "timm:", "hf-hub:", "local-dir:"
+
+
+def describe_timm(source: str) -> Description:
+    """Raises UserError for a model that timm does not have, and a folder or an id that holds none."""
+    if source.startswith(TIMM):
+        return _named(source.removeprefix(TIMM))
+    cfg = _config_of_folder(Path(source.removeprefix(FOLDER))) if source.startswith(FOLDER) else _config_of_hub(source)
+    architecture, arguments, pretrained = cfg
+    arguments = {key: value for key, value in arguments.items() if key not in ("num_classes", "in_chans")}
+    size = arguments.pop("img_size", None) or pretrained.get("input_size", (3, 224, 224))[1:]
+    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    patch = arguments.pop("patch_size", None)
+    if pretrained.get("global_pool"):
+        arguments.setdefault("global_pool", pretrained["global_pool"])
+    if not timm.is_model(architecture):
+        raise UserError(f"{source} is a {architecture}, which timm {timm.__version__} has not; install a newer timm.")
+    return Description(
+        config=EncoderConfig(
+            name=architecture,
+            image_size=size[0] if size[0] == size[1] else size,
+            patch_size=patch,
+            kwargs=arguments,
+            **_learned(architecture, arguments),
+        ),
+        mean=tuple(pretrained.get("mean") or IMAGENET_MEAN),
+        std=tuple(pretrained.get("std") or IMAGENET_STD),
+        name=Path(source.removeprefix(FOLDER)).absolute().name if source.startswith(FOLDER) else source,
+        read=lambda: _read(source, source),
+    )
+
+
+def _named(name: str) -> Description:
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None:
+        raise UserError(f"timm {timm.__version__} has no model {name}; timm.list_models(pretrained=True) names them.")
+    return Description(
+        config=EncoderConfig(name=name, image_size=tuple(cfg.input_size[1:]), **_learned(name, {})),
+        mean=tuple(cfg.mean or IMAGENET_MEAN),
+        std=tuple(cfg.std or IMAGENET_STD),
+        name=TIMM + name,
+        read=lambda: _read(name, TIMM + name),
+    )
+
+
+def _learned(name: str, arguments: dict) -> dict:
+    """The table of positions is part of the weights; where there is none, the key keeps its default."""
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        except (TypeError, ValueError, AssertionError, RuntimeError, KeyError):
+            return {}  # building it for real says why
+    return {"pos_embed": "learned"} if isinstance(getattr(model, "pos_embed", None), nn.Parameter) else {}
+
+
+def _config_of_folder(folder: Path) -> tuple[str, dict, dict]:
+    try:
+        cfg = json.loads((folder / "config.json").read_text())
+        pretrained = cfg.get("pretrained_cfg", cfg)
+        return cfg["architecture"], dict(cfg.get("model_args") or {}), pretrained
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder} holds no config.json of timm's; write a folder that timm saved.") from None
+
+
+def _config_of_hub(source: str) -> tuple[str, dict, dict]:
+    try:
+        pretrained, architecture, arguments = timm.models.load_model_config_from_hf(source.removeprefix(HUB))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _not_fetched(source, error) from error
+    return architecture, dict(arguments or {}), pretrained
+
+
+def _read(name: str, where: str) -> Weights:
+    try:
+        with seeded(0):
+            model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _not_fetched(where, error) from error
+    model.reset_classifier(0)
+    return Weights(
+        where=where,
+        format=f"timm {type(model).__name__}",
+        tensors={key: tensor.detach().float() if tensor.is_floating_point() else tensor
+                 for key, tensor in model.state_dict().items()},
+        resampling="timm",
+        grid=grid_of(model),
+        prefix_rows=prefix_rows_of(model),
+        **facts(model),
+    )  # fmt: skip
+
+
+def _not_fetched(where: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if where.startswith(FOLDER):
+        return UserError(f"{where} does not hold the whole of its model ({reason}); save it again.")
+    return UserError(
+        f"The pretrained weights of {where.removeprefix(TIMM)} could not be fetched ({reason}); connect to the "
+        "network, or copy them into the Hugging Face cache of this machine."
+    )

@@ -1,0 +1,106 @@
+"""Models that timm opens: strictly, whatever pooling and classifier they have, and at another size by timm's way."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from prelude.checkpoints.convert.fit import fit
+from prelude.checkpoints.sources import describe, open_encoder, open_weights
+from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder
+
+SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 16, "patch_size": 4}
+MODELS = {
+    "classifier": ("vit_tiny_patch16_224", SMALL | {"num_classes": 7}),
+    "mean and a norm after it": ("vit_tiny_patch16_224", SMALL | {"num_classes": 7, "global_pool": "avg"}),
+    "registers": ("vit_base_patch16_reg4_gap_256", SMALL | {"num_classes": 0}),
+    "convnet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "num_classes": 7}),
+    "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "num_classes": 7}),
+}
+
+
+def saved(name, arguments, folder):
+    torch.manual_seed(3)
+    model = timm.create_model(name, **arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    timm.models.save_for_hf(
+        model, folder, model_args={k: v for k, v in arguments.items() if k != "num_classes"}, safe_serialization=True
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_folder_of_timms_has_timms_features(kind, tmp_path):
+    model = saved(*MODELS[kind], tmp_path / "folder")
+    model.reset_classifier(0)
+    images = torch.randn(2, 3, 16, 16) if "patch_size" in MODELS[kind][1] else torch.randn(2, 3, 64, 64)
+    for source in (f"local-dir:{tmp_path}/folder", str(tmp_path / "folder")):
+        opened = open_encoder(source)
+        with torch.no_grad():
+            assert (opened.model(images) - model(images)).abs().max() <= 1e-6
+        total = len(model.state_dict())
+        assert f"{total} of {total} tensors loaded" in opened.loaded
+
+
+@pytest.mark.parametrize("kind", ["classifier", "convnet"])
+def test_what_timm_would_leave_at_random_is_refused(kind, tmp_path):
+    saved(*MODELS[kind], tmp_path / "folder")
+    path = tmp_path / "folder" / "model.safetensors"
+    whole = load_file(path)
+    lost = next(name for name in whole if name.endswith("bias") and "head" not in name and "fc" not in name)
+    for change in (
+        lambda t: t.pop(lost),
+        lambda t: t.update({f"{lost}.more": torch.ones(2)}),
+        lambda t: t.update({lost: torch.ones(2)}),
+    ):
+        tensors = dict(whole)
+        change(tensors)
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=f"does not hold the whole of its model .*{lost}"):
+            open_encoder(f"local-dir:{tmp_path}/folder")
+
+
+def test_another_size_is_resampled_by_timms_way(tmp_path):
+    model = saved(*MODELS["classifier"], tmp_path / "folder")
+    kwargs = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+    config = EncoderConfig(name="vit_tiny_patch16_224", image_size=24, patch_size=4, pos_embed="learned", kwargs=kwargs)
+    encoder = build_encoder(config, seed=0)
+    fitted = fit(encoder, open_weights(f"local-dir:{tmp_path}/folder"), "it")
+    expected = timm.layers.resample_abs_pos_embed(model.pos_embed, [6, 6], [4, 4])
+    torch.testing.assert_close(encoder.pos_embed.detach(), expected.detach(), rtol=0, atol=1e-6)
+    assert fitted.changes == ("position table resampled from 4 x 4 to 6 x 6 (bicubic, antialiased)",)
+
+
+def test_folders_that_are_none_are_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for content, why in [
+        ({"architecture": "resnet19"}, "is a resnet19, which timm .* has not"),
+        ({"architecture": "resnet18"}, "does not hold the whole of its model .*No suitable checkpoints"),
+        ({"model": 1}, "holds no config.json of timm's"),
+    ]:
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=why):
+            open_encoder(f"local-dir:{tmp_path}/folder")
+
+
+def test_a_model_of_the_hub_is_described_by_its_config(monkeypatch):
+    arguments = ({"input_size": (3, 32, 32), "mean": [0.1] * 3, "std": [0.2] * 3}, "resnet18", {"layers": [1, 1, 1, 1]})
+    monkeypatch.setattr(timm.models, "load_model_config_from_hf", lambda name: arguments)
+    described = describe("hf-hub:someone/small")
+    assert described.config == EncoderConfig(name="resnet18", image_size=32, kwargs={"layers": [1, 1, 1, 1]})
+    assert (described.mean, described.name) == ((0.1, 0.1, 0.1), "hf-hub:someone/small")
+
+
+def test_no_hub_is_said_in_one_sentence(monkeypatch):
+    def no_network(name):
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr(timm.models, "load_model_config_from_hf", no_network)
+    with pytest.raises(UserError, match="weights of hf-hub:someone/small could not be fetched .cannot reach the hub"):
+        open_encoder("hf-hub:someone/small")

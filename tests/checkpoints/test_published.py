@@ -1,0 +1,230 @@
+"""Files in published formats: recognised, loaded whole, with the features that their own code computes; or refused."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from published import METHODS, SIDE
+from safetensors.torch import load_file, save_file
+
+from prelude.checkpoints.export import export_encoder
+from prelude.checkpoints.sources import open_encoder
+from prelude.data.errors import UserError
+
+BATCH = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+CONVNET_BATCH = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def saved(published, path):
+    torch.save(published.tree, path)
+    return f"{path}{published.words}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_are_those_of_the_methods_own_code(method, tmp_path):
+    published = METHODS[method]()
+    opened = open_encoder(saved(published, tmp_path / "weights.pth"))
+    images = BATCH if hasattr(opened.model, "patch_embed") else CONVNET_BATCH
+    with torch.no_grad():
+        model = opened.model.double()
+        found = model.forward_features(images) if published.maps else model(images)
+        expected = published.features(images)
+    assert expected.std() > 0.05
+    assert (found - expected).abs().max() <= 1e-6 * max(1, expected.abs().max())
+    assert (
+        f": {published.format}, {published.loaded} of {len(opened.model.state_dict())} tensors loaded" in opened.loaded
+    )
+    assert opened.origin["format"] == published.format
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_damaged_files_are_refused_with_what_is_wrong(method, tmp_path):
+    published = METHODS[method]()
+    network, (name,) = published.network, published.needs
+    tensor = network.pop(name)
+    with pytest.raises(UserError, match="does not hold the weights of .*: [a-z0-9_.]*bias is missing; write"):
+        open_encoder(saved(published, tmp_path / "missing.pth"))
+    network[name] = tensor
+    extra = name.replace("bias", "scale")
+    network[extra] = tensor
+    with pytest.raises(
+        UserError, match=f"does not hold the weights of .*: [a-z0-9_.]*{extra.split('.')[-1]} has no place"
+    ):
+        open_encoder(saved(published, tmp_path / "left_over.pth"))
+    del network[extra]
+    network[name] = torch.cat([tensor, tensor])
+    with pytest.raises(UserError, match=rf"bias is \({2 * len(tensor)},\) instead of \({len(tensor)},\)"):
+        open_encoder(saved(published, tmp_path / "misshapen.pth"))
+    network[name] = torch.full_like(tensor, float("nan"))
+    with pytest.raises(UserError, match="numbers that are not finite in .*bias"):
+        open_encoder(saved(published, tmp_path / "nan.pth"))
+
+
+def test_safetensors_hold_the_same(tmp_path):
+    published = METHODS["timm ViT"]()
+    save_file(published.tree, tmp_path / "weights.safetensors")
+    torch.save(published.tree, tmp_path / "weights.pth")
+    opened = [open_encoder(f"{tmp_path}/weights{end}{published.words}") for end in (".safetensors", ".pth")]
+    assert opened[0].fingerprint == opened[1].fingerprint
+    assert opened[0].mean == (0.5, 0.5, 0.5)
+
+
+def test_what_a_file_does_not_tell_is_asked_for(tmp_path):
+    published = METHODS["timm ViT"]()
+    path = tmp_path / "weights.pth"
+    torch.save(published.tree, path)
+    for words, why in [
+        ("#pixels=half", "number of its attention heads, and no model of width 24 is known; write .*#num_heads=N"),
+        ("#num_heads=2", "does not tell how its pixels were normalised; write .*,pixels=imagenet"),
+        ("#num_heads=two", "num_heads=two cannot be read; write num_heads=12"),
+        ("#num_head=2", "num_head is no word .*; did you mean num_heads"),
+        ("#encoder", "has no encoder; leave #encoder out"),
+    ]:
+        with pytest.raises(UserError, match=why):
+            open_encoder(f"{path}{words}")
+    jepa = METHODS["I-JEPA"]()
+    torch.save(jepa.tree, path)
+    with pytest.raises(UserError, match="has no teacher; write one of #target_encoder, #encoder"):
+        open_encoder(f"{path}#teacher")
+
+
+def test_a_file_of_no_known_layout_is_refused_with_its_keys(tmp_path):
+    for tree, why in [
+        (
+            {"a.weight": torch.ones(2), "b.bias": torch.ones(2)},
+            "no layout that is known: it has 2 tensors, such as a.w",
+        ),
+        ({"epoch": 3}, "holds no tensors by name: its keys are epoch"),
+        ([torch.ones(2)], "holds a list and no weights by name"),
+        (
+            {"_feature_blocks.0.Block1_ConvB1.layers.Conv.weight": torch.ones(2)},
+            "RotNet.*timm has no such architecture",
+        ),
+        ({"storage_tokens": torch.ones(1, 4, 8)}, "rotary positions .*write timm's conversion"),
+    ]:
+        torch.save(tree, tmp_path / "weights.pth")
+        with pytest.raises(UserError, match=why):
+            open_encoder(str(tmp_path / "weights.pth"))
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    torch.save({"model": Trap()}, tmp_path / "trap.pth")
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04")
+    for name in ("trap", "bare"):
+        with pytest.raises(UserError, match="no plain file of weights .*safetensors"):
+            open_encoder(f"{tmp_path}/{name}.pth")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_encoder(f"{tmp_path}/torn.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_half_precision_is_said(tmp_path):
+    published = METHODS["timm ViT"]()
+    torch.save({name: tensor.bfloat16() for name, tensor in published.tree.items()}, tmp_path / "weights.pth")
+    opened = open_encoder(f"{tmp_path}/weights.pth{published.words}")
+    assert "bfloat16 as float32" in opened.loaded
+    assert opened.model.norm.weight.dtype == torch.float32
+
+
+def test_counts_of_batches_that_old_files_lack_are_said(tmp_path):
+    published = METHODS["torchvision ResNet"]()
+    state = {name: t for name, t in published.tree.items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pth")
+    opened = open_encoder(f"{tmp_path}/old.pth")
+    assert "counts of batches set to 0" in opened.loaded
+    with torch.no_grad():
+        assert (opened.model.double()(CONVNET_BATCH) - published.features(CONVNET_BATCH)).abs().max() <= 1e-6
+
+
+# ---- transformers
+
+
+def transformers_model(kind: str):
+    transformers = pytest.importorskip("transformers")
+    small = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16)
+    small |= {"patch_size": 4, "attn_implementation": "eager"}
+    if kind == "ViT":
+        model = transformers.ViTModel(transformers.ViTConfig(**small))
+    elif kind == "ViT with a classifier":
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**small))
+    elif kind == "I-JEPA":
+        model = transformers.IJepaModel(transformers.IJepaConfig(**small, layer_norm_eps=1e-6))
+    elif kind.startswith("DINOv2"):
+        small.pop("intermediate_size")
+        name = "Dinov2WithRegisters" if "registers" in kind else "Dinov2"
+        config = getattr(transformers, f"{name}Config")(**small, mlp_ratio=2, use_swiglu_ffn="SwiGLU" in kind)
+        model = getattr(transformers, f"{name}Model")(config)
+    else:
+        decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+        config = transformers.ViTMAEConfig(**small, **decoder, decoder_intermediate_size=64, mask_ratio=0.0)
+        model = transformers.ViTMAEForPreTraining(config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position_embeddings" in name and kind == "ViTMAE":
+                continue
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def transformers_features(model, kind: str):
+    base = getattr(model, "vit", model)
+    if kind == "ViTMAE":  # it hides patches and shuffles; in this order attention sees the same set
+        tokens = base(BATCH.float(), noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
+    else:
+        tokens = base(BATCH.float()).last_hidden_state
+    return tokens.mean(1) if kind == "I-JEPA" else tokens[:, 0]
+
+
+KINDS = ["ViT", "ViT with a classifier", "ViTMAE", "I-JEPA", "DINOv2", "DINOv2 SwiGLU", "DINOv2 with registers"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_transformers_has_the_features_of_transformers(kind, tmp_path):
+    model = transformers_model(kind)
+    model.save_pretrained(tmp_path / "folder")
+    pixels = '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}'
+    (tmp_path / "folder" / "preprocessor_config.json").write_text(pixels)
+    opened = open_encoder(str(tmp_path / "folder"))
+    with torch.no_grad():
+        expected = transformers_features(model, kind)
+        found = opened.model(BATCH.float())
+    assert (found - expected).abs().max() <= 2e-6 * max(1, expected.abs().max())
+    assert f"{len(opened.model.state_dict())} of {len(opened.model.state_dict())} tensors loaded" in opened.loaded
+    assert opened.mean == (0.1, 0.2, 0.3) and opened.std == (0.4, 0.5, 0.6)
+    assert opened.model.norm.eps == model.config.layer_norm_eps
+
+
+def test_a_folder_of_transformers_goes_out_to_timm_once_its_eps_is_timms(tmp_path):
+    transformers_model("ViT").save_pretrained(tmp_path / "folder")
+    with pytest.raises(
+        UserError, match="LayerNorms of eps 1e-12, which timm's config.json cannot say; .*norm_eps=1e-6"
+    ):
+        export_encoder(f"{tmp_path}/folder#pixels=half", tmp_path / "out")
+    report = export_encoder(f"{tmp_path}/folder#pixels=half,norm_eps=1e-6", tmp_path / "out")
+    assert report.max_difference <= 1e-6 and open_encoder(str(tmp_path / "out")).fingerprint == report.fingerprint
+
+
+def test_damaged_folders_of_transformers_are_refused(tmp_path):
+    transformers_model("ViT").save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    path = tmp_path / "folder" / "model.safetensors"
+    whole = load_file(path)
+    query = next(name for name in whole if name.endswith("query.bias"))
+    for change, why in [
+        (lambda t: t.pop("layernorm.bias"), "norm.bias is missing"),
+        (lambda t: t.pop(query), r"lacks blocks.\d.attn.query.bias, beside"),
+        (lambda t: t.update({"layernorm.scale": torch.ones(2)}), "norm.scale has no place"),
+        (lambda t: t.update({"layernorm.bias": torch.ones(2)}), r"norm.bias is \(2,\) instead of \(24,\)"),
+    ]:
+        tensors = dict(whole)
+        change(tensors)
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=why):
+            open_encoder(str(tmp_path / "folder"))

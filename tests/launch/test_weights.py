@@ -1,0 +1,96 @@
+"""Runs that start from weights, through the real launcher: two ranks, ZeRO 3, interrupted, and without the file."""
+
+import json
+import signal
+import sys
+
+import pytest
+import torch
+import yaml
+from published import mae
+from runs import Run, deepspeed
+
+from prelude.checkpoints.sources import open_encoder
+from prelude.launch import finetune, knn, pretrain
+from prelude.launch.exit_codes import door
+
+ENCODER = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def warm_recipe(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("warm")
+    torch.save(mae().tree, folder / "mae.pth")
+    config = yaml.safe_load(recipe.read_text())
+    config["encoder"] |= {"kwargs": ENCODER, "weights": str(folder / "mae.pth")}
+    config["objective"] |= {"decoder_dim": 16}
+    config["train"] |= {"freeze_encoder_steps": 12, "epochs": 1.5}
+    config["checkpoint"] |= {"keep": 100}
+    (folder / "warm.yaml").write_text(yaml.safe_dump(config))
+    return folder / "warm.yaml"
+
+
+@pytest.fixture(scope="module")
+def interrupted(warm_recipe, tmp_path_factory) -> Run:
+    """Two ranks at ZeRO 3, pre-empted; then the file is gone, and one process goes on to the end."""
+    run_dir = tmp_path_factory.mktemp("runs") / "interrupted"
+    first = Run(deepspeed(2), warm_recipe, run_dir, "encoder.own_parts=true", "train.zero_stage=3")
+    first.at_step(7).signal_group(signal.SIGTERM).wait()
+    file = warm_recipe.parent / "mae.pth"
+    file.rename(file.with_suffix(".gone"))
+    second = Run([sys.executable], warm_recipe, run_dir, "encoder.own_parts=true")
+    code = second.wait()
+    file.with_suffix(".gone").rename(file)
+    assert code == 0, second.output.read_text()[-3000:]
+    return second
+
+
+def test_what_was_loaded_is_said_and_recorded(interrupted):
+    said = interrupted.output.read_text()
+    assert said.count("mae.pth: MAE, 30 of 30 tensors loaded, and 19 tensors of the objective's own parts") == 1
+    encoder = yaml.safe_load((interrupted.run_dir / "config.yaml").read_text())["encoder"]
+    assert encoder["weights"].endswith("mae.pth") and len(encoder["weights_fingerprint"]) == 32
+    assert open_encoder(str(interrupted.run_dir)).origin["weights_fingerprint"] == encoder["weights_fingerprint"]
+
+
+def test_the_weights_stand_still_as_long_as_they_are_told_to_and_then_move(interrupted):
+    file = mae().tree["model"]
+    encoder = {name: tensor for name, tensor in file.items() if not name.startswith(("decoder", "mask_token"))}
+    at_5, at_10, at_15 = (interrupted.weights(step) for step in (5, 10, 15))
+    for name, tensor in encoder.items():
+        assert torch.equal(at_5[f"encoder.{name}"], tensor) and torch.equal(at_10[f"encoder.{name}"], tensor)
+    moved = [name for name, tensor in encoder.items() if not torch.equal(at_15[f"encoder.{name}"], tensor)]
+    assert len(moved) == len(encoder) - 1  # all but the fixed table of positions
+    assert not torch.equal(at_5["decoder_pred.weight"], file["decoder_pred.weight"])
+    assert (at_5["decoder_pred.weight"] - file["decoder_pred.weight"]).abs().max() < 0.1
+
+
+def test_a_dry_run_says_what_would_be_loaded(warm_recipe, capsys):
+    assert pretrain.main(["--config", str(warm_recipe), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "30 of 30 tensors loaded, left out decoder (20)" in said
+
+
+def test_weights_that_do_not_fit_end_a_run_with_one_sentence(warm_recipe, capsys):
+    command = ["--config", str(warm_recipe), "--dry-run", "encoder.kwargs.depth=3"]
+    assert door(lambda: pretrain.main(command)) == 2
+    said = capsys.readouterr().err
+    assert "does not hold the weights of encoder.name=vit_tiny_patch16_224: blocks.2.norm1.weight is missing" in said
+
+
+def test_evaluators_and_fine_tuning_take_the_file_too(warm_recipe, recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = f"{warm_recipe.parent}/mae.pth#num_heads=2"
+    shards = f"{recipe.parent}/shapes/train-*.tar"
+    places = ["--train", shards, "--test", shards, "--label", "cls"]
+    assert door(lambda: knn.main([source, *places, "--out", str(tmp_path / "out"), "--num-workers", "0"])) == 0
+    assert "mae.pth#num_heads=2: MAE, 30 of 30 tensors loaded, left out decoder (20)" in capsys.readouterr().err
+    (written,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(written.read_text())["encoder"]["origin"] == {"format": "MAE"}
+    tuned = {"run_dir": str(tmp_path / "tuned"), "train": {"epochs": 1, "global_batch": 16}, "optimizer": {"lr": 0.01}}
+    tuned["objective"] = {"image_size": 32}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    assert finetune.main([source, "--config", str(tmp_path / "tuned.yaml"), *places, "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "position table resampled from 4 x 4 to 8 x 8 (bicubic)" in said
+    assert "new are fc_norm.weight, fc_norm.bias, not used are norm.weight, norm.bias" in said
