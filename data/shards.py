@@ -1,5 +1,6 @@
 """A data set of tar shards: which files it is, and where each sample lies in them.
 
+- A folder of images, read in place, is one shard; see `image_folder`.
 - `data.shards` is a path, a pattern with braces (`{000..099}`), `*` or `?`, several of them joined by `::`, or a list;
   braces, `::` and `${...}` are expanded by webdataset. A name that exists as it is written is taken as it is.
 - A sample's id is its place in the index: shard after shard, in the order of the tar.
@@ -29,6 +30,7 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from prelude.data.errors import UserError
+from prelude.data.image_folder import ImageFolder, open_folder
 from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
 from prelude.data.value_range import ValueRange, resolved
 from prelude.data.waiting import called, in_threads
@@ -101,7 +103,8 @@ class ShardIndex:
     def key(self, sample_id: int) -> str:
         """A sample's key in its shard. Walks the shard's headers: for people to read, not for every sample."""
         path, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
-        return called(lambda: keys_by_offset(path).get(offset, "?"), f"the headers of {path}")
+        keys = path.keys_by_offset if isinstance(path, ImageFolder) else functools.partial(keys_by_offset, path)
+        return called(lambda: keys().get(offset, "?"), f"the headers of {path}")
 
     def with_label(self, label: str) -> "ShardIndex":
         """The same data set, with the places of another label."""
@@ -148,7 +151,8 @@ class ShardIndex:
         first = f" (the first problem: {found[0].reason}, {found[0].where})" if found else ""
         return (
             f"data.shards={shards!r} matches {len(self.paths)} files on {socket.gethostname()} without a single "
-            f"image{first}; write tar files whose members are named like 000123.jpg."
+            f"image{first}; write tar files whose members are named like 000123.jpg, or make them of what is there: "
+            f"prelude shards pack SOURCE --to DIR."
         )
 
 
@@ -224,8 +228,10 @@ def _lost(parts: list[TarIndex]) -> np.ndarray:
 
 
 def _expand(pattern: str) -> list[str]:
+    if isinstance(pattern, ImageFolder):
+        return [pattern]
     if not is_remote(pattern) and os.path.exists(pattern):
-        return [_as_file(pattern, pattern)]
+        return [_as_path(pattern, pattern)]
     try:
         urls = expand_urls(pattern)
     except (AssertionError, ValueError) as error:  # a variable that is not set; a brace that is not closed
@@ -241,20 +247,20 @@ def _has_scheme(url: str) -> bool:
 def _local(url: str, pattern: str) -> list[str]:
     path = os.path.expanduser(re.sub(r"^file:(//)?", "", url))
     if os.path.exists(path):
-        return [_as_file(path, pattern)]
+        return [_as_path(path, pattern)]
     if "*" in path or "?" in path:
         matches = sorted(glob.glob(path.replace("[", "[[]")))
         if matches:
-            return [_as_file(match, pattern) for match in matches]
+            return [_as_path(match, pattern) for match in matches]
         raise UserError(f"No file matches {path!r} on {socket.gethostname()}; correct data.shards={pattern!r}.")
     raise UserError(
         f"{path} does not exist on {socket.gethostname()}; correct data.shards={pattern!r}, or copy the shard there."
     )
 
 
-def _as_file(path: str, pattern: str) -> str:
+def _as_path(path: str, pattern: str) -> str:
     if os.path.isdir(path):
-        raise UserError(f"{path} in data.shards={pattern!r} is a folder; write {os.path.join(path, '*.tar')!r}.")
+        return open_folder(path)
     if not os.path.isfile(path):
         raise UserError(
             f"{path} in data.shards={pattern!r} is a pipe or a device, and images are read by their place in a file; "
@@ -277,6 +283,8 @@ def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
 
 
 def _load(path: str, label: str) -> TarIndex:
+    if isinstance(path, ImageFolder):
+        return path.index(label)
     try:
         status = os.stat(path)
         times = status.st_mtime_ns, status.st_ctime_ns  # the second changes even where a tool puts the first back

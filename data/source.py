@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from prelude.data.batch import ViewPlan
 from prelude.data.decode import BadImage
+from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import LabelReader
 from prelude.data.order import Order, Shuffle, sample_seed, substitute
 from prelude.data.shards import ShardIndex
@@ -235,9 +236,14 @@ class OpenFiles:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Raises BadImage when fewer bytes than `size` can be had."""
+        path = self.paths[shard]
         try:
-            file = self._file(shard)
-            content = os.pread(file.fd, size, offset)
+            if isinstance(path, ImageFolder):
+                doing(self.words[shard])
+                content = path.read(offset, size)
+            else:
+                file = self._file(shard)  # held until the read is done: another thread may drop it meanwhile
+                content = os.pread(file.fd, size, offset)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
         moved()
@@ -246,7 +252,7 @@ class OpenFiles:
         return content
 
     def will_read(self, shard: int, offset: int, size: int) -> None:
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and not isinstance(self.paths[shard], ImageFolder):
             try:
                 file = self._file(shard)
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)

@@ -22,21 +22,12 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from prelude.data.errors import UserError
+from prelude.data.image_files import DESKTOP_FILES, DESKTOP_FOLDERS, IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
 from prelude.data.tar_headers import TAIL, Damage, Walk
 from prelude.data.waiting import moved, open_file
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif", "pgm", "pbm", "jp2", "avif")
-"""In order of preference: a sample with `jpg` and `png` is an image with, most likely, a mask."""
-
-MAX_IMAGE_BYTES = 256 * 2**20
-
 _SAMPLED = 64  # images of a shard whose middle is part of its content's hash, beside the end of every image
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own metadata members
-_DESKTOP_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-_DESKTOP_FOLDERS = {
-    "__macosx", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems", ".thumbnails",
-    ".ipynb_checkpoints", ".git", "@eadir", "$recycle.bin", "system volume information", "lost+found",
-}  # fmt: skip
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
@@ -98,6 +89,15 @@ def keys_by_offset(path: str) -> dict[int, str]:
         return {member.offset: base_plus_ext(member.name)[0] or member.name for member in Walk(file.fd, file.size)}
 
 
+def samples_of(path: str, problems: list[Problem]) -> dict[str, dict[str, tuple[int, int]]]:
+    """{key: {extension: (offset, size)}} of every sample of a tar, with or without an image; errors as `index_tar`."""
+    with _Open(path) as file:
+        walk = Walk(file.fd, file.size)
+        samples = _samples(_named(walk, problems), problems)
+    problems += [Problem(damage.reason, damage.where) for damage in walk.damage if damage.num_bytes]
+    return {key: {ext: (place.offset, place.size) for ext, place in files.items()} for key, files in samples.items()}
+
+
 def image_extension(extensions) -> str | None:
     """Which of a sample's extensions is its image: `jpg` before `png`, both before `left.jpg`."""
     for known in IMAGE_EXTENSIONS:
@@ -109,12 +109,12 @@ def image_extension(extensions) -> str | None:
 def passed_over(name: str) -> bool:
     """Whether a member is no part of a data set: a hidden file, what desktops leave behind, webdataset's own notes."""
     folder, _, file = name.rpartition("/")
-    return file.startswith(".") or _is_of_desktops(folder) or file.lower() in _DESKTOP_FILES or bool(_META.match(name))
+    return file.startswith(".") or _is_of_desktops(folder) or file.lower() in DESKTOP_FILES or bool(_META.match(name))
 
 
 @functools.lru_cache(1024)
 def _is_of_desktops(folder: str) -> bool:
-    return not _DESKTOP_FOLDERS.isdisjoint(folder.lower().split("/"))
+    return not DESKTOP_FOLDERS.isdisjoint(folder.lower().split("/"))
 
 
 # ---- members into samples

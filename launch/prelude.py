@@ -27,7 +27,7 @@ COMMANDS = {
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),
-    "shards": ("shards", "look at shards before training on them"),
+    "shards": ("shards", "make shards of images, and look at them"),
 }
 
 USAGE = """usage: prelude COMMAND ...

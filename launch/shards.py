@@ -1,10 +1,15 @@
-"""Look at shards before training on them.
+"""Make shards, and look at them before training on them.
 
+    prelude shards pack photos --to shards
     prelude shards info 'train-{000000..000019}.tar'
+    prelude shards verify 'train-{000000..000019}.tar'
+    prelude shards peek photos --config mae_cifar10
     prelude shards shapes --to data/shapes
 
-The first says how many samples there are, and what is wrong with which; the
-second writes the embedded data set.
+`pack` makes shards of a folder, a table, a dataset, or other shards; `info`
+says how many samples there are, what they are like, and what is wrong with
+which; `verify` decodes every image and finds duplicates; `peek` draws what an
+objective sees; `shapes` writes the embedded data set.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -12,19 +17,26 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
-from rich.console import Console
-from rich.table import Table
-
-from prelude.launch.arguments import documented_parser, path
 from prelude.launch.exit_codes import door
-
-_MOST_PROBLEMS = 20
+from prelude.launch.shards_arguments import shards_parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.action == "info":
-        return info(args.shards, args.label)
+    if args.action == "pack":
+        from prelude.launch.packing import main as action
+    elif args.action == "peek":
+        from prelude.launch.peek import peek as action
+    elif args.action == "shapes":
+        action = shapes
+    else:
+        from prelude.launch import inspection
+
+        action = inspection.info if args.action == "info" else inspection.verify
+    return action(args)
+
+
+def shapes(args: argparse.Namespace) -> int:
     from prelude.data.shapes import write_shards
 
     for split, count in (("train", args.num_train), ("test", args.num_test)):
@@ -33,48 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def info(shards: list[str], label: str) -> int:
-    """Prints what the index says; exit code 1 where something is wrong, for scripts."""
-    from prelude.data.shards import ShardIndex
-
-    index = ShardIndex(shards, label)
-    table = Table(show_header=False)
-    table.add_row("shards", str(index.num_shards))
-    table.add_row("samples", str(index.num_samples))
-    table.add_row("samples a shard", f"{index.counts.min()} to {index.counts.max()}")
-    table.add_row("bytes an image", f"{index.images[:, 1].mean():.0f} on average, {index.images[:, 1].max()} at most")
-    if label:
-        table.add_row(f"with .{label}", str(int((index.labels[:, 1] > 0).sum())))
-    table.add_row("fingerprint", index.fingerprint)
-    table.add_row("problems", str(index.num_problems))
-    if index.num_lost:
-        table.add_row("samples lost", f"about {index.num_lost}")
-    if index.unended:
-        table.add_row("without an end marker", f"{len(index.unended)} shards: {index.unended[0]} ...")
-    Console().print(table)
-    listed = [
-        f"{path}: {problem.reason} at {problem.where}" for path, found in index.problems.items() for problem in found
-    ]
-    for line in listed[:_MOST_PROBLEMS]:
-        print(line)
-    if len(listed) > _MOST_PROBLEMS:
-        print(f"... and {len(listed) - _MOST_PROBLEMS} more")
-    return 1 if listed else 0
-
-
 def parser() -> argparse.ArgumentParser:
-    parser = documented_parser(__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    about = actions.add_parser("info", help="count samples and list damage, from the tars' headers")
-    about.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, braces, * or a list joined by ::")
-    about.add_argument("--label", default="", metavar="EXT", help="extension of a label's member, to count it too")
-    shapes = actions.add_parser("shapes", help="write the embedded data set of shapes")
-    shapes.add_argument("--to", required=True, type=path, metavar="DIR", help="where the shards go")
-    shapes.add_argument("--num-train", type=int, default=4000, metavar="N", help="(default: 4000)")
-    shapes.add_argument("--num-test", type=int, default=1000, metavar="N", help="(default: 1000)")
-    shapes.add_argument("--image-size", type=int, default=48, metavar="PIXELS", help="(default: 48)")
-    shapes.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    return parser
+    return shards_parser(__doc__)
 
 
 if __name__ == "__main__":

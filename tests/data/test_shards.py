@@ -65,7 +65,7 @@ def test_urls_are_left_to_webdataset(url):
         ("D/7.tar", r"D/7.tar does not exist on HOST; correct data.shards="),
         ("D/{0..3}.tar", r"D/3.tar does not exist on HOST"),
         ("D/*.zip", r"No file matches '.*\*.zip' on HOST"),
-        ("D/", r"is a folder; write '.*/\*.tar'"),
+        ("D/", r"is a folder of shards; write '.*/\*.tar'"),
         ("${UNSET}/0.tar", r"cannot be expanded \(missing environment variable WDS_UNSET\)"),
         ("D/{0..1.tar", r"cannot be expanded|does not exist"),
         ([], r"data.shards is empty"),

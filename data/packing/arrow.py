@@ -1,0 +1,229 @@
+"""Parquet files and Hugging Face datasets on disk: image bytes, or paths, in columns.
+
+- Only the columns that labels, groups and fields need are read as a whole; images are read in blocks, by row group or
+  record batch.
+- Class names of Hugging Face's `ClassLabel` are taken from the schema.
+"""
+
+import bisect
+import functools
+import glob
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+
+from prelude.data.errors import UserError
+from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
+from prelude.data.packing.columns import Columns, apply_columns
+from prelude.data.packing.extras import needed
+from prelude.data.packing.images import extension_of
+from prelude.data.packing.source import LeftOut, Source, SourceOptions, short_names, stamp_of
+from prelude.data.packing.table import TableSource
+
+_SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(?=[^a-z]|$)")
+
+
+def open_arrow(path: str, options: SourceOptions) -> Source:
+    """A source of Parquet or Arrow files: their image bytes where a column has some, else the paths in them."""
+    needed("pyarrow", "parquet", path)
+    files = _files(path, options)
+    tables = [_ArrowFile(file) if file.endswith(".arrow") else _ParquetFile(file) for file in files]
+    schema = tables[0].schema
+    for table in tables:
+        if table.schema.names != schema.names:
+            raise UserError(f"{table.path} has other columns than {tables[0].path}; pack them one by one.")
+    with_bytes = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+    if options.image and options.image in schema.names:
+        with_bytes = [name for name in with_bytes if name == options.image]
+    if len(with_bytes) > 1:
+        raise UserError(f"{path} has images in the columns {', '.join(with_bytes)}; write --image COLUMN.")
+    columns = _columns(path, tables, schema, with_bytes)
+    if not with_bytes:
+        return TableSource(path, columns, replace(options, split=""))
+    return ArrowSource(path, tables, columns, with_bytes[0], options)
+
+
+class ArrowSource(Source):
+    what = "a table of images"
+
+    def __init__(self, path: str, tables: list, columns: Columns, image: str, options: SourceOptions):
+        super().__init__()
+        options.allow(self.what, "image", "label", "label_separator", "group", "fields", "split")
+        if options.image:
+            columns.check(options.image, "image")
+        self.tables, self.image = tables, image
+        self.starts = [0]
+        blocks = []
+        for table, short in zip(tables, short_names([table.path for table in tables]), strict=True):
+            blocks += [self.starts[-1] + start for start in table.starts[:-1]]
+            self.starts.append(self.starts[-1] + table.num_rows)
+            self.names += [f"{short}/{row:08d}" for row in range(table.num_rows)]
+        if sum(table.image_bytes(image) for table in tables) > CACHE_BYTES:
+            self.blocks = blocks
+        self.stamps = [stamp_of(table.path) for table in tables]
+        self.notes.append(f"images from column {image!r}")
+        apply_columns(self, columns, image, options)
+
+    def read(self, number: int) -> tuple[bytes, str]:
+        which = bisect.bisect_right(self.starts, number) - 1
+        try:
+            value = self.tables[which].value(self.image, number - self.starts[which])
+        except (ValueError, OSError) as error:  # what pyarrow raises on damaged bytes
+            raise LeftOut("damaged row group") from error
+        if isinstance(value, dict):
+            if value.get("bytes") is None and value.get("path"):
+                raise LeftOut("a path and no image bytes")
+            value = value.get("bytes")
+        if not value:
+            raise LeftOut("empty image")
+        return value, extension_of(value)
+
+
+class _ParquetFile:
+    """Rows of a Parquet file, read by row groups."""
+
+    def __init__(self, path: str):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        try:
+            with pq.ParquetFile(path) as file:
+                self.schema = file.schema_arrow
+                groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path} is no Parquet file ({' '.join(str(error).split()):.80}); mend it.") from None
+        self.starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
+        self.num_rows = self.starts[-1]
+        self._sizes: Counter[str] = Counter()
+        for group in groups:
+            for chunk in map(group.column, range(group.num_columns)):
+                self._sizes[chunk.path_in_schema.partition(".")[0]] += chunk.total_uncompressed_size
+        self._cache = BlockCache()
+
+    def image_bytes(self, name: str) -> int:
+        return self._sizes[name]
+
+    def column(self, name: str) -> list:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path, columns=[name], use_threads=False, partitioning=None).column(0).to_pylist()
+
+    def value(self, name: str, row: int):
+        group = bisect.bisect_right(self.starts, row) - 1
+        rows = self._cache.get((name, group), lambda: self._read_group(name, group))
+        return rows[row - self.starts[group]].as_py()
+
+    def _read_group(self, name: str, group: int):
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path) as file:
+            rows = file.read_row_group(group, columns=[name], use_threads=False).column(0)
+        return rows, rows.nbytes
+
+
+class _ArrowFile:
+    """Rows of an Arrow stream or file, as Hugging Face datasets keeps them, mapped into memory."""
+
+    def __init__(self, path: str):
+        self.path = path
+        table = self._table
+        self.schema, self.num_rows, self.starts = table.schema, table.num_rows, [0, table.num_rows]
+
+    def image_bytes(self, name: str) -> int:
+        return 0  # mapped: any row is at hand
+
+    def column(self, name: str) -> list:
+        return self._table.column(name).to_pylist()
+
+    def value(self, name: str, row: int):
+        return self._table.column(name)[row].as_py()
+
+    @functools.cached_property
+    def _table(self):
+        import pyarrow as pa
+
+        try:
+            mapped = pa.memory_map(self.path)
+            try:
+                return pa.ipc.open_stream(mapped).read_all()
+            except pa.ArrowInvalid:
+                return pa.ipc.open_file(mapped).read_all()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{self.path} is no Arrow file ({' '.join(str(error).split()):.80}); mend it.") from None
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_table"}
+
+
+def _files(path: str, options: SourceOptions) -> list[str]:
+    """The files of a pattern, a folder, or a saved dataset; of one split where they are of several."""
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        with open(os.path.join(path, "dataset_dict.json")) as file:
+            splits = json.load(file)["splits"]
+        return _files(os.path.join(path, _one_split(path, splits, options)), options)
+    if os.path.isfile(os.path.join(path, "state.json")):
+        with open(os.path.join(path, "state.json")) as file:
+            return [os.path.join(path, part["filename"]) for part in json.load(file)["_data_files"]]
+    if os.path.isdir(path):
+        found = glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)
+        found = found or glob.glob(os.path.join(glob.escape(path), "**", "*.arrow"), recursive=True)
+    else:
+        found = [path] if os.path.exists(path) else glob.glob(path)
+    if not found:
+        raise UserError(f"No file matches {path!r}; correct the name of the source.")
+    found.sort()
+    by_split: dict[str, list[str]] = {}
+    for file in found:
+        told = _SPLIT.match(os.path.basename(file))
+        by_split.setdefault(told[1] if told else "", []).append(file)
+    return by_split[_one_split(path, list(by_split), options)] if len(by_split) > 1 or options.split else found
+
+
+def _one_split(path: str, splits: list[str], options: SourceOptions) -> str:
+    if options.split in splits and options.split:
+        return options.split
+    raise UserError(f"{path} holds the splits {', '.join(filter(None, splits))}; write --split with one of them.")
+
+
+def _holds_bytes(kind) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        names = [kind.field(n).name for n in range(kind.num_fields)]
+        return "bytes" in names
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _columns(path: str, tables: list, schema, with_bytes: list[str]) -> Columns:
+    """Everything but the images: lists that are filled when they are asked for."""
+    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    class_names = {}
+    for name, feature in told.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+            class_names[name] = inner["names"]
+    names = [name for name in schema.names if name not in with_bytes]
+    return Columns(path, _Lazy(tables, names, with_bytes), (), class_names)
+
+
+class _Lazy(dict):
+    """Columns by name, read when they are first asked for; those of images are known by name alone."""
+
+    def __init__(self, tables: list, names: list[str], images: list[str]):
+        super().__init__(dict.fromkeys([*images, *names]))
+        self.tables = tables
+
+    def __getitem__(self, name: str) -> list:
+        if super().__getitem__(name) is None:
+            self[name] = [value for table in self.tables for value in table.column(name)]
+        return super().__getitem__(name)
+
+    def items(self):
+        return [(name, self[name]) for name in self]
+
+    def values(self):
+        return [self[name] for name in self]

@@ -1,0 +1,135 @@
+"""What is done to an image on its way into a shard: looked at, and made smaller where that was asked for.
+
+- An image that training could not decode is left out. One that only this version cannot (floating point, many
+  channels) is kept as it is, byte for byte, and told of.
+- Re-coding makes JPEGs of what JPEG can hold: 8 bits, grey or colour, one frame, nothing transparent. Everything else
+  is kept as it is and told of. Nothing is enlarged: what is small enough is not touched.
+"""
+
+import io
+import re
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from prelude.data.decode import FORMATS, BadImage, decode
+from prelude.data.image_files import MAX_IMAGE_BYTES
+from prelude.data.packing.source import LeftOut
+
+QUALITY = 90
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif",
+               "PPM": "ppm", "JPEG2000": "jp2", "AVIF": "avif"}  # fmt: skip
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277
+_CHANNELS = {"1": 1, "L": 1, "P": 3, "LA": 2, "PA": 4, "RGB": 3, "RGBA": 4, "CMYK": 4, "YCbCr": 3, "LAB": 3, "HSV": 3}
+
+
+class Form(NamedTuple):
+    """What an image's header says."""
+
+    format: str
+    mode: str  # PIL's
+    height: int
+    width: int
+    channels: int
+    bits: int  # of a channel; 0 where the header does not say
+    transparent: bool
+    frames: int
+
+
+class Prepared(NamedTuple):
+    content: bytes
+    extension: str
+    remark: str | None  # why it was kept as it is, where something else was to be expected
+
+
+def prepare(content: bytes, extension: str, short_side: int | None, quality: int) -> Prepared:
+    """Raises LeftOut for an image that nobody could train on."""
+    if not content or len(content) > MAX_IMAGE_BYTES:
+        raise LeftOut("image too large" if content else "empty image")
+    try:
+        pixels = decode(content)
+    except BadImage as error:
+        if str(error) == "floating point pixels" or (content.startswith(_TIFF) and str(error) == "not an image"):
+            return Prepared(content, extension or "tif", "packed, but this version cannot decode it")
+        raise LeftOut(str(error)) from error
+    extension = extension or extension_of(content)
+    if short_side is None or min(pixels.shape[:2]) <= short_side:
+        return Prepared(content, extension, None)
+    form = form_of(content)
+    unfit = _unfit_for_jpeg(form)
+    if unfit:
+        return Prepared(content, extension, f"not re-coded: {unfit}")
+    return Prepared(_as_jpeg(pixels, form, short_side, quality), "jpg", None)
+
+
+def form_of(content: bytes) -> Form:
+    """Raises BadImage."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return Form(
+                image.format, image.mode, image.height, image.width, _channels(image), _bits(image, content),
+                image.has_transparency_data or image.mode in ("LA", "PA", "RGBA"), getattr(image, "n_frames", 1),
+            )  # fmt: skip
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImage("not an image") from error
+
+
+def extension_of(content: bytes) -> str:
+    """By the content alone; "" where it is no image."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return _EXTENSIONS.get(image.format, "")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "tif" if content.startswith(_TIFF) else ""
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    """pixels: (H, W) uint8 or uint16, or (H, W, 3) uint8. Lossless."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _as_jpeg(pixels: np.ndarray, form: Form, short_side: int, quality: int) -> bytes:
+    height, width, _ = pixels.shape
+    scale = short_side / min(height, width)
+    size = max(round(width * scale), short_side), max(round(height * scale), short_side)
+    image = Image.fromarray(pixels[:, :, 0] if form.mode in ("L", "1") else pixels)
+    out = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=quality, subsampling="4:2:0")
+    return out.getvalue()
+
+
+def _unfit_for_jpeg(form: Form) -> str | None:
+    if form.bits == 0:
+        return f"{form.format} may hold more than 8 bits"
+    if form.bits > 8:
+        return f"{form.bits} bits a channel"
+    if form.transparent:
+        return "an alpha channel"
+    if form.frames > 1:
+        return "several frames"
+    return None
+
+
+def _channels(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return int(image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)) if image.mode != "P" else 3
+    return _CHANNELS.get(image.mode, 1)
+
+
+def _bits(image: Image.Image, content: bytes) -> int:
+    if image.mode == "F":
+        return 32
+    if image.format == "PNG":
+        return content[24]
+    if image.format == "TIFF":
+        return int(max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))))
+    if image.format == "PPM":
+        header = re.sub(rb"#[^\n]*\n", b" ", content[:4096]).split(maxsplit=4)
+        return 1 if header[0] in (b"P1", b"P4") else int(header[3]).bit_length()
+    if image.format in ("JPEG2000", "AVIF"):
+        return 0
+    return 8

@@ -1,0 +1,138 @@
+"""`prelude shards info` and `verify`: what is in a data set, and what is wrong with it."""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.data.survey import NEAR_BITS, Survey, spread, survey
+from prelude.pretrain.distributed import cores_per_rank
+
+_MOST_LISTED = 20
+
+
+def info(args: argparse.Namespace) -> int:
+    """Exit code 1 where something is wrong, for scripts."""
+    index = _index(args)
+    table = _counts(index, args.label)
+    if args.images:
+        chosen = spread(index.num_samples, args.images)
+        found = survey(index, chosen, threads=args.workers)
+        _describe(table, found, f"of {len(chosen)} images" if len(chosen) < index.num_samples else "of all images")
+    Console().print(table)
+    if args.images:
+        _paste(found)
+    problems = _problems(index) + (_undecodable(index, found) if args.images else [])
+    _list(problems)
+    return 1 if problems else 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Exit code 1 where an image is damaged; duplicates are told of."""
+    index = _index(args)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("decoding", total=index.num_samples)
+        every = spread(index.num_samples, index.num_samples)
+        found = survey(index, every, threads=_threads(args), duplicates=True, progress=lambda: bar.advance(task))
+    table = _counts(index, args.label)
+    _describe(table, found, "of all images")
+    table.add_row("byte-identical", f"{sum(map(len, found.identical))} images in {len(found.identical)} groups")
+    near = f"{len(found.near)} pairs ({NEAR_BITS} bits of pHash or fewer apart)"
+    table.add_row(
+        "near-identical", near if found.looked_for_near else "not looked for: pip install 'prelude-ssl[duplicates]'"
+    )
+    Console().print(table)
+    _paste(found)
+    name = lambda sample: f"{index.shard_of(sample)}:{index.key(sample)}"  # noqa: E731
+    problems = _problems(index) + _undecodable(index, found)
+    twice = [{"kind": "byte-identical", "images": [name(n) for n in group]} for group in found.identical]
+    twice += [{"kind": "near-identical", "images": [name(a), name(b)]} for a, b in found.near]
+    _list(problems)
+    _list([f"{pair['kind']}: {', '.join(pair['images'])}" for pair in twice])
+    if args.to:
+        lines = [{"kind": "problem", "what": problem} for problem in problems] + twice
+        try:
+            with open(args.to, "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another file.") from None
+    return 1 if problems else 0
+
+
+def _threads(args: argparse.Namespace) -> int:
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} leaves nobody to decode; write 1 or more.")
+    return args.workers or cores_per_rank()
+
+
+def _index(args: argparse.Namespace) -> ShardIndex:
+    if args.label:
+        return ShardIndex(args.shards, args.label)
+    try:
+        return ShardIndex(args.shards, "cls")
+    except UserError:  # a folder whose labels are not clear, or what raises again
+        return ShardIndex(args.shards)
+
+
+def _counts(index: ShardIndex, label: str) -> Table:
+    table = Table(show_header=False)
+    table.add_row("shards", str(index.num_shards))
+    table.add_row("samples", str(index.num_samples))
+    table.add_row("samples a shard", f"{index.counts.min()} to {index.counts.max()}")
+    table.add_row("bytes an image", f"{index.images[:, 1].mean():.0f} on average, {index.images[:, 1].max()} at most")
+    labelled = int((index.labels[:, 1] > 0).sum())
+    if label or labelled:
+        table.add_row(f"with .{index.label}", str(labelled))
+    table.add_row("fingerprint", index.fingerprint)
+    table.add_row("problems", str(index.num_problems))
+    if index.num_lost:
+        table.add_row("samples lost", f"about {index.num_lost}")
+    if index.unended:
+        table.add_row("without an end marker", f"{len(index.unended)} shards: {index.unended[0]} ...")
+    return table
+
+
+def _describe(table: Table, found: Survey, of: str) -> None:
+    table.add_section()
+    table.add_row(f"undecodable {of}", str(len(found.undecodable)))
+    if not found.num_images:
+        return
+    heights, widths = zip(*found.sizes, strict=True)
+    table.add_row(f"height x width {of}", f"{_range(heights)} x {_range(widths)}")
+    for (name, channels, bits), count in found.forms.most_common():
+        depth = f"{bits} bits" if bits else "depth unknown"
+        table.add_row("", f"{count} x {name}, {channels} channel{'s' * (channels > 1)}, {depth}")
+    if found.classes:
+        counts = found.classes.values()
+        table.add_row(f"labels {of}", f"{len(counts)} different, {min(counts)} to {max(counts)} images each")
+
+
+def _paste(found: Survey) -> None:
+    if found.num_images:
+        written = [",".join(f"{value:.4f}" for value in values) for values in (found.mean, found.std)]
+        print(f"data.mean=[{written[0]}] data.std=[{written[1]}]")
+
+
+def _range(values) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _problems(index: ShardIndex) -> list[str]:
+    return [
+        f"{path}: {problem.reason} at {problem.where}" for path, found in index.problems.items() for problem in found
+    ]
+
+
+def _undecodable(index: ShardIndex, found: Survey) -> list[str]:
+    return [f"{index.shard_of(sample)}: {reason} at {index.key(sample)}" for sample, reason in found.undecodable]
+
+
+def _list(lines: list[str]) -> None:
+    for line in lines[:_MOST_LISTED]:
+        print(line.encode("utf-8", "backslashreplace").decode())  # names of files may be no text
+    if len(lines) > _MOST_LISTED:
+        print(f"... and {len(lines) - _MOST_LISTED} more")

@@ -1,0 +1,73 @@
+"""`prelude shards pack`: from its arguments to what it tells."""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from prelude.data.errors import UserError
+from prelude.data.packing.images import QUALITY
+from prelude.data.packing.pack import Packing, pack, read_classes
+from prelude.data.packing.source import SourceOptions
+from prelude.launch.exit_codes import INCOMPLETE
+from prelude.pretrain.distributed import cores_per_rank
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code 4 where an image was left out."""
+    if args.quality is not None and args.short_side is None:
+        raise UserError("--quality has no effect without --short-side, as nothing is re-coded; leave it out.")
+    options = SourceOptions(
+        image=args.image,
+        label=tuple(args.label),
+        label_separator=args.label_separator,
+        group=args.group,
+        fields=tuple(args.fields),
+        split=args.split,
+        root=args.root,
+        classes=read_classes(args.classes) if args.classes else None,
+    )
+    packing = Packing(
+        to=args.to,
+        name=args.name or args.split or "train",
+        per_shard=args.per_shard,
+        seed=args.seed,
+        val_share=args.val_share,
+        short_side=args.short_side,
+        quality=QUALITY if args.quality is None else args.quality,
+        workers=cores_per_rank() if args.workers is None else args.workers,
+    )
+    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        summary, notes = pack(
+            args.source, options, packing, lambda done, of: bar.update(task, completed=done, total=of)
+        )
+    for note in notes:
+        print(note, file=sys.stderr)
+    _tell(summary, packing)
+    return INCOMPLETE if summary["lost"] else 0
+
+
+def _tell(summary: dict, packing: Packing) -> None:
+    table = Table(show_header=False)
+    for name, split in summary["splits"].items():
+        mib = split["bytes"] / 2**20
+        table.add_row(name, f"{split['images']} images in {split['shards']} shards, {mib:.1f} MiB")
+    if summary["classes"]:
+        table.add_row("classes", f"{summary['classes']}, in {packing.to}/classes.txt")
+    if summary["unlabelled"]:
+        table.add_row("without a label", str(summary["unlabelled"]))
+    for title, reasons in (("left out", summary["lost"]), ("also noted", summary["remarks"])):
+        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+            table.add_row(title, f"{count} x {reason}")
+            title = ""
+    Console().print(table)
+    if summary["lost"] or summary["remarks"]:
+        print(f"each by name: {packing.path('.left_out.jsonl')}")
+    for name, split in summary["splits"].items():
+        last = split["shards"] - 1
+        braces = f"{{000000..{last:06d}}}" if last else "000000"
+        print(f"data.shards='{packing.to}/{name}-{braces}.tar'")

@@ -1,0 +1,51 @@
+"""`prelude shards peek`: a sheet of what an objective sees after augmentation."""
+
+import argparse
+import json
+import sys
+
+from PIL import Image
+
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.loader import build_loader
+from prelude.objectives import options_for
+from prelude.objectives.building import build_objective
+from prelude.objectives.patch_pictures import page
+from prelude.pretrain.images import denormalise, images
+from prelude.pretrain.recipes import load_config
+
+_PLAIN_VIEW = View((128, 128), crop="center", flip=0.0)
+_LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by whole factors
+
+
+def peek(args: argparse.Namespace) -> int:
+    plan, value_range = ViewPlan((_PLAIN_VIEW,)), None
+    if args.config:
+        given = [f"data.shards={json.dumps(args.shards)}", *args.set]
+        config = load_config(args.config, given, options_for)
+        plan, value_range = build_objective(config).views, config.data.range
+    elif args.set:
+        raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
+    if args.count < 1:
+        raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
+    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, value_range=value_range)
+    names = loader.preview(args.count)
+    batch = next(loader)
+    rows: list[list] = [[] for _ in range(args.count)]
+    for v, view in enumerate(images(batch, plan)):
+        pictures = denormalise(view, plan).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        for row, picture in zip(rows, pictures, strict=True):
+            row.append((f"view {v + 1}" if args.config else "", _enlarged(picture)))
+    try:
+        page(rows).save(args.to)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--to {args.to} cannot be written ({error}); write the name of a .png file.") from None
+    print("\n".join(names), file=sys.stderr)
+    print(f"{args.count} images, {len(plan.views)} view{'s' * (len(plan.views) > 1)} each: {args.to}")
+    return 0
+
+
+def _enlarged(picture):
+    factor = max(1, -(-_LEAST_SIDE // min(picture.shape[:2])))
+    return Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1))

@@ -1,0 +1,196 @@
+"""Binary data sets, stacks of arrays, and shards that are packed again."""
+
+import gzip
+import io
+import json
+
+import numpy as np
+import pytest
+from packed_shards import left_out, read_shards, read_tar
+from PIL import Image
+
+from prelude.data.errors import UserError
+from prelude.data.packing import stacks
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+
+
+def pixels_by_number(folder, split="train") -> dict[int, np.ndarray]:
+    return {
+        int(s["source"].rpartition("/")[2]): np.asarray(Image.open(io.BytesIO(s["png"])))
+        for s in read_shards(folder, split)
+    }
+
+
+def labels_by_number(folder, split="train") -> dict[int, int]:
+    return {int(s["source"].rpartition("/")[2]): int(s["cls"]) for s in read_shards(folder, split)}
+
+
+def noise(*shape, dtype=np.uint8):
+    return np.random.default_rng(sum(shape)).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+@pytest.mark.parametrize("label_bytes", [1, 2])
+def test_cifar(write_files, packed, label_bytes):
+    images, labels = noise(7, 3, 32, 32), [3, 0, 1, 2, 3, 1, 0]
+    coarse = [b"\7"] * (label_bytes - 1)
+    rows = [b"".join([*coarse, bytes([n]), image.tobytes()]) for n, image in zip(labels, images, strict=True)]
+    train = {"data_batch_1.bin": b"".join(rows[:4]), "data_batch_2.bin": b"".join(rows[4:])}
+    if label_bytes == 2:
+        train = {"train.bin": b"".join(rows)}
+    names = {1: "batches.meta.txt", 2: "fine_label_names.txt"}[label_bytes]
+    test = "test_batch.bin" if label_bytes == 1 else "test.bin"
+    source = write_files("cifar", {**train, test: rows[0], names: b"plane\ncar\nbird\ncat\n\n"})
+    with pytest.raises(UserError, match="splits test, train; write --split"):
+        packed(source)
+    folder, _ = packed(source, options={"split": "train"})
+    assert labels_by_number(folder) == dict(enumerate(labels))
+    for number, found in pixels_by_number(folder).items():
+        assert np.array_equal(found, images[number].transpose(1, 2, 0))
+    assert (folder / "classes.txt").read_text().split() == ["plane", "car", "bird", "cat"]
+    packed(source, name="test", options={"split": "test"})
+    assert labels_by_number(folder, "test") == {0: 3}
+
+
+@pytest.mark.parametrize("names", [("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+                                   ("train-images.idx3-ubyte", "train-labels.idx1-ubyte")])  # fmt: skip
+def test_mnist(write_files, packed, names):
+    images, labels = noise(9, 28, 28), np.arange(9, dtype=np.uint8)
+    content = [
+        b"\0\0\x08" + bytes([a.ndim]) + np.array(a.shape, ">u4").tobytes() + a.tobytes() for a in (images, labels)
+    ]
+    if names[0].endswith(".gz"):
+        content = [gzip.compress(c) for c in content]
+    source = write_files("mnist", dict(zip(names, content, strict=True)))
+    folder, _ = packed(source)
+    assert labels_by_number(folder) == {n: n for n in range(9)}
+    assert all(np.array_equal(found, images[n]) for n, found in pixels_by_number(folder).items())
+    cut = write_files("cut", {names[0]: content[0][:-9], names[1]: content[1]})
+    with pytest.raises(UserError, match="is damaged|cannot be read"):
+        packed(cut, to="other")
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((6, 8, 9), np.uint8), ((6, 8, 9), np.uint16), ((6, 8, 9, 3), np.uint8), ((6, 3, 8, 9), np.uint8),
+     ((6, 1, 8, 9), np.uint16)],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["npy", "zarr"])
+def test_stacks(packed, tmp_path, shape, dtype, kind, monkeypatch):
+    monkeypatch.setattr(stacks, "CACHE_BYTES", 100)
+    images, labels = noise(*shape, dtype=dtype), np.array([5, 4, 3, 2, 1, 0])
+    options = {}
+    if kind == "npy":
+        np.save(tmp_path / "x.npy", images)
+        np.save(tmp_path / "y.npy", labels)
+        options = {"label": (str(tmp_path / "y.npy"),)}
+    else:
+        zarr = pytest.importorskip("zarr")
+        group = zarr.open_group(str(tmp_path / "x.zarr"), mode="w")
+        group.create_array("images", shape=shape, chunks=(4, *shape[1:]), dtype=dtype)[:] = images
+        group.create_array("digit", shape=(6,), dtype=labels.dtype)[:] = labels
+        options = {"label": ("digit",)}
+    folder, _ = packed(tmp_path / f"x.{kind}", options=options)
+    assert labels_by_number(folder) == {n: 5 - n for n in range(6)}
+    if images.ndim == 4 and shape[1] in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    for number, found in pixels_by_number(folder).items():
+        assert found.astype(dtype).tobytes() == images[number].tobytes()
+
+
+@pytest.mark.parametrize(
+    "array, sentence",
+    [
+        (np.zeros((4, 8, 8, 5), np.uint8), "images of 1 or 3 channels"),
+        (np.zeros((4, 8, 8), np.float32), "images of 1 or 3 channels"),
+        (np.zeros((4, 8, 8, 3), np.uint16), "images of 1 or 3 channels"),
+        (np.zeros((4, 3, 8, 3), np.uint8), "two axes that may be the channels"),
+        (np.zeros(4), "images of 1 or 3 channels"),
+        (np.array([{}], object), "cannot be read as .npy"),
+    ],
+)
+def test_stacks_that_cannot_be_held_are_refused(packed, tmp_path, array, sentence):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=sentence):
+        packed(tmp_path / "x.npy")
+
+
+def test_pickles_are_refused(packed, write_files):
+    with pytest.raises(UserError, match="pickles, whose reading can run code"):
+        packed(write_files("py", {"data_batch_1": b"\x80\x02", "batches.meta": b"\x80\x02"}))
+
+
+# ---- shards
+
+
+@pytest.fixture
+def shards(tmp_path, write_tar, picture):
+    """Two shards with the same keys in both, masks and texts."""
+    for shard in range(2):
+        members = []
+        for n in range(5):
+            number = shard * 5 + n
+            members += [
+                (f"{n:03d}.jpg", picture(number, "JPEG", 30, 40)), (f"{n:03d}.mask.npy", b"mask %d" % number),
+                (f"{n:03d}.txt", b"kind %d\n" % (number % 3)), (f"{n:03d}.json", b'{"patient": "p%d"}' % (number % 4)),
+            ]  # fmt: skip
+        members += [
+            ("005.txt", b"no image"),
+            ("006.jpg", b"garbage"),
+            (f"lone.{shard}.jpg", picture(90 + shard, "JPEG")),
+        ]
+        write_tar(tmp_path / "old" / f"{shard}.tar", members)
+    return tmp_path / "old"
+
+
+def test_shards_are_packed_again_with_every_member(shards, packed):
+    folder, summary = packed(shards, per_shard=3)
+    samples = read_shards(folder)
+    assert len(samples) == 12 and len({s["key"] for s in samples}) == 12
+    old = {f"{path.name}/{key}": members for path in shards.iterdir() for key, members in read_tar(path).items()}
+    for sample in samples:
+        name = sample["source"]
+        if "lone" not in name:
+            assert {k: v for k, v in sample.items() if k not in ("key", "shard", "source")} == old[name]
+    assert left_out(folder) == {
+        f"{n}.tar/{key}": (reason, True)
+        for n in range(2)
+        for key, reason in (("005", "no image"), ("006", "not an image"))
+    }
+    again, _ = packed(folder, to="again", seed=5)  # keys that are unique and plain stay
+    assert {s["key"]: s["jpg"] for s in read_shards(again)} == {s["key"]: s["jpg"] for s in samples}
+
+
+@pytest.mark.parametrize("label, field", [("txt", "txt"), ("json:patient", "json")])
+def test_texts_and_json_fields_become_classes(shards, packed, label, field):
+    folder, summary = packed(shards, options={"label": (label,), "group": "patient"}, val_share=0.3)
+    classes = (folder / "classes.txt").read_text().splitlines()
+    groups = {}
+    for split in ("train", "val"):
+        for sample in read_shards(folder, split):
+            if "json" in sample:
+                patient = json.loads(sample["json"])["patient"]
+                text = sample["txt"].decode().strip() if field == "txt" else patient
+                assert classes[int(sample["cls"])] == text
+                groups.setdefault(patient, set()).add(split)
+    assert len(groups) == 4 and all(len(splits) == 1 for splits in groups.values())
+    assert summary["unlabelled"] == 2
+
+
+def test_the_image_is_taken_by_name(tmp_path, write_tar, picture, packed):
+    names = ("left.png", "right.png", "png", "jpg")
+    content = {name: picture(n, "JPEG" if name == "jpg" else "PNG") for n, name in enumerate(names)}
+    write_tar(tmp_path / "old" / "0.tar", [(f"1.{name}", c) for name, c in content.items()])
+    folder, _ = packed(tmp_path / "old" / "0.tar", options={"image": "right.png"})
+    index = ShardIndex(str(folder / "train-000000.tar"))
+    offset, size = index.images[0]
+    assert (folder / "train-000000.tar").read_bytes()[offset : offset + size] == content["right.png"]
+    (sample,) = read_shards(folder)
+    assert set(content.values()) <= set(sample.values())
+
+
+def test_the_embedded_shapes_are_recoded_and_split(tmp_path, packed):
+    write_shards(tmp_path / "shapes", "train", 60, image_size=32)
+    folder, summary = packed(tmp_path / "shapes" / "train-*.tar", short_side=16, val_share=0.25)
+    assert {name: split["images"] for name, split in summary["splits"].items()} == {"train": 45, "val": 15}
+    assert {Image.open(io.BytesIO(s["jpg"])).size for s in read_shards(folder, "val")} == {(16, 16)}

@@ -1,0 +1,258 @@
+"""Tables of paths as people and spreadsheets write them, Parquet, and Hugging Face datasets on disk."""
+
+import csv
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from packed_shards import image_of, left_out, read_shards
+
+from prelude.data.errors import UserError
+from prelude.data.packing import arrow, blocks, extras
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.labels import VectorFormat, label_vectors
+
+ROWS = [("a.png", "cat", "p1"), ("sub/b c.png", "dog", "p2"), ("ä,;.png", "cat", "p1"), ("d.PNG", "emu", "p3")]
+
+
+@pytest.fixture
+def images(write_files, picture):
+    return write_files("t", {name: picture(n) for n, (name, _, _) in enumerate(ROWS)})
+
+
+def write_csv(folder, rows, header=("file", "species", "patient"), name="t.csv", encoding="utf-8", start="", **form):
+    out = io.StringIO()
+    csv.writer(out, **form).writerows([header, *rows] if header else rows)
+    (folder / name).write_bytes((start + out.getvalue()).encode(encoding))
+    return folder / name
+
+
+def by_source(folder, split="train"):
+    return {s["source"]: s for s in read_shards(folder, split)}
+
+
+FORMS = {
+    "plain": {},
+    "a byte order mark": {"encoding": "utf-8-sig"},
+    "semicolons": {"delimiter": ";"},
+    "what a German spreadsheet writes": {"delimiter": ";", "encoding": "utf-8-sig", "quoting": csv.QUOTE_ALL},
+    "told by its first line": {"delimiter": ";", "start": "sep=;\r\n"},
+    "tabs": {"delimiter": "\t", "name": "t.tsv"},
+    "Unicode text of a spreadsheet": {"delimiter": "\t", "encoding": "utf-16"},
+    "line ends of Unix": {"lineterminator": "\n"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_table_in_any_form_gives_the_same_samples(images, packed, form):
+    folder, _ = packed(write_csv(images, ROWS, **FORMS[form]), options={"label": ("species",)})
+    found = by_source(folder)
+    assert {name: s["png"] for name, s in found.items()} == {n: (images / n).read_bytes() for n, _, _ in ROWS}
+    classes = (folder / "classes.txt").read_text().splitlines()
+    assert {name: classes[int(s["cls"])] for name, s in found.items()} == {n: c for n, c, _ in ROWS}
+
+
+def test_paths_relative_absolute_below_a_root_and_from_windows(images, packed, tmp_path):
+    absolute = [(str(images / name), label, group) for name, label, group in ROWS]
+    folder, _ = packed(write_csv(tmp_path, absolute), to="absolute")
+    assert len(read_shards(folder)) == 4
+    (tmp_path / "lists").mkdir()
+    elsewhere = write_csv(tmp_path / "lists", [(name.replace("/", "\\"), c, p) for name, c, p in ROWS])
+    with pytest.raises(UserError, match="None of the 4 images .*write --root"):
+        packed(elsewhere)
+    folder, _ = packed(elsewhere, options={"root": str(images)}, to="root")
+    assert {image_of(s) for s in read_shards(folder)} == {(images / n).read_bytes() for n, _, _ in ROWS}
+
+
+def test_rows_without_an_image_are_told(images, packed):
+    (images / "empty.jpg").touch()
+    (images / "doc.pdf").write_bytes(b"x")
+    more = [("", "cat", ""), ("gone.png", "cat", ""), ("http://host/a.png", "cat", ""), ("empty.jpg", "", ""),
+            ("doc.pdf", "", ""), ("./a.png", "cat", "p1")]  # fmt: skip
+    table = write_csv(images, [*ROWS, *more])
+    with pytest.raises(UserError, match=r"listed twice .*\(line 2 and line 11\)"):  # ./a.png is another text
+        packed(table)
+    folder, summary = packed(write_csv(images, [*ROWS, *more[:-1], ROWS[0]]))
+    assert left_out(folder) == {
+        "line 6": ("no path", True), "gone.png": ("no such file", True), "doc.pdf": ("no image by its name", True),
+        "http://host/a.png": ("a URL and not a file", True), "empty.jpg": ("empty image", True),
+        "a.png": ("listed twice", False),
+    }  # fmt: skip
+    assert len(read_shards(folder)) == 4
+
+
+def test_labels_that_are_numbers_stay_what_they_are_and_none_is_none(images, packed):
+    rows = [(name, label, "") for (name, _, _), label in zip(ROWS, ["3", "", "3.0", "-1"], strict=True)]
+    folder, summary = packed(write_csv(images, rows), options={"label": ("species",)})
+    assert [by_source(folder)[name].get("cls") for name, _, _ in ROWS] == [b"3", None, b"3", None]
+    assert summary["unlabelled"] == 2 and not (folder / "classes.txt").exists()
+
+
+def test_a_table_without_a_header(images, packed):
+    folder, _ = packed(write_csv(images, [row[:2] for row in ROWS], header=None))
+    assert (folder / "classes.txt").read_text().splitlines() == ["cat", "dog", "emu"]
+    assert len(read_shards(folder)) == 4
+
+
+@pytest.mark.parametrize("form", ["one column", "a column each", "JSON lines"])
+def test_several_labels_are_what_multilabel_reads(images, packed, form):
+    names, found = ("x", "y"), [{"x"}, {"x", "y"}, set(), {"y"}]
+    if form == "one column":
+        rows = [(n, "|".join(sorted(f)), p) for (n, _, p), f in zip(ROWS, found, strict=True)]
+        source, options = write_csv(images, rows), {"label": ("species",), "label_separator": "|"}
+    elif form == "a column each":
+        rows = [(n, p, *(f"{int(name in f)}.0" for name in names)) for (n, _, p), f in zip(ROWS, found, strict=True)]
+        source = write_csv(images, rows, header=("file", "patient", *names))
+        options = {"label": names}
+    else:
+        lines = [{"file": n, "patient": p, "findings": sorted(f)} for (n, _, p), f in zip(ROWS, found, strict=True)]
+        source, options = images / "t.jsonl", {"label": ("findings",)}
+        source.write_text("\n".join(map(json.dumps, lines)))
+    folder, _ = packed(source, options=options | {"group": "patient"}, per_shard=2)
+    index = ShardIndex(str(folder / "*.tar"), "json")
+    labels = label_vectors(index, VectorFormat(names, "labels", "patient"))
+    sources = [s["source"] for s in read_shards(folder)]
+    order = [sources.index(n) for n, _, _ in ROWS]
+    assert labels.values[order].tolist() == [[float(n in f) for n in names] for f in found]
+    groups = labels.groups[order].tolist()
+    assert groups[0] == groups[2] and len(set(groups)) == 3
+
+
+def test_uncertain_and_unknown_findings_are_kept_apart(images, packed):
+    rows = list(zip([n for n, _, _ in ROWS], ["1", "-1.0", "", "0"], ["True", "no", "nan", "1.0"], strict=True))
+    folder, _ = packed(write_csv(images, rows, header=("file", "x", "y")), options={"label": ("x", "y")})
+    found = [json.loads(by_source(folder)[n]["json"])["labels"] for n, _, _ in ROWS]
+    assert found == [{"x": 1, "y": 1}, {"x": -1, "y": 0}, {"x": None, "y": None}, {"x": 0, "y": 1}]
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"label": ("specie",)}, "did you mean species"),
+        ({"image": "patients"}, "did you mean patient"),
+        ({"label": ("species", "patient")}, "'species' .*holds 'cat'; write 1, 0, -1 or nothing"),
+        ({"split": "test"}, "--split has no effect on a table"),
+        ({"label": ("species",), "classes": ("cat", "dog")}, "the class 'emu'"),
+    ],
+)
+def test_mistakes_are_one_sentence(images, packed, options, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        packed(write_csv(images, ROWS), options=options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"", "is empty"),
+        (b"file\n\xe4.png\n", "not UTF-8"),
+        (b"file,file\na.png,b\n", "two columns 'file'"),
+        (b"file,label\na.png,cat,dog\n", "Line 2 .* has 3 cells"),
+        (b"x,y\n1,2\n", "not clear which column"),
+    ],
+)
+def test_tables_that_are_none_are_refused(images, packed, content, sentence):
+    (images / "bad.csv").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        packed(images / "bad.csv")
+
+
+# ---- Parquet and Arrow
+
+
+def image_table(images, with_paths=False):
+    content = [{"bytes": (images / n).read_bytes(), "path": n} for n, _, _ in ROWS]
+    return pa.table({"image": content, "label": [1, 0, 1, 2], "patient": [p for _, _, p in ROWS]})
+
+
+def with_class_names(table, names):
+    features = {"species": {"_type": "ClassLabel", "names": names}, "image": {"_type": "Image"}}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_parquet_with_image_bytes(images, packed, tmp_path):
+    (tmp_path / "pq").mkdir()
+    table = image_table(images).rename_columns(["image", "species", "patient"])
+    table = with_class_names(table, ["dog", "cat", "emu"])
+    pq.write_table(table.slice(0, 3), tmp_path / "pq" / "part-0.parquet", row_group_size=2)
+    pq.write_table(table.slice(3), tmp_path / "pq" / "part-1.parquet")
+    folder, _ = packed(tmp_path / "pq", options={"group": "patient"}, per_shard=2)
+    found = by_source(folder)
+    expected = {f"part-{n // 3}.parquet/{n % 3:08d}": row for n, row in enumerate(ROWS)}
+    assert {name: s["png"] for name, s in found.items()} == {
+        k: (images / r[0]).read_bytes() for k, r in expected.items()
+    }
+    classes = (folder / "classes.txt").read_text().splitlines()
+    assert classes == ["dog", "cat", "emu"]
+    assert {name: classes[int(s["cls"])] for name, s in found.items()} == {k: r[1] for k, r in expected.items()}
+    assert {name: json.loads(s["json"]) for name, s in found.items()} == {
+        k: {"patient": r[2]} for k, r in expected.items()
+    }
+
+
+def test_parquet_with_plain_bytes_or_with_paths(images, packed, tmp_path):
+    plain = pa.table({"picture": [(images / n).read_bytes() for n, _, _ in ROWS]})
+    pq.write_table(plain, tmp_path / "plain.parquet")
+    folder, _ = packed(tmp_path / "plain.parquet", to="plain")
+    assert {s["png"] for s in read_shards(folder)} == {(images / n).read_bytes() for n, _, _ in ROWS}
+    pq.write_table(pa.table({"file": [n for n, _, _ in ROWS], "label": [c for _, c, _ in ROWS]}), images / "p.parquet")
+    folder, _ = packed(images / "p.parquet", to="paths")
+    assert {name: s["cls"] for name, s in by_source(folder).items()} == {
+        "a.png": b"0", "sub/b c.png": b"1", "ä,;.png": b"0", "d.PNG": b"2",
+    }  # fmt: skip
+
+
+def test_bytes_that_are_no_image_are_told(images, packed, tmp_path):
+    values = [(images / "a.png").read_bytes(), b"", None, b"garbage"]
+    pq.write_table(pa.table({"image": values}), tmp_path / "x.parquet")
+    folder, _ = packed(tmp_path / "x.parquet")
+    reasons = {name[-1]: found for name, found in left_out(folder).items()}
+    assert reasons == {"1": ("empty image", True), "2": ("empty image", True), "3": ("not an image", True)}
+
+
+def test_splits_are_asked_for_and_name_the_shards(images, packed, tmp_path):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for n, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+        pq.write_table(image_table(images).slice(n, 1), tmp_path / "hub" / "data" / f"{name}.parquet")
+    with pytest.raises(UserError, match="splits test, train; write --split"):
+        packed(tmp_path / "hub")
+    folder, _ = packed(tmp_path / "hub", options={"split": "train"})
+    assert len(read_shards(folder)) == 2
+
+
+def test_more_than_fits_is_shuffled_in_windows_of_blocks_and_is_all_there(
+    images, packed, tmp_path, monkeypatch, picture
+):
+    content = [picture(n, height=4, width=4) for n in range(600)]
+    pq.write_table(pa.table({"image": content, "label": list(range(600))}), tmp_path / "x.parquet", row_group_size=5)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 20_000)
+    monkeypatch.setattr(arrow, "CACHE_BYTES", 20_000)
+    folder, _ = packed(tmp_path / "x.parquet", per_shard=20)
+    samples = read_shards(folder)
+    assert {int(s["cls"]): s["png"] for s in samples} == dict(enumerate(content))
+    blocks_of_first_window = {int(s["cls"]) // 5 for s in samples[: 64 * 5]}
+    assert len(blocks_of_first_window) == 64 and blocks_of_first_window != set(range(64))
+
+
+def test_huggingface_datasets_saved_to_disk(images, packed, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    rows = {"image": [str(images / n) for n, _, _ in ROWS], "label": [1, 0, 1, -1]}
+    made = datasets.Dataset.from_dict(rows, features=features).map(lambda row: row)
+    embedded = datasets.Dataset(datasets.table.embed_table_storage(made.data.table), fingerprint="x")
+    datasets.DatasetDict({"train": embedded, "test": embedded.select([0])}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="splits train, test; write --split"):
+        packed(tmp_path / "saved")
+    folder, summary = packed(tmp_path / "saved", options={"split": "train"})
+    found = sorted(read_shards(folder), key=lambda s: s["source"])
+    assert [s["png"] for s in found] == [(images / n).read_bytes() for n, _, _ in ROWS]
+    assert [s.get("cls") for s in found] == [b"1", b"0", b"1", None]
+    assert (folder / "classes.txt").read_text().splitlines() == ["dog", "cat"]
+
+
+def test_a_missing_library_names_its_extra(images, packed, monkeypatch):
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pyarrow, which is missing; pip install 'prelude-ssl\[parquet\]'"):
+        packed(images / "x.parquet")

@@ -1,0 +1,137 @@
+"""`prelude shards pack`, `info`, `verify` and `peek` as a user gives them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prelude.data.shards import ShardIndex
+from prelude.launch import prelude
+from prelude.launch.exit_codes import door
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRELUDE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of pictures, of which one is there twice."""
+    for n in range(24):
+        pixels = np.random.default_rng(n).integers(0, 256, (5, 5, 3), np.uint8)
+        path = tmp_path / "photos" / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).resize((40, 30), Image.Resampling.BICUBIC).save(path)
+    shutil.copy(tmp_path / "photos" / "a" / "0.png", tmp_path / "photos" / "a" / "copy.png")
+    return tmp_path / "photos"
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = door(lambda: prelude.main(["shards", *map(str, argv)]))
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_pack_tells_what_was_understood_and_what_to_write_next(photos, tmp_path, capsys):
+    code, out, err = run(capsys, "pack", photos, "--to", tmp_path / "s", "--short-side", 16, "--val-share", 0.2)
+    assert code == 0 and "classes from the names of 2 folders" in err
+    written = [line.split("'")[1] for line in out.splitlines() if line.startswith("data.shards=")]
+    assert [ShardIndex(shards).num_samples for shards in written] == [20, 5]
+
+
+def test_an_image_that_is_left_out_is_exit_code_4(photos, tmp_path, capsys):
+    (photos / "a" / "bad.png").write_bytes(b"garbage")
+    code, out, _ = run(capsys, "pack", photos, "--to", tmp_path / "s")
+    assert code == 4 and "1 x not an image" in out and "train.left_out.jsonl" in out
+    assert run(capsys, "pack", photos, "--to", tmp_path / "s")[:2] == (4, out)  # told again, not packed again
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--quality", "90"], "--quality has no effect without --short-side"),
+        (["--per-shard", "0"], "--per-shard 0 cannot be"),
+        (["--val-share", "1.5"], "--val-share 1.5 cannot be"),
+        (["--name", "a.b"], "--name 'a.b' cannot be"),
+        (["--root", "x"], "--root has no effect on a folder"),
+        (["--split", "test"], "--split has no effect on a folder"),
+        (["--label", "species"], "write one of parent, top, none"),
+        (["--classes", "nowhere.txt"], "nowhere.txt cannot be read"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_write_nothing(photos, tmp_path, capsys, arguments, sentence):
+    code, _, err = run(capsys, "pack", photos, "--to", tmp_path / "s", *arguments)
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(told) == 1 and sentence in told[0]
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("what", ["nowhere", "empty", "a.bin", "photos.tar.gz"])
+def test_what_cannot_be_packed_is_told_with_what_can(tmp_path, capsys, what):
+    if what == "empty":
+        (tmp_path / what).mkdir()
+    elif what != "nowhere":
+        (tmp_path / what).write_bytes(b"x")
+    code, _, err = run(capsys, "pack", tmp_path / what, "--to", tmp_path / "s")
+    assert code == 2 and "write a folder of images, a .csv" in err and not (tmp_path / "s").exists()
+
+
+def test_shards_do_not_go_into_their_own_source(photos, capsys):
+    code, _, err = run(capsys, "pack", photos, "--to", photos / "shards")
+    assert code == 2 and "lies in the source" in err
+
+
+def test_info_and_verify_of_a_folder_and_of_its_shards_agree(photos, tmp_path, capsys):
+    run(capsys, "pack", photos, "--to", tmp_path / "s", "--per-shard", 10)
+    shards = tmp_path / "s" / "train-*.tar"
+    ready = set()
+    for source in (photos, shards):
+        code, out, _ = run(capsys, "info", source)
+        assert code == 0 and "30 x 40" in out and "25 x PNG, 3 channels, 8 bits" in out
+        assert "2 different, 12 to 13 images each" in out
+        ready.add(out.splitlines()[-1])
+        code, out, _ = run(capsys, "verify", source, "--to", tmp_path / "found.jsonl")
+        assert code == 0 and "2 images in 1 groups" in out
+        (line,) = map(json.loads, (tmp_path / "found.jsonl").open())
+        assert line["kind"] == "byte-identical" and len(line["images"]) == 2
+    (line,) = ready  # ready to be given to a run
+    mean, std = (json.loads(part.partition("=")[2]) for part in line.split())
+    pixels = [np.asarray(Image.open(path)) / 255 for path in photos.rglob("*.png")]
+    assert np.allclose(mean, np.mean(pixels, (0, 1, 2)), atol=1e-4)
+    assert np.allclose(std, np.std(np.stack(pixels), (0, 1, 2)), atol=1e-4)
+
+
+def test_damage_is_exit_code_1(photos, capsys):
+    (photos / "a" / "bad.png").write_bytes(b"garbage")
+    for action in ("info", "verify"):
+        code, out, _ = run(capsys, action, photos)
+        assert code == 1 and "not an image at a/bad.png" in out
+
+
+def test_peek_draws_what_the_objective_sees(photos, recipe, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    code, out, err = run(capsys, "peek", photos, "--to", sheet, "--count", 3)
+    assert code == 0 and "photos:" in err
+    plain = Image.open(sheet).size
+    code, out, _ = run(capsys, "peek", photos, "--config", recipe, "--to", sheet, "--count", 3)
+    assert code == 0 and "3 images, 1 view each" in out
+    drawn = np.asarray(Image.open(sheet))
+    assert drawn.shape[:2] != plain[::-1] and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 100
+    run(capsys, "peek", photos, "--config", recipe, "--to", sheet, "--count", 3, "--seed", 1)
+    assert not np.array_equal(np.asarray(Image.open(sheet)), drawn)
+    code, _, err = run(capsys, "peek", photos, "--to", tmp_path / "sheet.nothing")
+    assert code == 2 and "write the name of a .png file" in err
+
+
+def test_a_run_trains_and_is_probed_from_a_folder_in_place(photos, recipe, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    small = ["train.epochs=1", "optimizer.warmup_epochs=0", "data.num_workers=0"]
+    trained = prelude.main(["pretrain", "--config", str(recipe), f"run_dir={run_dir}", f"data.shards={photos}", *small])
+    assert trained == 0
+    labelled = ["--train", str(photos), "--test", str(photos), "--num-workers", "0"]
+    assert prelude.main(["knn", str(run_dir), *labelled, "--k", "1"]) == 0
+    (result,) = (run_dir / "evaluations").glob("*knn*.json")
+    assert json.loads(result.read_text())["data"]["train"]["num_samples"] == 25
