@@ -11,7 +11,7 @@ from prelude.data.shapes import write_shards
 from prelude.evaluators.frozen import Labelled
 from prelude.evaluators.labels import VectorFormat
 from prelude.evaluators.multilabel import multilabel
-from prelude.launch import compare, compared_runs, prelude
+from prelude.launch import compare, compared_runs, comparing, prelude
 from prelude.launch.exit_codes import INCOMPLETE, door
 
 NUM_IMAGES = 64
@@ -176,7 +176,7 @@ def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder,
 
 def test_findings_are_judged_as_findings():
     args = compare.parser().parse_args(["pixels:4", "--train", "a", "--test", "b", "--names", "x", "y", "--group", "p"])
-    labelled, (evaluator,) = compare.task_of(args, args.sources)
+    labelled, (evaluator,) = comparing.task_of(args, args.sources)
     assert labelled == Labelled("a", "b", "json", VectorFormat(("x", "y"), "", "p"))
     assert evaluator.func is multilabel and evaluator.keywords == {"names": ("x", "y")}
 
