@@ -3,7 +3,7 @@
 - A command that fails before the tar's end is an error in its own words, even where it was cut between two members.
 - A command that prints nothing for `stall_seconds` is left. Nothing is tried again in mid-transfer, which would print
   the beginning twice; the stream goes on with another shard.
-- A stream that is closed ends its command, whatever that waits for.
+- A stream that is closed, or whose process is killed, ends its command, whatever that waits for.
 """
 
 import atexit
@@ -12,10 +12,12 @@ import select
 import subprocess
 import weakref
 
-from webdataset.gopen import Pipe, gopen, gopen_curl, gopen_schemes, rewrite_url
+from webdataset import utils
+from webdataset.gopen import Pipe, gopen, gopen_curl, gopen_pipe, gopen_schemes, rewrite_url
 
 from prelude.data.errors import UserError
 from prelude.data.shards import is_remote
+from prelude.data.waiting import end_with_parent
 
 CONNECT_SECONDS = 30
 _BROKEN_PIPE = (141, -13)  # of a shell and of a process: we stopped reading
@@ -36,20 +38,17 @@ def refuse_unknown_schemes(urls: list[str]) -> None:
 def open_url(url: str, stall_seconds: float):
     """A file to be read to its end and closed. Raises OSError and ValueError."""
     url = rewrite_url(url)
-    if gopen_schemes.get(url.partition(":")[0]) is not gopen_curl:
+    # A command ends with its reader, which a silent one would not notice the end of.
+    settings = {"mode": "rb", "bufsize": 0, "preexec_fn": end_with_parent}
+    opens = gopen_schemes.get(url.partition(":")[0])
+    if opens is gopen_pipe and not utils.enforce_security:
+        return _Command(Pipe(url.removeprefix("pipe:"), shell=True, **settings), stall_seconds)
+    if opens is not gopen_curl:
         opened = gopen(url)
         return _Command(opened, stall_seconds) if isinstance(opened, Pipe) else opened
-    connect = min(CONNECT_SECONDS, stall_seconds)
-    limits = [
-        "--connect-timeout",
-        f"{connect:.3f}",
-        "--speed-limit",
-        "1",
-        "--speed-time",
-        f"{max(stall_seconds, 1):.0f}",
-    ]
-    curl = ["curl", "--silent", "--show-error", "--fail", "--location", *limits, url]
-    return _Command(Pipe(curl, mode="rb", bufsize=0, stderr=subprocess.PIPE), stall_seconds)
+    connect = f"{min(CONNECT_SECONDS, stall_seconds):.3f}"
+    curl = ["curl", "--silent", "--show-error", "--fail", "--location", "--connect-timeout", connect, url]
+    return _Command(Pipe(curl, stderr=subprocess.PIPE, **settings), stall_seconds)
 
 
 class _Command:

@@ -9,12 +9,15 @@
 How long, and who is asked about a stop, is one setting of the process: a stop is meant for all of it.
 """
 
+import ctypes
 import errno
 import functools
 import logging
 import os
 import queue
+import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -224,3 +227,13 @@ def state_of(pid: int) -> str:
     except (OSError, IndexError):
         return ""
     return {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "in a wait for a disk"}.get(letter, "")
+
+
+def end_with_parent() -> None:
+    """Called in a new process: from now on it ends with the thread that started it, on Linux, whatever it waits for."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # found before any fork

@@ -9,13 +9,12 @@
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import itertools
 import multiprocessing
 import os
+import re
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -25,11 +24,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from prelude.data.errors import RunStopped
-from prelude.data.waiting import Board, Caller, doing, shared_memory, state_of
+from prelude.data.waiting import Board, Caller, doing, end_with_parent, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _CLOSING_SECONDS = 5
 
 
@@ -95,20 +93,22 @@ class Workers:
         closing.start()
         closing.join(_CLOSING_SECONDS)
         self.batches = None
-        _running.discard(self)
 
     def kill(self) -> None:
         for process in self.processes:
-            if process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                if process.exitcode is not None:
+                    continue
                 (os.killpg if _leads_a_group(process.pid) else os.kill)(process.pid, signal.SIGKILL)
 
-    def has_lost_one(self) -> bool:
-        return any(process.exitcode for process in self.processes)
+    def has_one_in(self, words: str) -> bool:
+        """Whether an error of torch speaks of one of these. Their exit codes may not be known yet, in any thread."""
+        return any(re.search(rf"\b{process.pid}\b", words) for process in self.processes)
 
     def _explain_death(self, noticed: Exception | None = None) -> None:
         for process in self.processes:
-            if process.exitcode is None and noticed and str(process.pid) in str(noticed):
-                process.join(1)  # torch has seen its end, which the process object may learn a moment later
+            if process.exitcode is None and noticed:
+                process.join(1)  # torch may have seen an end that the process object learns of a moment later
             if process.exitcode:
                 raise RunStopped(_of_what(process)) from noticed
 
@@ -146,9 +146,8 @@ def _start(number: int, board: Board, dies_with_parent: bool) -> None:
         signal.signal(name, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # so that the commands of a stream can be ended together with it
-    if dies_with_parent and sys.platform == "linux":
-        # torch's watch over the parent looks up between batches only. It is the parent's thread that counts here.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if dies_with_parent:
+        end_with_parent()  # torch's watch over the parent looks up between batches only
     torch.set_num_threads(1)
     board.written_by(number)
     doing(b"it has read nothing yet")
@@ -190,8 +189,8 @@ def _keep_deaths_for_later() -> None:
     def handler(signum, frame):
         try:
             raising(signum, frame)
-        except RuntimeError:
-            if not any(workers.has_lost_one() for workers in _running):
+        except RuntimeError as error:
+            if not any(workers.has_one_in(str(error)) for workers in _running):
                 raise
 
     _keeping.add(handler)

@@ -14,6 +14,7 @@ from prelude.data.errors import RunStopped, Stopped
 from prelude.data.loader import build_loader
 
 PLAN = ViewPlan((View((6, 6)),))
+COMMANDS = ("curl", "sleep")
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def build(urls, **changes):
 
 
 def commands():
-    return [child for child in psutil.Process().children(recursive=True) if child.name() in ("curl", "sleep")]
+    return [child for child in psutil.Process().children(recursive=True) if child.name() in COMMANDS]
 
 
 def exhaust(loader):
@@ -163,20 +164,21 @@ def test_a_command_that_goes_on_after_its_tar_is_ended(write_shards):
     assert not commands()
 
 
-def test_a_worker_that_hangs_ends_with_a_process_that_is_killed(server, run_python):
+@pytest.mark.parametrize("url, num_workers", [("SERVER/silent", 1), ("pipe:exec sleep 1000", 0)])
+def test_what_hangs_ends_with_a_process_that_is_killed(url, num_workers, server, run_python):
+    """The worker, and the command that it or the process itself reads from."""
     code = (
-        "import sys, psutil\nfrom prelude.data.batch import View, ViewPlan\n"
-        "from prelude.data.loader import build_loader\n"
-        "from prelude.data.pipeline import run_pipeline\n"
-        "loader = build_loader(sys.argv[1], ViewPlan((View((6, 6)),)), seed=0, micro_batch=4, num_samples=9)\n"
-        "loader._running = run_pipeline(loader.stages(), 1)\n"
-        "print(*[child.pid for child in psutil.Process().children()], flush=True)\nnext(loader)\n"
+        "import sys, prelude.data.loader as data\nfrom prelude.data.batch import View, ViewPlan\n"
+        "plan, rest = ViewPlan((View((6, 6)),)), dict(seed=0, micro_batch=4, num_samples=9, allow_commands=True)\n"
+        "next(data.build_loader(sys.argv[1], plan, num_workers=int(sys.argv[2]), **rest))\n"
     )
-    process = run_python(code, f"{server}/silent")
-    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
-    assert workers
+    process = run_python(code, url.replace("SERVER", server), num_workers)
+    until = time.monotonic() + 100
+    while not (found := psutil.Process(process.pid).children(recursive=True)) or found[-1].name() not in COMMANDS:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert len(found) == num_workers + 1
     os.kill(process.pid, 9)
-    until = time.monotonic() + 30
-    while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
+    while any(child.is_running() and child.status() != "zombie" for child in found):
         assert time.monotonic() < until
         time.sleep(0.05)
