@@ -97,7 +97,7 @@ def described(monkeypatch):
         if not size:
             raise UserError(f"There is no folder {source}.")
         config = EncoderConfig(name=name, image_size=int(size))
-        return gathering.sources.Description(config, (0, 0, 0), (1, 1, 1), source, origin={"objective": f"of {source}"})
+        return gathering.sources.Description(config, (0, 0, 0), (1, 1, 1), source, None, {"objective": f"of {source}"})
 
     monkeypatch.setattr(gathering.sources, "describe", describe)
 
