@@ -53,7 +53,8 @@ class Workers:
                 worker_init_fn=functools.partial(_start, board=self.board, dies_with_parent=in_main_thread),
                 generator=torch.Generator(),  # or torch draws from the global one at each start
             )
-            self.batches = iter(loader)
+            with _signals_held_back():
+                self.batches = iter(loader)
         except (OSError, RuntimeError) as error:
             for process in set(multiprocessing.active_children()) - before:
                 process.kill()
@@ -138,12 +139,23 @@ def _of_what(process) -> str:
     )
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A worker is born with these signals held back, until it ignores them: none can end it in between."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # ---- in a worker
 
 
 def _start(number: int, board: Board, dies_with_parent: bool) -> None:
     for name in _IGNORED:
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # so that the commands of a stream can be ended together with it
     if dies_with_parent:

@@ -58,7 +58,8 @@ def test_two_ranks_train_what_one_process_trains(runs, name):
     for step, (record, (loss, norm)) in enumerate(zip(result["records"], logged, strict=True)):
         # The first step differs by rounding alone, which training then amplifies.
         assert record["loss"] == pytest.approx(loss, rel=1e-3 if step else 2e-5), step
-        assert record["grad_norm"] == pytest.approx(norm, rel=2e-3), step
+        # By the third step float32 in one process is itself 4e-3 from float64, where activations have met a kink.
+        assert record["grad_norm"] == pytest.approx(norm, rel=2e-3 if step < 2 else 5e-3), step
     ours = torch.load(runs / f"{name}.pt", weights_only=True)
     initial = build_objective(cases.config_of(name, Path("x"))).state_dict()
     assert len(idle) < 0.1 * len(weights)
