@@ -316,10 +316,15 @@ def read_checkpoint(path: str | Path) -> tuple[PortableState, dict]:
         for place, tensor in load_file(path / OPTIMIZER).items():
             name, _, key = place.rpartition("/")
             moments.setdefault(name, {})[key] = tensor
+        state = PortableState(tensors, rest["optimizer"], moments, rest["scalars"], loss_scaler=rest["loss_scaler"])
+        return state, rest["meta"]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read any more ({error}); see to the disk, and start again.") from None
-    state = PortableState(tensors, rest["optimizer"], moments, rest["scalars"], loss_scaler=rest["loss_scaler"])
-    return state, rest["meta"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / STATE} is not what this version writes ({type(error).__name__}: {error}); write another run_dir, "
+            "and resume.checkpoint=PATH of another checkpoint."
+        ) from None
 
 
 def recorded_config(run: str | Path) -> dict:

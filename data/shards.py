@@ -17,6 +17,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
+_MOST_NAMED = 10**7  # by the ranges of a pattern
 _COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
 
 
@@ -232,12 +234,20 @@ def _expand(pattern: str) -> list[str]:
         return [pattern]
     if not is_remote(pattern) and os.path.exists(pattern):
         return [_as_path(pattern, pattern)]
+    if (count := _num_named(pattern)) > _MOST_NAMED:
+        raise UserError(f"data.shards={pattern!r} names {count:,} files; write the numbers that there are.")
     try:
         urls = expand_urls(pattern)
     except (AssertionError, ValueError) as error:  # a variable that is not set; a brace that is not closed
         reason = str(error).replace("wds_WDS_", "WDS_") or "unbalanced braces"
         raise UserError(f"data.shards={pattern!r} cannot be expanded ({reason}); write plain paths.") from None
     return [path for url in urls for path in ([url] if _has_scheme(url) else _local(url, pattern))]
+
+
+def _num_named(pattern: str) -> int:
+    """How many names the ranges in braces make, without making them."""
+    spans = re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)
+    return math.prod(max(int(last) - int(first) + 1, 1) for first, last in spans)
 
 
 def _has_scheme(url: str) -> bool:

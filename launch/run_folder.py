@@ -73,15 +73,23 @@ class StartOfRun(Monitor):
         distributed.deepspeed_messages_to(self.messages)
 
     def start(self, progress: Progress) -> None:
-        with Tolerant(self.stop):
-            # What stopped the last start must not stop this one; what came since is meant for it.
-            if self.earlier_stop and _identity(self.stop) == self.earlier_stop:
-                self.stop.unlink()
+        # What stopped the last start must not stop this one; what came since is meant for it.
+        if self.earlier_stop and _identity(self.stop) == self.earlier_stop:
+            self._take_away_stop()
         with Tolerant(self.path / "config.yaml"):
             write_whole(self.path / "config.yaml", self.config.to_yaml())
         with Tolerant(self.path / "environment.json"):
             write_whole(self.path / "environment.json", json.dumps(describe_environment(), indent=2))
         self.messages.begin()
+
+    def _take_away_stop(self) -> None:
+        try:
+            self.stop.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.stop} ended an earlier start, would end this one too, and cannot be removed "
+                f"({reason(error)}); remove it, and start again."
+            ) from None
 
 
 class _Messages(logging.Handler):

@@ -154,6 +154,8 @@ class Lines(Growing):
         with self.tolerant:
             if not os.path.lexists(self.path):
                 return
+            if self.path.exists() and not self.path.is_file():
+                raise OSError(errno.EINVAL, "no regular file", str(self.path))
             content = self.path.read_bytes()
             lines = content.splitlines(keepends=True)
             steps = [_step_of(line) for line in lines]
@@ -188,7 +190,8 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _open_to_append(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _OURS_ALONE
+    # Non-blocking: a pipe in a file's place would wait for a reader.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | _OURS_ALONE
     try:
         return os.open(path, flags, 0o666)
     except OSError as error:

@@ -79,7 +79,13 @@ class RunLock:
                 os.close(descriptor)
                 return False
             _write(descriptor, _myself())
-        except (UserError, OSError):
+        except OSError:
+            with suppress(OSError):  # a full disk took the name and not what it says
+                if _same(descriptor, self.path):
+                    self.path.unlink()
+            os.close(descriptor)
+            raise
+        except UserError:
             os.close(descriptor)
             raise
         self.descriptor = descriptor

@@ -53,6 +53,18 @@ def test_an_empty_or_missing_folder_has_no_newest(tmp_path):
     assert Store(tmp_path / "nowhere").newest() is None
 
 
+@pytest.mark.parametrize("key", ["scalars", "optimizer", "meta"])
+def test_a_state_with_a_sound_checksum_that_lacks_something_is_refused_in_a_sentence(tmp_path, save, key):
+    path = save(Store(tmp_path), 1)
+    state, manifest = (json.loads((path / name).read_text()) for name in (stores.STATE, stores.MANIFEST))
+    del state[key]
+    (path / stores.STATE).write_text(json.dumps(state))
+    manifest["files"][stores.STATE] = stores._described(path / stores.STATE)
+    (path / stores.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"state.json is not what this version writes .*{key}"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize("latest", [None, "", "step-00000099\n", "../../etc\n", "\x00\xff"])
 def test_a_wrong_latest_changes_nothing(tmp_path, save, latest):
     store = Store(tmp_path)

@@ -68,6 +68,8 @@ def test_urls_are_left_to_webdataset(url):
         ("D/", r"is a folder of shards; write '.*/\*.tar'"),
         ("${UNSET}/0.tar", r"cannot be expanded \(missing environment variable WDS_UNSET\)"),
         ("D/{0..1.tar", r"cannot be expanded|does not exist"),
+        ("D/{000..9999999999}.tar", r"names 10,000,000,000 files"),
+        ("D/{0..99999}/{0..99999}.tar", r"names 10,000,000,000 files"),
         ([], r"data.shards is empty"),
         ("", r"does not exist"),
     ],

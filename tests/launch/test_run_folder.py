@@ -75,6 +75,7 @@ REFUSED = {
     "of another format": ("foreign", [], "step-00000007: it is of format 2.*step-00000006"),
     "begun at an end": ("fresh", ["resume.checkpoint=RUN/checkpoints/step-00000007"], "Nothing is left to train"),
     "begun nowhere": ("deep/fresh", ["resume.checkpoint=/nowhere/step-00000005"], "/nowhere/step-00000005"),
+    "a stop that stays": ("stuck", [], "STOP ended an earlier start.* remove it"),
     "through a link": ("linked", [], "checkpoints is a symbolic link"),
 }
 
@@ -83,6 +84,7 @@ REFUSED = {
 def refused(start, folder) -> dict[str, tuple]:
     (folder / "run" / "STOP").touch()
     (folder / "linked").mkdir()
+    (folder / "stuck" / "STOP").mkdir(parents=True)
     (folder / "linked" / "checkpoints").symlink_to(folder / "run" / "checkpoints")
     starts = {
         name: [f"run_dir={folder / run}", *(each.replace("RUN", str(folder / "run")) for each in overrides)]

@@ -71,6 +71,14 @@ def test_a_disk_that_is_gone_and_comes_back_costs_no_line(tmp_path, caplog):
     assert len(caplog.messages) == 1
 
 
+def test_a_pipe_in_a_files_place_is_told_and_not_waited_for(tmp_path, caplog):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.start(5)
+    lines.add({"step": 6})
+    assert caplog.messages and lines.read() == [{"step": 6}]  # kept for a better day
+
+
 def test_what_is_not_worth_the_memory_is_dropped(tmp_path):
     file = Growing(tmp_path / "run" / "events")
     file.append(b"picture", keep=False)

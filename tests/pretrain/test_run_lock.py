@@ -50,6 +50,16 @@ def without_locks(monkeypatch, number=errno.ENOLCK):
     monkeypatch.setattr(run_lock.fcntl, "lockf", lockf)
 
 
+def test_a_disk_too_full_for_the_lock_is_left_as_it_was(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_lock, "_write", full)
+    with pytest.raises(OSError):
+        RunLock(tmp_path / "deep" / "run").hold()
+    assert not (tmp_path / "deep").exists()
+
+
 def test_a_second_start_is_refused_naming_both(tmp_path, holder):
     with pytest.raises(UserError) as refused:
         RunLock(tmp_path / "run").hold()
