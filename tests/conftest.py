@@ -1,5 +1,6 @@
 """For all tests."""
 
+import os
 import random
 
 import numpy as np
@@ -13,3 +14,16 @@ def seeded_generators():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_a_rank():
+    """A door that a test runs in this process says in the environment that it is one; what later tests start is not."""
+    _forget_ranks()
+    yield
+    _forget_ranks()
+
+
+def _forget_ranks() -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
