@@ -17,7 +17,8 @@ from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.pretrain import distributed, photometric
 from prelude.pretrain.config import Config
-from prelude.pretrain.engine import Engine, Meter
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.meter import Meter
 from prelude.pretrain.recipes import validate_config
 
 VIT = {
