@@ -8,6 +8,7 @@
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -36,8 +37,7 @@ class LabelReader:
             raise UserError(f"Labels cannot be read from .{extension} members; write them as {_FORMATS}.")
         labels = [label for label in map(self._decode, examples) if label is not None]
         if not labels:
-            found = f"The label {examples[0][:60]!r}" if examples else "The content"
-            raise UserError(f"{found} of a .{extension} member is neither a number nor numbers; write {_FORMATS}.")
+            raise UserError(self._refusal(examples))
         ((self.shape, self.dtype), _) = Counter((label.shape, label.dtype) for label in labels).most_common(1)[0]
 
     def __call__(self, content: bytes) -> np.ndarray:
@@ -46,6 +46,16 @@ class LabelReader:
         if label is None or label.shape != self.shape or (label.dtype.kind == "f" and self.dtype.kind != "f"):
             raise BadImage(f"bad .{self.extension} label")
         return label.astype(self.dtype)
+
+    def _refusal(self, examples: Sequence[bytes]) -> str:
+        """Of members none of which can be decoded."""
+        found = f"The label {examples[0][:60]!r}" if examples else "The content"
+        if examples and _is_beyond_64_bits(examples[0]):
+            return (
+                f"{found} of a .{self.extension} member does not fit into 64 bits; write whole numbers from -2^63 to "
+                f"2^63 - 1, such as the numbers 0, 1, ... of the classes."
+            )
+        return f"{found} of a .{self.extension} member is neither a number nor numbers; write {_FORMATS}."
 
     def _decode(self, content: bytes) -> np.ndarray | None:
         try:
@@ -57,6 +67,12 @@ class LabelReader:
         if label.dtype.kind not in _DTYPES or (label.dtype == np.uint64 and (label > np.iinfo(np.int64).max).any()):
             return None
         return label.astype(_DTYPES[label.dtype.kind])
+
+
+def _is_beyond_64_bits(content: bytes) -> bool:
+    """Whether a whole number that is written out in it is."""
+    numbers = re.findall(rb"(?<![\w.])-?\d+(?![\w.])", content)
+    return any(len(number) > 19 and not -(2**63) <= int(number[:4000]) < 2**63 for number in numbers)
 
 
 def some(sample_ids: np.ndarray) -> list[int]:

@@ -21,6 +21,7 @@ ENCODERS = (
 SOURCES = f"{ENCODERS}, or pixels, pixels:SIZE"
 OUT = "where results are written (default: RUN/evaluations)"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+_NUMBER = re.compile(r"\d+")
 _SHARD = re.compile(r"\.(tar|tgz)\b|[*?{]|::|://")
 
 
@@ -143,12 +144,27 @@ def _each_with_its_option(parser: argparse.ArgumentParser, words: Sequence[str])
 
 
 def _gathered(settings: list[str]) -> list[str]:
-    """The shell makes several words of `data.shards=train-{0..9}.tar` without quotes; they are one list again."""
+    """The shell makes several words of `data.shards=train-{0..9}.tar` without quotes; they are one list again. Any
+    other key that is set twice is refused, and so are other values for shards: which is meant nobody knows."""
     values: dict[str, list[str]] = {}
     for word in settings:
         key, _, value = word.partition("=")
         values.setdefault(key, []).append(value)
+    keys = [word.partition("=")[0] for word in settings]
     for key, given in values.items():
-        if len(given) > 1 and not key.endswith("shards"):
+        if len(given) == 1:
+            continue
+        in_a_row = keys[keys.index(key) :][: len(given)] == [key] * len(given)
+        if key.endswith("shards") and not (in_a_row and _numbered(given)):
+            listed = json.dumps(given[:3] + ["..."] if len(given) > 3 else given)
+            raise UserError(
+                f"{key} is set {len(given)} times; write it once, and where all are meant as '{key}={listed}'."
+            )
+        if not key.endswith("shards"):
             raise UserError(f"{key} is set {len(given)} times, to {' and '.join(given)}; write it once.")
     return [f"{key}={json.dumps(given) if len(given) > 1 else given[0]}" for key, given in values.items()]
+
+
+def _numbered(values: list[str]) -> bool:
+    """Whether they differ in a number alone, as what a shell makes of {000..009} does."""
+    return len({_NUMBER.sub("#", value) for value in values}) == 1 and len(set(values)) == len(values)

@@ -20,7 +20,7 @@ from prelude.data.errors import UserError
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_environment
-from prelude.pretrain.files import Growing, Tolerant, reason, write_whole
+from prelude.pretrain.files import Growing, Tolerant, reason, remedy, write_whole
 from prelude.pretrain.monitors import Monitor
 from prelude.pretrain.run_lock import RunLock
 from prelude.pretrain.schedules import Progress
@@ -52,7 +52,7 @@ def _refusal(lock: RunLock, path: Path) -> str | None:
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"run_dir={path} cannot be written ({reason(error)}); choose another."
+        return f"run_dir={path} cannot be written ({reason(error)}); {_remedy(error, path)}."
     if (path / "checkpoints").is_symlink():
         lock.release()
         return (
@@ -60,6 +60,11 @@ def _refusal(lock: RunLock, path: Path) -> str | None:
             f"too; write run_dir=... with a folder on the disk where the checkpoints belong."
         )
     return None
+
+
+def _remedy(error: OSError, path: Path) -> str:
+    there = (path / "checkpoints").is_dir()
+    return remedy(error, "make it writable, since a run lies there" if there else "write another run_dir")
 
 
 class StartOfRun(Monitor):

@@ -29,7 +29,16 @@ def apply(values: dict, override: str, keys: Keys) -> None:
     if isinstance(place, list):
         place[_index(place, path, override)] = value_of(text, None)
     else:
-        place[path[-1]] = value_of(text, field)
+        value = value_of(text, field)
+        if isinstance(value, dict) and keys.section(path) and place.get(path[-1]):
+            raise UserError(_of_a_section(key.strip(), value, place[path[-1]]))
+        place[path[-1]] = value
+
+
+def _of_a_section(key: str, value: dict, there: Any) -> str:
+    lost = ", ".join(str(name) for name in there if name not in value) if isinstance(there, dict) else ""
+    settings = " ".join(f"{key}.{name}=..." for name in value) or f"{key}.KEY=..."
+    return f"{key}=... would replace the whole section{f', and lose {lost}' if lost else ''}; write {settings}."
 
 
 def value_of(text: str, field: FieldInfo | None) -> Any:
