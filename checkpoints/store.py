@@ -305,11 +305,16 @@ def read_meta(path: str | Path) -> dict:
         return {}
 
 
+def refuse_incomplete(path: Path) -> None:
+    """Raises UserError unless it is a complete checkpoint."""
+    if why := problem(path):
+        raise UserError(f"{path} is no complete checkpoint: {why}; name another one, or write resume.checkpoint=auto.")
+
+
 def read_checkpoint(path: str | Path) -> tuple[PortableState, dict]:
     """A checkpoint's state and `meta`. Raises UserError unless every byte of it is as it was written."""
     path = Path(path)
-    if why := problem(path):
-        raise UserError(f"{path} is no complete checkpoint: {why}; name another one, or write resume.checkpoint=auto.")
+    refuse_incomplete(path)
     try:
         rest = json.loads((path / STATE).read_text())
         tensors, moments = load_file(path / MODEL), {}

@@ -247,8 +247,9 @@ class Config(Section):
         warmup, epochs = self.optimizer.warmup_epochs, self.train.epochs
         if warmup > epochs:
             raise ValueError(
-                f"optimizer.warmup_epochs={number(warmup)} is longer than the run of train.epochs={number(epochs)}, whose "
-                f"learning rate would not reach its peak; write optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
+                f"optimizer.warmup_epochs={number(warmup)} is longer than the run of train.epochs={number(epochs)}, "
+                "whose learning rate would not reach its peak; write "
+                f"optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
             )
         return self
 

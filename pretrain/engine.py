@@ -32,7 +32,7 @@ from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
 from prelude.pretrain.sameness import refuse_differences
-from prelude.pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later
 
 
@@ -55,9 +55,7 @@ class Engine:
                 f"objective.name={config.objective['name']} takes its loss over the whole batch, which accumulating "
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
-        steps_per_epoch = loader.num_samples / config.train.global_batch
-        num_steps = max(-int(-config.train.epochs * steps_per_epoch // 1), 1)
-        self.progress = Progress(0, num_steps, steps_per_epoch)
+        self.progress = beginning(config, loader.num_samples)
         self._refuse_other_ranks()
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)

@@ -55,7 +55,7 @@ class Bench:
         return starts.start(self.words(run, *overrides), self.folder / f"{run.name}.out", **more)
 
     def newest(self, run: Path) -> int:
-        """The step of the newest complete checkpoint, 0 where none was ever saved. Raises Wrong where none is of use."""
+        """The step of the newest complete checkpoint, 0 where none was ever saved. Wrong where all are lost."""
         from prelude.checkpoints.store import Store
         from prelude.data.errors import UserError
 

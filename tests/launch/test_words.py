@@ -115,8 +115,15 @@ def test_a_shard_option_takes_one_pattern_or_several_files_and_leaves_sources_al
 def test_braces_that_the_shell_expanded_are_one_list_again_and_no_other_key_is_set_twice():
     words = ["--config", "c", "data.shards=t-0.tar", "data.shards=t-1.tar", "seed=3"]
     assert parse(pretrain.parser(), words).overrides == ['data.shards=["t-0.tar", "t-1.tar"]', "seed=3"]
-    with pytest.raises(UserError, match="seed is set 2 times, to 3 and 4; write it once"):
-        parse(pretrain.parser(), [*words, "seed=4"])
+    for more, sentence in {
+        "seed=4": "seed is set 2 times, to 3 and 4; write it once",
+        "data.shards=t-2.tar": "data.shards is set 3 times; write it once, and where all are meant as",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            parse(pretrain.parser(), [*words, more])
+    for two in (["a.tar", "b.tar"], ["t-1.tar", "t-1.tar"]):
+        with pytest.raises(UserError, match="data.shards is set 2 times"):
+            parse(pretrain.parser(), ["--config", "c", *(f"data.shards={name}" for name in two)])
 
 
 def test_a_home_folder_is_found_in_sources_and_folders(monkeypatch):
