@@ -8,7 +8,6 @@
 
 import io
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -50,7 +49,7 @@ class LabelReader:
     def _refusal(self, examples: Sequence[bytes]) -> str:
         """Of members none of which can be decoded."""
         found = f"The label {examples[0][:60]!r}" if examples else "The content"
-        if examples and _is_beyond_64_bits(examples[0]):
+        if examples and _is_beyond_64_bits(self._array(examples[0])):
             return (
                 f"{found} of a .{self.extension} member does not fit into 64 bits; write whole numbers from -2^63 to "
                 f"2^63 - 1, such as the numbers 0, 1, ... of the classes."
@@ -58,21 +57,28 @@ class LabelReader:
         return f"{found} of a .{self.extension} member is neither a number nor numbers; write {_FORMATS}."
 
     def _decode(self, content: bytes) -> np.ndarray | None:
-        try:
-            if self.extension.rpartition(".")[2] == "npy" and not _is_whole_npy(content):
-                return None
-            label = np.asarray(basichandlers(f".{self.extension}", content))
-        except (ValueError, TypeError, EOFError, OverflowError, RecursionError, MemoryError):
+        label = self._array(content)
+        if label is None or label.dtype.kind not in _DTYPES:
             return None
-        if label.dtype.kind not in _DTYPES or (label.dtype == np.uint64 and (label > np.iinfo(np.int64).max).any()):
+        if label.dtype == np.uint64 and (label > np.iinfo(np.int64).max).any():
             return None
         return label.astype(_DTYPES[label.dtype.kind])
 
+    def _array(self, content: bytes) -> np.ndarray | None:
+        """What webdataset makes of it; None where it makes nothing."""
+        try:
+            if self.extension.rpartition(".")[2] == "npy" and not _is_whole_npy(content):
+                return None
+            return np.asarray(basichandlers(f".{self.extension}", content))
+        except (ValueError, TypeError, EOFError, OverflowError, RecursionError, MemoryError):
+            return None
 
-def _is_beyond_64_bits(content: bytes) -> bool:
-    """Whether a whole number that is written out in it is."""
-    numbers = re.findall(rb"(?<![\w.])-?\d+(?![\w.])", content)
-    return any(len(number) > 19 and not -(2**63) <= int(number[:4000]) < 2**63 for number in numbers)
+
+def _is_beyond_64_bits(label: np.ndarray | None) -> bool:
+    """Of whole numbers: numpy keeps as Python's own those that no type of its has room for."""
+    if label is None or label.dtype == np.uint64:
+        return label is not None
+    return label.dtype == object and all(isinstance(number, int) for number in label.flat)
 
 
 def some(sample_ids: np.ndarray) -> list[int]:
