@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def full_disk(bench: Bench, draw: random.Random, run: Path) -> str:
     if not mount(run, size):
         return small_files(bench, draw, run)
     inside = run / "run"
-    started = bench.start(inside)
-    while started.poll() is None and bench.logged(inside) < draw.randint(1, 30):
-        pass
+    started, steps = bench.start(inside), draw.randint(1, 18)
+    while started.poll() is None and bench.logged(inside) < steps:
+        time.sleep(0.001)
     _fill(run / "filler")
     started.wait()
     saved = bench.newest(inside)

@@ -65,7 +65,7 @@ def _wait_for(moment: str, draw: random.Random, bench: Bench, run: Path, started
         while time.monotonic() < until and started.poll() is None:
             time.sleep(0.002)
         return
-    steps = bench.logged(run) + draw.randint(1, 12)
+    steps = bench.logged(run) + draw.randint(1, 9)
     while started.poll() is None and bench.logged(run) < steps:
         time.sleep(0.001)
     if moment == "in a save":

@@ -11,8 +11,8 @@ import starts
 import yaml
 from starts import Start
 
-NUM_STEPS = 40
-CRASHED_AT = 32  # steps, of the run whose checkpoints are damaged
+NUM_STEPS = 24
+CRASHED_AT = 18  # steps, of the run whose checkpoints are damaged
 _FILES = ("model.safetensors", "optimizer.safetensors")
 
 
