@@ -5,6 +5,7 @@
 - A number as a part of the key is a place in a list: `optimizer.betas.0=0.8`.
 """
 
+import json
 from typing import Any
 
 import yaml
@@ -37,7 +38,8 @@ def apply(values: dict, override: str, keys: Keys) -> None:
 
 def _of_a_section(key: str, value: dict, there: Any) -> str:
     lost = ", ".join(str(name) for name in there if name not in value) if isinstance(there, dict) else ""
-    settings = " ".join(f"{key}.{name}=..." for name in value) or f"{key}.KEY=..."
+    written = {name: one if isinstance(one, str) else json.dumps(one) for name, one in value.items()}
+    settings = " ".join(f"{key}.{name}={one}" for name, one in written.items()) or f"{key}.KEY=VALUE"
     return f"{key}=... would replace the whole section{f', and lose {lost}' if lost else ''}; write {settings}."
 
 

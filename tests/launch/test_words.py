@@ -126,6 +126,16 @@ def test_braces_that_the_shell_expanded_are_one_list_again_and_no_other_key_is_s
             parse(pretrain.parser(), ["--config", "c", *(f"data.shards={name}" for name in two)])
 
 
+def test_a_range_of_values_is_two_numbers_or_auto(capsys):
+    words = ["runs/x", "--train", "a.tar", "--test", "b.tar", "--range"]
+    assert parse(knn.parser(), [*words, "0,4095"]).range == (0, 4095)
+    assert parse(knn.parser(), [*words, "auto"]).range == "auto"
+    for wrong in ("5", "9,2", "a,b", "1,2,3", ""):
+        with pytest.raises(SystemExit):
+            parse(knn.parser(), [*words, wrong])
+        assert "is no range; write LOW,HIGH" in capsys.readouterr().err
+
+
 def test_a_home_folder_is_found_in_sources_and_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     args = parse(ncm.parser(), ["random:~/runs/x", "~/y", "--out=~/results", "--bank=~/bank"])

@@ -143,10 +143,10 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("seed=-1", "seed=-1 is refused: write a whole number of 0 or more and below 2147483648."),
         (
             "data={allow_commands: true}",
-            "data=... would replace the whole section, and lose shards; write data.allow_commands=...",
+            "data=... would replace the whole section, and lose shards; write data.allow_commands=true.",
         ),
         ("train={}", "train=... would replace the whole section, and lose epochs, global_batch"),
-        ("objective={name: rotation}", "write objective.name=..."),
+        ("objective={name: rotation}", "write objective.name=rotation."),
         ("encoder.name=vit_bse_patch16_224", "did you mean vit_base_patch16_224?"),
         ("encoder.name=resnet_50", "did you mean resnet50?"),
         ("encoder.name=ConvNeXt-Tinny", "did you mean convnext_tiny?"),
