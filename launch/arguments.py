@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prelude.data.errors import UserError
 from prelude.pretrain.config import DataConfig
@@ -64,6 +64,25 @@ def value_range(text: str) -> tuple[float, float] | str:
         raise argparse.ArgumentTypeError(f"{text!r} is no range; write LOW,HIGH, such as 0,4095, or auto") from None
 
 
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Of an option that takes whole numbers from `least` on, up to `most` where that is given."""
+
+    def number(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:
+            found = None
+        if found is None or found < least or (most is not None and found > most):
+            wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be; write a whole number {wanted}")
+        return found
+
+    return number
+
+
+seed = whole(0, 2**31 - 1)
+
+
 def source(text: str) -> str:
     """A source with its `~` expanded, behind `random:` too."""
     prefix, place = ("random:", text.removeprefix("random:")) if text.startswith("random:") else ("", text)
@@ -111,13 +130,16 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     parser.add_argument("--bank", type=path, metavar="DIR", help="where features are kept (default: RUN/bank)")
     parser.add_argument("--out", type=path, metavar="DIR", help=out)
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of every random choice and of random: (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="of every random choice and of random: (default: 0)"
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes that read images (default: a rank's share of the cores)"
+        "--num-workers",
+        type=whole(0),
+        metavar="N",
+        help="processes that read images (default: a rank's share of the cores)",
     )
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="(default: 256)")
     parser.add_argument(
         "--timeout-seconds", type=float, metavar="N", help="how long to wait for images that do not come (default: 300)"
     )

@@ -136,6 +136,23 @@ def test_a_range_of_values_is_two_numbers_or_auto(capsys):
         assert "is no range; write LOW,HIGH" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch-size", "0"),
+        ("--batch-size", "many"),
+        ("--num-workers", "-1"),
+        ("--seed", "-1"),
+        ("--seed", "2147483648"),
+    ],
+)
+def test_a_number_that_cannot_be_is_told_with_those_that_can(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(knn.parser(), ["runs/x", option, value])
+    assert stop.value.code == 2
+    assert f"argument {option}: '{value}' cannot be; write a whole number" in capsys.readouterr().err
+
+
 def test_a_home_folder_is_found_in_sources_and_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     args = parse(ncm.parser(), ["random:~/runs/x", "~/y", "--out=~/results", "--bank=~/bank"])
