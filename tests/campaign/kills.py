@@ -102,9 +102,10 @@ class Campaign:
         self.counts.update(self.right[name])
 
     def run(self, kills: int, faults: int, damaged: int) -> None:
-        for number in range(-(-kills // KILLS_OF_A_RUN)):
-            count = min(KILLS_OF_A_RUN, kills - number * KILLS_OF_A_RUN)
-            self.case(f"kills-{number}", killed_run, count)
+        for number in range(kills):  # a run may be over before it has had all of its kills
+            left = kills - sum(count for what, count in self.counts.items() if what.startswith("SIG"))
+            if left > 0:
+                self.case(f"kills-{number}", killed_run, min(KILLS_OF_A_RUN, left))
         for number in range(faults):
             self.case(f"fault-{number}", disk.fault, number)
         for number in range(damaged):
