@@ -15,7 +15,7 @@ from runs import ROOT, Run, deepspeed
 
 from prelude.checkpoints.sources import open_encoder
 from prelude.checkpoints.store import MANIFEST, Store
-from prelude.evaluators.frozen import first_section
+from prelude.evaluators.judging import first_section
 from prelude.launch.run_folder import not_written
 from prelude.pretrain.run_lock import NAME, RunLock
 
