@@ -5,6 +5,7 @@ Nothing here imports torch, and a door reads its arguments before it does: help 
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -83,6 +84,17 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 seed = whole(0, 2**31 - 1)
 
 
+def finite(text: str) -> float:
+    """Of an option that takes any number but infinity and what is none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be; write a finite number")
+    return found
+
+
 def source(text: str) -> str:
     """A source with its `~` expanded, behind `random:` too."""
     prefix, place = ("random:", text.removeprefix("random:")) if text.startswith("random:") else ("", text)
@@ -141,7 +153,10 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     )
     parser.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="(default: 256)")
     parser.add_argument(
-        "--timeout-seconds", type=float, metavar="N", help="how long to wait for images that do not come (default: 300)"
+        "--timeout-seconds",
+        type=finite,
+        metavar="N",
+        help="how long to wait for images that do not come (default: 300)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     return parser

@@ -1,7 +1,6 @@
 """What the doors to frozen-feature evaluations share: the way from their arguments to results."""
 
 import argparse
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
     if args.timeout_seconds is not None:
-        if not 0 < args.timeout_seconds < math.inf:
+        if not args.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {args.timeout_seconds:g} cannot be; write a number of seconds above 0.")
         wait_at_most(args.timeout_seconds, "--timeout-seconds")
     if distributed.launched_world_size() > 1:

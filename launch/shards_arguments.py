@@ -2,7 +2,7 @@
 
 import argparse
 
-from prelude.launch.arguments import documented_parser, path, seed, whole
+from prelude.launch.arguments import documented_parser, finite, path, seed, whole
 
 _QUALITY = 90  # of JPEGs, where nothing else is asked for
 
@@ -49,7 +49,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     smaller.add_argument("--short-side", type=int, metavar="PIXELS", help="of images that are larger; as JPEG")
     smaller.add_argument("--quality", type=int, metavar="Q", help=f"of these JPEGs, 1 to 100 (default: {_QUALITY})")
     split = parser.add_argument_group("train and val")
-    split.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help="of images that go to val-*.tar")
+    split.add_argument("--val-share", type=finite, default=0.0, metavar="SHARE", help="of images that go to val-*.tar")
     split.add_argument("--group", default="", metavar="FIELD", help="whose images are on one side, such as a patient")
     split.add_argument("--split", default="", metavar="NAME", help="of a source that has several, such as test")
     found = parser.add_argument_group("what is where in the source")
