@@ -8,7 +8,7 @@ from prelude.checkpoints.store import Store, read_meta, refuse_incomplete
 from prelude.data.errors import UserError
 from prelude.launch.run_folder import not_written, through_a_link
 from prelude.pretrain.config import Config
-from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
+from prelude.pretrain.resume import changed_settings, is_own, progress_after, refuse_changed_config, starting_point
 from prelude.pretrain.run_lock import RunLock
 from prelude.pretrain.schedules import beginning
 
@@ -33,7 +33,7 @@ def outlook(config: Config, loader) -> str:
     progress, notices = progress_after(meta, config, beginning(config, loader.num_samples), checkpoint)
     if progress.step == progress.num_steps:
         return f"finished at step {progress.step}: a start would train nothing"
-    found = f"a start would resume at step {progress.step} of {progress.num_steps}, from {checkpoint}"
+    found = f"a start would resume at step {progress.step} of {progress.num_steps}, from {checkpoint.name if is_own(checkpoint, config) else checkpoint}"
     return "; ".join([found, *notices])
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
@@ -138,7 +139,7 @@ def dry_run(config: Config) -> int:
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     try:
-        table.add_row("run folder", outlook(start.config, loader))
+        table.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))
     except UserError as refusal:
         table.add_row("run folder", "a start would be refused")
         Console().print(table)
