@@ -33,7 +33,8 @@ def outlook(config: Config, loader) -> str:
     progress, notices = progress_after(meta, config, beginning(config, loader.num_samples), checkpoint)
     if progress.step == progress.num_steps:
         return f"finished at step {progress.step}: a start would train nothing"
-    found = f"a start would resume at step {progress.step} of {progress.num_steps}, from {checkpoint.name if is_own(checkpoint, config) else checkpoint}"
+    place = checkpoint.name if is_own(checkpoint, config) else checkpoint
+    found = f"a start would resume at step {progress.step} of {progress.num_steps}, from {place}"
     return "; ".join([found, *notices])
 
 
