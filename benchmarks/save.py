@@ -1,7 +1,7 @@
 """How long a save keeps training waiting: a vision transformer with AdamW's moments, one process.
 
-Arms: `background`, the time until `Store.save` returns, as a run feels it; `plain`, until the checkpoint is whole, which
-is what a run would wait for without a thread; `torch.save` of the same tensors; and torch's own asynchronous
+Arms: `background`, the time until `Store.save` returns, as a run feels it; `plain`, until the checkpoint is whole, as
+a run would wait without a thread; `torch.save` of the same tensors; and torch's own asynchronous
 `distributed.checkpoint` (the time until `async_save` returns, by its default process group and stager).
 
 - Arms take turns within a round; a round's ratio compares its own arms. The first round warms up.

@@ -322,14 +322,19 @@ def read_meta(path: str | Path) -> dict:
         return {}
 
 
-def read_checkpoint(path: str | Path, *, checksums: bool = True) -> tuple[PortableState, dict]:
-    """A checkpoint's state and `meta`. Raises UserError unless every byte of it is as it was written; checksums: False
-    where that has just been seen."""
-    path = Path(path)
+def refuse_incomplete(path: Path, *, checksums: bool = True) -> None:
+    """Raises UserError unless it is a complete checkpoint."""
     if fault := fault_of(path, checksums=checksums):
         raise UserError(
             f"{path} is no complete checkpoint: {fault.why}; name another one, or write resume.checkpoint=auto."
         )
+
+
+def read_checkpoint(path: str | Path, *, checksums: bool = True) -> tuple[PortableState, dict]:
+    """A checkpoint's state and `meta`. Raises UserError unless every byte of it is as it was written; checksums: False
+    where that has just been seen."""
+    path = Path(path)
+    refuse_incomplete(path, checksums=checksums)
     try:
         rest = json.loads((path / STATE).read_text())
         tensors, moments = load_file(path / MODEL), {}

@@ -6,13 +6,15 @@
 - Between two logged steps the host never waits for the device: it learns a step later whether one was applied.
 - SIGTERM, SIGUSR1, Ctrl-C or a file named STOP in the run folder end the run after the current step, with a
   checkpoint.
-- A step's first batch is fetched before the ranks agree on the end of the step before: whoever gets none, or is asked
-  to stop while waiting for it, says so there, and the run ends between two steps on all ranks alike.
+- A step's batches are fetched during the step before, one for each that it computes on, and before the ranks agree on
+  its end: whoever gets none, or is asked to stop while waiting, says so there, and the run ends between two steps on
+  all ranks alike.
 - A checkpoint is written while training goes on; whether it was is learned at the end of a step, or before the next.
 - All ranks have the same data, config and code, or none of them begins.
 - The engine is handed its parts and imports none of their modules.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
 from prelude.pretrain.sameness import refuse_differences
-from prelude.pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later
 
 
@@ -54,9 +56,7 @@ class Engine:
                 f"objective.name={config.objective['name']} takes its loss over the whole batch, which accumulating "
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
-        steps_per_epoch = loader.num_samples / config.train.global_batch
-        num_steps = max(-int(-config.train.epochs * steps_per_epoch // 1), 1)
-        self.progress = Progress(0, num_steps, steps_per_epoch)
+        self.progress = beginning(config, loader.num_samples)
         self._refuse_other_ranks()
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
@@ -86,7 +86,7 @@ class Engine:
     def _train(self) -> Outcome:
         meter = Meter(self.config.train.global_batch)
         batches = iter(self.loader)
-        self._fetch_ahead(batches, meter)
+        self._fetch_first(batches, meter)
         agreed = self._agree()
         while not (self._is_finished() or agreed.stop or agreed.no_data):
             agreed = self._step(batches, meter)
@@ -117,10 +117,12 @@ class Engine:
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
         loss_sum = torch.zeros((), device=self.device)
-        step = self.progress.step + 1
+        step, fetched = self.progress.step + 1, self.ahead
+        self._begin_to_fetch(step + 1)
         for micro in range(self.accumulation):
-            batch = self._fetch(batches, meter) if micro else self.ahead
-            self.last_batch = batch = batch.to(self.device)
+            if micro:
+                self._fetch_ahead(batches, meter)
+            self.last_batch = batch = fetched.popleft().to(self.device)
             attendance.reach("in the forward pass", step)
             loss = self.deepspeed(batch, self.progress)
             attendance.reach("in the backward pass", step)
@@ -137,23 +139,31 @@ class Engine:
         self._fetch_ahead(batches, meter)
         return self._agree()
 
+    def _fetch_first(self, batches, meter: Meter) -> None:
+        self._begin_to_fetch(self.progress.step + 1)
+        for _ in range(self.accumulation):
+            self._fetch_ahead(batches, meter)
+
+    def _begin_to_fetch(self, step: int) -> None:
+        """From here on what is fetched is this step's, with which the checkpoint before it goes on."""
+        self.fetching_for, self.data_position = step, self.loader.state_dict()
+        self.ahead: deque[Batch] = deque()
+        self.no_data, self.stopped_waiting = "", False
+
     def _fetch_ahead(self, batches, meter: Meter) -> None:
-        """The next step's first batch, or why there is none. A checkpoint of now goes on with that batch."""
-        self.data_position = self.loader.state_dict()
-        self.ahead, self.no_data, self.stopped_waiting = None, "", False
-        if self._is_finished():
+        """One more batch of that step, or why there is none."""
+        if self.fetching_for > self.progress.num_steps:
+            return
+        attendance.reach("waiting for data", self.fetching_for)
+        if self.no_data or self.stopped_waiting:
             return
         try:
-            self.ahead = self._fetch(batches, meter)
+            with meter.waiting_for_data():
+                self.ahead.append(next(batches))
         except Stopped:
             self.stopped_waiting = True
         except RunStopped as error:
             self.no_data = str(error)
-
-    def _fetch(self, batches, meter: Meter) -> Batch:
-        attendance.reach("waiting for data", self.progress.step + 1)
-        with meter.waiting_for_data():
-            return next(batches)
 
     def _count_refusal(self, applied: float | None, step: int) -> None:
         """Raises RunStopped, on all ranks alike, where too many steps in a row were refused."""

@@ -1,4 +1,4 @@
-"""How fast a run goes, and what it waits for."""
+"""How fast a run is, and how much of its time goes into waiting for data."""
 
 import time
 

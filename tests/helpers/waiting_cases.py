@@ -80,7 +80,7 @@ def found_in(case: str, out: Path) -> list[str]:
     loader = MemoryLoader(micro_batch, 64, lambda positions: batch_at(positions, objective.views))
     engine = Engine(config, objective, loader, NoStore(), [Recorder()])
     batches, meter = iter(loader), Meter(config.train.global_batch)
-    engine._fetch_ahead(batches, meter)
+    engine._fetch_first(batches, meter)
     for _ in range(2):  # what is made once, such as constants, is made by then
         engine._watch(engine._step(batches, meter), meter)
     with counted() as found:
