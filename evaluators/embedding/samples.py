@@ -1,0 +1,53 @@
+"""Where the samples of an index come from: their keys, their pixels, and why some have none."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from prelude.data.decode import BadImage, decode
+from prelude.data.image_folder import ImageFolder
+from prelude.data.shards import ShardIndex
+from prelude.data.source import OpenFiles
+from prelude.data.tar_index import keys_by_offset
+from prelude.data.waiting import called
+
+
+class Keys:
+    """Keys of samples by their ids. Holds those of one shard, so that it is meant for ids that grow."""
+
+    def __init__(self, index: ShardIndex):
+        self.index = index
+        self._shard, self._keys = -1, {}
+
+    def of(self, sample_ids: np.ndarray) -> list[str]:
+        """sample_ids: (n,) int64. What is no UTF-8 in a name is escaped."""
+        shards = self.shards(sample_ids).tolist()
+        offsets = self.index.images[sample_ids, 0].tolist()
+        return [_text(self._of_shard(shard).get(offset, "?")) for shard, offset in zip(shards, offsets, strict=True)]
+
+    def shards(self, sample_ids: np.ndarray) -> np.ndarray:
+        """(n,) int32: the number of each sample's shard among the paths of the index."""
+        return np.searchsorted(self.index.ends, sample_ids, side="right").astype(np.int32)
+
+    def _of_shard(self, shard: int) -> dict[int, str]:
+        if shard != self._shard:
+            path = self.index.paths[shard]
+            read = path.keys_by_offset if isinstance(path, ImageFolder) else lambda: keys_by_offset(path)
+            self._keys, self._shard = called(read, f"the headers of {path}"), shard
+        return self._keys
+
+
+def pixels_of(index: ShardIndex, sample_ids: Iterable[int]) -> Iterator[np.ndarray | str]:
+    """(H, W, 3) uint8 of each sample, or in its place why there are none."""
+    files = OpenFiles(index.paths)
+    for sample in sample_ids:
+        shard = int(np.searchsorted(index.ends, sample, side="right"))
+        try:
+            content = files.read(shard, *index.images[sample].tolist())
+            yield decode(content, value_range=index.value_range)
+        except BadImage as error:
+            yield str(error)
+
+
+def _text(key: str) -> str:
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
