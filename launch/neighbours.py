@@ -95,7 +95,14 @@ def encoder_of(args: argparse.Namespace, embedded):
 
     about = embedded.about
     name = args.encoder or about.get("source", "")
-    return open_source(name, [name], about.get("seed", 0))
+    try:
+        return open_source(name, [name], about.get("seed", 0))
+    except UserError as error:
+        if args.encoder:
+            raise
+        raise UserError(
+            f"{embedded.name} was made by {name}, which cannot be opened ({error}); write --encoder with where it is."
+        ) from None
 
 
 def table_rows(embedded, found):

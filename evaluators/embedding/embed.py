@@ -119,6 +119,12 @@ def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
         return index, None
 
 
+def data_of(index: ShardIndex) -> dict:
+    """What it takes to find the images again."""
+    shards = [str(path) for path in index.paths]
+    return {"fingerprint": index.fingerprint, "value_range": index.value_range, "shards": shards}
+
+
 def _kinds(embedding: Embedding, encoder: OpenedEncoder) -> tuple[str, ...]:
     kinds = tuple(dict.fromkeys(embedding.kinds or ()))
     single = format_of(embedding.to) == ".npy"
@@ -192,7 +198,7 @@ def _about(embedding: Embedding, encoder: OpenedEncoder, index: ShardIndex, rows
         "source": embedding.source,
         "seed": embedding.seed,
         "encoder": described(encoder),
-        "data": {"fingerprint": index.fingerprint, "value_range": index.value_range, "num_samples": index.num_samples},
+        "data": data_of(index),
         "kinds": list(rows),
         "features": next(iter(rows.values())).recipe,
         "dtype": embedding.dtype,

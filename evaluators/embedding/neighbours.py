@@ -20,6 +20,7 @@ from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import ValueRange
+from prelude.evaluators.embedding.embed import data_of
 from prelude.evaluators.embedding.reading import Embedded
 from prelude.evaluators.embedding.samples import Keys
 from prelude.evaluators.features.bank import Bank
@@ -108,7 +109,7 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
     value_range = (embedded.about.get("data") or {}).get("value_range")
     with tempfile.TemporaryDirectory() as folder:
         for number, path in enumerate(paths):
-            os.symlink(os.path.abspath(path), Path(folder) / f"{number:08d}{Path(path).suffix}")
+            os.symlink(os.path.abspath(path), Path(folder) / f"{number:08d}.png")  # what it is, its bytes say
         index = ShardIndex(folder, "", tuple(value_range) if value_range else None)
         names = [Path(key).stem for key in Keys(index).of(np.arange(index.num_samples))]
         rows = {}
@@ -136,19 +137,15 @@ def embedded_of(
     kind = kind or default_kinds(encoder.model)[0]
     rows = Bank(bank).rows(encoder, index, [kind], batch_size=batch_size, num_workers=num_workers)[kind]
     ids, keys = rows.sample_ids.numpy(), Keys(index)
-    about = {
-        "encoder": described(encoder),
-        "data": {"fingerprint": index.fingerprint, "value_range": index.value_range},
-        "kinds": [kind],
-    }
-    paths = [str(path) for path in index.paths]
-    return Embedded(encoder.name, kind, rows.values, keys.of(ids), paths, keys.shards(ids), ids, None, about)
+    about = {"encoder": described(encoder), "data": data_of(index), "kinds": [kind]}
+    places = about["data"]["shards"], keys.shards(ids)
+    return Embedded(encoder.name, kind, rows.values, keys.of(ids), *places, ids, None, about)
 
 
 def index_of(embedded: Embedded, shards: str | Sequence[str] | None = None) -> ShardIndex:
     """Of the images themselves. shards: where they are now. Raises UserError where they are gone, or others."""
     value_range = embedded.about["data"]["value_range"]
-    given = shards if isinstance(shards, str) else list(shards or embedded.shards)
+    given = shards if isinstance(shards, str) else list(shards or embedded.about["data"]["shards"])
     index = ShardIndex(given, "", tuple(value_range) if value_range else None)
     if index.fingerprint != embedded.about["data"]["fingerprint"]:
         raise UserError(

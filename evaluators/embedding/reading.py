@@ -1,6 +1,6 @@
 """Files of features, opened again: one kind, with the keys of its samples.
 
-Values of `.npy` and `.safetensors` are mapped into memory; those of `.npz` and Parquet are read into it.
+Values of a `.npy` are mapped into memory, those of the other formats read into it.
 """
 
 import csv
