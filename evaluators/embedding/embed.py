@@ -8,6 +8,7 @@
 """
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import ValueRange
 from prelude.evaluators.embedding.formats import beside, format_of, refuse_to_overwrite
-from prelude.evaluators.embedding.samples import Keys, pixels_of
+from prelude.evaluators.embedding.samples import Keys, pixels_of, places_of
 from prelude.evaluators.embedding.table import Table
 from prelude.evaluators.embedding.writing import write
 from prelude.evaluators.features.bank import Bank, Rows
@@ -121,8 +122,7 @@ def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
 
 def data_of(index: ShardIndex) -> dict:
     """What it takes to find the images again."""
-    shards = [str(path) for path in index.paths]
-    return {"fingerprint": index.fingerprint, "value_range": index.value_range, "shards": shards}
+    return {"fingerprint": index.fingerprint, "value_range": index.value_range, "shards": places_of(index)}
 
 
 def _kinds(embedding: Embedding, encoder: OpenedEncoder) -> tuple[str, ...]:
@@ -230,11 +230,15 @@ def _left_out(table: Table) -> Iterator[dict]:
     """Shard, key and reason of what has no features: first what the index could not make out."""
     for shard, problems in table.index.problems.items():
         for problem in problems:
-            yield {"shard": str(shard), "key": problem.where, "reason": problem.reason}
+            yield {"shard": os.path.abspath(shard), "key": problem.where, "reason": problem.reason}
     missing, keys = table.missing(), Keys(table.index)
     for sample, pixels in zip(missing, pixels_of(table.index, missing), strict=True):
         why = pixels if isinstance(pixels, str) else "could not be read when its turn came"
-        yield {"shard": table.index.shard_of(sample), "key": keys.of(np.array([sample]))[0], "reason": why}
+        yield {
+            "shard": os.path.abspath(table.index.shard_of(sample)),
+            "key": keys.of(np.array([sample]))[0],
+            "reason": why,
+        }
 
 
 def _clear(kept: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.decode import BadImage, decode
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
@@ -106,7 +107,12 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
         )
     check_kinds(encoder.model, [embedded.kind], encoder.name)
     extractor = Extractor(encoder, [embedded.kind])
-    value_range = (embedded.about.get("data") or {}).get("value_range")
+    value_range = embedded.about["data"]["value_range"]
+    for path in paths:
+        try:
+            decode(Path(path).read_bytes(), value_range=value_range)
+        except (OSError, BadImage) as error:
+            raise UserError(f"{path} is no image that can be read ({error}); write another file, or a key.") from None
     with tempfile.TemporaryDirectory() as folder:
         for number, path in enumerate(paths):
             os.symlink(os.path.abspath(path), Path(folder) / f"{number:08d}.png")  # what it is, its bytes say
@@ -116,9 +122,6 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
         for batch in one_pass(index, extractor.plan, batch_size=64):
             encoded = extractor(batch)[embedded.kind]
             rows |= {int(names[i]): row for i, row in zip(batch.sample_ids.tolist(), encoded, strict=True)}
-    for number, path in enumerate(paths):
-        if number not in rows:
-            raise UserError(f"{path} is no image that can be read; write another file, or a key.")
     return torch.stack([rows[number] for number in range(len(paths))]).cpu()
 
 

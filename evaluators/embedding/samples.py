@@ -1,5 +1,6 @@
 """Where the samples of an index come from: their keys, their pixels, and why some have none."""
 
+import os
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -35,6 +36,11 @@ class Keys:
             read = path.keys_by_offset if isinstance(path, ImageFolder) else lambda: keys_by_offset(path)
             self._keys, self._shard = called(read, f"the headers of {path}"), shard
         return self._keys
+
+
+def places_of(index: ShardIndex) -> list[str]:
+    """The shards, so that they are found from any folder."""
+    return [_text(os.path.abspath(path)) for path in index.paths]
 
 
 def pixels_of(index: ShardIndex, sample_ids: Iterable[int]) -> Iterator[np.ndarray | str]:

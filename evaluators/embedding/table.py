@@ -16,7 +16,7 @@ import numpy as np
 
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.embedding.samples import Keys
+from prelude.evaluators.embedding.samples import Keys, places_of
 from prelude.evaluators.features.bank import Rows
 from prelude.evaluators.features.labels import Labels
 
@@ -54,7 +54,7 @@ class Table:
 
     @property
     def shards(self) -> list[str]:
-        return [str(path) for path in self.index.paths]
+        return places_of(self.index)
 
     @property
     def columns(self) -> list[Column]:
