@@ -20,16 +20,17 @@ _LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by
 
 
 def peek(args: argparse.Namespace) -> int:
-    plan, value_range = ViewPlan((_PLAIN_VIEW,)), None
+    plan, seen_as = ViewPlan((_PLAIN_VIEW,)), {}
     if args.config:
         given = [f"data.shards={json.dumps(args.shards)}", *args.set]
         config = load_config(args.config, given, options_for)
-        plan, value_range = build_objective(config).views, config.data.range
+        plan = build_objective(config).views
+        seen_as = {"value_range": config.data.range, "max_pixels": config.data.max_pixels}
     elif args.set:
         raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
     if args.count < 1:
         raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
-    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, value_range=value_range)
+    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, **seen_as)
     names = loader.preview(args.count)
     batch = next(loader)
     rows: list[list] = [[] for _ in range(args.count)]

@@ -85,8 +85,10 @@ def _wanted(part: Any, metadata: list) -> str:
         return _wanted(inside[0], limits)
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}" if len(inside) > 1 else str(inside[0])
-    if origin is tuple:
+    if origin is tuple and inside[-1] is not Ellipsis:
         return f"a list of {len(inside)} {_many(inside[0])}"
+    if origin is tuple:
+        return f"a list of {_many(inside[0])}"
     if origin is list:
         return f"a list of {_many(inside[0])}"
     names = {bool: "true or false", str: "text", type(None): "null", Any: "a value"}

@@ -25,7 +25,8 @@ from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.position import sincos_table
 
-_HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
+# keys of ours that kwargs must not repeat
+_HOME_OF = {"img_size": "encoder.image_size", "patch_size": "encoder.patch_size", "in_chans": "data.channels"}
 # What timm and torch raise for settings that no model can have.
 _REFUSALS = (
     TypeError,
@@ -38,7 +39,7 @@ _REFUSALS = (
     NameError,
 )
 _LONGEST_REASON = 200  # characters
-_ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
+_ALWAYS = ("num_classes", "pretrained")  # set here, the same for every encoder
 # timm would load these, leniently, and an objective's initialisation would undo it.
 _WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
@@ -138,7 +139,7 @@ def forward_tokens(
 ) -> Tensor:
     """Features of the prefix tokens and of the kept patches, after the final norm.
 
-    images: (B, 3, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
+    images: (B, C, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
     Returns (B, prefix + K, D), patches in the order of `keep`. Position rows go with their patches, so a
     feature depends on which patches are kept and not on their order. `check_encoder(tokens=True)` has
     accepted the architecture. visible: with `keep` only, bool (B, prefix + K, prefix + K), True where a token
@@ -205,12 +206,14 @@ def _create(config: EncoderConfig) -> nn.Module:
         raise UserError(f"encoder.name={name} is not an architecture of timm {timm.__version__}; {hint}")
     for key in config.kwargs:
         if key in _HOME_OF:
-            raise UserError(f"encoder.kwargs.{key} has its own key; write encoder.{_HOME_OF[key]}.")
+            raise UserError(f"encoder.kwargs.{key} has its own key; write {_HOME_OF[key]}.")
         if key in _ALWAYS:
             raise UserError(f"encoder.kwargs.{key} is the same for every encoder here; leave it out.")
         if key in _WEIGHTS:
             raise UserError(f"encoder.kwargs.{key} loads weights without a word; write encoder.weights=SOURCE.")
     kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
+    if config.in_chans != 3:
+        kwargs["in_chans"] = config.in_chans
     try:
         try:
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
@@ -227,9 +230,23 @@ def _create(config: EncoderConfig) -> nn.Module:
             f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "
             "encoder.kwargs={} for the architecture as timm has it."
         ) from error
+    _check_patch_is_cut(model, config)
     if config.norm_eps is not None:
         _set_norm_eps(model, config)
     return model
+
+
+def _check_patch_is_cut(model: nn.Module, config: EncoderConfig) -> None:
+    """Patches that are no squares: other architectures than those that cut patches would take one side for both."""
+    patch = config.patch_size
+    if not isinstance(patch, tuple) or patch[0] == patch[1]:
+        return
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or tuple(embed.patch_size) != patch:
+        raise UserError(
+            f"encoder.patch_size={list(patch)} has two sides, which encoder.name={config.name} does not take; write "
+            f"one number, or a vision transformer."
+        )
 
 
 def _set_norm_eps(model: nn.Module, config: EncoderConfig) -> None:
@@ -256,6 +273,11 @@ class _NoSetting(UserError):
 
 
 def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
+    if key == "in_chans":
+        return _NoSetting(
+            f"encoder.name={config.name} reads three channels only, and data.channels is {config.in_chans}; write "
+            "another encoder.name, or data.channels=3."
+        )
     where, instead = ("patch_size", "null") if key == "patch_size" else ("kwargs", "{}")
     name = f"encoder.{where}" if where == key else f"encoder.{where}.{key}"
     return _NoSetting(

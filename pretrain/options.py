@@ -37,6 +37,7 @@ def _plain(value: str) -> str:
 Text = Annotated[str, AfterValidator(_plain)]
 FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # of a file or a folder
 Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
