@@ -176,7 +176,8 @@ def _decode_simplejpeg(image: bytes, channels: int = 3, max_pixels: int = MAX_PI
 
 def _decode_reduced(image: bytes, height: int, width: int, colours: str, channels: int, max_pixels: int) -> np.ndarray:
     """At the largest size that is allowed. Raises ValueError as simplejpeg does."""
-    check_size(height, width, len(image), height * width)
+    if height * width > MAX_PIXELS_PER_BYTE * len(image):
+        raise BadImage("too many pixels")
     sizes = [(-(-height // by), -(-width // by)) for by in _REDUCED]
     fitting = [size for size in sizes if size[0] * size[1] <= max_pixels]
     if not fitting or _is_progressive(image) or colours in ("CMYK", "YCCK"):
