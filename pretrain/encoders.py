@@ -222,6 +222,7 @@ def _create(config: EncoderConfig) -> nn.Module:
                 raise
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
     except _REFUSALS as error:
+        _refuse_two_sides(config)
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             raise _no_setting(unknown[1], config) from error
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
@@ -230,23 +231,37 @@ def _create(config: EncoderConfig) -> nn.Module:
             f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "
             "encoder.kwargs={} for the architecture as timm has it."
         ) from error
-    _check_patch_is_cut(model, config)
+    if _has_two_sides(config.patch_size) and tuple(getattr(_cut_by(model), "patch_size", ())) != config.patch_size:
+        raise _no_two_sides(config)
     if config.norm_eps is not None:
         _set_norm_eps(model, config)
     return model
 
 
-def _check_patch_is_cut(model: nn.Module, config: EncoderConfig) -> None:
-    """Patches that are no squares: other architectures than those that cut patches would take one side for both."""
-    patch = config.patch_size
-    if not isinstance(patch, tuple) or patch[0] == patch[1]:
-        return
+def _refuse_two_sides(config: EncoderConfig) -> None:
+    """Raises UserError for an architecture that can be built with square patches alone."""
+    if _has_two_sides(config.patch_size):
+        try:
+            lay_out_encoder(config.model_copy(update={"patch_size": max(config.patch_size)}))
+        except UserError:
+            return  # there is more that it cannot
+        raise _no_two_sides(config)
+
+
+def _no_two_sides(config: EncoderConfig) -> UserError:
+    return UserError(
+        f"encoder.patch_size={list(config.patch_size)} has two sides, which encoder.name={config.name} does not take; "
+        "write one number, or a vision transformer."
+    )
+
+
+def _has_two_sides(patch: int | tuple[int, int] | None) -> bool:
+    return isinstance(patch, tuple) and patch[0] != patch[1]
+
+
+def _cut_by(model: nn.Module) -> PatchEmbed | None:
     embed = getattr(model, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed) or tuple(embed.patch_size) != patch:
-        raise UserError(
-            f"encoder.patch_size={list(patch)} has two sides, which encoder.name={config.name} does not take; write "
-            f"one number, or a vision transformer."
-        )
+    return embed if isinstance(embed, PatchEmbed) else None
 
 
 def _set_norm_eps(model: nn.Module, config: EncoderConfig) -> None:
