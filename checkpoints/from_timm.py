@@ -55,7 +55,7 @@ def describe_timm(source: str) -> Description:
         mean=mean,
         std=std,
         name=Path(source.removeprefix(FOLDER)).absolute().name if source.startswith(FOLDER) else source,
-        read=lambda: _read(source, source),
+        read=lambda: _read(source, source, channels),
     )
 
 
@@ -99,10 +99,12 @@ def _config_of_hub(source: str) -> tuple[str, dict, dict]:
     return architecture, dict(arguments or {}), pretrained
 
 
-def _read(name: str, where: str) -> Weights:
+def _read(name: str, where: str, channels: int = 3) -> Weights:
+    # timm takes a first layer of other channels for one of three, cannot adapt it, and leaves it at random.
+    as_it_is = {} if channels == 3 else {"pretrained_cfg_overlay": {"first_conv": None}}
     try:
         with seeded(0):
-            model = timm.create_model(name, pretrained=True)
+            model = timm.create_model(name, pretrained=True, **as_it_is)
     except (OSError, RuntimeError, ValueError) as error:
         raise _not_fetched(where, error) from error
     model.reset_classifier(0)

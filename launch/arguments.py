@@ -58,7 +58,7 @@ def path(text: str) -> str:
 def value_range(text: str) -> tuple[float, float] | str:
     """Of `--range`."""
     try:
-        return "auto" if text == "auto" else DataConfig(shards="", range=json.loads(f"[{text}]")).range
+        return "auto" if text == "auto" else DataConfig(shards="-", range=json.loads(f"[{text}]")).range
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no range; write LOW,HIGH, such as 0,4095, or auto") from None
 

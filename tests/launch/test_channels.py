@@ -18,7 +18,7 @@ from runs import ROOT
 
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.sources import open_encoder
-from prelude.evaluators.frozen.linear_probe import linear_probe
+from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.judging import evaluate, labelled_shards
 from prelude.launch.inspection import info
 from prelude.launch.shards_arguments import shards_parser
@@ -132,11 +132,11 @@ def test_what_was_trained_opens_in_plain_timm_with_its_channels(folder, kind):
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_a_probe_reads_the_channel_that_tells_the_classes(folder, kind):
+def test_evaluators_read_the_channel_that_tells_the_classes(folder, kind):
     run = str(folder / f"run_{kind}")
     labelled = labelled_shards([run])
     assert labelled.value_range == SETS[kind][1]
-    results = evaluate([run, "pixels:8", "pixels"], [linear_probe], labelled)
+    results = evaluate([run, "pixels:8", "pixels"], [knn], labelled)
     tops = [result.outcome.numbers["top1"].value for result in results]
     assert min(tops[1:]) == 100 and tops[0] > 90
 
