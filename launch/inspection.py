@@ -12,6 +12,7 @@ from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
 from prelude.data.value_range import channels_of
 from prelude.pretrain.distributed import cores_per_rank
+from prelude.pretrain.files import remedy
 
 _MOST_LISTED = 20
 
@@ -64,7 +65,9 @@ def verify(args: argparse.Namespace) -> int:
             with open(args.to, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
-            raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another file.") from None
+            raise UserError(
+                f"--to {args.to} cannot be written ({error.strerror}); {remedy(error, 'choose another file')}."
+            ) from None
     return 1 if problems else 0
 
 
@@ -84,8 +87,6 @@ def _index(args: argparse.Namespace) -> ShardIndex:
 
 
 def _channels(index: ShardIndex, args: argparse.Namespace) -> int:
-    if args.channels is not None and args.channels < 1:
-        raise UserError(f"--channels {args.channels} leaves nothing to look at; write 1 or more.")
     return args.channels or channels_of(index)
 
 
