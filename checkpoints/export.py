@@ -140,13 +140,14 @@ def _timm_config(encoder: OpenedEncoder) -> dict:
     arguments = _model_arguments(encoder)
     pretrained_cfg = {
         "num_classes": 0,
-        "input_size": [3, *config.size],
+        "input_size": [config.in_chans, *config.size],
         "fixed_input_size": "img_size" in arguments,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
         "interpolation": "bicubic",
         "crop_pct": 1.0,
-        "first_conv": known.first_conv if known else None,
+        # timm would take the weights of another number of channels for those of three, and adapt them once more.
+        "first_conv": known.first_conv if known and config.in_chans == 3 else None,
         "classifier": known.classifier if known else None,
     }
     return {
@@ -171,6 +172,8 @@ def _model_arguments(encoder: OpenedEncoder) -> dict:
     arguments = {key: value for key, value in config.kwargs.items() if not key.endswith("_rate")}
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
+    if config.in_chans != 3:
+        arguments["in_chans"] = config.in_chans
     if _takes_image_size(config.name, config.size, arguments):
         arguments["img_size"] = list(config.size)
     return arguments
@@ -196,7 +199,7 @@ def _feature_difference(encoder: OpenedEncoder, folder: Path) -> float:
     """Largest difference of pooled and unpooled features. Raises RunStopped above the tolerance."""
     with seeded(0):
         reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = torch.randn(2, 3, *encoder.config.size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, encoder.config.in_chans, *encoder.config.size, generator=torch.Generator().manual_seed(0))
     largest = 0.0
     for ours, timms in zip(_features(encoder.model, images), _features(reloaded, images), strict=True):
         difference = (ours - timms).abs().max().item() if ours.shape == timms.shape else math.inf
@@ -236,7 +239,7 @@ An image encoder that was pretrained without labels. It has no classifier.
 ```python
 import timm
 encoder = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-features = encoder(images)  # (B, 3, {height}, {width}) to (B, {encoder.model.num_features})
+features = encoder(images)  # (B, {config.in_chans}, {height}, {width}) to (B, {encoder.model.num_features})
 ```
 
 With `num_classes=N` timm adds a fresh classifier for fine-tuning. timm {timm.__version__} wrote this folder.

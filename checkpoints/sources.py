@@ -40,7 +40,7 @@ _RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
 
 @dataclass(frozen=True)
 class OpenedEncoder:
-    model: nn.Module  # images (B, 3, H, W), normalised by mean and std, to pooled features (B, D)
+    model: nn.Module  # images (B, C, H, W), normalised by mean and std, to pooled features (B, D)
     config: EncoderConfig
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

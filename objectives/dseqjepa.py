@@ -95,7 +95,7 @@ class DSeqJEPA(IJEPA):
             )
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        (images,) = device_images(batch, self.views)  # (B, C, H, W)
         features, saliency = self.look(images)
         target = self.normalised(features)
         regions = self.choose(saliency, batch.seeds, progress)

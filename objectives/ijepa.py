@@ -81,7 +81,7 @@ class IJEPA(Objective):
         _refuse_grid(options, summary.grid)
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        (images,) = device_images(batch, self.views)  # (B, C, H, W)
         masks = self.blocks.draw(batch.seeds, progress.step)
         features = self.teach(images)
         target = self.normalised(features)  # (B, N, D)

@@ -58,7 +58,7 @@ def survey(model: nn.Module, name: str, image_size: tuple[int, int], grid: tuple
     twin = _twin(model)
     encoder = SparseEncoder(twin)
     watch = _Watch(encoder, name)
-    images = torch.empty(3, 3, *image_size, device="meta")
+    images = torch.empty(3, _channels(model), *image_size, device="meta")
     visible = torch.arange(grid[0] * grid[1], device="meta").expand(3, -1)
     try:
         with watch:
@@ -89,7 +89,7 @@ def total_stride(model: nn.Module, name: str, image_size: tuple[int, int]) -> in
     """
     try:
         with torch.no_grad():
-            images = torch.empty(1, 3, *image_size, device="meta")
+            images = torch.empty(1, _channels(model), *image_size, device="meta")
             maps = _twin(model).forward_intermediates(images, intermediates_only=True)
         return 2 ** math.ceil(math.log2(max(image_size[0] / packed.shape[2] for packed in maps)))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
@@ -97,6 +97,11 @@ def total_stride(model: nn.Module, name: str, image_size: tuple[int, int]) -> in
             f"encoder.name={name} gives no maps of its stages for images of {image_size[0]} x {image_size[1]} pixels "
             f"({' '.join(str(error).split())}); write a convnet such as resnet50 or convnext_small."
         ) from error
+
+
+def _channels(model: nn.Module) -> int:
+    """Of an image: its first convolution's."""
+    return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
 
 
 def _twin(model: nn.Module) -> nn.Module:

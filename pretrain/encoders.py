@@ -25,7 +25,8 @@ from prelude.pretrain import encoder_names
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.position import sincos_table
 
-_HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
+# keys of ours that kwargs must not repeat
+_HOME_OF = {"img_size": "encoder.image_size", "patch_size": "encoder.patch_size", "in_chans": "data.channels"}
 # What timm and torch raise for settings that no model can have.
 _REFUSALS = (
     TypeError,
@@ -38,7 +39,7 @@ _REFUSALS = (
     NameError,
 )
 _LONGEST_REASON = 200  # characters
-_ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
+_ALWAYS = ("num_classes", "pretrained")  # set here, the same for every encoder
 # timm would load these, leniently, and an objective's initialisation would undo it.
 _WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
@@ -138,7 +139,7 @@ def forward_tokens(
 ) -> Tensor:
     """Features of the prefix tokens and of the kept patches, after the final norm.
 
-    images: (B, 3, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
+    images: (B, C, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
     Returns (B, prefix + K, D), patches in the order of `keep`. Position rows go with their patches, so a
     feature depends on which patches are kept and not on their order. `check_encoder(tokens=True)` has
     accepted the architecture. visible: with `keep` only, bool (B, prefix + K, prefix + K), True where a token
@@ -204,12 +205,14 @@ def _create(config: EncoderConfig) -> nn.Module:
         raise UserError(f"encoder.name={name} is not an architecture of timm {timm.__version__}; {hint}")
     for key in config.kwargs:
         if key in _HOME_OF:
-            raise UserError(f"encoder.kwargs.{key} has its own key; write encoder.{_HOME_OF[key]}.")
+            raise UserError(f"encoder.kwargs.{key} has its own key; write {_HOME_OF[key]}.")
         if key in _ALWAYS:
             raise UserError(f"encoder.kwargs.{key} is the same for every encoder here; leave it out.")
         if key in _WEIGHTS:
             raise UserError(f"encoder.kwargs.{key} loads weights without a word; write encoder.weights=SOURCE.")
     kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
+    if config.in_chans != 3:
+        kwargs["in_chans"] = config.in_chans
     try:
         try:
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
@@ -218,6 +221,7 @@ def _create(config: EncoderConfig) -> nn.Module:
                 raise
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
     except _REFUSALS as error:
+        _refuse_two_sides(config)
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             raise _no_setting(unknown[1], config) from error
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
@@ -226,9 +230,37 @@ def _create(config: EncoderConfig) -> nn.Module:
             f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "
             "encoder.kwargs={} for the architecture as timm has it."
         ) from error
+    if _has_two_sides(config.patch_size) and tuple(getattr(_cut_by(model), "patch_size", ())) != config.patch_size:
+        raise _no_two_sides(config)
     if config.norm_eps is not None:
         _set_norm_eps(model, config)
     return model
+
+
+def _refuse_two_sides(config: EncoderConfig) -> None:
+    """Raises UserError for an architecture that can be built with square patches alone."""
+    if _has_two_sides(config.patch_size):
+        try:
+            lay_out_encoder(config.model_copy(update={"patch_size": max(config.patch_size)}))
+        except UserError:
+            return  # there is more that it cannot
+        raise _no_two_sides(config)
+
+
+def _no_two_sides(config: EncoderConfig) -> UserError:
+    return UserError(
+        f"encoder.patch_size={list(config.patch_size)} has two sides, which encoder.name={config.name} does not take; "
+        "write one number, or a vision transformer."
+    )
+
+
+def _has_two_sides(patch: int | tuple[int, int] | None) -> bool:
+    return isinstance(patch, tuple) and patch[0] != patch[1]
+
+
+def _cut_by(model: nn.Module) -> PatchEmbed | None:
+    embed = getattr(model, "patch_embed", None)
+    return embed if isinstance(embed, PatchEmbed) else None
 
 
 def _set_norm_eps(model: nn.Module, config: EncoderConfig) -> None:
@@ -255,6 +287,11 @@ class _NoSetting(UserError):
 
 
 def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
+    if key == "in_chans":
+        return _NoSetting(
+            f"encoder.name={config.name} reads three channels only, and data.channels is {config.in_chans}; write "
+            "another encoder.name, or data.channels=3."
+        )
     where, instead = ("patch_size", "null") if key == "patch_size" else ("kwargs", "{}")
     name = f"encoder.{where}" if where == key else f"encoder.{where}.{key}"
     return _NoSetting(

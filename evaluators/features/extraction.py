@@ -15,7 +15,7 @@ Kinds of feature:
 | `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
 | `stageKxG` | the same | stage K averaged over G x G cells of its map | D_K x G x G |
-| `pixels` | no encoder | the view's normalised pixels, flattened | 3 x H x W |
+| `pixels` | no encoder | the view's normalised pixels, flattened | C x H x W |
 """
 
 import re
@@ -206,7 +206,7 @@ def nothing_readable() -> UserError:
 
 
 def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Every kind of feature of one batch. pixels: (B, 3, H, W) normalised. Returns (B, D) float32 tensors."""
+    """Every kind of feature of one batch. pixels: (B, C, H, W) normalised. Returns (B, D) float32 tensors."""
     if isinstance(model, Pixels):
         return {"pixels": model(pixels)}
     if not _has_tokens(model):

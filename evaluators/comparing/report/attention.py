@@ -20,7 +20,7 @@ class Maps:
 
 @torch.no_grad()
 def maps(model: nn.Module, pixels: Tensor) -> Maps | None:
-    """Of a batch (B, 3, H, W), normalised. None for a model that has neither blocks nor stages.
+    """Of a batch (B, C, H, W), normalised. None for a model that has neither blocks nor stages.
 
     Plain ViTs: attention that the class token, or else the mean patch token, pays to each patch in the last block,
     mean over heads. All others: the norm of activations.
