@@ -65,6 +65,7 @@ class Prediction:
 
 class DSeqJEPA(IJEPA):
     Options = DSeqJEPAOptions
+    host_waits = 1  # for the lengths that packing needs; once more for an image that all rounds of labelling leave open
 
     def __init__(self, encoder: nn.Module, options: DSeqJEPAOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
