@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prelude.data.errors import UserError
 from prelude.data.waiting import wait_at_most
-from prelude.evaluators.frozen import Evaluator, Labelled, evaluate, labelled_shards
+from prelude.evaluators.judging import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code

@@ -13,7 +13,7 @@ from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.shards import expand_shards, local_shards
 from prelude.data.waiting import stop_when, wait_at_most
-from prelude.evaluators import online
+from prelude.evaluators.online import monitor as online
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prelude.data.errors import UserError
-from prelude.evaluators.features import default_kinds, fair_kinds, pool
+from prelude.evaluators.features.extraction import default_kinds, fair_kinds, pool
 from prelude.objectives import OURS, objective_class
 from prelude.pretrain import named_code
 from prelude.pretrain.config import EncoderConfig
