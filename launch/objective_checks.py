@@ -109,12 +109,13 @@ def forward(subject: Subject) -> str:
         raise Broken("self.views is no ViewPlan; __init__ says there which crops of an image it wants.")
     batch = subject.batch(objective.views)
     before = copy.deepcopy(batch)
-    found = run(objective, batch, subject.progress())
-    loss = found.loss
+    loss = objective(batch, subject.progress())
     if not isinstance(loss, Loss):
         raise Broken(f"forward returns a {type(loss).__name__}; return prelude.pretrain.objective.Loss(total, parts).")
     if loss.total.ndim or not loss.total.isfinite():
-        raise Broken(f"The loss has shape {tuple(loss.total.shape)} and value {loss.total}; it is one finite number.")
+        raise Broken(f"The loss is {loss.total.tolist()}; it is one finite number, the mean over the batch.")
+    if not loss.total.requires_grad:
+        raise Broken("The loss has no gradient; look for a no_grad, or a detach(), on its way.")
     for name, part in loss.parts.items():
         if not isinstance(part, Tensor) or part.ndim or part.requires_grad:
             raise Broken(
@@ -123,7 +124,7 @@ def forward(subject: Subject) -> str:
     for name in ("views", "seeds", "flips", "boxes"):
         if any(not torch.equal(a, b) for a, b in zip(_tensors(batch, name), _tensors(before, name), strict=True)):
             raise Broken(f"forward changes batch.{name} in place; work on a copy.")
-    return f"the loss is {found.total:.4g} at the start, with {len(loss.parts)} parts for the log"
+    return f"the loss is {loss.total.item():.4g} at the start, with {len(loss.parts)} parts for the log"
 
 
 def draws(subject: Subject) -> str:

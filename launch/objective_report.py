@@ -124,7 +124,8 @@ def _verdict(name: str, check: Callable[[], str]) -> Verdict:
 
 def _place(error: Exception) -> str:
     """The innermost line outside of our packages and torch's."""
-    ours = str(Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
+    ours = tuple(str(root / folder) + os.sep for folder in ("launch", "objectives", "pretrain", "data"))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "site-packages" not in frame.filename and not frame.filename.startswith(ours):
             return f" in line {frame.lineno} of {Path(frame.filename).name}"

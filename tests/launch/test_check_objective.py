@@ -98,7 +98,7 @@ CAUGHT = {
     "ComparesWithinTheBatch": ("average", "write accumulates=False"),
     "ReadsAValue": ("host waits", "1 times a step, first by _local_scalar_dense at helpers/broken_objectives.py:"),
     "ChoosesByAValue": ("host waits", "broken_objectives.py:"),
-    "IndexesByAMask": ("host waits", "2 times a step, first by index at helpers/broken_objectives.py:"),
+    "IndexesByAMask": ("host waits", "3 times a step, first by index at helpers/broken_objectives.py:"),
     "CountsInAnAttribute": ("state", "After a resume the third step has the loss"),
     "KeepsAnAverageInAnAttribute": ("state", "in parameters or buffers"),
     "FollowsRefusedSteps": ("refused step", "changes teacher"),

@@ -52,9 +52,9 @@ def test_the_run_goes_on_where_it_stopped(runs):
 
 
 def test_other_settings_of_the_function_are_another_run(runs, recipe):
-    refused = Run([sys.executable], recipe, runs["mae"], *TRANSFORMER, "encoder.kwargs.depth=2")
+    refused = Run([sys.executable], recipe, runs["mae"], *TRANSFORMER, "encoder.kwargs.patch_size=4")
     assert refused.wait() == 2
-    assert "encoder.kwargs.depth: None -> 2" in refused.output.read_text()
+    assert "encoder.kwargs.patch_size: None -> 4" in refused.output.read_text()
 
 
 @pytest.mark.parametrize("run", ["mae", "spark"])
@@ -88,7 +88,12 @@ def test_it_is_judged_and_compared(runs, labelled, tmp_path):
     assert knn.main([*sources, *labelled, *out]) == 0
     found = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")]
     assert len(found) == 3
-    assert compare.main([*sources[:2], *labelled, "--to", str(tmp_path / "page.html")]) == 0
+    assert (
+        compare.main(
+            [*sources[:2], *labelled, "--out", str(tmp_path / "compared"), "--evaluators", "knn", "--no-floors"]
+        )
+        == 0
+    )
 
 
 def test_it_is_fine_tuned(runs, labelled, tmp_path):
@@ -98,7 +103,7 @@ def test_it_is_fine_tuned(runs, labelled, tmp_path):
         *labelled,
         f"run_dir={tmp_path / 'tuned'}",
     ]
-    small = ["train.epochs=1", "train.global_batch=8", "data.num_workers=1"]
+    small = ["train.epochs=1", "optimizer.warmup_epochs=0", "train.global_batch=8", "data.num_workers=1"]
     arguments = [str(runs["mae"]), *given, *small]
     with pytest.raises(UserError, match="drop_path_rate is no setting of encoder.name=own_networks:small_transformer"):
         finetune.main([*arguments, "objective.drop_path=0.1"])
@@ -113,7 +118,7 @@ def test_a_run_starts_from_an_earlier_one(runs, recipe, tmp_path):
     )
     assert again.wait() == 0, again.output.read_text()
     said = " ".join(again.output.read_text().replace("│", " ").split())
-    assert "own_networks:small_transformer, 17 of 17 tensors loaded" in said
+    assert "own_networks:small_transformer, 18 of 18 tensors loaded" in said
 
 
 def test_the_door_says_what_it_can_serve(capsys):
