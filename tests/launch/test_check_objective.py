@@ -156,6 +156,13 @@ def test_the_objective_of_the_page_keeps_the_contract(tmp_path):
     assert said.splitlines()[-1] == "denoising:Denoising keeps the contract"
 
 
+def test_mae_around_a_users_own_network_keeps_it_at_ranks_and_under_zero(tmp_path):
+    own = {"name": "own_networks:small_transformer", "image_size": 16}
+    code, said = door("mae", "--config", recipe_of(tmp_path, MAE, own))
+    assert code == 0, said
+    assert "ZeRO stages 0 to 3 end at the same weights" in said
+
+
 def test_the_page_names_every_check_and_every_part():
     page = (ROOT / "docs" / "adding_an_objective.md").read_text()
     named = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
