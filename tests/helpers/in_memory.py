@@ -1,7 +1,5 @@
 """What an engine is handed, without shards or disk: a loader over images in memory, no store, a monitor that keeps."""
 
-from pathlib import Path
-
 from prelude.launch.made_up_data import MemoryLoader
 from prelude.pretrain.monitors import Monitor
 
@@ -12,8 +10,15 @@ class NoStore:
     def newest(self):
         return None
 
-    def save(self, step, engine, meta):
-        return Path(f"step-{step}")
+    def save(self, step, engine, meta): ...
+
+    def has_ended(self):
+        return False
+
+    def finish(self):
+        return None
+
+    def wait(self): ...
 
 
 class Recorder(Monitor):
