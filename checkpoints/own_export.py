@@ -14,13 +14,14 @@ from torch import nn
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.own_encoder import arguments
 
 
 def own_config(encoder: OpenedEncoder) -> dict:
     """What a reader needs who has the function and none of our packages."""
     return {
         "function": encoder.config.name,
-        "arguments": {"image_size": list(encoder.config.size), **encoder.config.kwargs},
+        "arguments": arguments(encoder.config),
         "num_features": encoder.model.num_features,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
@@ -49,6 +50,6 @@ from {module} import {function.partition(".")[0]}
 from safetensors.torch import load_file
 encoder = {function}(**json.load(open("config.json"))["arguments"])
 encoder.load_state_dict(load_file("model.safetensors"))
-features = encoder.eval()(images)  # (B, 3, {height}, {width}) to (B, {encoder.model.num_features})
+features = encoder.eval()(images)  # (B, {len(encoder.mean)}, {height}, {width}) to (B, {encoder.model.num_features})
 ```
 """

@@ -43,7 +43,7 @@ def made_up_batch(positions: Tensor, plan: ViewPlan, num_samples: int, salt: int
     """
     ids, num_views = positions % num_samples, len(plan.views)
     views = tuple(
-        torch.stack([_pixels(int(sample), view.size, 1000 * salt + number) for sample in ids])
+        torch.stack([_pixels(int(sample), (len(plan.mean), *view.size), 1000 * salt + number) for sample in ids])
         for number, view in enumerate(plan.views)
     )
     boxes = torch.tensor([[[0, 0, *view.size] for view in plan.views]], dtype=torch.int32)
@@ -57,10 +57,10 @@ def made_up_batch(positions: Tensor, plan: ViewPlan, num_samples: int, salt: int
     )
 
 
-def _pixels(sample: int, size: tuple[int, int], number: int) -> Tensor:
-    """(3, H, W) uint8."""
+def _pixels(sample: int, shape: tuple[int, int, int], number: int) -> Tensor:
+    """(C, H, W) uint8."""
     generator = torch.Generator().manual_seed(sample * 7919 + number // 1000)
-    coarse = torch.rand(1, 3, 4, 4, generator=generator)
-    image = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0]
+    coarse = torch.rand(1, shape[0], 4, 4, generator=generator)
+    image = torch.nn.functional.interpolate(coarse, shape[1:], mode="bilinear")[0]
     generator = torch.Generator().manual_seed(sample * 7919 + number + 1)
-    return (255 * (0.8 * image + 0.2 * torch.rand(3, *size, generator=generator))).to(torch.uint8)
+    return (255 * (0.8 * image + 0.2 * torch.rand(shape, generator=generator))).to(torch.uint8)

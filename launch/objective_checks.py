@@ -253,7 +253,7 @@ def exports(subject: Subject) -> str:
             f"exported_encoder() is not the config's encoder: they differ in {odd}; return that encoder alone."
         )
     encoder.load_state_dict(exported.state_dict())
-    pixels = torch.rand(2, 3, *subject.config.encoder.size)
+    pixels = torch.rand(2, len(subject.config.data.mean), *subject.config.encoder.size)
     with torch.no_grad():
         if not torch.allclose(encoder.eval()(pixels), copy.deepcopy(exported).eval()(pixels), rtol=0, atol=1e-5):
             raise Broken("Features of exported_encoder() are not those of the config's encoder with its weights.")

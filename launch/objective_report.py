@@ -69,7 +69,7 @@ def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
     encoder["kwargs"] = {key: value for key, value in kwargs.items() if not key.endswith("_rate")}
     for key in ("weights", "weights_fingerprint", "own_parts"):
         encoder.pop(key, None)
-    data = {key: value for key, value in (values.get("data") or {}).items() if key in ("mean", "std")}
+    data = {key: value for key, value in (values.get("data") or {}).items() if key in ("channels", "mean", "std")}
     checked = {
         "run_dir": "none",
         "seed": values.get("seed", 0),

@@ -2,6 +2,8 @@
 
     function(image_size=(H, W), **encoder.kwargs) -> nn.Module          weights drawn there, from torch's generator
 
+Where images have other than three channels, it is called with their number as `in_chans` too.
+
 | the network has | which gives | needed by |
 |---|---|---|
 | `forward(images)` | pooled features (B, D) | everything |
@@ -32,7 +34,7 @@ from prelude.pretrain.config import Config, EncoderConfig
 _GIVES = "_gives"  # of a network that is not timm's
 _FORM = "module:function"
 _TOLERANCE = 1e-4  # of the largest feature: the same numbers, summed in another order
-_CHANNELS = 3
+_CHANNELS = 3  # unless images have others
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,22 @@ def gives(model: nn.Module) -> Gives | None:
     return getattr(model, _GIVES, None)
 
 
+def arguments(config: EncoderConfig) -> dict[str, Any]:
+    """What the function is called with."""
+    channels = {} if num_channels(config) == _CHANNELS else {"in_chans": num_channels(config)}
+    return {"image_size": config.size, **channels, **config.kwargs}
+
+
+def num_channels(config: EncoderConfig) -> int:
+    """C of the images (B, C, H, W)."""
+    return getattr(config, "in_chans", _CHANNELS)
+
+
 def create(config: EncoderConfig) -> nn.Module:
     """What the function returns. Raises UserError, in one sentence, for whatever is wrong with it."""
     function = _function(config)
     try:
-        model = function(image_size=config.size, **config.kwargs)
+        model = function(**arguments(config))
     except named_code.RAISED as error:
         raise UserError(f"{_called(config)} fails with {named_code.reason(error, config.name)}.") from error
     if not isinstance(model, nn.Module):
@@ -120,7 +133,7 @@ def check_tokens(config: EncoderConfig) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = describe(create(config), config).eval()
-        images, other = torch.randn(2, 2, _CHANNELS, *config.size)
+        images, other = torch.randn(2, 2, num_channels(config), *config.size)
     layout = gives(model).tokens
     num_patches = layout.grid[0] * layout.grid[1]
     keep = torch.stack([torch.randperm(num_patches, generator=torch.Generator().manual_seed(i)) for i in range(2)])
@@ -177,6 +190,11 @@ def _function(config: EncoderConfig) -> Callable:
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return function
+    if num_channels(config) != _CHANNELS and "in_chans" not in parameters:
+        raise UserError(
+            f"encoder.name={config.name} has no parameter in_chans, and images have {num_channels(config)} channels; "
+            "write one, which takes their number."
+        )
     for key in config.kwargs:
         if key not in parameters or key == "image_size":
             near = difflib.get_close_matches(key, parameters, 1, 0.5)
@@ -186,7 +204,7 @@ def _function(config: EncoderConfig) -> Callable:
 
 
 def _called(config: EncoderConfig) -> str:
-    given = ", ".join(f"{key}={value}" for key, value in {"image_size": config.size, **config.kwargs}.items())
+    given = ", ".join(f"{key}={value}" for key, value in arguments(config).items())
     return f"encoder.name={config.name}, called with {given},"
 
 
@@ -199,7 +217,7 @@ def _is_timms(model: nn.Module) -> bool:
 
 def _images(model: nn.Module, config: EncoderConfig) -> Tensor:
     device = next(model.parameters()).device
-    return torch.zeros(2, _CHANNELS, *config.size, device=device)
+    return torch.zeros(2, num_channels(config), *config.size, device=device)
 
 
 def _run(method: Callable, config: EncoderConfig, *inputs: Any) -> Any:
@@ -209,7 +227,7 @@ def _run(method: Callable, config: EncoderConfig, *inputs: Any) -> Any:
         height, width = config.size
         raise UserError(
             f"encoder.name={config.name}: {method.__name__} fails on 2 images of "
-            f"{_CHANNELS} x {height} x {width} with {named_code.reason(error, config.name)}."
+            f"{num_channels(config)} x {height} x {width} with {named_code.reason(error, config.name)}."
         ) from error
 
 
