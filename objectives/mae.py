@@ -26,7 +26,7 @@ from prelude.objectives.options import MAEOptions
 from prelude.objectives.pictures import sheet
 from prelude.objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks
+from prelude.pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks, token_layout
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
@@ -55,13 +55,13 @@ class MAE(Objective):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
         view = View(size=image_size, scale=options.crop_scale, interpolation="bicubic", flip=options.flip)
         self.views = ViewPlan(views=(view,), mean=mean, std=std)
-        self.patch_size = encoder.patch_embed.patch_size  # (p_h, p_w)
-        self.grid = encoder.patch_embed.grid_size  # (rows, columns)
+        layout = token_layout(encoder)
+        self.patch_size, self.grid = layout.patch_size, layout.grid  # (p_h, p_w), (rows, columns)
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_keep = num_kept(self.num_patches, options.mask_ratio)
 
         dim = options.decoder_dim
-        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
+        self.decoder_embed = nn.Linear(layout.width, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_blocks = transformer_blocks(dim, options.decoder_depth, options.decoder_num_heads)
         self.decoder_norm = LayerNorm(dim)

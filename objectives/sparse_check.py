@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from prelude.data.errors import UserError
 from prelude.objectives.sparse_encoder import SparseEncoder, mixes_neighbours
+from prelude.pretrain.encoders import stage_maps
+from prelude.pretrain.own_encoder import gives
 
 _POINTWISE = set(
     "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip "
@@ -87,10 +89,15 @@ def total_stride(model: nn.Module, name: str, image_size: tuple[int, int]) -> in
 
     Right for sizes that it does not divide too, so that a refusal can say what would fit. Raises UserError.
     """
+    if (found := gives(model)) and not found.maps:
+        raise UserError(
+            f"encoder.name={name} has no forward_maps(images), which gives the map of every stage and which this "
+            "objective needs; write one, or another objective."
+        )
     try:
         with torch.no_grad():
             images = torch.empty(1, _channels(model), *image_size, device="meta")
-            maps = _twin(model).forward_intermediates(images, intermediates_only=True)
+            maps = stage_maps(_twin(model), images)
         return 2 ** math.ceil(math.log2(max(image_size[0] / packed.shape[2] for packed in maps)))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise UserError(

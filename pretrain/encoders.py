@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prelude.data.errors import UserError
-from prelude.pretrain import encoder_names
+from prelude.pretrain import encoder_names, own_encoder
 from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.own_encoder import TokenLayout, gives, is_own
 from prelude.pretrain.position import sincos_table
 
 # keys of ours that kwargs must not repeat
@@ -64,10 +65,12 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     Raises UserError.
     """
     model = _laid_out_for_tokens(config) if tokens else lay_out_encoder(config)
+    if gives(model):
+        return _summary_of_own(model, config, tokens)
     _check_patches_fit(model, config)
     if tokens:
         _check_tokens(model, config.name)
-    table = _has_fixed_table(model, config)
+    table = not is_own(config) and _has_fixed_table(model, config)
     patches = model.patch_embed if isinstance(getattr(model, "patch_embed", None), PatchEmbed) else None
     fixed = model.pos_embed.numel() if table else 0
     transformer = isinstance(model, VisionTransformer)
@@ -82,8 +85,29 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     )
 
 
+def _summary_of_own(model: nn.Module, config: EncoderConfig, tokens: bool) -> EncoderSummary:
+    found = gives(model)
+    if tokens and found.tokens is None:
+        raise UserError(
+            f"encoder.name={config.name} has no forward_tokens(images, keep), which this objective needs to show it a "
+            "part of an image's patches; write one, or another objective."
+        )
+    if tokens:
+        own_encoder.check_tokens(config)
+    layout = found.tokens
+    return EncoderSummary(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        width=found.width,
+        grid=layout.grid if layout else None,
+        patch_size=layout.patch_size if layout else None,
+        num_heads=layout.num_heads if layout else None,
+    )
+
+
 def lay_out_encoder(config: EncoderConfig) -> nn.Module:
     """The architecture on the meta device: shapes without numbers. Raises UserError when timm cannot build it."""
+    if is_own(config):
+        return own_encoder.lay_out(config)
     with torch.device("meta"):
         return _create(config)
 
@@ -110,6 +134,8 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
     Raises UserError.
     """
     with seeded(seed):
+        if is_own(config):
+            return own_encoder.describe(own_encoder.create(config), config)
         model = _create(config)
     _check_patches_fit(model, config)
     if _has_fixed_table(model, config):
@@ -123,7 +149,23 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
 
 def pooled_width(encoder: nn.Module) -> int:
     """D of `encoder(images)`, (B, D). timm's `num_features` leaves out a head's hidden layer (MobileNetV3)."""
-    return encoder.head_hidden_size
+    found = gives(encoder)
+    return found.width if found else encoder.head_hidden_size
+
+
+def stage_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """The map (B, C, h, w) of every stage, fine to coarse, of an encoder that has stages."""
+    if gives(encoder):
+        return list(encoder.forward_maps(images))
+    return encoder.forward_intermediates(images, intermediates_only=True)
+
+
+def token_layout(encoder: nn.Module) -> TokenLayout:
+    """Of an encoder that `check_encoder(tokens=True)` has accepted."""
+    if found := gives(encoder):
+        return found.tokens
+    embed, num_heads = encoder.patch_embed, encoder.blocks[0].attn.num_heads
+    return TokenLayout(embed.patch_size, embed.grid_size, encoder.embed_dim, encoder.num_prefix_tokens, num_heads)
 
 
 @contextmanager
@@ -145,6 +187,8 @@ def forward_tokens(
     accepted the architecture. visible: with `keep` only, bool (B, prefix + K, prefix + K), True where a token
     (row) sees another (column); no row may be without.
     """
+    if gives(vit):
+        return vit.forward_tokens(images) if keep is None else vit.forward_tokens(images, keep)
     if keep is None:
         return vit.forward_features(images)
     tokens = vit.norm_pre(vit.pos_drop(_embed_kept(vit, images, keep)))

@@ -19,6 +19,7 @@ from torch import Tensor
 from prelude.data.batch import Photometric
 from prelude.data.errors import UserError
 from prelude.pretrain.draws import uniform
+from prelude.pretrain.host_waits import is_counting
 
 PHOTOMETRIC_STREAM = 201  # of pretrain.draws; view v of a plan reads stream 201 + v
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds them
@@ -186,7 +187,7 @@ def _where(mask: Tensor, operation, images: Tensor, *parameters: Tensor) -> Tens
 
 
 def _on_host(images: Tensor) -> bool:
-    return images.device.type == "cpu"
+    return images.device.type == "cpu" and not is_counting()
 
 
 def _factor(strength: float, u: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.recipes import read_recipe, validate_config
 from prelude.pretrain.schedules import Progress
 
@@ -158,7 +159,7 @@ def encoder_config(opened: OpenedEncoder, options: FineTuneOptions) -> EncoderCo
         kwargs = {key: value for key, value in kwargs.items() if key not in ("fc_norm", "final_norm")}
         kwargs["global_pool"] = "avg"
     changes = {"kwargs": kwargs, "image_size": options.image_size or config.image_size}
-    if isinstance(getattr(model, "pos_embed", None), Tensor):
+    if isinstance(getattr(model, "pos_embed", None), Tensor) and not is_own(config):
         changes["pos_embed"] = "learned"
     return config.model_copy(update=changes)
 
