@@ -69,7 +69,7 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
     """The set, and the encoder where it had to be opened."""
     from prelude.evaluators.embedding.neighbours import embedded_of
     from prelude.evaluators.embedding.reading import is_embedding, read
-    from prelude.evaluators.judging import bank_folder, open_source, sections_of
+    from prelude.evaluators.judging import bank_folder, open_source
     from prelude.launch.frozen import reading
 
     common = reading(args, argv)
@@ -83,10 +83,9 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
     if args.encoder:
         raise UserError(f"--encoder has no effect beside {args.features}, which is one; leave it out.")
     encoder = open_source(args.features, [args.features], args.seed)
-    ranges = (data.get("range") for data in sections_of([args.features], "data"))
-    limits = args.range or next(filter(None, ranges), None)
     bank = args.bank or bank_folder(args.features, [args.features])
-    return embedded_of(encoder, args.shards, bank, kind=args.kind, value_range=limits, **common), encoder
+    images = {"kind": args.kind, "value_range": args.range, **common}
+    return embedded_of(encoder, args.features, args.shards, bank, **images), encoder
 
 
 def encoder_of(args: argparse.Namespace, embedded):

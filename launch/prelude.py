@@ -29,6 +29,8 @@ COMMANDS = {
     "neighbours": ("neighbours", "the images nearest to given ones by their features"),
     "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),
+    "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),
+    "check-objective": ("check_objective", "whether your own objective keeps the contract"),
     "shards": ("shards", "make shards of images, and look at them"),
 }
 

@@ -20,9 +20,9 @@ from typing import Literal
 import numpy as np
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.data.value_range import ValueRange
 from prelude.evaluators.embedding.formats import beside, format_of, refuse_to_overwrite
 from prelude.evaluators.embedding.samples import Keys, pixels_of, places_of
 from prelude.evaluators.embedding.table import Table
@@ -105,10 +105,7 @@ def embed(embedding: Embedding) -> Written | None:
 
 def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
     """Raises UserError for labels that were asked for and are none."""
-    ranges = (data.get("range") for data in sections_of([embedding.source], "data"))
-    value_range = embedding.value_range or next(filter(None, ranges), None)
-    shards = embedding.shards if isinstance(embedding.shards, str) else list(embedding.shards)
-    index = ShardIndex(shards, embedding.label or LABEL, value_range)
+    index = index_as_seen(embedding.source, embedding.shards, embedding.label or LABEL, embedding.value_range)
     if embedding.label:
         return index, class_numbers(index)
     if not (index.labels[:, 0] >= 0).any():
@@ -120,9 +117,26 @@ def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
         return index, None
 
 
-def data_of(index: ShardIndex) -> dict:
-    """What it takes to find the images again."""
-    return {"fingerprint": index.fingerprint, "value_range": index.value_range, "shards": places_of(index)}
+def index_as_seen(
+    source: str, shards: str | Sequence[str], label: str = "", value_range: ValueRange | Literal["auto"] | None = None
+) -> ShardIndex:
+    """With `data.range` and `data.max_pixels` of the source's run, unless a range is given."""
+    said = {}
+    for key in ("range", "max_pixels"):
+        said[key] = next(filter(None, (data.get(key) for data in sections_of([source], "data"))), None)
+    shards = shards if isinstance(shards, str) else list(shards)
+    return ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS)
+
+
+def data_of(index: ShardIndex, encoder: OpenedEncoder) -> dict:
+    """What it takes to find the images again, and to see others in the same way."""
+    return {
+        "fingerprint": index.fingerprint,
+        "value_range": index.value_range,
+        "max_pixels": index.max_pixels,
+        "channels": encoder.config.in_chans,
+        "shards": places_of(index),
+    }
 
 
 def _kinds(embedding: Embedding, encoder: OpenedEncoder) -> tuple[str, ...]:
@@ -198,7 +212,7 @@ def _about(embedding: Embedding, encoder: OpenedEncoder, index: ShardIndex, rows
         "source": embedding.source,
         "seed": embedding.seed,
         "encoder": described(encoder),
-        "data": data_of(index),
+        "data": data_of(index, encoder),
         "kinds": list(rows),
         "features": next(iter(rows.values())).recipe,
         "dtype": embedding.dtype,
@@ -231,8 +245,8 @@ def _left_out(table: Table) -> Iterator[dict]:
     for shard, problems in table.index.problems.items():
         for problem in problems:
             yield {"shard": os.path.abspath(shard), "key": problem.where, "reason": problem.reason}
-    missing, keys = table.missing(), Keys(table.index)
-    for sample, pixels in zip(missing, pixels_of(table.index, missing), strict=True):
+    missing, keys, channels = table.missing(), Keys(table.index), table.about["data"]["channels"]
+    for sample, pixels in zip(missing, pixels_of(table.index, missing, channels), strict=True):
         why = pixels if isinstance(pixels, str) else "could not be read when its turn came"
         yield {
             "shard": os.path.abspath(table.index.shard_of(sample)),

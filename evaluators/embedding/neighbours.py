@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from prelude.checkpoints.sources import OpenedEncoder
-from prelude.data.decode import BadImage, decode
+from prelude.data.decode import BadImage, ValueRange, decode
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
-from prelude.data.value_range import ValueRange
-from prelude.evaluators.embedding.embed import data_of
+from prelude.evaluators.embedding.embed import data_of, index_as_seen
 from prelude.evaluators.embedding.reading import Embedded
 from prelude.evaluators.embedding.samples import Keys
 from prelude.evaluators.features.bank import Bank
@@ -107,16 +106,15 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
         )
     check_kinds(encoder.model, [embedded.kind], encoder.name)
     extractor = Extractor(encoder, [embedded.kind])
-    value_range = embedded.about["data"]["value_range"]
     for path in paths:
         try:
-            decode(Path(path).read_bytes(), value_range=value_range)
+            read_file(embedded, path)
         except (OSError, BadImage) as error:
             raise UserError(f"{path} is no image that can be read ({error}); write another file, or a key.") from None
     with tempfile.TemporaryDirectory() as folder:
         for number, path in enumerate(paths):
             os.symlink(os.path.abspath(path), Path(folder) / f"{number:08d}.png")  # what it is, its bytes say
-        index = ShardIndex(folder, "", tuple(value_range) if value_range else None)
+        index = _index(embedded, folder)
         names = [Path(key).stem for key in Keys(index).of(np.arange(index.num_samples))]
         rows = {}
         for batch in one_pass(index, extractor.plan, batch_size=64):
@@ -127,6 +125,7 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
 
 def embedded_of(
     encoder: OpenedEncoder,
+    source: str,
     shards: str | Sequence[str],
     bank: str | Path | None,
     *,
@@ -135,27 +134,37 @@ def embedded_of(
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> Embedded:
-    """The features of shards out of a bank, which makes those that it lacks."""
-    index = ShardIndex(shards if isinstance(shards, str) else list(shards), "", value_range)
+    """The features of shards out of a bank, which makes those that it lacks. source: of the encoder."""
+    index = index_as_seen(source, shards, "", value_range)
     kind = kind or default_kinds(encoder.model)[0]
     rows = Bank(bank).rows(encoder, index, [kind], batch_size=batch_size, num_workers=num_workers)[kind]
     ids, keys = rows.sample_ids.numpy(), Keys(index)
-    about = {"encoder": described(encoder), "data": data_of(index), "kinds": [kind]}
+    about = {"encoder": described(encoder), "data": data_of(index, encoder), "kinds": [kind]}
     places = about["data"]["shards"], keys.shards(ids)
     return Embedded(encoder.name, kind, rows.values, keys.of(ids), *places, ids, None, about)
 
 
 def index_of(embedded: Embedded, shards: str | Sequence[str] | None = None) -> ShardIndex:
     """Of the images themselves. shards: where they are now. Raises UserError where they are gone, or others."""
-    value_range = embedded.about["data"]["value_range"]
-    given = shards if isinstance(shards, str) else list(shards or embedded.about["data"]["shards"])
-    index = ShardIndex(given, "", tuple(value_range) if value_range else None)
+    index = _index(embedded, shards if isinstance(shards, str) else list(shards or embedded.about["data"]["shards"]))
     if index.fingerprint != embedded.about["data"]["fingerprint"]:
         raise UserError(
             f"The images in {index.paths[0]} and the rest are not those that {embedded.name} was made of; write "
             f"--shards with those, or leave --sheet out."
         )
     return index
+
+
+def read_file(embedded: Embedded, path: str) -> np.ndarray:
+    """(H, W, C) as the images of the set are read. Raises OSError and BadImage."""
+    data = embedded.about["data"]
+    limits = data["value_range"], data["channels"], data["max_pixels"]
+    return decode(Path(path).read_bytes(), None, *limits)
+
+
+def _index(embedded: Embedded, shards: str | list[str]) -> ShardIndex:
+    data = embedded.about["data"]
+    return ShardIndex(shards, "", tuple(data["value_range"]) if data["value_range"] else None, data["max_pixels"])
 
 
 def _query(embedded: Embedded, short: Sequence[str], name: str, rows: list[int]) -> Query:

@@ -43,14 +43,14 @@ def places_of(index: ShardIndex) -> list[str]:
     return [_text(os.path.abspath(path)) for path in index.paths]
 
 
-def pixels_of(index: ShardIndex, sample_ids: Iterable[int]) -> Iterator[np.ndarray | str]:
-    """(H, W, 3) uint8 of each sample, or in its place why there are none."""
+def pixels_of(index: ShardIndex, sample_ids: Iterable[int], channels: int = 3) -> Iterator[np.ndarray | str]:
+    """(H, W, channels) of each sample, as `data.decode` gives them, or in its place why there are none."""
     files = OpenFiles(index.paths)
     for sample in sample_ids:
         shard = int(np.searchsorted(index.ends, sample, side="right"))
         try:
             content = files.read(shard, *index.images[sample].tolist())
-            yield decode(content, value_range=index.value_range)
+            yield decode(content, None, index.value_range, channels, index.max_pixels)
         except BadImage as error:
             yield str(error)
 

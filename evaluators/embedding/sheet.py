@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from prelude.data.decode import BadImage, decode
+from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.embedding.neighbours import Found, Query
+from prelude.evaluators.embedding.neighbours import Found, Query, read_file
 from prelude.evaluators.embedding.reading import Embedded
 from prelude.evaluators.embedding.samples import pixels_of
 
@@ -22,6 +22,7 @@ def contact_sheet(embedded: Embedded, index: ShardIndex, found: Sequence[Found])
     """A PNG. Raises UserError for more queries than a sheet has room for."""
     if len(found) > MOST_ROWS:
         raise UserError(f"A sheet has room for {MOST_ROWS} images and their neighbours, not {len(found)}; name fewer.")
+    channels = embedded.about["data"]["channels"]
     columns = 1 + max(len(one.rows) for one in found)
     wide, high = TILE + GAP, TILE + 2 * LINE + GAP
     page = Image.new("RGB", (columns * wide + 3 * GAP, len(found) * high + GAP), PAPER)
@@ -29,7 +30,7 @@ def contact_sheet(embedded: Embedded, index: ShardIndex, found: Sequence[Found])
         top = GAP + line * high
         _show(page, (GAP, top), _of_query(embedded, index, one.query), ("query", _name(embedded, one.query)))
         for place, (row, cosine) in enumerate(zip(one.rows, one.cosines, strict=True), start=1):
-            (pixels,) = pixels_of(index, [int(embedded.sample_ids[row])])
+            (pixels,) = pixels_of(index, [int(embedded.sample_ids[row])], channels)
             words = [f"{cosine:.4f}", embedded.keys[row]]
             if embedded.labels is not None and embedded.labels[row] >= 0:
                 words[0] += f"  label {embedded.labels[row]}"
@@ -43,10 +44,9 @@ def contact_sheet(embedded: Embedded, index: ShardIndex, found: Sequence[Found])
 
 def _of_query(embedded: Embedded, index: ShardIndex, query: Query) -> np.ndarray | str:
     if query.row is not None:
-        return next(pixels_of(index, [int(embedded.sample_ids[query.row])]))
+        return next(pixels_of(index, [int(embedded.sample_ids[query.row])], embedded.about["data"]["channels"]))
     try:
-        with open(query.path, "rb") as file:
-            return decode(file.read(), value_range=index.value_range)
+        return read_file(embedded, query.path)
     except (OSError, BadImage) as error:
         return str(error)
 
@@ -56,20 +56,26 @@ def _name(embedded: Embedded, query: Query) -> str:
 
 
 def _show(page: Image.Image, corner: tuple[int, int], pixels: np.ndarray | str, words: Sequence[str]) -> None:
-    """pixels: (H, W, 3) uint8, shown whole, small ones enlarged without smoothing; or why there are none."""
+    """pixels: (H, W, C) on the scale of 8 bits, shown whole, small ones enlarged without smoothing; or why there are none."""
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     left, top = corner
     if isinstance(pixels, str):
         draw.rectangle([left, top, left + TILE - 1, top + TILE - 1], outline=EDGE)
         draw.text((left + 4, top + 4), _fitting(pixels, font), FAINT, font)
     else:
-        image = Image.fromarray(pixels)
+        image = Image.fromarray(_shown(pixels))
         scale = TILE / max(image.size)
         smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
         image = image.resize([max(round(side * scale), 1) for side in image.size], smooth)
         page.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
     for line, (text, ink) in enumerate(zip(words, (INK, FAINT), strict=True)):
         draw.text((left, top + TILE + 1 + line * LINE), _fitting(text, font), ink, font)
+
+
+def _shown(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: the first three channels, or the first as grey."""
+    chosen = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+    return np.ascontiguousarray(chosen.round().clip(0, 255).astype(np.uint8))
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont) -> str:
