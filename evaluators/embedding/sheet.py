@@ -56,7 +56,7 @@ def _name(embedded: Embedded, query: Query) -> str:
 
 
 def _show(page: Image.Image, corner: tuple[int, int], pixels: np.ndarray | str, words: Sequence[str]) -> None:
-    """pixels: (H, W, C) on the scale of 8 bits, shown whole, small ones enlarged without smoothing; or why there are none."""
+    """pixels: (H, W, C) on the scale of 8 bits, shown whole, small ones unsmoothed; or why there are none."""
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     left, top = corner
     if isinstance(pixels, str):
