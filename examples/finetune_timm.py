@@ -8,7 +8,8 @@ Images lie in class folders. Prints the accuracy after each epoch; writes the we
 
 import argparse
 
-import timm
+import timm.data
+import timm.optim
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import timm
+import timm.data
 import torch
 import torch.nn.functional as F
 from PIL import Image
