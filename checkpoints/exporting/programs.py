@@ -52,14 +52,14 @@ def write_torch(encoder: OpenedEncoder, folder: Path, dtype: str, any_size: bool
 def write_onnx(encoder: OpenedEncoder, folder: Path, dtype: str, any_size: bool) -> Proof:
     """Raises UserError where a package is missing, and for bfloat16, which onnxruntime does not compute on a CPU."""
     if dtype == "bfloat16":
-        raise UserError("onnxruntime computes no bfloat16 on a CPU, so nothing could be compared; write --dtype float16.")
+        raise UserError(
+            "onnxruntime computes no bfloat16 on a CPU, so nothing could be compared; write --dtype float16."
+        )
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter needs it, and says so in a traceback
     except ImportError as error:
-        raise UserError(
-            f"--format onnx needs {error.name}; write pip install 'prelude-ssl[onnx]'."
-        ) from None
+        raise UserError(f"--format onnx needs {error.name}; write pip install 'prelude-ssl[onnx]'.") from None
     program, sizes = _traced(encoder, dtype, any_size)
     with _quiet():
         torch.onnx.export(

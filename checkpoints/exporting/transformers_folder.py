@@ -123,7 +123,8 @@ def _is_plain_block(block: nn.Module) -> bool:
         and isinstance(attention.q_norm, nn.Identity)
         and isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity)
         and type(mlp) is Mlp
-        and isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
+        and isinstance(mlp.act, nn.GELU)
+        and mlp.act.approximate == "none"
         and isinstance(mlp.norm, nn.Identity)
         and mlp.fc1.bias is not None
         and mlp.fc1.out_features % mlp.fc1.in_features == 0
@@ -210,7 +211,9 @@ def _is_plain_resnet(model: ResNet) -> bool:
 def _is_plain_residual(block: nn.Module) -> bool:
     shortcut = block.downsample
     wide = isinstance(block, Bottleneck) and (
-        block.conv2.groups != 1 or block.conv1.out_channels * 4 != block.conv3.out_channels or block.conv1.stride != (1, 1)
+        block.conv2.groups != 1
+        or block.conv1.out_channels * 4 != block.conv3.out_channels
+        or block.conv1.stride != (1, 1)
     )
     return (
         block.se is None
