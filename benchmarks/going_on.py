@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhere
 
 from prelude.data.shapes import write_shards  # noqa: E402
-from prelude.launch.children import run_door  # noqa: E402
+from prelude.launch import compare  # noqa: E402
+from prelude.launch import pretrain as pretraining  # noqa: E402
 from prelude.launch.quickstart import NUM_TEST, NUM_TRAIN  # noqa: E402
 
 ARMS = {
@@ -58,14 +59,12 @@ def pretrain_all(args: argparse.Namespace, out: Path, seed: int) -> None:
 def pretrain(run_dir: Path, seed: int, shards: str, epochs: float, *settings: str) -> None:
     settings = [f"run_dir={run_dir}", f"seed={seed}", f"data.shards={shards}", f"train.epochs={epochs}", *settings]
     settings += ["evaluate=null", "log.pictures_every_steps=0", "optimizer.warmup_epochs=0.5"]
-    if problem := run_door("pretrain", ["--config", "quickstart", *settings], num_ranks=1, name=run_dir.name):
-        raise SystemExit(problem)
+    if code := pretraining.main(["--config", "quickstart", *settings]):
+        raise SystemExit(code)
 
 
 def judged(args: argparse.Namespace, out: Path, seed: int) -> dict[str, dict[str, float]]:
     """Top-1 % by encoder and by (pictures, evaluator)."""
-    from prelude.launch import compare
-
     command = [str(out / f"{name}-{seed}") for name in ARMS]
     command += ["--train", f"{out}/shapes/train-*.tar", "--test", f"{out}/shapes/test-*.tar"]
     command += ["--keep", args.source_train, args.source_test, "--evaluators", "probe", "knn", "--seed", str(seed)]
@@ -106,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--source-train", required=True, metavar="SHARDS", help="labelled; pretraining reads no label")
     parser.add_argument("--source-test", required=True, metavar="SHARDS")
     parser.add_argument("--source-epochs", type=float, default=6, metavar="N", help="(default: 6)")
-    parser.add_argument("--epochs", type=float, default=6, metavar="N", help="of the target (default: 6)")
+    parser.add_argument("--epochs", type=float, default=4, metavar="N", help="of the target (default: 4)")
     parser.add_argument("--layer-decay", type=float, default=0.75, metavar="X", help="of `careful` (default: 0.75)")
     parser.add_argument(
         "--freeze-steps", type=int, default=78, metavar="N", help="of `careful` (default: 78, an epoch)"

@@ -70,5 +70,5 @@ class Comparison:
     seconds: float  # of everything
     budget: str | None  # what every objective was given, in words; None where finished runs were compared
     versions: dict
-    old_data: dict = field(default_factory=dict)  # as `data`, of the old images
     warnings: list[str] = field(default_factory=list)
+    old_data: dict = field(default_factory=dict)  # as `data`, of the old images

@@ -118,12 +118,16 @@ def _rows_of_changes(comparison: Comparison) -> list[str]:
     lines = [f"| encoder | started from | {' | '.join(plain(title) for title, _ in columns)} |"]
     lines.append(f"|{'---|' * 2}{'---:|' * len(columns)}")
     for i, entry in enumerate(gone_on(comparison)):
-        told = [
-            f"{found[i].verdict} {' '.join(change_lines(found[i])[:2])}" if found[i] else NOTHING
-            for _, found in columns
-        ]
+        told = [_in_a_line(found[i]) for _, found in columns]
         lines.append(f"| {' | '.join([plain(entry.name), plain(entry.started), *told])} |")
     return lines
+
+
+def _in_a_line(change: Change | None) -> str:
+    if change is None:
+        return NOTHING
+    course, points, verdict = change_lines(change)
+    return f"{course} ({points}): {verdict}"
 
 
 def columns_of_changes(comparison: Comparison) -> list[tuple[str, list[Change | None]]]:

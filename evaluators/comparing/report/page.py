@@ -84,8 +84,10 @@ def _side(comparison: Comparison) -> dict:
 def _changes(comparison: Comparison) -> dict:
     """Columns' titles, and a row of changes for each that has gone on from weights."""
     columns = columns_of_changes(comparison)
+    parts = [title.rsplit(", ", 2) for title, _ in columns]  # evaluator, number, images
+    titles = [{"name": part[0], "rest": ", ".join(part[1:]), "label": f"{part[0]}, {part[-1]}"} for part in parts]
     rows = [(entry, [found[i] for _, found in columns]) for i, entry in enumerate(gone_on(comparison))]
-    return {"titles": [title for title, _ in columns], "rows": rows}
+    return {"titles": titles, "rows": rows}
 
 
 def _column(comparison: Comparison, evaluator: str) -> dict:

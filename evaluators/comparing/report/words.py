@@ -57,7 +57,7 @@ def _gone_on(comparison: Comparison) -> str:
     for entry in gone_on(comparison):
         told = {
             side: [
-                f"{change.points:+.1f} by {evaluator_name(evaluator)} ({change.verdict})".replace("-", "−", 1)
+                f"{change.points:+.1f}".replace("-", "−") + f" by {evaluator_name(evaluator)} ({change.verdict})"
                 for evaluator in evaluators_of(comparison, side)
                 if (change := changes(comparison, [entry.name], side, evaluator)[0])
             ]
