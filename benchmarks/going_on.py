@@ -42,9 +42,9 @@ def main() -> None:
     out = Path(args.out)
     for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         write_shards(out / "shapes", split, count)
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         pretrain_all(args, out, seed)
-    print(table([judged(args, out, seed) for seed in range(args.seeds)]))
+    print(table([judged(args, out, seed) for seed in args.seeds]))
 
 
 def pretrain_all(args: argparse.Namespace, out: Path, seed: int) -> None:
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--freeze-steps", type=int, default=78, metavar="N", help="of `careful` (default: 78, an epoch)"
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="(default: 3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--out", default="runs/going_on", metavar="DIR", help="(default: runs/going_on)")
     return parser
 
