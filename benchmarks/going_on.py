@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhe
 
 from prelude.data.shapes import write_shards  # noqa: E402
 from prelude.launch import compare  # noqa: E402
-from prelude.launch import pretrain as pretraining  # noqa: E402
+from prelude.launch.children import run_door  # noqa: E402
 from prelude.launch.quickstart import NUM_TEST, NUM_TRAIN  # noqa: E402
 
 ARMS = {
@@ -59,8 +59,8 @@ def pretrain_all(args: argparse.Namespace, out: Path, seed: int) -> None:
 def pretrain(run_dir: Path, seed: int, shards: str, epochs: float, *settings: str) -> None:
     settings = [f"run_dir={run_dir}", f"seed={seed}", f"data.shards={shards}", f"train.epochs={epochs}", *settings]
     settings += ["evaluate=null", "log.pictures_every_steps=0", "optimizer.warmup_epochs=0.5"]
-    if code := pretraining.main(["--config", "quickstart", *settings]):
-        raise SystemExit(code)
+    if problem := run_door("pretrain", ["--config", "quickstart", *settings], num_ranks=1, name=run_dir.name):
+        raise SystemExit(problem)
 
 
 def judged(args: argparse.Namespace, out: Path, seed: int) -> dict[str, dict[str, float]]:
@@ -104,11 +104,11 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--source-train", required=True, metavar="SHARDS", help="labelled; pretraining reads no label")
     parser.add_argument("--source-test", required=True, metavar="SHARDS")
-    parser.add_argument("--source-epochs", type=float, default=6, metavar="N", help="(default: 6)")
-    parser.add_argument("--epochs", type=float, default=4, metavar="N", help="of the target (default: 4)")
+    parser.add_argument("--source-epochs", type=float, default=4, metavar="N", help="(default: 4)")
+    parser.add_argument("--epochs", type=float, default=3, metavar="N", help="of the target (default: 3)")
     parser.add_argument("--layer-decay", type=float, default=0.75, metavar="X", help="of `careful` (default: 0.75)")
     parser.add_argument(
-        "--freeze-steps", type=int, default=78, metavar="N", help="of `careful` (default: 78, an epoch)"
+        "--freeze-steps", type=int, default=40, metavar="N", help="of `careful` (default: 40, half an epoch)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--out", default="runs/going_on", metavar="DIR", help="(default: runs/going_on)")
