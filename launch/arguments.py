@@ -17,7 +17,7 @@ from prelude.pretrain.config import DataConfig
 ENCODERS = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
     "(FILE#WORD says what it does not tell), timm:NAME, hf-hub:ID, local-dir:FOLDER, "
-    "random:SOURCE (the same architecture, untrained)"
+    "random:SOURCE (the same architecture, untrained), start:RUN (what a run started from)"
 )
 SOURCES = f"{ENCODERS}, or pixels, pixels:SIZE"
 OUT = "where results are written (default: RUN/evaluations)"
@@ -96,9 +96,9 @@ def finite(text: str) -> float:
 
 
 def source(text: str) -> str:
-    """A source with its `~` expanded, behind `random:` too."""
-    prefix, place = ("random:", text.removeprefix("random:")) if text.startswith("random:") else ("", text)
-    return prefix + path(place)
+    """A source with its `~` expanded, behind `random:` and `start:` too."""
+    place = text.removeprefix("random:").removeprefix("start:")
+    return text.removesuffix(place) + path(place)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
