@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from prelude.data.decode import BadImage, deep_values
+from prelude.data.remote_shards import read_some
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,7 @@ def _highest_values(index) -> Iterator[int]:
     for sample in samples.tolist():
         offset, size = index.images[sample].tolist()
         try:
-            with open(index.shard_of(sample), "rb") as file:
-                file.seek(offset)
-                values = deep_values(file.read(size))
+            values = deep_values(read_some(index.shard_of(sample), offset, size))
         except (OSError, BadImage):
             continue  # reading for training says what is wrong
         if values is not None and values.dtype.kind != "f":

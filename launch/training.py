@@ -11,7 +11,7 @@ from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
-from prelude.data.shards import expand_shards, local_shards
+from prelude.data.shards import expand_shards, indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators import online
 from prelude.launch.run_folder import run_folder
@@ -35,8 +35,8 @@ def check(config: Config) -> None:
     # A shard that this node lacks is told before any rank waits for another.
     expand_shards(config.data.shards, config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:
-        local_shards(config.evaluate.train_shards)
-        local_shards(config.evaluate.test_shards)
+        indexable_shards(config.evaluate.train_shards)
+        indexable_shards(config.evaluate.test_shards)
         online.check(config.evaluate)
     deepspeed_config.passed_through(config)
 
