@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from prelude.evaluators.features import Features  # noqa: E402
-from prelude.evaluators.knn import knn  # noqa: E402
-from prelude.evaluators.linear_probe import linear_probe  # noqa: E402
+from prelude.evaluators.features.extraction import Features  # noqa: E402
+from prelude.evaluators.frozen.knn import knn  # noqa: E402
+from prelude.evaluators.frozen.linear_probe import linear_probe  # noqa: E402
 
 PIECE = 2000  # samples drawn at once
 

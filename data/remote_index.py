@@ -8,14 +8,17 @@ import functools
 import logging
 import os
 import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from prelude.data import index_file, stores
+from prelude.data.checksums import Digests
 from prelude.data.index_file import Entry
 from prelude.data.node_cache import cache_folder
-from prelude.data.remote_shards import RemoteShard, read_beside
+from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
 from prelude.data.tar_index import TarIndex, index_every_label
-from prelude.data.waiting import in_threads
+from prelude.data.waiting import in_threads, moved
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,45 @@ def load(shard: RemoteShard, label: str) -> TarIndex:
     if entry.sha256:
         shard.checksums["sha256"] = entry.sha256
     return entry.index(label) if label else entry.indexes[""]
+
+
+def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | None = None) -> list[str]:
+    """Writes the index files of shards, local or remote, into `folder`; returns their paths.
+
+    sha256: of shards by path, where it is known. Raises OSError.
+    """
+    files: dict[str, dict[str, Entry]] = {}
+    for path, entry in zip(paths, in_threads(_entry_of, paths, lambda path: f"the headers of {path}"), strict=True):
+        entry = replace(entry, sha256=(sha256 or {}).get(path) or entry.sha256 or _sha256(path))
+        files.setdefault(index_file.name_for(shard_name(path)), {})[shard_name(path)] = entry
+    os.makedirs(folder, exist_ok=True)
+    for name, entries in files.items():
+        aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+        with open(aside, "wb") as file:
+            file.write(index_file.write(entries))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, os.path.join(folder, name))
+    return [os.path.join(folder, name) for name in files]
+
+
+def _entry_of(path: str) -> Entry:
+    kept = _read(path) if isinstance(path, RemoteShard) else None
+    if kept is not None:
+        return kept
+    indexes = index_every_label(path)
+    return Entry(path.size if isinstance(path, RemoteShard) else os.path.getsize(path), "", indexes)
+
+
+def _sha256(path: str) -> str:
+    """ "" of a remote shard that would have to be fetched for it."""
+    if isinstance(path, RemoteShard) and not path.is_here():
+        return ""
+    fd = open_shard(path)
+    try:
+        return Digests(("sha256",)).of_file(fd, moved)["sha256"]
+    finally:
+        os.close(fd)
 
 
 def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:

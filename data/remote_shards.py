@@ -180,7 +180,9 @@ def _tried(function: Callable, url: str, progress=lambda: 0, should_leave: Calla
         try:
             return function()
         except stores.Refused as error:
-            raise RunStopped(f"{url} cannot be fetched: {error}; correct the URL, or look at what serves it.") from error
+            raise RunStopped(
+                f"{url} cannot be fetched: {error}; correct the URL, or look at what serves it."
+            ) from error
         except stores.Failed as error:
             failed, pause = (1, FIRST_PAUSE_SECONDS) if progress() > before else (failed + 1, pause)
             if failed >= ATTEMPTS:

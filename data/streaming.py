@@ -26,9 +26,9 @@ from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.order import sample_seed
 from prelude.data.pipeline import EndlessLoader
-from prelude.data.stream_commands import open_url, refuse_unknown_schemes
 from prelude.data.shards import is_stream
 from prelude.data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
+from prelude.data.stream_commands import open_url, refuse_unknown_schemes
 from prelude.data.tar_index import image_extension
 from prelude.data.value_range import ValueRange
 from prelude.data.waiting import TIMEOUT_SECONDS, doing, patience

@@ -20,7 +20,7 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.evaluators.anomaly import anomaly
+    from prelude.evaluators.frozen.anomaly import anomaly
     from prelude.launch.frozen import judge
 
     return judge(args, [partial(anomaly, normal=args.normal)], "anomaly", argv)

@@ -23,8 +23,8 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.evaluators.bank import Bank
-    from prelude.evaluators.frozen import BANK, run_of
+    from prelude.evaluators.features.bank import Bank
+    from prelude.evaluators.judging import BANK, run_of
 
     console = Console(highlight=False)
     for folder in args.folders or [None]:

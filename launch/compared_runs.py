@@ -15,11 +15,11 @@ import torch
 
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.comparison import Entry
-from prelude.evaluators.finetune_recipe import NAME as FINE_TUNE
-from prelude.evaluators.frozen import Labelled, is_recipe
-from prelude.evaluators.gathering import Named
-from prelude.evaluators.run_record import is_finished
+from prelude.evaluators.comparing.comparison import Entry
+from prelude.evaluators.comparing.gathering import Named
+from prelude.evaluators.comparing.run_record import is_finished
+from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
+from prelude.evaluators.judging import Labelled, is_recipe
 from prelude.launch.children import run_door
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within

@@ -10,19 +10,19 @@ from pathlib import Path
 
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators import gathering
-from prelude.evaluators.anomaly import anomaly
-from prelude.evaluators.comparison import Comparison, Entry
-from prelude.evaluators.comparison_table import markdown, print_comparison, to_json
+from prelude.evaluators.comparing import gathering
+from prelude.evaluators.comparing.comparison import Comparison, Entry
+from prelude.evaluators.comparing.gathering import Contestant
+from prelude.evaluators.comparing.report.page import page
+from prelude.evaluators.comparing.table import markdown, print_comparison, to_json
 from prelude.evaluators.defaults import COMPARED
-from prelude.evaluators.fewshot import fewshot
-from prelude.evaluators.frozen import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
-from prelude.evaluators.gathering import Contestant
-from prelude.evaluators.knn import knn
-from prelude.evaluators.linear_probe import linear_probe
-from prelude.evaluators.multilabel import multilabel
-from prelude.evaluators.ncm import ncm
-from prelude.evaluators.report.page import page
+from prelude.evaluators.frozen.anomaly import anomaly
+from prelude.evaluators.frozen.fewshot import fewshot
+from prelude.evaluators.frozen.knn import knn
+from prelude.evaluators.frozen.linear_probe import linear_probe
+from prelude.evaluators.frozen.multilabel import multilabel
+from prelude.evaluators.frozen.ncm import ncm
+from prelude.evaluators.judging import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
 from prelude.evaluators.results import versions
 from prelude.launch.children import Preempted
 from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuning

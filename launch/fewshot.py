@@ -21,7 +21,7 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.evaluators.fewshot import fewshot
+    from prelude.evaluators.frozen.fewshot import fewshot
     from prelude.launch.frozen import judge
 
     chosen = args.per_class is not None or args.share is not None

@@ -18,7 +18,7 @@ import argparse
 import shlex
 import sys
 
-from prelude.evaluators.finetune_recipe import check_recipe
+from prelude.evaluators.finetuning.recipe import check_recipe
 from prelude.launch.arguments import ENCODERS, add_config, add_labelled, documented_parser, parse, source
 from prelude.launch.exit_codes import door, leave
 
@@ -26,7 +26,7 @@ from prelude.launch.exit_codes import door, leave
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     check_recipe(args.config, args.overrides)
-    from prelude.evaluators import finetune
+    from prelude.evaluators.finetuning import finetune
     from prelude.launch import finetuning
     from prelude.pretrain import distributed
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from prelude.checkpoints.store import Store
 from prelude.data.loader import Loader
 from prelude.data.waiting import stop_when
-from prelude.evaluators import finetune
+from prelude.evaluators.finetuning import finetune
 from prelude.evaluators.results import print_table, write
 from prelude.launch.run_folder import run_folder
 from prelude.launch.training import introduce, loader_settings, logs_of, tell_weights

@@ -22,7 +22,7 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.evaluators.knn import knn
+    from prelude.evaluators.frozen.knn import knn
     from prelude.launch.frozen import judge
 
     return judge(args, [partial(knn, ks=args.k, temperatures=args.temperature)], "knn", argv)

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     without_effect = [f"--{name.replace('_', '-')}" for name in OF_PROTOCOLS if getattr(args, name) is not None]
     if without_effect:
         raise UserError(f"{' and '.join(without_effect)} has no effect without --protocol; write one, or leave it out.")
-    from prelude.evaluators.linear_probe import WEIGHT_DECAYS, linear_probe
+    from prelude.evaluators.frozen.linear_probe import WEIGHT_DECAYS, linear_probe
     from prelude.launch.frozen import judge
 
     decays = args.weight_decays or WEIGHT_DECAYS
@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 def by_protocol(args: argparse.Namespace, argv) -> int:
     if args.norm:
         raise UserError("--norm is the protocol's own; leave it out, or leave out --protocol.")
-    from prelude.evaluators.protocols import protocol_of
+    from prelude.evaluators.protocols.papers import protocol_of
+    from prelude.evaluators.protocols.stream_probe import evaluate_protocol
     from prelude.evaluators.results import print_table
-    from prelude.evaluators.stream_probe import evaluate_protocol
     from prelude.launch.frozen import common, labelled_of
     from prelude.pretrain import distributed
 

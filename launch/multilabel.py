@@ -20,9 +20,9 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.evaluators.frozen import vector_format
-    from prelude.evaluators.label_table import print_labels
-    from prelude.evaluators.multilabel import multilabel
+    from prelude.evaluators.comparing.label_table import print_labels
+    from prelude.evaluators.frozen.multilabel import multilabel
+    from prelude.evaluators.judging import vector_format
     from prelude.evaluators.results import print_table
     from prelude.launch.frozen import labelled_of, results_of
     from prelude.pretrain import distributed

@@ -18,7 +18,7 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.evaluators.ncm import ncm
+    from prelude.evaluators.frozen.ncm import ncm
     from prelude.launch.frozen import judge
 
     return judge(args, [ncm], "ncm", argv)

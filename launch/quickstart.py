@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     from prelude.checkpoints.export import export_encoder
     from prelude.data.shapes import write_shards
-    from prelude.evaluators.frozen import evaluate, labelled_shards
-    from prelude.evaluators.knn import knn
-    from prelude.evaluators.linear_probe import linear_probe
+    from prelude.evaluators.frozen.knn import knn
+    from prelude.evaluators.frozen.linear_probe import linear_probe
+    from prelude.evaluators.judging import evaluate, labelled_shards
     from prelude.evaluators.results import print_table
 
     console, run = Console(stderr=True, highlight=False), Path(args.run_dir)

@@ -11,9 +11,10 @@ from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
+from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import expand_shards, indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
-from prelude.evaluators import online
+from prelude.evaluators.online import monitor as online
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
@@ -32,6 +33,7 @@ def check(config: Config) -> None:
     check_objective(config)
     config.batching(distributed.launched_world_size())
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     # A shard that this node lacks is told before any rank waits for another.
     expand_shards(config.data.shards, config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:

@@ -30,6 +30,8 @@ _FREE = (
     "data.num_workers",
     "data.max_bad_share",
     "data.timeout_seconds",
+    "data.cache_dir",
+    "data.cache_gib",
     "train.micro_batch",
     "train.zero_stage",
     "train.precision",

@@ -15,6 +15,19 @@ ALLOWED = {
     "evaluators": {"checkpoints", "pretrain", "data"},
     "launch": {"data", "pretrain", "objectives", "checkpoints", "evaluators"},
 }
+# of the evaluators, from the ground up: a room knows nothing of those after it
+ROOMS = [
+    "table_text",
+    "defaults",
+    "results",
+    "features",
+    "judging",
+    "frozen",
+    "protocols",
+    "finetuning",
+    "online",
+    "comparing",
+]
 SOURCES = [path for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -56,6 +69,25 @@ def test_the_rule_itself_sees_an_upward_import():
     assert forbidden_imports("pretrain", "from prelude import checkpoints") == ["prelude.checkpoints"]
     assert forbidden_imports("objectives", "import prelude.data.batch") == []
     assert forbidden_imports("launch", "import data.batch") == ["data.batch"]
+
+
+def rooms_above(room: str, source: str) -> list[str]:
+    names = [name.split(".") for name in sorted(imported_modules(source)) if name.startswith("prelude.evaluators.")]
+    return [".".join(name) for name in names if ROOMS.index(name[2]) > ROOMS.index(room)]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "evaluators").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_rooms_of_the_evaluators_are_on_floors(path):
+    room = path.relative_to(ROOT / "evaluators").parts[0].removesuffix(".py")
+    assert room == "__init__" or rooms_above(room, path.read_text()) == []
+
+
+def test_the_rule_of_the_rooms_sees_an_upward_import():
+    upwards = "prelude.evaluators.comparing.headline"
+    assert rooms_above("frozen", f"from {upwards} import best") == [upwards]
+    assert rooms_above("comparing", "from prelude.evaluators.frozen.knn import knn") == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,7 +7,7 @@ from prelude.data.batch import View, ViewPlan
 from prelude.data.loader import Loader
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.labels import class_numbers
+from prelude.evaluators.features.labels import class_numbers
 
 
 @pytest.fixture(scope="module")

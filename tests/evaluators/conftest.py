@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prelude.evaluators.features import Features
+from prelude.evaluators.features.extraction import Features
 
 
 def gaussian_classes(num_samples: int, width: int, num_classes: int, seed: int, noise: float = 1.0):

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from prelude.data.shapes import write_shards
-from prelude.evaluators.frozen import Labelled
-from prelude.evaluators.labels import VectorFormat
-from prelude.evaluators.multilabel import multilabel
+from prelude.evaluators.features.labels import VectorFormat
+from prelude.evaluators.frozen.multilabel import multilabel
+from prelude.evaluators.judging import Labelled
 from prelude.launch import compare, compared_runs, comparing, prelude
 from prelude.launch.exit_codes import INCOMPLETE, door
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from prelude.data.loader import Loader
 from prelude.data.order import Shuffle
 from prelude.data.shapes import write_shards
-from prelude.evaluators import finetune
+from prelude.evaluators.finetuning import finetune
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer

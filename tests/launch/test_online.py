@@ -6,9 +6,9 @@ import pytest
 import torch
 from runs import Run, deepspeed
 
-from prelude.evaluators.frozen import Labelled, evaluate
-from prelude.evaluators.knn import knn
-from prelude.evaluators.linear_probe import linear_probe
+from prelude.evaluators.frozen.knn import knn
+from prelude.evaluators.frozen.linear_probe import linear_probe
+from prelude.evaluators.judging import Labelled, evaluate
 
 NUM_STEPS = 50
 SETTINGS = ["train.epochs=4", "train.zero_stage=2", "log.every_steps=2", "objective.name=collapsing:LateCollapse"]

@@ -14,7 +14,7 @@ from runs import ROOT, Run, deepspeed
 
 from prelude.checkpoints.sources import open_encoder
 from prelude.checkpoints.store import MANIFEST, Store
-from prelude.evaluators.frozen import first_section
+from prelude.evaluators.judging import first_section
 from prelude.pretrain.run_lock import NAME, RunLock
 
 LOGS = ("config.yaml", "environment.json", "metrics.jsonl", "online.jsonl", "deepspeed.log")

@@ -127,7 +127,7 @@ def test_a_home_folder_is_found_in_sources_and_folders(monkeypatch):
 
 
 def test_help_says_what_the_code_does():
-    from prelude.evaluators.protocols import PROTOCOLS
+    from prelude.evaluators.protocols.papers import PROTOCOLS
     from prelude.launch.comparing import EVALUATORS
 
     assert tuple(PROTOCOLS) == defaults.PROTOCOLS

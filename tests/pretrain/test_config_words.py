@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field
 
 from prelude.data.errors import UserError
-from prelude.evaluators import finetune_recipe
+from prelude.evaluators.finetuning import recipe as finetune_recipe
 from prelude.objectives import check_objective, options_for
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.foreign_keys import NAMES

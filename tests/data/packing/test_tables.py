@@ -12,7 +12,7 @@ from packed_shards import image_of, left_out, read_shards
 from prelude.data.errors import UserError
 from prelude.data.packing import arrow, blocks, extras
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.labels import VectorFormat, label_vectors
+from prelude.evaluators.features.labels import VectorFormat, label_vectors
 
 ROWS = [("a.png", "cat", "p1"), ("sub/b c.png", "dog", "p2"), ("ä,;.png", "cat", "p1"), ("d.PNG", "emu", "p3")]
 

@@ -1,0 +1,117 @@
+"""The number that stands for a result wherever encoders are compared, its uncertainty, and what things are called.
+
+- Of few-shot it is that of 1 % of the labels; else of the largest number of images a class, as single images are mostly
+  luck. Of any other evaluator it is the first.
+- What a number is given with is its 95 % interval where it has one, else its deviation over seeds or draws, else the
+  standard error of the test sample.
+- A gain is over the same architecture untrained, by the same kind of feature: the one that the pretrained encoder's
+  number is of, whatever kind the untrained encoder chose for its own.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+from prelude.evaluators.comparing.comparison import Comparison, Entry
+from prelude.evaluators.results import TITLES, by_frequency
+
+NAMES = {
+    "linear_probe": "linear probe",
+    "knn": "k-NN",
+    "ncm": "nearest class mean",
+    "fewshot": "few labels",
+    "multilabel": "several findings",
+    "fine_tune": "fine-tuned",
+}
+Z95 = 1.96  # standard errors on each side of a number, for 95 %
+
+
+@dataclass(frozen=True)
+class Headline:
+    """In percent."""
+
+    number: str  # its key among the result's numbers
+    value: float
+    low: float  # ends of the 95 % interval
+    high: float
+    text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
+    kind: str = ""  # of feature; where draws or seeds differ, the one chosen most often. "": there is no choice of one
+
+
+def headline(entry: Entry, evaluator: str) -> Headline | None:
+    """None where the encoder has no such result."""
+    numbers = (entry.results.get(evaluator) or {}).get("numbers")
+    if not numbers:
+        return None
+    name = _headline_name(evaluator, list(numbers))
+    return replace(number(name, numbers[name]), kind=_kind(entry.results[evaluator], name))
+
+
+def number(name: str, found: dict) -> Headline:
+    """found: a number as results hold it: value, and se, interval and spread where known."""
+    value, interval = found["value"], found.get("interval")
+    doubt = found.get("se") if found.get("spread") is None else found["spread"]
+    low, high = interval or (value - Z95 * (doubt or 0), value + Z95 * (doubt or 0))
+    text = f"{value:.1f}"
+    if interval:
+        text += f" [{low:.1f}, {high:.1f}]"
+    elif doubt is not None:
+        text += f" ± {doubt:.1f}"
+    return Headline(name, value, low, high, text)
+
+
+def gain(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
+    """Points over the same architecture untrained, both by the kind of feature of the entry's headline."""
+    mine, theirs = _alike(entry, evaluator, comparison)
+    return mine - theirs if theirs is not None else None
+
+
+def untrained_value(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
+    """What the same architecture untrained reaches by the kind of feature of the entry's headline."""
+    return _alike(entry, evaluator, comparison)[1]
+
+
+def _alike(entry: Entry, evaluator: str, comparison: Comparison) -> tuple[float | None, float | None]:
+    """The entry's number and its untrained twin's, by one kind of feature; None where there is none to compare."""
+    before = next((other for other in comparison.entries if other.name == entry.untrained), None)
+    mine, theirs = headline(entry, evaluator), before and headline(before, evaluator)
+    if not (mine and theirs):
+        return None, None
+    both = [each.results[evaluator].get("by_kind", {}).get(mine.kind, {}).get(mine.number) for each in (entry, before)]
+    if None not in both:
+        return both[0]["value"], both[1]["value"]
+    return (mine.value, theirs.value) if mine.kind == theirs.kind else (None, None)
+
+
+def pretrained(comparison: Comparison) -> list[Entry]:
+    return [entry for entry in comparison.entries if entry.kind == "pretrained"]
+
+
+def best(comparison: Comparison, evaluator: str) -> Entry | None:
+    """The pretrained encoder with the highest headline; of equals the first."""
+    found = [entry for entry in pretrained(comparison) if headline(entry, evaluator)]
+    return max(found, key=lambda entry: headline(entry, evaluator).value, default=None)
+
+
+def evaluator_name(evaluator: str) -> str:
+    return NAMES.get(evaluator, evaluator.replace("_", " "))
+
+
+def number_name(evaluator: str, key: str) -> str:
+    """What a number is, with its unit: top-1 %, macro AUC %, 10 a class."""
+    if evaluator == "fewshot":
+        return f"{key} labelled, top-1 %" if key.endswith("%") else f"{key}, top-1 %"
+    return TITLES.get(key, key)
+
+
+def _kind(result: dict, number: str) -> str:
+    draws = result.get("details", {}).get("by_amount", {}).get(number, {}).get("draws")  # of few labels
+    if draws and "by_seed" not in result["details"]:
+        return by_frequency(draw["features"] for draw in draws).split(", ")[0]
+    return result.get("chosen", {}).get("features", "").split(", ")[0]
+
+
+def _headline_name(evaluator: str, names: list[str]) -> str:
+    if evaluator != "fewshot" or "1 %" in names:
+        return "1 %" if evaluator == "fewshot" else names[0]
+    amounts = {int(match[1]): name for name in names if (match := re.fullmatch(r"(\d+) a class", name))}
+    return amounts[max(amounts)] if amounts else names[-1]

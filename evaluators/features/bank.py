@@ -1,0 +1,300 @@
+"""Frozen features on disk: computed once, then mapped into memory by every evaluator that wants them.
+
+- An entry is one kind of feature of every readable sample of a set of shards, in the order of their index. It is named
+  by a hash of the encoder's weights, the data's fingerprint, the view, the normalisation, the kind and the precision:
+  what could change a value changes the name. Images written again in place have another fingerprint, copies have not.
+- Values are kept as they were computed, in float32, so that an evaluation from the bank is the one without it.
+- An entry exists whole or not at all: it is written to the side, synced and renamed. Its files carry checksums, which
+  are verified before it is used; a damaged one is made again.
+- Ranks share the work by contiguous parts of the index, each writing its own rows. No sample comes twice or is lost,
+  and the entry is that of one process, but for rounding in the encoder.
+- Reading costs address space, not memory: pages come from the file and can be dropped again. Making holds one batch.
+- Labels are not in it; see `evaluators.features.labels`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prelude.checkpoints.store import sync_to_disk
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.node_cache import cache_folder
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.extraction import Extractor, nothing_readable
+from prelude.pretrain import distributed
+from prelude.pretrain.collectives import row_counts
+from prelude.pretrain.sameness import refuse_differences
+
+FORMAT = 2
+VALUES, SAMPLE_IDS, ABOUT = "values.f32", "sample_ids.i64", "about.json"
+UNFINISHED = ".unfinished-"
+COPY_BYTES = 2**24
+_ENTRY = re.compile(rf"[0-9a-f]{{24}}|{re.escape(UNFINISHED)}[0-9a-f]+")  # nothing else is ours
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One kind of feature of n <= N samples, mapped from an entry."""
+
+    values: Tensor  # (n, D) float32
+    sample_ids: Tensor  # (n,) int64, ascending
+    recipe: dict  # how the images were seen and in which precision
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What lies in a bank, for people to look at."""
+
+    folder: Path
+    about: dict  # empty for one that was never finished
+    num_bytes: int
+
+
+class Bank:
+    """The features kept in `folder`, which every rank must see; by default in the cache folder of this machine."""
+
+    def __init__(self, folder: str | Path | None = None):
+        self.folder = Path(folder) if folder else cache_folder() / "bank"
+
+    def rows(
+        self,
+        encoder,
+        index: ShardIndex,
+        kinds: Sequence[str] | None = None,
+        *,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Rows]:
+        """The features of `index` by kind; what is missing is computed, by all ranks together.
+
+        encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
+        Raises UserError as `extract` does, where the folder cannot be written, and where a rank does not see it.
+        """
+        extractor = Extractor(encoder, kinds, device)
+        identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}
+        folders = {kind: self.folder / _digest(identity) for kind, identity in identities.items()}
+        sound = {kind: distributed.is_main() and _is_sound(folders[kind], identities[kind]) for kind in folders}
+        missing = distributed.from_main([kind for kind in folders if not sound[kind]])
+        if missing:
+            extractor.kinds = tuple(missing)
+            self._fill(extractor, index, {kind: identities[kind] for kind in missing}, batch_size, num_workers)
+        return {kind: _mapped(folders[kind], extractor.recipe) for kind in folders}
+
+    def entries(self) -> list[Entry]:
+        found = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        ours = [path for path in found if path.is_dir() and _ENTRY.fullmatch(path.name)]
+        return [Entry(path, _about(path) or {}, _num_bytes(path)) for path in ours]
+
+    def clear(self) -> int:
+        """Removes every entry, and what was never finished; returns the bytes that this gave back."""
+        entries = self.entries()
+        for entry in entries:
+            shutil.rmtree(entry.folder)
+        return sum(entry.num_bytes for entry in entries)
+
+    def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size: int, num_workers: int):
+        refuse_differences({"features": identities})
+        unfinished = distributed.from_main(self._new_folder() if distributed.is_main() else None)
+        try:
+            self._refuse_unless_shared(unfinished)
+            part = _Part(unfinished, index, distributed.rank(), distributed.world_size())
+            part.write(extractor, batch_size, num_workers)
+            counts = row_counts(part.count)  # every rank has written when this returns
+            if distributed.is_main():
+                if not sum(counts):
+                    raise nothing_readable()
+                for kind, identity in identities.items():
+                    self._finish(unfinished / kind, part.starts, counts, identity)
+            distributed.barrier()
+        except OSError as error:
+            raise UserError(
+                f"Features cannot be kept in {self.folder} ({error.strerror or error}); write --bank with a folder "
+                f"that has room."
+            ) from error
+        finally:
+            if distributed.is_main():
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _new_folder(self) -> Path:
+        unfinished = self.folder / f"{UNFINISHED}{secrets.token_hex(4)}"
+        try:
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"Features cannot be kept in {self.folder} ({error.strerror or error}); write --bank DIR."
+            ) from None
+        return unfinished
+
+    def _refuse_unless_shared(self, unfinished: Path) -> None:
+        (blind,) = distributed.total(not unfinished.is_dir())
+        if blind:
+            raise UserError(
+                f"{blind:g} ranks do not see {self.folder}; write --bank with a folder that all nodes share."
+            )
+
+    def _finish(self, written: Path, starts: list[int], counts: list[int], identity: dict) -> None:
+        """Closes the gaps that unreadable samples left at the ends of the ranks' parts, and names the entry."""
+        width = json.loads((written / ABOUT).read_text())["width"]
+        for name, row_bytes in ((VALUES, 4 * width), (SAMPLE_IDS, 8)):
+            _close_gaps(written / name, starts, counts, row_bytes)
+        about = {**identity, "num_samples": sum(counts), "width": width, "checksums": _checksums(written)}
+        with open(written / ABOUT, "w") as file:
+            json.dump(about, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        final = self.folder / _digest(identity)
+        if not _is_sound(final, identity):
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        with suppress(FileExistsError):  # another process was faster, and has the same
+            try:
+                os.rename(written, final)
+            except OSError as error:
+                if not final.is_dir():
+                    raise
+                raise FileExistsError from error
+        sync_to_disk(self.folder)
+
+
+class _Part:
+    """A rank's share of an entry, written into rows of its own."""
+
+    def __init__(self, folder: Path, index: ShardIndex, rank: int, world_size: int):
+        self.folder, self.index, self.rank, self.world_size = folder, index, rank, world_size
+        self.starts = [index.num_samples * r // world_size for r in range(world_size)]
+        self.count = 0  # rows written, from the start of this rank's part on
+
+    def write(self, extractor: Extractor, batch_size: int, num_workers: int) -> None:
+        batches = one_pass(
+            self.index,
+            extractor.plan,
+            batch_size=batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            num_workers=num_workers,
+        )
+        files: dict[tuple[str, str], int] = {}
+        try:
+            for batch in batches:
+                place = self.starts[self.rank] + self.count
+                ids = batch.sample_ids.cpu().numpy()
+                for kind, rows in extractor(batch).items():
+                    values = rows.cpu().contiguous().numpy()
+                    if (kind, VALUES) not in files:
+                        files |= self._opened(kind, values.shape[1])
+                    _write_at(files[kind, VALUES], values, place)
+                    _write_at(files[kind, SAMPLE_IDS], ids, place)
+                self.count += len(batch)
+            for file in files.values():
+                os.fsync(file)
+        finally:
+            for file in files.values():
+                os.close(file)
+
+    def _opened(self, kind: str, width: int) -> dict[tuple[str, str], int]:
+        folder = self.folder / kind
+        folder.mkdir(exist_ok=True)
+        (folder / ABOUT).write_text(json.dumps({"width": width}))
+        return {(kind, name): os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644) for name in (VALUES, SAMPLE_IDS)}
+
+
+def _identity(extractor: Extractor, index: ShardIndex, kind: str) -> dict:
+    return {
+        "format": FORMAT,
+        "encoder": extractor.encoder.fingerprint,
+        "name": extractor.encoder.name,
+        "data": index.fingerprint,
+        "kind": kind,
+        **extractor.recipe,
+    }
+
+
+def _digest(identity: dict) -> str:
+    decides = {key: value for key, value in identity.items() if key != "name"}
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _about(folder: Path) -> dict | None:
+    """What an entry says of itself; None where there is none, or it makes no sense."""
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        known = all(isinstance(about[key], str) for key in ("name", "kind", "data"))
+        counts = [about[key] for key in ("num_samples", "width")]
+        sizes = [(folder / name).stat().st_size for name in (SAMPLE_IDS, VALUES)]
+        sensible = known and all(type(count) is int and count > 0 for count in counts)
+        return about if sensible and sizes == [8 * counts[0], 4 * counts[0] * counts[1]] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_sound(folder: Path, identity: dict) -> bool:
+    """Whether an entry is whole, what it ought to be, and as it was written. Reads all of it, once."""
+    about = _about(folder)
+    if about is None or _digest({key: about.get(key) for key in identity}) != _digest(identity):
+        return False
+    try:
+        return about.get("checksums") == _checksums(folder)
+    except OSError:
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file: against decay and mistakes, at the speed of memory."""
+    found = {}
+    for name in (VALUES, SAMPLE_IDS):
+        found[name] = 0
+        with open(folder / name, "rb", buffering=0) as file:
+            while chunk := file.read(COPY_BYTES):
+                found[name] = zlib.crc32(chunk, found[name])
+    return found
+
+
+def _mapped(folder: Path, recipe: dict) -> Rows:
+    about = _about(folder)
+    if about is None:
+        raise UserError(f"{folder} vanished while it was read; run the command again.")
+    # Copy on write: torch wants writable memory, and nothing may reach the file.
+    values = np.memmap(folder / VALUES, "<f4", "c", shape=(about["num_samples"], about["width"]))
+    return Rows(torch.from_numpy(values), torch.from_numpy(np.fromfile(folder / SAMPLE_IDS, "<i8")), recipe)
+
+
+def _write_at(file: int, rows: np.ndarray, place: int) -> None:
+    """rows: (n, ...) C-contiguous, to row `place` of the file."""
+    content = memoryview(rows).cast("B")
+    offset = place * (len(content) // len(rows))
+    while content:
+        written = os.pwrite(file, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def _close_gaps(path: Path, starts: list[int], counts: list[int], row_bytes: int) -> None:
+    """Moves each part's rows up to the end of the part before; a part is read before it is written over."""
+    file, end = os.open(path, os.O_RDWR), 0
+    try:
+        for start, count in zip(starts, counts, strict=True):
+            source, size = start * row_bytes, count * row_bytes
+            for done in range(0, size if source != end else 0, COPY_BYTES):
+                chunk = os.pread(file, min(COPY_BYTES, size - done), source + done)
+                os.pwrite(file, chunk, end + done)
+            end += size
+        os.ftruncate(file, end)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

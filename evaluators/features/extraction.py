@@ -1,0 +1,290 @@
+"""Frozen features: every image of a set of shards through an encoder once.
+
+- The view is deterministic: a centre crop, resized, not flipped, normalised as the encoder was pretrained.
+- One pass computes every kind of feature that is asked for.
+- Each sample appears exactly once, in the order of the shards' index, at any batch size and number of workers.
+
+Kinds of feature:
+
+| kind | of | what | width |
+|---|---|---|---|
+| `cls` | vision transformers | class token after the final norm (MAE) | D |
+| `mean` | vision transformers | mean of the patch tokens after the final norm (I-JEPA) | D |
+| `lastK` | vision transformers | the same mean of each of the last K blocks, side by side (I-JEPA: `last4`) | K x D |
+| `pool` | all others | mean over the places of the last stage's map | D |
+| `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
+| `stages` | the same | the means of all stages, side by side | sum of D_K |
+| `stageKxG` | the same | stage K averaged over G x G cells of its map | D_K x G x G |
+| `pixels` | no encoder | the view's normalised pixels, flattened | 3 x H x W |
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.labels import not_class_numbers
+from prelude.evaluators.features.pixels import Pixels
+from prelude.pretrain.images import images
+
+FULL_FRAME_BELOW = 128  # pixels; from here on the classical "resize 256, crop 224"
+
+
+@dataclass(frozen=True)
+class Features:
+    """N samples of D features, on the CPU."""
+
+    values: Tensor  # (N, D) float32
+    labels: Tensor  # (N,) int64, or (N, L) float32 of 1, 0 and NaN for unknown
+    sample_ids: Tensor  # (N,) int64
+    data_fingerprint: str  # of the shards
+    name: str  # the kind
+    recipe: dict = field(default_factory=dict)  # how the images were seen and in which precision
+    groups: Tensor | None = None  # (N,) int64: samples that belong together, such as those of a patient
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def evaluation_plan(encoder) -> ViewPlan:
+    """The one deterministic view of an image that an encoder is judged on."""
+    size = encoder.config.size
+    share = 1.0 if min(size) < FULL_FRAME_BELOW else 0.875
+    return ViewPlan((View(size, crop="center", crop_share=share, flip=0.0),), tuple(encoder.mean), tuple(encoder.std))
+
+
+def default_kinds(model: nn.Module) -> tuple[str, ...]:
+    """The kinds of feature that an evaluation looks at unless told otherwise."""
+    if isinstance(model, Pixels):
+        return ("pixels",)
+    if not _has_tokens(model):
+        return ("pool",)
+    return ("cls", "mean") if _has_class_token(model) else ("mean",)
+
+
+def fair_kinds(model: nn.Module) -> tuple[str, ...]:
+    """Every kind that is worth a try where unlike models stand side by side and each is to have its best."""
+    if _has_tokens(model):
+        return (*default_kinds(model), f"last{min(4, len(model.blocks))}")
+    return (*default_kinds(model), *(("stages",) if _num_stages(model) else ()))
+
+
+def kinds_among(model: nn.Module, kinds: Sequence[str], name: str) -> tuple[str, ...]:
+    """Those of `kinds` that this model has. Raises UserError where it has none."""
+    has = []
+    for kind in kinds:
+        try:
+            check_kinds(model, [kind], name)
+        except UserError:
+            continue
+        has.append(kind)
+    if not has:
+        check_kinds(model, kinds, name)
+    return tuple(has)
+
+
+def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
+    """Raises UserError for a kind of feature that this model does not have."""
+    num_stages = _num_stages(model)
+    have = default_kinds(model) + (("last4",) if _has_tokens(model) else ())
+    have += ("stages", "stage0", f"stage{num_stages - 1}x4") if num_stages else ()
+    for kind in kinds:
+        blocks, stage = _blocks(kind), _stage(kind)
+        if blocks and _has_tokens(model):
+            if blocks > len(model.blocks):
+                raise UserError(f"{name} has {len(model.blocks)} blocks, so features={kind} cannot be had; write less.")
+        elif stage and num_stages:
+            if stage[0] >= num_stages:
+                raise UserError(f"{name} has stage0 to stage{num_stages - 1}, so features={kind} cannot be had.")
+        elif kind not in have:
+            raise UserError(f"{name} has no features={kind}; write one or more of {', '.join(have)}.")
+
+
+def extract(
+    encoder,
+    index: ShardIndex,
+    label: str = "cls",
+    *,
+    kinds: Sequence[str] | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Features]:
+    """The frozen features of every sample of `index` (of this rank's share of it), by kind.
+
+    encoder: has `model`, `config` (with the image size), `mean`, `std` and `name`, as an OpenedEncoder does.
+    label: extension of the member that holds the sample's class number.
+    Raises UserError for a kind that the encoder does not have and for labels that are no class numbers.
+    """
+    plan = evaluation_plan(encoder)
+    batches = one_pass(
+        index,
+        plan,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        label=label,
+    )
+    return encode(encoder, batches, index.num_samples, index.fingerprint, label, kinds=kinds, device=device)
+
+
+def encode(
+    encoder,
+    batches: Iterable[Batch],
+    num_samples: int,
+    fingerprint: str,
+    label: str = "cls",
+    *,
+    kinds: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Features]:
+    """`extract` for batches that are at hand; `num_samples` is how many there are at most."""
+    extractor = Extractor(encoder, kinds, device)
+    values: dict[str, Tensor] = {}
+    labels, sample_ids, seen = [], [], 0
+    for batch in batches:
+        for kind, rows in extractor(batch).items():
+            # Written in place: a list joined at the end would hold everything twice.
+            bank = values.setdefault(kind, torch.empty(num_samples, rows.shape[1]))
+            bank[seen : seen + len(batch)] = rows
+        labels.append(_class_numbers(batch, label))
+        sample_ids.append(batch.sample_ids)
+        seen += len(batch)
+    if not seen:
+        raise nothing_readable()
+    together = torch.cat(labels).cpu(), torch.cat(sample_ids).cpu(), fingerprint
+    return {kind: Features(bank[:seen], *together, kind, extractor.recipe) for kind, bank in values.items()}
+
+
+class Extractor:
+    """An encoder on its device, ready to turn batches into features.
+
+    encoder: as `extract` takes it. plan: of the one view to look at; by default the evaluation's.
+    Raises UserError for a kind that the encoder does not have.
+    """
+
+    def __init__(
+        self,
+        encoder,
+        kinds: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+        plan: ViewPlan | None = None,
+    ):
+        self.device = torch.device(device)
+        self.encoder, self.model = encoder, encoder.model.to(self.device).eval()
+        self.kinds = tuple(kinds or default_kinds(self.model))
+        check_kinds(self.model, self.kinds, encoder.name)
+        self.plan = plan or evaluation_plan(encoder)
+        self.recipe = {
+            "view": asdict(self.plan.views[0]),
+            "mean": list(self.plan.mean),
+            "std": list(self.plan.std),
+            "precision": "bf16" if self.device.type == "cuda" else "fp32",
+        }
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """(B, D) float32 on the device, by kind."""
+        (pixels,) = images(batch.to(self.device), self.plan)
+        with _autocast(self.device):
+            return pool(self.model, pixels, self.kinds)
+
+
+def nothing_readable() -> UserError:
+    return UserError("The shards hold no readable sample; write another pattern.")
+
+
+def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Every kind of feature of one batch. pixels: (B, 3, H, W) normalised. Returns (B, D) float32 tensors."""
+    if isinstance(model, Pixels):
+        return {"pixels": model(pixels)}
+    if not _has_tokens(model):
+        return _of_stages(model, pixels, kinds)
+    deepest = max([1, *(_blocks(kind) for kind in kinds)])
+    tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt="NLC")
+    # Models trained with mean pooling may norm after the pooling instead of before it.
+    norm = getattr(model, "fc_norm", None) or nn.Identity()
+    pooled = {}
+    for kind in kinds:
+        if kind == "cls":
+            pooled[kind] = norm(tokens[:, 0]).float()  # (B, D)
+        elif kind == "mean":
+            pooled[kind] = norm(tokens[:, model.num_prefix_tokens :].float().mean(1)).float()  # (B, D)
+        else:
+            last = blocks[-_blocks(kind) :]  # K x (B, N, D), without prefix tokens
+            pooled[kind] = torch.cat([norm(block.float().mean(1)).float() for block in last], 1)  # (B, K * D)
+    return pooled
+
+
+def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
+    if set(kinds) == {"pool"}:
+        return {"pool": _mean_over_places(model.forward_features(pixels), model.num_features)}
+    final, stages = model.forward_intermediates(pixels)  # stages: (B, D_K, H_K, W_K)
+    pooled = {}
+    for kind in kinds:
+        if kind == "pool":
+            pooled[kind] = _mean_over_places(final, model.num_features)
+        elif kind == "stages":
+            pooled[kind] = torch.cat([stage.float().mean((2, 3)) for stage in stages], 1)
+        else:
+            number, cells = _stage(kind)
+            pooled[kind] = F.adaptive_avg_pool2d(stages[number].float(), cells).flatten(1)
+    return pooled
+
+
+def _mean_over_places(features: Tensor, channels: int) -> Tensor:
+    """(B, C, H, W), or channels last as hierarchical transformers have it, or already (B, C), to (B, C)."""
+    if features.ndim == 2:
+        return features.float()
+    if features.ndim == 4 and features.shape[1] == channels:
+        return features.float().mean((2, 3))
+    return features.float().flatten(1, -2).mean(1)
+
+
+def _has_tokens(model: nn.Module) -> bool:
+    return hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks")
+
+
+def _has_class_token(model: nn.Module) -> bool:
+    return getattr(model, "cls_token", None) is not None
+
+
+def _blocks(kind: str) -> int:
+    """K of `lastK`; 0 for every other kind."""
+    match = re.fullmatch(r"last([1-9]\d*)", kind)
+    return int(match[1]) if match else 0
+
+
+def _stage(kind: str) -> tuple[int, int] | None:
+    """(K, G) of `stageKxG`, G = 1 for `stageK`; None for every other kind."""
+    match = re.fullmatch(r"stage(\d+)(?:x([1-9]\d*))?", kind)
+    return (int(match[1]), int(match[2] or 1)) if match else None
+
+
+def _num_stages(model: nn.Module) -> int:
+    """0 for a model without maps of stages."""
+    if isinstance(model, Pixels) or _has_tokens(model) or not hasattr(model, "forward_intermediates"):
+        return 0
+    return len(model.feature_info)
+
+
+def _autocast(device: torch.device):
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def _class_numbers(batch: Batch, label: str) -> Tensor:
+    labels = batch.labels
+    if labels is None or labels.ndim != 1 or labels.is_floating_point():
+        raise not_class_numbers(label, getattr(labels, "dtype", "none"), () if labels is None else labels.shape[1:])
+    return labels.long()

@@ -1,0 +1,206 @@
+"""Weighted k-nearest-neighbour classification on frozen features.
+
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4:
+the k training images that are nearest by cosine s vote for their class with weight exp(s / T).
+
+- Headline: k = 20, T = 0.07, features centred by the mean of the train set, votes weighted. It is fixed
+  beforehand. Other k, unweighted votes and uncentred features are reported beside it, and never chosen from.
+- Where several k or T are asked for, the choice among them is made on a tenth of the train set, as is the choice
+  between several kinds of feature; never on the test set.
+- The search is exact: every test image is compared with every train image.
+- Features are read in pieces, as `evaluators.frozen.convex` reads them; nothing of their size is kept beside them.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.evaluators.defaults import TEMPERATURE, K
+from prelude.evaluators.features.extraction import Features
+from prelude.evaluators.frozen.convex import pieces, resident
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.evaluators.results import Outcome, Percent, hits, percent
+
+KS = (1, 5, 10, 20, 50, 100, 200)
+HEADLINE = "cosW, centred"
+VARIANTS = {  # name: (votes weighted, features centred)
+    "cosW, centred": (True, True),
+    "cos, centred": (False, True),
+    "cosW": (True, False),
+    "cos": (False, False),
+}
+QUERIES = 1024  # searched at once
+
+
+def knn(
+    train: dict[str, Features],
+    test: dict[str, Features],
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    ks: Sequence[int] = (K,),
+    temperatures: Sequence[float] = (TEMPERATURE,),
+) -> Outcome:
+    """Test accuracy of k-NN for each kind of feature, headed by what a held-out part of train prefers.
+
+    ks, temperatures: what to choose from. seed: of the held-out part; without effect where there is nothing to choose.
+    Raises UserError for values of either that are not above 0.
+    """
+    if min(*ks, *temperatures) <= 0:
+        raise UserError(f"k={list(ks)} and temperature={list(temperatures)} must be above 0; write k=20, 0.07.")
+    labels, test_labels, num_classes = contiguous_labels(train, test)
+    ks, temperatures = sorted(set(ks)), sorted(set(temperatures))
+    reported = tuple(sorted({*KS, *ks}))
+    sweep, by_features = [], {}
+    for kind in train:
+        values, queries = train[kind].values, test[kind].values
+        if len(train) * len(ks) * len(temperatures) > 1:
+            fit, held = hold_out(labels, seed)
+            bank = Neighbours(values, labels, num_classes, rows=fit, device=device)
+            found = bank.search(values[held], labels[held], ks, temperatures, always=ks)
+            sweep += [
+                {"features": kind, "k": k, "temperature": t, "held_out_top1": number["top1"].value}
+                for (k, t), number in found.items()
+            ]
+        by_features[kind] = {}
+        for centred in (True, False):
+            bank = Neighbours(values, labels, num_classes, centred=centred, device=device)
+            for name, (weighted, of_centred) in VARIANTS.items():
+                if of_centred == centred:
+                    wanted = temperatures if weighted else (None,)
+                    by_features[kind][name] = bank.search(queries, test_labels, reported, wanted, always=(K, *ks))
+            del bank
+    alone = {"features": next(iter(train)), "k": ks[0], "temperature": temperatures[0]}
+    best = max(sweep, key=lambda row: row["held_out_top1"]) if sweep else alone
+    chosen = {key: best[key] for key in alone}
+    by_kind = {kind: found[HEADLINE][chosen["k"], chosen["temperature"]] for kind, found in by_features.items()}
+    return Outcome(
+        evaluator="knn",
+        numbers=by_kind[chosen["features"]],
+        chosen=chosen,
+        recipe={
+            "k": ks,
+            "temperature": temperatures,
+            "variant": HEADLINE,
+            "features": list(train),
+            "held_out": HELD_OUT,
+            "seed": seed,
+        },
+        details={"held_out": sweep, "by_features": {kind: _nested(found) for kind, found in by_features.items()}},
+        by_kind=by_kind,
+    )
+
+
+def search(
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    *,
+    weighted: bool = True,
+    centred: bool = True,
+    temperature: float = TEMPERATURE,
+) -> dict[int, dict[str, Percent]]:
+    """Accuracy by k, on the bank's device.
+
+    bank: (N, D) with labels (N,) in 0..C-1. queries: (Q, D) with query_labels (Q,), -1 where the bank lacks the
+    class. A k above N means all N; of `ks`, those above N are left out, except the headline's.
+    """
+    neighbours = Neighbours(bank, labels, num_classes, centred=centred, device=bank.device)
+    found = neighbours.search(queries, query_labels, ks, (temperature if weighted else None,), always=(K,))
+    return {k: numbers for (k, _), numbers in found.items()}
+
+
+class Neighbours:
+    """The train samples, ready to be searched."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        *,
+        rows: Tensor | None = None,
+        centred: bool = True,
+        device: torch.device | str = "cpu",
+    ):
+        """values: (N, D), labels (N,) in 0..C-1, of which `rows` are taken (default: all)."""
+        self.device, self.num_classes = torch.device(device), num_classes
+        self.values = resident(values, self.device)
+        self.rows = None if rows is None else rows.to(self.values.device)
+        self.labels = (labels if rows is None else labels[rows]).to(self.device)
+        self.mean = torch.zeros(values.shape[1], dtype=torch.float64, device=self.device)
+        if centred:
+            for _, piece in pieces(self.values, self.rows, values.shape[1]):
+                self.mean += piece.to(self.device).double().sum(0) / len(self.labels)
+        self.mean = self.mean.float()
+
+    def search(
+        self,
+        queries: Tensor,
+        query_labels: Tensor,
+        ks: Sequence[int],
+        temperatures: Sequence[float | None],
+        always: Sequence[int] = (),
+    ) -> dict[tuple[int, float | None], dict[str, Percent]]:
+        """Accuracy by (k, temperature); a temperature None gives every neighbour one vote.
+
+        A k above N means all N; such are left out unless they are `always` wanted.
+        """
+        ks = [k for k in sorted(ks) if k <= len(self.labels) or k in always]
+        counts = {(k, t): Counter() for k in ks for t in temperatures}
+        query_labels = query_labels.to(self.device)
+        for chunk, chunk_labels in zip(queries.split(QUERIES), query_labels.split(QUERIES), strict=True):
+            similar, classes = self.nearest(chunk, max(ks))
+            for temperature in temperatures:
+                self._vote(similar, classes, chunk_labels, temperature, ks, counts)
+        return {key: {name: percent(count[name], len(queries)) for name in count} for key, count in counts.items()}
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(q, k) cosines, largest first, and the classes of these neighbours; fewer than k where there are fewer."""
+        queries = self._normalised(queries)
+        similar = queries.new_zeros(len(queries), 0)
+        classes = self.labels.new_zeros(len(queries), 0)
+        for places, piece in pieces(self.values, self.rows, max(len(queries), self.values.shape[1])):
+            # The nearest of all are among the nearest so far and those of this piece.
+            together = torch.cat([similar, queries @ self._normalised(piece).T], 1)
+            labels = torch.cat([classes, self.labels[places].expand(len(queries), -1)], 1)
+            similar, order = together.topk(min(k, together.shape[1]), dim=1)
+            classes = labels.gather(1, order)
+        return similar, classes
+
+    def _normalised(self, values: Tensor) -> Tensor:
+        return F.normalize(values.to(self.device) - self.mean, dim=1)
+
+    def _vote(self, similar: Tensor, classes: Tensor, labels: Tensor, temperature, ks, counts: dict) -> None:
+        """Adds to `counts`. similar, classes: (q, max k), nearest first; each k adds to the votes of the one before."""
+        plain = temperature is None
+        # Less the largest, or small temperatures overflow; all of a query's votes shrink alike.
+        weights = (similar if plain else (similar - similar[:, :1]) / temperature).double()
+        weights = torch.ones_like(weights) if plain else weights.exp()
+        votes, voted = weights.new_zeros(2, len(similar), self.num_classes)
+        counted = 0
+        for k in ks:
+            votes.scatter_add_(1, classes[:, counted:k], weights[:, counted:k])
+            voted.scatter_(1, classes[:, counted:k], 1)
+            counted = k
+            counts[k, temperature].update(hits(votes.masked_fill(voted == 0, -torch.inf), labels))
+
+
+def _nested(found: dict[str, dict]) -> dict:
+    """By variant, then k; and by temperature where there are several."""
+    nested = {}
+    for variant, numbers in found.items():
+        several = len({temperature for _, temperature in numbers}) > 1
+        for (k, temperature), number in numbers.items():
+            if several:
+                nested.setdefault(variant, {}).setdefault(k, {})[temperature] = number
+            else:
+                nested.setdefault(variant, {})[k] = number
+    return nested

@@ -1,0 +1,58 @@
+"""Which training samples are held out to choose a setting, how classes are numbered, and a choice at a grid's edge.
+
+Whatever an evaluator chooses, it chooses on the held-out part of train; test labels are read once, at the end.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.evaluators.features.extraction import Features
+
+HELD_OUT = 0.1  # share of each class
+
+
+def contiguous_labels(train: dict[str, Features], test: dict[str, Features]) -> tuple[Tensor, Tensor, int]:
+    """Train and test labels as 0..C-1 in the order of the class numbers of train, and C.
+
+    A test sample of a class that train does not have gets -1, which no prediction can match.
+    Raises UserError where train has fewer than two classes.
+    """
+    raw, test_raw = next(iter(train.values())).labels, next(iter(test.values())).labels
+    classes, labels = raw.unique(return_inverse=True)
+    if len(classes) < 2:
+        raise UserError(
+            f"The train shards hold one class only ({classes.tolist()}); write shards with two classes or more."
+        )
+    place = torch.searchsorted(classes, test_raw).clamp(max=len(classes) - 1)
+    return labels, torch.where(classes[place] == test_raw, place, -1), len(classes)
+
+
+def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (fit, held out) of a seeded split that takes a tenth of each class.
+
+    A class of at least two samples gives at least one and keeps at least one; a class of one keeps it.
+    """
+    count = torch.bincount(labels)
+    wanted = torch.where(count > 1, (count * HELD_OUT).round().long().clamp(min=1), 0)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    first = count.cumsum(0) - count
+    sorted_labels = labels[by_class]
+    place_in_class = torch.arange(len(labels)) - first[sorted_labels]
+    held = place_in_class < wanted[sorted_labels]
+    if not held.any():
+        raise UserError("The train shards hold one sample a class, so nothing can be held out; write more of them.")
+    return by_class[~held].sort().values, by_class[held].sort().values
+
+
+def edge_warnings(setting: str, value: float, grid: Sequence[float], how_often: str = "") -> list[str]:
+    """A warning where `value`, which was chosen for `setting`, is the least or the largest of a grid of several."""
+    if len(set(grid)) < 2 or value not in (min(grid), max(grid)):
+        return []
+    return [
+        f"The chosen {setting} {value:g} is at the edge of the grid ({min(grid):g} to {max(grid):g}){how_often}, so a "
+        f"better one may lie outside."
+    ]

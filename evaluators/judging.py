@@ -1,0 +1,352 @@
+"""Several encoders on the same labelled shards, by one or more evaluators.
+
+- Features are taken once for an encoder, whatever the number of evaluators and of seeds, and kept in a bank.
+- A result is written as soon as it is there, so that a later source that fails loses nothing.
+- A result goes to `out`; else into the evaluations/ of the run that its source belongs to; else (a floor:
+  pixels, timm weights) into that of the first run among the sources.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from prelude.checkpoints.description import has_folder, path_of
+from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.checkpoints.store import recorded_config
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.data.value_range import ValueRange, tell_if_dark
+from prelude.evaluators.features.bank import Bank, Rows
+from prelude.evaluators.features.extraction import Features
+from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, label_vectors
+from prelude.evaluators.features.pixels import is_pixels, open_pixels
+from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
+from prelude.pretrain import distributed
+from prelude.pretrain.config import EvaluateConfig
+from prelude.pretrain.recipes import read_recipe
+
+Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
+BANK = "bank"  # folder of a run's features
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The shards that encoders are judged on."""
+
+    train: str | Sequence[str]
+    test: str | Sequence[str]
+    label: str  # extension of the member with the class number
+    vectors: VectorFormat | None = None  # where that member says which of several findings there are
+    value_range: ValueRange | Literal["auto"] | None = None  # of images with more than 8 bits, see `ShardIndex`
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What is the same for every encoder that is judged."""
+
+    evaluators: Sequence[Evaluator]
+    labelled: Labelled
+    _: KW_ONLY
+    kinds: Sequence[str] | Callable[[OpenedEncoder], Sequence[str]] | None = None  # of feature; None: what suits each
+    seed: int = 0  # of held-out parts and of `random:` sources; the first of `num_seeds`
+    num_seeds: int = 1
+    batch_size: int = 256
+    num_workers: int = 0
+    bank: str | Path | None = None  # the folder of features; None: that of the source's run
+    out: str | Path | None = None  # folder of results
+    command: str = ""
+    say: Callable[[str], None] = lambda text: None  # is told what was done, a line at a time
+
+    @cached_property
+    def indexes(self) -> list[ShardIndex]:
+        """Of train and test."""
+        one = self.labelled
+        return [ShardIndex(shards, one.label, one.value_range) for shards in (one.train, one.test)]
+
+    @cached_property
+    def labels(self) -> list[Labels]:
+        return [labels_of(index, self.labelled) for index in self.indexes]
+
+    def check(self) -> None:
+        """Raises UserError for shards that cannot be used, before any work is done."""
+        _ = self.labels
+        if distributed.is_main():
+            tell_if_dark(self.indexes[0])
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.num_seeds))
+
+    def prepare(self, source: str, sources: Sequence[str]) -> None:
+        """Puts the features of a source into the bank, by all ranks together. sources: see `results`."""
+        for _, encoder in by_seed(source, sources, self.seeds):
+            self._taken(source, sources, encoder)
+
+    def features(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
+        """Of train and test, by kind; out of the bank, if they are there."""
+        kept = Bank(self.bank or bank_folder(source, sources))
+        kinds = self.kinds(encoder) if callable(self.kinds) else None if is_pixels(source) else self.kinds
+        reading = {"batch_size": self.batch_size, "num_workers": self.num_workers, "device": distributed.device()}
+        rows = [kept.rows(encoder, index, kinds, **reading) for index in self.indexes]
+        return [joined(*part) for part in zip(rows, self.labels, self.indexes, strict=True)]
+
+    def results(self, source: str, sources: Sequence[str]) -> list[Result]:
+        """What each evaluator found out about a source, written where it belongs; one process' work.
+
+        sources: all that are judged together, for a floor among them that borrows its view or its folder.
+        Raises UserError for a source that cannot be used.
+        """
+        outcomes, seconds = [[] for _ in self.evaluators], [0.0] * len(self.evaluators)
+        train = test = judged = None
+        for seed, encoder in by_seed(source, sources, self.seeds):
+            if train is None or is_random(source):
+                train, test = self._taken(source, sources, encoder)
+            judged = judged or encoder
+            for i, evaluator in enumerate(self.evaluators):
+                started = time.monotonic()
+                outcomes[i].append(evaluator(train, test, seed=seed, device=distributed.device()))
+                seconds[i] += time.monotonic() - started
+        results = self.told(source, judged, train, test, outcomes, seconds)
+        for result in results:
+            keep(result, sources, self.out, self.say)
+        return results
+
+    def told(
+        self,
+        source: str,
+        encoder: OpenedEncoder,
+        train: dict[str, Features],
+        test: dict[str, Features],
+        outcomes: Sequence[Sequence[Outcome]],
+        seconds: Sequence[float],
+    ) -> list[Result]:
+        """A result of each evaluator, out of its outcomes by seed and the time that it took."""
+        data, warnings = describe_data(self.labelled, self.indexes, self.labels, train, test)
+        merged = [over_seeds(found, self.seeds) for found in outcomes]
+        return [
+            Result(
+                source=source,
+                encoder=described(encoder),
+                data=data,
+                features=next(iter(train.values())).recipe,
+                outcome=replace(outcome, warnings=[*warnings, *outcome.warnings]),
+                command=self.command,
+                seconds=round(taken, 3),
+                versions=versions(),
+            )
+            for outcome, taken in zip(merged, seconds, strict=True)
+        ]
+
+    def _taken(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
+        """The features, and a word on what they took."""
+        started = time.monotonic()
+        if encoder.loaded:
+            self.say(encoder.loaded)
+        found = self.features(source, sources, encoder)
+        counts = " and ".join(
+            f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)
+        )
+        folder = Bank(self.bank or bank_folder(source, sources)).folder
+        self.say(f"{encoder.name}: features of {counts} images in {time.monotonic() - started:.1f} s, kept in {folder}")
+        return found
+
+
+def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: Labelled, **settings) -> list[Result]:
+    """Every evaluator's result on every source, in that order, each written where it belongs.
+
+    settings: of `Judging`. All ranks compute features; the first one alone evaluates and gets the results, others get
+    none. Raises UserError for a source or shards that cannot be used.
+    """
+    judging = Judging(evaluators, labelled, **settings)
+    judging.check()
+    if distributed.world_size() > 1:
+        for source in sources:
+            judging.prepare(source, sources)
+        if not distributed.is_main():
+            return []
+        # The work of several ranks is done, and all is in the bank; nobody waits for what one rank does with it.
+        distributed.stop()
+    return [result for source in sources for result in judging.results(source, sources)]
+
+
+def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:
+    """Writes a result where it belongs, and says so. Raises UserError, the numbers told, where the disk refuses."""
+    folder = _folder(result.source, sources, out)
+    done = f"{result.encoder['name']}: {result.outcome.evaluator} in {result.seconds:.1f} s"
+    try:
+        written = f", written to {write(result, folder)}" if folder else ""
+    except UserError:
+        say(f"{done}: " + ", ".join(f"{name} {number.value:.2f} %" for name, number in result.outcome.numbers.items()))
+        raise
+    say(done + written)
+
+
+def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str, Features]:
+    """Features with labels, of the samples that have both. Values stay mapped where that is all of them."""
+    found = {}
+    for kind, part in rows.items():
+        has_label = labels.known[part.sample_ids]
+        values, ids = part.values, part.sample_ids
+        if not has_label.all():
+            values, ids = values[has_label], ids[has_label]
+        groups = None if labels.groups is None else labels.groups[ids]
+        found[kind] = Features(values, labels.values[ids], ids, index.fingerprint, kind, part.recipe, groups)
+    return found
+
+
+def labelled_shards(
+    sources: Sequence[str],
+    train: str | Sequence[str] | None = None,
+    test: str | Sequence[str] | None = None,
+    label: str | None = None,
+    vectors: VectorFormat | None = None,
+    value_range: ValueRange | Literal["auto"] | None = None,
+) -> Labelled:
+    """What is given, completed by the `evaluate` section of the first run among the sources that has one, and by the
+    first `data.range`.
+
+    vectors: where labels are findings instead of class numbers.
+
+    Raises UserError where train or test shards remain unknown.
+    """
+    section = first_section(sources)
+    train = train or (section and section.train_shards)
+    test = test or (section and section.test_shards)
+    missing = [f"--{name} SHARDS" for name, shards in (("train", train), ("test", test)) if not shards]
+    if missing:
+        raise UserError(
+            f"There are no labelled shards to judge {', '.join(sources)} on; write {' and '.join(missing)}, or an "
+            f"evaluate section in the run's config."
+        )
+    default = "json" if vectors else "cls"
+    value_range = value_range or next(filter(None, (data.get("range") for data in sections_of(sources, "data"))), None)
+    return Labelled(train, test, label or (section.label if section else default), vectors, value_range)
+
+
+def vector_format(
+    sources: Sequence[str],
+    names: Sequence[str] | None = None,
+    field: str | None = None,
+    group: str | None = None,
+) -> VectorFormat:
+    """Where the findings of an image are written: what is given, completed as in `labelled_shards`.
+
+    Raises UserError where the names remain unknown.
+    """
+    section = first_section(sources)
+    names = names or (section.label_names if section else ())
+    if not names:
+        raise UserError(
+            f"The findings that {', '.join(sources)} are to be judged on have no names; write --names NAME ..., or "
+            f"evaluate.label_names in the run's config."
+        )
+    field = section.label_field if section and field is None else field or ""
+    group = section.label_group if section and group is None else group or ""
+    return VectorFormat(tuple(names), field, group)
+
+
+def run_of(source: str) -> Path | None:
+    """The folder of the run that a source belongs to: itself, or where its checkpoint or export lies."""
+    if is_pixels(source) or not has_folder(source):
+        return None
+    folder = path_of(source).absolute()
+    for candidate in (folder, *folder.parents[:2]):
+        checkpoints = candidate / "checkpoints"
+        if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
+            return candidate
+    return None
+
+
+def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
+    """The first `evaluate` section among the runs of the sources, and the sources that are themselves recipes."""
+    return next((EvaluateConfig.model_validate(section) for section in sections_of(sources, "evaluate")), None)
+
+
+def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
+    """The sections of this name in the runs of the sources, and in sources that are themselves recipes."""
+    paths = [Path(source) if is_recipe(source) else run_of(source) for source in sources]
+    recipes = (read_recipe(path) if path.is_file() else recorded_config(path) for path in paths if path)
+    return filter(None, (recipe.get(name) for recipe in recipes))
+
+
+def is_recipe(source: str) -> bool:
+    """Whether this is the file of a recipe, and not one of weights."""
+    return Path(source).suffix in (".yaml", ".yml") and Path(source).is_file()
+
+
+def is_random(source: str) -> bool:
+    """Whether another seed gives another encoder."""
+    return source.startswith("random:")
+
+
+def by_seed(source: str, sources: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, OpenedEncoder]]:
+    """The encoder for each seed: one in memory at a time, opened again only where the seed decides its weights."""
+    encoder = None
+    for seed in seeds:
+        if encoder is None or is_random(source):
+            encoder = open_source(source, sources, seed)
+        yield seed, encoder
+
+
+def open_source(source: str, sources: Sequence[str], seed: int) -> OpenedEncoder:
+    """`pixels` looks at images as the first encoder among the sources does."""
+    if not is_pixels(source):
+        return open_encoder(source, seed=seed)
+    first = next((other for other in sources if not is_pixels(other)), None)
+    return open_pixels(source, open_encoder(first, seed=seed) if first else None)
+
+
+def labels_of(index: ShardIndex, labelled: Labelled) -> Labels:
+    return label_vectors(index, labelled.vectors) if labelled.vectors else class_numbers(index)
+
+
+def bank_folder(source: str, sources: Sequence[str]) -> Path | None:
+    run = run_of(source) or next(filter(None, map(run_of, sources)), None)
+    return run / BANK if run else None
+
+
+def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path | None:
+    if out:
+        return Path(out)
+    run = run_of(source) or next(filter(None, map(run_of, sources)), None)
+    return run / "evaluations" if run else None
+
+
+def described(encoder: OpenedEncoder) -> dict:
+    return {"name": encoder.name, "fingerprint": encoder.fingerprint, "origin": encoder.origin}
+
+
+def describe_data(
+    labelled: Labelled,
+    indexes: Sequence[ShardIndex],
+    labels: Sequence[Labels],
+    train: dict[str, Features],
+    test: dict[str, Features],
+) -> tuple[dict, list[str]]:
+    """What the images were, for the record, and what to be told about them."""
+    data, warnings = {"label": labelled.label}, []
+    if labelled.value_range:
+        data["range"] = indexes[0].value_range
+    for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
+        one = next(iter(features.values()))
+        unlabelled = int((~label.known).sum())
+        unreadable = index.num_samples - unlabelled - len(one)
+        if unlabelled:
+            warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
+        if index.num_lost:
+            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
+        if unreadable:
+            warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
+        data[name] = {
+            "shards": getattr(labelled, name),
+            "fingerprint": one.data_fingerprint,
+            "num_samples": len(one),
+            "num_unreadable": unreadable,
+            "num_unlabelled": unlabelled,
+        }
+    if indexes[0].fingerprint == indexes[1].fingerprint:
+        warnings.append("Train and test are the same shards, so this says nothing about new images.")
+    return data, warnings

@@ -1,0 +1,1 @@
+"""Frozen evaluation beside a run: what its encoder is worth while it trains."""

@@ -1,0 +1,273 @@
+import io
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features import bank as module
+from prelude.evaluators.features.bank import Bank
+from prelude.evaluators.features.extraction import Extractor, extract
+from prelude.evaluators.features.pixels import open_pixels
+from prelude.launch.bank import main
+from prelude.pretrain.config import EncoderConfig
+
+
+@pytest.fixture
+def index(tmp_path):
+    write_shards(tmp_path / "shapes", "train", 50, image_size=16, samples_per_shard=20)
+    return ShardIndex(f"{tmp_path}/shapes/train-*.tar", "cls")
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    settings = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **settings).eval()
+    return OpenedEncoder(model, EncoderConfig(name="a", image_size=16), (0.5,) * 3, (0.2,) * 3, "vit", "weights")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The kinds that each batch was encoded for."""
+    calls, original = [], Extractor.__call__
+
+    def counted(self, batch):
+        calls.append(self.kinds)
+        return original(self, batch)
+
+    monkeypatch.setattr(Extractor, "__call__", counted)
+    return calls
+
+
+def damage(index, sample_ids):
+    """Overwrites images without changing a size, after the index was made."""
+    for sample in sample_ids:
+        offset, size = index.images[sample].tolist()
+        with open(index.shard_of(sample), "r+b") as file:
+            file.seek(offset)
+            file.write(b"\0" * size)
+
+
+def test_features_from_the_bank_are_those_without_it_first_and_later(index, encoder, tmp_path, computed):
+    bank = Bank(tmp_path / "bank")
+    plain = extract(encoder, index, batch_size=16)
+    computed.clear()
+    first = bank.rows(encoder, index, batch_size=16)
+    assert len(computed) == 4
+    again = bank.rows(encoder, index, batch_size=7)
+    assert len(computed) == 4  # nothing was computed again
+    for kind, features in plain.items():
+        for rows in (first[kind], again[kind]):
+            assert rows.values.equal(features.values) and rows.sample_ids.equal(features.sample_ids)
+            assert rows.recipe == features.recipe
+
+
+def test_only_missing_kinds_are_computed(index, encoder, tmp_path, computed):
+    bank = Bank(tmp_path)
+    bank.rows(encoder, index, ["cls"])
+    bank.rows(encoder, index, ["cls", "mean"])
+    assert computed == [("cls",), ("mean",)]
+
+
+def test_other_weights_views_kinds_and_data_are_other_entries(index, encoder, tmp_path, computed):
+    bank = Bank(tmp_path / "bank")
+    bank.rows(encoder, index, ["cls"])
+    write_shards(tmp_path / "others", "train", 20, image_size=16, seed=1)
+    others = ShardIndex(f"{tmp_path}/others/train-*.tar", "cls")
+    fields = {"model": encoder.model, "config": encoder.config, "name": "vit"}
+    for changed in (
+        OpenedEncoder(**fields, mean=(0.5,) * 3, std=(0.2,) * 3, fingerprint="other weights"),
+        OpenedEncoder(**fields, mean=(0.4,) * 3, std=(0.2,) * 3, fingerprint="weights"),
+    ):
+        bank.rows(changed, index, ["cls"])
+    bank.rows(encoder, others, ["cls"])
+    bank.rows(open_pixels("pixels:4"), index)
+    bank.rows(open_pixels("pixels:8"), index)
+    assert len(bank.entries()) == 6 and len(computed) == 6
+    assert bank.rows(open_pixels("pixels:4"), index)["pixels"].values.shape == (50, 48)
+
+
+def test_images_that_cannot_be_read_leave_no_gap(index, tmp_path):
+    encoder = open_pixels("pixels:4")
+    whole = extract(encoder, index)["pixels"].values
+    damage(index, [0, 7, 49])
+    rows = Bank(tmp_path / "bank").rows(encoder, index, batch_size=8)["pixels"]
+    kept = [i for i in range(50) if i not in (0, 7, 49)]
+    assert rows.sample_ids.tolist() == kept
+    assert rows.values.equal(whole[kept])
+
+
+def test_parts_of_ranks_are_closed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COPY_BYTES", 8)  # several pieces a part
+    starts, counts = [0, 4, 8, 8], [3, 2, 0, 4]
+    rows = np.full((12, 3), -1.0, np.float32)
+    for start, count in zip(starts, counts, strict=True):
+        rows[start : start + count] = np.arange(start, start + count)[:, None]
+    rows.tofile(tmp_path / "values")
+    module._close_gaps(tmp_path / "values", starts, counts, 12)
+    found = np.fromfile(tmp_path / "values", np.float32).reshape(-1, 3)
+    assert found[:, 0].tolist() == [0, 1, 2, 4, 5, 8, 9, 10, 11]
+
+
+def test_a_crash_while_writing_leaves_nothing(index, encoder, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    bank = Bank(tmp_path / "bank")
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match="No space left"):
+        bank.rows(encoder, index)
+    assert bank.entries() == [] and list((tmp_path / "bank").iterdir()) == []
+
+
+@pytest.mark.parametrize("name, content", [("values.f32", b"1234"), ("about.json", b"{"), ("sample_ids.i64", b"")])
+def test_a_damaged_entry_is_made_again(index, tmp_path, name, content):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    expected = bank.rows(encoder, index)["pixels"].values.clone()
+    (entry,) = bank.entries()
+    (entry.folder / name).write_bytes(content)
+    assert bank.rows(encoder, index)["pixels"].values.equal(expected)
+    assert len(bank.entries()) == 1
+
+
+def test_the_faster_of_two_processes_wins(index, tmp_path, monkeypatch):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    original = module._Part.write
+
+    def and_another_finishes_first(part, *args):
+        monkeypatch.setattr(module._Part, "write", original)
+        Bank(tmp_path / "bank").rows(encoder, index)
+        return original(part, *args)
+
+    monkeypatch.setattr(module._Part, "write", and_another_finishes_first)
+    assert len(bank.rows(encoder, index)["pixels"].values) == 50
+    assert len(bank.entries()) == 1
+
+
+def test_nothing_that_is_done_to_features_reaches_the_file(index, tmp_path):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    before = bank.rows(encoder, index)["pixels"].values.clone()
+    bank.rows(encoder, index)["pixels"].values.zero_()
+    assert bank.rows(encoder, index)["pixels"].values.equal(before)
+
+
+def test_a_bank_can_be_looked_at_and_cleared(index, tmp_path):
+    bank = Bank(tmp_path / "bank")
+    bank.rows(open_pixels("pixels:4"), index)
+    (tmp_path / "bank" / ".unfinished-0000").mkdir()
+    finished = [entry.about for entry in bank.entries() if entry.about]
+    assert [(a["name"], a["kind"], a["num_samples"], a["width"]) for a in finished] == [
+        ("pixels 4x4", "pixels", 50, 48)
+    ]
+    assert bank.clear() == sum(entry.num_bytes for entry in bank.entries()) + 50 * (48 * 4 + 8) + len(
+        json.dumps(finished[0], indent=1)
+    )
+    assert bank.entries() == []
+
+
+def test_a_place_that_cannot_be_written_is_told(index, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--bank"):
+        Bank(tmp_path / "file" / "bank").rows(open_pixels("pixels:4"), index)
+
+
+def test_without_a_readable_image_there_is_no_entry(index, tmp_path):
+    damage(index, range(50))
+    bank = Bank(tmp_path / "bank")
+    with pytest.raises(UserError, match="no readable sample"):
+        bank.rows(open_pixels("pixels:4"), index)
+    assert bank.entries() == []
+
+
+def rewrite(index, sample_ids) -> None:
+    """Inverts images in place, at their sizes, and puts the time of change back."""
+    for sample in sample_ids:
+        offset, size = index.images[sample].tolist()
+        path = index.shard_of(sample)
+        before = os.stat(path)
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            image = Image.open(io.BytesIO(file.read(size)))
+            inverted = io.BytesIO()
+            Image.fromarray(255 - np.asarray(image)).save(inverted, "JPEG", quality=50)
+            assert len(inverted.getvalue()) <= size
+            file.seek(offset)
+            file.write(inverted.getvalue() + bytes(size - len(inverted.getvalue())))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_images_written_again_in_place_have_features_of_their_own(index, tmp_path):
+    bank, encoder, shards = Bank(tmp_path / "bank"), open_pixels("pixels:16"), list(index.paths)
+    before = bank.rows(encoder, index)["pixels"].values.clone()
+    time.sleep(0.02)  # longer than the clock of some file systems takes to move on
+    rewrite(index, [3, 40])
+    after = bank.rows(encoder, ShardIndex(shards, "cls"))["pixels"].values
+    changed = (before != after).any(1).nonzero().flatten().tolist()
+    assert changed == [3, 40]
+
+
+def test_a_copy_of_the_data_is_not_encoded_again(index, encoder, tmp_path, computed):
+    bank = Bank(tmp_path / "bank")
+    bank.rows(encoder, index)
+    calls = len(computed)
+    shutil.copytree(tmp_path / "shapes", tmp_path / "copy")
+    bank.rows(encoder, ShardIndex(f"{tmp_path}/copy/train-*.tar"))
+    assert len(computed) == calls
+
+
+def zeroed(rows):
+    rows[7] = 0
+
+
+def permuted(rows):
+    rows[[1, 2]] = rows[[2, 1]]
+
+
+def one_bit(rows):
+    rows.view(np.uint8)[11, 3] ^= 1
+
+
+@pytest.mark.parametrize("name, kind", [("values.f32", "<f4"), ("sample_ids.i64", "<i8")])
+@pytest.mark.parametrize("spoil", [zeroed, permuted, one_bit])
+def test_values_that_are_not_those_that_were_written_are_made_again(index, tmp_path, name, kind, spoil):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    expected = bank.rows(encoder, index)["pixels"]
+    values, ids = expected.values.clone(), expected.sample_ids.clone()
+    (entry,) = bank.entries()
+    content = np.fromfile(entry.folder / name, kind).reshape(50, -1)
+    spoil(content)
+    content.tofile(entry.folder / name)
+    again = bank.rows(encoder, index)["pixels"]
+    assert again.values.equal(values) and again.sample_ids.equal(ids)
+
+
+NONSENSE = [b"[]", b"null", b"7", b"\xff\xfe", b"{}", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("about", NONSENSE + [{"num_samples": "50"}, {"width": None}, {"checksums": 3}, {"data": "0"}])
+def test_nonsense_in_the_place_of_what_an_entry_says_of_itself_is_no_traceback(index, tmp_path, about):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    expected = bank.rows(encoder, index)["pixels"].values.clone()
+    (entry,) = bank.entries()
+    content = about if isinstance(about, bytes) else json.dumps(entry.about | about).encode()
+    (entry.folder / "about.json").write_bytes(content)
+    main([str(tmp_path / "bank")])  # can be looked at
+    assert bank.rows(encoder, index)["pixels"].values.equal(expected)
+
+
+def test_clearing_leaves_what_is_not_the_banks(index, tmp_path):
+    bank = Bank(tmp_path / "bank")
+    bank.rows(open_pixels("pixels:4"), index)
+    (tmp_path / "bank" / "photographs").mkdir()
+    bank.clear()
+    assert [path.name for path in (tmp_path / "bank").iterdir()] == ["photographs"]

@@ -1,0 +1,181 @@
+import io
+import math
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from webdataset import TarWriter
+
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.batch import Batch
+from prelude.data.errors import UserError
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.extraction import check_kinds, encode, evaluation_plan, extract, pool
+from prelude.evaluators.features.pixels import Pixels, open_pixels
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.images import normalise
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def opened(model, size=32) -> OpenedEncoder:
+    return OpenedEncoder(model.eval(), EncoderConfig(name="a", image_size=size), MEAN, STD, "encoder", "weights")
+
+
+def vit(**kwargs):
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 5, "num_heads": 2, "num_classes": 0}
+    return timm.create_model("vit_tiny_patch16_224", **settings | kwargs).eval()
+
+
+def batches_of(pixels, labels, size=7):
+    for start in range(0, len(pixels), size):
+        count = len(pixels[start : start + size])
+        ids = torch.arange(start, start + count)
+        boxes = torch.tensor([0, 0, *pixels.shape[2:]], dtype=torch.int32).expand(count, 1, 4)
+        flips = torch.zeros(count, 1, dtype=torch.bool)
+        yield Batch((pixels[start : start + size],), boxes, flips, ids, ids, ids, labels[start : start + size])
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def encoded(model, pixels, **kwargs):
+    return encode(opened(model), batches_of(pixels, torch.arange(len(pixels))), len(pixels), "fingerprint", **kwargs)
+
+
+def test_cls_and_mean_are_timms_own_features(pixels):
+    model = vit(reg_tokens=3)
+    found = encoded(model, pixels)
+    tokens = model.forward_features(normalise(pixels, evaluation_plan(opened(model))))  # (B, 1 + 3 + 16, D)
+    assert set(found) == {"cls", "mean"}
+    assert torch.allclose(found["cls"].values, tokens[:, 0], atol=1e-5)
+    assert torch.allclose(found["mean"].values, tokens[:, 4:].mean(1), atol=1e-5)
+    assert found["cls"].labels.tolist() == found["cls"].sample_ids.tolist() == list(range(16))
+
+
+def test_last4_is_the_normed_mean_of_each_of_the_last_blocks_in_order(pixels):
+    model = vit(class_token=False, global_pool="avg", fc_norm=False)
+    found = encoded(model, pixels, kinds=["last4", "last2"])
+    kept = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    final = model.forward_features(normalise(pixels, evaluation_plan(opened(model))))
+    expected = torch.cat([model.norm(tokens).mean(1) for tokens in kept[1:]], 1)
+    assert torch.allclose(found["last4"].values, expected, atol=1e-5)
+    assert torch.allclose(found["last2"].values, expected[:, 48:], atol=1e-5)
+    assert torch.allclose(expected[:, -24:], final.mean(1), atol=1e-5)
+
+
+def test_a_norm_after_pooling_is_the_final_norm(pixels):
+    model = vit(global_pool="avg", fc_norm=True)
+    torch.nn.init.normal_(model.fc_norm.weight)
+    normalised = normalise(pixels, evaluation_plan(opened(model)))
+    expected = model.forward_head(model.forward_features(normalised), pre_logits=True)
+    assert torch.allclose(encoded(model, pixels)["mean"].values, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_others_are_pooled_over_places(name, pixels):
+    torch.manual_seed(0)
+    size = {"img_size": 32, "window_size": 2} if name.startswith("swin") else {}
+    model = timm.create_model(name, num_classes=0, **size).eval()
+    found = encoded(model, pixels[:2])
+    assert set(found) == {"pool"}
+    expected = model(normalise(pixels[:2], evaluation_plan(opened(model))))
+    assert torch.allclose(found["pool"].values, expected, atol=1e-4)
+
+
+def test_stages_are_pooled_maps_of_what_the_blocks_give(pixels):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=0).eval()
+    maps = {}
+    for number, layer in enumerate([model.act1, model.layer1, model.layer2, model.layer3, model.layer4]):
+        layer.register_forward_hook(lambda module, inputs, output, number=number: maps.update({number: output}))
+    found = encoded(model, pixels[:4], kinds=["pool", "stages", "stage2", "stage1x2"])
+    assert torch.allclose(found["stage2"].values, maps[2].mean((2, 3)), atol=1e-4)
+    assert torch.allclose(found["pool"].values, maps[4].mean((2, 3)), atol=1e-4)
+    assert torch.allclose(found["stages"].values, torch.cat([maps[k].mean((2, 3)) for k in range(5)], 1), atol=1e-4)
+    quarter = maps[1][:, :, :4, 4:].mean((2, 3))  # of an 8 x 8 map, top right
+    assert torch.allclose(found["stage1x2"].values.view(4, 64, 2, 2)[:, :, 0, 1], quarter, atol=1e-4)
+
+
+def test_pixels_are_the_normalised_view(pixels):
+    encoder = open_pixels("pixels", beside=opened(vit()))
+    (found,) = encode(encoder, batches_of(pixels, torch.zeros(16, dtype=torch.long)), 16, "f").values()
+    expected = (pixels[3, 1, 5, 7].item() / 255 - MEAN[1]) / STD[1]
+    assert found.values[3].view(3, 32, 32)[1, 5, 7].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_pixels_take_the_size_of_what_stands_beside_up_to_a_thumbnail():
+    assert open_pixels("pixels", opened(vit(), size=24)).config.size == (24, 24)
+    assert open_pixels("pixels", opened(vit(), size=(224, 112))).config.size == (32, 16)
+    assert open_pixels("pixels:48").config.size == (48, 48)
+    for source in ("pixels", "pixels:x"):
+        with pytest.raises(UserError, match="pixels:32"):
+            open_pixels(source)
+
+
+def test_every_image_is_seen_whole_when_small_and_as_the_papers_do_when_large():
+    assert evaluation_plan(opened(vit(), size=32)).views[0].crop_share == 1.0
+    view = evaluation_plan(opened(vit(), size=224)).views[0]
+    assert (view.crop, view.crop_share, view.flip) == ("center", 0.875, 0.0)
+
+
+def test_kinds_that_an_encoder_lacks_are_refused():
+    with pytest.raises(UserError, match="stage0 to stage4"):
+        check_kinds(timm.create_model("resnet18", num_classes=0), ["stage5"], "encoder")
+    with pytest.raises(UserError, match="no features=stage1;"):
+        check_kinds(vit(), ["stage1"], "encoder")
+    with pytest.raises(UserError, match="no features=cls"):
+        check_kinds(vit(class_token=False, global_pool="avg"), ["cls"], "encoder")
+    with pytest.raises(UserError, match="5 blocks"):
+        check_kinds(vit(), ["last6"], "encoder")
+    with pytest.raises(UserError, match="write one or more of pixels"):
+        check_kinds(Pixels(), ["mean"], "pixels")
+
+
+def test_labels_that_are_no_class_numbers_are_refused(pixels):
+    encoder = opened(Pixels())
+    for labels in (torch.rand(16), torch.zeros(16, 3, dtype=torch.long)):
+        with pytest.raises(UserError, match="class number"):
+            encode(encoder, batches_of(pixels, labels), 16, "f")
+
+
+def write_shard(path, images, labels):
+    with TarWriter(str(path)) as tar:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            file = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
+            tar.write({"__key__": f"{i:04d}", "png": file.getvalue(), "cls": str(label).encode()})
+
+
+def test_shards_give_each_sample_once_in_order_at_any_number_of_workers_and_ranks(tmp_path, pixels):
+    write_shard(tmp_path / "a.tar", pixels[:9], range(9))
+    write_shard(tmp_path / "b.tar", pixels[9:], range(9, 16))
+    index, encoder = ShardIndex(str(tmp_path / "*.tar"), "cls"), opened(vit())
+    whole = extract(encoder, index, "cls", batch_size=5)["mean"]
+    assert whole.labels.tolist() == whole.sample_ids.tolist() == list(range(16))
+    assert whole.data_fingerprint == index.fingerprint
+    expected = pool(encoder.model, normalise(pixels, evaluation_plan(encoder)), ["mean"])["mean"]
+    assert torch.allclose(whole.values, expected, atol=1e-5)
+    workers = extract(encoder, index, "cls", batch_size=3, num_workers=2)["mean"]
+    assert torch.allclose(workers.values, whole.values, atol=1e-5) and workers.labels.equal(whole.labels)
+    parts = [extract(encoder, index, "cls", rank=rank, world_size=3)["mean"] for rank in range(3)]
+    assert torch.cat([part.labels for part in parts]).equal(whole.labels)
+    assert sum(map(len, parts)) == 16 and all(math.isclose(len(part), 16 / 3, abs_tol=1) for part in parts)
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path, pixels):
+    with TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(4):
+            file = io.BytesIO()
+            Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).save(file, "png")
+            content = b"no image" if i == 2 else file.getvalue()
+            tar.write({"__key__": str(i), "png": content, "cls": str(i).encode()})
+    found = extract(opened(Pixels()), ShardIndex(str(tmp_path / "a.tar"), "cls"))["pixels"]
+    assert found.labels.tolist() == [0, 1, 3]
+    assert found.values.shape == (3, 3 * 32 * 32)

@@ -1,0 +1,92 @@
+import io
+import json
+import math
+import tarfile
+
+import numpy as np
+import pytest
+
+from prelude.data.errors import UserError
+from prelude.data.shapes import paint, write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.labels import VectorFormat, class_numbers, label_vectors
+
+
+def shard(path, contents, extension):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, content in enumerate(contents):
+            for name, data in ((f"{i:04}.ppm", b"P6 1 1 255\n\0\0\0"), (f"{i:04}.{extension}", content)):
+                if data is not None:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return ShardIndex(str(path), extension)
+
+
+def test_class_numbers_of_every_sample_that_has_one(tmp_path):
+    labels = class_numbers(shard(tmp_path / "a.tar", [b"3", None, b"x", b"-2"], "cls"))
+    assert labels.known.tolist() == [True, False, False, True]
+    assert labels.values[labels.known].tolist() == [3, -2]
+
+
+def test_every_sample_has_the_number_that_it_was_written_with(tmp_path):
+    write_shards(tmp_path, "train", 50, image_size=16, samples_per_shard=20)
+    _, written = paint("train", np.arange(50), image_size=16)
+    labels = class_numbers(ShardIndex(f"{tmp_path}/train-*.tar", "cls"))
+    assert labels.known.all() and labels.values.tolist() == written.tolist()
+
+
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="class number"):
+        class_numbers(shard(tmp_path / "a.tar", [b"[1, 2]"], "json"))
+    with pytest.raises(UserError, match=r"float32 of shape \(2,\)"):
+        class_numbers(shard(tmp_path / "c.tar", [b"[0.5, 1]"], "json"))
+    with pytest.raises(UserError, match="has a .cls member"):
+        class_numbers(shard(tmp_path / "b.tar", [None], "cls"))
+
+
+FORMS = [
+    (["b", "other"], [0, 1, 0]),
+    ([], [0, 0, 0]),
+    ({"a": 1, "b": -1, "c": 0}, [1, None, 0]),
+    ({"a": 1, "b": None}, [1, None, None]),
+    ([0, 1, -1], [0, 1, None]),
+]
+
+
+@pytest.mark.parametrize("content, expected", FORMS)
+def test_ways_to_write_findings(tmp_path, content, expected):
+    for form, written in (
+        (VectorFormat(("a", "b", "c")), content),
+        (VectorFormat(("a", "b", "c"), field="labels"), {"labels": content, "patient": 7}),
+    ):
+        contents = [json.dumps(written).encode(), json.dumps(written).encode(), json.dumps(["a"]).encode()]
+        if form.field:
+            contents[2] = json.dumps({"labels": ["a"], "patient": 8}).encode()
+        labels = label_vectors(shard(tmp_path / f"{form.field}.tar", contents, "json"), form)
+        assert [None if math.isnan(v) else v for v in labels.values[0].tolist()] == expected
+        assert labels.known.all() and labels.groups is None
+
+
+def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(tmp_path):
+    contents = [
+        {"labels": ["a"], "patient": "x"},
+        {"labels": "a", "patient": "x"},
+        {"patient": "y"},
+        {"labels": [], "patient": "y"},
+        {"labels": []},
+        {"labels": {"a": 2}},
+    ]
+    form = VectorFormat(("a",), "labels", "patient")
+    labels = label_vectors(shard(tmp_path / "a.tar", [json.dumps(c).encode() for c in contents] + [b"{"], "json"), form)
+    assert labels.known.tolist() == [True, False, False, True, True, False, False]
+    groups = labels.groups.tolist()
+    assert groups[0] == groups[1] != groups[3] == groups[2] and groups[4] not in groups[:4]
+
+
+def test_findings_that_never_occur_are_refused(tmp_path):
+    index = shard(tmp_path / "a.tar", [b'["a"]', b"[]"], "json")
+    with pytest.raises(UserError, match="None of b ever occurs"):
+        label_vectors(index, VectorFormat(("b",)))
+    with pytest.raises(UserError, match="field 'labels'"):
+        label_vectors(index, VectorFormat(("a",), "labels"))

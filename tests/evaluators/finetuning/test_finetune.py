@@ -1,0 +1,227 @@
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from prelude.checkpoints.sources import OpenedEncoder, fingerprint
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.labels import class_numbers
+from prelude.evaluators.finetuning import finetune
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.monitors import StepRecord
+from prelude.pretrain.schedules import Progress
+
+RECIPES = sorted((Path(__file__).parents[3] / "configs").glob("finetune_*.yaml"))
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
+VIT = EncoderConfig(
+    name="vit_tiny_patch16_224", image_size=16, patch_size=4, kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2}
+)
+RESNET = EncoderConfig(
+    name="resnet10t", image_size=16, kwargs={"channels": [4, 6, 8, 12], "stem_width": 8, "layers": [1, 1, 1, 1]}
+)
+RECIPE = {
+    "run_dir": "tuned",
+    "train": {"epochs": 2, "global_batch": 16, "precision": "fp32"},
+    "optimizer": {"lr": 0.01},
+}
+
+
+def opened(config: EncoderConfig, seed: int = 0, name: str = "run") -> OpenedEncoder:
+    model = build_encoder(config, seed=seed)
+    return OpenedEncoder(model, config, MEAN, STD, name, fingerprint(model))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shards(folder, "train", 100, image_size=16)
+    write_shards(folder, "test", 45, image_size=16)
+    return {"train": f"{folder}/train-*.tar", "test": f"{folder}/test-*.tar"}
+
+
+@pytest.fixture
+def prepared(monkeypatch, tmp_path, shards):
+    """Prepares a task from the recipe, with changes; every source is the same small ViT, or a ResNet."""
+    monkeypatch.setattr(
+        finetune, "open_encoder", lambda source, *, seed=0: opened(RESNET if "resnet" in source else VIT, seed, source)
+    )
+
+    def prepare(*overrides, source="somewhere", recipe=RECIPE, **arguments):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        task = finetune.prepare(source, path, list(overrides), **({**shards, "label": "cls"} | arguments))
+        finetune.check(task, 1)
+        return task
+
+    return prepare
+
+
+def test_every_weight_that_has_a_place_is_the_sources(prepared):
+    task = prepared("objective.drop_path=0.2")
+    encoder, source = finetune.build(task).encoder, task.opened.model.state_dict()
+    ours = encoder.state_dict()
+    assert set(ours) - set(source) == {"fc_norm.weight", "fc_norm.bias"}
+    assert set(source) - set(ours) == {"norm.weight", "norm.bias"}
+    assert all(torch.equal(ours[name], source[name]) for name in set(ours) & set(source))
+    assert isinstance(encoder.pos_embed, torch.nn.Parameter) and encoder.pos_embed.requires_grad
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks]
+    assert rates == pytest.approx([0.0, 0.2])
+
+
+def test_pooling_is_the_mean_of_patches_before_a_new_norm_or_the_encoders_own(prepared):
+    images = torch.randn(2, 3, 16, 16)
+    task = prepared()
+    encoder, source = finetune.build(task).encoder.eval(), task.opened.model
+    tokens = source.blocks(source._pos_embed(source.patch_embed(images)))
+    expected = torch.nn.functional.layer_norm(tokens[:, 1:].mean(1), (32,), eps=1e-6)
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
+    task = prepared("objective.pooling=own")
+    own = finetune.build(task).encoder.eval()
+    torch.testing.assert_close(own(images), task.opened.model(images), rtol=1e-5, atol=1e-6)
+
+
+def test_a_larger_image_resamples_the_table_of_positions(prepared):
+    encoder = finetune.build(prepared("objective.image_size=32")).encoder
+    assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, 32)
+    expected = timm.layers.resample_abs_pos_embed(opened(VIT).model.pos_embed, (8, 8), (4, 4), num_prefix_tokens=1)
+    torch.testing.assert_close(encoder.pos_embed.detach(), expected)
+
+
+def test_a_convnet_is_taken_as_it_is(prepared):
+    task = prepared("objective.drop_path=0.1", source="resnet")
+    ours, source = finetune.build(task).encoder.state_dict(), task.opened.model.state_dict()
+    assert ours.keys() == source.keys() and all(torch.equal(ours[name], source[name]) for name in source)
+
+
+def test_from_scratch_is_the_same_recipe_elsewhere(prepared):
+    tuned, scratch = prepared(), prepared(from_scratch=True)
+    assert scratch.source == scratch.opened.name == "random:somewhere"
+    assert scratch.config.run_dir == "tuned_from_scratch"
+    then, now = (task.config.model_dump(exclude={"run_dir"}) for task in (tuned, scratch))
+    assert then == now
+
+
+def test_another_start_is_another_run(prepared, monkeypatch):
+    from prelude.pretrain.resume import changed_settings
+
+    before = prepared().config
+    monkeypatch.setattr(finetune, "open_encoder", lambda source, *, seed=0: opened(VIT, seed=5))
+    changes = changed_settings(before.model_dump(mode="json"), prepared().config)
+    assert len(changes) == 1 and changes[0].startswith("objective.weights: ")
+
+
+def test_few_labels_are_those_of_the_seed(prepared):
+    task = prepared("objective.per_class=3")
+    numbers = class_numbers(task.train).values.numpy()
+    assert torch.bincount(torch.from_numpy(numbers)).tolist() == [3] * 10
+    assert task.classes.tolist() == list(range(10))
+    assert prepared("objective.fraction=0.5").train.num_samples == 50
+    assert prepared("objective.per_class=3", "seed=1").train.fingerprint != task.train.fingerprint
+    assert prepared().train.num_samples == 100
+
+
+def test_pixels_are_normalised_as_in_pretraining_unless_the_recipe_says_otherwise(prepared):
+    assert prepared().config.data.mean == MEAN
+    assert prepared("data.std=[1, 1, 1]").config.data.std == (1, 1, 1)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_sound_and_opens_with_four_lines(path, prepared):
+    recipe = yaml.safe_load(path.read_text())
+    source = "somewhere" if "vit" in path.stem or "ijepa" in path.stem else "resnet"
+    few = {"fraction": None} if "1percent" in path.stem else {}  # of ten images a class
+    task = prepared(source=source, recipe=recipe | {"objective": recipe["objective"] | few})
+    assert task.config.run_dir == f"runs/{path.stem}"
+    heads = [line.split(":")[0] for line in path.read_text().splitlines()[:4]]
+    assert heads == ["# Trains", "# Takes", "# Reaches", "# Command"]
+    assert f"--config configs/{path.name}" in path.read_text()
+
+
+MISTAKES = {
+    "the encoder is the source's": (["encoder.image_size=32"], {}, "leave the section encoder out"),
+    "shards in the wrong place": (["data.shards=x.tar"], {}, "write evaluate.train_shards, or --train SHARDS"),
+    "a wrong section key": (["evaluate.test_shard=x.tar"], {}, "did you mean evaluate.test_shards?"),
+    "a length that is counted": (["data.num_samples=5"], {}, "leave it out"),
+    "a probe of pretraining": (["evaluate.every_steps=5"], {}, "test_every_epochs"),
+    "a watch of pretraining": (["collapse.stop=true"], {}, "leave it out"),
+    "a wrong key": (["objective.mixupp=0.8"], {}, "did you mean objective.mixup?"),
+    "two ways to take few": (["objective.per_class=1", "objective.fraction=0.1"], {}, "write one."),
+    "an odd batch of pairs": (["objective.mixup=0.8", "train.global_batch=5"], {}, "write an even train.global_batch."),
+    "too few of a class": (["objective.per_class=11"], {}, "has 10 training images, fewer than objective.per_class=11"),
+    "no shards": ([], {"test": None}, "write --test SHARDS"),
+    "no labels": ([], {"label": "json"}, "has a .json member; write another label"),
+    "another objective": (["objective.name=mae"], {}, "write fine_tune, or leave it out."),
+    "stage 3": (["train.zero_stage=3"], {}, "write train.zero_stage=2."),
+    "a setting without effect": (["objective.augment={policy: trivial, num_ops: 3}"], {}, "trivial has no settings"),
+    "a growing rate": (["objective.layer_decay=1.5"], {}, "objective.layer_decay=1.5 is refused"),
+    "patches that do not fit": (["objective.image_size=18"], {}, "not a whole number of patches"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(mistake, prepared):
+    overrides, arguments, expected = MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        prepared(*overrides, **arguments)
+    message = str(error.value)
+    assert expected in message
+    assert len(message.splitlines()) <= 2  # the sentence, below a line that counts the errors of a config
+
+
+def test_every_test_image_is_scored_once_and_labels_unknown_to_train_are_missed(prepared, shards):
+    task = prepared("objective.per_class=2")
+    classifier = finetune.build(task)
+    with torch.no_grad():
+        classifier.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    classifier.train()
+    counts = finetune.tested(classifier, task.test, "cls", batch_size=16, num_workers=0)
+    assert classifier.training
+    classifier.eval()
+    right = five = 0
+    for batch in one_pass(ShardIndex(shards["test"], "cls"), classifier.test_views, batch_size=1, label="cls"):
+        order = classifier.scores(batch)[0].argsort(descending=True)
+        right += int(order[0] == batch.labels[0])
+        five += int(batch.labels[0] in order[:5])
+    assert counts == {"top1": right, "top5": five, "total": 45, "unreadable": 0}
+    classifier.classes = classifier.classes + 100
+    assert finetune.tested(classifier, task.test, "cls", batch_size=16, num_workers=0)["top5"] == 0
+
+
+def test_the_result_has_what_is_needed_to_redo_it(prepared):
+    task = prepared("objective.per_class=2")
+    counts = {"top1": 9, "top5": 27, "total": 45, "unreadable": 0}
+    result = finetune.result_of(task, finetune.build(task), counts, [], "prelude finetune", 1.0).to_json()
+    assert result["numbers"]["top1"]["value"] == 20.0
+    assert result["numbers"]["top1"]["se"] == pytest.approx(100 * math.sqrt(0.2 * 0.8 / 45))
+    assert result["data"]["train"]["num_samples"] == 20 and result["data"]["test"]["num_samples"] == 45
+    assert result["recipe"]["objective"]["per_class"] == 2 and result["encoder"]["name"] == "somewhere"
+
+
+def test_the_curve_is_tested_once_an_epoch_and_forgets_what_a_checkpoint_does_not_know(tmp_path):
+    calls = []
+
+    def test():
+        calls.append(1)
+        return {"top1": len(calls), "total": 10}
+
+    def record(step):
+        return StepRecord(step, 20, step / 4, 0, {}, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    path = tmp_path / "test.jsonl"
+    curve = finetune.TestCurve(test, 1.0, path)
+    curve.start(Progress(0, 20, 4.0))
+    for step in range(1, 11):
+        curve.record(record(step))
+    assert [line["step"] for line in curve.lines.read()] == [4, 8]
+    curve = finetune.TestCurve(test, 1.0, path)
+    curve.start(Progress(5, 20, 4.0))
+    for step in range(6, 13):
+        curve.record(record(step))
+    assert [(line["step"], line["top1"]) for line in curve.lines.read()] == [(4, 10.0), (8, 30.0), (12, 40.0)]

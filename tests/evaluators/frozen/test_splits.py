@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from prelude.data.errors import UserError
+from prelude.evaluators.frozen.splits import hold_out
+
+
+def test_the_split_is_a_tenth_of_each_class_and_a_partition():
+    labels = torch.tensor([0] * 200 + [1] * 50 + [2] * 10).roll(31)
+    fit, held = hold_out(labels, seed=0)
+    assert torch.bincount(labels[held]).tolist() == [20, 5, 1]
+    assert sorted(fit.tolist() + held.tolist()) == list(range(260))
+
+
+def test_rare_classes_keep_a_sample_to_learn_from():
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    fit, held = hold_out(labels, seed=0)
+    assert torch.bincount(labels[fit], minlength=3).tolist() == [1, 1, 2]
+    assert torch.bincount(labels[held], minlength=3).tolist() == [1, 0, 1]
+
+
+def test_the_split_depends_on_the_seed_alone():
+    labels = torch.arange(1000) % 7
+    assert hold_out(labels, 5)[1].tolist() == hold_out(labels, 5)[1].tolist()
+    assert hold_out(labels, 5)[1].tolist() != hold_out(labels, 6)[1].tolist()
+
+
+def test_one_sample_a_class_is_refused():
+    with pytest.raises(UserError, match="nothing can be held out"):
+        hold_out(torch.arange(5), 0)
