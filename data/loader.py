@@ -50,7 +50,8 @@ def build_loader(
     allow_commands: bool = False,
     value_range: ValueRange | Literal["auto"] | None = None,
 ) -> "Loader | StreamingLoader":
-    """A `Loader` where every shard is a file, here or in a store, else a `StreamingLoader`, which alone takes `num_samples`.
+    """A `Loader` where every shard is a file, here or in a store, else a `StreamingLoader`, which alone takes
+    `num_samples`.
 
     max_bad_share: the share of samples that damage may have cost. allow_commands: whether a shell may run what `pipe:`
     says. value_range: as `ShardIndex` takes it. Raises UserError where too much is lost, for a command that may not be
