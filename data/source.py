@@ -70,7 +70,7 @@ class EndlessSource(IterableDataset):
             yield _step(nth, positions, self.order.samples_at(positions))
 
     def ahead(self, nth: int) -> Iterator[np.ndarray]:
-        """The samples of all ranks from a micro-batch on, some at a time: what a node will need. For one other thread."""
+        """The samples of all ranks from a micro-batch on, some at a time: what a node will need. For another thread."""
         for begin in count(self.start + nth * self.global_batch, _LOOKED_AHEAD):
             yield self.order_ahead.samples_at(begin + np.arange(_LOOKED_AHEAD))
 
