@@ -161,7 +161,7 @@ def _demand(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int) -
 def _way_out(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int, limit: int) -> str:
     """The settings that are nearest to what was asked for and leave half of the cache for what comes next."""
     whole = int(index.counts.max())
-    for window in (shuffle.window, 16384, 8192, 4096, 2048, 1024):
+    for window in (shuffle.window, *(whole * times for times in (32, 16, 8, 4, 2, 1))):
         for streams in (shuffle.streams, 4, 2):
             if window <= shuffle.window and streams <= shuffle.streams:
                 at_once, _ = _demand(index, sizes, Shuffle(streams, whole, window), seed)
@@ -170,4 +170,4 @@ def _way_out(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int, 
                         f"data.shuffle.span={whole} data.shuffle.window={window} data.shuffle.streams={streams}, which "
                         f"reads shards whole, {at_once / GIB:.3g} GiB side by side, or a larger data.cache_gib"
                     )
-    return f"data.cache_gib={2 * _demand(index, sizes, Shuffle(2, whole, 1024), seed)[0] / GIB:.3g} or more"
+    return f"data.cache_gib={2 * _demand(index, sizes, Shuffle(2, whole, whole), seed)[0] / GIB:.3g} or more"

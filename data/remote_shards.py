@@ -213,7 +213,7 @@ def remote_shards(urls: list[str]) -> list[str]:
     if not wanted:
         return urls
     for url in {url.partition(":")[0]: url for url in wanted}.values():
-        stores.check_installed(url)
+        stores.prepare(url)
     cache = _cache()
     new = list(dict.fromkeys(wanted))
     folders: dict[str, list[str]] = {}
@@ -232,7 +232,7 @@ def matching(pattern: str) -> list[str]:
     """The URLs of a pattern, sorted. Raises UserError where none matches."""
     if pattern.lower().startswith("http"):
         raise UserError(f"{pattern} cannot be listed by its server; write numbers in braces, such as {{000..099}}.tar.")
-    stores.check_installed(pattern)
+    stores.prepare(pattern)
     found = _tried(lambda: stores.matching(pattern), pattern)
     if not found:
         raise UserError(f"Nothing matches {pattern}; correct data.shards.")

@@ -8,6 +8,7 @@
 
 import base64
 import binascii
+import http.client
 import importlib
 import re
 from collections.abc import Iterator
@@ -59,9 +60,9 @@ def without_signature(url: str) -> str:
     return url.partition("?")[0] if _SIGNATURES.search(urlsplit(url).query) else url
 
 
-def check_installed(url: str) -> None:
-    """Raises UserError where the library of a URL's scheme is not there."""
-    _file_system(url)
+def prepare(url: str) -> None:
+    """Forgets what was listed before. Raises UserError where the library of a URL's scheme is not there."""
+    _file_system(url).invalidate_cache()
 
 
 def describe(url: str) -> Described:
@@ -141,7 +142,6 @@ def matching(pattern: str) -> list[str]:
     """The URLs that match a pattern with `*` and `?`, sorted; of a store that lists. Raises Refused and Failed."""
     with _told(pattern):
         system = _file_system(pattern)
-        system.invalidate_cache()
         return sorted(system.unstrip_protocol(path) for path in system.glob(_path(pattern)))
 
 
@@ -149,9 +149,7 @@ def list_folder(url: str) -> None:
     """Asks for all files beside `url` at once, so that `describe` need not ask for each; refusal is no matter."""
     try:
         with _told(url):
-            system = _file_system(url)
-            system.invalidate_cache()
-            system.ls(_path(url).rpartition("/")[0])
+            _file_system(url).ls(_path(url).rpartition("/")[0])
     except (Refused, Failed):
         pass  # each is asked for by itself
 
@@ -221,11 +219,10 @@ class _told:
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
         status = next((code for one in chain if (code := _status_of(one))), None)
-        words = next((text for one in reversed(chain) if (text := _words(one, self.url))), type(error).__name__)
-        told = words if status is None or str(status) in words else f"{status} {words}"
         if status is None and isinstance(error, PermissionError | FileNotFoundError) and len(chain) == 1:
             status = 403 if isinstance(error, PermissionError) else 404
-            told = f"{status} {words}"
+        words = next((text for one in reversed(chain) if (text := _words(one, self.url))), _phrase(status, error))
+        told = words if status is None or str(status) in words else f"{status} {words}"
         lacks = next((one for one in chain if "Credentials" in type(one).__name__ or "DefaultCreds" in str(one)), None)
         if lacks is not None:
             raise Refused(f"{words}; give credentials where {_scheme(self.url)} looks for them") from error
@@ -252,10 +249,17 @@ def _status_of(error: BaseException) -> int | None:
         return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     for place in (error, answer):
         for name in ("status", "status_code", "code"):
+            if name == "code" and not type(place).__module__.startswith(("gcsfs", "google")):
+                continue  # aiohttp's parser has 400 for a body that was cut off
             code = getattr(place, name, None)
             if isinstance(code, int | str) and str(code).isdigit() and 300 <= int(code) < 600:
                 return int(code)
     return None
+
+
+def _phrase(status: int | None, error: BaseException) -> str:
+    """The usual words for a status."""
+    return type(error).__name__ if status is None else http.client.responses.get(status, "")
 
 
 def _words(error: BaseException, url: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from prelude.data.decode import BadImage, deep_values
 from prelude.data.remote_shards import read_some
+from prelude.data.waiting import in_threads
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ def tell_if_dark(index) -> None:
 def _highest_values(index) -> Iterator[int]:
     """Of the sampled images that have more than 8 bits."""
     samples = np.unique(np.linspace(0, index.num_samples - 1, _SAMPLED).astype(np.int64))
-    for sample in samples.tolist():
-        offset, size = index.images[sample].tolist()
+
+    def values_of(sample: int) -> np.ndarray | None:
         try:
-            values = deep_values(read_some(index.shard_of(sample), offset, size))
+            return deep_values(read_some(index.shard_of(sample), *index.images[sample].tolist()))
         except (OSError, BadImage):
-            continue  # reading for training says what is wrong
+            return None  # reading for training says what is wrong
+
+    for values in in_threads(values_of, samples.tolist(), lambda sample: f"an image in {index.shard_of(sample)}"):
         if values is not None and values.dtype.kind != "f":
             yield int(values.max())
 
