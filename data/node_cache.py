@@ -163,9 +163,12 @@ class NodeCache:
         try:
             os.ftruncate(fd, written.size)
             os.fsync(fd)
+            readable = os.open(
+                self._partial(name), os.O_RDONLY | os.O_CLOEXEC
+            )  # it may be removed once it has its name
             os.replace(self._partial(name), self._path(name))
             self._note(name, fd, written.digests.hexadecimal())
-            return os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+            return readable
         except OSError as error:
             raise _unwritable(self.folder, error) from None
 
@@ -291,7 +294,7 @@ class NodeCache:
                 if entry.name.endswith(".tar"):
                     name = entry.name.removesuffix(".tar")
                     with contextlib.suppress(FileNotFoundError):
-                        when = _changed(self._record(name)) or 0
+                        when = _changed(self._record(name)) or entry.stat().st_mtime_ns
                         used.append((when if when / 1e9 <= now else 0, name))
         return [name for _, name in sorted(used)]
 
