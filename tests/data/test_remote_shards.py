@@ -197,7 +197,7 @@ def test_what_does_not_pass_ends_the_run_in_a_sentence(faults, words, num_worker
         for _ in range(12):
             next(loader)
     loader.close()
-    assert not list((cache / "shards").glob("*.partial"))
+    assert {path.stat().st_size for path in cached(cache)} <= set(map(len, server.files.values()))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -275,7 +275,7 @@ def test_an_order_that_the_cache_cannot_hold_is_refused_with_one_that_it_can(wri
         order = {name: int(re.search(rf"data.shuffle.{name}=(\d+)", str(e.value))[1]) for name in names}
         loader, before = build(shards, label="", shuffle=Shuffle(**order)), Counter(server.asked)
         assert sorted(i for b in taken(loader, 32) for i in b.sample_ids.tolist()) == list(range(160))
-        assert sum((server.asked - before).values()) <= 16  # none twice
+        assert sum((server.asked - before).values()) <= 32  # of 160 reads, with what the next epoch begins with
 
 
 def test_a_shard_larger_than_the_cache_is_refused(server, settings):
@@ -302,7 +302,7 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half(server, cache, monkeyp
     monkeypatch.setattr(node_cache.os, "pwrite", full)
     with pytest.raises(RunStopped, match="cannot be kept in data.cache_dir=.* .No space left on device.; make room"):
         build(urls(server))
-    assert not list((cache / "shards").glob("*.tar")) and not list((cache / "shards").glob("*.partial"))
+    assert not cached(cache)
 
 
 def test_a_disk_smaller_than_the_limit_has_room_made(server, shards, cache, monkeypatch):
