@@ -11,13 +11,15 @@ import pytest
 import torch
 from servers import Server, serving
 
-from prelude.data import node_cache, remote_shards, waiting
+from prelude.data import index_file, node_cache, remote_shards, waiting
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.data.loader import build_loader, one_pass
 from prelude.data.order import Shuffle
 from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
+from prelude.launch import prelude
+from prelude.launch.exit_codes import door
 
 PLAN = ViewPlan((View((6, 6)),))
 
@@ -349,3 +351,22 @@ def test_a_library_that_is_missing_is_named(monkeypatch):
     for url, extra in (("s3://b/x.tar", "s3"), ("gs://b/x.tar", "gcs"), ("hf://datasets/a/b/x.tar", "hf")):
         with pytest.raises(UserError, match=rf"{url} needs .* pip install 'prelude-ssl\[{extra}\]'"):
             build(url)
+
+
+def test_doors_take_urls(server, shards, tmp_path, capsys):
+    """`shards info | verify | peek | index` of shards behind a URL tell what they tell of local ones."""
+
+    def told(*words):
+        assert door(lambda: prelude.main(["shards", *words])) == 0
+        return capsys.readouterr().out
+
+    remote, cache = urls(server), ["--cache-dir", str(tmp_path / "here"), "--cache-gib", "1"]
+    assert told("info", remote, *cache) == told("info", *shards)
+    assert told("verify", remote, *cache, "--workers", "1") == told("verify", *shards, "--workers", "1")
+    told("peek", remote, *cache, "--to", str(tmp_path / "peek.png"), "--count", "2")
+    told("index", remote, *cache, "--to", str(tmp_path / "index"))
+    assert index_file.read((tmp_path / "index" / "shards.index.npz").read_bytes())["001.tar"].sha256
+    assert len(list((tmp_path / "here").glob("*.tar"))) == 4
+    with pytest.raises(AssertionError):
+        told("info", remote, "--cache-gib", "0")
+    assert "--cache-gib 0 leaves no room" in capsys.readouterr().err
