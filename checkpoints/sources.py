@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from prelude.checkpoints import store
+from prelude.checkpoints import manifest, store
 from prelude.checkpoints.convert import weights as convert
 from prelude.checkpoints.convert.fit import facts, fit, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.weights import Weights
@@ -107,7 +107,7 @@ def describe(source: str) -> Description:
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; write {_KINDS}.")
-    if (folder / store.MANIFEST).exists() or folder.name.startswith("step-"):
+    if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
         return _describe_checkpoint(folder)
     if (folder / "config.json").exists():
         return _describe_export(folder)
@@ -125,9 +125,9 @@ def _is_published(source: str) -> bool:
 
 
 def _describe_checkpoint(folder: Path) -> Description:
-    if why := store.problem(folder, files=(store.MODEL, store.STATE)):
+    if why := manifest.problem(folder, files=(manifest.MODEL, manifest.STATE)):
         raise UserError(f"{folder} is no complete checkpoint: {why}; write the run's folder to take its newest one.")
-    saved = json.loads((folder / store.STATE).read_text())
+    saved = json.loads((folder / manifest.STATE).read_text())
     meta = saved["meta"]
     objective = meta.get("config", {}).get("objective", {}).get("name")
     data = meta.get("loader", {}).get("fingerprint")
@@ -141,7 +141,7 @@ def _describe_checkpoint(folder: Path) -> Description:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         name=name,
-        read=lambda: _read_ours(folder / store.MODEL, config, objective, meta["exported"]),
+        read=lambda: _read_ours(folder / manifest.MODEL, config, objective, meta["exported"]),
         origin={"objective": objective, "step": saved["step"], "data": data} | started,
     )
 

@@ -54,7 +54,7 @@ def write(entries: dict[str, Entry]) -> bytes:
             "problems": entry.indexes[""].problems,
             "ended": entry.indexes[""].ended,
             "content": entry.indexes[""].content,
-            "labels": {ext: entry.indexes[ext].label_content for ext in sorted(entry.indexes) if ext},
+            "labels": {ext: entry.indexes[ext].label_content for ext in sorted(entry.indexes)},
         }
         for name, entry in entries.items()
     ]
@@ -95,9 +95,12 @@ def _entries(shards: list[dict], images: np.ndarray, labels: dict[str, np.ndarra
         problems = tuple(Problem(*problem) for problem in shard["problems"])
         common = (problems, bool(shard["ended"]), str(shard["content"]))
         nothing = np.empty((0, 2), np.int64)
-        indexes = {"": TarIndex(images[part], nothing, *common, "")}
+        indexes = {}
         for ext, label_content in shard["labels"].items():
-            indexes[ext] = TarIndex(images[part], labels[ext][part], *common, str(label_content))
+            places = labels[ext][part] if ext else nothing
+            indexes[ext] = TarIndex(images[part], places, *common, str(label_content))
+        if "" not in indexes:
+            raise ValueError(f"no places of the images of {shard['name']}")
         entries[str(shard["name"])] = Entry(int(shard["size"]), str(shard["sha256"]), indexes)
     return entries
 

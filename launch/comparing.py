@@ -29,7 +29,7 @@ from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuni
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import common
 from prelude.pretrain import distributed
-from prelude.pretrain.files import write_whole
+from prelude.pretrain.files import remedy, write_whole
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
 FEW_LABELS = partial(fewshot, shares=(1.0,))
@@ -159,6 +159,8 @@ def write(comparison: Comparison, out: Path) -> None:
         for name, text in files.items():
             write_whole(out / name, text)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}); {remedy(error, 'choose another folder')}."
+        ) from None
     print_comparison(comparison)
     print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)

@@ -49,7 +49,7 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
         raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
     if args.timeout_seconds is not None:
         if not args.timeout_seconds > 0:
-            raise UserError(f"--timeout-seconds {args.timeout_seconds:g} leaves no time for data; write more than 0.")
+            raise UserError(f"--timeout-seconds {args.timeout_seconds:g} cannot be; write a number of seconds above 0.")
         wait_at_most(args.timeout_seconds, "--timeout-seconds")
     use_cache(args)
     if distributed.launched_world_size() > 1:

@@ -12,6 +12,7 @@ from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
 from prelude.pretrain.distributed import cores_per_rank
+from prelude.pretrain.files import remedy
 
 _MOST_LISTED = 20
 
@@ -60,7 +61,9 @@ def verify(args: argparse.Namespace) -> int:
             with open(args.to, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
-            raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another file.") from None
+            raise UserError(
+                f"--to {args.to} cannot be written ({error.strerror}); {remedy(error, 'choose another file')}."
+            ) from None
     return 1 if problems else 0
 
 

@@ -6,15 +6,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
+from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import expand_shards, indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators.online import monitor as online
+from prelude.launch.outlook import outlook
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
@@ -125,7 +128,8 @@ def tell_weights(sentence: str) -> None:
 
 
 def dry_run(config: Config) -> int:
-    start = start_of(config)
+    """Raises UserError, once all is told, where a start would be refused for what is in its run folder."""
+    start = start_of(config, Store(Path(config.run_dir) / "checkpoints"))
     objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views)
     table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
@@ -136,5 +140,11 @@ def dry_run(config: Config) -> int:
         table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
+    try:
+        table.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))
+    except UserError as refusal:
+        table.add_row("run folder", "a start would be refused")
+        Console().print(table)
+        raise refusal
     Console().print(table)
     return 0

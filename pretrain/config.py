@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
-from prelude.pretrain.options import Count, FilePath, Positive, Share, Strict, Text
+from prelude.pretrain.options import Count, FilePath, Positive, Share, Strict, Text, Texts, number
 
 
 class Section(Strict):
@@ -24,7 +24,7 @@ class ShuffleConfig(Section):
 
 
 class DataConfig(Section):
-    shards: Text | list[Text]
+    shards: Text | Texts
     allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
     range: tuple[float, float] | Literal["auto"] | None = None  # values of 16-bit images that are black and white
@@ -34,8 +34,8 @@ class DataConfig(Section):
     cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
     cache_gib: float = Field(64.0, gt=0)  # of them at most
     shuffle: ShuffleConfig = ShuffleConfig()
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="one for each channel")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="one for each channel")
 
     @field_validator("range")
     @classmethod
@@ -176,8 +176,8 @@ class EvaluateConfig(Section):
     """Labelled shards that evaluations use for this run unless told otherwise, and how a small part of them judges the
     encoder while it trains."""
 
-    train_shards: Text | list[Text]
-    test_shards: Text | list[Text]
+    train_shards: Text | Texts
+    test_shards: Text | Texts
     label: Text = "cls"  # extension of the label's member in the tar
     label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
@@ -249,8 +249,9 @@ class Config(Section):
         warmup, epochs = self.optimizer.warmup_epochs, self.train.epochs
         if warmup > epochs:
             raise ValueError(
-                f"optimizer.warmup_epochs={warmup:g} is longer than the run of train.epochs={epochs:g}, whose learning "
-                f"rate would not reach its peak; write optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
+                f"optimizer.warmup_epochs={number(warmup)} is longer than the run of train.epochs={number(epochs)}, "
+                "whose learning rate would not reach its peak; write "
+                f"optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
             )
         return self
 
@@ -259,8 +260,8 @@ class Config(Section):
         late = [epoch for epoch in self.optimizer.milestones if epoch >= self.train.epochs]
         if late:
             raise ValueError(
-                f"optimizer.milestones has {late[0]:g}, which a run of train.epochs={self.train.epochs:g} never "
-                "reaches; leave it out"
+                f"optimizer.milestones has {number(late[0])}, which a run of train.epochs={number(self.train.epochs)} "
+                "never reaches; leave it out"
             )
         return self
 

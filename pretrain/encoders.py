@@ -7,7 +7,6 @@
   a patch that is not kept is neither projected nor read.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prelude.data.errors import UserError
+from prelude.pretrain import encoder_names
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.position import sincos_table
 
@@ -200,8 +200,7 @@ def _embed_kept(vit: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:
 def _create(config: EncoderConfig) -> nn.Module:
     name = config.name
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names what there is."
+        hint = encoder_names.hint(name, timm.list_models())
         raise UserError(f"encoder.name={name} is not an architecture of timm {timm.__version__}; {hint}")
     for key in config.kwargs:
         if key in _HOME_OF:

@@ -83,6 +83,13 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def remedy(error: OSError, otherwise: str) -> str:
+    """What to do about a place that cannot be written: a full disk is not left for another place, least of all by a run
+    that lies there."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free space there, and start the same command again" if full else otherwise
+
+
 class Tolerant:
     """`with Tolerant(name):` an OSError inside is told, and not raised; further ones are silent until it works again.
 

@@ -73,7 +73,7 @@ class Packing:
             ("workers", self.workers, 1, 1024),
         ):
             if not least <= value <= most:
-                raise UserError(f"--{flag} {value:g} cannot be; write a value from {least:g} to {most:g}.")
+                raise UserError(f"--{flag} {value} cannot be; write a value from {least} to {most}.")
         if not self.name or set(self.name) & set("/\\{}[]*?:. ") or (self.val_share and self.name == VAL):
             raise UserError(f"--name {self.name!r} cannot be the start of a shard's name; write a plain word.")
 

@@ -1,7 +1,6 @@
 """What an engine is handed, without shards or disk: a loader over images in memory, no store, a monitor that keeps."""
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -38,8 +37,15 @@ class NoStore:
     def newest(self):
         return None
 
-    def save(self, step, engine, meta):
-        return Path(f"step-{step}")
+    def save(self, step, engine, meta): ...
+
+    def has_ended(self):
+        return False
+
+    def finish(self):
+        return None
+
+    def wait(self): ...
 
 
 class Recorder(Monitor):

@@ -17,7 +17,8 @@ from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.pretrain import distributed, photometric
 from prelude.pretrain.config import Config
-from prelude.pretrain.engine import Engine, Meter
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.meter import Meter
 from prelude.pretrain.recipes import validate_config
 
 VIT = {
@@ -79,7 +80,7 @@ def found_in(case: str, out: Path) -> list[str]:
     loader = MemoryLoader(micro_batch, 64, lambda positions: batch_at(positions, objective.views))
     engine = Engine(config, objective, loader, NoStore(), [Recorder()])
     batches, meter = iter(loader), Meter(config.train.global_batch)
-    engine._fetch_ahead(batches, meter)
+    engine._fetch_first(batches, meter)
     for _ in range(2):  # what is made once, such as constants, is made by then
         engine._watch(engine._step(batches, meter), meter)
     with counted() as found:
