@@ -7,8 +7,10 @@ import numpy as np
 
 from prelude.data.decode import BadImage, decode
 from prelude.data.image_folder import ImageFolder
+from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex
 from prelude.data.source import OpenFiles
+from prelude.data.stores import without_signature
 from prelude.data.tar_index import keys_by_offset
 from prelude.data.waiting import called
 
@@ -39,8 +41,12 @@ class Keys:
 
 
 def places_of(index: ShardIndex) -> list[str]:
-    """The shards, so that they are found from any folder."""
-    return [_text(os.path.abspath(path)) for path in index.paths]
+    return [place_of(path) for path in index.paths]
+
+
+def place_of(shard: str) -> str:
+    """So that it is found from any folder; of a URL without what lets its holder in."""
+    return without_signature(shard) if isinstance(shard, RemoteShard) else _text(os.path.abspath(shard))
 
 
 def pixels_of(index: ShardIndex, sample_ids: Iterable[int], channels: int = 3) -> Iterator[np.ndarray | str]:
