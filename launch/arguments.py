@@ -118,6 +118,14 @@ def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: s
     parser.add_argument("--label", metavar="EXT", help=label)
 
 
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Of shards behind a URL."""
+    parser.add_argument(
+        "--cache-dir", type=path, metavar="DIR", help="where remote shards are kept (default: in $PRELUDE_CACHE)"
+    )
+    parser.add_argument("--cache-gib", type=finite, metavar="N", help="of them at most (default: 64)")
+
+
 def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str = "") -> argparse.ArgumentParser:
     """A parser whose help is a door's docstring, with the arguments that every evaluation takes.
 
@@ -158,6 +166,7 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
         metavar="N",
         help="how long to wait for images that do not come (default: 300)",
     )
+    add_cache(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     return parser
 
