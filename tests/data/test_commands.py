@@ -53,7 +53,7 @@ def test_commands_are_refused_in_whatever_form(trap, tmp_path, monkeypatch, form
     command = trap[0].removeprefix("pipe:") if form == "PIPE:{}" else trap[0]
     shards = [part.format(command) for part in form] if isinstance(form, list) else form.format(command)
     for use in (expand_shards, ShardIndex, lambda s: build_loader(s, PLAN, seed=0, micro_batch=1, num_samples=1)):
-        with pytest.raises(UserError, match="is a command|is no file"):
+        with pytest.raises(UserError, match="is a command|is not a local file"):
             use(shards)
     assert not trap[1].exists()
 
@@ -81,7 +81,7 @@ def test_shards_of_evaluations_are_files(recipe, trap, capsys, write_shards, key
     overrides = [f"data.shards={sound}", "data.num_samples=null", "evaluate.every_steps=2", "data.allow_commands=true"]
     overrides += [f"evaluate.{name}={value}" for name, value in shards.items()]
     code, error = told(capsys, "pretrain", "--config", recipe(), "--dry-run", *overrides)
-    assert code == 2 and "is no file" in error and not trap[1].exists()
+    assert code == 2 and "is not a local file" in error and not trap[1].exists()
 
 
 @pytest.mark.parametrize("command", [["knn", "pixels:4"], ["compare", "pixels:4"], ["compare", "RECIPE"]])
@@ -92,4 +92,4 @@ def test_evaluations_run_no_command(recipe, trap, capsys, write_shards, command,
     else:
         argv = [*command, "--train", trap[0], "--test", sound]
     code, error = told(capsys, *argv, *out)
-    assert code == 2 and "is no file" in error and not trap[1].exists()
+    assert code == 2 and "is not a local file" in error and not trap[1].exists()

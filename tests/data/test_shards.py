@@ -50,10 +50,12 @@ def test_patterns(folder, monkeypatch, pattern, expected):
     assert relative(found, folder) == expected
 
 
-@pytest.mark.parametrize("url", ["pipe:cat x.tar", "pipe:aws s3 cp s3://b/{0..1}.tar -"])
-def test_commands_are_left_to_webdataset(url):
+@pytest.mark.parametrize(
+    "url", ["pipe:cat x.tar", "sftp://host/{0..1}.tar", "ais://bucket/0.tar", "pipe:aws s3 cp s3://b/{0..1}.tar -"]
+)
+def test_streams_are_left_to_webdataset(url):
     assert len(expand_shards(url, allow_commands=True)) == 1 + ("{" in url)
-    with pytest.raises(UserError, match="is no file and cannot be indexed"):
+    with pytest.raises(UserError, match="is not a local file and cannot be indexed"):
         ShardIndex(url)
 
 
