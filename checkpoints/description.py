@@ -7,7 +7,7 @@ from pathlib import Path
 from prelude.checkpoints.convert.weights import Weights
 from prelude.pretrain.config import EncoderConfig
 
-Pixels = tuple[float, float, float]  # of red, green and blue, in [0, 1]
+Pixels = tuple[float, ...]  # of each channel, in [0, 1]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """An encoder as a folder that plain timm loads: `timm.create_model("local-dir:DIR", pretrained=True)`.
 
+One that timm lacks (`encoder.name=module:function`) becomes a folder of weights and the name of its function.
+
 - Nothing of ours is needed to load it: weights under timm's names, and timm's own config.json.
 - Published only after timm has loaded it in this process and its features agree with ours.
 - The folder appears whole: it is written beside its place, and takes it in one operation. Where the file system cannot
@@ -20,10 +22,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from prelude.checkpoints.own_export import own_card, own_config, own_reloaded
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder, open_encoder
 from prelude.data.errors import RunStopped, UserError
 from prelude.pretrain.encoders import seeded
 from prelude.pretrain.files import remove, save_file, sync_to_disk
+from prelude.pretrain.named_code import is_named
+from prelude.pretrain.own_encoder import gives, is_own
 
 # The same weights in the same operations on the same machine; relative to features that are larger than one.
 TOLERANCE = 1e-6
@@ -33,15 +38,16 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 @dataclass(frozen=True)
 class ExportReport:
     path: Path
-    architecture: str  # timm's name
+    architecture: str  # timm's name, or module:function
     fingerprint: str  # of the weights
     max_difference: float  # absolute, between features of the reloaded model and of ours
     num_parameters: int
 
     def __str__(self) -> str:
         return (
-            f"{self.path}: {self.architecture}, {self.num_parameters:,} parameters; features of plain timm differ from "
-            f"ours by at most {self.max_difference:.1e}"
+            f"{self.path}: {self.architecture}, {self.num_parameters:,} parameters; features of "
+            f"{'its function' if is_named(self.architecture) else 'plain timm'} differ from ours by at most "
+            f"{self.max_difference:.1e}"
         )
 
 
@@ -67,9 +73,12 @@ def export_encoder(source: str, to: str | Path) -> ExportReport:
         draft.mkdir(parents=True)
         tensors = {name: tensor.contiguous() for name, tensor in encoder.model.state_dict().items()}
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-        (draft / "config.json").write_text(json.dumps(_timm_config(encoder), indent=2) + "\n")
+        own = is_own(encoder.config)
+        settings = own_config(encoder) if own else _timm_config(encoder)
+        (draft / "config.json").write_text(json.dumps(settings | {EXPORT_SECTION: _section(encoder)}, indent=2) + "\n")
         difference = _feature_difference(encoder, draft)
-        (draft / "README.md").write_text(_card(encoder, to.absolute().name))
+        card = own_card(encoder) if own else _loading(encoder, to.absolute().name)
+        (draft / "README.md").write_text(_card(encoder) + card)
         _publish(draft, to)
     except (OSError, SafetensorError) as error:
         raise UserError(f"The export cannot be written to {to} ({error}); make room there or name another.") from error
@@ -140,13 +149,14 @@ def _timm_config(encoder: OpenedEncoder) -> dict:
     arguments = _model_arguments(encoder)
     pretrained_cfg = {
         "num_classes": 0,
-        "input_size": [3, *config.size],
+        "input_size": [config.in_chans, *config.size],
         "fixed_input_size": "img_size" in arguments,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
         "interpolation": "bicubic",
         "crop_pct": 1.0,
-        "first_conv": known.first_conv if known else None,
+        # timm would take the weights of another number of channels for those of three, and adapt them once more.
+        "first_conv": known.first_conv if known and config.in_chans == 3 else None,
         "classifier": known.classifier if known else None,
     }
     return {
@@ -155,13 +165,17 @@ def _timm_config(encoder: OpenedEncoder) -> dict:
         "num_features": model.num_features,
         "model_args": arguments,
         "pretrained_cfg": pretrained_cfg,
-        EXPORT_SECTION: {
-            "encoder": config.model_dump(mode="json"),
-            "mean": list(encoder.mean),
-            "std": list(encoder.std),
-            "fingerprint": encoder.fingerprint,
-            "origin": encoder.origin,
-        },
+    }
+
+
+def _section(encoder: OpenedEncoder) -> dict:
+    """Of ours, in config.json: all that opens the folder here."""
+    return {
+        "encoder": encoder.config.model_dump(mode="json"),
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "fingerprint": encoder.fingerprint,
+        "origin": encoder.origin,
     }
 
 
@@ -171,6 +185,8 @@ def _model_arguments(encoder: OpenedEncoder) -> dict:
     arguments = {key: value for key, value in config.kwargs.items() if not key.endswith("_rate")}
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
+    if config.in_chans != 3:
+        arguments["in_chans"] = config.in_chans
     if _takes_image_size(config.name, config.size, arguments):
         arguments["img_size"] = list(config.size)
     return arguments
@@ -194,14 +210,21 @@ def _takes_image_size(name: str, size: tuple[int, int], arguments: dict) -> bool
 @torch.no_grad()
 def _feature_difference(encoder: OpenedEncoder, folder: Path) -> float:
     """Largest difference of pooled and unpooled features. Raises RunStopped above the tolerance."""
+    own = is_own(encoder.config)
     with seeded(0):
-        reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = torch.randn(2, 3, *encoder.config.size, generator=torch.Generator().manual_seed(0))
+        reloaded = (own_reloaded(folder) if own else timm.create_model(f"local-dir:{folder}", pretrained=True)).eval()
+    images = torch.randn(2, encoder.config.in_chans, *encoder.config.size, generator=torch.Generator().manual_seed(0))
     largest = 0.0
     for ours, timms in zip(_features(encoder.model, images), _features(reloaded, images), strict=True):
         difference = (ours - timms).abs().max().item() if ours.shape == timms.shape else math.inf
         largest = max(largest, difference)
         if not difference <= TOLERANCE * max(1.0, ours.abs().max().item()):
+            if own:
+                raise RunStopped(
+                    f"Features of {encoder.name} built anew differ by {difference:.1e}, so nothing was exported; "
+                    f"{encoder.config.name} does not build the same network twice, or keeps what decides its features "
+                    "in no parameter and no buffer."
+                )
             raise RunStopped(
                 f"timm's features of {encoder.name} differ from ours by {difference:.1e}, so nothing was exported; "
                 f"timm {timm.__version__} builds {encoder.config.name} differently from how it was trained."
@@ -209,15 +232,18 @@ def _feature_difference(encoder: OpenedEncoder, folder: Path) -> float:
     return largest
 
 
-def _features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def _features(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    if gives(model):
+        return (model(images),)
     return model.forward_features(images), model(images)
 
 
-def _card(encoder: OpenedEncoder, folder: str) -> str:
+def _card(encoder: OpenedEncoder) -> str:
     origin, config = encoder.origin, encoder.config
     height, width = config.size
+    whose = "" if is_own(config) else "timm "
     facts = {
-        "Architecture": f"timm `{config.name}`, {encoder.model.num_features} features, {height} x {width} pixels",
+        "Architecture": f"{whose}`{config.name}`, {encoder.model.num_features} features, {height} x {width} pixels",
         "Objective": origin.get("objective"),
         "Optimizer steps": origin.get("step"),
         "Data set": origin.get("data") and f"fingerprint `{origin['data']}`",
@@ -232,11 +258,16 @@ An image encoder that was pretrained without labels. It has no classifier.
 | | |
 |---|---|
 {table}
+"""
 
+
+def _loading(encoder: OpenedEncoder, folder: str) -> str:
+    height, width = encoder.config.size
+    return f"""
 ```python
 import timm
 encoder = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-features = encoder(images)  # (B, 3, {height}, {width}) to (B, {encoder.model.num_features})
+features = encoder(images)  # (B, {encoder.config.in_chans}, {height}, {width}) to (B, {encoder.model.num_features})
 ```
 
 With `num_classes=N` timm adds a fresh classifier for fine-tuning. timm {timm.__version__} wrote this folder.

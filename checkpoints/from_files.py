@@ -54,8 +54,14 @@ def describe_file(source: str) -> Description:
             f"{source} ({weights.format}) does not tell how its pixels were normalised; write {_with(source)}"
             "pixels=imagenet, or pixels=half for 0.5."
         )
+    config = encoder_config(weights, words.image_size)
+    if not len(weights.pixels[0]) == len(weights.pixels[1]) == config.in_chans:
+        raise UserError(
+            f"{source} reads {config.in_chans} channels; write {_with(source)}pixels=M/.../S/... with a mean of each, "
+            "then a standard deviation of each."
+        )
     return Description(
-        config=encoder_config(weights, words.image_size),
+        config=config,
         mean=weights.pixels[0],
         std=weights.pixels[1],
         name=path.name + (f"#{words.part}" if words.part else ""),
@@ -111,9 +117,9 @@ def _value(source: str, key: str, value: str):
                 return (IMAGENET_MEAN, IMAGENET_STD) if value == "imagenet" else (_HALF, _HALF)
             case "pixels":
                 numbers = tuple(float(number) for number in value.split("/"))
-                if len(numbers) != 6:
+                if len(numbers) % 2:
                     raise ValueError
-                return numbers[:3], numbers[3:]
+                return numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
             case "resampling" if value not in RULES:
                 raise ValueError
     except ValueError:

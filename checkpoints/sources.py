@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -25,7 +24,7 @@ from prelude.checkpoints.from_files import describe_file, is_transformers, read_
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.encoders import build_encoder, lay_out_encoder
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
 OWN = "own parts of the objective"
@@ -40,7 +39,7 @@ _RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
 
 @dataclass(frozen=True)
 class OpenedEncoder:
-    model: nn.Module  # images (B, 3, H, W), normalised by mean and std, to pooled features (B, D)
+    model: nn.Module  # images (B, C, H, W), normalised by mean and std, to pooled features (B, D)
     config: EncoderConfig
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -187,8 +186,7 @@ def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exporte
                     own[name] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); export or save it again.") from None
-    with torch.device("meta"):
-        model = build_encoder(config, seed=0)
+    model = lay_out_encoder(config)
     return Weights(
         where=str(path.parent),
         format=config.name,

@@ -21,6 +21,7 @@ import webdataset as wds
 
 from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import ViewPlan
+from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.labels import LabelReader, no_label, some
 from prelude.data.members import label_members
@@ -29,7 +30,7 @@ from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
 from prelude.data.shards import ShardIndex, expand_shards, is_remote
 from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
 from prelude.data.streaming import StreamingLoader
-from prelude.data.value_range import ValueRange, tell_if_dark
+from prelude.data.value_range import refuse_other_images, tell_if_dark
 
 
 def build_loader(
@@ -48,12 +49,13 @@ def build_loader(
     max_bad_share: float = 1.0,
     allow_commands: bool = False,
     value_range: ValueRange | Literal["auto"] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> "Loader | StreamingLoader":
     """A `Loader` where every shard is a local file, else a `StreamingLoader`, which alone takes `num_samples`.
 
     max_bad_share: the share of samples that damage may have cost. allow_commands: whether a shell may run what `pipe:`
-    says. value_range: as `ShardIndex` takes it. Raises UserError where too much is lost, for a command that may not be
-    run, and as `ShardIndex` does.
+    says. value_range, max_pixels: as `ShardIndex` takes them. Raises UserError where too much is lost, for a command
+    that may not be run, and as `ShardIndex` and `Loader` do.
     """
     common = dict(
         seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=num_workers, label=label,
@@ -61,12 +63,13 @@ def build_loader(
     )  # fmt: skip
     urls = expand_shards(shards, allow_commands)
     if any(map(is_remote, urls)):
-        return StreamingLoader(urls, plan, num_samples=num_samples, value_range=value_range, **common)
+        seen_as = dict(value_range=value_range, max_pixels=max_pixels)
+        return StreamingLoader(urls, plan, num_samples=num_samples, **seen_as, **common)
     if num_samples is not None:
         raise UserError(
             f"data.num_samples={num_samples} has no effect on local shards, which are counted; leave it out."
         )
-    index = ShardIndex(shards, label, value_range)
+    index = ShardIndex(shards, label, value_range, max_pixels)
     if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
         raise UserError(
             f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
@@ -79,7 +82,8 @@ class Loader(EndlessLoader):
     """Endless batches of the samples of an index.
 
     label: extension of the member with a sample's label (`cls`), or "" for batches without labels.
-    bad_samples_log: where unreadable samples are listed. Raises UserError if there is a `label` and no such member.
+    bad_samples_log: where unreadable samples are listed. Raises UserError if there is a `label` and no such member,
+    and where no image can be read as `plan` and index ask for.
     """
 
     def __init__(
@@ -195,6 +199,7 @@ def _stages(source, reader: MicroBatchReader) -> list:
 
 
 def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
+    refuse_other_images(index, plan.channels)
     threads = 1 if num_workers else min(torch.get_num_threads(), 8)
     return MicroBatchReader(index, plan, seed, label_reader(index, label), on_bad, threads)
 

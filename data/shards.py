@@ -30,15 +30,16 @@ from typing import Literal
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder, open_folder
 from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
-from prelude.data.value_range import ValueRange, resolved
+from prelude.data.value_range import resolved
 from prelude.data.waiting import called, in_threads
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 _MOST_NAMED = 10**7  # by the ranges of a pattern
 _COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
@@ -49,7 +50,8 @@ class ShardIndex:
 
     shards: see the module. label: extension of the member that holds a sample's label (`cls`), or "" for none; it
     changes neither ids nor fingerprint. value_range: the stored values of images with more than 8 bits that become
-    black and white, "auto" to find them, None for all of 16 bits; part of the fingerprint where it is given.
+    black and white, "auto" to find them, None for all of 16 bits. max_pixels: of an image; see `decode`. Both are part
+    of the fingerprint where they are given.
 
     Raises UserError where nothing matches, a shard is missing, unreadable, compressed or not local, or no shard holds
     an image. Damage inside a shard does not raise: see `problems`.
@@ -60,6 +62,7 @@ class ShardIndex:
         shards: str | list[str],
         label: str = "",
         value_range: ValueRange | Literal["auto"] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.label = label.lower().removeprefix(".")
         self.paths = tuple(local_shards(shards))
@@ -74,6 +77,7 @@ class ShardIndex:
         self._contents = [(part.content, part.label_content) for part in parts]
         if not self.num_samples:
             raise UserError(self._nothing_found(shards))
+        self.max_pixels = max_pixels
         self.value_range = resolved(self, value_range)
         self.fingerprint = self._fingerprint()
 
@@ -111,12 +115,17 @@ class ShardIndex:
     def with_label(self, label: str) -> "ShardIndex":
         """The same data set, with the places of another label."""
         label = label.lower().removeprefix(".")
-        return self if label in ("", self.label) else ShardIndex(list(self.paths), label, self.value_range)
+        if label in ("", self.label):
+            return self
+        return ShardIndex(list(self.paths), label, self.value_range, self.max_pixels)
 
-    def with_range(self, value_range: ValueRange | Literal["auto"] | None) -> "ShardIndex":
-        """The same data set, with other values for black and white."""
+    def with_range(
+        self, value_range: ValueRange | Literal["auto"] | None, max_pixels: int = MAX_PIXELS
+    ) -> "ShardIndex":
+        """The same data set, with other values for black and white, and another limit."""
         other = copy.copy(self)
-        other.value_range = resolved(self, value_range)
+        other.max_pixels = max_pixels
+        other.value_range = resolved(other, value_range)
         other.fingerprint = other._fingerprint()
         return other
 
@@ -137,16 +146,21 @@ class ShardIndex:
         return _digest(self.paths, self.labels, self.ends, [label for _, label in self._contents])
 
     def layout_fingerprint(self) -> str:
-        """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint. With a `value_range` that is
-        given, which they did not have, it is no such thing.
+        """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint. With a `value_range` or
+        `max_pixels` that is given, which they did not have, it is no such thing.
         """
-        if self.value_range is not None:
+        if self._read_as():
             return self.fingerprint
         return _digest(self.paths, self.images, self.ends, None)
 
     def _fingerprint(self) -> str:
-        seen_as = "" if self.value_range is None else f" {self.value_range}"
+        seen_as = self._read_as()
         return _digest(self.paths, self.images, self.ends, [image + seen_as for image, _ in self._contents])
+
+    def _read_as(self) -> str:
+        """What decides pixels beside the images; "" where nothing was said."""
+        limit = "" if self.max_pixels == MAX_PIXELS else f" max_pixels={self.max_pixels}"
+        return ("" if self.value_range is None else f" {self.value_range}") + limit
 
     def _nothing_found(self, shards) -> str:
         found = [problem for problems in self.problems.values() for problem in problems]

@@ -2,7 +2,7 @@
 
 - A source (an IterableDataset, the head of a `wds.DataPipeline`) says which samples make the next micro-batch.
   Worker w of n makes the micro-batches w, w + n, w + 2n, ..., so that a DataLoader hands them over in order.
-- `MicroBatchReader` (a `wds.map` stage) reads and decodes them into one uint8 buffer a view.
+- `MicroBatchReader` (a `wds.map` stage) reads and decodes them into one buffer a view.
 - What comes out depends on positions alone. An unreadable sample is replaced by one that its position determines, so
   that the micro-batch stays full and nobody else's samples move.
 - Bytes are read by offset (pread): file positions are shared by forked processes, and a shard that has become shorter
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from prelude.data.batch import ViewPlan
-from prelude.data.decode import BadImage
+from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
 from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import LabelReader
 from prelude.data.order import Order, Shuffle, sample_seed, substitute
@@ -125,13 +125,14 @@ class MicroBatchReader:
     def __call__(self, step: dict) -> dict:
         """Fills the arrays of one micro-batch.
 
-        Returns views (V tensors, each (B, H, W, 3) uint8), boxes, flips, seeds, sample_ids, positions and labels as in
+        Returns views (V tensors, each (B, H, W, C)), boxes, flips, seeds, sample_ids, positions and labels as in
         `Batch` but numpy, `bad`: (position, sample id, reason) of each failed attempt, and `lost`: the positions for
         which every attempt failed.
         """
         positions, sample_ids = step["positions"], step["sample_ids"].copy()
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
-        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, self.index.value_range)
+        seen_as = self.index.value_range, self.index.max_pixels
+        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, *seen_as)
         fill = functools.partial(self._fill, rows, positions, seeds, sample_ids)
         failures = list(self._map(fill, range(len(positions))))  # by row: the failed attempts, and whether all failed
         bad = [failed for attempts, _ in failures for failed in attempts]
@@ -197,11 +198,12 @@ class MicroBatchBuffers:
         plan: ViewPlan,
         size: int,
         read_label: LabelReader | None,
-        value_range: tuple[float, float] | None = None,
+        value_range: ValueRange | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
-        num_views = len(plan.views)
-        self.plan, self.value_range = plan, value_range
-        self.views = tuple(torch.empty(size, *view.size, 3, dtype=torch.uint8) for view in plan.views)
+        num_views, dtype = len(plan.views), torch.uint8 if value_range is None else torch.float32
+        self.plan, self.value_range, self.max_pixels = plan, value_range, max_pixels
+        self.views = tuple(torch.empty(size, *view.size, plan.channels, dtype=dtype) for view in plan.views)
         self.pixels = [view.numpy() for view in self.views]
         self.boxes = np.zeros((size, num_views, 4), np.int32)
         self.flips = np.zeros((size, num_views), bool)
@@ -210,7 +212,7 @@ class MicroBatchBuffers:
     def write(self, row: int, image: bytes, seed: int, label: np.ndarray | None) -> None:
         """Raises BadImage; the row is then undefined until it is written again."""
         out = [view[row] for view in self.pixels]
-        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, out, self.value_range)
+        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, out, self.value_range, self.max_pixels)
         if label is not None:
             self.labels[row] = label
 

@@ -22,7 +22,13 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from prelude.data.errors import UserError
-from prelude.data.image_files import DESKTOP_FILES, DESKTOP_FOLDERS, IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
+from prelude.data.image_files import (
+    ARRAY_EXTENSION,
+    DESKTOP_FILES,
+    DESKTOP_FOLDERS,
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+)
 from prelude.data.tar_headers import TAIL, Damage, Walk
 from prelude.data.waiting import moved, open_file
 
@@ -67,7 +73,9 @@ def index_tar(path: str, label: str = "") -> TarIndex:
     with _Open(path) as file:
         walk = Walk(file.fd, file.size)
         samples = _samples(_named(walk, problems), problems)
-        found = [(files[image], _label_of(files, image, label)) for image, files in _with_image(samples, problems)]
+        found = [
+            (files[image], _label_of(files, image, label)) for image, files in _with_image(samples, label, problems)
+        ]
         found.sort(key=lambda places: places[0].offset)
         images, labels = [place for place, _ in found], [place for _, place in found]
         middles = [_middle(file.fd, place) for place in images[:: max(len(images) // _SAMPLED, 1)]]
@@ -98,12 +106,13 @@ def samples_of(path: str, problems: list[Problem]) -> dict[str, dict[str, tuple[
     return {key: {ext: (place.offset, place.size) for ext, place in files.items()} for key, files in samples.items()}
 
 
-def image_extension(extensions) -> str | None:
-    """Which of a sample's extensions is its image: `jpg` before `png`, both before `left.jpg`."""
-    for known in IMAGE_EXTENSIONS:
-        if known in extensions:
-            return known
-    return next((ext for ext in extensions if _is_image(ext)), None)
+def image_extension(extensions, arrays: bool = False) -> str | None:
+    """Which of a sample's extensions is its image: `jpg` before `png`, both before `left.jpg`. arrays: `npy` alone."""
+    known = (ARRAY_EXTENSION,) if arrays else IMAGE_EXTENSIONS
+    for extension in known:
+        if extension in extensions:
+            return extension
+    return next((ext for ext in extensions if _is_image(ext, known)), None)
 
 
 def passed_over(name: str) -> bool:
@@ -153,11 +162,14 @@ def _samples(members: Iterable, problems: list[Problem]) -> dict[str, dict[str, 
     return samples
 
 
-def _with_image(samples: dict, problems: list[Problem]) -> Iterable[tuple[str, dict]]:
-    """(extension of the image, places by extension) of every sample that has one image."""
+def _with_image(samples: dict, label: str, problems: list[Problem]) -> Iterable[tuple[str, dict]]:
+    """(extension of the image, places by extension) of every sample that has one image. Arrays are images in a shard
+    that has no others, and only where they are not the labels."""
+    arrays = label != ARRAY_EXTENSION and not any(map(_has_image, samples.values()))
+    known = (ARRAY_EXTENSION,) if arrays else IMAGE_EXTENSIONS
     for key, files in samples.items():
-        extension = image_extension(files)
-        images = sum(map(_is_image, files))
+        extension = image_extension(files, arrays)
+        images = sum(_is_image(ext, known) for ext in files)
         if extension is None:
             problems.append(Problem("no image", key))
         elif "." in extension and images > 1:  # `photo.1.jpg`, `photo.2.jpg`
@@ -180,8 +192,8 @@ def _has_image(extensions) -> bool:
     return any(map(_is_image, extensions))
 
 
-def _is_image(extension: str) -> bool:
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+def _is_image(extension: str, known: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+    return extension.rpartition(".")[2] in known
 
 
 def _table(places: list[_Place]) -> np.ndarray:

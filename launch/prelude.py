@@ -27,6 +27,8 @@ COMMANDS = {
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),
+    "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),
+    "check-objective": ("check_objective", "whether your own objective keeps the contract"),
     "shards": ("shards", "make shards of images, and look at them"),
 }
 

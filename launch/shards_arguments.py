@@ -2,7 +2,7 @@
 
 import argparse
 
-from prelude.launch.arguments import documented_parser, finite, path, seed, whole
+from prelude.launch.arguments import documented_parser, finite, path, seed, value_range, whole
 
 _QUALITY = 90  # of JPEGs, where nothing else is asked for
 
@@ -36,6 +36,11 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder of images, or paths, braces, *, ::")
     parser.add_argument("--label", default="", metavar="EXT", help="extension of a label's member (default: cls)")
     parser.add_argument("--workers", type=whole(1), metavar="N", help="threads that decode (default: the cores)")
+    there = "of an image (default: 3, or what images have that cannot be RGB)"
+    parser.add_argument("--channels", type=whole(1), metavar="N", help=there)
+    parser.add_argument(
+        "--range", type=value_range, metavar="LOW,HIGH", help="values of deep images that are black and white, or auto"
+    )
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:

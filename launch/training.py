@@ -67,7 +67,7 @@ def train(config: Config) -> int:
 
 def loader_of(config: Config, views):
     of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
-    of_data["value_range"] = config.data.range
+    of_data |= {"value_range": config.data.range, "max_pixels": config.data.max_pixels}
     return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
 
 

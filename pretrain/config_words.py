@@ -87,8 +87,10 @@ def _wanted(part: Any, metadata: list) -> str:
         return _wanted(inside[0], _limits_in(inside[1:]))
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}" if len(inside) > 1 else str(inside[0])
-    if origin is tuple:
+    if origin is tuple and inside[-1] is not Ellipsis:
         return f"a list of {len(inside)} {_many(inside[0])}"
+    if origin is tuple:
+        return f"a list of {_many(inside[0])}"
     if origin is list:
         least = next((limit.min_length for limit in metadata if isinstance(limit, MinLen)), 0)
         return f"a list of {_many(inside[0])}{f', at least {least}' if least else ''}"

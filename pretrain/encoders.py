@@ -18,12 +18,14 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from prelude.data.errors import UserError
-from prelude.pretrain import encoder_names
+from prelude.pretrain import encoder_names, own_encoder
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.kept_patches import check_tokens, hold_rotations, is_transformer, token_features
+from prelude.pretrain.own_encoder import TokenLayout, gives, is_own
 from prelude.pretrain.position import sincos_table
 
-_HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
+# keys of ours that kwargs must not repeat
+_HOME_OF = {"img_size": "encoder.image_size", "patch_size": "encoder.patch_size", "in_chans": "data.channels"}
 # What timm and torch raise for settings that no model can have.
 _REFUSALS = (
     TypeError,
@@ -36,7 +38,7 @@ _REFUSALS = (
     NameError,
 )
 _LONGEST_REASON = 200  # characters
-_ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
+_ALWAYS = ("num_classes", "pretrained")  # set here, the same for every encoder
 # timm would load these, leniently, and an objective's initialisation would undo it.
 _WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
@@ -61,10 +63,12 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     Raises UserError.
     """
     model = _laid_out_for_tokens(config) if tokens else lay_out_encoder(config)
+    if gives(model):
+        return _summary_of_own(model, config, tokens)
     _check_patches_fit(model, config)
     if tokens:
         check_tokens(model, config.name)
-    table = _has_fixed_table(model, config)
+    table = not is_own(config) and _has_fixed_table(model, config)
     patches = model.patch_embed if isinstance(getattr(model, "patch_embed", None), PatchEmbed) else None
     fixed = model.pos_embed.numel() if table else 0
     transformer = is_transformer(model)
@@ -79,8 +83,29 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     )
 
 
+def _summary_of_own(model: nn.Module, config: EncoderConfig, tokens: bool) -> EncoderSummary:
+    found = gives(model)
+    if tokens and found.tokens is None:
+        raise UserError(
+            f"encoder.name={config.name} has no forward_tokens(images, keep), which this objective needs to show it a "
+            "part of an image's patches; write one, or another objective."
+        )
+    if tokens:
+        own_encoder.check_tokens(config)
+    layout = found.tokens
+    return EncoderSummary(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        width=found.width,
+        grid=layout.grid if layout else None,
+        patch_size=layout.patch_size if layout else None,
+        num_heads=layout.num_heads if layout else None,
+    )
+
+
 def lay_out_encoder(config: EncoderConfig) -> nn.Module:
     """The architecture on the meta device: shapes without numbers. Raises UserError when timm cannot build it."""
+    if is_own(config):
+        return own_encoder.lay_out(config)
     with torch.device("meta"):
         return _create(config)
 
@@ -107,6 +132,8 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
     Raises UserError.
     """
     with seeded(seed):
+        if is_own(config):
+            return own_encoder.describe(own_encoder.create(config), config)
         model = _create(config)
     _check_patches_fit(model, config)
     if _has_fixed_table(model, config):
@@ -121,7 +148,23 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
 
 def pooled_width(encoder: nn.Module) -> int:
     """D of `encoder(images)`, (B, D). timm's `num_features` leaves out a head's hidden layer (MobileNetV3)."""
-    return encoder.head_hidden_size
+    found = gives(encoder)
+    return found.width if found else encoder.head_hidden_size
+
+
+def stage_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """The map (B, C, h, w) of every stage, fine to coarse, of an encoder that has stages."""
+    if gives(encoder):
+        return list(encoder.forward_maps(images))
+    return encoder.forward_intermediates(images, intermediates_only=True)
+
+
+def token_layout(encoder: nn.Module) -> TokenLayout:
+    """Of an encoder that `check_encoder(tokens=True)` has accepted."""
+    if found := gives(encoder):
+        return found.tokens
+    embed, num_heads = encoder.patch_embed, encoder.blocks[0].attn.num_heads
+    return TokenLayout(embed.patch_size, embed.grid_size, encoder.embed_dim, encoder.num_prefix_tokens, num_heads)
 
 
 @contextmanager
@@ -135,12 +178,14 @@ def seeded(seed: int) -> Iterator[None]:
 def forward_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
     """Features of the prefix tokens and of the kept patches, after the final norm.
 
-    images: (B, 3, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
+    images: (B, C, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
     Returns (B, prefix + K, D), patches in the order of `keep`. Position rows go with their patches, so a
     feature depends on which patches are kept and not on their order. `check_encoder(tokens=True)` has
     accepted the architecture. visible: with `keep` only, bool (B, prefix + K, prefix + K), True where a token
     (row) sees another (column); no row may be without.
     """
+    if gives(vit):
+        return vit.forward_tokens(images) if keep is None else vit.forward_tokens(images, keep)
     return token_features(vit, images, keep, visible)
 
 
@@ -151,12 +196,14 @@ def _create(config: EncoderConfig) -> nn.Module:
         raise UserError(f"encoder.name={name} is not an architecture of timm {timm.__version__}; {hint}")
     for key in config.kwargs:
         if key in _HOME_OF:
-            raise UserError(f"encoder.kwargs.{key} has its own key; write encoder.{_HOME_OF[key]}.")
+            raise UserError(f"encoder.kwargs.{key} has its own key; write {_HOME_OF[key]}.")
         if key in _ALWAYS:
             raise UserError(f"encoder.kwargs.{key} is the same for every encoder here; leave it out.")
         if key in _WEIGHTS:
             raise UserError(f"encoder.kwargs.{key} loads weights without a word; write encoder.weights=SOURCE.")
     kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
+    if config.in_chans != 3:
+        kwargs["in_chans"] = config.in_chans
     try:
         try:
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
@@ -165,6 +212,7 @@ def _create(config: EncoderConfig) -> nn.Module:
                 raise
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
     except _REFUSALS as error:
+        _refuse_two_sides(config)
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             raise _no_setting(unknown[1], config) from error
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
@@ -173,9 +221,37 @@ def _create(config: EncoderConfig) -> nn.Module:
             f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "
             "encoder.kwargs={} for the architecture as timm has it."
         ) from error
+    if _has_two_sides(config.patch_size) and tuple(getattr(_cut_by(model), "patch_size", ())) != config.patch_size:
+        raise _no_two_sides(config)
     if config.norm_eps is not None:
         _set_norm_eps(model, config)
     return model
+
+
+def _refuse_two_sides(config: EncoderConfig) -> None:
+    """Raises UserError for an architecture that can be built with square patches alone."""
+    if _has_two_sides(config.patch_size):
+        try:
+            lay_out_encoder(config.model_copy(update={"patch_size": max(config.patch_size)}))
+        except UserError:
+            return  # there is more that it cannot
+        raise _no_two_sides(config)
+
+
+def _no_two_sides(config: EncoderConfig) -> UserError:
+    return UserError(
+        f"encoder.patch_size={list(config.patch_size)} has two sides, which encoder.name={config.name} does not take; "
+        "write one number, or a vision transformer."
+    )
+
+
+def _has_two_sides(patch: int | tuple[int, int] | None) -> bool:
+    return isinstance(patch, tuple) and patch[0] != patch[1]
+
+
+def _cut_by(model: nn.Module) -> PatchEmbed | None:
+    embed = getattr(model, "patch_embed", None)
+    return embed if isinstance(embed, PatchEmbed) else None
 
 
 def _set_norm_eps(model: nn.Module, config: EncoderConfig) -> None:
@@ -202,6 +278,11 @@ class _NoSetting(UserError):
 
 
 def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
+    if key == "in_chans":
+        return _NoSetting(
+            f"encoder.name={config.name} reads three channels only, and data.channels is {config.in_chans}; write "
+            "another encoder.name, or data.channels=3."
+        )
     where, instead = ("patch_size", "null") if key == "patch_size" else ("kwargs", "{}")
     name = f"encoder.{where}" if where == key else f"encoder.{where}.{key}"
     return _NoSetting(

@@ -24,7 +24,7 @@ import torch
 
 from prelude.data.batch import Batch
 from prelude.data.errors import RunStopped, Stopped, UserError
-from prelude.pretrain import attendance, deepspeed_config, distributed, optimizers, precision, stopping
+from prelude.pretrain import attendance, deepspeed_config, distributed, named_code, optimizers, precision, stopping
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_code, peak_memory
 from prelude.pretrain.guarded_step import GuardedStep
@@ -57,6 +57,7 @@ class Engine:
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
         self.progress = beginning(config, loader.num_samples)
+        self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
@@ -296,6 +297,7 @@ class Engine:
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),
             "loader": self.data_position,
+            "own_code": self.own_code,
         }
         for monitor in self.monitors:
             monitor.saving(self.progress.step)
@@ -320,7 +322,7 @@ class Engine:
             refuse_changed_config(changed_settings(meta["config"], self.config), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
-        return notices
+        return [*notices, *named_code.changes(meta.get("own_code", {}), self.own_code)]
 
     def _exported_prefix(self) -> str:
         exported = self.objective.exported_encoder()
@@ -336,7 +338,7 @@ class Engine:
     # ---- starting
 
     def _refuse_other_ranks(self) -> None:
-        facts = {"config": self.config.model_dump(mode="json"), "code": describe_code()}
+        facts = {"config": self.config.model_dump(mode="json"), "code": describe_code() | self.own_code}
         facts |= {"data": self.loader.state_dict(), "num_steps": self.progress.num_steps}
         refuse_differences(facts)
 

@@ -19,13 +19,19 @@ from timm.models import ConvNeXt, ResNet
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
+from prelude.data.errors import UserError
 from prelude.pretrain.kept_patches import is_transformer
 
 _HEAD = "\0"  # a name that no pattern of timm's matches: it falls into the group of the head
 
 
 def lr_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
-    """The learning rate's multiplier of each of the encoder's parameters; the head's would be 1."""
+    """The learning rate's multiplier of each of the encoder's parameters; the head's would be 1.
+
+    Raises UserError for a network that does not say what its layers are.
+    """
+    if decay == 1:
+        return {name: 1.0 for name, _ in encoder.named_parameters()}
     layers, head = layer_numbers(encoder)
     return {name: decay ** (head - layer) for name, layer in layers.items()}
 
@@ -39,6 +45,11 @@ def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
         return _of_convnext(names, [len(stage.blocks) for stage in encoder.stages])
     if isinstance(encoder, ResNet):
         return _of_resnet(names, [len(encoder.layer2), len(encoder.layer3)])
+    if not hasattr(encoder, "group_matcher"):
+        raise UserError(
+            f"A learning rate by layers needs a {type(encoder).__name__} that says what its layers are, by timm's "
+            "group_matcher(coarse); write one, or layer_decay=1."
+        )
     matcher = encoder.group_matcher(coarse=False)
     groups = group_with_matcher(chain(((name, name) for name in names), [(_HEAD, _HEAD)]), matcher, reverse=True)
     head = groups.pop(_HEAD)

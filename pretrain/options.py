@@ -38,6 +38,7 @@ Text = Annotated[str, AfterValidator(_plain)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # of a file or a folder
 Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 

@@ -29,6 +29,7 @@ _FREE = (
     "data.shards",  # the data set is recognised by its content, not by its path
     "data.num_workers",
     "data.max_bad_share",
+    "data.shown_channels",
     "data.timeout_seconds",
     "train.micro_batch",
     "train.zero_stage",

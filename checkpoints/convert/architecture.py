@@ -47,12 +47,18 @@ def encoder_config(weights: Weights, image_size: int | None = None) -> EncoderCo
     Raises UserError.
     """
     tensors = weights.tensors
+    found, first = None, None
     if "patch_embed.proj.weight" in tensors:
-        return eva_config(weights, image_size) if is_eva(tensors) else _vit(weights)
-    if any(name.startswith("stages.") for name in tensors):
-        return _convnext(tensors, image_size or _CONVNET_SIZE)
-    if "conv1.weight" in tensors:
-        return _resnet(tensors, image_size or _CONVNET_SIZE)
+        found = eva_config(weights, image_size) if is_eva(tensors) else _vit(weights)
+        first = "patch_embed.proj.weight"
+    elif any(name.startswith("stages.") for name in tensors):
+        found, first = _convnext(tensors, image_size or _CONVNET_SIZE), "stem.0.weight"
+    elif "conv1.weight" in tensors:
+        found, first = _resnet(tensors, image_size or _CONVNET_SIZE), "conv1.weight"
+    if found and (first not in tensors or tensors[first].ndim != 4):
+        return found  # damaged, as whoever fits it will say
+    if found:
+        return found.model_copy(update={"in_chans": tensors[first].shape[1]})
     raise UserError(
         f"{weights.where}: {weights.format} lacks its first layer, so no architecture can be told; fetch it again."
     )

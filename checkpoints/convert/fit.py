@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prelude.checkpoints.convert.resample import RULES, adapt_channels, resample_patches, resample_table
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.errors import UserError
+from prelude.pretrain.own_encoder import gives
 
 _SHOWN = 5
 _COUNTER = ".num_batches_tracked"
@@ -82,14 +83,16 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
 
 def facts(model: nn.Module) -> dict:
     """What decides an encoder's function and is in no tensor, of a vision transformer; empty for others."""
-    block = next(iter(getattr(model, "blocks", [])), None)
+    block = None if gives(model) else next(iter(getattr(model, "blocks", [])), None)
     if not hasattr(getattr(block, "attn", None), "num_heads"):
         return {}
     return {"num_heads": block.attn.num_heads, "norm_eps": getattr(block.norm1, "eps", None)}
 
 
 def grid_of(model: nn.Module) -> tuple[int, int] | None:
-    return getattr(getattr(model, "patch_embed", None), "grid_size", None) if _has_table(model) else None
+    """None where there is no table of positions that could be brought to another grid."""
+    known = _has_table(model) and not gives(model)
+    return getattr(getattr(model, "patch_embed", None), "grid_size", None) if known else None
 
 
 def prefix_rows_of(model: nn.Module) -> int:

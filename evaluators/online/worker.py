@@ -48,7 +48,7 @@ class Judge:
         self.model = build_encoder(config.encoder, seed=0).requires_grad_(False).eval()
         section = config.evaluate
         named = (section.train_shards, section.test_shards)
-        indexes = [ShardIndex(shards, section.label, config.data.range) for shards in named]
+        indexes = [ShardIndex(shards, section.label, config.data.range, config.data.max_pixels) for shards in named]
         wanted = (section.num_train, section.num_test)
         self.parts = [self._images(index, count) for index, count in zip(indexes, wanted, strict=True)]
         self.same_shards = indexes[0].fingerprint == indexes[1].fingerprint

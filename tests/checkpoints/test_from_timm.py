@@ -51,6 +51,26 @@ def test_a_folder_of_timms_has_timms_features(kind, tmp_path):
         assert f"{total} of {total} tensors loaded" in opened.loaded
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("kind", ["classifier", "convnet"])
+def test_a_folder_of_other_channels_keeps_its_first_layer(kind, channels, tmp_path):
+    name, arguments = MODELS[kind]
+    model = saved(name, arguments | {"in_chans": channels}, tmp_path / "folder")
+    path = tmp_path / "folder" / "config.json"
+    config = json.loads(path.read_text())
+    for length in (3, channels):
+        config["pretrained_cfg"] |= {"mean": [0.5] * length, "std": [0.2] * length}
+        path.write_text(json.dumps(config))
+        if length == 3:
+            with pytest.raises(UserError, match=f"reads {channels} channel.*, and its config.json has mean and std of"):
+                describe(f"local-dir:{tmp_path}/folder")
+    opened = open_encoder(f"local-dir:{tmp_path}/folder")
+    images = torch.randn(2, channels, *opened.config.size)
+    model.reset_classifier(0)
+    with torch.no_grad():
+        assert opened.config.in_chans == channels and (opened.model(images) - model(images)).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("kind", ["classifier", "convnet"])
 def test_what_timm_would_leave_at_random_is_refused(kind, tmp_path):
     saved(*MODELS[kind], tmp_path / "folder")

@@ -117,6 +117,15 @@ def test_pixels_that_are_normalised_otherwise_are_said(tmp_path):
     assert "normalised" not in start.sentence.replace(str(tmp_path), "")
 
 
+def test_weights_of_three_channels_start_a_run_of_another_number(tmp_path):
+    options, encoder, _ = OBJECTIVES["mae"]
+    for channels, how in ((1, "summed"), (4, "repeated in turn or cut off, times 3 / 4")):
+        data = {"shards": "-", "channels": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
+        start, _ = started(mae(), tmp_path / "weights.pth", options, encoder, data=data)
+        assert f"first layer brought from 3 to {channels} channels ({how})" in start.sentence
+        assert "; its pixels were normalised by data.mean=[0.485, 0.456, 0.406]" in start.sentence
+
+
 def test_a_run_that_goes_on_does_not_read_the_weights(tmp_path, save):
     options, encoder, _ = OBJECTIVES["mae"]
     start, _ = started(mae(), tmp_path / "weights.pth", options, encoder)

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from convnet_cases import ADAMW, BARLOW, CONVNEXT, LAMB, LARS, RESNET, ROTATION, SGD, SPARK, STRIDE_8
 from in_memory import MemoryLoader, NoStore, Recorder
-from waiting import counted
 
 from prelude.data.batch import Batch
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
-from prelude.pretrain import distributed, photometric
+from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
+from prelude.pretrain.host_waits import counted
 from prelude.pretrain.meter import Meter
 from prelude.pretrain.recipes import validate_config
 
@@ -108,7 +108,6 @@ def batch_at(positions: torch.Tensor, views) -> Batch:
 def main() -> None:
     out = Path(sys.argv[-1])
     distributed.start()
-    photometric._on_host = lambda images: False  # where the host computes, choosing rows makes nobody wait
     found = {case: found_in(case, out) for case in CASES}
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found, indent=1))
     distributed.stop()

@@ -14,6 +14,9 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prelude.pretrain.encoders import stage_maps
+from prelude.pretrain.own_encoder import gives
+
 PLACES = 6  # a side of a convnet's map: the deepest stage with as many is looked at
 
 
@@ -25,7 +28,7 @@ class Maps:
 
 @torch.no_grad()
 def maps(model: nn.Module, pixels: Tensor) -> Maps | None:
-    """Of a batch (B, 3, H, W), normalised. None for a model that has neither blocks nor stages.
+    """Of a batch (B, C, H, W), normalised. None for a model that has neither blocks nor stages.
 
     Plain ViTs, EVA and BEiT: attention that the class token, or else the mean patch token, pays to each patch in the
     last block, mean over heads. All others: the norm of activations.
@@ -37,9 +40,10 @@ def maps(model: nn.Module, pixels: Tensor) -> Maps | None:
         paid = weights[:, 0] if of_class else weights[:, prefix:].mean(1)  # (B, patches)
         who = "the class token pays" if of_class else "patches pay on average"
         return Maps(paid.unflatten(1, grid), f"attention that {who} to each patch in the last block, mean over heads")
-    if not hasattr(model, "forward_intermediates"):
+    found = gives(model)
+    if not (found.maps if found else hasattr(model, "forward_intermediates")):
         return None
-    stages = model.forward_intermediates(pixels, intermediates_only=True)  # (B, C, h, w) each
+    stages = stage_maps(model, pixels)  # (B, C, h, w) each
     enough = [i for i, stage in enumerate(stages) if min(stage.shape[2:]) >= PLACES] or [0]
     chosen = stages[enough[-1]]
     height, width = chosen.shape[2:]
@@ -68,7 +72,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _has_attention(model: nn.Module) -> bool:
-    blocks = getattr(model, "blocks", None)
+    blocks = None if gives(model) else getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         return False
     last = getattr(blocks[-1], "attn", None)
