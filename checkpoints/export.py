@@ -262,7 +262,8 @@ An image encoder that was pretrained without labels. It has no classifier.
 
 
 def _loading(encoder: OpenedEncoder, folder: str) -> str:
-    height, width = encoder.config.size
+    config = encoder.config
+    height, width = config.size
     return f"""
 ```python
 import timm

@@ -24,6 +24,7 @@ from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
 from prelude.data.batch import Batch
 from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
+from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import ShardIndex
 from prelude.data.waiting import wait_at_most
 from prelude.evaluators.features.labels import class_numbers
@@ -104,6 +105,7 @@ def prepare(
     values["data"] = pixels | {"max_pixels": labelled.max_pixels} | values["data"]
     config = validate_config(values, str(recipe), options_for)
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     return _with_labels(source, config, opened, labelled)
 
 
