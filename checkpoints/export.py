@@ -268,7 +268,7 @@ def _loading(encoder: OpenedEncoder, folder: str) -> str:
 ```python
 import timm
 encoder = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-features = encoder(images)  # (B, {config.in_chans}, {height}, {width}) to (B, {encoder.model.num_features})
+features = encoder(images)  # (B, {encoder.config.in_chans}, {height}, {width}) to (B, {encoder.model.num_features})
 ```
 
 With `num_classes=N` timm adds a fresh classifier for fine-tuning. timm {timm.__version__} wrote this folder.
