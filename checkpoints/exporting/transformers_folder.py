@@ -40,7 +40,7 @@ def write_transformers(encoder: OpenedEncoder, folder: Path, dtype: str, section
     ours = rounded(encoder, dtype)
     if converted := convert(encoder.model, encoder.config.size):
         config, tensors = converted
-        config |= {"dtype": dtype, EXPORT_SECTION: section | {"format": "transformers"}}
+        config |= {"dtype": dtype, EXPORT_SECTION: section}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(encoder), indent=2) + "\n")
         tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
@@ -88,6 +88,11 @@ def _cast(tensor: Tensor, dtype: str) -> Tensor:
     return (tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor).contiguous()
 
 
+def is_converted(encoder: OpenedEncoder) -> bool:
+    """Whether transformers has an architecture of its own for it."""
+    return convert(encoder.model, encoder.config.size) is not None
+
+
 def convert(model: nn.Module, size: tuple[int, int]) -> Converted | None:
     """None for an architecture that transformers has no counterpart of its own for."""
     if isinstance(model, VisionTransformer) and _is_plain_vit(model) and size[0] == size[1]:
@@ -123,7 +128,8 @@ def _is_plain_block(block: nn.Module) -> bool:
         and isinstance(attention.q_norm, nn.Identity)
         and isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity)
         and type(mlp) is Mlp
-        and isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
+        and isinstance(mlp.act, nn.GELU)
+        and mlp.act.approximate == "none"
         and isinstance(mlp.norm, nn.Identity)
         and mlp.fc1.bias is not None
         and mlp.fc1.out_features % mlp.fc1.in_features == 0
@@ -210,7 +216,9 @@ def _is_plain_resnet(model: ResNet) -> bool:
 def _is_plain_residual(block: nn.Module) -> bool:
     shortcut = block.downsample
     wide = isinstance(block, Bottleneck) and (
-        block.conv2.groups != 1 or block.conv1.out_channels * 4 != block.conv3.out_channels or block.conv1.stride != (1, 1)
+        block.conv2.groups != 1
+        or block.conv1.out_channels * 4 != block.conv3.out_channels
+        or block.conv1.stride != (1, 1)
     )
     return (
         block.se is None
