@@ -9,6 +9,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models.eva import Eva
 from torch import nn
 
 from prelude.checkpoints.convert.fit import facts, grid_of, prefix_rows_of
@@ -116,8 +117,19 @@ def _read(name: str, where: str, channels: int = 3) -> Weights:
         resampling="timm",
         grid=grid_of(model),
         prefix_rows=prefix_rows_of(model),
+        moved_norm=_moved_norm(model, where),
         **facts(model),
     )  # fmt: skip
+
+
+def _moved_norm(model: nn.Module, where: str) -> bool:
+    """timm gives EVA-02's masked pretraining a norm after the mean, with the weights of the one before it.
+
+    Known of what timm publishes alone: the tag stays in a folder whose weights were trained on.
+    """
+    tag = getattr(model, "pretrained_cfg", {}).get("tag") or ""
+    published = where.startswith((TIMM, f"{HUB}timm/")) and tag.startswith("mim")
+    return published and isinstance(model, Eva) and not isinstance(model.fc_norm, nn.Identity)
 
 
 def _not_fetched(where: str, error: Exception) -> UserError:

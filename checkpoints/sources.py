@@ -1,5 +1,5 @@
 """Encoders from wherever they are: a run, a checkpoint, an export, a file or folder in a published format, timm's and
-the Hugging Face hub's weights, or chance.
+the Hugging Face hub's weights, what a run started from, or chance.
 
 - Whatever the source, what comes back is a timm model in eval mode whose weights want no gradient.
 - Every tensor of the model comes from the source, and every tensor of the source has its place or is left out by
@@ -19,7 +19,7 @@ from prelude.checkpoints import manifest, store
 from prelude.checkpoints.convert import weights as convert
 from prelude.checkpoints.convert.fit import facts, fit, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.weights import Weights
-from prelude.checkpoints.description import Description, has_folder, path_of
+from prelude.checkpoints.description import RANDOM, START, Description, has_folder, path_of
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
 from prelude.data.errors import UserError
@@ -28,11 +28,10 @@ from prelude.pretrain.encoders import build_encoder, lay_out_encoder
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
 OWN = "own parts of the objective"
-_RANDOM = "random:"
 _STUDENT = "encoder."  # what is trained by gradient, beside its teacher where there is one
 _KINDS = (
     "a run folder, a checkpoint folder, an exported folder, a file or folder of published weights, timm:NAME, "
-    "hf-hub:ID, local-dir:FOLDER, or random: before one of these"
+    "hf-hub:ID, local-dir:FOLDER, start: before a run, or random: before any of these"
 )
 # How the code of a method resamples its table of positions; others take timm's way.
 _RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
@@ -54,16 +53,17 @@ class OpenedEncoder:
 def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
     """Opens `source`: a folder of a run (its newest complete checkpoint), of a checkpoint or of an export; a file or
     folder of published weights (see `from_files`); `timm:NAME`, `hf-hub:ID`, `local-dir:FOLDER`, opened by timm;
-    `random:SOURCE`, the same architecture with weights drawn from `seed`.
+    `start:RUN`, the encoder that a run started from, as it was before the run's first step; `random:SOURCE`, the same
+    architecture with weights drawn from `seed`.
 
     Raises UserError when there is no such source, when it is damaged, or when it does not fit its architecture.
     """
     source = str(source)
-    described = describe(source.removeprefix(_RANDOM))
+    described = describe(source.removeprefix(RANDOM))
     model = build_encoder(described.config, seed=seed)
     name, origin, loaded, rule = described.name, described.origin, "", "timm"
-    if source.startswith(_RANDOM):
-        name, origin = f"{_RANDOM}{described.name}", {}
+    if source.startswith(RANDOM):
+        name, origin = f"{RANDOM}{described.name}", {}
     else:
         weights = described.read()
         loaded, rule = fit(model, weights, described.config.name).sentence(weights), weights.resampling
@@ -74,7 +74,7 @@ def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
 
 def open_weights(source: str) -> Weights:
     """The weights of any source but `random:`, whatever encoder they are to go into. Raises UserError."""
-    if source.startswith(_RANDOM):
+    if source.startswith(RANDOM):
         raise UserError(f"{source} holds no weights; leave it out, and the encoder starts at random.")
     if _is_published(source):
         return read_weights(source)
@@ -100,6 +100,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def describe(source: str) -> Description:
     """Raises UserError for a source that is none, or is damaged."""
+    if source.startswith(START):
+        return _describe_start(source.removeprefix(START))
     if not has_folder(source) or source.startswith(FOLDER):
         return describe_timm(source)
     if _is_published(source):
@@ -119,7 +121,7 @@ def describe(source: str) -> Description:
 
 
 def _is_published(source: str) -> bool:
-    if not has_folder(source) or source.startswith(FOLDER):
+    if not has_folder(source) or source.startswith((FOLDER, START)):
         return False
     path = path_of(source)
     return path.is_file() or is_transformers(path)
@@ -156,6 +158,32 @@ def _chosen(network: str, exported: str, folder: Path) -> str:
         named = "#student, or nothing for the teacher" if taught else "nothing: it has one network"
         raise UserError(f"{folder} has no network {network}; write after it {named}.")
     return _STUDENT if network == "student" else exported
+
+
+def _describe_start(source: str) -> Description:
+    """The run's own architecture, image size and normalisation, with the weights that its record names."""
+    run = describe(source)
+    origin = {key: run.origin[key] for key in ("weights", "weights_fingerprint") if key in run.origin}
+    if not origin:
+        raise UserError(
+            f"{source} did not start from weights, or does not record it; write {RANDOM}{source} for the same "
+            "architecture untrained."
+        )
+
+    def read() -> Weights:
+        try:
+            weights = open_weights(origin["weights"])
+        except UserError as error:
+            raise UserError(f"What {source} started from cannot be opened any more: {error}") from None
+        if weights.fingerprint != origin.get("weights_fingerprint", weights.fingerprint):
+            raise UserError(
+                f"{source} started from {origin['weights']}, which holds other weights by now (fingerprint "
+                f"{weights.fingerprint} instead of {origin['weights_fingerprint']}); name what still holds them, such "
+                "as a checkpoint, in its place."
+            )
+        return weights
+
+    return replace(run, name=f"{START}{run.name}", read=read, origin=origin)
 
 
 def _describe_export(folder: Path) -> Description:

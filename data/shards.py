@@ -1,6 +1,7 @@
 """A data set of tar shards: which files it is, and where each sample lies in them.
 
-- A folder of images, read in place, is one shard; see `image_folder`.
+- A folder of images, read in place, is one shard; see `image_folder`. One behind a URL is read as a file, too; see
+  `remote_shards`.
 - `data.shards` is a path, a pattern with braces (`{000..099}`), `*` or `?`, several of them joined by `::`, or a list;
   braces, `::` and `${...}` are expanded by webdataset. A name that exists as it is written is taken as it is.
 - A sample's id is its place in the index: shard after shard, in the order of the tar.
@@ -33,6 +34,11 @@ from webdataset.shardlists import expand_urls
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder, open_folder
+from prelude.data.node_cache import cache_folder
+from prelude.data.remote_index import load as load_remote
+from prelude.data.remote_index import read_index_files
+from prelude.data.remote_shards import RemoteShard, is_pattern, matching, remote_shards, shard_name
+from prelude.data.stores import is_stored
 from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
 from prelude.data.value_range import resolved
 from prelude.data.waiting import called, in_threads
@@ -46,15 +52,15 @@ _COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
 
 
 class ShardIndex:
-    """The samples of local, uncompressed tar shards. 16 bytes of memory a sample, 32 with labels.
+    """The samples of uncompressed tar shards, local or in a store. 16 bytes of memory a sample, 32 with labels.
 
     shards: see the module. label: extension of the member that holds a sample's label (`cls`), or "" for none; it
     changes neither ids nor fingerprint. value_range: the stored values of images with more than 8 bits that become
     black and white, "auto" to find them, None for all of 16 bits. max_pixels: of an image; see `decode`. Both are part
     of the fingerprint where they are given.
 
-    Raises UserError where nothing matches, a shard is missing, unreadable, compressed or not local, or no shard holds
-    an image. Damage inside a shard does not raise: see `problems`.
+    Raises UserError where nothing matches, a shard is missing, unreadable, compressed or a stream, or no shard holds
+    an image, and RunStopped where a store does not give one. Damage inside a shard does not raise: see `problems`.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class ShardIndex:
         max_pixels: int = MAX_PIXELS,
     ):
         self.label = label.lower().removeprefix(".")
-        self.paths = tuple(local_shards(shards))
+        self.paths = tuple(indexable_shards(shards))
         parts = _load_all(self.paths, self.label)
         self.images = np.concatenate([part.images for part in parts])  # (N, 2) int64: offset, size
         self.labels = np.concatenate([part.labels for part in parts])  # (N, 2) int64, or (0, 2) without a label
@@ -109,6 +115,8 @@ class ShardIndex:
     def key(self, sample_id: int) -> str:
         """A sample's key in its shard. Walks the shard's headers: for people to read, not for every sample."""
         path, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
+        if isinstance(path, RemoteShard) and not path.is_here():
+            return f"byte {offset}"
         keys = path.keys_by_offset if isinstance(path, ImageFolder) else functools.partial(keys_by_offset, path)
         return called(lambda: keys().get(offset, "?"), f"the headers of {path}")
 
@@ -173,10 +181,10 @@ class ShardIndex:
 
 
 def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list[str]:
-    """Local paths and URLs, in order; local ones exist.
+    """Local paths and URLs, in order; they exist, as far as they are files, and those of a store are `RemoteShard`s.
 
     allow_commands: whether `pipe:` may be among them, behind which a shell runs what a file, or somebody else's recipe,
-    says. Raises UserError naming the pattern and this host.
+    says. Raises UserError naming the pattern and this host, and RunStopped for what a store does not give.
     """
     found = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -191,16 +199,22 @@ def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list
         raise UserError(
             "data.shards is empty; write the path of a tar file, or a pattern such as /data/{000..099}.tar."
         )
-    return found
+    return remote_shards(found)
 
 
-def local_shards(shards: str | list[str]) -> list[str]:
-    """Paths, in order, of shards that must be files. Raises UserError as `expand_shards`, and for URLs and commands."""
+def indexable_shards(shards: str | list[str]) -> list[str]:
+    """Paths, in order, of shards that must be files, here or in a store. Raises UserError as `expand_shards`, and for
+    commands and other streams."""
     paths = expand_shards(shards, allow_commands=True)  # none is run: it is refused here
     for path in paths:
-        if is_remote(path):
-            raise UserError(f"{path} is not a local file and cannot be indexed; copy it to a disk.")
+        if is_stream(path):
+            raise UserError(f"{path} is no file and cannot be indexed; copy it to a disk.")
     return paths
+
+
+def is_stream(path: str) -> bool:
+    """Whether an expanded path can only be read from its beginning to its end."""
+    return is_remote(path) and not isinstance(path, RemoteShard)
 
 
 def is_remote(url: str) -> bool:
@@ -211,18 +225,13 @@ def is_command(url: str) -> bool:
     return bool(_COMMAND.match(url))
 
 
-def cache_folder() -> Path:
-    """Where indexes are kept: $PRELUDE_CACHE, or ~/.cache/prelude."""
-    return Path(os.environ.get("PRELUDE_CACHE") or Path.home() / ".cache" / "prelude")
-
-
 def _digest(paths: tuple[str, ...], places: np.ndarray, ends: np.ndarray, contents: list[str] | None) -> str:
     """places: (N, 2) int64, or (0, 2). contents: a hash of each shard, None to leave them out."""
     digest = hashlib.blake2b(digest_size=16)
     of_shards = np.split(places, ends[:-1]) if len(places) else [places] * len(paths)
     for i, (path, of_shard) in enumerate(zip(paths, of_shards, strict=True)):
         content = [] if contents is None else [contents[i]]
-        digest.update(json.dumps([os.path.basename(path), len(of_shard), *content]).encode())
+        digest.update(json.dumps([shard_name(path), len(of_shard), *content]).encode())
         digest.update(np.ascontiguousarray(of_shard, "<i8").tobytes())
     return digest.hexdigest()
 
@@ -244,7 +253,7 @@ def _lost(parts: list[TarIndex]) -> np.ndarray:
 
 
 def _expand(pattern: str) -> list[str]:
-    if isinstance(pattern, ImageFolder):
+    if isinstance(pattern, ImageFolder | RemoteShard):
         return [pattern]
     if not is_remote(pattern) and os.path.exists(pattern):
         return [_as_path(pattern, pattern)]
@@ -255,7 +264,11 @@ def _expand(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that is not set; a brace that is not closed
         reason = str(error).replace("wds_WDS_", "WDS_") or "unbalanced braces"
         raise UserError(f"data.shards={pattern!r} cannot be expanded ({reason}); write plain paths.") from None
-    return [path for url in urls for path in ([url] if _has_scheme(url) else _local(url, pattern))]
+    return [path for url in urls for path in (_in_store(url) if _has_scheme(url) else _local(url, pattern))]
+
+
+def _in_store(url: str) -> list[str]:
+    return matching(url) if is_stored(url) and is_pattern(url) else [url]
 
 
 def _num_named(pattern: str) -> int:
@@ -302,6 +315,7 @@ def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     begin = len(paths) * int(os.environ.get("LOCAL_RANK", 0)) // ranks
     turned = paths[begin:] + paths[:begin]
+    read_index_files(turned)
     parts = list(in_threads(lambda path: _load(path, label), turned, lambda path: f"the headers of {path}"))
     return parts[len(paths) - begin :] + parts[: len(paths) - begin]
 
@@ -309,6 +323,8 @@ def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
 def _load(path: str, label: str) -> TarIndex:
     if isinstance(path, ImageFolder):
         return path.index(label)
+    if isinstance(path, RemoteShard):
+        return load_remote(path, label)
     try:
         status = os.stat(path)
         times = status.st_mtime_ns, status.st_ctime_ns  # the second changes even where a tool puts the first back

@@ -26,9 +26,9 @@ from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.order import sample_seed
 from prelude.data.pipeline import EndlessLoader
-from prelude.data.remote import open_url, refuse_unknown_schemes
-from prelude.data.shards import is_remote
+from prelude.data.shards import is_stream
 from prelude.data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
+from prelude.data.stream_commands import open_url, refuse_unknown_schemes
 from prelude.data.tar_index import image_extension
 from prelude.data.waiting import TIMEOUT_SECONDS, doing, patience
 
@@ -64,7 +64,7 @@ class StreamingLoader(EndlessLoader):
         max_pixels: int = MAX_PIXELS,
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
-        first = next(filter(is_remote, urls))
+        first = next(filter(is_stream, urls))
         if label:
             raise UserError(f"Labels cannot be read from {first}, which is no local file; copy the shards to a disk.")
         if not num_samples:

@@ -14,7 +14,8 @@ import numpy as np
 
 from prelude.data.decode import BadImage, OtherChannels, ValueRange, decode, deep_values
 from prelude.data.errors import UserError
-from prelude.data.waiting import called
+from prelude.data.remote_shards import read_some
+from prelude.data.waiting import in_threads
 
 log = logging.getLogger(__name__)
 
@@ -116,20 +117,16 @@ def _extremes(index) -> Iterator[tuple[float, float, str]]:
 def _images(index, count: int) -> Iterator[bytes]:
     """The bytes of images from all over an index, as far as they can be read."""
     samples = np.unique(np.linspace(0, index.num_samples - 1, count).astype(np.int64))
-    for sample in samples.tolist():
+
+    def bytes_of(sample: int) -> bytes | None:
         try:
-            yield called(lambda sample=sample: _read(index, sample), f"an image of {index.shard_of(sample)}")
+            return read_some(index.shard_of(sample), *index.images[sample].tolist())
         except (OSError, BadImage):
-            continue
+            return None  # reading for training says what is wrong
 
-
-def _read(index, sample: int) -> bytes:
-    path, (offset, size) = index.shard_of(sample), index.images[sample].tolist()
-    if hasattr(path, "read"):  # a folder in place
-        return path.read(offset, size)
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+    for image in in_threads(bytes_of, samples.tolist(), lambda sample: f"an image in {index.shard_of(sample)}"):
+        if image is not None:
+            yield image
 
 
 def _whole_bits(highest: int) -> float:

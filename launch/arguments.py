@@ -17,7 +17,7 @@ from prelude.pretrain.config import DataConfig
 ENCODERS = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
     "(FILE#WORD says what it does not tell), timm:NAME, hf-hub:ID, local-dir:FOLDER, "
-    "random:SOURCE (the same architecture, untrained)"
+    "random:SOURCE (the same architecture, untrained), start:RUN (what a run started from)"
 )
 SOURCES = f"{ENCODERS}, or pixels, pixels:SIZE"
 OUT = "where results are written (default: RUN/evaluations)"
@@ -96,9 +96,9 @@ def finite(text: str) -> float:
 
 
 def source(text: str) -> str:
-    """A source with its `~` expanded, behind `random:` too."""
-    prefix, place = ("random:", text.removeprefix("random:")) if text.startswith("random:") else ("", text)
-    return prefix + path(place)
+    """A source with its `~` expanded, behind `random:` and `start:` too."""
+    place = text.removeprefix("random:").removeprefix("start:")
+    return text.removesuffix(place) + path(place)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +116,14 @@ def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: s
     parser.add_argument("--test", action=Shards, metavar="SHARDS", help=test)
     label = label or "extension of the class number's member (default: that of the run's evaluate section, else cls)"
     parser.add_argument("--label", metavar="EXT", help=label)
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Of shards behind a URL."""
+    parser.add_argument(
+        "--cache-dir", type=path, metavar="DIR", help="where remote shards are kept (default: in $PRELUDE_CACHE)"
+    )
+    parser.add_argument("--cache-gib", type=finite, metavar="N", help="of them at most (default: 64)")
 
 
 def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str = "") -> argparse.ArgumentParser:
@@ -158,6 +166,7 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
         metavar="N",
         help="how long to wait for images that do not come (default: 300)",
     )
+    add_cache(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     return parser
 

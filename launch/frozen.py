@@ -9,6 +9,7 @@ from prelude.data.errors import UserError
 from prelude.data.waiting import wait_at_most
 from prelude.evaluators.judging import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
+from prelude.launch.caching import use_cache
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code
 from prelude.pretrain.sameness import refuse_differences
@@ -50,6 +51,7 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
         if not args.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {args.timeout_seconds:g} cannot be; write a number of seconds above 0.")
         wait_at_most(args.timeout_seconds, "--timeout-seconds")
+    use_cache(args)
     if distributed.launched_world_size() > 1:
         distributed.start()
         refuse_differences({"arguments": given_words(argv), "code": describe_code()})

@@ -1,4 +1,4 @@
-"""`prelude shards info` and `verify`: what is in a data set, and what is wrong with it."""
+"""`prelude shards info`, `verify` and `index`: what is in a data set, what is wrong with it, and where it lies."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from prelude.data.errors import UserError
+from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
 from prelude.data.value_range import channels_of
@@ -69,6 +70,18 @@ def verify(args: argparse.Namespace) -> int:
                 f"--to {args.to} cannot be written ({error.strerror}); {remedy(error, 'choose another file')}."
             ) from None
     return 1 if problems else 0
+
+
+def index_file(args: argparse.Namespace) -> int:
+    """Exit code 1 where something is wrong, for scripts."""
+    index = ShardIndex(args.shards)
+    try:
+        written = write_for(index.paths, args.to)
+    except OSError as error:
+        raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another folder.") from None
+    print("\n".join(f"{index.num_samples} samples in {index.num_shards} shards: {path}" for path in written))
+    _list(_problems(index))
+    return 1 if index.num_problems else 0
 
 
 def _threads(args: argparse.Namespace) -> int:

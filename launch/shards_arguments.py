@@ -2,7 +2,7 @@
 
 import argparse
 
-from prelude.launch.arguments import documented_parser, finite, path, seed, value_range, whole
+from prelude.launch.arguments import add_cache, documented_parser, finite, path, seed, value_range, whole
 
 _QUALITY = 90  # of JPEGs, where nothing else is asked for
 
@@ -20,7 +20,7 @@ def shards_parser(doc: str) -> argparse.ArgumentParser:
     _add_shards(check)
     check.add_argument("--to", type=path, metavar="FILE", help="where all that is found goes, a JSON object a line")
     sheet = actions.add_parser("peek", help="draw a sheet of what an objective sees after augmentation")
-    sheet.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder of images, or paths, braces, *, ::")
+    sheet.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder of images, or paths, URLs, braces, *, ::")
     sheet.add_argument("--to", type=path, default="peek.png", metavar="FILE", help="the picture (default: peek.png)")
     sheet.add_argument("--config", type=path, metavar="RECIPE", help="whose views are drawn (default: whole images)")
     sheet.add_argument(
@@ -28,12 +28,17 @@ def shards_parser(doc: str) -> argparse.ArgumentParser:
     )
     sheet.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
     sheet.add_argument("--seed", type=seed, default=0, metavar="N", help="of the order and the views (default: 0)")
+    add_cache(sheet)
+    listing = actions.add_parser("index", help="write the index file that lies beside shards behind a URL")
+    listing.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, URLs, braces, *, ::")
+    listing.add_argument("--to", required=True, type=path, metavar="DIR", help="where the file goes")
+    add_cache(listing)
     _add_shapes(actions.add_parser("shapes", help="write the embedded data set of shapes"))
     return parser
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder of images, or paths, braces, *, ::")
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder of images, or paths, URLs, braces, *, ::")
     parser.add_argument("--label", default="", metavar="EXT", help="extension of a label's member (default: cls)")
     parser.add_argument("--workers", type=whole(1), metavar="N", help="threads that decode (default: the cores)")
     there = "of an image (default: 3, or what images have that cannot be RGB)"
@@ -41,6 +46,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--range", type=value_range, metavar="LOW,HIGH", help="values of deep images that are black and white, or auto"
     )
+    add_cache(parser)
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from prelude.checkpoints.store import Store
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
-from prelude.data.shards import expand_shards, local_shards
+from prelude.data.remote_shards import keep_remote_shards
+from prelude.data.shards import expand_shards, indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators.online import monitor as online
 from prelude.launch.outlook import outlook
@@ -35,11 +36,12 @@ def check(config: Config) -> None:
     check_objective(config)
     config.batching(distributed.launched_world_size())
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     # A shard that this node lacks is told before any rank waits for another.
     expand_shards(config.data.shards, config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:
-        local_shards(config.evaluate.train_shards)
-        local_shards(config.evaluate.test_shards)
+        indexable_shards(config.evaluate.train_shards)
+        indexable_shards(config.evaluate.test_shards)
         online.check(config.evaluate)
     deepspeed_config.passed_through(config)
 

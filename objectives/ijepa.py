@@ -32,6 +32,7 @@ from prelude.pretrain.encoders import check_encoder, forward_tokens, token_layou
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.kept_patches import prefix_tokens
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress, linear
 from prelude.pretrain.warm_start import drawn_parts, is_warm
@@ -192,10 +193,9 @@ class IJEPA(Objective):
                 for layer, block in enumerate(part.blocks, start=1):
                     for written in (block.attn.proj, block.mlp.fc2):
                         written.weight.data.div_((2 * layer) ** 0.5)
-        of_encoder = () if is_warm(self.encoder) else (self.encoder.cls_token, self.encoder.reg_token)
+        of_encoder = [] if is_warm(self.encoder) else prefix_tokens(self.encoder)
         for token in (*of_encoder, self.predictor.mask_token):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=_INIT_STD)
+            nn.init.trunc_normal_(token, std=_INIT_STD)
 
     def _patch_init_std(self, projection: nn.Conv2d) -> float:
         wanted = self.options.patch_init_std

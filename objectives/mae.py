@@ -26,10 +26,11 @@ from prelude.objectives.options import MAEOptions
 from prelude.objectives.pictures import sheet
 from prelude.objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks, token_layout
+from prelude.pretrain.encoders import check_encoder, forward_tokens, token_layout
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.kept_patches import gather_patches, prefix_tokens, run_blocks
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.position import sincos_table
 from prelude.pretrain.schedules import Progress
@@ -178,10 +179,9 @@ class MAE(Objective):
         tokens = [self.mask_token]
         if not is_warm(self.encoder):
             self._initialise_patches(self.encoder.patch_embed.proj)
-            tokens = [self.encoder.cls_token, self.encoder.reg_token, self.mask_token]
+            tokens = [*prefix_tokens(self.encoder), self.mask_token]
         for token in tokens:
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
+            nn.init.normal_(token, std=0.02)
 
     def _initialise_patches(self, projection: nn.Module) -> None:
         nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))  # as the matrix it acts as

@@ -35,10 +35,11 @@ from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
 from prelude.objectives.unet_decoder import UNetDecoder
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import gather_patches, lay_out_encoder
+from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.kept_patches import gather_patches
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 

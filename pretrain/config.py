@@ -33,6 +33,8 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
     max_bad_share: float = Field(0.01, ge=0, le=1)
     timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
+    cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
+    cache_gib: float = Field(64.0, gt=0)  # of them at most
     shuffle: ShuffleConfig = ShuffleConfig()
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="one for each channel")  # in [0, 1]
     std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="one for each channel")

@@ -8,21 +8,19 @@
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from prelude.data.errors import UserError
 from prelude.pretrain import encoder_names, own_encoder
 from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.kept_patches import check_tokens, hold_rotations, is_transformer, token_features
 from prelude.pretrain.own_encoder import TokenLayout, gives, is_own
 from prelude.pretrain.position import sincos_table
 
@@ -69,11 +67,11 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
         return _summary_of_own(model, config, tokens)
     _check_patches_fit(model, config)
     if tokens:
-        _check_tokens(model, config.name)
+        check_tokens(model, config.name)
     table = not is_own(config) and _has_fixed_table(model, config)
     patches = model.patch_embed if isinstance(getattr(model, "patch_embed", None), PatchEmbed) else None
     fixed = model.pos_embed.numel() if table else 0
-    transformer = isinstance(model, VisionTransformer)
+    transformer = is_transformer(model)
     return EncoderSummary(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) - fixed,
         width=model.num_features,
@@ -81,7 +79,7 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
         patch_size=patches.patch_size if patches else None,
         depth=len(model.blocks) if transformer else None,
         num_heads=getattr(getattr(model.blocks[0], "attn", None), "num_heads", None) if transformer else None,
-        has_class_token=bool(getattr(model, "has_class_token", False)),
+        has_class_token=transformer and model.cls_token is not None,
     )
 
 
@@ -121,8 +119,8 @@ def _laid_out_for_tokens(config: EncoderConfig) -> nn.Module:
             plain = lay_out_encoder(config.model_copy(update={"kwargs": {}, "patch_size": None}))
         except UserError:
             raise refusal from None
-        if not isinstance(plain, VisionTransformer):
-            _check_tokens(plain, config.name)
+        if not is_transformer(plain):
+            check_tokens(plain, config.name)
         raise
 
 
@@ -144,6 +142,7 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
         # A buffer, not a frozen parameter: optimizers and ZeRO partitions then never meet it.
         del model.pos_embed
         model.register_buffer("pos_embed", torch.cat([prefix, table])[None])  # (1, prefix + L, D)
+    hold_rotations(model)
     return model
 
 
@@ -176,9 +175,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def forward_tokens(
-    vit: VisionTransformer, images: Tensor, keep: Tensor | None = None, visible: Tensor | None = None
-) -> Tensor:
+def forward_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
     """Features of the prefix tokens and of the kept patches, after the final norm.
 
     images: (B, C, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
@@ -189,57 +186,7 @@ def forward_tokens(
     """
     if gives(vit):
         return vit.forward_tokens(images) if keep is None else vit.forward_tokens(images, keep)
-    if keep is None:
-        return vit.forward_features(images)
-    tokens = vit.norm_pre(vit.pos_drop(_embed_kept(vit, images, keep)))
-    visible = None if visible is None else visible[:, None]  # the same for all heads
-    return vit.norm(run_blocks(vit.blocks, tokens, checkpointing=vit.grad_checkpointing, visible=visible))
-
-
-def gather_patches(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tensor:
-    """The pixels of some patches, read straight from the images without laying out the others.
-
-    images: (B, C, H, W). ids: (B, K) in raster order. Returns (B, K, C, p_h, p_w).
-    """
-    height, width = patch_size
-    num_columns = images.shape[3] // width
-    grid = images.unflatten(3, (num_columns, width)).unflatten(2, (-1, height))  # (B, C, rows, p_h, columns, p_w)
-    sample = torch.arange(len(images), device=images.device)[:, None]
-    return grid[sample, :, ids // num_columns, :, ids % num_columns]
-
-
-def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Tensor, *, checkpointing: bool, visible: Tensor | None = None
-) -> Tensor:
-    """Blocks in order, activations recomputed in the backward pass where `checkpointing`. (B, N, D) to the same.
-
-    visible: bool, broadcast to (B, heads, N, N), True where a token (row) sees another (column).
-    """
-    mask = {} if visible is None else {"attn_mask": visible}
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, use_reentrant=False, **mask)
-        else:
-            tokens = block(tokens, **mask)
-    return tokens
-
-
-def _embed_kept(vit: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:
-    """Prefix tokens and kept patches with their positions. Returns (B, prefix + K, D)."""
-    projection = vit.patch_embed.proj
-    patches = gather_patches(images, vit.patch_embed.patch_size, keep).flatten(2)  # (B, K, C * p_h * p_w)
-    # A convolution whose stride is its kernel is one matrix product per patch; only kept patches pay for it.
-    tokens = vit.patch_embed.norm(F.linear(patches, projection.weight.flatten(1), projection.bias))
-    num_prefix_rows = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    table = vit.pos_embed[0]  # (prefix rows + L, D)
-    tokens = tokens + F.embedding(keep + num_prefix_rows, table)
-    prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
-    if not prefix:
-        return tokens
-    prefix = torch.cat(prefix, dim=1)  # (1, prefix, D)
-    if num_prefix_rows:
-        prefix = prefix + table[:num_prefix_rows]
-    return torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+    return token_features(vit, images, keep, visible)
 
 
 def _create(config: EncoderConfig) -> nn.Module:
@@ -392,38 +339,3 @@ def _has_fixed_table(model: nn.Module, config: EncoderConfig) -> bool:
             f"{tuple(table.shape)}; write encoder.pos_embed=learned."
         )
     return True
-
-
-def _check_tokens(model: nn.Module, name: str) -> None:
-    """Refuses an architecture that `forward_tokens` would run differently from timm."""
-    same_forward = isinstance(model, VisionTransformer) and all(
-        getattr(type(model), method) is getattr(VisionTransformer, method)
-        for method in ("forward_features", "_pos_embed")
-    )
-    if not same_forward:
-        raise UserError(
-            f"encoder.name={name} builds a {type(model).__name__}, which cannot run on a part of its patches as this "
-            "objective does; write a timm VisionTransformer, such as encoder.name=vit_base_patch16_224."
-        )
-    if type(model.patch_embed) is not PatchEmbed:
-        raise UserError(
-            f"encoder.name={name} cuts patches with a {type(model.patch_embed).__name__}, which mixes neighbouring "
-            "patches; write a plain one, such as encoder.name=vit_base_patch16_224."
-        )
-    if model.pos_embed is None:
-        raise UserError(f"encoder.name={name} has no table of positions; write encoder.kwargs={{pos_embed: learn}}.")
-    if isinstance(model.norm, nn.Identity):
-        raise UserError(
-            f"encoder.name={name} norms only what it pools, and this objective reads every token after the final "
-            "norm; write encoder.kwargs={fc_norm: false, final_norm: true}."
-        )
-    if model.attn_pool is not None:
-        raise UserError(
-            f"encoder.name={name} pools with attention, whose weights this objective would never train; write "
-            f"encoder.kwargs={{global_pool: {'token' if model.has_class_token else 'avg'}, fc_norm: false}}."
-        )
-    if not isinstance(model.patch_drop, nn.Identity):
-        raise UserError(
-            "encoder.kwargs.patch_drop_rate drops patches a second time, besides those that the objective hides; "
-            "leave it out."
-        )

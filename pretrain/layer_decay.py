@@ -6,7 +6,7 @@ What a layer is follows the published recipes:
 
 | encoder | layers |
 |---|---|
-| vision transformers | 0: patches, tokens, positions; one a block; final norms with the head (MAE) |
+| vision transformers, EVA, BEiT | 0: patches, tokens, positions; one a block; final norms with the head (MAE) |
 | ResNets | 0: stem; stage 1; groups of 2 or 4 blocks of stage 2, of 3 or 4 of stage 3; stage 4; the head (SparK) |
 | ConvNeXts | 0: stem; stages 1 and 2; groups of 3 blocks of stage 3; stage 4; final norm with the head (ConvNeXt) |
 | others | as timm groups them, one a block |
@@ -17,10 +17,10 @@ from itertools import chain
 
 from timm.models import ConvNeXt, ResNet
 from timm.models._manipulate import group_with_matcher
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from prelude.data.errors import UserError
+from prelude.pretrain.kept_patches import is_transformer
 
 _HEAD = "\0"  # a name that no pattern of timm's matches: it falls into the group of the head
 
@@ -39,7 +39,7 @@ def lr_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
 def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
     """The layer of each parameter, from 0 at the image, and that of the head."""
     names = [name for name, _ in encoder.named_parameters()]
-    if isinstance(encoder, VisionTransformer):
+    if is_transformer(encoder):
         return _of_transformer(names, len(encoder.blocks))
     if isinstance(encoder, ConvNeXt):
         return _of_convnext(names, [len(stage.blocks) for stage in encoder.stages])

@@ -31,6 +31,8 @@ _FREE = (
     "data.max_bad_share",
     "data.shown_channels",
     "data.timeout_seconds",
+    "data.cache_dir",
+    "data.cache_gib",
     "train.micro_batch",
     "train.zero_stage",
     "train.precision",

@@ -10,6 +10,7 @@ import re
 import timm
 from torch import Tensor
 
+from prelude.checkpoints.convert.eva import eva_config, is_eva
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
@@ -41,11 +42,15 @@ _CONVNET_SIZE = 224  # pixels that convnets were trained and are judged at; they
 
 
 def encoder_config(weights: Weights, image_size: int | None = None) -> EncoderConfig:
-    """The architecture whose `state_dict` these weights fill. image_size: pixels, of a convnet. Raises UserError."""
+    """The architecture whose `state_dict` these weights fill. image_size: pixels, of a model that takes any.
+
+    Raises UserError.
+    """
     tensors = weights.tensors
     found, first = None, None
     if "patch_embed.proj.weight" in tensors:
-        found, first = _vit(weights), "patch_embed.proj.weight"
+        found = eva_config(weights, image_size) if is_eva(tensors) else _vit(weights)
+        first = "patch_embed.proj.weight"
     elif any(name.startswith("stages.") for name in tensors):
         found, first = _convnext(tensors, image_size or _CONVNET_SIZE), "stem.0.weight"
     elif "conv1.weight" in tensors:

@@ -17,6 +17,7 @@ from prelude.pretrain.own_encoder import gives
 
 _SHOWN = 5
 _COUNTER = ".num_batches_tracked"
+_POOLING = "attn_pool."
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
     found = dict(weights.tensors)
     filled = _filled(wanted, found, weights)
     found |= filled
-    for adapt in (_channels, _patches, _table):
+    for adapt in (_channels, _patches, _table, _last_norm):
         change = adapt(model, wanted, found, weights)
         changes += [change] if change else []
     changes += _named(filled)
-    alone = tuple(may_differ)
+    # An attention that pools (SigLIP) is a head, which goes where the model pools without any.
+    alone = (*may_differ, *(() if any(n.startswith(_POOLING) for n in wanted) else (_POOLING,)))
     new = tuple(n for n in wanted if n not in found and n.startswith(alone))
     unused = tuple(n for n in found if n not in wanted and n.startswith(alone))
     mistakes = [f"{n} is missing" for n in wanted if n not in found and n not in new]
@@ -160,6 +162,14 @@ def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str
         )
     found["pos_embed"] = resample_table(table, grid, target, rule, prefix)
     return f"position table resampled from {_by(grid)} to {_by(target)} ({RULES[rule]})"
+
+
+def _last_norm(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
+    if not weights.moved_norm or "norm.weight" not in wanted or "fc_norm.weight" in wanted:
+        return None
+    for kind in ("weight", "bias"):
+        found[f"norm.{kind}"] = found.pop(f"fc_norm.{kind}")
+    return "fc_norm taken as the norm of every token, as it was pretrained"
 
 
 def _filled(wanted: dict, found: dict, weights: Weights) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ from torch import Tensor
 from prelude.checkpoints.store import sync_to_disk
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
-from prelude.data.shards import ShardIndex, cache_folder
+from prelude.data.node_cache import cache_folder
+from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Extractor, nothing_readable
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts

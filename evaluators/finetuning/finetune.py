@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from prelude.checkpoints.convert.fit import fit
@@ -24,6 +24,7 @@ from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
 from prelude.data.batch import Batch
 from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
+from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import ShardIndex
 from prelude.data.waiting import wait_at_most
 from prelude.evaluators.features.labels import class_numbers
@@ -36,6 +37,7 @@ from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.files import Lines
+from prelude.pretrain.kept_patches import is_transformer
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.recipes import read_recipe, validate_config
@@ -43,6 +45,7 @@ from prelude.pretrain.schedules import Progress
 
 log = logging.getLogger(__name__)
 
+_NORMS = ("fc_norm", "final_norm", "use_fc_norm", "use_post_transformer_norm")  # arguments that place the last norm
 _FROM_SCRATCH = "_from_scratch"
 _RANDOM = "random:"
 
@@ -102,6 +105,7 @@ def prepare(
     values["data"] = pixels | {"max_pixels": labelled.max_pixels} | values["data"]
     config = validate_config(values, str(recipe), options_for)
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     return _with_labels(source, config, opened, labelled)
 
 
@@ -155,8 +159,9 @@ def encoder_config(opened: OpenedEncoder, options: FineTuneOptions) -> EncoderCo
     kwargs = {key: value for key, value in config.kwargs.items() if key != "drop_path_rate"}
     if options.drop_path:
         kwargs["drop_path_rate"] = options.drop_path
-    if isinstance(model, VisionTransformer) and options.pooling == "mean":
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("fc_norm", "final_norm")}
+    if is_transformer(model) and options.pooling == "mean":
+        kwargs = {key: value for key, value in kwargs.items() if key not in _NORMS}
+        kwargs |= {"use_fc_norm": True} if isinstance(model, Eva) else {}
         kwargs["global_pool"] = "avg"
     changes = {"kwargs": kwargs, "image_size": options.image_size or config.image_size}
     if isinstance(getattr(model, "pos_embed", None), Tensor) and not is_own(config):

@@ -130,7 +130,11 @@ FIVE = noise(9, 9, 5)
 
 @pytest.mark.parametrize(
     "image, there",
-    [(npy(FIVE), 5), (tiff(FIVE, photometric="minisblack"), 5), (jpeg(noise(9, 9, 3, dtype=np.uint8)), 3)],
+    [
+        (npy(FIVE), 5),
+        (tiff(FIVE, photometric="minisblack", planarconfig="contig"), 5),
+        (jpeg(noise(9, 9, 3, dtype=np.uint8)), 3),
+    ],
 )
 @pytest.mark.parametrize("wanted", [2, 4])
 def test_another_number_of_channels_is_a_bad_image_that_says_so(image, there, wanted):

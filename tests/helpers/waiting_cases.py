@@ -34,6 +34,7 @@ VIT = {
         "fc_norm": False,
     },
 }
+EVA = VIT | {"name": "vit_small_patch16_dinov3", "kwargs": {"depth": 2, "embed_dim": 16, "num_heads": 2}}
 MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 IJEPA = {"name": "ijepa", "predictor_dim": 16, "predictor_depth": 1}
 # From the first step on, all images are predicted in regions
@@ -42,6 +43,7 @@ CASES = {
     **{f"mae zero{stage}": (MAE, VIT, ADAMW, stage) for stage in range(4)},
     **{f"ijepa zero{stage}": (IJEPA, VIT, ADAMW, stage) for stage in range(3)},
     **{f"dseqjepa zero{stage}": (DSEQ, VIT, ADAMW, stage) for stage in range(3)},
+    "ijepa rotary": (IJEPA, EVA, ADAMW, 0),
     "dseqjepa sample reencode": (DSEQ | {"context": "reencode", "lambda_granularity": "sample"}, VIT, ADAMW, 0),
     "dseqjepa contrastive": (DSEQ | {"contrastive_weight": 0.001, "contrastive_projector": [8]}, VIT, ADAMW, 0),
     **{f"barlow zero{stage}": (BARLOW, RESNET, ADAMW, stage) for stage in range(4)},

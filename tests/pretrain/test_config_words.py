@@ -156,7 +156,11 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("encoder.name=deit_small", "did you mean deit_small_patch16_224"),
         ("encoder.name=wrongnet_9", 'timm.list_models("*wrongnet*") names what there is.'),
         ("encoder.image_size=x", "write a whole number of 1 or more, or a list of 2 whole numbers of 1 or more."),
-        ("encoder.patch_size=0", "encoder.patch_size=0 is refused: write a whole number of 1 or more, or null."),
+        (
+            "encoder.patch_size=0",
+            "encoder.patch_size=0 is refused: write a whole number of 1 or more, or a list of 2 whole numbers of 1 or "
+            "more, or null.",
+        ),
         ("train.micro_batch=-4", "train.micro_batch=-4 is refused: write a whole number of 1 or more, or auto."),
         ("objective.decoder_depth=2.5", "objective.decoder_depth=2.5 is refused: write a whole number of 1 or more."),
         ("optimizer.betas.1=x", "optimizer.betas=[0.9, 'x'] is refused: write a list of 2 numbers"),
