@@ -194,7 +194,7 @@ def _describe_export(folder: Path) -> Description:
             return describe_timm(f"{FOLDER}{folder}")
         if (program := ours.get("format", "timm")) in ("onnx", "torch"):
             raise UserError(
-                f"{folder} is an export to {program}, whose weights are not read back; write an export of --format timm."
+                f"{folder} is an export to {program}, whose weights are not read back; write one of --format timm."
             )
         config, objective = EncoderConfig.model_validate(ours["encoder"]), ours["origin"].get("objective")
         return Description(

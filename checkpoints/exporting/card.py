@@ -62,7 +62,7 @@ def _front_matter(card: Card) -> str:
         tags=[
             "image-feature-extraction",
             "self-supervised-learning",
-            *filter(None, [card.encoder.origin.get("objective")]),
+            *filter(None, [objective]),
         ],
         model_name=card.folder if results else None,
         eval_results=results or None,
