@@ -208,7 +208,7 @@ def indexable_shards(shards: str | list[str]) -> list[str]:
     paths = expand_shards(shards, allow_commands=True)  # none is run: it is refused here
     for path in paths:
         if is_stream(path):
-            raise UserError(f"{path} is no file and cannot be indexed; copy it to a disk.")
+            raise UserError(f"{path} is not a local file and cannot be indexed; copy it to a disk.")
     return paths
 
 

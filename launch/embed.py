@@ -33,8 +33,14 @@ def main(argv: list[str] | None = None) -> int:
 
     common = reading(args, argv)
     columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not distributed.is_main()) as bar:
-        task = bar.add_task("", total=None)
+    bar = Progress(*columns, console=Console(stderr=True), disable=not distributed.is_main())
+    task = bar.add_task("", total=None)
+
+    def told(done: int, of: int) -> None:
+        bar.start()  # a mistake that is found before is told without a bar
+        bar.update(task, completed=done, total=of)
+
+    try:
         written = embed(
             Embedding(
                 args.source,
@@ -47,10 +53,12 @@ def main(argv: list[str] | None = None) -> int:
                 bank=args.bank,
                 seed=args.seed,
                 say=say,
-                told=lambda done, of: bar.update(task, completed=done, total=of),
+                told=told,
                 **common,
             )
         )
+    finally:
+        bar.stop()
     distributed.stop()
     if written is None:
         return 0

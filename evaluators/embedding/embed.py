@@ -8,7 +8,6 @@
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.embedding.formats import beside, format_of, refuse_to_overwrite
-from prelude.evaluators.embedding.samples import Keys, pixels_of, places_of
+from prelude.evaluators.embedding.samples import Keys, pixels_of, place_of, places_of
 from prelude.evaluators.embedding.table import Table
 from prelude.evaluators.embedding.writing import write
 from prelude.evaluators.features.bank import Bank, Rows
@@ -244,12 +243,12 @@ def _left_out(table: Table) -> Iterator[dict]:
     """Shard, key and reason of what has no features: first what the index could not make out."""
     for shard, problems in table.index.problems.items():
         for problem in problems:
-            yield {"shard": os.path.abspath(shard), "key": problem.where, "reason": problem.reason}
+            yield {"shard": place_of(shard), "key": problem.where, "reason": problem.reason}
     missing, keys, channels = table.missing(), Keys(table.index), table.about["data"]["channels"]
     for sample, pixels in zip(missing, pixels_of(table.index, missing, channels), strict=True):
         why = pixels if isinstance(pixels, str) else "could not be read when its turn came"
         yield {
-            "shard": os.path.abspath(table.index.shard_of(sample)),
+            "shard": place_of(table.index.shard_of(sample)),
             "key": keys.of(np.array([sample]))[0],
             "reason": why,
         }

@@ -21,8 +21,7 @@ def encoder(tmp_path):
     torch.manual_seed(0)
     settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **settings)
-    config = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "input_size": (3, 32, 32), "num_classes": 0}
-    timm.models.save_for_hf(model, tmp_path / "encoder", model_config=config, model_args=settings)
+    timm.models.save_for_hf(model, tmp_path / "encoder", model_args=settings)
     return str(tmp_path / "encoder")
 
 
