@@ -17,6 +17,7 @@ from prelude.data.errors import UserError
 from prelude.pretrain.own_encoder import is_own
 
 README = "README.md"
+_NO_LICENSE = "unknown"
 _LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "torch": "pytorch"}
 _METRICS = {"top1": "accuracy", "auc": "roc_auc", "map": "mean_average_precision", "auroc": "roc_auc"}
 
@@ -35,29 +36,33 @@ class Card:
 def write_card(card: Card, folder: Path) -> None:
     """Writes README.md, and reads it back as the hub would."""
     (folder / README).write_text(f"---\n{_front_matter(card)}---\n\n{_facts(card)}\n{_loading(card)}")
-    check_card(folder)
+    _read_back(folder / README)
 
 
 def check_card(folder: Path) -> None:
     """Raises UserError where the hub would not take README.md: offline, by its own package's rules."""
     path = folder / README
+    if _read_back(path).get("license") in (None, "", _NO_LICENSE):
+        raise UserError(f"{path} says no licence; export again with --license ID, such as apache-2.0 or cc-by-nc-4.0.")
+
+
+def _read_back(path: Path) -> dict:
+    """The front matter as the hub reads it. Raises UserError where it cannot."""
     try:
-        card = ModelCard.load(path)
-        found = card.data.to_dict()
+        found = ModelCard.load(path).data.to_dict()
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{path} has no front matter that the hub takes ({error}); export again.") from None
     for key in ("library_name", "pipeline_tag", "tags"):
         if not found.get(key):
             raise UserError(f"{path} says no {key}, without which the hub does not list it; export again.")
-    if not found.get("license"):
-        raise UserError(f"{path} says no licence; export again with --license ID, such as apache-2.0 or cc-by-nc-4.0.")
+    return found
 
 
 def _front_matter(card: Card) -> str:
     results, objective = _results(card), card.encoder.origin.get("objective")
     data = ModelCardData(
         library_name=_LIBRARIES[card.format],
-        license=card.license or "unknown",
+        license=card.license or _NO_LICENSE,
         pipeline_tag="image-feature-extraction",
         tags=[
             "image-feature-extraction",
