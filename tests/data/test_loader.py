@@ -358,7 +358,7 @@ def test_build_loader_takes_what_the_config_says(write_shards):
 
 
 def test_a_length_is_not_taken_for_data_that_are_counted(write_shards):
-    with pytest.raises(UserError, match="data.num_samples=3 has no effect on local shards"):
+    with pytest.raises(UserError, match="data.num_samples=3 has no effect on shards that are files"):
         build_loader(write_shards([4]), PLAN, seed=1, micro_batch=2, num_samples=3)
 
 
