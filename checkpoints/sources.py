@@ -28,6 +28,7 @@ from prelude.pretrain.encoders import build_encoder, lay_out_encoder
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
 OWN = "own parts of the objective"
+_STUDENT = "encoder."  # what is trained by gradient, beside its teacher where there is one
 _KINDS = (
     "a run folder, a checkpoint folder, an exported folder, a file or folder of published weights, timm:NAME, "
     "hf-hub:ID, local-dir:FOLDER, start: before a run, or random: before any of these"
@@ -105,16 +106,17 @@ def describe(source: str) -> Description:
         return describe_timm(source)
     if _is_published(source):
         return describe_file(source)
-    folder = Path(source)
+    folder = path_of(source)
+    network = source.removeprefix(str(folder)).removeprefix("#") if str(folder) != source else ""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; write {_KINDS}.")
     if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
-        return _describe_checkpoint(folder)
+        return _describe_checkpoint(folder, network)
     if (folder / "config.json").exists():
         return _describe_export(folder)
     for checkpoints in (folder / "checkpoints", folder):
         if newest := store.Store(checkpoints).newest():
-            return _describe_checkpoint(newest)
+            return _describe_checkpoint(newest, network)
     raise UserError(f"{folder} holds no complete checkpoint and no export; write {_KINDS}.")
 
 
@@ -125,13 +127,15 @@ def _is_published(source: str) -> bool:
     return path.is_file() or is_transformers(path)
 
 
-def _describe_checkpoint(folder: Path) -> Description:
+def _describe_checkpoint(folder: Path, network: str = "") -> Description:
+    """network: "teacher" or "student", or nothing for what the objective's paper evaluates."""
     if why := manifest.problem(folder, files=(manifest.MODEL, manifest.STATE)):
         raise UserError(f"{folder} is no complete checkpoint: {why}; write the run's folder to take its newest one.")
     saved = json.loads((folder / manifest.STATE).read_text())
     meta = saved["meta"]
     objective = meta.get("config", {}).get("objective", {}).get("name")
     data = meta.get("loader", {}).get("fingerprint")
+    exported = _chosen(network, meta["exported"], folder)
     trained = EncoderConfig.model_validate(meta["encoder"])
     started = (
         {"weights": trained.weights, "weights_fingerprint": trained.weights_fingerprint} if trained.weights else {}
@@ -142,9 +146,18 @@ def _describe_checkpoint(folder: Path) -> Description:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         name=name,
-        read=lambda: _read_ours(folder / manifest.MODEL, config, objective, meta["exported"]),
+        read=lambda: _read_ours(folder / manifest.MODEL, config, objective, exported),
         origin={"objective": objective, "step": saved["step"], "data": data} | started,
     )
+
+
+def _chosen(network: str, exported: str, folder: Path) -> str:
+    """What the names of the chosen network's tensors begin with."""
+    taught = exported != _STUDENT
+    if network not in ("", "teacher", "student") or (network == "teacher" and not taught):
+        named = "#student, or nothing for the teacher" if taught else "nothing: it has one network"
+        raise UserError(f"{folder} has no network {network}; write after it {named}.")
+    return _STUDENT if network == "student" else exported
 
 
 def _describe_start(source: str) -> Description:
@@ -179,6 +192,10 @@ def _describe_export(folder: Path) -> Description:
         ours = json.loads((folder / "config.json").read_text()).get(EXPORT_SECTION)
         if ours is None:
             return describe_timm(f"{FOLDER}{folder}")
+        if (program := ours.get("format", "timm")) in ("onnx", "torch"):
+            raise UserError(
+                f"{folder} is an export to {program}, whose weights are not read back; write one of --format timm."
+            )
         config, objective = EncoderConfig.model_validate(ours["encoder"]), ours["origin"].get("objective")
         return Description(
             config=config,

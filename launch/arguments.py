@@ -153,6 +153,12 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
         "--seed", type=seed, default=0, metavar="N", help="of every random choice and of random: (default: 0)"
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
+    add_reading(parser)
+    return parser
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How images are read, by a door that several ranks may share."""
     parser.add_argument(
         "--num-workers",
         type=whole(0),
@@ -168,7 +174,6 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     )
     add_cache(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
-    return parser
 
 
 def _each_with_its_option(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:

@@ -25,6 +25,8 @@ COMMANDS = {
     "multilabel": ("multilabel", "several findings an image, by heads on a frozen encoder"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
+    "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),
+    "neighbours": ("neighbours", "the images nearest to given ones by their features"),
     "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),
     "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),

@@ -30,7 +30,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 class RunLock:
     """Of a run folder, which need not exist."""
 
-    def __init__(self, folder: Path, say=None):
+    def __init__(self, folder: Path, say=None, option: str = "run_dir"):
+        self.option = option  # where the folder was named
         self.folder, self.path = Path(folder), Path(folder) / NAME
         self.say = say or (lambda text: None)  # told when holding takes a while
         self.descriptor: int | None = None
@@ -130,8 +131,8 @@ class RunLock:
 
     def _refusal(self, holder: dict) -> str:
         return (
-            f"run_dir={self.folder} is in use by {_named(holder)}, and this is {_named(_myself())}; wait for that "
-            f"start to end, or end it, or write another run_dir."
+            f"{self.option}={self.folder} is in use by {_named(holder)}, and this is {_named(_myself())}; wait for "
+            f"that start to end, or end it, or write another {self.option}."
         )
 
     def _beat(self) -> None:

@@ -40,12 +40,8 @@ def rounded(encoder: OpenedEncoder, dtype: str) -> nn.Module:
 
 
 def images_for(encoder: OpenedEncoder, batch: int = 2, size: tuple[int, int] | None = None) -> Tensor:
-    shape = (batch, encoder.model.get_submodule(first_conv(encoder.model)).in_channels, *(size or encoder.config.size))
+    shape = (batch, encoder.config.in_chans, *(size or encoder.config.size))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def first_conv(model: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
 
 
 @torch.no_grad()

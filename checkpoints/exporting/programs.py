@@ -6,22 +6,27 @@ It takes `images` (B, C, H, W), normalised, and gives `features` (B, D) and `unp
 
 import contextlib
 import copy
+import importlib.util
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.checkpoints.exporting.parity import DTYPES, TOLERANCES, Proof, images_for, prove, rounded
-from prelude.checkpoints.sources import OpenedEncoder
+from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
 from prelude.data.errors import UserError
 
 TORCH_FILE, ONNX_FILE = "encoder.pt2", "encoder.onnx"
 _NAMES = ("features", "unpooled")
+
+Run = Callable[[Tensor], list[Tensor]]  # images to features (B, D) and unpooled ones
 
 
 class _Program(nn.Module):
@@ -34,33 +39,39 @@ class _Program(nn.Module):
         return self.model.forward_head(unpooled), unpooled
 
 
-def write_torch(encoder: OpenedEncoder, folder: Path, dtype: str, any_size: bool) -> Proof:
+def write_program(
+    encoder: OpenedEncoder, folder: Path, format: Format, dtype: DType, section: dict, *, any_size: bool
+) -> Proof:
+    """section: ours, for config.json, which says how to feed it. any_size: whether other sizes may be tried.
+
+    Raises UserError where a package is missing, and for bfloat16 in ONNX, which onnxruntime does not compute on a CPU;
+    RunStopped where the program computes something else.
+    """
+    if format == "onnx":
+        _refuse_onnx(dtype)
     program, sizes = _traced(encoder, dtype, any_size)
-    torch.export.save(program, folder / TORCH_FILE)
-    loaded = torch.export.load(folder / TORCH_FILE).module()
+    config = {"input": ["images"], "output": list(_NAMES), "mean": list(encoder.mean), "std": list(encoder.std)}
+    (folder / "config.json").write_text(json.dumps(config | {EXPORT_SECTION: section}, indent=2) + "\n")
+    reader, run = (_write_onnx if format == "onnx" else _write_torch)(program, encoder, folder)
 
     def theirs(images: Tensor) -> tuple[Tensor, Tensor]:
-        features, unpooled = loaded(images.to(DTYPES[dtype]))
+        features, unpooled = run(images.to(DTYPES[dtype]))
         return unpooled, features
 
     return prove(
-        encoder, f"torch {torch.__version__}", theirs, rounded(encoder, dtype), note=_sizes(sizes),
-        images=_checked(encoder, sizes), tolerance=TOLERANCES[dtype],
+        encoder, reader, theirs, rounded(encoder, dtype), note=_sizes(sizes), images=_checked(encoder, sizes),
+        tolerance=TOLERANCES[dtype],
     )  # fmt: skip
 
 
-def write_onnx(encoder: OpenedEncoder, folder: Path, dtype: str, any_size: bool) -> Proof:
-    """Raises UserError where a package is missing, and for bfloat16, which onnxruntime does not compute on a CPU."""
-    if dtype == "bfloat16":
-        raise UserError(
-            "onnxruntime computes no bfloat16 on a CPU, so nothing could be compared; write --dtype float16."
-        )
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter needs it, and says so in a traceback
-    except ImportError as error:
-        raise UserError(f"--format onnx needs {error.name}; write pip install 'prelude-ssl[onnx]'.") from None
-    program, sizes = _traced(encoder, dtype, any_size)
+def _write_torch(program, encoder: OpenedEncoder, folder: Path) -> tuple[str, Run]:
+    torch.export.save(program, folder / TORCH_FILE)
+    return f"torch {torch.__version__}", torch.export.load(folder / TORCH_FILE).module()
+
+
+def _write_onnx(program, encoder: OpenedEncoder, folder: Path) -> tuple[str, Run]:
+    import onnxruntime
+
     with _quiet():
         torch.onnx.export(
             program, f=str(folder / ONNX_FILE), input_names=["images"], output_names=list(_NAMES), dynamo=True,
@@ -68,14 +79,18 @@ def write_onnx(encoder: OpenedEncoder, folder: Path, dtype: str, any_size: bool)
         )  # fmt: skip
     session = onnxruntime.InferenceSession(folder / ONNX_FILE, providers=["CPUExecutionProvider"])
 
-    def theirs(images: Tensor) -> tuple[Tensor, Tensor]:
-        features, unpooled = session.run(list(_NAMES), {"images": images.to(DTYPES[dtype]).numpy()})
-        return torch.from_numpy(unpooled), torch.from_numpy(features)
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(found) for found in session.run(list(_NAMES), {"images": images.numpy()})]
 
-    return prove(
-        encoder, f"onnxruntime {onnxruntime.__version__}", theirs, rounded(encoder, dtype), note=_sizes(sizes),
-        images=_checked(encoder, sizes), tolerance=TOLERANCES[dtype],
-    )  # fmt: skip
+    return f"onnxruntime {onnxruntime.__version__}", run
+
+
+def _refuse_onnx(dtype: DType) -> None:
+    if dtype == "bfloat16":
+        raise UserError("onnxruntime computes no bfloat16 on a CPU, where it would be compared; write --dtype float16.")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"--format onnx needs {package}; write pip install 'prelude-ssl[onnx]'.")
 
 
 def _is_large(encoder: OpenedEncoder) -> bool:

@@ -40,7 +40,7 @@ def write_transformers(encoder: OpenedEncoder, folder: Path, dtype: str, section
     ours = rounded(encoder, dtype)
     if converted := convert(encoder.model, encoder.config.size):
         config, tensors = converted
-        config |= {"dtype": dtype, EXPORT_SECTION: section | {"format": "transformers"}}
+        config |= {"dtype": dtype, EXPORT_SECTION: section}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(encoder), indent=2) + "\n")
         tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
@@ -86,6 +86,11 @@ def _outputs(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 def _cast(tensor: Tensor, dtype: str) -> Tensor:
     return (tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def is_converted(encoder: OpenedEncoder) -> bool:
+    """Whether transformers has an architecture of its own for it."""
+    return convert(encoder.model, encoder.config.size) is not None
 
 
 def convert(model: nn.Module, size: tuple[int, int]) -> Converted | None:

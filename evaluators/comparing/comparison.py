@@ -49,14 +49,14 @@ class Entry:
     encoder: str  # architecture and image size, in a few words
     num_parameters: int | None  # of the encoder
     results: dict[str, dict]
-    kept: dict[str, dict] = field(default_factory=dict)  # results on the old images, where there are such
     untrained: str | None = None  # name of the entry with the same architecture untrained
-    started: str | None = None  # name of the entry whose weights it started from
     cost: Cost | None = None
     curves: list[Curve] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     recipe: str | None = None  # YAML, enough to run it again
     problem: str | None = None  # why there are no results, in one sentence
+    started: str | None = None  # name of the entry whose weights it started from
+    kept: dict[str, dict] = field(default_factory=dict)  # results on the old images, where there are such
 
 
 @dataclass(frozen=True)

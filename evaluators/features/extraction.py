@@ -164,7 +164,7 @@ def encode(
         sample_ids.append(batch.sample_ids)
         seen += len(batch)
     if not seen:
-        raise nothing_readable()
+        raise NothingReadable()
     together = torch.cat(labels).cpu(), torch.cat(sample_ids).cpu(), fingerprint
     return {kind: Features(bank[:seen], *together, kind, extractor.recipe) for kind, bank in values.items()}
 
@@ -203,8 +203,9 @@ class Extractor:
             return pool(self.model, pixels, self.kinds)
 
 
-def nothing_readable() -> UserError:
-    return UserError("The shards hold no readable sample; write another pattern.")
+class NothingReadable(UserError):
+    def __init__(self):
+        super().__init__("The shards hold no readable sample; write another pattern.")
 
 
 def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:

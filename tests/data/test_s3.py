@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from s3fs import S3FileSystem
 from servers import stand_in_for_s3
 
 from prelude.data import remote_shards
@@ -36,6 +37,7 @@ def stand_in():
 def bucket(stand_in, monkeypatch):
     for name, value in stand_in.environment.items():
         monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # one that another test has made has other credentials
     monkeypatch.setattr(remote_shards, "FIRST_PAUSE_SECONDS", 0.01)
     return stand_in
 

@@ -55,7 +55,7 @@ def test_patterns(folder, monkeypatch, pattern, expected):
 )
 def test_streams_are_left_to_webdataset(url):
     assert len(expand_shards(url, allow_commands=True)) == 1 + ("{" in url)
-    with pytest.raises(UserError, match="is not a local file"):
+    with pytest.raises(UserError, match="is not a local file and cannot be indexed"):
         ShardIndex(url)
 
 

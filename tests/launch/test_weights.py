@@ -75,7 +75,7 @@ def test_what_a_run_started_from_opens_as_it_was(interrupted, warm_recipe, tmp_p
     export = tmp_path / "export"
     export_encoder(run, export)
     assert open_encoder(f"start:{export}").fingerprint == start.fingerprint
-    with pytest.raises(UserError, match=r"mae.pth did not start from weights.*write random:"):
+    with pytest.raises(UserError, match=r"mae.pth#num_heads=2 did not start from weights.*write random:"):
         open_encoder(f"start:{warm_recipe.parent}/mae.pth#num_heads=2")
 
 
