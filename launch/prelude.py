@@ -24,6 +24,8 @@ COMMANDS = {
     "fewshot": ("fewshot", "accuracy of a frozen encoder with few labels"),
     "multilabel": ("multilabel", "several findings an image, by heads on a frozen encoder"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
+    "embed": ("embed", "write the features of images to Parquet, NumPy or safetensors"),
+    "neighbours": ("neighbours", "the nearest images of given ones, out of such a file"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),

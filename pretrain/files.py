@@ -13,8 +13,10 @@ import logging
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 from torch import Tensor
@@ -27,19 +29,24 @@ _OURS_ALONE = os.O_NOFOLLOW | os.O_CLOEXEC
 def write_whole(path: Path, content: str | bytes, draft: Path | None = None) -> None:
     """Puts `content` in the place of `path` in one operation. draft: where it is written first, `.tmp-NAME` beside it
     unless given; writers that may meet need a name each. Raises OSError, and the old file is then as it was."""
+    made_whole(path, lambda file: file.write(content.encode() if isinstance(content, str) else content), draft)
+
+
+def made_whole(path: Path, write: Callable[[BinaryIO], object], draft: Path | None = None) -> None:
+    """`write_whole` for what is too large to be held: `write` is given the draft, opened to be written. Whatever it
+    raises, the old file is as it was."""
     draft = draft or path.with_name(f".tmp-{path.name}")
     remove(draft)
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666)
         with open(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            write(file)
             file.flush()
             os.fsync(descriptor)  # or the replaced file could come up empty after a power cut
         os.replace(draft, path)
-    except OSError:
+    finally:
         with suppress(OSError):
             remove(draft)
-        raise
     sync_to_disk(path.parent)
 
 

@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +77,12 @@ class Bank:
         batch_size: int = 256,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
+        seen: Callable[[int], None] = lambda count: None,
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
         encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
+        seen: is told of each batch that this rank has computed, by its size.
         Raises UserError as `extract` does, where the folder cannot be written, and where a rank does not see it.
         """
         extractor = Extractor(encoder, kinds, device)
@@ -90,7 +92,7 @@ class Bank:
         missing = distributed.from_main([kind for kind in folders if not sound[kind]])
         if missing:
             extractor.kinds = tuple(missing)
-            self._fill(extractor, index, {kind: identities[kind] for kind in missing}, batch_size, num_workers)
+            self._fill(extractor, index, {kind: identities[kind] for kind in missing}, batch_size, num_workers, seen)
         return {kind: _mapped(folders[kind], extractor.recipe) for kind in folders}
 
     def entries(self) -> list[Entry]:
@@ -105,13 +107,21 @@ class Bank:
             shutil.rmtree(entry.folder)
         return sum(entry.num_bytes for entry in entries)
 
-    def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size: int, num_workers: int):
+    def _fill(
+        self,
+        extractor: Extractor,
+        index: ShardIndex,
+        identities: dict,
+        batch_size: int,
+        num_workers: int,
+        seen: Callable,
+    ) -> None:
         refuse_differences({"features": identities})
         unfinished = distributed.from_main(self._new_folder() if distributed.is_main() else None)
         try:
             self._refuse_unless_shared(unfinished)
             part = _Part(unfinished, index, distributed.rank(), distributed.world_size())
-            part.write(extractor, batch_size, num_workers)
+            part.write(extractor, batch_size, num_workers, seen)
             counts = row_counts(part.count)  # every rank has written when this returns
             if distributed.is_main():
                 if not sum(counts):
@@ -176,7 +186,7 @@ class _Part:
         self.starts = [index.num_samples * r // world_size for r in range(world_size)]
         self.count = 0  # rows written, from the start of this rank's part on
 
-    def write(self, extractor: Extractor, batch_size: int, num_workers: int) -> None:
+    def write(self, extractor: Extractor, batch_size: int, num_workers: int, seen: Callable[[int], None]) -> None:
         batches = one_pass(
             self.index,
             extractor.plan,
@@ -197,6 +207,7 @@ class _Part:
                     _write_at(files[kind, VALUES], values, place)
                     _write_at(files[kind, SAMPLE_IDS], ids, place)
                 self.count += len(batch)
+                seen(len(batch))
             for file in files.values():
                 os.fsync(file)
         finally:
