@@ -10,7 +10,7 @@ What no file tells is said after its name: `mae.pth#num_heads=4`, `ijepa.pth.tar
 | `resampling=RULE` | how the table is brought to another grid: `offset` (DINO), `plain` (MAE), `corners`, `timm` |
 | `pixels=imagenet`, `pixels=half`, six numbers with `/` | mean and standard deviation that pixels are normalised by |
 | `norm_eps=E` | of its LayerNorms, to take them as timm's 1e-6 where they were 1e-12 |
-| `image_size=N` | pixels that a convnet is shown |
+| `image_size=N` | pixels that a model without a table of positions is shown |
 """
 
 import difflib
@@ -29,6 +29,7 @@ from prelude.data.errors import UserError
 _KEYS = ("num_heads", "grid", "resampling", "pixels", "norm_eps", "image_size")
 _HALF = (0.5, 0.5, 0.5)
 _AMBIGUOUS = "ViT, timm layout"
+_OF_TWO_KINDS_OF_IMAGES = (1024, 4096)  # widths at which DINOv3 was also trained on satellite images, with other pixels
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,14 @@ def describe_file(source: str) -> Description:
             f"{source} ({weights.format}) does not tell how its pixels were normalised; write {_with(source)}"
             "pixels=imagenet, or pixels=half for 0.5."
         )
+    config = encoder_config(weights, words.image_size)
+    if not len(weights.pixels[0]) == len(weights.pixels[1]) == config.in_chans:
+        raise UserError(
+            f"{source} reads {config.in_chans} channels; write {_with(source)}pixels=M/.../S/... with a mean of each, "
+            "then a standard deviation of each."
+        )
     return Description(
-        config=encoder_config(weights, words.image_size),
+        config=config,
         mean=weights.pixels[0],
         std=weights.pixels[1],
         name=path.name + (f"#{words.part}" if words.part else ""),
@@ -71,7 +78,7 @@ def read_weights(source: str) -> Weights:
     weights = weights_in(tree, source, words.part, settings)
     given = {"num_heads": words.num_heads, "grid": words.grid, "resampling": words.resampling}
     given["norm_eps"] = words.norm_eps
-    given["pixels"] = words.pixels or _published_pixels(path, weights)
+    given["pixels"] = words.pixels or weights.pixels or _published_pixels(path, weights)
     return replace(weights, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -110,9 +117,9 @@ def _value(source: str, key: str, value: str):
                 return (IMAGENET_MEAN, IMAGENET_STD) if value == "imagenet" else (_HALF, _HALF)
             case "pixels":
                 numbers = tuple(float(number) for number in value.split("/"))
-                if len(numbers) != 6:
+                if len(numbers) % 2:
                     raise ValueError
-                return numbers[:3], numbers[3:]
+                return numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
             case "resampling" if value not in RULES:
                 raise ValueError
     except ValueError:
@@ -143,7 +150,13 @@ def _published_pixels(path: Path, weights: Weights) -> tuple[Pixels, Pixels] | N
         if "image_mean" not in says or "image_std" not in says:
             return None
         return tuple(says["image_mean"]), tuple(says["image_std"])
-    return None if weights.format == _AMBIGUOUS else (IMAGENET_MEAN, IMAGENET_STD)
+    if weights.format == _AMBIGUOUS or (weights.format == "DINOv3" and _width(weights) in _OF_TWO_KINDS_OF_IMAGES):
+        return None
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _width(weights: Weights) -> int:
+    return len(weights.tensors.get("patch_embed.proj.bias", ()))
 
 
 def _with(source: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models.eva import Eva
 from torch import nn
 
 from prelude.checkpoints.convert.fit import facts, grid_of, prefix_rows_of
@@ -28,7 +29,8 @@ def describe_timm(source: str) -> Description:
         return _named(source.removeprefix(TIMM))
     cfg = _config_of_folder(Path(source.removeprefix(FOLDER))) if source.startswith(FOLDER) else _config_of_hub(source)
     architecture, arguments, pretrained = cfg
-    arguments = {key: value for key, value in arguments.items() if key not in ("num_classes", "in_chans")}
+    arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
+    channels = arguments.pop("in_chans", None) or 3
     size = arguments.pop("img_size", None) or pretrained.get("input_size", (3, 224, 224))[1:]
     size = tuple(size) if isinstance(size, list | tuple) else (size, size)
     patch = arguments.pop("patch_size", None)
@@ -36,18 +38,25 @@ def describe_timm(source: str) -> Description:
         arguments.setdefault("global_pool", pretrained["global_pool"])
     if not timm.is_model(architecture):
         raise UserError(f"{source} is a {architecture}, which timm {timm.__version__} has not; install a newer timm.")
+    mean, std = tuple(pretrained.get("mean") or IMAGENET_MEAN), tuple(pretrained.get("std") or IMAGENET_STD)
+    if not len(mean) == len(std) == channels:
+        raise UserError(
+            f"{source} reads {channels} channels, and its config.json has mean and std of {len(mean)} and {len(std)}; "
+            f"correct pretrained_cfg there."
+        )
     return Description(
         config=EncoderConfig(
             name=architecture,
             image_size=size[0] if size[0] == size[1] else size,
             patch_size=patch,
+            in_chans=channels,
             kwargs=arguments,
             **_learned(architecture, arguments),
         ),
-        mean=tuple(pretrained.get("mean") or IMAGENET_MEAN),
-        std=tuple(pretrained.get("std") or IMAGENET_STD),
+        mean=mean,
+        std=std,
         name=Path(source.removeprefix(FOLDER)).absolute().name if source.startswith(FOLDER) else source,
-        read=lambda: _read(source, source),
+        read=lambda: _read(source, source, channels),
     )
 
 
@@ -91,10 +100,12 @@ def _config_of_hub(source: str) -> tuple[str, dict, dict]:
     return architecture, dict(arguments or {}), pretrained
 
 
-def _read(name: str, where: str) -> Weights:
+def _read(name: str, where: str, channels: int = 3) -> Weights:
+    # timm takes a first layer of other channels for one of three, cannot adapt it, and leaves it at random.
+    as_it_is = {} if channels == 3 else {"pretrained_cfg_overlay": {"first_conv": None}}
     try:
         with seeded(0):
-            model = timm.create_model(name, pretrained=True)
+            model = timm.create_model(name, pretrained=True, **as_it_is)
     except (OSError, RuntimeError, ValueError) as error:
         raise _not_fetched(where, error) from error
     model.reset_classifier(0)
@@ -106,8 +117,19 @@ def _read(name: str, where: str) -> Weights:
         resampling="timm",
         grid=grid_of(model),
         prefix_rows=prefix_rows_of(model),
+        moved_norm=_moved_norm(model, where),
         **facts(model),
     )  # fmt: skip
+
+
+def _moved_norm(model: nn.Module, where: str) -> bool:
+    """timm gives EVA-02's masked pretraining a norm after the mean, with the weights of the one before it.
+
+    Known of what timm publishes alone: the tag stays in a folder whose weights were trained on.
+    """
+    tag = getattr(model, "pretrained_cfg", {}).get("tag") or ""
+    published = where.startswith((TIMM, f"{HUB}timm/")) and tag.startswith("mim")
+    return published and isinstance(model, Eva) and not isinstance(model.fc_norm, nn.Identity)
 
 
 def _not_fetched(where: str, error: Exception) -> UserError:

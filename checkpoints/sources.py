@@ -1,5 +1,5 @@
 """Encoders from wherever they are: a run, a checkpoint, an export, a file or folder in a published format, timm's and
-the Hugging Face hub's weights, or chance.
+the Hugging Face hub's weights, what a run started from, or chance.
 
 - Whatever the source, what comes back is a timm model in eval mode whose weights want no gradient.
 - Every tensor of the model comes from the source, and every tensor of the source has its place or is left out by
@@ -12,27 +12,26 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from prelude.checkpoints import store
+from prelude.checkpoints import manifest, store
 from prelude.checkpoints.convert import weights as convert
 from prelude.checkpoints.convert.fit import facts, fit, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.weights import Weights
-from prelude.checkpoints.description import Description, has_folder, path_of
+from prelude.checkpoints.description import RANDOM, START, Description, has_folder, path_of
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.encoders import build_encoder, lay_out_encoder
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
 OWN = "own parts of the objective"
-_RANDOM = "random:"
+_STUDENT = "encoder."  # what is trained by gradient, beside its teacher where there is one
 _KINDS = (
     "a run folder, a checkpoint folder, an exported folder, a file or folder of published weights, timm:NAME, "
-    "hf-hub:ID, local-dir:FOLDER, or random: before one of these"
+    "hf-hub:ID, local-dir:FOLDER, start: before a run, or random: before any of these"
 )
 # How the code of a method resamples its table of positions; others take timm's way.
 _RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
@@ -40,7 +39,7 @@ _RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
 
 @dataclass(frozen=True)
 class OpenedEncoder:
-    model: nn.Module  # images (B, 3, H, W), normalised by mean and std, to pooled features (B, D)
+    model: nn.Module  # images (B, C, H, W), normalised by mean and std, to pooled features (B, D)
     config: EncoderConfig
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -54,16 +53,17 @@ class OpenedEncoder:
 def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
     """Opens `source`: a folder of a run (its newest complete checkpoint), of a checkpoint or of an export; a file or
     folder of published weights (see `from_files`); `timm:NAME`, `hf-hub:ID`, `local-dir:FOLDER`, opened by timm;
-    `random:SOURCE`, the same architecture with weights drawn from `seed`.
+    `start:RUN`, the encoder that a run started from, as it was before the run's first step; `random:SOURCE`, the same
+    architecture with weights drawn from `seed`.
 
     Raises UserError when there is no such source, when it is damaged, or when it does not fit its architecture.
     """
     source = str(source)
-    described = describe(source.removeprefix(_RANDOM))
+    described = describe(source.removeprefix(RANDOM))
     model = build_encoder(described.config, seed=seed)
     name, origin, loaded, rule = described.name, described.origin, "", "timm"
-    if source.startswith(_RANDOM):
-        name, origin = f"{_RANDOM}{described.name}", {}
+    if source.startswith(RANDOM):
+        name, origin = f"{RANDOM}{described.name}", {}
     else:
         weights = described.read()
         loaded, rule = fit(model, weights, described.config.name).sentence(weights), weights.resampling
@@ -74,7 +74,7 @@ def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
 
 def open_weights(source: str) -> Weights:
     """The weights of any source but `random:`, whatever encoder they are to go into. Raises UserError."""
-    if source.startswith(_RANDOM):
+    if source.startswith(RANDOM):
         raise UserError(f"{source} holds no weights; leave it out, and the encoder starts at random.")
     if _is_published(source):
         return read_weights(source)
@@ -100,37 +100,42 @@ def fingerprint(model: nn.Module) -> str:
 
 def describe(source: str) -> Description:
     """Raises UserError for a source that is none, or is damaged."""
+    if source.startswith(START):
+        return _describe_start(source.removeprefix(START))
     if not has_folder(source) or source.startswith(FOLDER):
         return describe_timm(source)
     if _is_published(source):
         return describe_file(source)
-    folder = Path(source)
+    folder = path_of(source)
+    network = source.removeprefix(str(folder)).removeprefix("#") if str(folder) != source else ""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; write {_KINDS}.")
-    if (folder / store.MANIFEST).exists() or folder.name.startswith("step-"):
-        return _describe_checkpoint(folder)
+    if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
+        return _describe_checkpoint(folder, network)
     if (folder / "config.json").exists():
         return _describe_export(folder)
     for checkpoints in (folder / "checkpoints", folder):
         if newest := store.Store(checkpoints).newest():
-            return _describe_checkpoint(newest)
+            return _describe_checkpoint(newest, network)
     raise UserError(f"{folder} holds no complete checkpoint and no export; write {_KINDS}.")
 
 
 def _is_published(source: str) -> bool:
-    if not has_folder(source) or source.startswith(FOLDER):
+    if not has_folder(source) or source.startswith((FOLDER, START)):
         return False
     path = path_of(source)
     return path.is_file() or is_transformers(path)
 
 
-def _describe_checkpoint(folder: Path) -> Description:
-    if why := store.problem(folder, files=(store.MODEL, store.STATE)):
+def _describe_checkpoint(folder: Path, network: str = "") -> Description:
+    """network: "teacher" or "student", or nothing for what the objective's paper evaluates."""
+    if why := manifest.problem(folder, files=(manifest.MODEL, manifest.STATE)):
         raise UserError(f"{folder} is no complete checkpoint: {why}; write the run's folder to take its newest one.")
-    saved = json.loads((folder / store.STATE).read_text())
+    saved = json.loads((folder / manifest.STATE).read_text())
     meta = saved["meta"]
     objective = meta.get("config", {}).get("objective", {}).get("name")
     data = meta.get("loader", {}).get("fingerprint")
+    exported = _chosen(network, meta["exported"], folder)
     trained = EncoderConfig.model_validate(meta["encoder"])
     started = (
         {"weights": trained.weights, "weights_fingerprint": trained.weights_fingerprint} if trained.weights else {}
@@ -141,9 +146,44 @@ def _describe_checkpoint(folder: Path) -> Description:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         name=name,
-        read=lambda: _read_ours(folder / store.MODEL, config, objective, meta["exported"]),
+        read=lambda: _read_ours(folder / manifest.MODEL, config, objective, exported),
         origin={"objective": objective, "step": saved["step"], "data": data} | started,
     )
+
+
+def _chosen(network: str, exported: str, folder: Path) -> str:
+    """What the names of the chosen network's tensors begin with."""
+    taught = exported != _STUDENT
+    if network not in ("", "teacher", "student") or (network == "teacher" and not taught):
+        named = "#student, or nothing for the teacher" if taught else "nothing: it has one network"
+        raise UserError(f"{folder} has no network {network}; write after it {named}.")
+    return _STUDENT if network == "student" else exported
+
+
+def _describe_start(source: str) -> Description:
+    """The run's own architecture, image size and normalisation, with the weights that its record names."""
+    run = describe(source)
+    origin = {key: run.origin[key] for key in ("weights", "weights_fingerprint") if key in run.origin}
+    if not origin:
+        raise UserError(
+            f"{source} did not start from weights, or does not record it; write {RANDOM}{source} for the same "
+            "architecture untrained."
+        )
+
+    def read() -> Weights:
+        try:
+            weights = open_weights(origin["weights"])
+        except UserError as error:
+            raise UserError(f"What {source} started from cannot be opened any more: {error}") from None
+        if weights.fingerprint != origin.get("weights_fingerprint", weights.fingerprint):
+            raise UserError(
+                f"{source} started from {origin['weights']}, which holds other weights by now (fingerprint "
+                f"{weights.fingerprint} instead of {origin['weights_fingerprint']}); name what still holds them, such "
+                "as a checkpoint, in its place."
+            )
+        return weights
+
+    return replace(run, name=f"{START}{run.name}", read=read, origin=origin)
 
 
 def _describe_export(folder: Path) -> Description:
@@ -152,6 +192,10 @@ def _describe_export(folder: Path) -> Description:
         ours = json.loads((folder / "config.json").read_text()).get(EXPORT_SECTION)
         if ours is None:
             return describe_timm(f"{FOLDER}{folder}")
+        if (program := ours.get("format", "timm")) in ("onnx", "torch"):
+            raise UserError(
+                f"{folder} is an export to {program}, whose weights are not read back; write one of --format timm."
+            )
         config, objective = EncoderConfig.model_validate(ours["encoder"]), ours["origin"].get("objective")
         return Description(
             config=config,
@@ -187,8 +231,7 @@ def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exporte
                     own[name] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); export or save it again.") from None
-    with torch.device("meta"):
-        model = build_encoder(config, seed=0)
+    model = lay_out_encoder(config)
     return Weights(
         where=str(path.parent),
         format=config.name,

@@ -104,8 +104,8 @@ def _other_pixels(config: Config, weights: Weights) -> str:
     here = (config.data.mean, config.data.std)
     if weights.pixels is None:
         return f"; how its pixels were normalised is not known, here by data.mean={list(here[0])}, {list(here[1])}"
-    pairs = zip(chain(*here), chain(*weights.pixels), strict=True)
-    if all(abs(ours - theirs) <= _SAME_PIXELS for ours, theirs in pairs):
+    pairs = list(zip(chain(*here), chain(*weights.pixels), strict=False))
+    if len(here[0]) == len(weights.pixels[0]) and all(abs(ours - theirs) <= _SAME_PIXELS for ours, theirs in pairs):
         return ""
     return (
         f"; its pixels were normalised by data.mean={list(weights.pixels[0])} and data.std={list(weights.pixels[1])}, "

@@ -4,6 +4,8 @@
 - `newest` trusts checksums, never a name: what does not match its manifest is passed over.
 - A run begins anew only where no checkpoint was ever written: those that cannot be used are refused, each by name.
 - What cannot be read, or is of another format, is never removed: somebody else, or tomorrow's disk, may read it.
+- Saving takes a copy of the state and lets training go on; files are written, checked and named by a thread of rank 0.
+  One save is under way at a time: the next, a stop and the end wait for it.
 - A failure on rank 0 is told to every rank, so that none waits for ever.
 - Only rank 0 reads and writes files; the folder need not be visible to other nodes.
 - Files are safetensors and JSON: reading a checkpoint runs no code that it brings along.
@@ -13,28 +15,37 @@
     checkpoints/step-00001000/         model.safetensors, optimizer.safetensors, state.json, manifest.json
 """
 
-import hashlib
 import json
 import logging
 import math
 import os
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from prelude.checkpoints.manifest import (
+    FILES,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    described,
+    fault_of,
+    obvious_fault,
+)
 from prelude.checkpoints.portable import PortableState, gather_state, scatter_state
 from prelude.data.errors import RunStopped, UserError
 from prelude.pretrain import distributed
 from prelude.pretrain.files import Tolerant, reason, remove, save_file, sync_to_disk, write_whole
 from prelude.pretrain.recipes import read_recipe
 
-FORMAT = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-_FILES = (MODEL, OPTIMIZER, STATE)
 _TEMPORARY = ".tmp-"
 _REPLACED = ".replaced"  # a checkpoint that another of the same step has taken, or is taking, the place of
 _NAME = re.compile(r"step-(\d{8,})(" + re.escape(_REPLACED) + r"(-\d+)?)?")
@@ -43,27 +54,76 @@ _BEYOND = 1_000_000  # more saves than a run makes: what is saved beside unread 
 log = logging.getLogger(__name__)
 
 
+class Task:
+    """One call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], str | None]):
+        self.future = Future()
+        self.thread = threading.Thread(target=self._run, args=(call,), name="checkpoint")
+        self.thread.start()
+
+    def has_ended(self) -> bool:
+        return self.future.done()
+
+    def result(self) -> str | None:
+        """What the call returned, or raised. Waits for it."""
+        return self.future.result()
+
+    def _run(self, call) -> None:
+        try:
+            self.future.set_result(call())
+        except BaseException as error:  # it is the caller's
+            self.future.set_exception(error)
+
+
 class Store:
     """The checkpoints in `folder`, of which the `keep` that were saved last are kept, and the one that is held."""
 
     def __init__(self, folder: str | Path, keep: int = 3):
         self.folder, self.keep = Path(folder), keep
+        self.checked: Path | None = None  # what `newest` has read to the last byte
+        self.under_way = ""  # name of the checkpoint that is being saved
+        self.writing: Task | None = None  # on rank 0
+        self.retention = threading.Lock()  # what is held is chosen while a save may be retiring
         self.holding: str | None = None  # as `held` says, or should say, since this process began
         self.pointing, self.sparing, self.retiring = map(
             Tolerant, (self.folder / "latest", self.folder / "held", folder)
         )
 
-    def save(self, step: int, engine, meta: dict) -> Path:
-        """Saves the engine's state and `meta` (plain JSON values). Collective; returns the checkpoint's folder.
+    def save(self, step: int, engine, meta: dict) -> None:
+        """Takes a copy of the engine's state and begins to write it and `meta` (plain JSON values). Collective.
 
-        Raises RunStopped on every rank when the disk does not take it.
+        Waits for a save that is under way first, and raises as `finish` does.
         """
         json.dumps(meta)  # on every rank: what JSON cannot hold fails on all of them alike
+        self.finish()
         state = gather_state(engine)
-        failure = distributed.from_main(self._try_to_write(step, state, meta) if distributed.is_main() else None)
+        self.under_way = _name(step)
+        if distributed.is_main():
+            self.writing = Task(lambda: self._try_to_write(step, state, meta))
+
+    def has_ended(self) -> bool:
+        """Whether rank 0 has written, or failed to write, what `finish` would wait for; never on another rank."""
+        return self.writing is not None and self.writing.has_ended()
+
+    def finish(self) -> Path | None:
+        """Waits for the save that is under way, if any, and returns its folder. Collective.
+
+        Raises RunStopped on every rank when the disk did not take it.
+        """
+        if not self.under_way:
+            return None
+        name, self.under_way = self.under_way, ""
+        failure = distributed.from_main(self.writing.result() if distributed.is_main() else None)
+        self.writing = None
         if failure:
             raise RunStopped(failure)
-        return self.folder / _name(step)
+        return self.folder / name
+
+    def wait(self) -> None:
+        """Returns when no file is being written any more. For a run that ends by an error: not collective."""
+        if self.writing and (failure := self.writing.result()):
+            log.warning(failure)
 
     def newest(self) -> Path | None:
         """The complete checkpoint that was saved last, or None where none was ever saved. Not collective, and needs no
@@ -80,6 +140,7 @@ class Store:
                     continue
                 for other, why in passed_over:
                     log.warning(f"Checkpoint {other} is passed over: {why}.")
+                self.checked = path
                 return path
             named = (self.folder / "latest").read_text(errors="replace").strip() if not passed_over else ""
         except FileNotFoundError:
@@ -104,7 +165,7 @@ class Store:
         state, answer = None, None
         if distributed.is_main():
             try:
-                state, meta = read_checkpoint(path)
+                state, meta = read_checkpoint(path, checksums=Path(path) != self.checked)
                 answer = {"meta": meta}
             except UserError as error:
                 answer = {"refusal": str(error)}
@@ -120,8 +181,8 @@ class Store:
         """Spares the newest complete checkpoint of at most `step`, and no other, until `release`: in later starts of
         the run too. Returns it; None, and nothing changes, where there is none."""
         held = None
-        with self.sparing:
-            eligible = (path for path in self._by_age() if _step(path) <= step and not _obvious_fault(path))
+        with self.retention, self.sparing:
+            eligible = (path for path in self._by_age() if _step(path) <= step and not obvious_fault(path))
             held = next(eligible, None)
             if held and self._held() != held.name:
                 self.holding = held.name
@@ -129,8 +190,8 @@ class Store:
         return held
 
     def release(self) -> None:
-        self.holding = ""
-        with self.sparing:
+        with self.retention, self.sparing:
+            self.holding = ""
             (self.folder / "held").unlink(missing_ok=True)
 
     def _held(self) -> str:
@@ -157,7 +218,7 @@ class Store:
         # The checkpoint is there. What is left to do is no reason to end the run, and a full disk one to do the rest.
         with self.pointing:
             self._point("latest", self.folder / _name(step))
-        with self.retiring:
+        with self.retention, self.retiring:
             self._retire()
         return None
 
@@ -178,10 +239,10 @@ class Store:
         rest = {"format": FORMAT, "step": step, "meta": meta, "optimizer": state.optimizer}
         rest |= {"scalars": state.scalars, "loss_scaler": state.loss_scaler}
         (draft / STATE).write_text(json.dumps(rest))
-        files = {name: _described(draft / name) for name in _FILES}
+        files = {name: described(draft / name) for name in FILES}
         # The manifest vouches for the other files, so their bytes reach the disk before it exists: after a power
         # cut a file system may have kept the later of two writes and lost the earlier.
-        for name in _FILES:
+        for name in FILES:
             sync_to_disk(draft / name)
         manifest = {"format": FORMAT, "serial": self._next_serial(), "files": files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -218,7 +279,7 @@ class Store:
         that might be read elsewhere or another day."""
         held, kept = self._held(), 0
         for path in self._by_age():
-            if not _obvious_fault(path) and _REPLACED not in path.name:
+            if not obvious_fault(path) and _REPLACED not in path.name:
                 kept += 1
                 if kept <= self.keep:
                     continue
@@ -253,50 +314,6 @@ class Store:
         return [self.folder / name for name in names if _NAME.fullmatch(name)]
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What keeps a folder from being a complete checkpoint."""
-
-    why: str
-    lost: bool  # whether it was read, and is not what was written. Else it may be whole for another reader
-
-
-def fault_of(path: str | Path, files: tuple[str, ...] = _FILES, *, checksums: bool = True) -> Fault | None:
-    """None for a complete checkpoint. Opens `files`, and checks their sizes and, if asked to, their checksums."""
-    path = Path(path)
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if (found := manifest.get("format", "unknown")) != FORMAT:
-            return Fault(f"it is of format {found}, and this version reads format {FORMAT}", lost=False)
-        described = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["blake2b"]) for name in _FILES}
-    except OSError as error:
-        if not path.is_dir():
-            return Fault("there is no such folder", lost=False)
-        return Fault(f"{MANIFEST} cannot be read ({reason(error)})", lost=False)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return Fault(f"{MANIFEST} is damaged", lost=True)
-    try:
-        for name in files:
-            size, digest = described[name]
-            with open(path / name, "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != size:
-                    return Fault(f"{name} has {found} bytes instead of {size}", lost=True)
-                if checksums and hashlib.file_digest(file, "blake2b").hexdigest() != digest:
-                    return Fault(f"{name} does not match its checksum", lost=True)
-    except FileNotFoundError as error:
-        return Fault(f"{name} cannot be read ({reason(error)})", lost=True)
-    except OSError as error:
-        return Fault(f"{name} cannot be read ({reason(error)})", lost=False)
-    return None
-
-
-def problem(path: str | Path, files: tuple[str, ...] = _FILES) -> str | None:
-    """What keeps `path` from being a complete checkpoint, in words, or None."""
-    fault = fault_of(path, files)
-    return fault and fault.why
-
-
 def read_meta(path: str | Path) -> dict:
     """What a checkpoint was saved with beside its tensors, which stay on disk; empty where it cannot be read."""
     try:
@@ -305,11 +322,19 @@ def read_meta(path: str | Path) -> dict:
         return {}
 
 
-def read_checkpoint(path: str | Path) -> tuple[PortableState, dict]:
-    """A checkpoint's state and `meta`. Raises UserError unless every byte of it is as it was written."""
+def refuse_incomplete(path: Path, *, checksums: bool = True) -> None:
+    """Raises UserError unless it is a complete checkpoint."""
+    if fault := fault_of(path, checksums=checksums):
+        raise UserError(
+            f"{path} is no complete checkpoint: {fault.why}; name another one, or write resume.checkpoint=auto."
+        )
+
+
+def read_checkpoint(path: str | Path, *, checksums: bool = True) -> tuple[PortableState, dict]:
+    """A checkpoint's state and `meta`. Raises UserError unless every byte of it is as it was written; checksums: False
+    where that has just been seen."""
     path = Path(path)
-    if why := problem(path):
-        raise UserError(f"{path} is no complete checkpoint: {why}; name another one, or write resume.checkpoint=auto.")
+    refuse_incomplete(path, checksums=checksums)
     try:
         rest = json.loads((path / STATE).read_text())
         tensors, moments = load_file(path / MODEL), {}
@@ -359,17 +384,6 @@ def _serial(path: Path) -> int:
         return 0
 
 
-def _obvious_fault(path: Path) -> Fault | None:
-    """The cheap part of `fault_of`."""
-    return fault_of(path, checksums=False)
-
-
 def _may_go(path: Path) -> bool:
-    fault = _obvious_fault(path)
+    fault = obvious_fault(path)
     return fault is None or fault.lost
-
-
-def _described(path: Path) -> dict:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "blake2b").hexdigest()
-    return {"bytes": path.stat().st_size, "blake2b": digest}

@@ -76,12 +76,18 @@ class ViewPlan:
     """The views that an objective wants of every sample, and how their pixels are normalised on the device."""
 
     views: tuple[View, ...]
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of each channel
+    std: tuple[float, ...] = IMAGENET_STD
+    shown: tuple[int, ...] = ()  # channels that pictures show as red, green and blue; (): see pretrain/images.py
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
 
     def fingerprint(self) -> str:
         """A short hash of everything that changes a pixel; part of the loader's state."""
-        return hashlib.blake2b(repr(sorted(asdict(self).items())).encode(), digest_size=8).hexdigest()
+        decisive = {name: value for name, value in asdict(self).items() if name != "shown"}
+        return hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,10 @@ class Batch:
     `labels` are for monitors and evaluators, fine-tuning included; a self-supervised objective never reads them.
     """
 
-    views: tuple[Tensor, ...]  # V tensors, each (B, 3, H, W) uint8, not flipped yet
-    boxes: Tensor  # (B, V, 4) int32: top, left, height, width of the crop in pixels of the source image
+    # V tensors, each (B, C, H, W), not flipped yet; uint8, or float32 on the same scale of 0 to 255 where the data set
+    # has a range of values, whose 12 or 16 bits would not survive.
+    views: tuple[Tensor, ...]
+    boxes: Tensor  # (B, V, 4) int32: top, left, height, width of the crop in pixels of the decoded image
     flips: Tensor  # (B, V) bool: whether the device flips this view horizontally
     seeds: Tensor  # (B,) int64, a hash of (run seed, position in the endless order)
     sample_ids: Tensor  # (B,) int64, place in the data set's index, stable across runs

@@ -1,71 +1,79 @@
-"""From an image file's bytes to RGB pixels, or to a short reason why not.
+"""From an image file's bytes to pixels, or to a short reason why not.
 
 - JPEG goes through simplejpeg (libjpeg-turbo) and, where that is not installed, through torchvision; every other
-  format, and every JPEG that those cannot turn into RGB (CMYK), through PIL.
+  format, and every JPEG that those cannot turn into RGB (CMYK), through `stored`.
 - A JPEG whose data simplejpeg finds damaged is bad, whatever PIL would make of it: PIL paints what is missing grey.
   Where simplejpeg is not installed nobody notices, unless the file is cut off.
-- The size is read from the header before a pixel is decoded, and weighed against the file's bytes: a few hundred bytes
-  that claim millions of pixels hold no image.
-- The result is always three channels of 8 bits, the same as PIL's `convert("RGB")`: grey is repeated, palettes are
-  looked up, CMYK is converted, an alpha channel is dropped (not composited), the first frame of an animation is
-  taken. 16-bit grey keeps its upper 8 bits, where PIL would clip it to white, or is scaled by a `value_range`.
+- The result has as many channels as are asked for; `stored` says how. Three channels of 8 bits are the same as PIL's
+  `convert("RGB")`.
+- Without a `value_range` pixels have 8 bits: 16-bit values keep their upper 8 bits, where PIL would clip grey to white.
+  With one they are floating point on the same scale, so that nothing of 12 or 16 bits is lost.
+- A JPEG with more pixels than are allowed is decoded at half, a quarter or an eighth of its size, the first that fits
+  (libjpeg's scaled DCT); a progressive one, which would need all of its memory, is refused, as all other formats are.
 - EXIF orientation is ignored: pixels come as they are stored, as PIL, torchvision and timm read them.
 - Nothing of ours is written to the console (libtiff has words of its own) and no state is shared: safe from any number
   of threads.
 """
 
-import contextlib
 import functools
-import io
 import re
-import struct
 import warnings
-import zlib
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+
+from prelude.data.stored import (
+    ALWAYS_ENOUGH,
+    FORMATS,
+    MAX_PIXELS,
+    MAX_PIXELS_PER_BYTE,
+    BadImage,
+    OtherChannels,
+    check_size,
+    has_8_bits,
+    open_image,
+    stored_values,
+)
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
+__all__ = [
+    "ALWAYS_ENOUGH",
+    "FORMATS",
+    "MAX_PIXELS",
+    "MAX_PIXELS_PER_BYTE",
+    "Backend",
+    "BadImage",
+    "OtherChannels",
+    "ValueRange",
+    "decode",
+    "deep_values",
+]
+
 Backend = Literal["simplejpeg", "torchvision", "pil"]
-
-MAX_PIXELS = 64 * 2**20
-"""Larger images are refused: 64 Mi pixels are 192 MiB of RGB. Below PIL's own limit, so that ours is the one met."""
-
-MAX_PIXELS_PER_BYTE = 1000
-"""Of an image with more than `ALWAYS_ENOUGH` pixels. Photographs have below 100; one colour all over, as PNG or JPEG
-with 8 bits, up to 1030."""
-
-ALWAYS_ENOUGH = 4 * 2**20
+ValueRange = tuple[float, float]  # stored values that become black and white
 
 MAX_SCANS = 100
 """Of a progressive JPEG, which has about ten. Each may take ten bytes and as long as a whole image."""
 
-# A list of our own: PIL also registers formats that start other programs (EPS runs Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-
-# What PIL's parsers have been seen to raise, or plausibly raise, on damaged bytes.
-_PIL_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, RuntimeError,
-    MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
-
-# Set once, here: `warnings.catch_warnings` around each call would not be safe between threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+_JPEG = b"\xff\xd8\xff"
+_REDUCED = (2, 4, 8)  # in each direction
 
 
-class BadImage(Exception):
-    """Bytes that give no image. The message is a short reason, one of few, so that reasons can be counted."""
+def decode(
+    image: bytes,
+    backend: Backend | None = None,
+    value_range: ValueRange | None = None,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """(H, W, channels), C-contiguous and writable: uint8, or with a `value_range` float32 from 0 to 255.
 
-
-def decode(image: bytes, backend: Backend | None = None, value_range: tuple[float, float] | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, C-contiguous and writable.
-
-    value_range: the values of images with more than 8 bits that become black and white; None for all of 16 bits.
+    value_range: the values of images with more than 8 bits that become 0 and 255; those of 8 bits are left as they are.
+    None for all of 16 bits.
 
     `backend` forces one decoder alone, for comparisons. Raises BadImage when no pixels can be had; ImportError
     when the forced backend is not installed.
@@ -74,24 +82,48 @@ def decode(image: bytes, backend: Backend | None = None, value_range: tuple[floa
         raise BadImage("empty")
     if backend is not None:
         return _DECODERS[backend](image)
-    if image.startswith(b"\xff\xd8\xff"):
-        if _ends_in_a_hole(image):
-            raise BadImage("truncated")
-        if _is_progressive(image) and image.count(b"\xff\xda") > MAX_SCANS:
-            raise BadImage("too many scans")
-        try:
-            return _decode_jpeg(image)
-        except _Unsupported:
-            pass
-    return _decode_pil(image, value_range)
+    pixels = _of_jpeg(image, channels, max_pixels) if image.startswith(_JPEG) else None
+    if pixels is None:
+        values = stored_values(image, channels, max_pixels, deep=value_range is not None)
+        pixels = _of_8_bits(values, value_range)
+    return pixels if value_range is None else pixels.astype(np.float32, copy=False)
 
 
 def deep_values(image: bytes) -> np.ndarray | None:
-    """(H, W) stored values of an image with more than 8 bits; None for any other. Raises BadImage."""
-    if image.startswith(b"\xff\xd8\xff"):
+    """(H, W, C) stored values of an image with more than 8 bits; None for any other. Raises BadImage."""
+    if image.startswith(_JPEG) or has_8_bits(image):
         return None
-    with _open(image) as opened:
-        return _deep(opened)
+    values = stored_values(image, None)
+    return None if values.dtype in (np.uint8, np.bool_) else values
+
+
+def _of_8_bits(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
+    """Stored values on the scale of 8 bits: uint8 as it is, and floating point where there is a range."""
+    if values.dtype == np.uint8:
+        return values if values.flags.writeable else values.copy()
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * 255
+    if value_range is not None:
+        low, high = value_range
+        scaled = (values.astype(np.float32) - low) * (255 / (high - low))
+        return np.nan_to_num(scaled, copy=False).clip(0, 255)
+    if values.dtype == np.uint16:
+        return (values >> 8).astype(np.uint8)
+    raise BadImage(f"{values.dtype} values, no data.range")  # no range of theirs could be mapped to 0..255
+
+
+def _of_jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
+    """None for what only PIL can decode."""
+    if channels not in (1, 3):
+        raise OtherChannels(3, channels)
+    if _ends_in_a_hole(image):
+        raise BadImage("truncated")
+    if _is_progressive(image) and image.count(b"\xff\xda") > MAX_SCANS:
+        raise BadImage("too many scans")
+    try:
+        return _decode_jpeg(image, channels, max_pixels)
+    except _Unsupported:
+        return None
 
 
 class _Unsupported(BadImage):
@@ -117,27 +149,45 @@ def _is_progressive(jpeg: bytes) -> bool:
     return True  # not by the book: better count
 
 
-def _decode_jpeg(image: bytes) -> np.ndarray:
+def _decode_jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray:
     if simplejpeg is not None:
-        return _decode_simplejpeg(image)
+        return _decode_simplejpeg(image, channels, max_pixels)
     if _torchvision_io() is not None:
-        return _decode_torchvision(image)
+        return _decode_torchvision(image, channels, max_pixels)
     raise _Unsupported("no fast JPEG decoder")
 
 
-def _decode_simplejpeg(image: bytes) -> np.ndarray:
+def _decode_simplejpeg(image: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if simplejpeg is None:
         raise ImportError("simplejpeg is not installed")
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-        _check_size(height, width, len(image))
+        if height * width > max_pixels:
+            return _decode_reduced(image, height, width, colours, channels, max_pixels)
+        check_size(height, width, len(image), max_pixels)
         # Strict, because a lenient decoder returns a truncated image as a grey one.
         if colours in ("CMYK", "YCCK"):
             simplejpeg.decode_jpeg(image, "CMYK", strict=True)
             raise _Unsupported("undecodable")  # its conversion to RGB differs from PIL's
-        return simplejpeg.decode_jpeg(image, "RGB", strict=True)
+        return simplejpeg.decode_jpeg(image, "RGB" if channels == 3 else "GRAY", strict=True)
     except ValueError as error:
         raise _refusal(str(error)) from error
+
+
+def _decode_reduced(image: bytes, height: int, width: int, colours: str, channels: int, max_pixels: int) -> np.ndarray:
+    """At the largest size that is allowed. Raises ValueError as simplejpeg does."""
+    if height * width > MAX_PIXELS_PER_BYTE * len(image):
+        raise BadImage("too many pixels")
+    sizes = [(-(-height // by), -(-width // by)) for by in _REDUCED]
+    fitting = [size for size in sizes if size[0] * size[1] <= max_pixels]
+    if not fitting or _is_progressive(image) or colours in ("CMYK", "YCCK"):
+        raise BadImage("too many pixels")
+    pixels = simplejpeg.decode_jpeg(
+        image, "RGB" if channels == 3 else "GRAY", min_height=fitting[0][0], min_width=fitting[0][1], strict=True
+    )
+    if pixels.shape[:2] != fitting[0]:
+        raise BadImage("too many pixels")
+    return pixels
 
 
 def _refusal(message: str) -> BadImage:
@@ -155,11 +205,11 @@ def _refusal(message: str) -> BadImage:
 _EXTRANEOUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0x(db|c[012]|dd|e.|fe)")
 
 
-def _decode_torchvision(image: bytes) -> np.ndarray:
+def _decode_torchvision(image: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     io_module = _torchvision_io()
     if io_module is None:
         raise ImportError("torchvision.io.decode_jpeg is not available")
-    with _open(image) as header:
+    with open_image(image, max_pixels) as header:
         if header.format != "JPEG" or header.mode not in ("RGB", "L"):
             raise _Unsupported("undecodable")  # its CMYK conversion differs from PIL's
     import torch  # here, as torchvision is: plain decoding needs neither
@@ -167,7 +217,8 @@ def _decode_torchvision(image: bytes) -> np.ndarray:
     try:
         # A copy into a bytearray, because torch warns about memory that it may not write.
         encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
-        pixels = io_module.decode_jpeg(encoded, io_module.ImageReadMode.RGB)  # (3, H, W)
+        mode = io_module.ImageReadMode.RGB if channels == 3 else io_module.ImageReadMode.GRAY
+        pixels = io_module.decode_jpeg(encoded, mode)  # (C, H, W)
     except RuntimeError as error:
         raise _Unsupported("undecodable") from error  # PIL knows better what is wrong
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
@@ -184,64 +235,8 @@ def _torchvision_io():
     return torchvision.io if hasattr(torchvision.io, "decode_jpeg") else None
 
 
-def _decode_pil(image: bytes, value_range: tuple[float, float] | None = None) -> np.ndarray:
-    with _open(image) as opened:
-        values = _deep(opened)
-        if values is None:
-            with _pil_errors():
-                return np.array(opened.convert("RGB"))
-    if value_range is not None:
-        low, high = value_range
-        grey = (values.astype(np.float32) - low) * (255 / (high - low))
-        grey = np.nan_to_num(grey).clip(0, 255).round()
-    elif values.dtype.kind == "f":
-        raise BadImage("floating point pixels")  # they have no range that could be mapped to 0..255
-    else:
-        grey = (values >> 8).clip(0, 255)
-    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-
-
-def _deep(opened: Image.Image) -> np.ndarray | None:
-    """Modes I;16 and its byte orders, I, which older PILs give 16-bit PNGs, and F."""
-    if not opened.mode.startswith(("I", "F")):
-        return None
-    with _pil_errors():
-        return np.asarray(opened)
-
-
-@contextlib.contextmanager
-def _pil_errors():
-    try:
-        yield
-    except _PIL_ERRORS as error:
-        raise BadImage("truncated" if "truncated" in str(error).lower() else "undecodable") from error
-
-
-def _open(image: bytes) -> Image.Image:
-    """PIL's lazy image: the header read and its size checked, no pixel decoded."""
-    try:
-        opened = Image.open(io.BytesIO(image), formats=_installed_formats())
-    except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels") from error
-    except _PIL_ERRORS as error:
-        raise BadImage("not an image") from error
-    _check_size(opened.height, opened.width, len(image))
-    return opened
-
-
-@functools.cache
-def _installed_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _check_size(height: int, width: int, num_bytes: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage("too many pixels")
-    if height * width > max(ALWAYS_ENOUGH, MAX_PIXELS_PER_BYTE * num_bytes):
-        raise BadImage("too few bytes")
-    if height * width == 0:
-        raise BadImage("no pixels")
+def _decode_pil(image: bytes) -> np.ndarray:
+    return _of_8_bits(stored_values(image, 3, deep=False), None)
 
 
 _DECODERS = {"simplejpeg": _decode_simplejpeg, "torchvision": _decode_torchvision, "pil": _decode_pil}

@@ -15,6 +15,9 @@ from prelude.data.errors import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif", "pgm", "pbm", "jp2", "avif")
 """In order of preference: a sample with `jpg` and `png` is an image with, most likely, a mask."""
 
+ARRAY_EXTENSION = "npy"
+"""Of arrays, which are images where there are no others: beside those they are labels, masks or features."""
+
 MAX_IMAGE_BYTES = 256 * 2**20
 
 DESKTOP_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
@@ -73,6 +76,10 @@ def list_images(root: str) -> FolderListing:
                     waiting.append((name, (*above, identity)))
             elif _is_image(name, status, listing):
                 found.append((name, status))
+    if any(image_extension_of(name) != ARRAY_EXTENSION for name, _ in found):
+        arrays = [name for name, _ in found if image_extension_of(name) == ARRAY_EXTENSION]
+        listing.passed_over += [PassedOver(name, "an array beside images", False) for name in arrays]
+        found = [(name, status) for name, status in found if image_extension_of(name) != ARRAY_EXTENSION]
     for name, status in sorted(found, key=lambda item: item[0]):
         listing.names.append(name)
         listing.sizes.append(status.st_size)
@@ -82,10 +89,10 @@ def list_images(root: str) -> FolderListing:
 
 
 def image_extension_of(name: str) -> str:
-    """`jpg` of `a/b.JPG`; "" where the name is not an image's."""
+    """`jpg` of `a/b.JPG`, `npy` of an array; "" where the name is not an image's."""
     extension = os.path.splitext(name)[1].lower().removeprefix(".")
     extension = _ALIASES.get(extension, extension)
-    return extension if extension in IMAGE_EXTENSIONS else ""
+    return extension if extension in IMAGE_EXTENSIONS or extension == ARRAY_EXTENSION else ""
 
 
 def folders_of(names: list[str], which: str, root: str) -> list[str] | None:

@@ -51,6 +51,8 @@ class ImageFolder(str):
             raise BadImage("the file has changed since it was listed")
         return content
 
+    peek = read
+
     def keys_by_offset(self) -> dict[int, str]:
         return dict(zip((self.ends - self.sizes).tolist(), self.names, strict=True))
 

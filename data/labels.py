@@ -36,8 +36,7 @@ class LabelReader:
             raise UserError(f"Labels cannot be read from .{extension} members; write them as {_FORMATS}.")
         labels = [label for label in map(self._decode, examples) if label is not None]
         if not labels:
-            found = f"The label {examples[0][:60]!r}" if examples else "The content"
-            raise UserError(f"{found} of a .{extension} member is neither a number nor numbers; write {_FORMATS}.")
+            raise UserError(self._refusal(examples))
         ((self.shape, self.dtype), _) = Counter((label.shape, label.dtype) for label in labels).most_common(1)[0]
 
     def __call__(self, content: bytes) -> np.ndarray:
@@ -47,16 +46,39 @@ class LabelReader:
             raise BadImage(f"bad .{self.extension} label")
         return label.astype(self.dtype)
 
+    def _refusal(self, examples: Sequence[bytes]) -> str:
+        """Of members none of which can be decoded."""
+        found = f"The label {examples[0][:60]!r}" if examples else "The content"
+        if examples and _is_beyond_64_bits(self._array(examples[0])):
+            return (
+                f"{found} of a .{self.extension} member does not fit into 64 bits; write whole numbers from -2^63 to "
+                f"2^63 - 1, such as the numbers 0, 1, ... of the classes."
+            )
+        return f"{found} of a .{self.extension} member is neither a number nor numbers; write {_FORMATS}."
+
     def _decode(self, content: bytes) -> np.ndarray | None:
+        label = self._array(content)
+        if label is None or label.dtype.kind not in _DTYPES:
+            return None
+        if label.dtype == np.uint64 and (label > np.iinfo(np.int64).max).any():
+            return None
+        return label.astype(_DTYPES[label.dtype.kind])
+
+    def _array(self, content: bytes) -> np.ndarray | None:
+        """What webdataset makes of it; None where it makes nothing."""
         try:
             if self.extension.rpartition(".")[2] == "npy" and not _is_whole_npy(content):
                 return None
-            label = np.asarray(basichandlers(f".{self.extension}", content))
+            return np.asarray(basichandlers(f".{self.extension}", content))
         except (ValueError, TypeError, EOFError, OverflowError, RecursionError, MemoryError):
             return None
-        if label.dtype.kind not in _DTYPES or (label.dtype == np.uint64 and (label > np.iinfo(np.int64).max).any()):
-            return None
-        return label.astype(_DTYPES[label.dtype.kind])
+
+
+def _is_beyond_64_bits(label: np.ndarray | None) -> bool:
+    """Of whole numbers: numpy keeps as Python's own those that no type of its has room for."""
+    if label is None or label.dtype == np.uint64:
+        return label is not None
+    return label.dtype == object and all(isinstance(number, int) for number in label.flat)
 
 
 def some(sample_ids: np.ndarray) -> list[int]:

@@ -11,7 +11,6 @@
 """
 
 import functools
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -21,15 +20,18 @@ import webdataset as wds
 
 from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import ViewPlan
+from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
+from prelude.data.fetching import check_room, fetch_ahead
 from prelude.data.labels import LabelReader, no_label, some
 from prelude.data.members import label_members
 from prelude.data.order import DEFAULT_SHUFFLE, Order, Shuffle
 from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
-from prelude.data.shards import ShardIndex, expand_shards, is_remote
+from prelude.data.remote_shards import RemoteShard, shard_name
+from prelude.data.shards import ShardIndex, expand_shards, is_stream
 from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
 from prelude.data.streaming import StreamingLoader
-from prelude.data.value_range import ValueRange, tell_if_dark
+from prelude.data.value_range import refuse_other_images, tell_if_dark
 
 
 def build_loader(
@@ -48,30 +50,36 @@ def build_loader(
     max_bad_share: float = 1.0,
     allow_commands: bool = False,
     value_range: ValueRange | Literal["auto"] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> "Loader | StreamingLoader":
-    """A `Loader` where every shard is a local file, else a `StreamingLoader`, which alone takes `num_samples`.
+    """A `Loader` where every shard is a file, here or in a store, else a `StreamingLoader`, which alone takes
+    `num_samples`.
 
     max_bad_share: the share of samples that damage may have cost. allow_commands: whether a shell may run what `pipe:`
-    says. value_range: as `ShardIndex` takes it. Raises UserError where too much is lost, for a command that may not be
-    run, and as `ShardIndex` does.
+    says. value_range, max_pixels: as `ShardIndex` takes them. Raises UserError where too much is lost, for a command
+    that may not be run, for a cache of remote shards that is too small for the order, and as `ShardIndex` and `Loader`
+    do.
     """
     common = dict(
         seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=num_workers, label=label,
         bad_samples_log=bad_samples_log,
     )  # fmt: skip
     urls = expand_shards(shards, allow_commands)
-    if any(map(is_remote, urls)):
-        return StreamingLoader(urls, plan, num_samples=num_samples, value_range=value_range, **common)
+    if any(map(is_stream, urls)):
+        seen_as = dict(value_range=value_range, max_pixels=max_pixels)
+        return StreamingLoader(urls, plan, num_samples=num_samples, **seen_as, **common)
     if num_samples is not None:
         raise UserError(
-            f"data.num_samples={num_samples} has no effect on local shards, which are counted; leave it out."
+            f"data.num_samples={num_samples} has no effect on shards that are files, which are counted; leave it out."
         )
-    index = ShardIndex(shards, label, value_range)
+    remote = any(isinstance(url, RemoteShard) for url in urls)  # asked for once
+    index = ShardIndex(urls if remote else shards, label, value_range, max_pixels)
     if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
         raise UserError(
             f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
             f"ones (the first: {index.first_problem()}); mend the shards, or raise data.max_bad_share."
         )
+    check_room(index, shuffle, seed, tell=rank == 0)
     return Loader(index, plan, shuffle=shuffle, **common)
 
 
@@ -79,7 +87,8 @@ class Loader(EndlessLoader):
     """Endless batches of the samples of an index.
 
     label: extension of the member with a sample's label (`cls`), or "" for batches without labels.
-    bad_samples_log: where unreadable samples are listed. Raises UserError if there is a `label` and no such member.
+    bad_samples_log: where unreadable samples are listed. Raises UserError if there is a `label` and no such member,
+    and where no image can be read as `plan` and index ask for.
     """
 
     def __init__(
@@ -113,7 +122,7 @@ class Loader(EndlessLoader):
     def preview(self, count: int) -> list[str]:
         """Where the next `count` samples of all ranks come from: shard and key."""
         ids = Order(self.index.counts, self.seed, self.shuffle).samples_at(self.samples + np.arange(count))
-        return [f"{os.path.basename(self.index.shard_of(i))}:{self.index.key(i)}" for i in ids.tolist()]
+        return [f"{shard_name(self.index.shard_of(i))}:{self.index.key(i)}" for i in ids.tolist()]
 
     def stages(self) -> list:
         source = EndlessSource(
@@ -191,10 +200,12 @@ def one_pass(
 
 
 def _stages(source, reader: MicroBatchReader) -> list:
-    return [source, functools.partial(announce, reader=reader), wds.map(reader)]
+    ahead = functools.partial(fetch_ahead, source=source, index=reader.index)
+    return [source, ahead, functools.partial(announce, reader=reader), wds.map(reader)]
 
 
 def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
+    refuse_other_images(index, plan.channels)
     threads = 1 if num_workers else min(torch.get_num_threads(), 8)
     return MicroBatchReader(index, plan, seed, label_reader(index, label), on_bad, threads)
 
@@ -206,5 +217,5 @@ def label_reader(index: ShardIndex, label: str) -> LabelReader | None:
     labelled = np.flatnonzero(index.labels[:, 0] >= 0)
     if not len(labelled):
         raise no_label(index)
-    examples = label_members(index, some(labelled))
+    examples = label_members(index, some(labelled), peek=True)
     return LabelReader(index.label, [content for content in examples if content is not None])

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from prelude.data.decode import BadImage
+from prelude.data.remote_shards import read_some
 from prelude.data.shards import ShardIndex
 from prelude.data.source import OpenFiles
 from prelude.data.waiting import in_threads
@@ -12,9 +13,11 @@ from prelude.data.waiting import in_threads
 _AT_ONCE = 256  # that a thread reads
 
 
-def label_members(index: ShardIndex, sample_ids: Sequence[int] | None = None) -> Iterator[bytes | None]:
+def label_members(
+    index: ShardIndex, sample_ids: Sequence[int] | None = None, peek: bool = False
+) -> Iterator[bytes | None]:
     """The bytes of each sample's label member, in the order of the index, or of `sample_ids`; None where there is none
-    to be had."""
+    to be had. peek: a few from all over, for which no remote shard is fetched."""
     files = OpenFiles(index.paths)
     samples = range(index.num_samples) if sample_ids is None else sample_ids
 
@@ -23,8 +26,10 @@ def label_members(index: ShardIndex, sample_ids: Sequence[int] | None = None) ->
         if offset < 0:
             return None
         try:
+            if peek:
+                return read_some(index.shard_of(sample), offset, size)
             return files.read(int(np.searchsorted(index.ends, sample, side="right")), offset, size)
-        except BadImage:
+        except (BadImage, OSError):
             return None
 
     def contents(start: int) -> list[bytes | None]:

@@ -12,7 +12,7 @@
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,17 @@ class Order:
             here = epochs == epoch
             ids[here] = self._samples_of_epoch(int(epoch), positions[here] % self.num_samples)
         return ids
+
+    def first_samples_by_turn(self, epoch: int) -> Iterator[np.ndarray]:
+        """For window after window: the first sample of each span that the streams then read, side by side."""
+        streams, window = self.shuffle.streams, self.shuffle.window
+        span_order, line_ends = self._epochs.get(epoch, lambda: self._permuted_spans(epoch))
+        starts = self.num_samples * np.arange(streams) // streams  # but for one sample those of `_places_in_line`
+        for begin in range(0, -(-self.num_samples // streams), window):
+            first = np.minimum(starts + begin, self.num_samples - 1)
+            last = np.minimum(starts + min(begin + window, -(-self.num_samples // streams)), self.num_samples) - 1
+            spans = zip(*(np.searchsorted(line_ends, line, side="right") for line in (first, last)), strict=True)
+            yield self._span_starts[span_order[np.concatenate([np.arange(a, b + 1) for a, b in spans])]]
 
     def _samples_of_epoch(self, epoch: int, place: np.ndarray) -> np.ndarray:
         """place: (n,) int64 in [0, num_samples)."""

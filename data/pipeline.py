@@ -4,6 +4,7 @@
 - A batch that does not come is waited for as `data.waiting` says, whoever makes it.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -106,9 +107,15 @@ class EndlessLoader(ABC):
 def run_pipeline(stages: list, num_workers: int) -> Iterator[dict]:
     """What a `wds.DataPipeline` of these stages yields, made by worker processes or, with none, here.
 
-    Raises RunStopped when a worker dies, and as `data.waiting.Wait` does when nothing comes.
+    Raises RunStopped when a worker dies or says that the run cannot go on, and as `data.waiting.Wait` does when nothing
+    comes.
     """
-    return Workers(wds.DataPipeline(*stages), num_workers).results() if num_workers else _made_here(stages)
+    made = Workers(wds.DataPipeline(*stages), num_workers).results() if num_workers else _made_here(stages)
+    with contextlib.closing(made):
+        for arrays in made:
+            if "stopped" in arrays:
+                raise RunStopped(arrays["stopped"])
+            yield arrays
 
 
 def to_batch(arrays: dict) -> Batch:

@@ -1,6 +1,7 @@
 """A data set of tar shards: which files it is, and where each sample lies in them.
 
-- A folder of images, read in place, is one shard; see `image_folder`.
+- A folder of images, read in place, is one shard; see `image_folder`. One behind a URL is read as a file, too; see
+  `remote_shards`.
 - `data.shards` is a path, a pattern with braces (`{000..099}`), `*` or `?`, several of them joined by `::`, or a list;
   braces, `::` and `${...}` are expanded by webdataset. A name that exists as it is written is taken as it is.
 - A sample's id is its place in the index: shard after shard, in the order of the tar.
@@ -30,29 +31,36 @@ from typing import Literal
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder, open_folder
+from prelude.data.node_cache import cache_folder
+from prelude.data.remote_index import load as load_remote
+from prelude.data.remote_index import read_index_files
+from prelude.data.remote_shards import RemoteShard, is_pattern, matching, remote_shards, shard_name
+from prelude.data.stores import is_stored
 from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
-from prelude.data.value_range import ValueRange, resolved
+from prelude.data.value_range import resolved
 from prelude.data.waiting import called, in_threads
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 _MOST_NAMED = 10**7  # by the ranges of a pattern
 _COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
 
 
 class ShardIndex:
-    """The samples of local, uncompressed tar shards. 16 bytes of memory a sample, 32 with labels.
+    """The samples of uncompressed tar shards, local or in a store. 16 bytes of memory a sample, 32 with labels.
 
     shards: see the module. label: extension of the member that holds a sample's label (`cls`), or "" for none; it
     changes neither ids nor fingerprint. value_range: the stored values of images with more than 8 bits that become
-    black and white, "auto" to find them, None for all of 16 bits; part of the fingerprint where it is given.
+    black and white, "auto" to find them, None for all of 16 bits. max_pixels: of an image; see `decode`. Both are part
+    of the fingerprint where they are given.
 
-    Raises UserError where nothing matches, a shard is missing, unreadable, compressed or not local, or no shard holds
-    an image. Damage inside a shard does not raise: see `problems`.
+    Raises UserError where nothing matches, a shard is missing, unreadable, compressed or a stream, or no shard holds
+    an image, and RunStopped where a store does not give one. Damage inside a shard does not raise: see `problems`.
     """
 
     def __init__(
@@ -60,9 +68,10 @@ class ShardIndex:
         shards: str | list[str],
         label: str = "",
         value_range: ValueRange | Literal["auto"] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.label = label.lower().removeprefix(".")
-        self.paths = tuple(local_shards(shards))
+        self.paths = tuple(indexable_shards(shards))
         parts = _load_all(self.paths, self.label)
         self.images = np.concatenate([part.images for part in parts])  # (N, 2) int64: offset, size
         self.labels = np.concatenate([part.labels for part in parts])  # (N, 2) int64, or (0, 2) without a label
@@ -74,6 +83,7 @@ class ShardIndex:
         self._contents = [(part.content, part.label_content) for part in parts]
         if not self.num_samples:
             raise UserError(self._nothing_found(shards))
+        self.max_pixels = max_pixels
         self.value_range = resolved(self, value_range)
         self.fingerprint = self._fingerprint()
 
@@ -105,28 +115,25 @@ class ShardIndex:
     def key(self, sample_id: int) -> str:
         """A sample's key in its shard. Walks the shard's headers: for people to read, not for every sample."""
         path, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
+        if isinstance(path, RemoteShard) and not path.is_here():
+            return f"byte {offset}"
         keys = path.keys_by_offset if isinstance(path, ImageFolder) else functools.partial(keys_by_offset, path)
         return called(lambda: keys().get(offset, "?"), f"the headers of {path}")
-
-    def keys(self) -> list[str]:
-        """The keys of all N samples, in order. Walks the headers of each shard once."""
-        found = []
-        for number, of_shard in enumerate(np.split(self.images[:, 0], self.ends[:-1])):
-            path = self.paths[number]
-            keys = path.keys_by_offset if isinstance(path, ImageFolder) else functools.partial(keys_by_offset, path)
-            by_offset = called(keys, f"the headers of {path}")
-            found += [by_offset.get(offset, "?") for offset in of_shard.tolist()]
-        return found
 
     def with_label(self, label: str) -> "ShardIndex":
         """The same data set, with the places of another label."""
         label = label.lower().removeprefix(".")
-        return self if label in ("", self.label) else ShardIndex(list(self.paths), label, self.value_range)
+        if label in ("", self.label):
+            return self
+        return ShardIndex(list(self.paths), label, self.value_range, self.max_pixels)
 
-    def with_range(self, value_range: ValueRange | Literal["auto"] | None) -> "ShardIndex":
-        """The same data set, with other values for black and white."""
+    def with_range(
+        self, value_range: ValueRange | Literal["auto"] | None, max_pixels: int = MAX_PIXELS
+    ) -> "ShardIndex":
+        """The same data set, with other values for black and white, and another limit."""
         other = copy.copy(self)
-        other.value_range = resolved(self, value_range)
+        other.max_pixels = max_pixels
+        other.value_range = resolved(other, value_range)
         other.fingerprint = other._fingerprint()
         return other
 
@@ -147,16 +154,21 @@ class ShardIndex:
         return _digest(self.paths, self.labels, self.ends, [label for _, label in self._contents])
 
     def layout_fingerprint(self) -> str:
-        """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint. With a `value_range` that is
-        given, which they did not have, it is no such thing.
+        """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint. With a `value_range` or
+        `max_pixels` that is given, which they did not have, it is no such thing.
         """
-        if self.value_range is not None:
+        if self._read_as():
             return self.fingerprint
         return _digest(self.paths, self.images, self.ends, None)
 
     def _fingerprint(self) -> str:
-        seen_as = "" if self.value_range is None else f" {self.value_range}"
+        seen_as = self._read_as()
         return _digest(self.paths, self.images, self.ends, [image + seen_as for image, _ in self._contents])
+
+    def _read_as(self) -> str:
+        """What decides pixels beside the images; "" where nothing was said."""
+        limit = "" if self.max_pixels == MAX_PIXELS else f" max_pixels={self.max_pixels}"
+        return ("" if self.value_range is None else f" {self.value_range}") + limit
 
     def _nothing_found(self, shards) -> str:
         found = [problem for problems in self.problems.values() for problem in problems]
@@ -169,10 +181,10 @@ class ShardIndex:
 
 
 def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list[str]:
-    """Local paths and URLs, in order; local ones exist.
+    """Local paths and URLs, in order; they exist, as far as they are files, and those of a store are `RemoteShard`s.
 
     allow_commands: whether `pipe:` may be among them, behind which a shell runs what a file, or somebody else's recipe,
-    says. Raises UserError naming the pattern and this host.
+    says. Raises UserError naming the pattern and this host, and RunStopped for what a store does not give.
     """
     found = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -187,16 +199,22 @@ def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list
         raise UserError(
             "data.shards is empty; write the path of a tar file, or a pattern such as /data/{000..099}.tar."
         )
-    return found
+    return remote_shards(found)
 
 
-def local_shards(shards: str | list[str]) -> list[str]:
-    """Paths, in order, of shards that must be files. Raises UserError as `expand_shards`, and for URLs and commands."""
+def indexable_shards(shards: str | list[str]) -> list[str]:
+    """Paths, in order, of shards that must be files, here or in a store. Raises UserError as `expand_shards`, and for
+    commands and other streams."""
     paths = expand_shards(shards, allow_commands=True)  # none is run: it is refused here
     for path in paths:
-        if is_remote(path):
+        if is_stream(path):
             raise UserError(f"{path} is not a local file and cannot be indexed; copy it to a disk.")
     return paths
+
+
+def is_stream(path: str) -> bool:
+    """Whether an expanded path can only be read from its beginning to its end."""
+    return is_remote(path) and not isinstance(path, RemoteShard)
 
 
 def is_remote(url: str) -> bool:
@@ -207,18 +225,13 @@ def is_command(url: str) -> bool:
     return bool(_COMMAND.match(url))
 
 
-def cache_folder() -> Path:
-    """Where indexes are kept: $PRELUDE_CACHE, or ~/.cache/prelude."""
-    return Path(os.environ.get("PRELUDE_CACHE") or Path.home() / ".cache" / "prelude")
-
-
 def _digest(paths: tuple[str, ...], places: np.ndarray, ends: np.ndarray, contents: list[str] | None) -> str:
     """places: (N, 2) int64, or (0, 2). contents: a hash of each shard, None to leave them out."""
     digest = hashlib.blake2b(digest_size=16)
     of_shards = np.split(places, ends[:-1]) if len(places) else [places] * len(paths)
     for i, (path, of_shard) in enumerate(zip(paths, of_shards, strict=True)):
         content = [] if contents is None else [contents[i]]
-        digest.update(json.dumps([os.path.basename(path), len(of_shard), *content]).encode())
+        digest.update(json.dumps([shard_name(path), len(of_shard), *content]).encode())
         digest.update(np.ascontiguousarray(of_shard, "<i8").tobytes())
     return digest.hexdigest()
 
@@ -240,7 +253,7 @@ def _lost(parts: list[TarIndex]) -> np.ndarray:
 
 
 def _expand(pattern: str) -> list[str]:
-    if isinstance(pattern, ImageFolder):
+    if isinstance(pattern, ImageFolder | RemoteShard):
         return [pattern]
     if not is_remote(pattern) and os.path.exists(pattern):
         return [_as_path(pattern, pattern)]
@@ -251,7 +264,11 @@ def _expand(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that is not set; a brace that is not closed
         reason = str(error).replace("wds_WDS_", "WDS_") or "unbalanced braces"
         raise UserError(f"data.shards={pattern!r} cannot be expanded ({reason}); write plain paths.") from None
-    return [path for url in urls for path in ([url] if _has_scheme(url) else _local(url, pattern))]
+    return [path for url in urls for path in (_in_store(url) if _has_scheme(url) else _local(url, pattern))]
+
+
+def _in_store(url: str) -> list[str]:
+    return matching(url) if is_stored(url) and is_pattern(url) else [url]
 
 
 def _num_named(pattern: str) -> int:
@@ -298,6 +315,7 @@ def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     begin = len(paths) * int(os.environ.get("LOCAL_RANK", 0)) // ranks
     turned = paths[begin:] + paths[:begin]
+    read_index_files(turned)
     parts = list(in_threads(lambda path: _load(path, label), turned, lambda path: f"the headers of {path}"))
     return parts[len(paths) - begin :] + parts[: len(paths) - begin]
 
@@ -305,6 +323,8 @@ def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
 def _load(path: str, label: str) -> TarIndex:
     if isinstance(path, ImageFolder):
         return path.index(label)
+    if isinstance(path, RemoteShard):
+        return load_remote(path, label)
     try:
         status = os.stat(path)
         times = status.st_mtime_ns, status.st_ctime_ns  # the second changes even where a tool puts the first back

@@ -2,7 +2,7 @@
 
 - A source (an IterableDataset, the head of a `wds.DataPipeline`) says which samples make the next micro-batch.
   Worker w of n makes the micro-batches w, w + n, w + 2n, ..., so that a DataLoader hands them over in order.
-- `MicroBatchReader` (a `wds.map` stage) reads and decodes them into one uint8 buffer a view.
+- `MicroBatchReader` (a `wds.map` stage) reads and decodes them into one buffer a view.
 - What comes out depends on positions alone. An unreadable sample is replaced by one that its position determines, so
   that the micro-batch stays full and nobody else's samples move.
 - Bytes are read by offset (pread): file positions are shared by forked processes, and a shard that has become shorter
@@ -13,6 +13,7 @@ import functools
 import os
 import resource
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import count
 from multiprocessing.pool import ThreadPool
 from typing import Literal
@@ -22,15 +23,18 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from prelude.data.batch import ViewPlan
-from prelude.data.decode import BadImage
+from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
+from prelude.data.errors import RunStopped
 from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import LabelReader
 from prelude.data.order import Order, Shuffle, sample_seed, substitute
+from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex
 from prelude.data.views import read_views
 from prelude.data.waiting import doing, moved, open_file
 
 MAX_ATTEMPTS = 16
+_LOOKED_AHEAD = 4096  # positions
 
 
 def worker() -> tuple[int, int]:
@@ -54,6 +58,8 @@ class EndlessSource(IterableDataset):
         self, index: ShardIndex, shuffle: Shuffle, seed: int, start: int, micro_batch: int, rank: int, world_size: int
     ):
         self.order = Order(index.counts, seed, shuffle)
+        self.order_ahead = Order(index.counts, seed, shuffle)  # of another thread
+        self.start, self.global_batch = start, micro_batch * world_size
         self.positions_of = functools.partial(
             rank_positions, start, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
@@ -62,6 +68,11 @@ class EndlessSource(IterableDataset):
         for nth in count(*worker()):
             positions = self.positions_of(nth)
             yield _step(nth, positions, self.order.samples_at(positions))
+
+    def ahead(self, nth: int) -> Iterator[np.ndarray]:
+        """The samples of all ranks from a micro-batch on, some at a time: what a node will need. For another thread."""
+        for begin in count(self.start + nth * self.global_batch, _LOOKED_AHEAD):
+            yield self.order_ahead.samples_at(begin + np.arange(_LOOKED_AHEAD))
 
 
 class OnePassSource(IterableDataset):
@@ -83,6 +94,12 @@ class OnePassSource(IterableDataset):
             ids = np.arange(begin, min(begin + self.batch_size, self.end))
             ids = ids if self.samples is None else self.samples[ids]
             yield _step(nth, ids, ids)
+
+    def ahead(self, nth: int) -> Iterator[np.ndarray]:
+        """The samples of this rank from a micro-batch on, some at a time."""
+        for begin in range(self.begin + nth * self.batch_size, self.end, _LOOKED_AHEAD):
+            ids = np.arange(begin, min(begin + _LOOKED_AHEAD, self.end))
+            yield ids if self.samples is None else self.samples[ids]
 
 
 def _step(nth: int, positions: np.ndarray, sample_ids: np.ndarray) -> dict:
@@ -125,13 +142,21 @@ class MicroBatchReader:
     def __call__(self, step: dict) -> dict:
         """Fills the arrays of one micro-batch.
 
-        Returns views (V tensors, each (B, H, W, 3) uint8), boxes, flips, seeds, sample_ids, positions and labels as in
+        Returns views (V tensors, each (B, H, W, C)), boxes, flips, seeds, sample_ids, positions and labels as in
         `Batch` but numpy, `bad`: (position, sample id, reason) of each failed attempt, and `lost`: the positions for
-        which every attempt failed.
+        which every attempt failed. Where the run cannot go on, `stopped` alone says why: an error would come out of a
+        worker as a traceback.
         """
+        try:
+            return self._read_all(step)
+        except RunStopped as error:
+            return {"stopped": str(error)}
+
+    def _read_all(self, step: dict) -> dict:
         positions, sample_ids = step["positions"], step["sample_ids"].copy()
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
-        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, self.index.value_range)
+        seen_as = self.index.value_range, self.index.max_pixels
+        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, *seen_as)
         fill = functools.partial(self._fill, rows, positions, seeds, sample_ids)
         failures = list(self._map(fill, range(len(positions))))  # by row: the failed attempts, and whether all failed
         bad = [failed for attempts, _ in failures for failed in attempts]
@@ -197,11 +222,12 @@ class MicroBatchBuffers:
         plan: ViewPlan,
         size: int,
         read_label: LabelReader | None,
-        value_range: tuple[float, float] | None = None,
+        value_range: ValueRange | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
-        num_views = len(plan.views)
-        self.plan, self.value_range = plan, value_range
-        self.views = tuple(torch.empty(size, *view.size, 3, dtype=torch.uint8) for view in plan.views)
+        num_views, dtype = len(plan.views), torch.uint8 if value_range is None else torch.float32
+        self.plan, self.value_range, self.max_pixels = plan, value_range, max_pixels
+        self.views = tuple(torch.empty(size, *view.size, plan.channels, dtype=dtype) for view in plan.views)
         self.pixels = [view.numpy() for view in self.views]
         self.boxes = np.zeros((size, num_views, 4), np.int32)
         self.flips = np.zeros((size, num_views), bool)
@@ -210,7 +236,7 @@ class MicroBatchBuffers:
     def write(self, row: int, image: bytes, seed: int, label: np.ndarray | None) -> None:
         """Raises BadImage; the row is then undefined until it is written again."""
         out = [view[row] for view in self.pixels]
-        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, out, self.value_range)
+        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, out, self.value_range, self.max_pixels)
         if label is not None:
             self.labels[row] = label
 
@@ -235,10 +261,10 @@ class OpenFiles:
         self.opened: OrderedDict[int, _File] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Raises BadImage when fewer bytes than `size` can be had."""
+        """Raises BadImage when fewer bytes than `size` can be had, RunStopped where a remote shard cannot."""
         path = self.paths[shard]
         try:
-            if isinstance(path, ImageFolder):
+            if isinstance(path, ImageFolder | RemoteShard):
                 doing(self.words[shard])
                 content = path.read(offset, size)
             else:
@@ -252,7 +278,7 @@ class OpenFiles:
         return content
 
     def will_read(self, shard: int, offset: int, size: int) -> None:
-        if hasattr(os, "posix_fadvise") and not isinstance(self.paths[shard], ImageFolder):
+        if hasattr(os, "posix_fadvise") and not isinstance(self.paths[shard], ImageFolder | RemoteShard):
             try:
                 file = self._file(shard)
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)

@@ -22,15 +22,14 @@ from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from prelude.data.batch import ViewPlan
-from prelude.data.decode import BadImage
+from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.order import sample_seed
 from prelude.data.pipeline import EndlessLoader
-from prelude.data.remote import open_url, refuse_unknown_schemes
-from prelude.data.shards import is_remote
+from prelude.data.shards import is_stream
 from prelude.data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
+from prelude.data.stream_commands import open_url, refuse_unknown_schemes
 from prelude.data.tar_index import image_extension
-from prelude.data.value_range import ValueRange
 from prelude.data.waiting import TIMEOUT_SECONDS, doing, patience
 
 log = logging.getLogger(__name__)
@@ -61,10 +60,11 @@ class StreamingLoader(EndlessLoader):
         num_workers: int = 0,
         label: str = "",
         bad_samples_log: str | Path | None = None,
-        value_range: tuple[float, float] | Literal["auto"] | None = None,
+        value_range: ValueRange | Literal["auto"] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
-        first = next(filter(is_remote, urls))
+        first = next(filter(is_stream, urls))
         if label:
             raise UserError(f"Labels cannot be read from {first}, which is no local file; copy the shards to a disk.")
         if not num_samples:
@@ -78,6 +78,7 @@ class StreamingLoader(EndlessLoader):
             )
         refuse_unknown_schemes(urls)
         self.urls, self.num_samples, self.value_range, self.source = urls, num_samples, value_range, None
+        self.max_pixels = max_pixels
         if rank == 0:
             log.warning("%s cannot be indexed: samples are streamed, and an exact resume is not available", first)
 
@@ -92,7 +93,8 @@ class StreamingLoader(EndlessLoader):
     def stages(self) -> list:
         where = dict(start=self.samples, micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size)
         where["stall_seconds"] = max(patience.timeout_seconds / 4, 1)  # so that others are tried before the run ends
-        self.source = StreamSource(self.urls, self.plan, self.seed, **where, value_range=self.value_range)
+        seen_as = dict(value_range=self.value_range, max_pixels=self.max_pixels)
+        self.source = StreamSource(self.urls, self.plan, self.seed, **where, **seen_as)
         return [self.source]
 
     def close(self) -> None:
@@ -102,7 +104,11 @@ class StreamingLoader(EndlessLoader):
 
     def identity(self) -> dict:
         settings = {"seed": self.seed, "num_samples": self.num_samples, "views": self.plan.fingerprint()}
-        return {"exact": False, **settings, **({"range": list(self.value_range)} if self.value_range else {})}
+        if self.value_range:
+            settings["range"] = list(self.value_range)
+        if self.max_pixels != MAX_PIXELS:
+            settings["max_pixels"] = self.max_pixels
+        return {"exact": False, **settings}
 
     def name_of(self, sample):
         url, key = sample
@@ -123,9 +129,10 @@ class StreamSource(IterableDataset):
         world_size: int,
         stall_seconds: float = TIMEOUT_SECONDS / 4,
         value_range: ValueRange | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.urls, self.plan, self.seed, self.start = urls, plan, seed, start
-        self.stall_seconds, self.value_range = stall_seconds, value_range
+        self.stall_seconds, self.value_range, self.max_pixels = stall_seconds, value_range, max_pixels
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
         self.open, self.closed = None, False
 
@@ -173,7 +180,7 @@ class StreamSource(IterableDataset):
             yield sample
 
     def _micro_batch(self, positions: np.ndarray, samples) -> dict:
-        rows = MicroBatchBuffers(self.plan, len(positions), None, self.value_range)
+        rows = MicroBatchBuffers(self.plan, len(positions), None, self.value_range, self.max_pixels)
         seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
         sample_ids = np.zeros(len(positions), np.int64)
         lost = []
@@ -195,7 +202,8 @@ class StreamSource(IterableDataset):
             sample = next(samples)
             url, key = sample["__url__"], sample["__key__"]
             try:
-                extension = image_extension([name for name in sample if not name.startswith("__")])
+                members = [name for name in sample if not name.startswith("__")]
+                extension = image_extension(members) or image_extension(members, arrays=True)
                 if extension is None:
                     raise BadImage("no image")
                 rows.write(row, sample[extension], seed, None)

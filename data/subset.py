@@ -39,8 +39,11 @@ def balanced_subset(index: ShardIndex, label: str, num_samples: int, seed: int) 
 
     seen: Counter = Counter()
     turns, labelled = [], []
-    numbers = in_threads(class_of, candidates.tolist(), lambda sample: f"a label in {index.shard_of(sample)}")
-    for sample, number in zip(candidates.tolist(), numbers, strict=True):
+    in_order = sorted(candidates.tolist())  # of the index: a remote shard is fetched once
+    numbers = in_threads(class_of, in_order, lambda sample: f"a label in {index.shard_of(sample)}")
+    number_of = dict(zip(in_order, numbers, strict=True))
+    for sample in candidates.tolist():
+        number = number_of[sample]
         if number is not None:
             turns.append(seen[number])
             labelled.append(sample)

@@ -36,8 +36,8 @@ class _Seen(NamedTuple):
     reason: str | None = None  # why it cannot be decoded
     form: tuple | None = None  # format, channels, bits
     size: tuple[int, int] = (0, 0)  # height, width
-    mean: np.ndarray | None = None  # (3,) of its pixels
-    square: np.ndarray | None = None  # (3,) mean of the squares
+    mean: np.ndarray | None = None  # (C,) of its pixels
+    square: np.ndarray | None = None  # (C,) mean of the squares
     label: str | None = None
     digest: bytes = b""
     perceptual: int | None = None
@@ -50,8 +50,8 @@ class Survey:
     forms: Counter = field(default_factory=Counter)  # (format, channels, bits)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width)
     classes: Counter = field(default_factory=Counter)  # images by label
-    mean: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    std: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    mean: np.ndarray | float = 0.0  # (C,)
+    std: np.ndarray | float = 0.0  # (C,)
     identical: list[list[int]] = field(default_factory=list)  # groups of samples
     near: list[tuple[int, int]] = field(default_factory=list)  # pairs that are not identical
     looked_for_near: bool = False
@@ -61,19 +61,20 @@ def survey(
     index: ShardIndex,
     samples: np.ndarray,
     *,
+    channels: int = 3,
     threads: int = 1,
     duplicates: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> Survey:
-    """Reads and decodes `samples` (ids) of an index; labels are those of the index.
+    """Reads and decodes `samples` (ids) of an index, with so many channels; labels are those of the index.
 
     duplicates: whether to look for them, which takes 24 bytes of memory an image. progress: called after each image.
     """
     files, near = OpenFiles(index.paths), duplicates and importlib.util.find_spec("imagehash") is not None
     read_label = label_reader(index, index.label) if index.label and (index.labels[:, 0] >= 0).any() else None
-    found, square = Survey(looked_for_near=near), np.zeros(3)
+    found, square = Survey(looked_for_near=near), 0.0
     digests, hashes = defaultdict(list), {}
-    look = lambda sample: _look(index, files, read_label, sample, duplicates, near)  # noqa: E731
+    look = lambda sample: _look(index, files, read_label, sample, channels, duplicates, near)  # noqa: E731
     for seen in _in_chunks(look, samples.tolist(), threads):
         progress()
         if seen.reason:
@@ -82,8 +83,7 @@ def survey(
         found.num_images += 1
         found.forms[seen.form] += 1
         found.sizes.append(seen.size)
-        found.mean += seen.mean
-        square += seen.square
+        found.mean, square = found.mean + seen.mean, square + seen.square
         if seen.label is not None:
             found.classes[seen.label] += 1
         if duplicates:
@@ -132,11 +132,13 @@ def _in_chunks(look, samples: list[int], threads: int) -> Iterator[_Seen]:
             yield from pool.map(look, samples[start : start + _CHUNK])
 
 
-def _look(index: ShardIndex, files: OpenFiles, read_label, sample: int, duplicates: bool, near: bool) -> _Seen:
+def _look(
+    index: ShardIndex, files: OpenFiles, read_label, sample: int, channels: int, duplicates: bool, near: bool
+) -> _Seen:
     shard = int(np.searchsorted(index.ends, sample, side="right"))
     try:
         content = files.read(shard, *index.images[sample].tolist())
-        pixels = decode(content, value_range=index.value_range)
+        pixels = decode(content, value_range=index.value_range, channels=channels, max_pixels=index.max_pixels)
         form = form_of(content)
     except BadImage as error:
         return _Seen(sample, str(error))
@@ -146,17 +148,30 @@ def _look(index: ShardIndex, files: OpenFiles, read_label, sample: int, duplicat
             label = str(read_label(files.read(shard, *index.labels[sample].tolist())).tolist())
         except BadImage:
             pass  # it is counted as unlabelled
-    counts = np.stack([np.bincount(pixels[:, :, c].ravel(), minlength=256) for c in range(3)])  # (3, 256)
-    shares = counts / counts.sum(1, keepdims=True)
+    mean, square = _moments(pixels)
     return _Seen(
-        sample, None, (form.format, form.channels, form.bits), pixels.shape[:2], shares @ _VALUES, shares @ _VALUES**2,
+        sample, None, (form.format, form.channels, form.bits), pixels.shape[:2], mean, square,
         label, hashlib.blake2b(content, digest_size=16).digest() if duplicates else b"",
         _perceptual(pixels) if near else None,
     )  # fmt: skip
 
 
+def _moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and mean of the squares of each channel, in [0, 1], each (C,)."""
+    if pixels.dtype != np.uint8:
+        values = pixels.reshape(-1, pixels.shape[2]).astype(np.float64) / 255
+        return values.mean(0), np.square(values).mean(0)
+    counts = np.stack(
+        [np.bincount(channel.ravel(), minlength=256) for channel in pixels.transpose(2, 0, 1)]
+    )  # (C, 256)
+    shares = counts / counts.sum(1, keepdims=True)
+    return shares @ _VALUES, shares @ _VALUES**2
+
+
 def _perceptual(pixels: np.ndarray) -> int:
     import imagehash
 
+    if pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        pixels = pixels.mean(2).astype(np.uint8)
     bits = imagehash.phash(Image.fromarray(pixels)).hash.ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

@@ -13,7 +13,8 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -22,11 +23,19 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from prelude.data.errors import UserError
-from prelude.data.image_files import DESKTOP_FILES, DESKTOP_FOLDERS, IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
+from prelude.data.image_files import (
+    ARRAY_EXTENSION,
+    DESKTOP_FILES,
+    DESKTOP_FOLDERS,
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+)
+from prelude.data.remote_shards import open_shard
 from prelude.data.tar_headers import TAIL, Damage, Walk
-from prelude.data.waiting import moved, open_file
+from prelude.data.waiting import moved
 
 _SAMPLED = 64  # images of a shard whose middle is part of its content's hash, beside the end of every image
+_MOST_LABELS = 32  # extensions of one shard that are looked for at once
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own metadata members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
@@ -63,24 +72,52 @@ def index_tar(path: str, label: str = "") -> TarIndex:
 
     Raises UserError for a compressed tar, which has no byte offsets, and OSError where the file cannot be read.
     """
+    return _indexes(path, lambda samples: [label])[label]
+
+
+def index_every_label(path: str) -> dict[str, TarIndex]:
+    """By extension of the label's member, "" for none: what `index_tar` gives for each, of one walk."""
+    return _indexes(path, lambda samples: ["", *_label_extensions(samples)])
+
+
+def _indexes(path: str, labels_in: Callable[[dict], list[str]]) -> dict[str, TarIndex]:
     problems: list[Problem] = []
     with _Open(path) as file:
         walk = Walk(file.fd, file.size)
         samples = _samples(_named(walk, problems), problems)
-        found = [(files[image], _label_of(files, image, label)) for image, files in _with_image(samples, problems)]
-        found.sort(key=lambda places: places[0].offset)
-        images, labels = [place for place, _ in found], [place for _, place in found]
-        middles = [_middle(file.fd, place) for place in images[:: max(len(images) // _SAMPLED, 1)]]
-    covered = file.size - sum(damage.num_bytes for damage in walk.damage)
-    damage = [_told(damage, covered / len(images) if images else 0) for damage in walk.damage]
-    return TarIndex(
-        _table(images),
-        _table(labels if label else []),
-        tuple(problem for problem in (*damage, *problems) if problem),
-        walk.ended,
-        _hash([*(place.tail for place in images), *middles]),
-        _hash([place.tail for place in labels] if label else []),
-    )
+        labels = labels_in(samples)
+        # Which members are images depends on the label in one way only.
+        seen = {arrays: _Images(samples, arrays, file.fd) for arrays in {label == ARRAY_EXTENSION for label in labels}}
+    covered, indexes = file.size - sum(damage.num_bytes for damage in walk.damage), {}
+    for label in labels:
+        images = seen[label == ARRAY_EXTENSION]
+        damage = [_told(damage, covered / len(images.places) if images.places else 0) for damage in walk.damage]
+        told = tuple(problem for problem in (*damage, *problems, *images.problems) if problem)
+        places = [_label_of(files, image, label) for _, files, image in images.found] if label else []
+        tails = _hash([place.tail for place in places])
+        indexes[label] = TarIndex(_table(images.places), _table(places), told, walk.ended, images.content, tails)
+    return indexes
+
+
+class _Images:
+    """The images of a shard in the order of their places. arrays_are_labels: whether arrays are no images."""
+
+    def __init__(self, samples: dict, arrays_are_labels: bool, fd: int):
+        self.problems: list[Problem] = []
+        images = _with_image(samples, arrays_are_labels, self.problems)
+        self.found = sorted(((files[image], files, image) for image, files in images), key=lambda each: each[0].offset)
+        self.places = [place for place, _, _ in self.found]
+        middles = [_middle(fd, place) for place in self.places[:: max(len(self.places) // _SAMPLED, 1)]]
+        self.content = _hash([*(place.tail for place in self.places), *middles])
+
+
+def _label_extensions(samples: dict[str, dict[str, _Place]]) -> list[str]:
+    """Of members that are no images, `cls` for those of `left.cls`, too; the most frequent of many."""
+    counts = Counter(ext for files in samples.values() for ext in files if not _is_image(ext))
+    for ext, count in list(counts.items()):
+        if "." in ext:
+            counts[ext.rpartition(".")[2]] += count
+    return [ext for ext, _ in counts.most_common(_MOST_LABELS)]
 
 
 def keys_by_offset(path: str) -> dict[int, str]:
@@ -98,12 +135,13 @@ def samples_of(path: str, problems: list[Problem]) -> dict[str, dict[str, tuple[
     return {key: {ext: (place.offset, place.size) for ext, place in files.items()} for key, files in samples.items()}
 
 
-def image_extension(extensions) -> str | None:
-    """Which of a sample's extensions is its image: `jpg` before `png`, both before `left.jpg`."""
-    for known in IMAGE_EXTENSIONS:
-        if known in extensions:
-            return known
-    return next((ext for ext in extensions if _is_image(ext)), None)
+def image_extension(extensions, arrays: bool = False) -> str | None:
+    """Which of a sample's extensions is its image: `jpg` before `png`, both before `left.jpg`. arrays: `npy` alone."""
+    known = (ARRAY_EXTENSION,) if arrays else IMAGE_EXTENSIONS
+    for extension in known:
+        if extension in extensions:
+            return extension
+    return next((ext for ext in extensions if _is_image(ext, known)), None)
 
 
 def passed_over(name: str) -> bool:
@@ -153,11 +191,14 @@ def _samples(members: Iterable, problems: list[Problem]) -> dict[str, dict[str, 
     return samples
 
 
-def _with_image(samples: dict, problems: list[Problem]) -> Iterable[tuple[str, dict]]:
-    """(extension of the image, places by extension) of every sample that has one image."""
+def _with_image(samples: dict, arrays_are_labels: bool, problems: list[Problem]) -> Iterable[tuple[str, dict]]:
+    """(extension of the image, places by extension) of every sample that has one image. Arrays are images in a shard
+    that has no others, and only where they are not the labels."""
+    arrays = not arrays_are_labels and not any(map(_has_image, samples.values()))
+    known = (ARRAY_EXTENSION,) if arrays else IMAGE_EXTENSIONS
     for key, files in samples.items():
-        extension = image_extension(files)
-        images = sum(map(_is_image, files))
+        extension = image_extension(files, arrays)
+        images = sum(_is_image(ext, known) for ext in files)
         if extension is None:
             problems.append(Problem("no image", key))
         elif "." in extension and images > 1:  # `photo.1.jpg`, `photo.2.jpg`
@@ -180,8 +221,8 @@ def _has_image(extensions) -> bool:
     return any(map(_is_image, extensions))
 
 
-def _is_image(extension: str) -> bool:
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+def _is_image(extension: str, known: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+    return extension.rpartition(".")[2] in known
 
 
 def _table(places: list[_Place]) -> np.ndarray:
@@ -215,7 +256,7 @@ class _Open:
         self.path = path
 
     def __enter__(self) -> "_Open":
-        self.fd = open_file(self.path)
+        self.fd = open_shard(self.path)
         try:
             self.size = os.fstat(self.fd).st_size
             if hasattr(os, "posix_fadvise"):

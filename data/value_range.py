@@ -1,8 +1,9 @@
-"""Which values of images with more than 8 bits a channel are black and white.
+"""Which values of images with more than 8 bits a channel are black and white, and whether images can be read at all.
 
 - X-ray, CT and microscopy use 12 or 14 of the 16 bits of their files: taken for 16, such images are almost black.
-- `auto` is found by sampling images from all over an index, and is a number of whole bits, so that train and test
-  shards of one kind agree on it.
+- `auto` is found by sampling images from all over an index, and is a number of whole bits, or 0 to 1 for floating point
+  values that lie there, so that train and test shards of one kind agree on it.
+- What no image of a sample can be read as is told once and before anything is trained, with what to write.
 """
 
 import logging
@@ -11,28 +12,43 @@ from typing import Literal
 
 import numpy as np
 
-from prelude.data.decode import BadImage, deep_values
+from prelude.data.decode import BadImage, OtherChannels, ValueRange, decode, deep_values
+from prelude.data.errors import UserError
+from prelude.data.remote_shards import read_some
+from prelude.data.waiting import in_threads
 
 log = logging.getLogger(__name__)
 
-ValueRange = tuple[float, float]  # stored values that become black and white
-_SAMPLED = 64
+_SAMPLED, _FEW = 64, 8
 _DARK = 1 / 4  # of the range: what is never brighter than that
 
 
 def resolved(index, value_range: ValueRange | Literal["auto"] | None) -> ValueRange | None:
-    """What "auto" is for an index; (0, 255) at least. None, for all of 16 bits, where no image has more than 8."""
+    """What "auto" is for an index; (0, 255) at least. None, for all of 16 bits, where no image has more than 8.
+
+    Raises UserError where values say too little.
+    """
     if value_range != "auto":
         return None if value_range is None else (float(value_range[0]), float(value_range[1]))
-    highest = max(_highest_values(index), default=None)
-    return None if highest is None else (0.0, _whole_bits(highest))
+    found = list(_extremes(index))
+    if not found:
+        return None
+    lowest, highest = min(low for low, _, _ in found), max(high for _, high, _ in found)
+    if all(kind == "u" for _, _, kind in found):
+        return 0.0, _whole_bits(int(highest))
+    if all(kind == "f" for _, _, kind in found) and 0 <= lowest and highest <= 1:
+        return 0.0, 1.0
+    raise UserError(
+        f"data.range=auto cannot be found: values in {index.paths[0]} and the rest go from {lowest:g} to {highest:g}, "
+        f"and may go further; write data.range=[{lowest:g},{highest:g}], or the range that is meant."
+    )
 
 
 def tell_if_dark(index) -> None:
     """Logs a warning where images stay dark because they use the lower part of 16 bits only."""
     if index.value_range is not None:
         return
-    highest = max(_highest_values(index), default=None)
+    highest = max((int(high) for _, high, kind in _extremes(index) if kind == "u"), default=None)
     if highest is not None and highest < _DARK * 65535:
         log.warning(
             "images in %s and the rest have 16 bits and values up to %d only, so all stay dark (at most %d of 255); "
@@ -41,19 +57,76 @@ def tell_if_dark(index) -> None:
         )  # fmt: skip
 
 
-def _highest_values(index) -> Iterator[int]:
-    """Of the sampled images that have more than 8 bits."""
-    samples = np.unique(np.linspace(0, index.num_samples - 1, _SAMPLED).astype(np.int64))
-    for sample in samples.tolist():
-        offset, size = index.images[sample].tolist()
+def refuse_other_images(index, channels: int) -> None:
+    """Raises UserError where a few images are all sound and none of them can be read as it is asked for: with this many
+    channels, and in 8 bits unless there is a range."""
+    refused, values = None, None
+    for image in _images(index, _FEW):
         try:
-            with open(index.shard_of(sample), "rb") as file:
-                file.seek(offset)
-                values = deep_values(file.read(size))
-        except (OSError, BadImage):
+            decode(image, value_range=index.value_range, channels=channels, max_pixels=index.max_pixels)
+            return
+        except OtherChannels as error:
+            refused = refused or error
+        except BadImage as error:
+            if not str(error).endswith("no data.range"):
+                continue
+            values = values or (str(error).split()[0], deep_values(image))
+    if refused:
+        there = f"{refused.there} channel{'s' * (refused.there > 1)}"
+        raise UserError(
+            f"Images in {index.paths[0]} have {there}, and {channels} are "
+            f"asked for; write data.channels={refused.there} with data.mean and data.std of as many values, or take an "
+            f"encoder of as many."
+        )
+    if values:
+        dtype, found = values
+        raise UserError(
+            f"Images in {index.paths[0]} hold {dtype} values (one from {np.nanmin(found):g} to {np.nanmax(found):g}), "
+            f"and nothing says which are black and white; write data.range=[LOW,HIGH]."
+        )
+
+
+def channels_of(index) -> int:
+    """3 where a few images can be RGB; else as many as the first of them that cannot has."""
+    for image in _images(index, _FEW):
+        try:
+            decode(image, value_range=index.value_range, max_pixels=index.max_pixels)
+            return 3
+        except OtherChannels as error:
+            return error.there
+        except BadImage:
+            continue
+    return 3
+
+
+def _extremes(index) -> Iterator[tuple[float, float, str]]:
+    """The lowest and the highest value, and the kind of number, of the sampled images that have more than 8 bits."""
+    for image in _images(index, _SAMPLED):
+        try:
+            values = deep_values(image)
+        except BadImage:
             continue  # reading for training says what is wrong
-        if values is not None and values.dtype.kind != "f":
-            yield int(values.max())
+        if values is None:
+            continue
+        kind = values.dtype.kind
+        values = values[np.isfinite(values)] if kind == "f" else values
+        if values.size:
+            yield float(values.min()), float(values.max()), kind
+
+
+def _images(index, count: int) -> Iterator[bytes]:
+    """The bytes of images from all over an index, as far as they can be read."""
+    samples = np.unique(np.linspace(0, index.num_samples - 1, count).astype(np.int64))
+
+    def bytes_of(sample: int) -> bytes | None:
+        try:
+            return read_some(index.shard_of(sample), *index.images[sample].tolist())
+        except (OSError, BadImage):
+            return None  # reading for training says what is wrong
+
+    for image in in_threads(bytes_of, samples.tolist(), lambda sample: f"an image in {index.shard_of(sample)}"):
+        if image is not None:
+            yield image
 
 
 def _whole_bits(highest: int) -> float:

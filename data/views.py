@@ -1,11 +1,12 @@
-"""From an image's bytes to the crops of a view plan: decoded once, cut and resized in uint8.
+"""From an image's bytes to the crops of a view plan: decoded once, cut and resized in uint8, or in floating point where
+images have more than 8 bits and a range.
 
 - Box and flip of view v are a function of (seed, v) and the image's size alone: neither the other views of the
   plan, nor a rank, a worker or the time can change them.
-- Resizing is torch's antialiased uint8 kernel, which agrees with PIL's to within rounding, written straight into
+- Resizing is torch's antialiased kernel, which in uint8 agrees with PIL's to within rounding, written straight into
   the caller's memory; a crop that already has the view's size is copied unchanged.
-- No float image exists here: flip, normalisation and colour are the device's work, see `pretrain.images`. The one
-  exception is RandAugment and its kin, which the papers define by PIL's operations.
+- Flip, normalisation and colour are the device's work, see `pretrain.images`. The one exception is RandAugment and its
+  kin, which the papers define by PIL's operations.
 - Safe from any number of threads; nothing is kept between calls.
 """
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from prelude.data.auto_augment import augment
 from prelude.data.batch import View, ViewPlan
-from prelude.data.decode import decode
+from prelude.data.decode import MAX_PIXELS, ValueRange, decode
 
 AUGMENT_DRAWS = 2**15  # of view_generator: apart from those of boxes, whose number depends on the image
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the source image
@@ -30,15 +31,17 @@ def read_views(
     plan: ViewPlan,
     seed: int,
     out: Sequence[np.ndarray],
-    value_range: tuple[float, float] | None = None,
+    value_range: ValueRange | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode `image` and write its views into `out`. value_range: as `decode` takes it.
+    """Decode `image` and write its views into `out`. value_range, max_pixels: as `decode` takes them.
 
-    out: one (H, W, 3) uint8 C-contiguous array for each view of the plan, of that view's size.
-    Returns boxes (V, 4) int32 as top, left, height, width in the source image, and flips (V,) bool.
+    out: one (H, W, C) C-contiguous array for each view of the plan, of that view's size; uint8, or float32 where there
+    is a `value_range`.
+    Returns boxes (V, 4) int32 as top, left, height, width in the decoded image, and flips (V,) bool.
     The pixels are not flipped. Raises data.decode.BadImage.
     """
-    pixels = decode(image, value_range=value_range)
+    pixels = decode(image, value_range=value_range, channels=plan.channels, max_pixels=max_pixels)
     height, width, _ = pixels.shape
     boxes = np.empty((len(plan.views), 4), np.int32)
     flips = np.empty(len(plan.views), np.bool_)
@@ -96,7 +99,7 @@ def _center_box(view: View, height: int, width: int) -> Box:
 
 
 def _write_crop(pixels: np.ndarray, box: Box, interpolation: str, out: np.ndarray) -> None:
-    """pixels: (H, W, 3) uint8; out: (h, w, 3) uint8, filled with the box resized to it."""
+    """pixels: (H, W, C); out: (h, w, C) of the same type, filled with the box resized to it."""
     top, left, height, width = box
     crop = pixels[top : top + height, left : left + width]
     if crop.shape == out.shape:
@@ -107,10 +110,12 @@ def _write_crop(pixels: np.ndarray, box: Box, interpolation: str, out: np.ndarra
         _RESIZE_INTO[interpolation](source, out.shape[:2], False, out=target)
     else:
         target.copy_(F.interpolate(source, out.shape[:2], mode=interpolation, antialias=True))
+    if out.dtype != np.uint8:
+        np.clip(out, 0, 255, out=out)  # bicubic weights go below 0; in uint8 the kernel itself clips
 
 
 def _as_image(array: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) array as a (1, 3, H, W) channels_last tensor on the same memory."""
+    """(H, W, C) array as a (1, C, H, W) channels_last tensor on the same memory."""
     return torch.from_numpy(array).permute(2, 0, 1)[None]
 
 

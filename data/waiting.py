@@ -86,12 +86,15 @@ class Wait:
 
 
 def moved() -> None:
-    """Tells every wait of this process that something has come."""
+    """Tells every wait of this process, and of the one that started it, that something has come."""
     global _moves
     _moves += 1
+    if _own_moves is not None:
+        _own_moves[0] = _moves
 
 
 _moves = 0
+_own_moves: np.ndarray | None = None  # on the board, in a process that has a line there
 
 
 class Caller:
@@ -178,20 +181,27 @@ def open_file(path: str) -> int:
 
 
 class Board:
-    """What each of several processes is doing, in words that the one that started them can read at any time."""
+    """What each of several processes is doing, in words that the one that started them can read at any time, and
+    whether something comes to it."""
 
     SIZE = 512  # bytes of UTF-8
 
     def __init__(self, num_processes: int):
         self.lines = torch.zeros(num_processes, self.SIZE, dtype=torch.uint8).share_memory_()
+        self.counts = torch.zeros(num_processes, dtype=torch.int64).share_memory_()
 
     def line(self, process: int) -> str:
         return bytes(self.lines[process].numpy()).partition(b"\0")[0].decode(errors="ignore")
 
+    def moves(self) -> int:
+        """How often something has come to any of them."""
+        return int(self.counts.sum())
+
     def written_by(self, process: int) -> None:
-        """From now on this process' `doing` goes to its line."""
-        global _line
+        """From now on this process' `doing` goes to its line, and what `moved` there is counted."""
+        global _line, _own_moves
         _line = self.lines[process].numpy()
+        _own_moves = self.counts[process : process + 1].numpy()
 
 
 def doing(words: bytes) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from prelude.data.errors import RunStopped
-from prelude.data.waiting import Board, Caller, doing, end_with_parent, shared_memory, state_of
+from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -63,6 +63,7 @@ class Workers:
                 f"Write a smaller data.num_workers, or give the job more of what is short."
             ) from error
         self.processes = list(self.batches._workers)
+        self.moves = 0
         _running.add(self)
         _keep_deaths_for_later()
 
@@ -73,7 +74,7 @@ class Workers:
             for nth in itertools.count():
                 due = functools.partial(self._waited_for, nth % self.num_workers)
                 try:
-                    arrays = call(functools.partial(next, self.batches, None), due, look=self._explain_death)
+                    arrays = call(functools.partial(next, self.batches, None), due, look=self._look)
                 except (RuntimeError, ConnectionError, EOFError) as error:  # torch noticed first, or in mid-batch
                     self._explain_death(error)
                     raise
@@ -105,6 +106,12 @@ class Workers:
     def has_one_in(self, words: str) -> bool:
         """Whether an error of torch speaks of one of these. Their exit codes may not be known yet, in any thread."""
         return any(re.search(rf"\b{process.pid}\b", words) for process in self.processes)
+
+    def _look(self) -> None:
+        self._explain_death()
+        moves, self.moves = self.moves, self.board.moves()
+        if moves != self.moves:  # a batch may take long: what it is made of has come from far away
+            moved()
 
     def _explain_death(self, noticed: Exception | None = None) -> None:
         for process in self.processes:
@@ -167,7 +174,7 @@ def _start(number: int, board: Board, dies_with_parent: bool) -> None:
 
 def _into_shared_memory(arrays: dict) -> dict:
     """Moves the views there; the rest stays numpy, as each tensor that travels costs a file descriptor."""
-    for view in arrays["views"]:
+    for view in arrays.get("views", ()):
         while True:
             try:
                 view.share_memory_()

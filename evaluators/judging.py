@@ -16,9 +16,10 @@ from typing import Literal
 from prelude.checkpoints.description import has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.checkpoints.store import recorded_config
+from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.data.value_range import ValueRange, tell_if_dark
+from prelude.data.value_range import tell_if_dark
 from prelude.evaluators.features.bank import Bank, Rows
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, label_vectors
@@ -41,6 +42,7 @@ class Labelled:
     label: str  # extension of the member with the class number
     vectors: VectorFormat | None = None  # where that member says which of several findings there are
     value_range: ValueRange | Literal["auto"] | None = None  # of images with more than 8 bits, see `ShardIndex`
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Judging:
     def indexes(self) -> list[ShardIndex]:
         """Of train and test."""
         one = self.labelled
-        return [ShardIndex(shards, one.label, one.value_range) for shards in (one.train, one.test)]
+        return [ShardIndex(shards, one.label, one.value_range, one.max_pixels) for shards in (one.train, one.test)]
 
     @cached_property
     def labels(self) -> list[Labels]:
@@ -206,7 +208,7 @@ def labelled_shards(
     value_range: ValueRange | Literal["auto"] | None = None,
 ) -> Labelled:
     """What is given, completed by the `evaluate` section of the first run among the sources that has one, and by the
-    first `data.range`.
+    first `data.range` and `data.max_pixels`.
 
     vectors: where labels are findings instead of class numbers.
 
@@ -222,8 +224,11 @@ def labelled_shards(
             f"evaluate section in the run's config."
         )
     default = "json" if vectors else "cls"
-    value_range = value_range or next(filter(None, (data.get("range") for data in sections_of(sources, "data"))), None)
-    return Labelled(train, test, label or (section.label if section else default), vectors, value_range)
+    said = {}
+    for key in ("range", "max_pixels"):
+        said[key] = next(filter(None, (data.get(key) for data in sections_of(sources, "data"))), None)
+    label = label or (section.label if section else default)
+    return Labelled(train, test, label, vectors, value_range or said["range"], said["max_pixels"] or MAX_PIXELS)
 
 
 def vector_format(

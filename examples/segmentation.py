@@ -1,96 +1,114 @@
-"""Train a segmentation head on the maps of an exported encoder, with timm and torch alone.
+"""A segmentation head on the feature maps of an exported encoder, with timm and torch alone.
 
-    python examples/segmentation.py EXPORT TRAIN TEST --classes 3
+    prelude export runs/mine --to encoder
+    python examples/segmentation.py encoder scenes/train scenes/test --num-classes 21
 
-EXPORT: a folder that `prelude export` wrote, or any other that timm opens.
-TRAIN, TEST: folders with images/NAME.jpg (or .png) and masks/NAME.png, whose grey values are classes; 255 is ignored.
+A folder has images/NAME.jpg (or .png) and masks/NAME.png, whose pixels are class numbers; 255 counts nowhere.
+Prints the mean intersection over union after each epoch; writes the weights to --to.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-import timm
+import timm.data
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+IGNORED = 255
 
-class Masks(Dataset):
-    def __init__(self, root, size, mean, std):
-        self.root, self.size = Path(root), size
-        self.images = sorted((self.root / "images").iterdir())
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+
+class Scenes(Dataset):
+    """Images (3, S, S), normalised, and masks (S, S) int64."""
+
+    def __init__(self, folder: str, size: int, mean, std):
+        self.masks = sorted(Path(folder, "masks").glob("*.png"))
+        self.images = {path.stem: path for path in Path(folder, "images").iterdir()}
+        self.size = (size, size)
+        self.mean, self.std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
 
     def __len__(self):
-        return len(self.images)
+        return len(self.masks)
 
-    def __getitem__(self, i):
-        image = Image.open(self.images[i]).convert("RGB").resize(self.size, Image.Resampling.BICUBIC)
-        mask = Image.open(self.root / "masks" / f"{self.images[i].stem}.png").resize(
-            self.size, Image.Resampling.NEAREST
+    def __getitem__(self, place):
+        mask = Image.open(self.masks[place]).resize(self.size, Image.Resampling.NEAREST)
+        image = (
+            Image.open(self.images[self.masks[place].stem]).convert("RGB").resize(self.size, Image.Resampling.BICUBIC)
         )
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         return (pixels - self.mean) / self.std, torch.from_numpy(np.array(mask)).long()
 
 
 class Segmenter(nn.Module):
-    """Every map of the encoder through a 1 x 1 convolution, brought to the size of the finest one and added."""
+    """Maps of all stages, brought to the finest grid and to one width, added up, and read by a convolution."""
 
-    def __init__(self, export, classes, width=64):
+    def __init__(self, encoder: str, num_classes: int, width: int = 128):
         super().__init__()
-        self.encoder = timm.create_model(f"local-dir:{export}", pretrained=True, features_only=True)
-        channels = self.encoder.feature_info.channels()
-        self.sides = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
-        self.head = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, classes, 3, padding=1))
+        self.encoder = timm.create_model(f"local-dir:{encoder}", pretrained=True, features_only=True)
+        self.narrow = nn.ModuleList(nn.Conv2d(count, width, 1) for count in self.encoder.feature_info.channels())
+        self.head = nn.Sequential(
+            nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(width, num_classes, 1),
+        )  # fmt: skip
 
     def forward(self, images):
-        maps = [side(features) for side, features in zip(self.sides, self.encoder(images), strict=True)]
-        finest = max((features.shape[-2:] for features in maps), key=lambda size: size[0])
-        summed = sum(F.interpolate(features, finest, mode="bilinear") for features in maps)
-        return F.interpolate(self.head(summed), images.shape[-2:], mode="bilinear")
+        """(B, 3, S, S) to (B, C, S, S)."""
+        maps = [narrow(found) for narrow, found in zip(self.narrow, self.encoder(images), strict=True)]
+        grid = max(found.shape[-2:] for found in maps)
+        mixed = sum(F.interpolate(found, grid, mode="bilinear", align_corners=False) for found in maps)
+        return F.interpolate(self.head(mixed), images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def mean_iou(model: nn.Module, batches: DataLoader, num_classes: int, device: str) -> float:
+    """Over the classes that occur."""
+    model.eval()
+    counts = torch.zeros(num_classes, num_classes)
+    with torch.no_grad():
+        for images, masks in batches:
+            found, there = model(images.to(device)).argmax(1).cpu(), masks != IGNORED
+            counts += torch.bincount(masks[there] * num_classes + found[there], minlength=counts.numel()).view_as(
+                counts
+            )
+    both, either = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
+    return (both / either)[counts.sum(1) > 0].mean().item()
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    for name in ("export", "train", "test"):
-        parser.add_argument(name)
-    parser.add_argument("--classes", type=int, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("encoder", help="the folder of an export")
+    parser.add_argument("train", help="a folder with images and masks")
+    parser.add_argument("test", help="another")
+    parser.add_argument("--num-classes", type=int, required=True)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the head; a tenth for the encoder")
+    parser.add_argument("--to", default="segmenter.pt", help="where the weights go (default: segmenter.pt)")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Segmenter(args.export, args.classes).to(device)
-    about = model.encoder.pretrained_cfg
-    size = about["input_size"][:0:-1]  # width, height
-    train, test = (Masks(root, size, about["mean"], about["std"]) for root in (args.train, args.test))
-    train_loader = DataLoader(train, args.batch_size, shuffle=True, num_workers=args.workers)
-    test_loader = DataLoader(test, args.batch_size, num_workers=args.workers)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
+    model = Segmenter(args.encoder, args.num_classes).to(device)
+    seen_as = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{args.encoder}", pretrained=True))
+    view = seen_as["input_size"][-1], seen_as["mean"], seen_as["std"]
+    train, test = (Scenes(folder, *view) for folder in (args.train, args.test))
+    own, encoder = [*model.narrow.parameters(), *model.head.parameters()], model.encoder.parameters()
+    groups = [{"params": own}, {"params": encoder, "lr": args.learning_rate / 10}]
+    optimizer = torch.optim.AdamW(groups, args.learning_rate)
+    batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=2)
+    tested = DataLoader(test, args.batch_size, num_workers=2)
     for epoch in range(args.epochs):
         model.train()
-        for images, masks in train_loader:
-            loss = F.cross_entropy(model(images.to(device)), masks.to(device), ignore_index=255)
+        for images, masks in batches:
+            loss = F.cross_entropy(model(images.to(device)), masks.to(device), ignore_index=IGNORED)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        model.eval()
-        both, either = torch.zeros(2, args.classes)
-        with torch.no_grad():
-            for images, masks in test_loader:
-                found, known = model(images.to(device)).argmax(1).cpu(), masks != 255
-                for c in range(args.classes):
-                    ours, theirs = (found == c) & known, masks == c
-                    both[c] += (ours & theirs).sum()
-                    either[c] += (ours | theirs).sum()
-        iou = (both / either)[either > 0].mean()
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, mean IoU {100 * iou:.2f} %", flush=True)
+        score = mean_iou(model, tested, args.num_classes, device)
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, mean IoU {score:.2%}", flush=True)
+    torch.save(model.state_dict(), args.to)
 
 
 if __name__ == "__main__":

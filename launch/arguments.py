@@ -5,10 +5,11 @@ Nothing here imports torch, and a door reads its arguments before it does: help 
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prelude.data.errors import UserError
 from prelude.pretrain.config import DataConfig
@@ -16,11 +17,12 @@ from prelude.pretrain.config import DataConfig
 ENCODERS = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
     "(FILE#WORD says what it does not tell), timm:NAME, hf-hub:ID, local-dir:FOLDER, "
-    "random:SOURCE (the same architecture, untrained)"
+    "random:SOURCE (the same architecture, untrained), start:RUN (what a run started from)"
 )
 SOURCES = f"{ENCODERS}, or pixels, pixels:SIZE"
 OUT = "where results are written (default: RUN/evaluations)"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+_NUMBER = re.compile(r"\d+")
 _SHARD = re.compile(r"\.(tar|tgz)\b|[*?{]|::|://")
 
 
@@ -58,15 +60,45 @@ def path(text: str) -> str:
 def value_range(text: str) -> tuple[float, float] | str:
     """Of `--range`."""
     try:
-        return "auto" if text == "auto" else DataConfig(shards="", range=json.loads(f"[{text}]")).range
+        return "auto" if text == "auto" else DataConfig(shards="any", range=json.loads(f"[{text}]")).range
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no range; write LOW,HIGH, such as 0,4095, or auto") from None
 
 
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Of an option that takes whole numbers from `least` on, up to `most` where that is given."""
+
+    def number(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:
+            found = None
+        if found is None or found < least or (most is not None and found > most):
+            wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be; write a whole number {wanted}")
+        return found
+
+    return number
+
+
+seed = whole(0, 2**31 - 1)
+
+
+def finite(text: str) -> float:
+    """Of an option that takes any number but infinity and what is none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be; write a finite number")
+    return found
+
+
 def source(text: str) -> str:
-    """A source with its `~` expanded, behind `random:` too."""
-    prefix, place = ("random:", text.removeprefix("random:")) if text.startswith("random:") else ("", text)
-    return prefix + path(place)
+    """A source with its `~` expanded, behind `random:` and `start:` too."""
+    place = text.removeprefix("random:").removeprefix("start:")
+    return text.removesuffix(place) + path(place)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +116,14 @@ def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: s
     parser.add_argument("--test", action=Shards, metavar="SHARDS", help=test)
     label = label or "extension of the class number's member (default: that of the run's evaluate section, else cls)"
     parser.add_argument("--label", metavar="EXT", help=label)
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Of shards behind a URL."""
+    parser.add_argument(
+        "--cache-dir", type=path, metavar="DIR", help="where remote shards are kept (default: in $PRELUDE_CACHE)"
+    )
+    parser.add_argument("--cache-gib", type=finite, metavar="N", help="of them at most (default: 64)")
 
 
 def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str = "") -> argparse.ArgumentParser:
@@ -110,18 +150,30 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     parser.add_argument("--bank", type=path, metavar="DIR", help="where features are kept (default: RUN/bank)")
     parser.add_argument("--out", type=path, metavar="DIR", help=out)
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of every random choice and of random: (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="of every random choice and of random: (default: 0)"
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
-    parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes that read images (default: a rank's share of the cores)"
-    )
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="(default: 256)")
-    parser.add_argument(
-        "--timeout-seconds", type=float, metavar="N", help="how long to wait for images that do not come (default: 300)"
-    )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
+    add_reading(parser)
     return parser
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How images are read, by a door that several ranks may share."""
+    parser.add_argument(
+        "--num-workers",
+        type=whole(0),
+        metavar="N",
+        help="processes that read images (default: a rank's share of the cores)",
+    )
+    parser.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="(default: 256)")
+    parser.add_argument(
+        "--timeout-seconds",
+        type=finite,
+        metavar="N",
+        help="how long to wait for images that do not come (default: 300)",
+    )
+    add_cache(parser)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
 
 
 def _each_with_its_option(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
@@ -143,12 +195,27 @@ def _each_with_its_option(parser: argparse.ArgumentParser, words: Sequence[str])
 
 
 def _gathered(settings: list[str]) -> list[str]:
-    """The shell makes several words of `data.shards=train-{0..9}.tar` without quotes; they are one list again."""
+    """The shell makes several words of `data.shards=train-{0..9}.tar` without quotes; they are one list again. Any
+    other key that is set twice is refused, and so are other values for shards: which is meant nobody knows."""
     values: dict[str, list[str]] = {}
     for word in settings:
         key, _, value = word.partition("=")
         values.setdefault(key, []).append(value)
+    keys = [word.partition("=")[0] for word in settings]
     for key, given in values.items():
-        if len(given) > 1 and not key.endswith("shards"):
+        if len(given) == 1:
+            continue
+        in_a_row = keys[keys.index(key) :][: len(given)] == [key] * len(given)
+        if key.endswith("shards") and not (in_a_row and _numbered(given)):
+            listed = json.dumps(given[:3] + ["..."] if len(given) > 3 else given)
+            raise UserError(
+                f"{key} is set {len(given)} times; write it once, and where all are meant as '{key}={listed}'."
+            )
+        if not key.endswith("shards"):
             raise UserError(f"{key} is set {len(given)} times, to {' and '.join(given)}; write it once.")
     return [f"{key}={json.dumps(given) if len(given) > 1 else given[0]}" for key, given in values.items()]
+
+
+def _numbered(values: list[str]) -> bool:
+    """Whether they differ in a number alone, as what a shell makes of {000..009} does."""
+    return len({_NUMBER.sub("#", value) for value in values}) == 1 and len(set(values)) == len(values)

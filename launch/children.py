@@ -23,9 +23,9 @@ class Preempted(Exception):
     """A child was asked to end before it was done; run again, it goes on."""
 
 
-def run_door(door: str, arguments: Sequence[str], *, num_ranks: int, name: str) -> str | None:
+def run_door(door: str, arguments: Sequence[str], *, num_ranks: int, name: str, quiet: bool = False) -> str | None:
     """Runs `door` (`pretrain`) to its end, by the launcher where there are several ranks; each line that it prints
-    begins with `name`. Returns None, or in one sentence why it failed. Raises Preempted."""
+    begins with `name`, unless it is to be `quiet`. Returns None, or in one sentence why it failed. Raises Preempted."""
     script = [str(DOORS / f"{door}.py"), *arguments]
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), *script]
@@ -35,7 +35,7 @@ def run_door(door: str, arguments: Sequence[str], *, num_ranks: int, name: str) 
     )  # fmt: skip
     try:
         with stopping.postponed(lambda: _signal(process, signal.SIGTERM)):
-            sentence = _show(process.stdout, name)
+            sentence = _show(process.stdout, "" if quiet else name)
             code = process.wait()
             asked_to_stop = stopping.requested()
     finally:
@@ -52,11 +52,12 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _show(lines: Iterable[str], name: str) -> str:
-    """Prints the lines, and returns the error among them, if any."""
+    """Prints the lines, unless `name` is empty, and returns the error among them, if any."""
     error = ""
     for line in lines:
         text = line.rstrip()
-        print(f"[{name}] {text}", file=sys.stderr, flush=True)
+        if name:
+            print(f"[{name}] {text}", file=sys.stderr, flush=True)
         if text.startswith("error: "):
             error = text.removeprefix("error: ")
         elif error and text.startswith("  "):  # a mistake of a config, below the line that counts them

@@ -2,6 +2,7 @@
 
     prelude compare runs/mae runs/barlow \\
         --train 'train-{0..9}.tar' --test test-0.tar
+    prelude compare runs/mine --keep 'old/train-*.tar' 'old/test-*.tar'
     prelude compare mae_cifar10 barlow_cifar10 --images 200000 \\
         --train 'train-{0..9}.tar' --test test-0.tar
     deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow
@@ -45,6 +46,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(COMPARABLE)} (default: {' '.join(COMPARED)})",
     )
     parser.add_argument("--no-floors", action="store_true", help="without untrained encoders and pixels beside them")
+    parser.add_argument(
+        "--keep",
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="labelled shards of the old images: what was won on the new ones, and lost on these, by runs that started "
+        "from weights",
+    )
     recipes = parser.add_argument_group("recipes that are pretrained first")
     recipes.add_argument("--images", type=int, metavar="N", help="that each sees, repeats counted (default: its own)")
     recipes.add_argument(

@@ -64,7 +64,7 @@ def pretrained(
     if args.images:
         overrides = last_of_each([*overrides, *within(config, args.images, index.num_samples)])
         config = load_config(recipe, overrides, options_for)
-    index = index.with_range(config.data.range)
+    index = index.with_range(config.data.range, config.data.max_pixels)
     if is_finished(config, (index.fingerprint, index.layout_fingerprint())):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None

@@ -4,8 +4,10 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from prelude.data.errors import UserError
@@ -29,10 +31,13 @@ from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuni
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import common
 from prelude.pretrain import distributed
-from prelude.pretrain.files import write_whole
+from prelude.pretrain.files import remedy, write_whole
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
 FEW_LABELS = partial(fewshot, shares=(1.0,))
+NOTHING_KEPT = (
+    "--keep asks what runs have lost of the weights that they started from, and none of these started from any."
+)
 EVALUATORS = {"probe": linear_probe, "knn": knn, "ncm": ncm, "fewshot": FEW_LABELS, "anomaly": anomaly}
 
 
@@ -51,18 +56,23 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         evaluators, labelled, kinds=gathering.kinds_of(args.features), bank=args.bank, **settings | {"out": None}
     )
     judging.check()
+    keeping = keeping_of(args, judging)
     index = ShardIndex(args.shards or labelled.train) if recipes else None
     try:
         named = [named_source(args, source, recipes.get(source), labelled, index) for source in unlike(args.sources)]
-        contestants = gathering.line_up(named, floors=not args.no_floors)
+        contestants = gathering.line_up(named, floors=not args.no_floors, starts=keeping is not None)
+        if keeping and not recipes:
+            refuse_nothing_kept(contestants)
         if distributed.world_size() > 1:
-            prepare(contestants, judging)
+            prepare(contestants, [judging, *([keeping] if keeping else [])])
             if not distributed.is_main():
                 distributed.stop()
                 return 0
             distributed.stop()  # all is in the bank; nobody waits for what one rank does with it
-        entries = [gathering.gather(contestant, judging) for contestant in contestants]
+        entries = [gathering.gather(contestant, judging, keeping) for contestant in contestants]
         entries, warnings = with_fine_tuning(args, entries, labelled)
+        if keeping and not any(entry.started for entry in entries):
+            warnings.append(NOTHING_KEPT)
     except Preempted:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return PREEMPTED
@@ -108,11 +118,41 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
     return labelled, [partial(multilabel, names=form.names)]
 
 
+def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
+    """The same judging on the old images of --keep. Raises UserError for shards that cannot be used."""
+    if not args.keep:
+        return None
+    if behind := [source for source in args.sources if Path(source).suffix == ".tar"]:
+        raise UserError(
+            f"--keep takes two words, TRAIN and TEST, and {behind[0]} stands among the sources; put each pattern in "
+            "quotes, as in --keep 'old/train-*.tar' 'old/test-*.tar'."
+        )
+    asked = judging.labelled
+    label, evaluators = asked.label, judging.evaluators
+    if asked.vectors:  # the old images have class numbers all the same
+        label, evaluators = "cls", [EVALUATORS[name] for name in COMPARED]
+    old = Labelled(*args.keep, label, value_range=asked.value_range)
+    keeping = replace(judging, evaluators=evaluators, labelled=old)
+    try:
+        keeping.check()
+    except UserError as error:
+        raise UserError(f"--keep {' '.join(args.keep)} cannot be used: {error}") from None
+    for given, old, new in zip(args.keep, keeping.indexes, judging.indexes, strict=True):
+        if old.fingerprint == new.fingerprint:
+            raise UserError(f"--keep {given} holds the new images themselves; write labelled shards of the old ones.")
+    return keeping
+
+
+def refuse_nothing_kept(contestants: Sequence[Contestant]) -> None:
+    if not any(contestant.started or contestant.problem for contestant in contestants):
+        raise UserError(f"{NOTHING_KEPT} Leave it out, or name a run with encoder.weights.")
+
+
 # ---- judging
 
 
-def prepare(contestants: Sequence[Contestant], judging: Judging) -> None:
-    for contestant in contestants:
+def prepare(contestants: Sequence[Contestant], judgings: Sequence[Judging]) -> None:
+    for contestant, judging in product(contestants, judgings):
         try:
             if not contestant.problem:
                 judging.prepare(contestant.source, contestant.beside)
@@ -134,6 +174,7 @@ def compared(
 ) -> Comparison:
     measured = [result for entry in entries for result in entry.results.values()]
     objectives = list(dict.fromkeys(entry.objective or entry.name for entry in entries if entry.kind == "pretrained"))
+    old = [result for entry in entries for result in entry.kept.values()]
     unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
     shards = args.shards or labelled.train
     budget = f"{args.images:,} images each" if args.images else "each recipe's own number of images"
@@ -148,6 +189,7 @@ def compared(
         seconds=time.monotonic() - started,
         budget=f"{budget}, from {shards} ({what})" if any_recipe else None,
         versions=versions(),
+        old_data=old[0]["data"] if old else {},
         warnings=warnings,
     )
 
@@ -159,6 +201,8 @@ def write(comparison: Comparison, out: Path) -> None:
         for name, text in files.items():
             write_whole(out / name, text)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another folder.") from None
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}); {remedy(error, 'choose another folder')}."
+        ) from None
     print_comparison(comparison)
     print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)

@@ -9,6 +9,7 @@ from prelude.data.errors import UserError
 from prelude.data.waiting import wait_at_most
 from prelude.evaluators.judging import Evaluator, Labelled, evaluate, labelled_shards
 from prelude.evaluators.results import Result, print_table
+from prelude.launch.caching import use_cache
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code
 from prelude.pretrain.sameness import refuse_differences
@@ -46,21 +47,29 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
     """What every evaluation is told, under the names that it has there. Joins the other ranks, if there are any."""
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
+    return {
+        **reading(args, argv),
+        "seed": args.seed,
+        "num_seeds": args.seeds,
+        "out": args.out,
+        "command": f"prelude {name} {given_words(argv)}",
+        "say": say,
+    }
+
+
+def reading(args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
+    """How images are read. Joins the other ranks, if there are any."""
     if args.timeout_seconds is not None:
         if not args.timeout_seconds > 0:
-            raise UserError(f"--timeout-seconds {args.timeout_seconds:g} leaves no time for data; write more than 0.")
+            raise UserError(f"--timeout-seconds {args.timeout_seconds:g} cannot be; write a number of seconds above 0.")
         wait_at_most(args.timeout_seconds, "--timeout-seconds")
+    use_cache(args)
     if distributed.launched_world_size() > 1:
         distributed.start()
         refuse_differences({"arguments": given_words(argv), "code": describe_code()})
     return {
-        "seed": args.seed,
-        "num_seeds": args.seeds,
         "batch_size": args.batch_size,
         "num_workers": distributed.cores_per_rank() if args.num_workers is None else args.num_workers,
-        "out": args.out,
-        "command": f"prelude {name} {given_words(argv)}",
-        "say": _say,
     }
 
 
@@ -69,6 +78,6 @@ def given_words(argv: Sequence[str] | None) -> str:
     return shlex.join(word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank"))
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     if distributed.is_main():
         print(text, file=sys.stderr, flush=True)

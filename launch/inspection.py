@@ -1,4 +1,4 @@
-"""`prelude shards info` and `verify`: what is in a data set, and what is wrong with it."""
+"""`prelude shards info`, `verify` and `index`: what is in a data set, what is wrong with it, and where it lies."""
 
 import argparse
 import json
@@ -8,9 +8,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from prelude.data.errors import UserError
+from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
+from prelude.data.value_range import channels_of
 from prelude.pretrain.distributed import cores_per_rank
+from prelude.pretrain.files import remedy
 
 _MOST_LISTED = 20
 
@@ -18,14 +21,15 @@ _MOST_LISTED = 20
 def info(args: argparse.Namespace) -> int:
     """Exit code 1 where something is wrong, for scripts."""
     index = _index(args)
+    channels = _channels(index, args)
     table = _counts(index, args.label)
     if args.images:
         chosen = spread(index.num_samples, args.images)
-        found = survey(index, chosen, threads=args.workers)
+        found = survey(index, chosen, channels=channels, threads=args.workers)
         _describe(table, found, f"of {len(chosen)} images" if len(chosen) < index.num_samples else "of all images")
     Console().print(table)
     if args.images:
-        _paste(found)
+        _paste(index, found)
     problems = _problems(index) + (_undecodable(index, found) if args.images else [])
     _list(problems)
     return 1 if problems else 0
@@ -34,10 +38,13 @@ def info(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Exit code 1 where an image is damaged; duplicates are told of."""
     index = _index(args)
+    channels = _channels(index, args)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("decoding", total=index.num_samples)
         every = spread(index.num_samples, index.num_samples)
-        found = survey(index, every, threads=_threads(args), duplicates=True, progress=lambda: bar.advance(task))
+        found = survey(
+            index, every, channels=channels, threads=_threads(args), duplicates=True, progress=lambda: bar.advance(task)
+        )
     table = _counts(index, args.label)
     _describe(table, found, "of all images")
     table.add_row("byte-identical", f"{sum(map(len, found.identical))} images in {len(found.identical)} groups")
@@ -46,7 +53,7 @@ def verify(args: argparse.Namespace) -> int:
         "near-identical", near if found.looked_for_near else "not looked for: pip install 'prelude-ssl[duplicates]'"
     )
     Console().print(table)
-    _paste(found)
+    _paste(index, found)
     name = lambda sample: f"{index.shard_of(sample)}:{index.key(sample)}"  # noqa: E731
     problems = _problems(index) + _undecodable(index, found)
     twice = [{"kind": "byte-identical", "images": [name(n) for n in group]} for group in found.identical]
@@ -59,8 +66,22 @@ def verify(args: argparse.Namespace) -> int:
             with open(args.to, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
-            raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another file.") from None
+            raise UserError(
+                f"--to {args.to} cannot be written ({error.strerror}); {remedy(error, 'choose another file')}."
+            ) from None
     return 1 if problems else 0
+
+
+def index_file(args: argparse.Namespace) -> int:
+    """Exit code 1 where something is wrong, for scripts."""
+    index = ShardIndex(args.shards)
+    try:
+        written = write_for(index.paths, args.to)
+    except OSError as error:
+        raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another folder.") from None
+    print("\n".join(f"{index.num_samples} samples in {index.num_shards} shards: {path}" for path in written))
+    _list(_problems(index))
+    return 1 if index.num_problems else 0
 
 
 def _threads(args: argparse.Namespace) -> int:
@@ -71,11 +92,15 @@ def _threads(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> ShardIndex:
     if args.label:
-        return ShardIndex(args.shards, args.label)
+        return ShardIndex(args.shards, args.label, args.range)
     try:
-        return ShardIndex(args.shards, "cls")
+        return ShardIndex(args.shards, "cls", args.range)
     except UserError:  # a folder whose labels are not clear, or what raises again
-        return ShardIndex(args.shards)
+        return ShardIndex(args.shards, "", args.range)
+
+
+def _channels(index: ShardIndex, args: argparse.Namespace) -> int:
+    return args.channels or channels_of(index)
 
 
 def _counts(index: ShardIndex, label: str) -> Table:
@@ -111,10 +136,15 @@ def _describe(table: Table, found: Survey, of: str) -> None:
         table.add_row(f"labels {of}", f"{len(counts)} different, {min(counts)} to {max(counts)} images each")
 
 
-def _paste(found: Survey) -> None:
+def _paste(index: ShardIndex, found: Survey) -> None:
     if found.num_images:
         written = [",".join(f"{value:.4f}" for value in values) for values in (found.mean, found.std)]
-        print(f"data.mean=[{written[0]}] data.std=[{written[1]}]")
+        settings = f"data.mean=[{written[0]}] data.std=[{written[1]}]"
+        if len(found.mean) != 3:
+            settings = f"data.channels={len(found.mean)} {settings}"
+        if index.value_range is not None:
+            settings += f" data.range=[{','.join(f'{value:g}' for value in index.value_range)}]"
+        print(settings)
 
 
 def _range(values) -> str:

@@ -16,7 +16,7 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import TEMPERATURE, K
-from prelude.launch.arguments import door_parser, parse
+from prelude.launch.arguments import door_parser, finite, parse
 from prelude.launch.exit_codes import door
 
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     parser = door_parser(__doc__)
     parser.add_argument("--k", nargs="+", type=int, default=[K], metavar="K", help=f"neighbours (default: {K})")
     parser.add_argument(
-        "--temperature", nargs="+", type=float, default=[TEMPERATURE], metavar="T", help=f"(default: {TEMPERATURE})"
+        "--temperature", nargs="+", type=finite, default=[TEMPERATURE], metavar="T", help=f"(default: {TEMPERATURE})"
     )
     return parser
 

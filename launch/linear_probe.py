@@ -19,7 +19,7 @@ from functools import partial
 
 from prelude.data.errors import UserError
 from prelude.evaluators.defaults import PROTOCOLS
-from prelude.launch.arguments import door_parser, parse
+from prelude.launch.arguments import door_parser, finite, parse
 from prelude.launch.exit_codes import door
 
 OF_PROTOCOLS = ("learning_rates", "epochs", "global_batch")
@@ -67,10 +67,12 @@ def parser() -> argparse.ArgumentParser:
         choices=["batch", "none"],
         help="heads on features of variance 1, as BatchNorm without affine makes them (default), or on plain ones",
     )
-    parser.add_argument("--weight-decays", nargs="+", type=float, metavar="WD", help="(default: 12, or the protocol's)")
+    parser.add_argument(
+        "--weight-decays", nargs="+", type=finite, metavar="WD", help="(default: 12, or the protocol's)"
+    )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="train heads as in a paper, on augmented images")
-    parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="(default: the protocol's)")
-    parser.add_argument("--epochs", type=float, metavar="N", help="(default: the protocol's)")
+    parser.add_argument("--learning-rates", nargs="+", type=finite, metavar="LR", help="(default: the protocol's)")
+    parser.add_argument("--epochs", type=finite, metavar="N", help="(default: the protocol's)")
     parser.add_argument("--global-batch", type=int, metavar="N", help="(default: the protocol's)")
     return parser
 

@@ -1,144 +1,178 @@
-"""The nearest images of given ones, out of a file that prelude embed has made.
+"""The images that are nearest to given ones by their features.
 
-    prelude neighbours photos.parquet --of cats/1.jpg dogs/7.jpg --to sheet.png
-    prelude neighbours train.npz --of new.jpg --source runs/mae --k 20
+    prelude neighbours features.parquet --of 000123 photo.jpg --sheet near.png
+    prelude neighbours runs/mae --shards 'train-{0..9}.tar' --of 000123
 
-An image is given by its key in the file (SHARD.tar:KEY where several have it),
-or as a file, which --source encodes. The search is exact, by cosine. --to draws
-a contact sheet, with a row an image, from the shards that the file names.
+Out of a file of `prelude embed`, or of the bank of a source, which makes what
+it lacks. Nearest by cosine; every image is compared. docs/embedding.md has more.
 """
 
 if __name__ == "__main__" and not __package__:
     import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
 
 import argparse
-import difflib
-import os
+import csv
+import io
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from prelude.launch.arguments import documented_parser, parse, path, source
+from prelude.data.errors import UserError
+from prelude.evaluators.embedding.formats import refuse_to_overwrite
+from prelude.launch.arguments import (
+    Shards,
+    add_reading,
+    documented_parser,
+    parse,
+    path,
+    seed,
+    source,
+    value_range,
+    whole,
+)
 from prelude.launch.exit_codes import door
 
-SIDE = 128  # pixels of a picture in the sheet
-MOST_TITLE = 20  # characters above one
+COLUMNS = ("query", "rank", "cosine", "key", "label", "shard")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.data.errors import UserError
+    for option, place, ending in (("--sheet", args.sheet, ".png"), ("--out", args.out, ".csv")):
+        if place and Path(place).suffix.lower() != ending:
+            raise UserError(f"{option} {place} does not end in {ending}; write {Path(place).stem}{ending}.")
+        if place:
+            refuse_to_overwrite(place, option)
+    from prelude.evaluators.embedding.neighbours import index_of, nearest, queries_among, vectors_of
+    from prelude.evaluators.embedding.sheet import contact_sheet
+    from prelude.pretrain import distributed
 
-    if args.to and Path(args.to).suffix.lower() != ".png":
-        raise UserError(f"--to {args.to} is no PNG; write the name of a .png file.")
-    from prelude.evaluators.features.embedding import read_embedding
-    from prelude.evaluators.frozen.neighbours import Pictures, nearest
-
-    read = read_embedding(Path(args.file), args.kind)
-    queries = _queries(read, args.of, args.source)
-    found = nearest(read, queries, args.k, args.centred)
-    _print(read, queries, found)
-    if args.to:
-        _draw(read, Pictures(read), queries, found, Path(args.to))
+    embedded, encoder = opened(args, argv)
+    distributed.stop()  # ranks share the encoder's work, and no other
+    if not distributed.is_main():
+        return 0
+    queries = queries_among(embedded, args.of)
+    if encoder is None and any(query.path for query in queries):
+        encoder = encoder_of(args, embedded)
+    found = nearest(embedded, queries, vectors_of(embedded, queries, encoder), args.k)
+    rows = list(table_rows(embedded, found))
+    if args.out:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([COLUMNS, *rows])
+        keep(args.out, text.getvalue())
+    show(rows, f"nearest of {len(embedded):,} images by {embedded.kind} features, cosine")
+    if args.sheet:
+        keep(args.sheet, contact_sheet(embedded, index_of(embedded, args.shards), found))
     return 0
 
 
-def _queries(read, names: list[str], source_name: str | None) -> list:
-    from prelude.checkpoints.sources import open_encoder
-    from prelude.data.errors import UserError
-    from prelude.evaluators.features.pixels import is_pixels, open_pixels
-    from prelude.evaluators.frozen.neighbours import Query, image_query, row_of
+def opened(args: argparse.Namespace, argv: Sequence[str] | None):
+    """The set, and the encoder where it had to be opened."""
+    from prelude.evaluators.embedding.neighbours import embedded_of
+    from prelude.evaluators.embedding.reading import is_embedding, read
+    from prelude.evaluators.judging import bank_folder, open_source
+    from prelude.launch.frozen import reading
 
-    queries, encoder = [], None
-    for name in names:
-        row = row_of(read, name)
-        if row is not None:
-            queries.append(Query(name, read.values[row], row))
-            continue
-        if not os.path.isfile(name):
-            near = difflib.get_close_matches(name, read.keys[:10000], 1)
-            hint = f"did you mean {near[0]}?" if near else f"keys look like {read.keys[0]}."
-            raise UserError(f"{name} is neither a key of the file nor an image file; {hint}")
-        if not source_name:
-            raise UserError(
-                f"{name} is no key of the file, and as an image it needs an encoder; write --source "
-                f"{read.about['source']}."
-            )
-        encoder = encoder or (open_pixels if is_pixels(source_name) else open_encoder)(source_name)
-        queries.append(image_query(read, name, encoder))
-    return queries
+    common = reading(args, argv)
+    if is_embedding(args.features):
+        return read(args.features, args.kind), None
+    if not args.shards:
+        raise UserError(
+            f"{args.features} is no file of features; write one that `prelude embed` has made, or --shards with the "
+            f"images that this source is to see."
+        )
+    if args.encoder:
+        raise UserError(f"--encoder has no effect beside {args.features}, which is one; leave it out.")
+    encoder = open_source(args.features, [args.features], args.seed)
+    bank = args.bank or bank_folder(args.features, [args.features])
+    images = {"kind": args.kind, "value_range": args.range, **common}
+    return embedded_of(encoder, args.features, args.shards, bank, **images), encoder
 
 
-def _print(read, queries, found) -> None:
+def encoder_of(args: argparse.Namespace, embedded):
+    """That of the file, wherever it lies now."""
+    from prelude.evaluators.judging import open_source
+
+    about = embedded.about
+    name = args.encoder or about.get("source", "")
+    try:
+        return open_source(name, [name], about.get("seed", 0))
+    except UserError as error:
+        if args.encoder:
+            raise
+        raise UserError(
+            f"{embedded.name} was made by {name}, which cannot be opened ({error}); write --encoder with where it is."
+        ) from None
+
+
+def table_rows(embedded, found):
+    for one in found:
+        for rank, (row, cosine) in enumerate(zip(one.rows, one.cosines, strict=True), start=1):
+            label = "" if embedded.labels is None or embedded.labels[row] < 0 else int(embedded.labels[row])
+            shard = embedded.shards[embedded.shard[row]]
+            yield one.query.name, rank, f"{cosine:.6f}", embedded.keys[row], label, shard
+
+
+def show(rows: Sequence[tuple], title: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    labelled = read.labels is not None
-    table = Table("of", "rank", "cosine", "key", "shard", *(["label"] if labelled else []), box=box.SIMPLE)
-    for query, neighbours in zip(queries, found, strict=True):
-        for rank, one in enumerate(neighbours, start=1):
-            label = [str(read.labels[one.row]) if read.labels[one.row] >= 0 else ""] if labelled else []
-            shard = os.path.basename(read.shards[one.row])
-            first = query.name if rank == 1 else ""
-            table.add_row(first, str(rank), f"{one.cosine:.4f}", read.keys[one.row], shard, *label)
-    Console(highlight=False, markup=False).print(table)
+    labelled = any(row[COLUMNS.index("label")] != "" for row in rows)
+    names = [name for name in COLUMNS if name != "label" or labelled]
+    table = Table(*names, box=box.SIMPLE, title=title)
+    for row in rows:
+        cells = dict(zip(COLUMNS, row, strict=True))
+        cells |= {"shard": Path(cells["shard"]).name, "query": cells["query"] if cells["rank"] == 1 else ""}
+        table.add_row(*(Text(str(cells[name])) for name in names))
+    Console(highlight=False).print(table)
 
 
-def _draw(read, pictures, queries, found, to: Path) -> None:
-    import io
-
-    from prelude.data.decode import BadImage
-    from prelude.data.errors import UserError
-    from prelude.objectives.patch_pictures import page
+def keep(place: str, content: str | bytes) -> None:
     from prelude.pretrain.files import reason, write_whole
 
-    rows = []
     try:
-        for query, neighbours in zip(queries, found, strict=True):
-            own = pictures.of_row(query.row) if query.image is None else pictures.decoded(query.image)
-            panels = [(_short(os.path.basename(query.name)), _framed(own))]
-            for one in neighbours:
-                title = f"{one.cosine:.3f} {os.path.basename(read.keys[one.row])}"
-                panels.append((_short(title), _framed(pictures.of_row(one.row))))
-            rows.append(panels)
-    except BadImage as error:
-        raise UserError(f"A picture can no longer be read ({error}); embed the images again.") from None
-    content = io.BytesIO()
-    page(rows).save(content, "PNG")
-    try:
-        write_whole(to, content.getvalue())
+        write_whole(Path(place), content)
     except OSError as error:
-        raise UserError(
-            f"--to {to} cannot be written ({reason(error)}); write a file in a folder that is there."
-        ) from None
-    print(to)
-
-
-def _short(title: str) -> str:
-    title = title.encode("ascii", "replace").decode()  # the sheet's font has no more
-    return title if len(title) <= MOST_TITLE else title[: MOST_TITLE - 2] + ".."
-
-
-def _framed(picture):
-    """Fitted into a square, its shape kept; small ones are enlarged without smoothing."""
-    from PIL import Image
-
-    factor = SIDE / max(picture.size)
-    size = tuple(max(1, round(side * factor)) for side in picture.size)
-    fitted = picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (SIDE, SIDE), "white")
-    square.paste(fitted, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
-    return square
+        raise UserError(f"{place} cannot be written ({reason(error)}); make room there, or name another.") from None
+    print(f"written to {place}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
-    parser.add_argument("file", type=path, metavar="FILE", help="written by prelude embed")
-    parser.add_argument("--of", nargs="+", required=True, type=path, metavar="KEY|IMAGE", help="keys or image files")
-    parser.add_argument("--source", type=source, metavar="SOURCE", help="the encoder that made FILE, for image files")
-    parser.add_argument("--kind", metavar="KIND", help="of feature (default: the first in FILE)")
-    parser.add_argument("--k", type=int, default=10, metavar="N", help="neighbours (default: 10)")
-    parser.add_argument("--centred", action="store_true", help="take off the mean of FILE before the cosine")
-    parser.add_argument("--to", type=path, metavar="PNG", help="a contact sheet")
+    parser.add_argument(
+        "features", type=source, metavar="FEATURES", help="a file of features, or a source as evaluations take it"
+    )
+    parser.add_argument(
+        "--of",
+        required=True,
+        nargs="+",
+        type=path,
+        metavar="IMAGE",
+        help="keys (SHARD.tar:KEY where several shards have it), or image files",
+    )
+    parser.add_argument(
+        "--shards",
+        action=Shards,
+        metavar="SHARDS",
+        help="the images: those that a source is to see, or where those of a file are now",
+    )
+    parser.add_argument("--k", type=whole(1), default=8, metavar="K", help="neighbours (default: 8)")
+    parser.add_argument("--kind", metavar="KIND", help="of feature (default: the first)")
+    parser.add_argument("--sheet", type=path, metavar="FILE.png", help="a contact sheet of the images")
+    parser.add_argument("--out", type=path, metavar="FILE.csv", help="the table as a file")
+    parser.add_argument(
+        "--encoder", type=source, metavar="SOURCE", help="what made the file, for image files (default: as it says)"
+    )
+    parser.add_argument("--bank", type=path, metavar="DIR", help="where features of a source are (default: RUN/bank)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
+    parser.add_argument(
+        "--range",
+        type=value_range,
+        metavar="LOW,HIGH",
+        help="values of 16-bit images that are black and white (default: data.range of the run's config)",
+    )
+    add_reading(parser)
     return parser
 
 

@@ -9,6 +9,8 @@ from PIL import Image
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
+from prelude.data.shards import ShardIndex
+from prelude.data.value_range import channels_of
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.patch_pictures import page
@@ -20,16 +22,20 @@ _LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by
 
 
 def peek(args: argparse.Namespace) -> int:
-    plan, value_range = ViewPlan((_PLAIN_VIEW,)), None
+    plan, seen_as = None, {}
     if args.config:
         given = [f"data.shards={json.dumps(args.shards)}", *args.set]
         config = load_config(args.config, given, options_for)
-        plan, value_range = build_objective(config).views, config.data.range
+        plan = build_objective(config).views
+        seen_as = {"value_range": config.data.range, "max_pixels": config.data.max_pixels}
     elif args.set:
         raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
+    else:
+        channels = channels_of(ShardIndex(args.shards))
+        plan = ViewPlan((_PLAIN_VIEW,), (0.5,) * channels, (0.25,) * channels)
     if args.count < 1:
         raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
-    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, value_range=value_range)
+    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, **seen_as)
     names = loader.preview(args.count)
     batch = next(loader)
     rows: list[list] = [[] for _ in range(args.count)]

@@ -24,11 +24,13 @@ COMMANDS = {
     "fewshot": ("fewshot", "accuracy of a frozen encoder with few labels"),
     "multilabel": ("multilabel", "several findings an image, by heads on a frozen encoder"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
-    "embed": ("embed", "write the features of images to Parquet, NumPy or safetensors"),
-    "neighbours": ("neighbours", "the nearest images of given ones, out of such a file"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
+    "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),
+    "neighbours": ("neighbours", "the images nearest to given ones by their features"),
     "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),
+    "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),
+    "check-objective": ("check_objective", "whether your own objective keeps the contract"),
     "shards": ("shards", "make shards of images, and look at them"),
 }
 

@@ -20,7 +20,7 @@ from prelude.data.errors import UserError
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_environment
-from prelude.pretrain.files import Growing, Tolerant, reason, write_whole
+from prelude.pretrain.files import Growing, Tolerant, reason, remedy, write_whole
 from prelude.pretrain.monitors import Monitor
 from prelude.pretrain.run_lock import RunLock
 from prelude.pretrain.schedules import Progress
@@ -52,14 +52,26 @@ def _refusal(lock: RunLock, path: Path) -> str | None:
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"run_dir={path} cannot be written ({reason(error)}); choose another."
-    if (path / "checkpoints").is_symlink():
+        return not_written(path, error)
+    if refusal := through_a_link(path):
         lock.release()
-        return (
-            f"{path / 'checkpoints'} is a symbolic link, and a run writes through none, since other runs may do so "
-            f"too; write run_dir=... with a folder on the disk where the checkpoints belong."
-        )
-    return None
+    return refusal
+
+
+def through_a_link(path: Path) -> str | None:
+    """Why a run may not write its checkpoints there, where a link leads elsewhere."""
+    if not (path / "checkpoints").is_symlink():
+        return None
+    return (
+        f"{path / 'checkpoints'} is a symbolic link, and a run writes through none, since other runs may do so "
+        f"too; write run_dir=... with a folder on the disk where the checkpoints belong."
+    )
+
+
+def not_written(path: Path, error: OSError) -> str:
+    """What to do where a run folder cannot be written: a run that lies there is not begun anew elsewhere."""
+    instead = "make it writable" if (path / "checkpoints").is_dir() else "write another run_dir"
+    return f"run_dir={path} cannot be written ({reason(error)}); {remedy(error, instead)}."
 
 
 class StartOfRun(Monitor):

@@ -4,12 +4,14 @@
     prelude shards info 'train-{000000..000019}.tar'
     prelude shards verify 'train-{000000..000019}.tar'
     prelude shards peek photos --config mae_cifar10
+    prelude shards index 's3://bucket/train-{000000..000019}.tar' --to .
     prelude shards shapes --to data/shapes
 
 `pack` makes shards of a folder, a table, a dataset, or other shards; `info`
 says how many samples there are, what they are like, and what is wrong with
 which; `verify` decodes every image and finds duplicates; `peek` draws what an
-objective sees; `shapes` writes the embedded data set.
+objective sees; `index` writes the file that spares others a pass over
+remote shards; `shapes` writes the embedded data set.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -32,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         from prelude.launch import inspection
 
-        action = inspection.info if args.action == "info" else inspection.verify
+        action = {"info": inspection.info, "verify": inspection.verify, "index": inspection.index_file}[args.action]
+    if hasattr(args, "cache_dir"):
+        from prelude.launch.caching import use_cache
+
+        use_cache(args)
     return action(args)
 
 

@@ -6,14 +6,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
+from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
-from prelude.data.shards import expand_shards, local_shards
+from prelude.data.remote_shards import keep_remote_shards
+from prelude.data.shards import expand_shards, indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators.online import monitor as online
+from prelude.launch.outlook import outlook
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
@@ -32,11 +36,12 @@ def check(config: Config) -> None:
     check_objective(config)
     config.batching(distributed.launched_world_size())
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     # A shard that this node lacks is told before any rank waits for another.
     expand_shards(config.data.shards, config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:
-        local_shards(config.evaluate.train_shards)
-        local_shards(config.evaluate.test_shards)
+        indexable_shards(config.evaluate.train_shards)
+        indexable_shards(config.evaluate.test_shards)
         online.check(config.evaluate)
     deepspeed_config.passed_through(config)
 
@@ -64,7 +69,7 @@ def train(config: Config) -> int:
 
 def loader_of(config: Config, views):
     of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
-    of_data["value_range"] = config.data.range
+    of_data |= {"value_range": config.data.range, "max_pixels": config.data.max_pixels}
     return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
 
 
@@ -123,7 +128,8 @@ def tell_weights(sentence: str) -> None:
 
 
 def dry_run(config: Config) -> int:
-    start = start_of(config)
+    """Raises UserError, once all is told, where a start would be refused for what is in its run folder."""
+    start = start_of(config, Store(Path(config.run_dir) / "checkpoints"))
     objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views)
     table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
@@ -134,5 +140,11 @@ def dry_run(config: Config) -> int:
         table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
+    try:
+        table.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))
+    except UserError as refusal:
+        table.add_row("run folder", "a start would be refused")
+        Console().print(table)
+        raise refusal
     Console().print(table)
     return 0

@@ -2,20 +2,20 @@
 
 This module and `options`, the settings of our own objectives, come without torch: a wrong setting is told at once.
 
-A name in a config is one of ours (`mae`), a class anywhere on the import path (`package.module:Class`), or one
-that an installed package offers in the entry-point group `prelude.objectives`.
+A name in a config is one of ours (`mae`), a class on the import path or in the current folder (`package.module:Class`),
+or one that an installed package offers in the entry-point group `prelude.objectives`.
 """
 
 if __name__ != "prelude.objectives":  # under a second name every module would exist twice
     raise ImportError("objectives is imported as prelude.objectives")
 
 import difflib
-import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from prelude.data.errors import UserError
 from prelude.objectives.options import OPTIONS
+from prelude.pretrain import named_code
 from prelude.pretrain.config import Config
 from prelude.pretrain.options import Options
 
@@ -53,6 +53,10 @@ def check_objective(config: Config) -> None:
     cls, options = chosen(config)
     cls.check(options, config.encoder)
     _refuse_freezing_chance(config)
+    if named_code.is_named(config.encoder.name):
+        from prelude.pretrain import own_encoder  # torch
+
+        own_encoder.refuse_settings(config)
     if config.train.zero_stage > cls.max_zero_stage:
         raise UserError(
             f"objective.name={config.objective['name']} reads whole weights between steps, which ZeRO stage "
@@ -77,11 +81,7 @@ def chosen(config: Config) -> "tuple[type[Objective], Options]":
 
 
 def _imported(path: str, name: str) -> "type[Objective]":
-    module, _, attribute = path.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"objective.name={name} cannot be imported: {error}; write module:Class.") from error
+    cls = named_code.load("objective.name", path, "module:Class")
     from prelude.pretrain.objective import Objective  # torch, which whoever names a class has just imported
 
     if not (isinstance(cls, type) and issubclass(cls, Objective)):

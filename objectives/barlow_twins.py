@@ -24,11 +24,13 @@ from prelude.objectives.pictures import sheet
 from prelude.objectives.projector import projector
 from prelude.pretrain.batch_norm import normalise_columns, synchronise
 from prelude.pretrain.collectives import row_counts
+from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import pooled_width
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss, Objective
+from prelude.pretrain.photometric import refuse_colours
 from prelude.pretrain.schedules import Progress
 
 _EPSILON = 1e-5  # added to the variance of a dimension
@@ -52,13 +54,18 @@ class BarlowTwins(Objective):
                 scale=options.crop_scale,
                 interpolation="bicubic",
                 flip=options.flip,
-                photometric=Photometric(**colours.model_dump()),
+                photometric=photometric,
             )
-            for colours in (options.view_1, options.view_2)
+            for photometric in _photometric(options).values()
         )
         self.views = ViewPlan(views=views, mean=mean, std=std)
         self.projector = projector(pooled_width(encoder), options.projector)
         synchronise(self)
+
+    @classmethod
+    def check(cls, options: BarlowTwinsOptions, encoder: EncoderConfig) -> None:
+        super().check(options, encoder)
+        refuse_colours(encoder.in_chans, _photometric(options))
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         counts = row_counts(len(batch))
@@ -107,3 +114,9 @@ class BarlowTwins(Objective):
         """One row an image: its two views, as the encoder sees them but for the normalisation."""
         views = [denormalise(view[:_NUM_PICTURES], self.views) for view in device_images(batch, self.views)]
         return {"views": sheet(torch.stack(views, dim=1))}
+
+
+def _photometric(options: BarlowTwinsOptions) -> dict[str, Photometric]:
+    """What happens to the colours of each view, by its key."""
+    views = {"objective.view_1": options.view_1, "objective.view_2": options.view_2}
+    return {key: Photometric(**colours.model_dump()) for key, colours in views.items()}

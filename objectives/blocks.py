@@ -107,7 +107,7 @@ def block_size(grid: Size, scale: float, aspect: float) -> Size:
 def context_length(grid: Size, num_targets: int, sizes: BlockSizes) -> int:
     """K: patches of context that all but 1/128 of placements leave free, counted over 4096 fixed ones."""
     placement = _place(torch.arange(_NUM_SIMULATED), grid, num_targets, sizes, 1)
-    return int(placement.num_free.flatten().kthvalue(round(_NUM_SIMULATED * _SHARE_TOO_SHORT) + 1).values)
+    return int(placement.num_free.flatten().kthvalue(round(_NUM_SIMULATED * _SHARE_TOO_SHORT) + 1).values.numpy())
 
 
 def step_draws(salt: int, step: int, count: int, stream: int) -> list[float]:

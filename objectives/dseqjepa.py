@@ -65,6 +65,7 @@ class Prediction:
 
 class DSeqJEPA(IJEPA):
     Options = DSeqJEPAOptions
+    host_waits = 1  # for the lengths that packing needs; once more for an image that all rounds of labelling leave open
 
     def __init__(self, encoder: nn.Module, options: DSeqJEPAOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
@@ -77,6 +78,11 @@ class DSeqJEPA(IJEPA):
     def check(cls, options: DSeqJEPAOptions, encoder: EncoderConfig) -> None:
         super().check(options, encoder)
         summary = check_encoder(encoder, tokens=True)
+        if summary.depth is None:
+            raise UserError(
+                f"objective.name=dseqjepa reads the class token and the patches of one of the teacher's blocks, which "
+                f"encoder.name={encoder.name} does not offer; write a timm VisionTransformer, or objective.name=ijepa."
+            )
         if not summary.has_class_token:
             raise UserError(
                 f"objective.name=dseqjepa needs a class token, which encoder.name={encoder.name} has not; "
@@ -95,7 +101,7 @@ class DSeqJEPA(IJEPA):
             )
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        (images,) = device_images(batch, self.views)  # (B, C, H, W)
         features, saliency = self.look(images)
         target = self.normalised(features)
         regions = self.choose(saliency, batch.seeds, progress)

@@ -28,10 +28,11 @@ from prelude.objectives.options import IJEPAOptions
 from prelude.objectives.patch_pictures import Panel, block_panels, page
 from prelude.objectives.predictor import Predictor
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import check_encoder, forward_tokens
+from prelude.pretrain.encoders import check_encoder, forward_tokens, token_layout
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.kept_patches import prefix_tokens
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress, linear
 from prelude.pretrain.warm_start import drawn_parts, is_warm
@@ -54,14 +55,14 @@ class IJEPA(Objective):
         # The official code resizes with torchvision's default, which is bilinear.
         view = View(size=image_size, scale=options.crop_scale, interpolation="bilinear", flip=options.flip)
         self.views = ViewPlan(views=(view,), mean=mean, std=std)
-        self.grid = encoder.patch_embed.grid_size  # (rows, columns)
-        self.num_prefix = encoder.num_prefix_tokens
+        layout = token_layout(encoder)
+        self.grid, self.num_prefix = layout.grid, layout.num_prefix  # (rows, columns)
         self.predictor = Predictor(
-            encoder.embed_dim,
+            layout.width,
             self.grid,
             width=options.predictor_dim,
             depth=options.predictor_depth,
-            num_heads=_num_heads(options, encoder.blocks[0].attn.num_heads),
+            num_heads=_num_heads(options, layout.num_heads),
         )
         # Drawn with the weights, so from the run's seed alone: what a step's draws depend on beside its number.
         self.salt = int(torch.randint(2**62, ()))
@@ -73,6 +74,11 @@ class IJEPA(Objective):
     def check(cls, options: IJEPAOptions, encoder: EncoderConfig) -> None:
         summary = check_encoder(encoder, tokens=True)
         heads = _num_heads(options, summary.num_heads)
+        if heads is None:
+            raise UserError(
+                f"objective.predictor_num_heads=encoder asks encoder.name={encoder.name} for its num_heads, which it "
+                "does not say; write a number that divides objective.predictor_dim."
+            )
         if options.predictor_dim % heads or options.predictor_dim % 4:
             raise UserError(
                 f"objective.predictor_dim={options.predictor_dim} must be a multiple of 4 and of its {heads} attention "
@@ -81,7 +87,7 @@ class IJEPA(Objective):
         _refuse_grid(options, summary.grid)
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        (images,) = device_images(batch, self.views)  # (B, C, H, W)
         masks = self.blocks.draw(batch.seeds, progress.step)
         features = self.teach(images)
         target = self.normalised(features)  # (B, N, D)
@@ -187,10 +193,9 @@ class IJEPA(Objective):
                 for layer, block in enumerate(part.blocks, start=1):
                     for written in (block.attn.proj, block.mlp.fc2):
                         written.weight.data.div_((2 * layer) ** 0.5)
-        of_encoder = () if is_warm(self.encoder) else (self.encoder.cls_token, self.encoder.reg_token)
+        of_encoder = [] if is_warm(self.encoder) else prefix_tokens(self.encoder)
         for token in (*of_encoder, self.predictor.mask_token):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=_INIT_STD)
+            nn.init.trunc_normal_(token, std=_INIT_STD)
 
     def _patch_init_std(self, projection: nn.Conv2d) -> float:
         wanted = self.options.patch_init_std

@@ -26,10 +26,11 @@ from prelude.objectives.options import MAEOptions
 from prelude.objectives.pictures import sheet
 from prelude.objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import check_encoder, forward_tokens, gather_patches, run_blocks
+from prelude.pretrain.encoders import check_encoder, forward_tokens, token_layout
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.kept_patches import gather_patches, prefix_tokens, run_blocks
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.position import sincos_table
 from prelude.pretrain.schedules import Progress
@@ -43,8 +44,8 @@ _NUM_PICTURES = 8
 class Reconstruction:
     """What the decoder says of the R hidden patches of each image, and what they are."""
 
-    predicted: Tensor  # (B, R, p_h * p_w * 3): a patch's values by row, column, channel, the channel fastest
-    pixels: Tensor  # (B, R, p_h * p_w * 3), the same order
+    predicted: Tensor  # (B, R, p_h * p_w * C): a patch's values by row, column, channel, the channel fastest
+    pixels: Tensor  # (B, R, p_h * p_w * C), the same order
     mask: PatchMask
 
 
@@ -55,17 +56,17 @@ class MAE(Objective):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
         view = View(size=image_size, scale=options.crop_scale, interpolation="bicubic", flip=options.flip)
         self.views = ViewPlan(views=(view,), mean=mean, std=std)
-        self.patch_size = encoder.patch_embed.patch_size  # (p_h, p_w)
-        self.grid = encoder.patch_embed.grid_size  # (rows, columns)
+        layout = token_layout(encoder)
+        self.patch_size, self.grid = layout.patch_size, layout.grid  # (p_h, p_w), (rows, columns)
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_keep = num_kept(self.num_patches, options.mask_ratio)
 
         dim = options.decoder_dim
-        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
+        self.decoder_embed = nn.Linear(layout.width, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_blocks = transformer_blocks(dim, options.decoder_depth, options.decoder_num_heads)
         self.decoder_norm = LayerNorm(dim)
-        self.decoder_pred = nn.Linear(dim, self.patch_size[0] * self.patch_size[1] * 3)
+        self.decoder_pred = nn.Linear(dim, self.patch_size[0] * self.patch_size[1] * self.views.channels)
         self.register_buffer("decoder_pos_embed", sincos_table(dim, self.grid), persistent=False)  # (L, dim)
         self._initialise()
 
@@ -86,7 +87,7 @@ class MAE(Objective):
             )
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        (images,) = device_images(batch, self.views)  # (B, C, H, W)
         mask = random_mask(mask_noise(batch.seeds, self.num_patches), self.num_keep)
         latent = forward_tokens(self.encoder, images, mask.keep)  # (B, prefix + K, D)
         loss = self.loss(self.decode(images, latent, mask))
@@ -95,14 +96,14 @@ class MAE(Objective):
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Predicts the hidden patches of normalised images.
 
-        images: (B, 3, H, W) normalised. noise: (B, L); the patches with the smallest noise stay visible.
+        images: (B, C, H, W) normalised. noise: (B, L); the patches with the smallest noise stay visible.
         """
         mask = random_mask(noise, self.num_keep)
         return self.decode(images, forward_tokens(self.encoder, images, mask.keep), mask)
 
     def decode(self, images: Tensor, latent: Tensor, mask: PatchMask) -> Reconstruction:
         """latent: (B, prefix + K, D), what the encoder makes of the visible patches."""
-        pixels = gather_patches(images, self.patch_size, mask.removed)  # (B, R, 3, p_h, p_w)
+        pixels = gather_patches(images, self.patch_size, mask.removed)  # (B, R, C, p_h, p_w)
         return Reconstruction(self._decode(latent, mask), rearrange(pixels, "b r c h w -> b r (h w c)"), mask)
 
     def loss(self, reconstruction: Reconstruction) -> Loss:
@@ -115,7 +116,7 @@ class MAE(Objective):
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
             mean, scale = self._target_statistics(reconstruction.pixels)
             target = (reconstruction.pixels - mean) / scale
-            residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * 3)
+            residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * C)
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
             return Loss(
                 error.mean(),
@@ -144,7 +145,7 @@ class MAE(Objective):
         return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
 
     def _decode(self, latent: Tensor, mask: PatchMask) -> Tensor:
-        """Decoder over the whole image, read out at the hidden patches. Returns (B, R, p_h * p_w * 3).
+        """Decoder over the whole image, read out at the hidden patches. Returns (B, R, p_h * p_w * C).
 
         Tokens stay in the order prefix, visible, hidden, each with the position of its own patch. Attention
         does not see the order, so the result is that of the paper's raster order without unshuffling.
@@ -178,10 +179,9 @@ class MAE(Objective):
         tokens = [self.mask_token]
         if not is_warm(self.encoder):
             self._initialise_patches(self.encoder.patch_embed.proj)
-            tokens = [self.encoder.cls_token, self.encoder.reg_token, self.mask_token]
+            tokens = [*prefix_tokens(self.encoder), self.mask_token]
         for token in tokens:
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
+            nn.init.normal_(token, std=0.02)
 
     def _initialise_patches(self, projection: nn.Module) -> None:
         nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))  # as the matrix it acts as
@@ -191,7 +191,7 @@ class MAE(Objective):
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) to (B, L, p_h * p_w * 3): patches in raster order, the channel fastest within a patch."""
+    """(B, C, H, W) to (B, L, p_h * p_w * C): patches in raster order, the channel fastest within a patch."""
     height, width = patch_size
     return rearrange(images, "b c (r h) (k w) -> b (r k) (h w c)", h=height, w=width)
 

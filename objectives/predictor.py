@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from prelude.objectives.token_blocks import LayerNorm, transformer_blocks
-from prelude.pretrain.encoders import run_blocks
+from prelude.pretrain.kept_patches import run_blocks
 from prelude.pretrain.position import sincos_table
 
 

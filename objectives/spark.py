@@ -35,10 +35,11 @@ from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
 from prelude.objectives.unet_decoder import UNetDecoder
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import gather_patches, lay_out_encoder
+from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.kept_patches import gather_patches
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
@@ -51,8 +52,8 @@ _NUM_PICTURES = 8
 class Reconstruction:
     """What the decoder says of the R hidden cells of each image, and what they are."""
 
-    predicted: Tensor  # (B, R, p * p * 3): a cell's values by row, column, channel, the channel fastest
-    pixels: Tensor  # (B, R, p * p * 3), the same order
+    predicted: Tensor  # (B, R, p * p * C): a cell's values by row, column, channel, the channel fastest
+    pixels: Tensor  # (B, R, p * p * C), the same order
     mask: PatchMask
 
 
@@ -77,7 +78,7 @@ class SparK(Objective):
             Densify(stage, dim * stage.stride // stride, found.uses_batch_norm, first=stage is self.stages[0])
             for stage in self.stages
         )
-        self.decoder = UNetDecoder(dim, stride)
+        self.decoder = UNetDecoder(dim, stride, self.views.channels)
         synchronise(self)
 
     @classmethod
@@ -99,7 +100,7 @@ class SparK(Objective):
             )
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        (images,) = device_images(batch, self.views)  # (B, C, H, W)
         mask = random_mask(mask_noise(batch.seeds, self.num_cells), self.num_keep)
         encoded = self.sparse_encoder(images, mask.keep, self.grid)
         loss = self.loss(self.decode(images, encoded, mask))
@@ -109,7 +110,7 @@ class SparK(Objective):
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Predicts the hidden cells of normalised images.
 
-        images: (B, 3, H, W) normalised. noise: (B, L); the cells with the smallest noise stay visible.
+        images: (B, C, H, W) normalised. noise: (B, L); the cells with the smallest noise stay visible.
         """
         mask = random_mask(noise, self.num_keep)
         return self.decode(images, self.sparse_encoder(images, mask.keep, self.grid), mask)
@@ -133,7 +134,7 @@ class SparK(Objective):
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
             mean, scale = _target_statistics(reconstruction.pixels)
             target = (reconstruction.pixels - mean) / scale
-            residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p * p * 3)
+            residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p * p * C)
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
             parts = {
                 "pixel_mse": (error.detach() * scale.square()).mean(),
@@ -163,8 +164,8 @@ class SparK(Objective):
         return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
 
     def _hidden(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, 3, H, W) to (B, R, p * p * 3), the hidden cells."""
-        cells = gather_patches(images, (self.cell, self.cell), mask.removed)  # (B, R, 3, p, p)
+        """(B, C, H, W) to (B, R, p * p * C), the hidden cells."""
+        cells = gather_patches(images, (self.cell, self.cell), mask.removed)  # (B, R, C, p, p)
         return rearrange(cells, "b r c h w -> b r (h w c)")
 
     def _assembled(self, cells: Tensor) -> Tensor:

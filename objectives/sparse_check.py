@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from prelude.data.errors import UserError
 from prelude.objectives.sparse_encoder import SparseEncoder, mixes_neighbours
+from prelude.pretrain.encoders import stage_maps
+from prelude.pretrain.own_encoder import gives
 
 _POINTWISE = set(
     "add addcmul sub rsub mul div truediv true_divide neg pow sqrt rsqrt abs exp square log clamp clip "
@@ -58,7 +60,7 @@ def survey(model: nn.Module, name: str, image_size: tuple[int, int], grid: tuple
     twin = _twin(model)
     encoder = SparseEncoder(twin)
     watch = _Watch(encoder, name)
-    images = torch.empty(3, 3, *image_size, device="meta")
+    images = torch.empty(3, _channels(model), *image_size, device="meta")
     visible = torch.arange(grid[0] * grid[1], device="meta").expand(3, -1)
     try:
         with watch:
@@ -87,16 +89,26 @@ def total_stride(model: nn.Module, name: str, image_size: tuple[int, int]) -> in
 
     Right for sizes that it does not divide too, so that a refusal can say what would fit. Raises UserError.
     """
+    if (found := gives(model)) and not found.maps:
+        raise UserError(
+            f"encoder.name={name} has no forward_maps(images), which gives the map of every stage and which this "
+            "objective needs; write one, or another objective."
+        )
     try:
         with torch.no_grad():
-            images = torch.empty(1, 3, *image_size, device="meta")
-            maps = _twin(model).forward_intermediates(images, intermediates_only=True)
+            images = torch.empty(1, _channels(model), *image_size, device="meta")
+            maps = stage_maps(_twin(model), images)
         return 2 ** math.ceil(math.log2(max(image_size[0] / packed.shape[2] for packed in maps)))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise UserError(
             f"encoder.name={name} gives no maps of its stages for images of {image_size[0]} x {image_size[1]} pixels "
             f"({' '.join(str(error).split())}); write a convnet such as resnet50 or convnext_small."
         ) from error
+
+
+def _channels(model: nn.Module) -> int:
+    """Of an image: its first convolution's."""
+    return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
 
 
 def _twin(model: nn.Module) -> nn.Module:

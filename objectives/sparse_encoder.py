@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from prelude.objectives.active_positions import ActivePositions
+from prelude.pretrain.encoders import stage_maps
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SparseEncoder:
         """images: (B, 3, H, W). visible: (B, K) cells of `grid` (rows, columns), in raster order."""
         positions = ActivePositions(visible, grid)
         with self._encoding(positions):
-            maps = self.model.forward_intermediates(positions.pack(images), intermediates_only=True)
+            maps = stage_maps(self.model, positions.pack(images))
         self._remember_for_recomputation(maps, positions)
         return Encoded(maps, positions)
 

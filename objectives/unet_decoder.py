@@ -1,7 +1,7 @@
 """SparK's decoder: from the coarsest map to pixels, each stage's map added on the way.
 
 As in the official code: widths D, D/2, ...; a block doubles the map by a transposed convolution of 4 x 4, then two
-3 x 3 convolutions, the second to half the width; a last 1 x 1 convolution gives three channels.
+3 x 3 convolutions, the second to half the width; a last 1 x 1 convolution gives the image's channels.
 """
 
 import torch.nn as nn
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class UNetDecoder(nn.Module):
-    """dim: D, the width at the coarsest map. stride: that map's, a power of two that divides D."""
+    """dim: D, the width at the coarsest map. stride: that map's, a power of two that divides D. channels: of pixels."""
 
-    def __init__(self, dim: int, stride: int):
+    def __init__(self, dim: int, stride: int, channels: int = 3):
         super().__init__()
         num_blocks = stride.bit_length() - 1
         self.strides = [stride >> block for block in range(num_blocks)]  # of each block's input
         self.blocks = nn.ModuleList(_Block(dim >> block) for block in range(num_blocks))
-        self.to_pixels = nn.Conv2d(dim >> num_blocks, 3, 1)
+        self.to_pixels = nn.Conv2d(dim >> num_blocks, channels, 1)
         for layer in self.modules():
             _initialise(layer)
 
     def forward(self, maps: dict[int, Tensor]) -> Tensor:
         """maps: stride to (B, D * stride / coarsest stride, H / stride, W / stride), the coarsest among them.
 
-        Returns (B, 3, H, W).
+        Returns (B, C, H, W).
         """
         features = 0
         for stride, block in zip(self.strides, self.blocks, strict=True):

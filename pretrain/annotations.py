@@ -27,8 +27,13 @@ def takes(annotation: Any, kind: type) -> bool:
 
 def takes_texts(annotation: Any) -> bool:
     """Whether a list of nothing but text may be written."""
-    lists = (part for part in alternatives(annotation) if kind_of(part) is list)
+    lists = (_plain(part) for part in alternatives(annotation) if kind_of(part) is list)
     return any(kind_of(item) is str for part in lists for item in get_args(part))
+
+
+def _plain(part: Any) -> Any:
+    """Without the limits that `Annotated` adds."""
+    return get_args(part)[0] if get_origin(part) is Annotated else part
 
 
 def kind_of(part: Any) -> type | None:

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
-from prelude.pretrain.options import Count, FilePath, Positive, Share, Strict, Text
+from prelude.pretrain.options import Count, FilePath, Index, Positive, Share, Strict, Text, Texts, number
 
 
 class Section(Strict):
@@ -24,16 +24,21 @@ class ShuffleConfig(Section):
 
 
 class DataConfig(Section):
-    shards: Text | list[Text]
+    shards: Text | Texts
     allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
-    range: tuple[float, float] | Literal["auto"] | None = None  # values of 16-bit images that are black and white
+    channels: int = Field(3, ge=1)  # of an image: 3 is RGB, 1 is grey, any other number must be what images have
+    range: tuple[float, float] | Literal["auto"] | None = None  # values of deeper images that are black and white
+    max_pixels: int = Field(64 * 2**20, ge=1)  # of an image; a JPEG with more is decoded at a smaller size
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
     max_bad_share: float = Field(0.01, ge=0, le=1)
     timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
+    cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
+    cache_gib: float = Field(64.0, gt=0)  # of them at most
     shuffle: ShuffleConfig = ShuffleConfig()
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="one for each channel")  # in [0, 1]
+    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="one for each channel")
+    shown_channels: list[Index] = []  # that pictures show as red, green and blue, from 0; []: the first three
 
     @field_validator("range")
     @classmethod
@@ -42,11 +47,24 @@ class DataConfig(Section):
             raise ValueError("write [low, high] with low below high, such as [0, 4095], or auto")
         return value
 
+    @model_validator(mode="after")
+    def _each_channel_has_its_own(self):
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(
+                    f"{key} has {len(getattr(self, key))} values and channels={self.channels}; write one for each "
+                    f"channel, as `prelude shards info SHARDS --channels {self.channels}` tells them"
+                )
+        if self.shown_channels and (len(self.shown_channels) > 3 or max(self.shown_channels) >= self.channels):
+            raise ValueError(f"shown_channels takes one to three numbers from 0 to {self.channels - 1}")
+        return self
+
 
 class EncoderConfig(Section):
     name: Text  # a timm architecture
     image_size: Count | tuple[Count, Count]  # pixels; (height, width) where they differ
-    patch_size: Count | None = None  # vision transformers; the architecture's own unless given
+    patch_size: Count | tuple[Count, Count] | None = None  # vision transformers; (height, width) where they differ
+    in_chans: int = Field(3, ge=1)  # filled in from data.channels
     pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
     norm_eps: float | None = Field(None, gt=0)  # of every LayerNorm; None: timm's own, 1e-6 in most
     kwargs: dict[str, Any] = {}  # passed to timm.create_model: depth, embed_dim, drop_path_rate, ...
@@ -174,8 +192,8 @@ class EvaluateConfig(Section):
     """Labelled shards that evaluations use for this run unless told otherwise, and how a small part of them judges the
     encoder while it trains."""
 
-    train_shards: Text | list[Text]
-    test_shards: Text | list[Text]
+    train_shards: Text | Texts
+    test_shards: Text | Texts
     label: Text = "cls"  # extension of the label's member in the tar
     label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
@@ -216,6 +234,17 @@ class Config(Section):
     deepspeed: dict[str, Any] | FilePath = {}  # merged into what the engine builds; a dictionary or a JSON file
 
     @model_validator(mode="after")
+    def _encoder_reads_what_images_have(self):
+        if "in_chans" in self.encoder.model_fields_set and self.encoder.in_chans != self.data.channels:
+            raise ValueError(
+                f"encoder.in_chans={self.encoder.in_chans} follows from data.channels={self.data.channels}; write "
+                "data.channels alone"
+            )
+        encoder = self.encoder.model_copy(update={"in_chans": self.data.channels})
+        object.__setattr__(self, "encoder", encoder)  # a validator of a frozen model has no other way to fill in
+        return self
+
+    @model_validator(mode="after")
     def _lars_and_friends_need_whole_tensors(self):
         if self.optimizer.name in ("lars", "lamb") and self.train.zero_stage > 0:
             raise ValueError(
@@ -247,8 +276,9 @@ class Config(Section):
         warmup, epochs = self.optimizer.warmup_epochs, self.train.epochs
         if warmup > epochs:
             raise ValueError(
-                f"optimizer.warmup_epochs={warmup:g} is longer than the run of train.epochs={epochs:g}, whose learning "
-                f"rate would not reach its peak; write optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
+                f"optimizer.warmup_epochs={number(warmup)} is longer than the run of train.epochs={number(epochs)}, "
+                "whose learning rate would not reach its peak; write "
+                f"optimizer.warmup_epochs={epochs / 10:.3g}, or more epochs"
             )
         return self
 
@@ -257,8 +287,8 @@ class Config(Section):
         late = [epoch for epoch in self.optimizer.milestones if epoch >= self.train.epochs]
         if late:
             raise ValueError(
-                f"optimizer.milestones has {late[0]:g}, which a run of train.epochs={self.train.epochs:g} never "
-                "reaches; leave it out"
+                f"optimizer.milestones has {number(late[0])}, which a run of train.epochs={number(self.train.epochs)} "
+                "never reaches; leave it out"
             )
         return self
 

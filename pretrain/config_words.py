@@ -5,15 +5,17 @@ What to write is read off the type of the key, so that an objective from anywher
 
 import difflib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from prelude.pretrain import foreign_keys
 from prelude.pretrain.annotations import alternatives, is_section, section_in
 from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.options import number
 
 _LONGEST = 80  # characters of a value that a sentence repeats
 
@@ -34,7 +36,7 @@ def _sentence(mistake: dict, path: list[str], values: dict, keys: Keys) -> str:
     key, field = ".".join(path), keys.field(path)
     if mistake["type"] == "extra_forbidden":
         return unknown_key(path, keys)
-    if mistake["type"] == "missing":
+    if mistake["type"] == "missing" and not _is_given(path, values):
         return f"{key} is missing: write {wanted(field) if field else 'a value for it'}."
     message = mistake["msg"].removeprefix("Value error, ")
     if not path:
@@ -75,20 +77,23 @@ def wanted(field: FieldInfo) -> str:
     if section := section_in(field):
         return f"settings below it: {', '.join(section.model_fields)}"
     parts = dict.fromkeys(_wanted(part, field.metadata) for part in alternatives(field.annotation))
-    return ", or ".join(part for part in parts if part)
+    about = f", {field.description}" if field.description else ""
+    return ", or ".join(part for part in parts if part) + about
 
 
 def _wanted(part: Any, metadata: list) -> str:
     origin, inside = get_origin(part), get_args(part)
     if origin is Annotated:
-        limits = [limit for one in inside[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
-        return _wanted(inside[0], limits)
+        return _wanted(inside[0], _limits_in(inside[1:]))
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}" if len(inside) > 1 else str(inside[0])
-    if origin is tuple:
+    if origin is tuple and inside[-1] is not Ellipsis:
         return f"a list of {len(inside)} {_many(inside[0])}"
-    if origin is list:
+    if origin is tuple:
         return f"a list of {_many(inside[0])}"
+    if origin is list:
+        least = next((limit.min_length for limit in metadata if isinstance(limit, MinLen)), 0)
+        return f"a list of {_many(inside[0])}{f', at least {least}' if least else ''}"
     names = {bool: "true or false", str: "text", type(None): "null", Any: "a value"}
     if part in (int, float):
         return " ".join(filter(None, ("a whole number" if part is int else "a number", _limits(metadata))))
@@ -99,9 +104,13 @@ def _many(part: Any) -> str:
     limits = []
     if get_origin(part) is Annotated:
         part, *rest = get_args(part)
-        limits = [limit for one in rest for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        limits = _limits_in(rest)
     name = {int: "whole numbers", float: "numbers", str: "texts"}.get(part, "values")
     return " ".join(filter(None, (name, _limits(limits))))
+
+
+def _limits_in(annotations: Iterable) -> list:
+    return [limit for one in annotations for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
 
 
 def _limits(metadata: list) -> str:
@@ -109,13 +118,13 @@ def _limits(metadata: list) -> str:
     for limit in metadata:
         match limit:
             case Gt(bound):
-                words.append(f"above {bound:g}")
+                words.append(f"above {number(bound)}")
             case Ge(bound):
-                words.append(f"of {bound:g} or more")
+                words.append(f"of {number(bound)} or more")
             case Lt(bound):
-                words.append(f"below {bound:g}")
+                words.append(f"below {number(bound)}")
             case Le(bound):
-                words.append(f"of {bound:g} or less")
+                words.append(f"of {number(bound)} or less")
     if len(words) == 2 and words[0].startswith("of") and words[1].startswith("of"):
         return f"from {words[0].split()[1]} to {words[1].split()[1]}"
     return " and ".join(words)
@@ -135,6 +144,12 @@ def _path_of(loc: list, keys: Keys) -> list[str]:
             break
         path.append(str(part))
     return path
+
+
+def _is_given(path: list[str], values: dict) -> bool:
+    """Whether anything is written there: a list that is too short lacks items, and not the key."""
+    missing = object()
+    return _value_at(path, values, missing) is not missing
 
 
 def _value_at(path: list[str], values: dict, otherwise: Any) -> Any:

@@ -7,25 +7,25 @@
   a patch that is not kept is neither projected nor read.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from prelude.data.errors import UserError
+from prelude.pretrain import encoder_names, own_encoder
 from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.kept_patches import check_tokens, hold_rotations, is_transformer, token_features
+from prelude.pretrain.own_encoder import TokenLayout, gives, is_own
 from prelude.pretrain.position import sincos_table
 
-_HOME_OF = {"img_size": "image_size", "patch_size": "patch_size"}  # keys of ours that kwargs must not repeat
+# keys of ours that kwargs must not repeat
+_HOME_OF = {"img_size": "encoder.image_size", "patch_size": "encoder.patch_size", "in_chans": "data.channels"}
 # What timm and torch raise for settings that no model can have.
 _REFUSALS = (
     TypeError,
@@ -38,7 +38,7 @@ _REFUSALS = (
     NameError,
 )
 _LONGEST_REASON = 200  # characters
-_ALWAYS = ("num_classes", "pretrained", "in_chans")  # set here, the same for every encoder
+_ALWAYS = ("num_classes", "pretrained")  # set here, the same for every encoder
 # timm would load these, leniently, and an objective's initialisation would undo it.
 _WEIGHTS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
@@ -63,13 +63,15 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     Raises UserError.
     """
     model = _laid_out_for_tokens(config) if tokens else lay_out_encoder(config)
+    if gives(model):
+        return _summary_of_own(model, config, tokens)
     _check_patches_fit(model, config)
     if tokens:
-        _check_tokens(model, config.name)
-    table = _has_fixed_table(model, config)
+        check_tokens(model, config.name)
+    table = not is_own(config) and _has_fixed_table(model, config)
     patches = model.patch_embed if isinstance(getattr(model, "patch_embed", None), PatchEmbed) else None
     fixed = model.pos_embed.numel() if table else 0
-    transformer = isinstance(model, VisionTransformer)
+    transformer = is_transformer(model)
     return EncoderSummary(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) - fixed,
         width=model.num_features,
@@ -77,12 +79,33 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
         patch_size=patches.patch_size if patches else None,
         depth=len(model.blocks) if transformer else None,
         num_heads=getattr(getattr(model.blocks[0], "attn", None), "num_heads", None) if transformer else None,
-        has_class_token=bool(getattr(model, "has_class_token", False)),
+        has_class_token=transformer and model.cls_token is not None,
+    )
+
+
+def _summary_of_own(model: nn.Module, config: EncoderConfig, tokens: bool) -> EncoderSummary:
+    found = gives(model)
+    if tokens and found.tokens is None:
+        raise UserError(
+            f"encoder.name={config.name} has no forward_tokens(images, keep), which this objective needs to show it a "
+            "part of an image's patches; write one, or another objective."
+        )
+    if tokens:
+        own_encoder.check_tokens(config)
+    layout = found.tokens
+    return EncoderSummary(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        width=found.width,
+        grid=layout.grid if layout else None,
+        patch_size=layout.patch_size if layout else None,
+        num_heads=layout.num_heads if layout else None,
     )
 
 
 def lay_out_encoder(config: EncoderConfig) -> nn.Module:
     """The architecture on the meta device: shapes without numbers. Raises UserError when timm cannot build it."""
+    if is_own(config):
+        return own_encoder.lay_out(config)
     with torch.device("meta"):
         return _create(config)
 
@@ -96,8 +119,8 @@ def _laid_out_for_tokens(config: EncoderConfig) -> nn.Module:
             plain = lay_out_encoder(config.model_copy(update={"kwargs": {}, "patch_size": None}))
         except UserError:
             raise refusal from None
-        if not isinstance(plain, VisionTransformer):
-            _check_tokens(plain, config.name)
+        if not is_transformer(plain):
+            check_tokens(plain, config.name)
         raise
 
 
@@ -109,6 +132,8 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
     Raises UserError.
     """
     with seeded(seed):
+        if is_own(config):
+            return own_encoder.describe(own_encoder.create(config), config)
         model = _create(config)
     _check_patches_fit(model, config)
     if _has_fixed_table(model, config):
@@ -117,12 +142,29 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
         # A buffer, not a frozen parameter: optimizers and ZeRO partitions then never meet it.
         del model.pos_embed
         model.register_buffer("pos_embed", torch.cat([prefix, table])[None])  # (1, prefix + L, D)
+    hold_rotations(model)
     return model
 
 
 def pooled_width(encoder: nn.Module) -> int:
     """D of `encoder(images)`, (B, D). timm's `num_features` leaves out a head's hidden layer (MobileNetV3)."""
-    return encoder.head_hidden_size
+    found = gives(encoder)
+    return found.width if found else encoder.head_hidden_size
+
+
+def stage_maps(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+    """The map (B, C, h, w) of every stage, fine to coarse, of an encoder that has stages."""
+    if gives(encoder):
+        return list(encoder.forward_maps(images))
+    return encoder.forward_intermediates(images, intermediates_only=True)
+
+
+def token_layout(encoder: nn.Module) -> TokenLayout:
+    """Of an encoder that `check_encoder(tokens=True)` has accepted."""
+    if found := gives(encoder):
+        return found.tokens
+    embed, num_heads = encoder.patch_embed, encoder.blocks[0].attn.num_heads
+    return TokenLayout(embed.patch_size, embed.grid_size, encoder.embed_dim, encoder.num_prefix_tokens, num_heads)
 
 
 @contextmanager
@@ -133,84 +175,35 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def forward_tokens(
-    vit: VisionTransformer, images: Tensor, keep: Tensor | None = None, visible: Tensor | None = None
-) -> Tensor:
+def forward_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
     """Features of the prefix tokens and of the kept patches, after the final norm.
 
-    images: (B, 3, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
+    images: (B, C, H, W). keep: (B, K) indices of patches in raster order, or None for all of them.
     Returns (B, prefix + K, D), patches in the order of `keep`. Position rows go with their patches, so a
     feature depends on which patches are kept and not on their order. `check_encoder(tokens=True)` has
     accepted the architecture. visible: with `keep` only, bool (B, prefix + K, prefix + K), True where a token
     (row) sees another (column); no row may be without.
     """
-    if keep is None:
-        return vit.forward_features(images)
-    tokens = vit.norm_pre(vit.pos_drop(_embed_kept(vit, images, keep)))
-    visible = None if visible is None else visible[:, None]  # the same for all heads
-    return vit.norm(run_blocks(vit.blocks, tokens, checkpointing=vit.grad_checkpointing, visible=visible))
-
-
-def gather_patches(images: Tensor, patch_size: tuple[int, int], ids: Tensor) -> Tensor:
-    """The pixels of some patches, read straight from the images without laying out the others.
-
-    images: (B, C, H, W). ids: (B, K) in raster order. Returns (B, K, C, p_h, p_w).
-    """
-    height, width = patch_size
-    num_columns = images.shape[3] // width
-    grid = images.unflatten(3, (num_columns, width)).unflatten(2, (-1, height))  # (B, C, rows, p_h, columns, p_w)
-    sample = torch.arange(len(images), device=images.device)[:, None]
-    return grid[sample, :, ids // num_columns, :, ids % num_columns]
-
-
-def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Tensor, *, checkpointing: bool, visible: Tensor | None = None
-) -> Tensor:
-    """Blocks in order, activations recomputed in the backward pass where `checkpointing`. (B, N, D) to the same.
-
-    visible: bool, broadcast to (B, heads, N, N), True where a token (row) sees another (column).
-    """
-    mask = {} if visible is None else {"attn_mask": visible}
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, use_reentrant=False, **mask)
-        else:
-            tokens = block(tokens, **mask)
-    return tokens
-
-
-def _embed_kept(vit: VisionTransformer, images: Tensor, keep: Tensor) -> Tensor:
-    """Prefix tokens and kept patches with their positions. Returns (B, prefix + K, D)."""
-    projection = vit.patch_embed.proj
-    patches = gather_patches(images, vit.patch_embed.patch_size, keep).flatten(2)  # (B, K, C * p_h * p_w)
-    # A convolution whose stride is its kernel is one matrix product per patch; only kept patches pay for it.
-    tokens = vit.patch_embed.norm(F.linear(patches, projection.weight.flatten(1), projection.bias))
-    num_prefix_rows = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    table = vit.pos_embed[0]  # (prefix rows + L, D)
-    tokens = tokens + F.embedding(keep + num_prefix_rows, table)
-    prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
-    if not prefix:
-        return tokens
-    prefix = torch.cat(prefix, dim=1)  # (1, prefix, D)
-    if num_prefix_rows:
-        prefix = prefix + table[:num_prefix_rows]
-    return torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+    if gives(vit):
+        return vit.forward_tokens(images) if keep is None else vit.forward_tokens(images, keep)
+    return token_features(vit, images, keep, visible)
 
 
 def _create(config: EncoderConfig) -> nn.Module:
     name = config.name
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names what there is."
+        hint = encoder_names.hint(name, timm.list_models())
         raise UserError(f"encoder.name={name} is not an architecture of timm {timm.__version__}; {hint}")
     for key in config.kwargs:
         if key in _HOME_OF:
-            raise UserError(f"encoder.kwargs.{key} has its own key; write encoder.{_HOME_OF[key]}.")
+            raise UserError(f"encoder.kwargs.{key} has its own key; write {_HOME_OF[key]}.")
         if key in _ALWAYS:
             raise UserError(f"encoder.kwargs.{key} is the same for every encoder here; leave it out.")
         if key in _WEIGHTS:
             raise UserError(f"encoder.kwargs.{key} loads weights without a word; write encoder.weights=SOURCE.")
     kwargs = dict(config.kwargs) | ({} if config.patch_size is None else {"patch_size": config.patch_size})
+    if config.in_chans != 3:
+        kwargs["in_chans"] = config.in_chans
     try:
         try:
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
@@ -219,6 +212,7 @@ def _create(config: EncoderConfig) -> nn.Module:
                 raise
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
     except _REFUSALS as error:
+        _refuse_two_sides(config)
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             raise _no_setting(unknown[1], config) from error
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
@@ -227,9 +221,37 @@ def _create(config: EncoderConfig) -> nn.Module:
             f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "
             "encoder.kwargs={} for the architecture as timm has it."
         ) from error
+    if _has_two_sides(config.patch_size) and tuple(getattr(_cut_by(model), "patch_size", ())) != config.patch_size:
+        raise _no_two_sides(config)
     if config.norm_eps is not None:
         _set_norm_eps(model, config)
     return model
+
+
+def _refuse_two_sides(config: EncoderConfig) -> None:
+    """Raises UserError for an architecture that can be built with square patches alone."""
+    if _has_two_sides(config.patch_size):
+        try:
+            lay_out_encoder(config.model_copy(update={"patch_size": max(config.patch_size)}))
+        except UserError:
+            return  # there is more that it cannot
+        raise _no_two_sides(config)
+
+
+def _no_two_sides(config: EncoderConfig) -> UserError:
+    return UserError(
+        f"encoder.patch_size={list(config.patch_size)} has two sides, which encoder.name={config.name} does not take; "
+        "write one number, or a vision transformer."
+    )
+
+
+def _has_two_sides(patch: int | tuple[int, int] | None) -> bool:
+    return isinstance(patch, tuple) and patch[0] != patch[1]
+
+
+def _cut_by(model: nn.Module) -> PatchEmbed | None:
+    embed = getattr(model, "patch_embed", None)
+    return embed if isinstance(embed, PatchEmbed) else None
 
 
 def _set_norm_eps(model: nn.Module, config: EncoderConfig) -> None:
@@ -256,6 +278,11 @@ class _NoSetting(UserError):
 
 
 def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
+    if key == "in_chans":
+        return _NoSetting(
+            f"encoder.name={config.name} reads three channels only, and data.channels is {config.in_chans}; write "
+            "another encoder.name, or data.channels=3."
+        )
     where, instead = ("patch_size", "null") if key == "patch_size" else ("kwargs", "{}")
     name = f"encoder.{where}" if where == key else f"encoder.{where}.{key}"
     return _NoSetting(
@@ -312,38 +339,3 @@ def _has_fixed_table(model: nn.Module, config: EncoderConfig) -> bool:
             f"{tuple(table.shape)}; write encoder.pos_embed=learned."
         )
     return True
-
-
-def _check_tokens(model: nn.Module, name: str) -> None:
-    """Refuses an architecture that `forward_tokens` would run differently from timm."""
-    same_forward = isinstance(model, VisionTransformer) and all(
-        getattr(type(model), method) is getattr(VisionTransformer, method)
-        for method in ("forward_features", "_pos_embed")
-    )
-    if not same_forward:
-        raise UserError(
-            f"encoder.name={name} builds a {type(model).__name__}, which cannot run on a part of its patches as this "
-            "objective does; write a timm VisionTransformer, such as encoder.name=vit_base_patch16_224."
-        )
-    if type(model.patch_embed) is not PatchEmbed:
-        raise UserError(
-            f"encoder.name={name} cuts patches with a {type(model.patch_embed).__name__}, which mixes neighbouring "
-            "patches; write a plain one, such as encoder.name=vit_base_patch16_224."
-        )
-    if model.pos_embed is None:
-        raise UserError(f"encoder.name={name} has no table of positions; write encoder.kwargs={{pos_embed: learn}}.")
-    if isinstance(model.norm, nn.Identity):
-        raise UserError(
-            f"encoder.name={name} norms only what it pools, and this objective reads every token after the final "
-            "norm; write encoder.kwargs={fc_norm: false, final_norm: true}."
-        )
-    if model.attn_pool is not None:
-        raise UserError(
-            f"encoder.name={name} pools with attention, whose weights this objective would never train; write "
-            f"encoder.kwargs={{global_pool: {'token' if model.has_class_token else 'avg'}, fc_norm: false}}."
-        )
-    if not isinstance(model.patch_drop, nn.Identity):
-        raise UserError(
-            "encoder.kwargs.patch_drop_rate drops patches a second time, besides those that the objective hides; "
-            "leave it out."
-        )

@@ -6,13 +6,15 @@
 - Between two logged steps the host never waits for the device: it learns a step later whether one was applied.
 - SIGTERM, SIGUSR1, Ctrl-C or a file named STOP in the run folder end the run after the current step, with a
   checkpoint.
-- A step's first batch is fetched before the ranks agree on the end of the step before: whoever gets none, or is asked
-  to stop while waiting for it, says so there, and the run ends between two steps on all ranks alike.
+- A step's batches are fetched during the step before, one for each that it computes on, and before the ranks agree on
+  its end: whoever gets none, or is asked to stop while waiting, says so there, and the run ends between two steps on
+  all ranks alike.
+- A checkpoint is written while training goes on; whether it was is learned at the end of a step, or before the next.
 - All ranks have the same data, config and code, or none of them begins.
 - The engine is handed its parts and imports none of their modules.
 """
 
-import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +24,16 @@ import torch
 
 from prelude.data.batch import Batch
 from prelude.data.errors import RunStopped, Stopped, UserError
-from prelude.pretrain import attendance, deepspeed_config, distributed, optimizers, precision, stopping
+from prelude.pretrain import attendance, deepspeed_config, distributed, named_code, optimizers, precision, stopping
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_code, peak_memory
 from prelude.pretrain.guarded_step import GuardedStep
+from prelude.pretrain.meter import Meter
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
 from prelude.pretrain.sameness import refuse_differences
-from prelude.pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later
 
 
@@ -53,9 +56,8 @@ class Engine:
                 f"objective.name={config.objective['name']} takes its loss over the whole batch, which accumulating "
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
-        steps_per_epoch = loader.num_samples / config.train.global_batch
-        num_steps = max(-int(-config.train.epochs * steps_per_epoch // 1), 1)
-        self.progress = Progress(0, num_steps, steps_per_epoch)
+        self.progress = beginning(config, loader.num_samples)
+        self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
@@ -78,23 +80,27 @@ class Engine:
             with stopping.postponed(), distributed.explained():
                 return self._train()
         finally:
+            self.store.wait()
             for monitor in self.monitors:
                 monitor.close()
 
     def _train(self) -> Outcome:
         meter = Meter(self.config.train.global_batch)
         batches = iter(self.loader)
-        self._fetch_ahead(batches, meter)
+        self._fetch_first(batches, meter)
         agreed = self._agree()
         while not (self._is_finished() or agreed.stop or agreed.no_data):
             agreed = self._step(batches, meter)
+            if agreed.saved:
+                self._finish_save()
             self._watch(agreed, meter)
             ends = self._is_finished() or agreed.stop or agreed.no_data
             if ends or self.progress.step % self.config.checkpoint.every_steps == 0:
                 self._save()
-                # Who asks for the end while a checkpoint is written has it: no step more, and no second save.
+                # Who asks for the end while the state is copied has it: no step more, and no second save.
                 if any(distributed.total(self._asked_to_stop())):
                     break
+        self._finish_save()
         if agreed.no_data:
             raise RunStopped(agreed.no_data)
         if not self._is_finished():
@@ -106,16 +112,18 @@ class Engine:
 
     # ---- one optimizer step
 
-    def _step(self, batches, meter: "Meter") -> "_Agreed":
+    def _step(self, batches, meter: Meter) -> "_Agreed":
         torch.manual_seed(self._step_seed())
         self.lr, self.weight_decay = optimizers.apply_schedule(
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
         loss_sum = torch.zeros((), device=self.device)
-        step = self.progress.step + 1
+        step, fetched = self.progress.step + 1, self.ahead
+        self._begin_to_fetch(step + 1)
         for micro in range(self.accumulation):
-            batch = self._fetch(batches, meter) if micro else self.ahead
-            self.last_batch = batch = batch.to(self.device)
+            if micro:
+                self._fetch_ahead(batches, meter)
+            self.last_batch = batch = fetched.popleft().to(self.device)
             attendance.reach("in the forward pass", step)
             loss = self.deepspeed(batch, self.progress)
             attendance.reach("in the backward pass", step)
@@ -132,23 +140,31 @@ class Engine:
         self._fetch_ahead(batches, meter)
         return self._agree()
 
-    def _fetch_ahead(self, batches, meter: "Meter") -> None:
-        """The next step's first batch, or why there is none. A checkpoint of now goes on with that batch."""
-        self.data_position = self.loader.state_dict()
-        self.ahead, self.no_data, self.stopped_waiting = None, "", False
-        if self._is_finished():
+    def _fetch_first(self, batches, meter: Meter) -> None:
+        self._begin_to_fetch(self.progress.step + 1)
+        for _ in range(self.accumulation):
+            self._fetch_ahead(batches, meter)
+
+    def _begin_to_fetch(self, step: int) -> None:
+        """From here on what is fetched is this step's, with which the checkpoint before it goes on."""
+        self.fetching_for, self.data_position = step, self.loader.state_dict()
+        self.ahead: deque[Batch] = deque()
+        self.no_data, self.stopped_waiting = "", False
+
+    def _fetch_ahead(self, batches, meter: Meter) -> None:
+        """One more batch of that step, or why there is none."""
+        if self.fetching_for > self.progress.num_steps:
+            return
+        attendance.reach("waiting for data", self.fetching_for)
+        if self.no_data or self.stopped_waiting:
             return
         try:
-            self.ahead = self._fetch(batches, meter)
+            with meter.waiting_for_data():
+                self.ahead.append(next(batches))
         except Stopped:
             self.stopped_waiting = True
         except RunStopped as error:
             self.no_data = str(error)
-
-    def _fetch(self, batches, meter: "Meter") -> Batch:
-        attendance.reach("waiting for data", self.progress.step + 1)
-        with meter.waiting_for_data():
-            return next(batches)
 
     def _count_refusal(self, applied: float | None, step: int) -> None:
         """Raises RunStopped, on all ranks alike, where too many steps in a row were refused."""
@@ -164,16 +180,16 @@ class Engine:
             )
 
     def _agree(self) -> "_Agreed":
-        """One small message a step between the hosts: whether any rank was asked to stop, has no data, or reads bad
-        samples.
+        """One small message a step between the hosts: whether any rank was asked to stop, has no data, reads bad
+        samples, or has written the checkpoint.
 
         Raises RunStopped, on all ranks alike.
         """
         stop = self._asked_to_stop() or self.stopped_waiting
         attendance.reach("ending the step", self.progress.step)
         bad, read = self.loader.bad.num_bad, self.loader.bad.num_read
-        stops, bad, read, refused, without_data = distributed.total(
-            stop, bad, read, bool(self.stop_reason), bool(self.no_data)
+        stops, bad, read, refused, without_data, saved = distributed.total(
+            stop, bad, read, bool(self.stop_reason), bool(self.no_data), self.store.has_ended()
         )
         if refused:
             raise RunStopped(distributed.from_main(self.stop_reason))
@@ -183,7 +199,7 @@ class Engine:
                 f"{self.config.data.max_bad_share}; see {self.run_dir / 'bad_samples.jsonl'}."
             )
         no_data = next(filter(None, distributed.of_all(self.no_data))) if without_data else ""
-        return _Agreed(bool(stops), int(bad), no_data)
+        return _Agreed(bool(stops), int(bad), no_data, bool(saved))
 
     def _asked_to_stop(self) -> bool:
         """What this rank says of a stop where all ranks agree. The file is one rank's to see."""
@@ -202,7 +218,7 @@ class Engine:
 
     # ---- watching
 
-    def _watch(self, agreed: "_Agreed", meter: "Meter") -> None:
+    def _watch(self, agreed: "_Agreed", meter: Meter) -> None:
         step = self.progress.step
         logged = self._is_logged() or agreed.stop or bool(agreed.no_data)
         loss, memory = self._measured() if logged else (0.0, 0)
@@ -270,7 +286,8 @@ class Engine:
     # ---- saving and resuming
 
     def _save(self) -> None:
-        attendance.reach("saving the checkpoint", self.progress.step)
+        self._finish_save()
+        attendance.reach("copying the state for a checkpoint", self.progress.step)
         meta = {
             "step": self.progress.step,
             "num_steps": self.progress.num_steps,
@@ -280,13 +297,17 @@ class Engine:
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),
             "loader": self.data_position,
+            "own_code": self.own_code,
         }
         for monitor in self.monitors:
             monitor.saving(self.progress.step)
-        path = self.store.save(self.progress.step, self.deepspeed, meta)
-        attendance.saved(str(path))
-        for monitor in self.monitors:
-            monitor.saved(self.progress.step, path)
+        self.store.save(self.progress.step, self.deepspeed, meta)
+
+    def _finish_save(self) -> None:
+        """Waits for the checkpoint under way, if any. Raises RunStopped, on all ranks alike, where it failed."""
+        attendance.reach("saving the checkpoint", self.progress.step)
+        if path := self.store.finish():
+            attendance.saved(str(path))
 
     def _resume(self) -> list[str]:
         """Goes on from where `starting_point` says, if anywhere. Returns what a person should know about it."""
@@ -301,13 +322,14 @@ class Engine:
             refuse_changed_config(changed_settings(meta["config"], self.config), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
-        return notices
+        return [*notices, *named_code.changes(meta.get("own_code", {}), self.own_code)]
 
     def _exported_prefix(self) -> str:
         exported = self.objective.exported_encoder()
         return next(name for name, module in self.objective.named_modules() if module is exported) + "."
 
     def _last_checkpoint(self) -> str:
+        self.store.wait()
         try:
             return str(self.store.newest() or "none: no checkpoint had been written")
         except UserError as error:
@@ -316,7 +338,7 @@ class Engine:
     # ---- starting
 
     def _refuse_other_ranks(self) -> None:
-        facts = {"config": self.config.model_dump(mode="json"), "code": describe_code()}
+        facts = {"config": self.config.model_dump(mode="json"), "code": describe_code() | self.own_code}
         facts |= {"data": self.loader.state_dict(), "num_steps": self.progress.num_steps}
         refuse_differences(facts)
 
@@ -349,44 +371,10 @@ class _Agreed:
     stop: bool
     bad_samples: int
     no_data: str  # why some rank has no batch for the next step
+    saved: bool  # whether the checkpoint under way has been written, or could not be
 
 
 def _on_host(parts: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scalars in one copy."""
     values = torch.stack([part.double() for part in parts.values()]).tolist() if parts else []
     return dict(zip(parts, values, strict=True))
-
-
-class Meter:
-    """Images a second and the share of time spent waiting for data, since the last reading."""
-
-    def __init__(self, global_batch: int):
-        self.global_batch = global_batch
-        self.started, self.total_steps = time.perf_counter(), 0
-        self._reset()
-
-    def waiting_for_data(self) -> "Meter":
-        return self
-
-    def __enter__(self) -> None:
-        self.entered = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self.waited += time.perf_counter() - self.entered
-
-    def step_done(self) -> None:
-        self.steps += 1
-        self.total_steps += 1
-
-    def seconds_per_step(self) -> float:
-        """On average since the start, saving and pictures included: what an ETA is made of."""
-        return (time.perf_counter() - self.started) / self.total_steps
-
-    def read(self) -> tuple[float, float]:
-        elapsed = time.perf_counter() - self.since
-        speed, data_wait = self.steps * self.global_batch / elapsed, self.waited / elapsed
-        self._reset()
-        return speed, data_wait
-
-    def _reset(self) -> None:
-        self.since, self.waited, self.steps = time.perf_counter(), 0.0, 0

@@ -13,8 +13,8 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,24 +29,27 @@ _OURS_ALONE = os.O_NOFOLLOW | os.O_CLOEXEC
 def write_whole(path: Path, content: str | bytes, draft: Path | None = None) -> None:
     """Puts `content` in the place of `path` in one operation. draft: where it is written first, `.tmp-NAME` beside it
     unless given; writers that may meet need a name each. Raises OSError, and the old file is then as it was."""
-    made_whole(path, lambda file: file.write(content.encode() if isinstance(content, str) else content), draft)
+    with whole(path, draft) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
-def made_whole(path: Path, write: Callable[[BinaryIO], object], draft: Path | None = None) -> None:
-    """`write_whole` for what is too large to be held: `write` is given the draft, opened to be written. Whatever it
-    raises, the old file is as it was."""
+@contextmanager
+def whole(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
+    """`write_whole` of what is written to the file that this gives. What is raised meanwhile leaves the old file as it
+    was."""
     draft = draft or path.with_name(f".tmp-{path.name}")
     remove(draft)
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666)
         with open(descriptor, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(descriptor)  # or the replaced file could come up empty after a power cut
         os.replace(draft, path)
-    finally:
+    except BaseException:
         with suppress(OSError):
             remove(draft)
+        raise
     sync_to_disk(path.parent)
 
 
@@ -88,6 +91,13 @@ def reason(error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return "it is a symbolic link, and nothing is written through one"
     return error.strerror or str(error) or type(error).__name__
+
+
+def remedy(error: OSError, otherwise: str) -> str:
+    """What to do about a place that cannot be written: a full disk is not left for another place, least of all by a run
+    that lies there."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free space there, and start the same command again" if full else otherwise
 
 
 class Tolerant:

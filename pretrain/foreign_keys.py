@@ -22,6 +22,7 @@ _SAME = {
     "data.shards": "data_path data_dir dataset train_data data_root root root_path train_shards urls path image_folder",
     "data.num_workers": "num_workers workers n_workers dataloader_num_workers",
     "data.num_samples": "num_samples train_num_samples epoch_length dataset_size",
+    "data.channels": "in_chans in_channels num_channels channels input_channels n_channels",
     "data.std": "stdev image_std",
     "data.mean": "image_mean",
     "run_dir": "output_dir out output save_dir log_dir logdir work_dir out_dir default_root_dir exp_dir folder",
@@ -49,7 +50,6 @@ _OTHERWISE = {
     "pretrained checkpoint_dir weights init_weights init_from pretrained_weights load_from",
     "a run writes metrics.jsonl and tensorboard/ into run_dir and talks to no service; leave it out": "wandb use_wandb "
     "wandb_project mlflow neptune comet logger report_to tensorboard project entity",
-    "encoders here read three channels; leave it out": "in_chans in_channels num_channels channels input_channels",
     "an encoder has no classifier here, and `prelude finetune` counts the classes; leave it out": "num_classes "
     "nb_classes num_labels n_classes",
     "the launcher says on how many devices a run is; write deepspeed --num_gpus N launch/pretrain.py": "gpus num_gpus "

@@ -1,4 +1,4 @@
-"""The device's half of a view: from uint8 crops to float images, flipped, shifted, recoloured and normalised."""
+"""The device's half of a view: from crops to normalised images, flipped, shifted, recoloured and normalised."""
 
 from functools import cache
 
@@ -14,20 +14,36 @@ SHIFT_STREAM = 151  # of pretrain.draws; view v of a plan reads stream 151 + v
 
 
 def normalise(pixels: Tensor, plan: ViewPlan) -> Tensor:
-    """(B, 3, H, W) uint8 in 0..255 to float32 with the plan's mean and standard deviation, in one multiply-add."""
+    """(B, C, H, W) in 0..255, of any type, to float32 with the plan's mean and standard deviation, in one
+    multiply-add."""
     mean, std = _statistics(plan, pixels.device)
     floats = pixels.to(torch.float32, copy=True)  # a copy always, because the result overwrites it
     return torch.addcmul(-mean / std, floats, 1 / (255 * std), out=floats)
 
 
 def denormalise(images: Tensor, plan: ViewPlan) -> Tensor:
-    """The inverse of `normalise`, rounded and clamped to uint8, for pictures."""
+    """The inverse of `normalise` for pictures: (B, C, H, W) to (B, 3, H, W) uint8, rounded and clamped.
+
+    Red, green and blue are the first three channels, or those of `plan.shown`; one alone is grey, and of two the blue
+    is black.
+    """
     mean, std = _statistics(plan, images.device)
-    return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return shown(((images.float() * std + mean) * 255), plan)
+
+
+def shown(pixels: Tensor, plan: ViewPlan) -> Tensor:
+    """(B, C, H, W) in 0..255, of any type, to (B, 3, H, W) uint8."""
+    chosen = plan.shown or tuple(range(min(plan.channels, 3)))
+    pixels = pixels[:, list(chosen)] if chosen != tuple(range(pixels.shape[1])) else pixels
+    if len(chosen) == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    elif len(chosen) == 2:
+        pixels = torch.cat([pixels, torch.zeros_like(pixels[:, :1])], dim=1)
+    return pixels.round().clamp(0, 255).to(torch.uint8) if pixels.is_floating_point() else pixels
 
 
 def images(batch: Batch, plan: ViewPlan) -> tuple[Tensor, ...]:
-    """The batch's views as an encoder wants them: V tensors (B, 3, H, W) float32."""
+    """The batch's views as an encoder wants them: V tensors (B, C, H, W) float32."""
     return tuple(_image(batch, plan, v) for v in range(len(plan.views)))
 
 
@@ -48,8 +64,8 @@ def _image(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
 
 
 def _statistics(plan: ViewPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (3, 1, 1)."""
-    return _constant(tuple(plan.mean), device).view(3, 1, 1), _constant(tuple(plan.std), device).view(3, 1, 1)
+    """Mean and standard deviation of each channel, (C, 1, 1)."""
+    return _constant(tuple(plan.mean), device).view(-1, 1, 1), _constant(tuple(plan.std), device).view(-1, 1, 1)
 
 
 @cache  # copying from the host anew for each view would make it wait for the device
@@ -65,5 +81,5 @@ def _shifted(pixels: Tensor, view: View, seeds: Tensor, v: int) -> Tensor:
     rows = start[:, 0, None] + torch.arange(height, device=pixels.device)  # (B, H)
     columns = start[:, 1, None] + torch.arange(width, device=pixels.device)  # (B, W)
     sample = torch.arange(len(pixels), device=pixels.device)[:, None, None]
-    # Advanced indices around a slice come first in the result: (B, H, W, 3)
+    # Advanced indices around a slice come first in the result: (B, H, W, C)
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ What a layer is follows the published recipes:
 
 | encoder | layers |
 |---|---|
-| vision transformers | 0: patches, tokens, positions; one a block; final norms with the head (MAE) |
+| vision transformers, EVA, BEiT | 0: patches, tokens, positions; one a block; final norms with the head (MAE) |
 | ResNets | 0: stem; stage 1; groups of 2 or 4 blocks of stage 2, of 3 or 4 of stage 3; stage 4; the head (SparK) |
 | ConvNeXts | 0: stem; stages 1 and 2; groups of 3 blocks of stage 3; stage 4; final norm with the head (ConvNeXt) |
 | others | as timm groups them, one a block |
@@ -17,14 +17,21 @@ from itertools import chain
 
 from timm.models import ConvNeXt, ResNet
 from timm.models._manipulate import group_with_matcher
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from prelude.data.errors import UserError
+from prelude.pretrain.kept_patches import is_transformer
 
 _HEAD = "\0"  # a name that no pattern of timm's matches: it falls into the group of the head
 
 
 def lr_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
-    """The learning rate's multiplier of each of the encoder's parameters; the head's would be 1."""
+    """The learning rate's multiplier of each of the encoder's parameters; the head's would be 1.
+
+    Raises UserError for a network that does not say what its layers are.
+    """
+    if decay == 1:
+        return {name: 1.0 for name, _ in encoder.named_parameters()}
     layers, head = layer_numbers(encoder)
     return {name: decay ** (head - layer) for name, layer in layers.items()}
 
@@ -32,12 +39,17 @@ def lr_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
 def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
     """The layer of each parameter, from 0 at the image, and that of the head."""
     names = [name for name, _ in encoder.named_parameters()]
-    if isinstance(encoder, VisionTransformer):
+    if is_transformer(encoder):
         return _of_transformer(names, len(encoder.blocks))
     if isinstance(encoder, ConvNeXt):
         return _of_convnext(names, [len(stage.blocks) for stage in encoder.stages])
     if isinstance(encoder, ResNet):
         return _of_resnet(names, [len(encoder.layer2), len(encoder.layer3)])
+    if not hasattr(encoder, "group_matcher"):
+        raise UserError(
+            f"A learning rate by layers needs a {type(encoder).__name__} that says what its layers are, by timm's "
+            "group_matcher(coarse); write one, or layer_decay=1."
+        )
     matcher = encoder.group_matcher(coarse=False)
     groups = group_with_matcher(chain(((name, name) for name in names), [(_HEAD, _HEAD)]), matcher, reverse=True)
     head = groups.pop(_HEAD)

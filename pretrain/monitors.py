@@ -89,8 +89,6 @@ class Monitor:
     def saving(self, step: int) -> None:
         """Called before a checkpoint is written, which must not be on the disk before what belongs to it."""
 
-    def saved(self, step: int, path: Path) -> None: ...
-
     def close(self) -> None: ...
 
 

@@ -40,6 +40,9 @@ class Objective(nn.Module, ABC):
     # as a momentum teacher that follows them, says 2.
     max_zero_stage: ClassVar[int] = 3
 
+    # How often a step makes the host wait for the device, where the method cannot do without; each time costs speed.
+    host_waits: ClassVar[int] = 0
+
     # What to change when the features collapse, by cause, where `pretrain.collapse` does not know better. What it
     # watches are parts of the loss: those of `feature_health`, and `trivial_loss`.
     remedies: ClassVar[dict[str, str]] = {}

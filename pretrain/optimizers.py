@@ -18,6 +18,8 @@ from prelude.pretrain.config import Config
 from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine
 
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
+# Biases and frequencies of positions, whose authors never decay them: at 0 they would say nothing.
+_POSITIONS = ("relative_position_bias_table", "freqs")
 
 
 def parameter_groups(
@@ -30,10 +32,10 @@ def parameter_groups(
 ) -> list[dict]:
     """Trainable parameters in a decayed and an undecayed group, named so that they are never told apart by place.
 
-    Decayed is what has more than one dimension and is no bias (the rule of the official MAE code); with
-    `decay_tokens=False`, tokens and position tables are spared too, and with `decay_vectors` no vector is. Empty
-    groups are left out, because DeepSpeed removes them and would shift the others. lr_scales: multipliers of the
-    learning rate by name, 1 where a name is absent. still: names of parameters that get groups of their own, whose
+    Decayed is what has more than one dimension and is no bias (the rule of the official MAE code), of pairs of patches
+    neither; with `decay_tokens=False`, tokens and position tables are spared too, and with `decay_vectors` no vector
+    is. Empty groups are left out, because DeepSpeed removes them and would shift the others. lr_scales: multipliers of
+    the learning rate by name, 1 where a name is absent. still: names of parameters that get groups of their own, whose
     rate is 0 for the first `train.freeze_encoder_steps`.
     """
     scales, members = lr_scales or {}, {}
@@ -42,7 +44,7 @@ def parameter_groups(
             continue
         is_token = name.rsplit(".", 1)[-1] in TOKENS
         vector = (parameter.ndim <= 1 or name.endswith(".bias")) and not decay_vectors
-        spared = vector or (is_token and not decay_tokens)
+        spared = vector or (is_token and not decay_tokens) or name.rsplit(".", 1)[-1] in _POSITIONS
         members.setdefault((-scales.get(name, 1.0), spared, name in still), []).append(parameter)
     groups = []
     for (minus_scale, spared, stays), parameters in sorted(members.items(), key=lambda item: item[0]):

@@ -35,8 +35,10 @@ def _plain(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_plain)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # of a file or a folder
 Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -49,3 +51,8 @@ def _ordered_shares(value: tuple[float, float]) -> tuple[float, float]:
 
 # The least and the largest area of a crop or block, as shares of the image.
 AreaRange = Annotated[tuple[float, float], AfterValidator(_ordered_shares)]
+
+
+def number(bound: float) -> str:
+    """In full: a bound of 2147483648 is written as that."""
+    return str(int(bound)) if float(bound).is_integer() and abs(bound) < 1e16 else f"{bound:.15g}"

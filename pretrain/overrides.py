@@ -5,6 +5,7 @@
 - A number as a part of the key is a place in a list: `optimizer.betas.0=0.8`.
 """
 
+import json
 from typing import Any
 
 import yaml
@@ -29,7 +30,17 @@ def apply(values: dict, override: str, keys: Keys) -> None:
     if isinstance(place, list):
         place[_index(place, path, override)] = value_of(text, None)
     else:
-        place[path[-1]] = value_of(text, field)
+        value = value_of(text, field)
+        if isinstance(value, dict) and keys.section(path) and place.get(path[-1]):
+            raise UserError(_of_a_section(key.strip(), value, place[path[-1]]))
+        place[path[-1]] = value
+
+
+def _of_a_section(key: str, value: dict, there: Any) -> str:
+    lost = ", ".join(str(name) for name in there if name not in value) if isinstance(there, dict) else ""
+    written = {name: one if isinstance(one, str) else json.dumps(one) for name, one in value.items()}
+    settings = " ".join(f"{key}.{name}={one}" for name, one in written.items()) or f"{key}.KEY=VALUE"
+    return f"{key}=... would replace the whole section{f', and lose {lost}' if lost else ''}; write {settings}."
 
 
 def value_of(text: str, field: FieldInfo | None) -> Any:

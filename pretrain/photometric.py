@@ -3,6 +3,8 @@
 - What happens to a sample is a function of its seed and the view's number alone: parameters, and the order of the
   jitter's four operations. Neither a worker, a rank nor the rest of the batch can change it.
 - Each operation equals torchvision's on a single float image: exact HSV hue, blur with reflected borders.
+- Images that are no RGB have no hue, saturation or grey version, and are refused with them; their contrast is that of
+  each channel around its own mean, as torchvision's is of one channel.
 - Order as in BYOL (arXiv 2006.07733, appendix B): jitter, grey, blur, solarise.
 - Always float32, also under autocast, and the host never waits for an accelerator.
 """
@@ -15,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prelude.data.batch import Photometric
+from prelude.data.errors import UserError
 from prelude.pretrain.draws import uniform
+from prelude.pretrain.host_waits import is_counting
 
 PHOTOMETRIC_STREAM = 201  # of pretrain.draws; view v of a plan reads stream 201 + v
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds them
@@ -59,7 +63,7 @@ def draw(photometric: Photometric, seeds: Tensor, view: int) -> Draws:
 
 @torch.no_grad()
 def augment(images: Tensor, photometric: Photometric, seeds: Tensor, view: int) -> Tensor:
-    """images: (B, 3, H, W) float32 in [0, 1]; seeds: (B,) int64. Returns the same shape, in [0, 1]."""
+    """images: (B, C, H, W) float32 in [0, 1]; seeds: (B,) int64. Returns the same shape, in [0, 1]."""
     drawn = draw(photometric, seeds, view)
     with torch.autocast(images.device.type, enabled=False):
         if photometric.jitter:
@@ -75,6 +79,22 @@ def augment(images: Tensor, photometric: Photometric, seeds: Tensor, view: int) 
     return images
 
 
+def refuse_colours(channels: int, views: dict[str, Photometric]) -> None:
+    """Raises UserError for operations that images of so many channels do not have. views: by their key in a config."""
+    wanted = [
+        (f"{view}.{name}", getattr(photometric, name))
+        for view, photometric in views.items()
+        for name in ("saturation", "hue", "grey")
+        if getattr(photometric, name)
+    ]
+    if channels != 3 and wanted:
+        key, value = wanted[0]
+        raise UserError(
+            f"{key}={value:g} changes the colours of RGB, and images have data.channels={channels}; write "
+            f"{' '.join(f'{key}=0' for key, _ in wanted)}."
+        )
+
+
 # ---- the operations, each with one parameter a sample
 
 
@@ -87,11 +107,14 @@ def luma(images: Tensor) -> Tensor:
 def blend(images: Tensor, factor: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
     """One of brightness, contrast and saturation for each sample: a mix with black, its mean grey or its grey.
 
-    factor: (B,). contrast, saturation: (B,) bool, which of the two it is; neither means brightness.
+    factor: (B,). contrast, saturation: (B,) bool, which of the two it is; neither means brightness. Where there are no
+    colours, saturation mixes with nothing else than the image.
     """
-    grey = luma(images)
+    has_colours = images.shape[1] == 3
+    grey = luma(images) if has_colours else images
     target = torch.where(_per_image(saturation), grey, 0.0)
-    target = torch.where(_per_image(contrast), grey.mean(dim=(-3, -2, -1), keepdim=True), target)
+    mean = grey.mean(dim=(-3, -2, -1) if has_colours else (-2, -1), keepdim=True)
+    target = torch.where(_per_image(contrast), mean, target)
     factor = _per_image(factor)
     return (images * factor).add_((1 - factor) * target).clamp_(0, 1)
 
@@ -136,7 +159,8 @@ def _jitter(images: Tensor, drawn: Draws) -> Tensor:
     hue_place = drawn.order[:, 3]  # (B,)
     for place in (0, 1, 2):
         images = _blend_at(place, images, drawn, drawn.jitter & (hue_place > place))
-    images = _where(drawn.jitter, turn_hue, images, drawn.hue)
+    if images.shape[1] == 3:
+        images = _where(drawn.jitter, turn_hue, images, drawn.hue)
     for place in (1, 2, 3):
         images = _blend_at(place, images, drawn, drawn.jitter & (hue_place < place))
     return images
@@ -163,7 +187,7 @@ def _where(mask: Tensor, operation, images: Tensor, *parameters: Tensor) -> Tens
 
 
 def _on_host(images: Tensor) -> bool:
-    return images.device.type == "cpu"
+    return images.device.type == "cpu" and not is_counting()
 
 
 def _factor(strength: float, u: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def step_cost(objective: Objective) -> tuple[float, float]:
 
 def blank_batch(plan: ViewPlan, size: int) -> Batch:
     return Batch(
-        views=tuple(torch.zeros(size, 3, *view.size, dtype=torch.uint8) for view in plan.views),
+        views=tuple(torch.zeros(size, plan.channels, *view.size, dtype=torch.uint8) for view in plan.views),
         boxes=torch.zeros(size, len(plan.views), 4, dtype=torch.int32),
         flips=torch.zeros(size, len(plan.views), dtype=torch.bool),
         seeds=torch.arange(size),

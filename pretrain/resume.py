@@ -29,7 +29,10 @@ _FREE = (
     "data.shards",  # the data set is recognised by its content, not by its path
     "data.num_workers",
     "data.max_bad_share",
+    "data.shown_channels",
     "data.timeout_seconds",
+    "data.cache_dir",
+    "data.cache_gib",
     "train.micro_batch",
     "train.zero_stage",
     "train.precision",

@@ -30,7 +30,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 class RunLock:
     """Of a run folder, which need not exist."""
 
-    def __init__(self, folder: Path, say=None):
+    def __init__(self, folder: Path, say=None, option: str = "run_dir"):
+        self.option = option  # where the folder was named
         self.folder, self.path = Path(folder), Path(folder) / NAME
         self.say = say or (lambda text: None)  # told when holding takes a while
         self.descriptor: int | None = None
@@ -47,6 +48,21 @@ class RunLock:
             self._forget_folders()
             raise
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def refuse_held(self) -> None:
+        """Raises UserError where `hold` would find a holder that lives. Takes nothing and waits for nothing: one on
+        another machine is taken for alive if its last heartbeat is recent."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            holder, touched = _read(descriptor), os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
+        here = holder.get("boot") == _boot()
+        if holder and (self._runs(holder) if here else time.time() - touched < PATIENCE):
+            raise UserError(self._refusal(holder))
 
     def release(self) -> None:
         """Leaves the folder as it would be without the lock; what cannot be undone is left to the next start."""
@@ -96,7 +112,7 @@ class RunLock:
         """Whether a holder lives whose lock did not keep us out."""
         if holder.get("boot") == _boot():
             # Here the lock itself is proof, and where there is none the process is looked up.
-            return not locked and holder.get("started", "") == _started(holder.get("process"))
+            return not locked and self._runs(holder)
         self.say(
             f"{self.folder} was held by {_named(holder)} and not given back; watching for up to {PATIENCE:.0f} s "
             f"whether that still lives"
@@ -110,10 +126,13 @@ class RunLock:
                 return True
         return False
 
+    def _runs(self, holder: dict) -> bool:
+        return holder.get("started", "") == _started(holder.get("process"))
+
     def _refusal(self, holder: dict) -> str:
         return (
-            f"run_dir={self.folder} is in use by {_named(holder)}, and this is {_named(_myself())}; wait for that "
-            f"start to end, or end it, or write another run_dir."
+            f"{self.option}={self.folder} is in use by {_named(holder)}, and this is {_named(_myself())}; wait for "
+            f"that start to end, or end it, or write another {self.option}."
         )
 
     def _beat(self) -> None:

@@ -25,6 +25,12 @@ class Progress:
         return self.step / self.steps_per_epoch
 
 
+def beginning(config, num_samples: int) -> Progress:
+    """Of a run that sees `num_samples` an epoch, before its first step."""
+    steps_per_epoch = num_samples / config.train.global_batch
+    return Progress(0, max(-int(-config.train.epochs * steps_per_epoch // 1), 1), steps_per_epoch)
+
+
 def cosine(start: float, end: float, fraction: float) -> float:
     """Half a cosine from `start` to `end`; flat outside [0, 1], so a run that goes on too long never climbs."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prelude.data.errors import UserError
 
-_MARK = "_starts_from_weights"  # of an encoder
+_MARK = "_keeps_its_weights"  # of an encoder
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WarmStart:
     def begin(self, encoder: nn.Module) -> dict[str, Tensor]:
         """Fills the encoder, and returns a copy of what it now holds."""
         self.fill(encoder)
-        setattr(encoder, _MARK, True)
+        keep(encoder)
         return {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
 
     @torch.no_grad()
@@ -49,13 +49,18 @@ class WarmStart:
             _put(objective, self.own, name, self.where)
 
 
+def keep(encoder: nn.Module) -> None:
+    """This encoder's weights are not to be drawn: they come from a source, or from the user's own function."""
+    setattr(encoder, _MARK, True)
+
+
 def is_warm(encoder: nn.Module) -> bool:
     """Whether this encoder's weights come from somewhere, and are not to be drawn."""
     return getattr(encoder, _MARK, False)
 
 
 def drawn_parts(objective: nn.Module, *parts: nn.Module) -> list[nn.Module]:
-    """Those of `parts` whose weights the objective is to draw: all, but for an encoder that starts from weights."""
+    """Those of `parts` whose weights the objective is to draw: all, but for an encoder that comes with its own."""
     return [part for part in parts if not (part is objective.encoder and is_warm(part))]
 
 

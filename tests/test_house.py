@@ -23,6 +23,7 @@ ROOMS = [
     "features",
     "judging",
     "frozen",
+    "embedding",
     "protocols",
     "finetuning",
     "online",

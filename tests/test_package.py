@@ -57,7 +57,7 @@ def test_a_wheel_holds_one_package(wheel):
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
         assert sources == {name.removeprefix("prelude/") for name in names if name.startswith(f"prelude/{folder}/")
                            and name.endswith(".py")}  # fmt: skip
-    assert "prelude/configs/quickstart.yaml" in names and "prelude/evaluators/report/page.html.j2" in names
+    assert "prelude/configs/quickstart.yaml" in names and "prelude/evaluators/comparing/report/page.html.j2" in names
 
 
 def test_an_installed_wheel_trains_probes_and_exports_beside_hostile_packages(installed, tmp_path):

@@ -10,6 +10,7 @@ import re
 import timm
 from torch import Tensor
 
+from prelude.checkpoints.convert.eva import eva_config, is_eva
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
@@ -41,14 +42,23 @@ _CONVNET_SIZE = 224  # pixels that convnets were trained and are judged at; they
 
 
 def encoder_config(weights: Weights, image_size: int | None = None) -> EncoderConfig:
-    """The architecture whose `state_dict` these weights fill. image_size: pixels, of a convnet. Raises UserError."""
+    """The architecture whose `state_dict` these weights fill. image_size: pixels, of a model that takes any.
+
+    Raises UserError.
+    """
     tensors = weights.tensors
+    found, first = None, None
     if "patch_embed.proj.weight" in tensors:
-        return _vit(weights)
-    if any(name.startswith("stages.") for name in tensors):
-        return _convnext(tensors, image_size or _CONVNET_SIZE)
-    if "conv1.weight" in tensors:
-        return _resnet(tensors, image_size or _CONVNET_SIZE)
+        found = eva_config(weights, image_size) if is_eva(tensors) else _vit(weights)
+        first = "patch_embed.proj.weight"
+    elif any(name.startswith("stages.") for name in tensors):
+        found, first = _convnext(tensors, image_size or _CONVNET_SIZE), "stem.0.weight"
+    elif "conv1.weight" in tensors:
+        found, first = _resnet(tensors, image_size or _CONVNET_SIZE), "conv1.weight"
+    if found and (first not in tensors or tensors[first].ndim != 4):
+        return found  # damaged, as whoever fits it will say
+    if found:
+        return found.model_copy(update={"in_chans": tensors[first].shape[1]})
     raise UserError(
         f"{weights.where}: {weights.format} lacks its first layer, so no architecture can be told; fetch it again."
     )

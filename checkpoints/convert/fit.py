@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from prelude.checkpoints.convert.resample import RULES, adapt_channels, resample_patches, resample_table
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.errors import UserError
+from prelude.pretrain.own_encoder import gives
 
 _SHOWN = 5
 _COUNTER = ".num_batches_tracked"
+_POOLING = "attn_pool."
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
     found = dict(weights.tensors)
     filled = _filled(wanted, found, weights)
     found |= filled
-    for adapt in (_channels, _patches, _table):
+    for adapt in (_channels, _patches, _table, _last_norm):
         change = adapt(model, wanted, found, weights)
         changes += [change] if change else []
     changes += _named(filled)
-    alone = tuple(may_differ)
+    # An attention that pools (SigLIP) is a head, which goes where the model pools without any.
+    alone = (*may_differ, *(() if any(n.startswith(_POOLING) for n in wanted) else (_POOLING,)))
     new = tuple(n for n in wanted if n not in found and n.startswith(alone))
     unused = tuple(n for n in found if n not in wanted and n.startswith(alone))
     mistakes = [f"{n} is missing" for n in wanted if n not in found and n not in new]
@@ -80,14 +83,16 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
 
 def facts(model: nn.Module) -> dict:
     """What decides an encoder's function and is in no tensor, of a vision transformer; empty for others."""
-    block = next(iter(getattr(model, "blocks", [])), None)
+    block = None if gives(model) else next(iter(getattr(model, "blocks", [])), None)
     if not hasattr(getattr(block, "attn", None), "num_heads"):
         return {}
     return {"num_heads": block.attn.num_heads, "norm_eps": getattr(block.norm1, "eps", None)}
 
 
 def grid_of(model: nn.Module) -> tuple[int, int] | None:
-    return getattr(getattr(model, "patch_embed", None), "grid_size", None) if _has_table(model) else None
+    """None where there is no table of positions that could be brought to another grid."""
+    known = _has_table(model) and not gives(model)
+    return getattr(getattr(model, "patch_embed", None), "grid_size", None) if known else None
 
 
 def prefix_rows_of(model: nn.Module) -> int:
@@ -157,6 +162,14 @@ def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str
         )
     found["pos_embed"] = resample_table(table, grid, target, rule, prefix)
     return f"position table resampled from {_by(grid)} to {_by(target)} ({RULES[rule]})"
+
+
+def _last_norm(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
+    if not weights.moved_norm or "norm.weight" not in wanted or "fc_norm.weight" in wanted:
+        return None
+    for kind in ("weight", "bias"):
+        found[f"norm.{kind}"] = found.pop(f"fc_norm.{kind}")
+    return "fc_norm taken as the norm of every token, as it was pretrained"
 
 
 def _filled(wanted: dict, found: dict, weights: Weights) -> dict[str, Tensor]:

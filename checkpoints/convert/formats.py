@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from prelude.checkpoints.convert.layouts import Layout, Tensors, layout_of
+from prelude.checkpoints.convert.layouts import layout_of
+from prelude.checkpoints.convert.renaming import Layout, Tensors
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.errors import UserError
 
@@ -40,6 +41,7 @@ def weights_in(tree: Mapping, where: str, part: str | None = None, settings: Map
     its paper evaluates. settings: config.json of `transformers`, where there is one. Raises UserError.
     """
     container = _opened(tree, where, part)
+    _refuse_settings(settings, where)
     layout = layout_of(_without_base(_stripped(container.tensors)), where)
     layout = _told_by_table(layout, container)
     tensors = {name: _plain(tensor) for name, tensor in layout.tensors.items()}
@@ -51,11 +53,12 @@ def weights_in(tree: Mapping, where: str, part: str | None = None, settings: Map
         resampling=layout.resampling,
         prefix_rows=_prefix_rows(layout),
         grid=_square_grid(tensors, _prefix_rows(layout)),
-        num_heads=_num_heads(tensors, settings),
+        num_heads=_num_heads(tensors, settings, layout),
+        pixels=layout.pixels,
         norm_eps=(settings or {}).get("layer_norm_eps", layout.norm_eps),
         may_lack=layout.may_lack,
         left_out=container.left_out | _by_kind(layout.left_out),
-        notes=_notes(layout.tensors),
+        notes=_notes(layout.tensors) + layout.notes,
         own={method: {name: _plain(t) for name, t in parts.items()} for method, parts in own.items()},
     )
 
@@ -190,7 +193,7 @@ def _format(container: _Container, layout: Layout) -> str:
         return layout.name
     if "ViT, timm" in layout.name:
         return container.name
-    return layout.name if layout.name.startswith("DINOv2") else f"{container.name}, {layout.name}"
+    return layout.name if layout.name.startswith("DINOv") else f"{container.name}, {layout.name}"
 
 
 def _prefix_rows(layout: Layout) -> int:
@@ -214,9 +217,11 @@ def _square(count: int) -> tuple[int, int] | None:
     return (side, side) if side and side * side == count else None
 
 
-def _num_heads(tensors: Tensors, settings: Mapping | None) -> int | None:
+def _num_heads(tensors: Tensors, settings: Mapping | None, layout: Layout) -> int | None:
     if settings and "num_attention_heads" in settings:
         return settings["num_attention_heads"]
+    if layout.num_heads:
+        return layout.num_heads
     projection = tensors.get("patch_embed.proj.weight")
     return None if projection is None else _HEADS.get(len(projection))
 
@@ -232,6 +237,19 @@ def _is_half(tensor: Tensor) -> bool:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.float() if _is_half(tensor) else tensor
+
+
+def _refuse_settings(settings: Mapping | None, where: str) -> None:
+    """What a config of `transformers` may say of a DINOv3, and no tensor does."""
+    if not settings or not str(settings.get("model_type", "")).startswith("dinov3_vit"):
+        return
+    if settings.get("use_gated_mlp") and settings.get("hidden_act") != "silu":
+        raise UserError(
+            f"{where} has a gated MLP with hidden_act={settings.get('hidden_act')}, and timm's is silu; fetch it again."
+        )
+    theta = settings.get("rope_theta", (settings.get("rope_parameters") or {}).get("rope_theta", 100.0))
+    if theta != 100.0:
+        raise UserError(f"{where} has rotary positions of base {theta:g}, and timm's DINOv3 of 100; fetch it again.")
 
 
 # ---- mappings of tensors

@@ -6,28 +6,14 @@ under a name that a message can give. Nothing is found by a part of a name insid
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from prelude.checkpoints.convert.renaming import Layout, Tensors, any_name, joined_qkv, rename, without
+from prelude.checkpoints.convert.rotary import dinov3, dinov3_of_transformers, eva02
 from prelude.data.errors import UserError
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A network under timm's names."""
-
-    name: str  # for a person
-    tensors: Tensors
-    resampling: str = ""  # see resample.RULES; "": files of several methods look like this one
-    table_has_prefix: bool = True  # whether prefix tokens have rows in `pos_embed`
-    norm_eps: float | None = None
-    may_lack: tuple[str, ...] = ()  # see Weights
-    left_out: Tensors = field(default_factory=dict)  # under the file's names
-    own: Tensors = field(default_factory=dict)  # of a masked autoencoder's decoder, under our names
 
 
 def layout_of(tensors: Tensors, where: str) -> Layout:
@@ -81,7 +67,7 @@ def _with_registers(tensors: Tensors, registers: Tensor, where: str) -> None:
 
 
 def _timm_vit(tensors: Tensors, where: str) -> Layout:
-    kept, left_out = _without(tensors, "head.")
+    kept, left_out = without(tensors, "head.")
     return Layout("ViT, timm layout", kept, left_out=left_out, table_has_prefix="reg_token" not in kept)
 
 
@@ -101,12 +87,12 @@ def _torchvision_vit(tensors: Tensors, where: str) -> Layout:
         (block + r"mlp\.(?:3|linear_2)\.", r"blocks.\1.mlp.fc2."),
         (r"^encoder\.ln\.", "norm."),
     ]
-    kept, left_out = _without(tensors, "heads.")
-    return Layout("torchvision ViT", _renamed(kept, rules), "corners", norm_eps=1e-6, left_out=left_out)
+    kept, left_out = without(tensors, "heads.")
+    return Layout("torchvision ViT", rename(kept, rules), "corners", norm_eps=1e-6, left_out=left_out)
 
 
 def _torchvision_convnext(tensors: Tensors, where: str) -> Layout:
-    kept, left_out = _without(tensors, "classifier.2.")
+    kept, left_out = without(tensors, "classifier.2.")
     inner = {"0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}
     renamed = {}
     for name, tensor in kept.items():
@@ -127,7 +113,7 @@ def _torchvision_convnext(tensors: Tensors, where: str) -> Layout:
 
 def _convnext(tensors: Tensors, where: str) -> Layout:
     """The original names, which SparK and DINOv3 have too; DINOv3 has its last norm twice."""
-    kept, left_out = _without(tensors, "head.")
+    kept, left_out = without(tensors, "head.")
     for name in [name for name in kept if name.startswith("norms.3.")]:
         left_out[name] = kept.pop(name)
         if not torch.equal(left_out[name], kept.get(name.replace("norms.3.", "norm."), left_out[name].new_empty(0))):
@@ -140,18 +126,18 @@ def _convnext(tensors: Tensors, where: str) -> Layout:
         (r"^stages\.(\d)\.(\d+)\.(norm\.|gamma$)", r"stages.\1.blocks.\2.\3"),
         (r"^norm\.", "head.norm."),
     ]
-    renamed = _renamed(kept, rules)
+    renamed = rename(kept, rules)
     may_lack = () if any(name.startswith("head.norm.") for name in renamed) else ("head.norm.weight", "head.norm.bias")
     return Layout("ConvNeXt, original names", renamed, norm_eps=1e-6, may_lack=may_lack, left_out=left_out)
 
 
 def _timm_convnext(tensors: Tensors, where: str) -> Layout:
-    kept, left_out = _without(tensors, "head.fc.")
+    kept, left_out = without(tensors, "head.fc.")
     return Layout("ConvNeXt, timm layout", kept, norm_eps=1e-6, left_out=left_out)
 
 
 def _resnet(tensors: Tensors, where: str) -> Layout:
-    kept, left_out = _without(tensors, "fc.")
+    kept, left_out = without(tensors, "fc.")
     return Layout("ResNet", kept, left_out=left_out)
 
 
@@ -163,7 +149,7 @@ def _transformers(tensors: Tensors, where: str) -> Layout:
     decoder = {n.removeprefix("decoder."): t for n, t in tensors.items() if n.startswith("decoder.")}
     left_out = {n: t for n, t in tensors.items() if n.startswith(("pooler.", "classifier.", "decoder."))}
     kept = {n: t for n, t in tensors.items() if n not in left_out}
-    kept = _joined_qkv(_renamed(kept, _TRANSFORMERS), where)
+    kept = joined_qkv(rename(kept, _TRANSFORMERS), where)
     for name in [name for name in kept if name == "mask_token"]:
         left_out[name] = kept.pop(name)
     if "reg_token" in kept:
@@ -172,7 +158,7 @@ def _transformers(tensors: Tensors, where: str) -> Layout:
     own = {}
     if decoder:
         decoder.pop("decoder_pos_embed", None)
-        own = _joined_qkv(_renamed(decoder, _TRANSFORMERS_DECODER), where)
+        own = joined_qkv(rename(decoder, _TRANSFORMERS_DECODER), where)
     name = "transformers ViTMAE" if own else "transformers"
     return Layout(name, kept, "plain", left_out=left_out, own=own)
 
@@ -208,22 +194,6 @@ _TRANSFORMERS_DECODER = [
 ]
 
 
-def _joined_qkv(tensors: Tensors, where: str) -> Tensors:
-    """query, key and value of a block as the rows of one matrix, in this order."""
-    joined = {}
-    for name, tensor in tensors.items():
-        part = re.fullmatch(r"(.*\.attn)\.(query|key|value)\.(weight|bias)", name)
-        if not part:
-            joined[name] = tensor
-            continue
-        names = [f"{part[1]}.{which}.{part[3]}" for which in ("query", "key", "value")]
-        if any(each not in tensors for each in names):
-            missing = ", ".join(each for each in names if each not in tensors)
-            raise UserError(f"{where} lacks {missing}, beside {name}; fetch it again.")
-        joined[f"{part[1]}.qkv.{part[3]}"] = torch.cat([tensors[each] for each in names])
-    return joined
-
-
 # ---- what is known and has no place here
 
 
@@ -239,13 +209,11 @@ _ROTNET = _refusal(
     "timm has no such architecture; write the weights of a timm encoder",
 )
 _SAPIENS = _refusal("a Sapiens-2 model", "timm has no such architecture; write the weights of a timm encoder")
-_ROTARY = _refusal(
-    "a vision transformer with rotary positions (DINOv3 or EVA-02, original names)",
-    "write timm's conversion, such as timm:vit_small_patch16_dinov3.lvd1689m",
+_EVA = _refusal(
+    "an EVA in timm's layout, whose tensors do not tell its rotations",
+    "write timm:NAME, or the folder with its config.json",
 )
-_DINOV3_HF = _refusal(
-    "a DINOv3 of transformers", "write timm's conversion, such as timm:vit_small_patch16_dinov3.lvd1689m"
-)
+_BEIT = _refusal("a BEiT", "write timm's conversion, such as timm:beit_base_patch16_224.in22k_ft_in22k")
 _IN_MEMORY = _refusal(
     "the state of a transformers model in memory",
     "save it with save_pretrained(FOLDER), and write FOLDER",
@@ -253,38 +221,21 @@ _IN_MEMORY = _refusal(
 
 # In this order: an earlier one's keys may have a later one's among them.
 _LAYOUTS: list[tuple[Callable[[Tensors], bool], Callable[[Tensors, str], Layout]]] = [
-    (lambda t: _any(t, r"_feature_blocks\."), _ROTNET),
-    (lambda t: _any(t, r".*attn\.wq\.") and _any(t, r".*ffn\.w12\."), _SAPIENS),
-    (lambda t: "storage_tokens" in t or "rope_embed.periods" in t, _ROTARY),
-    (lambda t: "embeddings.patch_embeddings.weight" in t, _DINOV3_HF),
-    (lambda t: _any(t, r"embeddings\.patch_embeddings\.projection\.") and _any(t, r"layers\.\d"), _IN_MEMORY),
-    (lambda t: _any(t, r"embeddings\.patch_embeddings\.projection\."), _transformers),
-    (lambda t: _any(t, r"conv_proj\.") and "class_token" in t, _torchvision_vit),
-    (lambda t: _any(t, r"decoder_blocks\.") and _any(t, r"blocks\.\d"), _mae),
-    (lambda t: "mask_token" in t and t["mask_token"].ndim == 2 and _any(t, r"blocks\..*ls1\.gamma"), _dinov2),
-    (lambda t: _any(t, r".*(inner_attn_ln|ffn_ln|gamma_1$|mlp\.fc1_g\.|mlp\.w1\.)"), _ROTARY),
-    (lambda t: _any(t, r"blocks\.\d+\.attn\.qkv\."), _timm_vit),
-    (lambda t: _any(t, r"downsample_layers\."), _convnext),
-    (lambda t: _any(t, r"features\.0\.0\.") and _any(t, r".*layer_scale$"), _torchvision_convnext),
-    (lambda t: _any(t, r"stages\.\d\.blocks\.\d+\.conv_dw\."), _timm_convnext),
-    (lambda t: _any(t, r"layer1\.0\.conv1\."), _resnet),
+    (lambda t: any_name(t, r"_feature_blocks\."), _ROTNET),
+    (lambda t: any_name(t, r".*attn\.wq\.") and any_name(t, r".*ffn\.w12\."), _SAPIENS),
+    (lambda t: "storage_tokens" in t or "rope_embed.periods" in t, dinov3),
+    (lambda t: "embeddings.patch_embeddings.weight" in t, dinov3_of_transformers),
+    (lambda t: any_name(t, r"embeddings\.patch_embeddings\.projection\.") and any_name(t, r"layers\.\d"), _IN_MEMORY),
+    (lambda t: any_name(t, r"embeddings\.patch_embeddings\.projection\."), _transformers),
+    (lambda t: any_name(t, r"conv_proj\.") and "class_token" in t, _torchvision_vit),
+    (lambda t: any_name(t, r"decoder_blocks\.") and any_name(t, r"blocks\.\d"), _mae),
+    (lambda t: "mask_token" in t and t["mask_token"].ndim == 2 and any_name(t, r"blocks\..*ls1\.gamma"), _dinov2),
+    (lambda t: any_name(t, r".*relative_position_bias_table$"), _BEIT),
+    (lambda t: any_name(t, r"blocks\.\d+\.mlp\.w3\."), eva02),
+    (lambda t: any_name(t, r"blocks\.\d+\.(gamma_1$|mlp\.fc1_g\.|attn\.q_bias$)"), _EVA),
+    (lambda t: any_name(t, r"blocks\.\d+\.attn\.qkv\."), _timm_vit),
+    (lambda t: any_name(t, r"downsample_layers\."), _convnext),
+    (lambda t: any_name(t, r"features\.0\.0\.") and any_name(t, r".*layer_scale$"), _torchvision_convnext),
+    (lambda t: any_name(t, r"stages\.\d\.blocks\.\d+\.conv_dw\."), _timm_convnext),
+    (lambda t: any_name(t, r"layer1\.0\.conv1\."), _resnet),
 ]
-
-
-def _any(tensors: Tensors, pattern: str) -> bool:
-    return any(re.match(pattern, name) for name in tensors)
-
-
-def _without(tensors: Tensors, prefix: str) -> tuple[Tensors, Tensors]:
-    """(the others, those under `prefix`)"""
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-    return kept, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _renamed(tensors: Tensors, rules: list[tuple[str, str]]) -> Tensors:
-    """By the first rule that matches; a name that none matches stays, and will be found to have no place."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        new = next((re.sub(rule, to, name) for rule, to in rules if re.match(rule, name)), name)
-        renamed[name if new in renamed else new] = tensor
-    return renamed

@@ -27,6 +27,7 @@ class Weights:
     # Mean and standard deviation that pixels in [0, 1] were normalised by, of red, green and blue; None: not known.
     pixels: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
     may_lack: tuple[str, ...] = ()  # a norm of timm's that the method does not have
+    moved_norm: bool = False  # `fc_norm` was pretrained as the norm of every token, and timm moved it behind the mean
     left_out: dict[str, int] = field(default_factory=dict)  # what has no place in an encoder -> number of tensors
     notes: tuple[str, ...] = ()  # what was done to the values on the way
     # An objective's own parts, by that objective's name and under its parameters' names.

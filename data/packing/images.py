@@ -1,7 +1,7 @@
 """What is done to an image on its way into a shard: looked at, and made smaller where that was asked for.
 
-- An image that training could not decode is left out. One that only this version cannot (floating point, many
-  channels) is kept as it is, byte for byte, and told of.
+- An image that training could not decode is left out. One that needs `data.channels` or `data.range` is kept as it is,
+  byte for byte, and told of; so is one that needs a package which is not installed.
 - Re-coding makes JPEGs of what JPEG can hold: 8 bits, grey or colour, one frame, nothing transparent. Everything else
   is kept as it is and told of. Nothing is enlarged: what is small enough is not touched.
 """
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from prelude.data.decode import FORMATS, BadImage, decode
-from prelude.data.image_files import MAX_IMAGE_BYTES
+from prelude.data.decode import FORMATS, BadImage, OtherChannels, decode, deep_values
+from prelude.data.image_files import ARRAY_EXTENSION, MAX_IMAGE_BYTES
 from prelude.data.packing.source import LeftOut
+from prelude.data.stored import stored_values
 
 QUALITY = 90
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif",
@@ -49,12 +50,14 @@ def prepare(content: bytes, extension: str, short_side: int | None, quality: int
     if not content or len(content) > MAX_IMAGE_BYTES:
         raise LeftOut("image too large" if content else "empty image")
     try:
-        pixels = decode(content)
+        pixels, remark = _decoded(content)
     except BadImage as error:
-        if str(error) == "floating point pixels" or (content.startswith(_TIFF) and str(error) == "not an image"):
-            return Prepared(content, extension or "tif", "packed, but this version cannot decode it")
+        if "prelude-ssl[" in str(error):
+            return Prepared(content, extension or extension_of(content), f"packed, but it {error}")
         raise LeftOut(str(error)) from error
     extension = extension or extension_of(content)
+    if remark:
+        return Prepared(content, extension, remark)
     if short_side is None or min(pixels.shape[:2]) <= short_side:
         return Prepared(content, extension, None)
     form = form_of(content)
@@ -64,8 +67,23 @@ def prepare(content: bytes, extension: str, short_side: int | None, quality: int
     return Prepared(_as_jpeg(pixels, form, short_side, quality), "jpg", None)
 
 
+def _decoded(content: bytes) -> tuple[np.ndarray | None, str | None]:
+    """RGB of 8 bits, or the settings without which there is none. Raises BadImage."""
+    try:
+        return decode(content), None
+    except OtherChannels as error:
+        return None, f"packed; data.channels={error.there} reads it"
+    except BadImage as error:
+        if not str(error).endswith("no data.range"):
+            raise
+        deep_values(content)
+        return None, "packed; a data.range reads it"
+
+
 def form_of(content: bytes) -> Form:
     """Raises BadImage."""
+    if extension_of(content) == ARRAY_EXTENSION:
+        return _form_of_array(content, "NPY")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return Form(
@@ -73,7 +91,14 @@ def form_of(content: bytes) -> Form:
                 image.has_transparency_data or image.mode in ("LA", "PA", "RGBA"), getattr(image, "n_frames", 1),
             )  # fmt: skip
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if content.startswith(_TIFF):
+            return _form_of_array(content, "TIFF")
         raise BadImage("not an image") from error
+
+
+def _form_of_array(content: bytes, name: str) -> Form:
+    values = stored_values(content, None)
+    return Form(name, "", *values.shape, 8 * values.dtype.itemsize, False, 1)
 
 
 def extension_of(content: bytes) -> str:
@@ -82,13 +107,20 @@ def extension_of(content: bytes) -> str:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return _EXTENSIONS.get(image.format, "")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return "tif" if content.startswith(_TIFF) else ""
+        return "tif" if content.startswith(_TIFF) else ARRAY_EXTENSION if content.startswith(b"\x93NUMPY") else ""
 
 
 def as_png(pixels: np.ndarray) -> bytes:
     """pixels: (H, W) uint8 or uint16, or (H, W, 3) uint8. Lossless."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def as_npy(values: np.ndarray) -> bytes:
+    """values: (H, W, C) of any type of number. Lossless."""
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(values), allow_pickle=False)
     return out.getvalue()
 
 

@@ -3,6 +3,7 @@
 - A shard is a function of the source, the seed and the options; a resumed packing writes what is missing, and ends with
   the same bytes as one that was left alone, at any number of workers.
 - NAME.pack.json says what was packed. Another packing under the same name is refused, never mixed with it.
+- NAME.index.npz says where everything lies, for those who read the shards from elsewhere.
 - NAME.samples.jsonl has every sample with its key and where it came from, NAME.left_out.jsonl everything that was not
   packed and why, NAME.sha256 the shards' checksums, classes.txt the names of classes in the order of their numbers.
 """
@@ -28,6 +29,7 @@ from prelude.data.packing.plan import VAL, Shard, deal
 from prelude.data.packing.source import Source, SourceOptions
 from prelude.data.packing.workers import write_shards
 from prelude.data.packing.writer import Outcome, ShardWriter, write_json, write_whole
+from prelude.data.remote_index import write_for as write_index_files
 from prelude.data.shards import ShardIndex
 
 VERSION = 1
@@ -71,7 +73,7 @@ class Packing:
             ("workers", self.workers, 1, 1024),
         ):
             if not least <= value <= most:
-                raise UserError(f"--{flag} {value:g} cannot be; write a value from {least:g} to {most:g}.")
+                raise UserError(f"--{flag} {value} cannot be; write a value from {least} to {most}.")
         if not self.name or set(self.name) & set("/\\{}[]*?:. ") or (self.val_share and self.name == VAL):
             raise UserError(f"--name {self.name!r} cannot be the start of a shard's name; write a plain word.")
 
@@ -190,6 +192,8 @@ def _finish(source: Source, outcomes: list[Outcome], summary: dict, packing: Pac
     ]
     write_whole(packing.path(".left_out.jsonl"), "".join(f"{line}\n" for line in left_out))
     write_whole(packing.path(".sha256"), "".join(f"{o.sha256}  {o.shard}\n" for o in outcomes))
+    sha256 = {os.path.join(packing.to, outcome.shard): outcome.sha256 for outcome in outcomes}
+    write_index_files(list(sha256), packing.to, sha256)
     record = _read_json(packing.path(".pack.json"))
     sizes = {outcome.shard: outcome.num_bytes for outcome in outcomes}
     write_json(packing.path(".pack.json"), record | {"summary": summary, "sizes": sizes})

@@ -1,6 +1,7 @@
-"""Stacks of images of one size: `.npy` files, and arrays of a Zarr store. They are packed as PNG, which loses nothing.
+"""Stacks of images of one size: `.npy` files, and arrays of a Zarr store.
 
-Shapes are (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels of 8 bits, or one channel of 16 bits.
+Shapes are (N, H, W), (N, H, W, C) or (N, C, H, W). With 1 or 3 channels of 8 bits, or one channel of 16 bits, images
+are packed as PNG, all others as `.npy`; neither loses anything.
 """
 
 import os
@@ -8,9 +9,10 @@ import os
 import numpy as np
 
 from prelude.data.errors import UserError
+from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
 from prelude.data.packing.extras import needed
-from prelude.data.packing.images import as_png
+from prelude.data.packing.images import as_npy, as_png
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import LeftOut, Source, SourceOptions, stamp_of
 
@@ -22,7 +24,7 @@ class StackSource(Source):
         """array: numpy or Zarr. labels: (N,) numbers or text, or None."""
         super().__init__()
         self.array, self.cache = array, BlockCache()
-        self.layout = _layout(array, name)
+        self.layout, self.as_png = _layout(array, name)
         count = array.shape[0]
         self.rows = getattr(array, "chunks", (1,))[0]  # images that are read at once
         if self.rows > 1 and np.dtype(array.dtype).itemsize * int(np.prod(array.shape)) > CACHE_BYTES:
@@ -44,7 +46,9 @@ class StackSource(Source):
             image = image.transpose(1, 2, 0)
         if image.ndim == 3 and image.shape[2] == 1:
             image = image[:, :, 0]
-        return as_png(np.ascontiguousarray(image)), "png"
+        if self.as_png:
+            return as_png(np.ascontiguousarray(image)), "png"
+        return as_npy(image if image.ndim == 3 else image[:, :, None]), ARRAY_EXTENSION
 
     def _block(self, block: int):
         images = np.asarray(self.array[block * self.rows : (block + 1) * self.rows])
@@ -94,18 +98,22 @@ def _load(path: str, mmap_mode: str | None) -> np.ndarray:
         raise UserError(f"{path} cannot be read as .npy ({' '.join(str(error).split()):.80}); correct it.") from None
 
 
-def _layout(array, name: str) -> str:
+def _layout(array, name: str) -> tuple[str, bool]:
+    """Where the channels are, and whether PNG can hold an image."""
     shape, dtype = array.shape, np.dtype(array.dtype)
     last, first = (array.ndim == 4 and shape[axis] in (1, 3) for axis in (3, 1))
     if array.ndim == 4 and last and first:
         raise UserError(f"{name} has the shape {shape}, with two axes that may be the channels; write (N, H, W, C).")
+    if array.ndim == 4 and not (last or first):  # the shortest axis of an image
+        last, first = shape[3] < min(shape[1], shape[2]), shape[1] < min(shape[2], shape[3])
     channels = shape[3] if last else shape[1] if first else 1 if array.ndim == 3 else 0
-    if not channels or not (dtype == np.uint8 or (dtype == np.uint16 and channels == 1)):
+    if not channels or dtype.kind not in "buif":
         raise UserError(
-            f"{name} has the shape {shape} and type {dtype}; images of 1 or 3 channels of uint8, or of one channel of "
-            f"uint16, can be packed: write another array."
+            f"{name} has the shape {shape} and type {dtype}; write an array of numbers of the shape (N, H, W), "
+            f"(N, H, W, C) or (N, C, H, W)."
         )
-    return "channels last" if last else "channels first" if first else "grey"
+    png = (dtype == np.uint8 and channels in (1, 3)) or (dtype == np.uint16 and channels == 1)
+    return "channels last" if last else "channels first" if first else "grey", png
 
 
 def _newest(path: str) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 
 from prelude.data.errors import RunStopped, UserError
-from prelude.data.image_files import IMAGE_EXTENSIONS, PassedOver
+from prelude.data.image_files import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PassedOver
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
 from prelude.data.shards import expand_shards, is_remote
@@ -56,10 +56,13 @@ class TarSource(Source):
 
     def _add_shard(self, shard: int, short: str, image: str) -> list[str]:
         keys, problems = [], []
-        for key, files in samples_of(self.paths[shard], problems).items():
-            extension = image if image in files else None if image else image_extension(files)
+        samples = samples_of(self.paths[shard], problems)
+        arrays = not any(map(image_extension, samples.values()))
+        known = (ARRAY_EXTENSION,) if arrays else IMAGE_EXTENSIONS
+        for key, files in samples.items():
+            extension = image if image in files else None if image else image_extension(files, arrays)
             name = f"{short}/{key}"
-            images = [ext for ext in files if ext.rpartition(".")[2] in IMAGE_EXTENSIONS]
+            images = [ext for ext in files if ext.rpartition(".")[2] in known]
             several = not image and extension is not None and "." in extension and len(images) > 1
             if extension is None or several:
                 reason = "several images under one key" if several else f"no {image or 'image'}"

@@ -43,7 +43,8 @@ class Entry:
 
     name: str  # unique among the entries, short
     source: str  # as an evaluator's command line would name it
-    kind: Literal["pretrained", "untrained", "floor"]  # floor: raw pixels, or weights from elsewhere
+    # untouched: what others started from; floor: raw pixels, or weights from elsewhere
+    kind: Literal["pretrained", "untouched", "untrained", "floor"]
     objective: str | None
     encoder: str  # architecture and image size, in a few words
     num_parameters: int | None  # of the encoder
@@ -54,6 +55,8 @@ class Entry:
     pictures: list[Picture] = field(default_factory=list)
     recipe: str | None = None  # YAML, enough to run it again
     problem: str | None = None  # why there are no results, in one sentence
+    started: str | None = None  # name of the entry whose weights it started from
+    kept: dict[str, dict] = field(default_factory=dict)  # results on the old images, where there are such
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,4 @@ class Comparison:
     budget: str | None  # what every objective was given, in words; None where finished runs were compared
     versions: dict
     warnings: list[str] = field(default_factory=list)
+    old_data: dict = field(default_factory=dict)  # as `data`, of the old images

@@ -2,6 +2,8 @@
 
 - Every pretrained encoder stands beside its own architecture untrained, and all beside raw pixels. Encoders with the
   same architecture and view share one untrained baseline, and those with the same view one entry of pixels.
+- Where it is asked what runs have kept, what each started from stands beside it: once for all that started alike, and
+  not again where somebody named it.
 - A source that cannot be used stays in the comparison, with the reason, and keeps nobody else from being judged.
 """
 
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prelude.checkpoints import sources
-from prelude.checkpoints.description import has_folder, path_of
+from prelude.checkpoints.description import RANDOM, START, bare, has_folder, path_of
 from prelude.data.errors import UserError
 from prelude.evaluators.comparing.comparison import Entry, Picture
 from prelude.evaluators.comparing.report.pictures import pictures_of
@@ -32,6 +34,7 @@ class Contestant:
     architecture: str = ""
     beside: tuple[str, ...] = ()  # sources whose view and folders a floor borrows
     untrained: str | None = None  # name of another contestant
+    started: str | None = None  # name of the one whose weights it started from
     step: int | None = None  # of pretraining
     problem: str | None = None
 
@@ -46,18 +49,20 @@ class Named:
     objective: str | None = None
 
 
-def line_up(named: Sequence[Named], floors: bool = True) -> list[Contestant]:
-    """Those that were named, in this order, then what they are to be compared with, unless `floors` is false."""
+def line_up(named: Sequence[Named], floors: bool = True, starts: bool = False) -> list[Contestant]:
+    """Those that were named, in this order, with `starts` what each of them started from, then what they are to be
+    compared with, unless `floors` is false."""
     taken: set[str] = set()
-    found, architectures, views, untrained = [], {}, {}, {}
-    for each in named:
-        contestant, described = _contestant(each, taken)
-        found.append(contestant)
+    known = [_contestant(each, taken) for each in named]
+    if starts:
+        known = _with_starts(known, taken)
+    found, architectures, views, untrained = [contestant for contestant, _ in known], {}, {}, {}
+    for contestant, described in known:
         if described is not None:
             architecture = _key(described)
             if contestant.kind == "untrained":
                 untrained.setdefault(architecture, contestant.name)
-            elif contestant.kind == "pretrained":
+            elif contestant.kind in ("pretrained", "untouched"):
                 architectures[contestant.name] = (architecture, described.config)
             views.setdefault((*pixel_size(described.config.size), described.mean, described.std), contestant)
     has_pixels = any(is_pixels(each.source) for each in named)
@@ -67,7 +72,7 @@ def line_up(named: Sequence[Named], floors: bool = True) -> list[Contestant]:
         architecture, config = architectures[contestant.name]
         if floors and architecture not in untrained:
             name = untrained[architecture] = _unique(f"random:{contestant.name}", taken)
-            source = f"random:{contestant.source}"
+            source = f"{RANDOM}{contestant.source}"
             found.append(Contestant(name, source, "untrained", architecture=in_words(config), beside=(source,)))
         found[i] = replace(contestant, untrained=untrained.get(architecture))
     if floors and not has_pixels:
@@ -78,8 +83,11 @@ def line_up(named: Sequence[Named], floors: bool = True) -> list[Contestant]:
     return [replace(each, beside=(*each.beside, *everyone)) for each in found]
 
 
-def gather(contestant: Contestant, judging: Judging) -> Entry:
-    """Judges one of those that take part, and collects what its run left. Never raises UserError."""
+def gather(contestant: Contestant, judging: Judging, keeping: Judging | None = None) -> Entry:
+    """Judges one of those that take part, and collects what its run left. Never raises UserError.
+
+    keeping: on the old images, where it is asked what is kept.
+    """
     entry = Entry(
         name=contestant.name,
         source=contestant.source,
@@ -89,6 +97,7 @@ def gather(contestant: Contestant, judging: Judging) -> Entry:
         num_parameters=None,
         results={},
         untrained=contestant.untrained,
+        started=contestant.started,
         problem=contestant.problem,
     )
     try:
@@ -103,15 +112,20 @@ def gather(contestant: Contestant, judging: Judging) -> Entry:
         if entry.problem:
             return entry
         opened = open_source(contestant.source, contestant.beside, judging.seed)
-        results = judging.results(contestant.source, contestant.beside)
-        measured = {result.outcome.evaluator: result.to_json() for result in results}
+        measured = _measured(contestant, judging)
+        kept = _measured(contestant, keeping) if keeping else {}
         pictures = entry.pictures
         if contestant.kind == "pretrained":
             pictures = [*pictures, *_drawn(contestant, judging, opened, measured)]
     except UserError as error:
         return replace(entry, problem=str(error))
     num_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
-    return replace(entry, num_parameters=num_parameters, results=measured, pictures=pictures)
+    return replace(entry, num_parameters=num_parameters, results=measured, kept=kept, pictures=pictures)
+
+
+def _measured(contestant: Contestant, judging: Judging) -> dict[str, dict]:
+    results = judging.results(contestant.source, contestant.beside)
+    return {result.outcome.evaluator: result.to_json() for result in results}
 
 
 def _drawn(
@@ -143,17 +157,55 @@ def in_words(config: EncoderConfig) -> str:
     return f"{config.name} at {size} px{' (' if changes else ''}{', '.join(changes)}{')' if changes else ''}"
 
 
-def _contestant(named: Named, taken: set[str]) -> tuple[Contestant, sources.Description | None]:
+Known = tuple[Contestant, sources.Description | None]
+
+
+def _with_starts(known: Sequence[Known], taken: set[str]) -> list[Known]:
+    """Each that started from weights with the name of what it started from, which is added behind all of them unless
+    one of them is that encoder: the same weights in the same architecture."""
+    starts = {
+        contestant.name: (_key(described), described.origin["weights_fingerprint"])
+        for contestant, described in known
+        if contestant.kind == "pretrained" and described and described.origin.get("weights_fingerprint")
+    }
+    architectures = {architecture for architecture, _ in starts.values()}
+    holders: dict[tuple[str, str | None], Known] = {}
+    for contestant, described in known:
+        if described and contestant.kind != "untrained" and _key(described) in architectures:
+            holders.setdefault((_key(described), _fingerprint(contestant, described)), (contestant, described))
+    found = []
+    for contestant, described in known:
+        if start := starts.get(contestant.name):
+            if start not in holders:
+                name = f"untouched {_name(described.origin['weights'])}"
+                holders[start] = _contestant(Named(f"{START}{contestant.source}", name), taken)
+            contestant = replace(contestant, started=holders[start][0].name)
+        found.append((contestant, described))
+    named = {contestant.name for contestant, _ in found}
+    return [*found, *(each for each in holders.values() if each[0].name not in named)]
+
+
+def _fingerprint(contestant: Contestant, described: sources.Description) -> str | None:
+    """As a run records it. None for weights that cannot be read, which is told when their turn comes."""
+    if contestant.kind == "untouched":
+        return described.origin["weights_fingerprint"]
+    try:
+        return described.read().fingerprint
+    except UserError:
+        return None
+
+
+def _contestant(named: Named, taken: set[str]) -> Known:
     source = named.source
-    kind = "untrained" if is_random(source) else "pretrained"
-    if is_pixels(source) or not (is_random(source) or has_folder(source)):
+    kind = "untrained" if is_random(source) else "untouched" if source.startswith(START) else "pretrained"
+    if is_pixels(source) or (kind == "pretrained" and not has_folder(source)):
         kind = "floor"
     name = _unique(named.name or _name(source), taken)
     if named.problem or is_pixels(source):
         words = "raw pixels" if is_pixels(source) else ""
         return Contestant(name, source, kind, named.objective, words, problem=named.problem), None
     try:
-        described = sources.describe(source.removeprefix("random:"))
+        described = sources.describe(source.removeprefix(RANDOM))
     except UserError as error:
         return Contestant(name, source, kind, named.objective, problem=str(error)), None
     origin = described.origin if kind == "pretrained" else {}
@@ -164,7 +216,8 @@ def _contestant(named: Named, taken: set[str]) -> tuple[Contestant, sources.Desc
 
 def _name(source: str) -> str:
     """`mae` of runs/mae, `mae/step-00001000` of a checkpoint, `mae/export` of an export in its run."""
-    prefix, path = ("random:", source.removeprefix("random:")) if is_random(source) else ("", source)
+    path = bare(source)
+    prefix = source.removesuffix(path)
     if is_pixels(path) or not has_folder(path):
         return source
     folder = path_of(path)

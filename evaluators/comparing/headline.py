@@ -61,25 +61,30 @@ def number(name: str, found: dict) -> Headline:
 
 def gain(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
     """Points over the same architecture untrained, both by the kind of feature of the entry's headline."""
-    mine, theirs = _alike(entry, evaluator, comparison)
-    return mine - theirs if theirs is not None else None
+    both = alike(entry, entry_of(entry.untrained, comparison), evaluator)
+    return both[0].value - both[1].value if both else None
 
 
 def untrained_value(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
     """What the same architecture untrained reaches by the kind of feature of the entry's headline."""
-    return _alike(entry, evaluator, comparison)[1]
+    both = alike(entry, entry_of(entry.untrained, comparison), evaluator)
+    return both[1].value if both else None
 
 
-def _alike(entry: Entry, evaluator: str, comparison: Comparison) -> tuple[float | None, float | None]:
-    """The entry's number and its untrained twin's, by one kind of feature; None where there is none to compare."""
-    before = next((other for other in comparison.entries if other.name == entry.untrained), None)
-    mine, theirs = headline(entry, evaluator), before and headline(before, evaluator)
+def alike(entry: Entry, other: Entry | None, evaluator: str) -> tuple[Headline, Headline] | None:
+    """The entry's number and the other's, by the kind of feature of the entry's headline; None where there is none."""
+    mine, theirs = headline(entry, evaluator), other and headline(other, evaluator)
     if not (mine and theirs):
-        return None, None
-    both = [each.results[evaluator].get("by_kind", {}).get(mine.kind, {}).get(mine.number) for each in (entry, before)]
+        return None
+    both = [each.results[evaluator].get("by_kind", {}).get(mine.kind, {}).get(mine.number) for each in (entry, other)]
     if None not in both:
-        return both[0]["value"], both[1]["value"]
-    return (mine.value, theirs.value) if mine.kind == theirs.kind else (None, None)
+        first, second = (replace(number(mine.number, found), kind=mine.kind) for found in both)
+        return first, second
+    return (mine, theirs) if mine.kind == theirs.kind else None
+
+
+def entry_of(name: str | None, comparison: Comparison) -> Entry | None:
+    return next((entry for entry in comparison.entries if entry.name == name), None)
 
 
 def pretrained(comparison: Comparison) -> list[Entry]:

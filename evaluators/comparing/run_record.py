@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from prelude.checkpoints.store import STATE, Store, recorded_config
+from prelude.checkpoints.manifest import STATE
+from prelude.checkpoints.store import Store, recorded_config
 from prelude.evaluators.comparing.comparison import Cost, Curve, Picture
 from prelude.pretrain.config import Config
 from prelude.pretrain.files import read_lines

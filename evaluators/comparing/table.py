@@ -4,13 +4,16 @@
 - After a number comes its spread or standard error, the kind of feature that it is of, then in brackets the gain over
   the same architecture untrained by that kind.
 - Names, notes and commands come from file names and recipes of others: none of them can become markup.
-- Pretrained encoders come first, by objective in the order in which these were named; then untrained ones and floors.
+- Pretrained encoders come first, by objective in the order in which these were named; then what they started from,
+  untrained ones and floors.
+- Where it was asked what is kept, the old images have such a table too, and a third says what going on has changed.
 """
 
 import html
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from rich import box
@@ -21,9 +24,14 @@ from rich.text import Text
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, number_name
 from prelude.evaluators.comparing.label_table import positives
+from prelude.evaluators.comparing.retention import SIDES, Change, Side, changes, evaluators_of, gone_on, seen
 from prelude.evaluators.table_text import fits, folded, print_whole
 
 NOTHING = "–"
+CHANGES = (
+    "Won, lost: the 95 % interval of the change from the untouched encoder, by the same kind of feature, leaves out 0; "
+    "else level on the new images and kept on the old. ± behind a change is half of that interval."
+)
 _MARKUP = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[-+#=]|(?<=^\d)[.)]")
 
 
@@ -43,7 +51,7 @@ def title_of(comparison: Comparison, evaluator: str) -> str:
 
 def in_order(comparison: Comparison) -> list[Entry]:
     objectives = list(dict.fromkeys(entry.objective for entry in comparison.entries if entry.kind == "pretrained"))
-    kinds = ("pretrained", "untrained", "floor")
+    kinds = ("pretrained", "untouched", "untrained", "floor")
 
     def place(entry: Entry) -> tuple[int, int]:
         return kinds.index(entry.kind), objectives.index(entry.objective) if entry.kind == "pretrained" else 0
@@ -69,9 +77,10 @@ def notes(comparison: Comparison) -> list[str]:
     problems = [f"{entry.name}: {entry.problem}" for entry in comparison.entries if entry.problem]
     told: dict[str, list[str]] = {}
     for entry in comparison.entries:
-        for name, result in entry.results.items():
-            for warning in result.get("warnings", []):
-                told.setdefault(warning, []).append(f"{entry.name} ({name.replace('_', ' ')})")
+        for place, results in (("", entry.results), (" on the old images", entry.kept)):
+            for name, result in results.items():
+                for warning in result.get("warnings", []):
+                    told.setdefault(warning, []).append(f"{entry.name} ({name.replace('_', ' ')}{place})")
     warnings = [f"{', '.join(where) if len(where) < 4 else 'All or most'}: {text}" for text, where in told.items()]
     findings = [entry.results["multilabel"] for entry in comparison.entries if "multilabel" in entry.results]
     return [*problems, *map(positives, findings[:1]), *comparison.warnings, *warnings]
@@ -79,22 +88,67 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """A table for GitHub, with what was compared, on what, and by which command."""
-    titles = [plain(title_of(comparison, name)) for name in comparison.evaluators]
-    columns = ["encoder", "objective", "images seen", *titles]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * 2}{'---:|' * (len(columns) - 2)}"]
-    for entry in in_order(comparison):
-        seen = f"{entry.cost.num_images:,}" if entry.cost else ""
-        numbers = []
-        for cell in cells(comparison, entry):
-            parts = [f"**{cell.text}**" if cell.best else cell.text, cell.kind, cell.gain and f"({cell.gain})"]
-            numbers.append(" ".join(filter(None, parts)))
-        lines.append(f"| {' | '.join([plain(entry.name), plain(_objective(entry)), seen, *numbers])} |")
+    lines = _rows(comparison)
+    if comparison.old_data:
+        lines += ["", "On the old images:", "", *_rows(seen(comparison, "old")), "", *_rows_of_changes(comparison)]
     encoders = {entry.name: entry.encoder for entry in in_order(comparison) if entry.kind == "pretrained"}
     fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+|$", comparison.command)))
     lines += ["", f"{_explanation(comparison)}", "", fence, comparison.command, fence]
     lines += ["", *(f"- {plain(name)}: {plain(encoder)}" for name, encoder in encoders.items() if encoder)]
     lines += ["", *(f"- {plain(note)}" for note in notes(comparison))] if notes(comparison) else []
     return "\n".join(lines) + "\n"
+
+
+def _rows(comparison: Comparison) -> list[str]:
+    titles = [plain(title_of(comparison, name)) for name in comparison.evaluators]
+    columns = ["encoder", "objective", "images seen", *titles]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * 2}{'---:|' * (len(columns) - 2)}"]
+    for entry in in_order(comparison):
+        images = f"{entry.cost.num_images:,}" if entry.cost else ""
+        numbers = []
+        for cell in cells(comparison, entry):
+            parts = [f"**{cell.text}**" if cell.best else cell.text, cell.kind, cell.gain and f"({cell.gain})"]
+            numbers.append(" ".join(filter(None, parts)))
+        lines.append(f"| {' | '.join([plain(entry.name), plain(_objective(entry)), images, *numbers])} |")
+    return lines
+
+
+def _rows_of_changes(comparison: Comparison) -> list[str]:
+    columns = columns_of_changes(comparison)
+    lines = [f"| encoder | started from | {' | '.join(plain(title) for title, _ in columns)} |"]
+    lines.append(f"|{'---|' * 2}{'---:|' * len(columns)}")
+    for i, entry in enumerate(gone_on(comparison)):
+        told = [_in_a_line(found[i]) for _, found in columns]
+        lines.append(f"| {' | '.join([plain(entry.name), plain(entry.started), *told])} |")
+    return lines
+
+
+def _in_a_line(change: Change | None) -> str:
+    if change is None:
+        return NOTHING
+    course, points, verdict = change_lines(change)
+    return f"{course} ({points}): {verdict}"
+
+
+def columns_of_changes(comparison: Comparison) -> list[tuple[str, list[Change | None]]]:
+    """(title, change of each that has gone on from weights): an evaluator on the new images, then on the old."""
+    names = [entry.name for entry in gone_on(comparison)]
+    evaluators = list(dict.fromkeys(name for side in SIDES for name in evaluators_of(comparison, side)))
+    pairs = [(name, side) for name in evaluators for side in SIDES if name in evaluators_of(comparison, side)]
+    return [(title_of_change(comparison, *pair), changes(comparison, names, pair[1], pair[0])) for pair in pairs]
+
+
+def title_of_change(comparison: Comparison, evaluator: str, side: Side) -> str:
+    """`linear probe, top-1 %, old images`."""
+    return f"{title_of(seen(comparison, side), evaluator)}, {side} images"
+
+
+def change_lines(change: Change | None) -> list[str]:
+    """Before and after, the change, the verdict with the kind of feature."""
+    if change is None:
+        return [NOTHING]
+    verdict = f"{change.verdict}, {change.after.kind}" if change.after.kind else change.verdict
+    return [f"{change.before.value:.1f} → {change.after.value:.1f}", change.text, verdict]
 
 
 def plain(text: str) -> str:
@@ -104,7 +158,16 @@ def plain(text: str) -> str:
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     console = console or Console()
-    rows, left = in_order(comparison), list(range(len(comparison.evaluators)))
+    _print_entries(comparison, console)
+    if comparison.old_data:
+        _print_entries(replace(seen(comparison, "old"), title="On the old images"), console)
+        _print_changes(comparison, console)
+    for line in (_explanation(comparison), *notes(comparison)):
+        console.print(line, highlight=False, markup=False)
+
+
+def _print_entries(comparison: Comparison, console: Console) -> None:
+    rows = in_order(comparison)
     found = [cells(comparison, entry) for entry in rows]
 
     def build(width: int, columns: list[int]) -> Table:
@@ -122,13 +185,41 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         return table
 
     names = [name for entry in rows for name in (entry.name, _objective(entry))]
-    while True:  # what a terminal is too narrow for goes on in a table below
+    _print_in_parts(console, build, len(comparison.evaluators), names)
+
+
+def _print_changes(comparison: Comparison, console: Console) -> None:
+    rows, found = gone_on(comparison), columns_of_changes(comparison)
+
+    def build(width: int, columns: list[int]) -> Table:
+        table = Table(box=box.SIMPLE, title="What going on has won and lost", pad_edge=False, collapse_padding=True)
+        table.add_column("encoder", no_wrap=True)
+        table.add_column("started from", no_wrap=True)
+        for title, each in (found[column] for column in columns):
+            widest = max(len(line) for change in each for line in change_lines(change))
+            table.add_column(folded(title, max(widest, 10)), justify="right", no_wrap=True)
+        for i, entry in enumerate(rows):
+            named = Text(folded(entry.name, width)), Text(folded(entry.started, width))
+            table.add_row(
+                *named, *("\n".join(change_lines(found[column][1][i])) for column in columns), end_section=True
+            )
+        return table
+
+    if rows:
+        names = [name for entry in rows for name in (entry.name, entry.started)]
+        _print_in_parts(console, build, len(found), names)
+
+
+def _print_in_parts(
+    console: Console, build: Callable[[int, list[int]], Table], num_columns: int, names: list[str]
+) -> None:
+    """What a terminal is too narrow for goes on in a table below. build: see `print_whole`; of some of the columns."""
+    left = list(range(num_columns))
+    while True:
         some = next((left[:n] for n in range(len(left), 1, -1) if fits(console, build(1, left[:n]))), left[:1])
         print_whole(console, partial(build, columns=some), names)
         if not (left := left[len(some) :]):
             break
-    for line in (_explanation(comparison), *notes(comparison)):
-        console.print(line, highlight=False, markup=False)
 
 
 def _told(cell: Cell) -> str:
@@ -153,14 +244,19 @@ def to_json(comparison: Comparison) -> str:
 
 
 def _objective(entry: Entry) -> str:
-    return entry.objective or {"untrained": "none", "floor": "none", "pretrained": "unknown"}[entry.kind]
+    return entry.objective or ("unknown" if entry.kind == "pretrained" else "none")
 
 
 def _explanation(comparison: Comparison) -> str:
     train, test = (comparison.data.get(name, {}).get("num_samples") for name in ("train", "test"))
     sizes = f"Learned from {train:,} labelled images, tested on {test:,}. " if train and test else ""
-    return (
+    text = (
         f"{sizes}± is the standard error of the test sample, or the deviation over seeds or draws; beside a "
         f"number stand its kind of feature and the gain over the untrained encoder by that kind; the best pretrained "
         f"encoder is bold."
     )
+    if not gone_on(comparison):
+        return text
+    train, test = (comparison.old_data.get(name, {}).get("num_samples") for name in ("train", "test"))
+    sizes = f" On the old images: learned from {train:,}, tested on {test:,}." if train and test else ""
+    return f"{text}{sizes} {CHANGES}"

@@ -31,8 +31,9 @@ from torch import Tensor
 from prelude.checkpoints.store import sync_to_disk
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
-from prelude.data.shards import ShardIndex, cache_folder
-from prelude.evaluators.features.extraction import Extractor, nothing_readable
+from prelude.data.node_cache import cache_folder
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.extraction import Extractor, NothingReadable
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts
 from prelude.pretrain.sameness import refuse_differences
@@ -77,13 +78,14 @@ class Bank:
         batch_size: int = 256,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
-        seen: Callable[[int], None] = lambda count: None,
+        told: Callable[[int], None] = lambda count: None,
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
         encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
-        seen: is told of each batch that this rank has computed, by its size.
-        Raises UserError as `extract` does, where the folder cannot be written, and where a rank does not see it.
+        told: hears, after each batch, how many images this rank has encoded.
+        Raises NothingReadable on all ranks, UserError as `extract` does, where the folder cannot be written, and where
+        a rank does not see it.
         """
         extractor = Extractor(encoder, kinds, device)
         identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}
@@ -92,7 +94,8 @@ class Bank:
         missing = distributed.from_main([kind for kind in folders if not sound[kind]])
         if missing:
             extractor.kinds = tuple(missing)
-            self._fill(extractor, index, {kind: identities[kind] for kind in missing}, batch_size, num_workers, seen)
+            identities_of_missing = {kind: identities[kind] for kind in missing}
+            self._fill(extractor, index, identities_of_missing, batch_size, num_workers, told)
         return {kind: _mapped(folders[kind], extractor.recipe) for kind in folders}
 
     def entries(self) -> list[Entry]:
@@ -107,25 +110,17 @@ class Bank:
             shutil.rmtree(entry.folder)
         return sum(entry.num_bytes for entry in entries)
 
-    def _fill(
-        self,
-        extractor: Extractor,
-        index: ShardIndex,
-        identities: dict,
-        batch_size: int,
-        num_workers: int,
-        seen: Callable,
-    ) -> None:
+    def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size, num_workers, told) -> None:
         refuse_differences({"features": identities})
         unfinished = distributed.from_main(self._new_folder() if distributed.is_main() else None)
         try:
             self._refuse_unless_shared(unfinished)
             part = _Part(unfinished, index, distributed.rank(), distributed.world_size())
-            part.write(extractor, batch_size, num_workers, seen)
+            part.write(extractor, batch_size, num_workers, told)
             counts = row_counts(part.count)  # every rank has written when this returns
+            if not sum(counts):
+                raise NothingReadable()
             if distributed.is_main():
-                if not sum(counts):
-                    raise nothing_readable()
                 for kind, identity in identities.items():
                     self._finish(unfinished / kind, part.starts, counts, identity)
             distributed.barrier()
@@ -186,7 +181,7 @@ class _Part:
         self.starts = [index.num_samples * r // world_size for r in range(world_size)]
         self.count = 0  # rows written, from the start of this rank's part on
 
-    def write(self, extractor: Extractor, batch_size: int, num_workers: int, seen: Callable[[int], None]) -> None:
+    def write(self, extractor: Extractor, batch_size: int, num_workers: int, told: Callable[[int], None]) -> None:
         batches = one_pass(
             self.index,
             extractor.plan,
@@ -207,7 +202,7 @@ class _Part:
                     _write_at(files[kind, VALUES], values, place)
                     _write_at(files[kind, SAMPLE_IDS], ids, place)
                 self.count += len(batch)
-                seen(len(batch))
+                told(len(batch))
             for file in files.values():
                 os.fsync(file)
         finally:

@@ -11,11 +11,11 @@ Kinds of feature:
 | `cls` | vision transformers | class token after the final norm (MAE) | D |
 | `mean` | vision transformers | mean of the patch tokens after the final norm (I-JEPA) | D |
 | `lastK` | vision transformers | the same mean of each of the last K blocks, side by side (I-JEPA: `last4`) | K x D |
-| `pool` | all others | mean over the places of the last stage's map | D |
+| `pool` | all others | mean over the places of the last stage's map; of `module:function` its own pooling | D |
 | `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
 | `stageKxG` | the same | stage K averaged over G x G cells of its map | D_K x G x G |
-| `pixels` | no encoder | the view's normalised pixels, flattened | 3 x H x W |
+| `pixels` | no encoder | the view's normalised pixels, flattened | C x H x W |
 """
 
 import re
@@ -33,7 +33,9 @@ from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
+from prelude.pretrain.encoders import stage_maps
 from prelude.pretrain.images import images
+from prelude.pretrain.own_encoder import gives
 
 FULL_FRAME_BELOW = 128  # pixels; from here on the classical "resize 256, crop 224"
 
@@ -162,7 +164,7 @@ def encode(
         sample_ids.append(batch.sample_ids)
         seen += len(batch)
     if not seen:
-        raise nothing_readable()
+        raise NothingReadable()
     together = torch.cat(labels).cpu(), torch.cat(sample_ids).cpu(), fingerprint
     return {kind: Features(bank[:seen], *together, kind, extractor.recipe) for kind, bank in values.items()}
 
@@ -201,12 +203,13 @@ class Extractor:
             return pool(self.model, pixels, self.kinds)
 
 
-def nothing_readable() -> UserError:
-    return UserError("The shards hold no readable sample; write another pattern.")
+class NothingReadable(UserError):
+    def __init__(self):
+        super().__init__("The shards hold no readable sample; write another pattern.")
 
 
 def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Every kind of feature of one batch. pixels: (B, 3, H, W) normalised. Returns (B, D) float32 tensors."""
+    """Every kind of feature of one batch. pixels: (B, C, H, W) normalised. Returns (B, D) float32 tensors."""
     if isinstance(model, Pixels):
         return {"pixels": model(pixels)}
     if not _has_tokens(model):
@@ -229,18 +232,29 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
 
 def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
     if set(kinds) == {"pool"}:
-        return {"pool": _mean_over_places(model.forward_features(pixels), model.num_features)}
-    final, stages = model.forward_intermediates(pixels)  # stages: (B, D_K, H_K, W_K)
+        return {"pool": _final(model, pixels)}
+    if gives(model):
+        final, stages = None, stage_maps(model, pixels)
+    else:
+        final, stages = model.forward_intermediates(pixels)  # stages: (B, D_K, H_K, W_K)
     pooled = {}
     for kind in kinds:
         if kind == "pool":
-            pooled[kind] = _mean_over_places(final, model.num_features)
+            whole = final is None
+            pooled[kind] = _final(model, pixels) if whole else _mean_over_places(final, model.num_features)
         elif kind == "stages":
             pooled[kind] = torch.cat([stage.float().mean((2, 3)) for stage in stages], 1)
         else:
             number, cells = _stage(kind)
             pooled[kind] = F.adaptive_avg_pool2d(stages[number].float(), cells).flatten(1)
     return pooled
+
+
+def _final(model: nn.Module, pixels: Tensor) -> Tensor:
+    """(B, D): a network of the user's pools in its own way."""
+    if gives(model):
+        return model(pixels).float()
+    return _mean_over_places(model.forward_features(pixels), model.num_features)
 
 
 def _mean_over_places(features: Tensor, channels: int) -> Tensor:
@@ -253,7 +267,7 @@ def _mean_over_places(features: Tensor, channels: int) -> Tensor:
 
 
 def _has_tokens(model: nn.Module) -> bool:
-    return hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks")
+    return not gives(model) and hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks")
 
 
 def _has_class_token(model: nn.Module) -> bool:
@@ -274,6 +288,8 @@ def _stage(kind: str) -> tuple[int, int] | None:
 
 def _num_stages(model: nn.Module) -> int:
     """0 for a model without maps of stages."""
+    if found := gives(model):
+        return len(found.maps)
     if isinstance(model, Pixels) or _has_tokens(model) or not hasattr(model, "forward_intermediates"):
         return 0
     return len(model.feature_info)

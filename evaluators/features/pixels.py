@@ -12,7 +12,7 @@ LARGEST = 32  # pixels a side of plain `pixels`: "tiny images", as in Torralba e
 
 class Pixels(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, 3 * H * W) float32."""
+        """(B, C, H, W) to (B, C * H * W) float32."""
         return pixels.flatten(1).float()
 
 
@@ -21,7 +21,8 @@ def is_pixels(source: str) -> bool:
 
 
 def open_pixels(source: str, beside: OpenedEncoder | None = None) -> OpenedEncoder:
-    """`pixels:32` sees images at 32 x 32; plain `pixels` as the encoder `beside` it does, if need be smaller.
+    """`pixels:32` sees images at 32 x 32; plain `pixels` as the encoder `beside` it does, if need be smaller. Where
+    that reads other channels than three, so does `pixels:32`.
 
     Raises UserError where there is no size to take.
     """
@@ -29,7 +30,9 @@ def open_pixels(source: str, beside: OpenedEncoder | None = None) -> OpenedEncod
     if text:
         if not text.isdecimal() or int(text) < 1:
             raise UserError(f"{source!r} is no source; write pixels:32, with the side of the view in pixels.")
-        return _opened((int(text), int(text)), IMAGENET_MEAN, IMAGENET_STD)
+        other = beside is not None and beside.config.in_chans != 3
+        statistics = (beside.mean, beside.std) if other else (IMAGENET_MEAN, IMAGENET_STD)
+        return _opened((int(text), int(text)), *statistics)
     if beside is None:
         raise UserError("pixels alone has no image size; write pixels:32, or name an encoder beside it.")
     return _opened(pixel_size(beside.config.size), beside.mean, beside.std)
@@ -43,5 +46,5 @@ def pixel_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _opened(size: tuple[int, int], mean, std) -> OpenedEncoder:
-    config = EncoderConfig(name="pixels", image_size=size)
+    config = EncoderConfig(name="pixels", image_size=size, in_chans=len(mean))
     return OpenedEncoder(Pixels(), config, mean, std, f"pixels {size[0]}x{size[1]}", "no weights")

@@ -61,7 +61,7 @@ class Classifier(Objective):
             )
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, H, W)
+        (images,) = device_images(batch, self.views)  # (B, C, H, W)
         targets = self.smoothed(batch.labels)  # (B, C)
         if self.mixing is not None:
             images, targets = self.mixing(images, targets, batch.seeds)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from prelude.checkpoints.convert.fit import fit
@@ -24,6 +24,7 @@ from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
 from prelude.data.batch import Batch
 from prelude.data.errors import Stopped, UserError
 from prelude.data.loader import one_pass
+from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import ShardIndex
 from prelude.data.waiting import wait_at_most
 from prelude.evaluators.features.labels import class_numbers
@@ -36,12 +37,15 @@ from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.files import Lines
+from prelude.pretrain.kept_patches import is_transformer
 from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.recipes import read_recipe, validate_config
 from prelude.pretrain.schedules import Progress
 
 log = logging.getLogger(__name__)
 
+_NORMS = ("fc_norm", "final_norm", "use_fc_norm", "use_post_transformer_norm")  # arguments that place the last norm
 _FROM_SCRATCH = "_from_scratch"
 _RANDOM = "random:"
 
@@ -97,9 +101,11 @@ def prepare(
     encoder = encoder_config(opened, FineTuneOptions.model_validate(options_of))
     values["encoder"] = encoder.model_dump(mode="json")
     values["objective"]["weights"] = opened.fingerprint
-    values["data"] = {"mean": list(opened.mean), "std": list(opened.std)} | values["data"]
+    pixels = {"channels": encoder.in_chans, "mean": list(opened.mean), "std": list(opened.std)}
+    values["data"] = pixels | {"max_pixels": labelled.max_pixels} | values["data"]
     config = validate_config(values, str(recipe), options_for)
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
+    keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     return _with_labels(source, config, opened, labelled)
 
 
@@ -107,6 +113,12 @@ def check(task: Task, world_size: int) -> None:
     """Refuses, before anything is built, what cannot work. Raises UserError."""
     options, train = task.options, task.config.train
     Classifier.check(options, task.config.encoder)
+    channels = task.config.encoder.in_chans
+    if options.augment is not None and (channels != 3 or task.train.value_range is not None):
+        raise UserError(
+            f"objective.augment works on RGB of 8 bits, and images have data.channels={channels}"
+            f"{'' if task.train.value_range is None else ' and a data.range'}; write objective.augment=null."
+        )
     micro_batch, _ = task.config.batching(world_size)
     if (options.mixup or options.cutmix) and micro_batch * world_size % 2:
         raise UserError(
@@ -147,11 +159,12 @@ def encoder_config(opened: OpenedEncoder, options: FineTuneOptions) -> EncoderCo
     kwargs = {key: value for key, value in config.kwargs.items() if key != "drop_path_rate"}
     if options.drop_path:
         kwargs["drop_path_rate"] = options.drop_path
-    if isinstance(model, VisionTransformer) and options.pooling == "mean":
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("fc_norm", "final_norm")}
+    if is_transformer(model) and options.pooling == "mean":
+        kwargs = {key: value for key, value in kwargs.items() if key not in _NORMS}
+        kwargs |= {"use_fc_norm": True} if isinstance(model, Eva) else {}
         kwargs["global_pool"] = "avg"
     changes = {"kwargs": kwargs, "image_size": options.image_size or config.image_size}
-    if isinstance(getattr(model, "pos_embed", None), Tensor):
+    if isinstance(getattr(model, "pos_embed", None), Tensor) and not is_own(config):
         changes["pos_embed"] = "learned"
     return config.model_copy(update=changes)
 
@@ -275,7 +288,8 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
     value_range = config.data.range or labelled.value_range
-    whole, test = (ShardIndex(shards, labelled.label, value_range) for shards in (labelled.train, labelled.test))
+    read_as = labelled.label, value_range, config.data.max_pixels
+    whole, test = (ShardIndex(shards, *read_as) for shards in (labelled.train, labelled.test))
     labels = class_numbers(whole)
     numbers, labelled_ids = labels.values.numpy(), np.flatnonzero(labels.known.numpy())
     if numbers.min() < 0:

@@ -23,6 +23,7 @@ from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.batch import Batch
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.loader import one_pass
+from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import ShardIndex
 from prelude.data.subset import balanced_subset
 from prelude.evaluators.features.extraction import Features, default_kinds, encode, evaluation_plan
@@ -48,7 +49,7 @@ class Judge:
         self.model = build_encoder(config.encoder, seed=0).requires_grad_(False).eval()
         section = config.evaluate
         named = (section.train_shards, section.test_shards)
-        indexes = [ShardIndex(shards, section.label, config.data.range) for shards in named]
+        indexes = [ShardIndex(shards, section.label, config.data.range, config.data.max_pixels) for shards in named]
         wanted = (section.num_train, section.num_test)
         self.parts = [self._images(index, count) for index, count in zip(indexes, wanted, strict=True)]
         self.same_shards = indexes[0].fingerprint == indexes[1].fingerprint
@@ -98,6 +99,7 @@ def main() -> int:
 
     try:
         config = Config.model_validate(wanted.get()["config"])
+        keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
         device = torch.device("cpu") if config.evaluate.device == "cpu" else distributed.device()
         judge = Judge(config, device)
         if judge.same_shards:

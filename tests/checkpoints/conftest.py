@@ -5,7 +5,7 @@ from prelude.checkpoints import store as stores
 from prelude.checkpoints.portable import PortableState
 
 
-def make_state(value: float = 0.0, encoder: dict | None = None) -> PortableState:
+def state_of(value: float = 0.0, encoder: dict | None = None) -> PortableState:
     """A small state; `value` tells one from another."""
     tensors = encoder or {"encoder.weight": torch.full((3, 2), value), "center": torch.zeros((), dtype=torch.int64)}
     return PortableState(
@@ -17,12 +17,18 @@ def make_state(value: float = 0.0, encoder: dict | None = None) -> PortableState
 
 
 @pytest.fixture
+def make_state():
+    return state_of
+
+
+@pytest.fixture
 def save(monkeypatch):
     """`save(store, step, value)`: what an engine in state `value` would have saved, without an engine."""
 
     def save(store, step, value=None, meta=None, encoder=None):
-        state = make_state(float(step if value is None else value), encoder)
+        state = state_of(float(step if value is None else value), encoder)
         monkeypatch.setattr(stores, "gather_state", lambda engine: state)
-        return store.save(step, None, meta or {"step": step})
+        store.save(step, None, meta or {"step": step})
+        return store.finish()
 
     return save

@@ -145,8 +145,11 @@ def run(job: dict) -> None:
             stores.os.fsync, sync = fail_to_sync, os.fsync
         if job.get("save"):
             store.save(step, engine, {"step": step, "note": job.get("note")})
+            if not job.get("more_steps"):
+                store.finish()
         if job.get("more_steps"):
-            train(engine, step, job["more_steps"])
+            train(engine, step, job["more_steps"])  # while the checkpoint is written
+            store.finish()
         if job.get("dump"):
             dump(engine, Path(job["dump"]), facts)
     except (UserError, RunStopped) as caught:

@@ -13,8 +13,9 @@ import pytest
 import timm
 import torch
 
-from prelude.checkpoints import export, sources
+from prelude.checkpoints import sources
 from prelude.checkpoints.export import export_encoder
+from prelude.checkpoints.exporting import publish, timm_folder
 from prelude.checkpoints.sources import open_encoder
 from prelude.checkpoints.store import Store
 from prelude.data.errors import RunStopped, UserError
@@ -236,14 +237,14 @@ def test_an_export_replaces_an_export_and_nothing_else(make_run, tmp_path):
 
 def test_nothing_is_published_when_timm_computes_something_else(make_run, tmp_path, monkeypatch):
     run, _ = make_run(ARCHITECTURES["resnet"])
-    features = export._features
+    features = timm_folder._features
 
     def slightly_off(model, images):
         off[0] += 1e-5
         return tuple(f + off[0] for f in features(model, images))
 
     off = [0.0]
-    monkeypatch.setattr(export, "_features", slightly_off)
+    monkeypatch.setattr(timm_folder, "_features", slightly_off)
     with pytest.raises(RunStopped, match="nothing was exported"):
         export_encoder(str(run), tmp_path / "export")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
@@ -257,7 +258,7 @@ def test_a_full_disk_leaves_the_earlier_export(make_run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(timm_folder, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         export_encoder(str(run), to)
     assert open_encoder(str(to)).fingerprint == first.fingerprint
@@ -270,16 +271,16 @@ def test_a_kill_at_any_rename_leaves_a_whole_export(make_run, tmp_path, monkeypa
     run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
     old, to = str(run / "checkpoints" / "step-00000005"), tmp_path / "export"
     prints = {export_encoder(source, to).fingerprint for source in (str(run), old)}
-    monkeypatch.setattr(export, "_feature_difference", lambda *_: 0.0)
+    monkeypatch.setattr(timm_folder, "_feature_difference", lambda *_: 0.0)
     if not exchange:
-        monkeypatch.setattr(export, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(publish, "_exchanged", lambda *_: False)
     moments = 0
     while killed_at_operation(moments, lambda: export_encoder(str(run), to)):
         moments += 1
         if exchange:
             assert open_encoder(str(to)).fingerprint in prints
         with pytest.raises(UserError, match="No space left"), monkeypatch.context() as patch:
-            patch.setattr(export, "save_file", no_space)
+            patch.setattr(timm_folder, "save_file", no_space)
             export_encoder(old, to)
         assert open_encoder(str(to)).fingerprint in prints
         export_encoder(old, to)
@@ -311,7 +312,7 @@ def killed_at_operation(moment: int, action) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
             left[0] -= 1
 
-        os.rename, export._exchanged = guarded(os.rename), guarded(export._exchanged)
+        os.rename, publish._exchanged = guarded(os.rename), guarded(publish._exchanged)
         shutil.rmtree = guarded(shutil.rmtree)
         try:
             action()
@@ -343,6 +344,6 @@ def test_an_export_over_a_link_leaves_what_it_leads_to_alone(make_run, tmp_path)
 def test_a_run_whose_checkpoints_cannot_be_used_is_told_which_and_why(make_run):
     run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
     for path in run.glob("checkpoints/step-*/manifest.json"):
-        path.write_text('{"format": 2}')
-    with pytest.raises(UserError, match="step-00000007: it is of format 2.*step-00000005: it is of format 2"):
+        path.write_text('{"format": 3}')
+    with pytest.raises(UserError, match="step-00000007: it is of format 3.*step-00000005: it is of format 3"):
         open_encoder(str(run))

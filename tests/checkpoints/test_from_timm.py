@@ -18,6 +18,9 @@ MODELS = {
     "classifier": ("vit_tiny_patch16_224", SMALL | {"num_classes": 7}),
     "mean and a norm after it": ("vit_tiny_patch16_224", SMALL | {"num_classes": 7, "global_pool": "avg"}),
     "registers": ("vit_base_patch16_reg4_gap_256", SMALL | {"num_classes": 0}),
+    "rotary": ("vit_small_patch16_dinov3", SMALL | {"num_classes": 0}),
+    "biases of pairs": ("beit_base_patch16_224", SMALL | {"num_classes": 7}),
+    "pooled by attention": ("vit_base_patch16_siglip_224", SMALL | {"num_classes": 0}),
     "convnet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "num_classes": 7}),
     "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "num_classes": 7}),
 }
@@ -46,6 +49,26 @@ def test_a_folder_of_timms_has_timms_features(kind, tmp_path):
             assert (opened.model(images) - model(images)).abs().max() <= 1e-6
         total = len(model.state_dict())
         assert f"{total} of {total} tensors loaded" in opened.loaded
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("kind", ["classifier", "convnet"])
+def test_a_folder_of_other_channels_keeps_its_first_layer(kind, channels, tmp_path):
+    name, arguments = MODELS[kind]
+    model = saved(name, arguments | {"in_chans": channels}, tmp_path / "folder")
+    path = tmp_path / "folder" / "config.json"
+    config = json.loads(path.read_text())
+    for length in (3, channels):
+        config["pretrained_cfg"] |= {"mean": [0.5] * length, "std": [0.2] * length}
+        path.write_text(json.dumps(config))
+        if length == 3:
+            with pytest.raises(UserError, match=f"reads {channels} channel.*, and its config.json has mean and std of"):
+                describe(f"local-dir:{tmp_path}/folder")
+    opened = open_encoder(f"local-dir:{tmp_path}/folder")
+    images = torch.randn(2, channels, *opened.config.size)
+    model.reset_classifier(0)
+    with torch.no_grad():
+        assert opened.config.in_chans == channels and (opened.model(images) - model(images)).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("kind", ["classifier", "convnet"])
@@ -104,3 +127,40 @@ def test_no_hub_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(timm.models, "load_model_config_from_hf", no_network)
     with pytest.raises(UserError, match="weights of hf-hub:someone/small could not be fetched .cannot reach the hub"):
         open_encoder("hf-hub:someone/small")
+
+
+def test_a_pooling_attention_is_left_behind_by_name(tmp_path):
+    """As token objectives have a SigLIP, whose pooling nothing would train."""
+    model = saved(*MODELS["pooled by attention"], tmp_path / "folder")
+    arguments = {"depth": 2, "embed_dim": 24, "num_heads": 2, "global_pool": "avg", "fc_norm": False}
+    name, learned = "vit_base_patch16_siglip_224", {"pos_embed": "learned"}
+    config = EncoderConfig(name=name, image_size=16, patch_size=4, kwargs=arguments, **learned)
+    encoder = build_encoder(config, seed=0)
+    fitted = fit(encoder, open_weights(f"local-dir:{tmp_path}/folder"), "it")
+    assert fitted.loaded == fitted.total and {name.split(".")[0] for name in fitted.unused} == {"attn_pool"}
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(encoder.eval().forward_features(images), model.forward_features(images))
+
+
+def test_the_norm_that_timm_moved_behind_the_mean_is_put_back_for_tokens(tmp_path, monkeypatch):
+    name, arguments = "eva02_base_patch14_224", SMALL | {"num_classes": 0}
+    model, create = saved(name, arguments, tmp_path / "folder"), timm.create_model
+    normed = {"depth": 2, "embed_dim": 24, "num_heads": 2, "use_fc_norm": False, "use_post_transformer_norm": True}
+    config = EncoderConfig(name=name, image_size=16, patch_size=4, pos_embed="learned", kwargs=normed)
+    with pytest.raises(UserError, match="norm.weight is missing"):  # it may have been trained where it is
+        fit(build_encoder(config, seed=0), open_weights(f"local-dir:{tmp_path}/folder"), "it")
+
+    fetched = lambda *given, **more: create(*given, **more | {"pretrained": False} | arguments)  # noqa: E731
+    choose = lambda *given, **more: (fetched if more["pretrained"] else create)(*given, **more)  # noqa: E731
+    monkeypatch.setattr(timm, "create_model", choose)
+    weights = open_weights(f"timm:{name}.mim_in22k")
+    weights.tensors.update({key: tensor.clone() for key, tensor in model.state_dict().items()})
+    encoder = build_encoder(config, seed=0)
+    fitted = fit(encoder, weights, "it")
+    assert fitted.loaded == fitted.total
+    assert "fc_norm taken as the norm of every token, as it was pretrained" in fitted.changes
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.fc_norm(model.forward_features(images))
+        assert torch.equal(encoder.eval().forward_features(images), expected)

@@ -6,12 +6,17 @@ import pickle
 import pytest
 import torch
 from published import METHODS, SIDE
+from published_rotary import ROTARY, eva02_angles, periods
 from safetensors.torch import load_file, save_file
 
+from prelude.checkpoints.convert.fit import fit
 from prelude.checkpoints.export import export_encoder
-from prelude.checkpoints.sources import open_encoder
+from prelude.checkpoints.from_files import describe_file
+from prelude.checkpoints.sources import open_encoder, open_weights
 from prelude.data.errors import UserError
+from prelude.pretrain.encoders import build_encoder
 
+METHODS = METHODS | ROTARY
 BATCH = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CONVNET_BATCH = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -61,6 +66,69 @@ def test_damaged_files_are_refused_with_what_is_wrong(method, tmp_path):
         open_encoder(saved(published, tmp_path / "nan.pth"))
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "damage", "why"),
+    [
+        ("DINOv3", "blocks.1.attn.qkv.bias_mask", lambda t: t * torch.nan, "not finite in blocks.1.attn.qkv.bias_mask"),
+        ("DINOv3", "blocks.0.attn.qkv.bias_mask", lambda t: t + 1, "a bias of keys in blocks.0.attn.qkv.bias"),
+        ("DINOv3", "rope_embed.periods", lambda t: t**2, r"periods that are not DINOv3's, 100 \*\* \(m / 3\)"),
+        ("DINOv3", "cls_norm.weight", None, r"last norm of its own for the class token \(cls_norm\)"),
+        (
+            "EVA-02",
+            "rope.freqs_cos",
+            lambda t: eva02_angles((4, 4), 4).cos(),
+            "rotations in rope.freqs_cos that are not",
+        ),
+        ("EVA-02", "blocks.0.attn.rope.freqs_cos", lambda t: t[:-4], "rotations in blocks.0.attn.rope.freqs_cos that"),
+        ("EVA-02", "pos_embed", lambda t: t[:, 1:], "no square of patches; write .*#grid=ROWSxCOLUMNS"),
+    ],
+)
+def test_rotations_and_biases_that_timm_would_compute_otherwise_are_refused(method, name, damage, why, tmp_path):
+    published = METHODS[method]()
+    network = published.network
+    network[name] = damage(network[name]) if damage else torch.ones(24)
+    with pytest.raises(UserError, match=why):
+        open_encoder(saved(published, tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("method", ["DINOv3", "EVA-02"])
+def test_rotary_positions_follow_another_size_of_image(method, tmp_path):
+    """Of EVA-02 the rotations alone: its table of positions is resampled, as MAE's is."""
+    published = METHODS[method]()
+    if method == "EVA-02":
+        published.network["pos_embed"] = published.network["pos_embed"][:, :1].repeat(1, 17, 1)
+    source = saved(published, tmp_path / "weights.pth")
+    config = open_encoder(source).config.model_copy(update={"image_size": (24, 32)})
+    model = build_encoder(config, seed=0)
+    said = fit(model, open_weights(source), "an encoder").changes
+    assert any("position table resampled from 4 x 4 to 6 x 8 (bicubic)" in change for change in said) == (
+        method == "EVA-02"
+    )
+    images = torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    if method == "EVA-02":
+        published.network["pos_embed"] = published.network["pos_embed"][:, :1].repeat(1, 49, 1)
+    with torch.no_grad():
+        found, expected = model.double().eval()(images), published.features(images)
+    assert (found - expected).abs().max() <= 1e-6 * max(1, expected.abs().max())
+
+
+def test_what_timm_cannot_tell_of_a_dinov3_is_asked_for(tmp_path):
+    """Large models were trained on two kinds of images, with other means; and their heads are in the file."""
+    wide = {"cls_token": torch.zeros(1, 1, 1024), "storage_tokens": torch.zeros(1, 4, 1024)}
+    wide |= {"patch_embed.proj.weight": torch.zeros(1024, 3, 4, 4), "patch_embed.proj.bias": torch.zeros(1024)}
+    torch.save(wide | {"rope_embed.periods": periods(64)}, tmp_path / "wide.pth")
+    with pytest.raises(UserError, match="does not tell how its pixels were normalised; write .*pixels=imagenet"):
+        describe_file(str(tmp_path / "wide.pth"))
+
+
+@pytest.mark.parametrize("method", ["DINOv3", "DINOv3, gated, with biases", "EVA-02", "EVA-02, packed"])
+def test_rotary_encoders_go_out_to_timm(method, tmp_path):
+    source = saved(METHODS[method](), tmp_path / "weights.pth")
+    report = export_encoder(source, tmp_path / "out")
+    assert report.max_difference <= 1e-6 and open_encoder(str(tmp_path / "out")).fingerprint == report.fingerprint
+    assert open_encoder(f"local-dir:{tmp_path}/out").fingerprint == report.fingerprint
+
+
 def test_safetensors_hold_the_same(tmp_path):
     published = METHODS["timm ViT"]()
     save_file(published.tree, tmp_path / "weights.safetensors")
@@ -101,7 +169,8 @@ def test_a_file_of_no_known_layout_is_refused_with_its_keys(tmp_path):
             {"_feature_blocks.0.Block1_ConvB1.layers.Conv.weight": torch.ones(2)},
             "RotNet.*timm has no such architecture",
         ),
-        ({"storage_tokens": torch.ones(1, 4, 8)}, "rotary positions .*write timm's conversion"),
+        ({"blocks.0.gamma_1": torch.ones(8)}, "EVA in timm's layout, whose tensors do not tell its rotations"),
+        ({"blocks.0.attn.relative_position_bias_table": torch.ones(8, 2)}, "a BEiT, .*write timm's conversion"),
     ]:
         torch.save(tree, tmp_path / "weights.pth")
         with pytest.raises(UserError, match=why):
@@ -160,6 +229,14 @@ def transformers_model(kind: str):
         name = "Dinov2WithRegisters" if "registers" in kind else "Dinov2"
         config = getattr(transformers, f"{name}Config")(**small, mlp_ratio=2, use_swiglu_ffn="SwiGLU" in kind)
         model = getattr(transformers, f"{name}Model")(config)
+    elif kind.startswith("DINOv3"):
+        config = transformers.DINOv3ViTConfig(
+            **small,
+            num_register_tokens=4,
+            use_gated_mlp="gated" in kind,
+            hidden_act="silu" if "gated" in kind else "gelu",
+        )
+        model = transformers.DINOv3ViTModel(config)
     else:
         decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
         config = transformers.ViTMAEConfig(**small, **decoder, decoder_intermediate_size=64, mask_ratio=0.0)
@@ -183,6 +260,7 @@ def transformers_features(model, kind: str):
 
 
 KINDS = ["ViT", "ViT with a classifier", "ViTMAE", "I-JEPA", "DINOv2", "DINOv2 SwiGLU", "DINOv2 with registers"]
+KINDS += ["DINOv3", "DINOv3 gated"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

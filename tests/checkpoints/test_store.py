@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -6,11 +7,13 @@ import os
 import re
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from prelude.checkpoints import manifest as manifests
 from prelude.checkpoints import store as stores
 from prelude.checkpoints.store import Store, read_checkpoint
 from prelude.data.errors import RunStopped, UserError
@@ -40,6 +43,72 @@ def test_what_was_saved_is_read_back(tmp_path, save):
     assert names(store) == ["latest", "step-00001000"]
 
 
+def test_a_save_lets_training_go_on_and_the_next_one_waits_for_it(tmp_path, make_state, monkeypatch):
+    weight, may_write, begun = torch.zeros(3), threading.Event(), []
+
+    def copied(engine):
+        begun.append(weight[0].item())
+        return make_state(weight[0].item())
+
+    def held_up(tensors, path):
+        assert may_write.wait(60)
+        save_file(tensors, path)
+
+    save_file = stores.save_file
+    monkeypatch.setattr(stores, "gather_state", copied)
+    monkeypatch.setattr(stores, "save_file", held_up)
+    store = Store(tmp_path)
+    store.save(1, None, {"step": 1})
+    weight += 7  # training goes on
+    assert not store.has_ended() and store.newest() is None
+    another = threading.Thread(target=store.save, args=(2, None, {"step": 2}))
+    another.start()
+    another.join(0.2)
+    assert another.is_alive() and begun == [0.0], "the second is copied when the first is written"
+    may_write.set()
+    another.join(60)
+    assert store.finish() == tmp_path / "step-00000002" and store.finish() is None
+    assert value_of(tmp_path / "step-00000001") == 0 and value_of(tmp_path / "step-00000002") == 7
+
+
+def test_what_ends_a_run_by_an_error_waits_for_the_checkpoint_under_way(tmp_path, save, monkeypatch, caplog):
+    store = Store(tmp_path)
+    save(store, 1)
+    store.save(2, None, {"step": 2})
+    store.wait()
+    assert value_of(tmp_path / "step-00000002") == 1
+    monkeypatch.setattr(stores.os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    store.save(3, None, {"step": 3})
+    with caplog.at_level(logging.WARNING):
+        store.wait()
+    assert "step-00000003 could not be saved" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["xxh3_128", "blake2b"])
+def test_checkpoints_of_before_are_read_and_their_damage_is_seen(tmp_path, save, kind):
+    path = save(Store(tmp_path), 1)
+    if kind == "blake2b":
+        files = {name: (path / name).read_bytes() for name in manifests.FILES}
+        listed = {name: {"bytes": len(b), "blake2b": hashlib.blake2b(b).hexdigest()} for name, b in files.items()}
+        (path / stores.MANIFEST).write_text(json.dumps({"format": 1, "serial": 1, "files": listed}))
+    assert Store(tmp_path).newest() == path and value_of(path) == 1
+    flip_a_byte(path / stores.MODEL)
+    with pytest.raises(UserError, match="model.safetensors does not match its checksum"):
+        Store(tmp_path).newest()
+
+
+def test_a_resume_reads_every_byte_once_to_check_it(tmp_path, save, monkeypatch):
+    store, digested = Store(tmp_path), []
+    path = save(store, 1)
+    monkeypatch.setattr(stores, "scatter_state", lambda engine, state: None)
+    real = manifests._digest
+    monkeypatch.setattr(manifests, "_digest", lambda file, kind: digested.append(file.name) or real(file, kind))
+    assert store.load(store.newest(), None) == {"step": 1}
+    assert sorted(digested) == sorted(str(path / name) for name in manifests.FILES)
+    Store(tmp_path).load(path, None)
+    assert len(digested) == 6
+
+
 def test_the_newest_are_kept(tmp_path, save):
     store = Store(tmp_path, keep=2)
     for step in (1, 2, 3, 4):
@@ -59,7 +128,7 @@ def test_a_state_with_a_sound_checksum_that_lacks_something_is_refused_in_a_sent
     state, manifest = (json.loads((path / name).read_text()) for name in (stores.STATE, stores.MANIFEST))
     del state[key]
     (path / stores.STATE).write_text(json.dumps(state))
-    manifest["files"][stores.STATE] = stores._described(path / stores.STATE)
+    manifest["files"][stores.STATE] = stores.described(path / stores.STATE)
     (path / stores.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=f"state.json is not what this version writes .*{key}"):
         read_checkpoint(path)
@@ -275,7 +344,7 @@ def refuse_to_open(monkeypatch, number: int, *names: str) -> None:
 
 
 def of_a_newer_format(path):
-    (path / stores.MANIFEST).write_text(json.dumps({"format": 2, "serial": 7, "parts": ["elsewhere"]}))
+    (path / stores.MANIFEST).write_text(json.dumps({"format": 3, "serial": 7, "parts": ["elsewhere"]}))
 
 
 def a_folder_in_place_of(name):
@@ -287,7 +356,7 @@ def a_folder_in_place_of(name):
 
 
 UNREADABLE = {
-    "a newer format": (of_a_newer_format, "it is of format 2, and this version reads format 1"),
+    "a newer format": (of_a_newer_format, "it is of format 3, and this version reads formats up to 2"),
     "no format that is known": (lambda path: (path / stores.MANIFEST).write_text("{}"), "it is of format unknown"),
     "no manifest": (lambda path: (path / stores.MANIFEST).unlink(), "manifest.json cannot be read"),
     "a folder as manifest": (a_folder_in_place_of(stores.MANIFEST), "manifest.json cannot be read"),

@@ -45,6 +45,8 @@ def test_labels_are_numbers(tmp_path, write_tar, image, extension, contents, exp
     [
         ("json", b'{"labels": ["a"]}', "neither a number nor numbers"),
         ("txt", b"cat", "neither a number nor numbers"),
+        ("cls", b"18446744073709551616", "does not fit into 64 bits; write whole numbers from -2\\^63"),
+        ("json", b"[1, -9223372036854775809]", "does not fit into 64 bits"),
         ("pkl", pickle.dumps(3), r"cannot be read from .pkl members; write them as .cls"),
         ("xyz", b"3", r"cannot be read from .xyz members"),
         ("", b"", r"No sample .* has a .cls member"),

@@ -51,11 +51,11 @@ def test_patterns(folder, monkeypatch, pattern, expected):
 
 
 @pytest.mark.parametrize(
-    "url", ["pipe:cat x.tar", "http://host/{0..1}.tar", "s3://bucket/0.tar", "pipe:aws s3 cp s3://b/{0..1}.tar -"]
+    "url", ["pipe:cat x.tar", "sftp://host/{0..1}.tar", "ais://bucket/0.tar", "pipe:aws s3 cp s3://b/{0..1}.tar -"]
 )
-def test_urls_are_left_to_webdataset(url):
+def test_streams_are_left_to_webdataset(url):
     assert len(expand_shards(url, allow_commands=True)) == 1 + ("{" in url)
-    with pytest.raises(UserError, match="is not a local file"):
+    with pytest.raises(UserError, match="is not a local file and cannot be indexed"):
         ShardIndex(url)
 
 

@@ -68,7 +68,7 @@ def test_a_state_of_an_exact_loader_is_refused(pipe, write_shards):
     [
         ("pipe:cat x.tar", dict(num_samples=None), r"write data.num_samples=..., or copy"),
         ("pipe:cat x.tar", dict(label="cls"), "Labels cannot be read from pipe:cat x.tar"),
-        ("s3://bucket/x.tar", {}, r"the scheme s3 is not known; write .*pipe:aws s3 cp"),
+        ("swift://bucket/x.tar", {}, r"the scheme swift is not known; write .*pipe:aws s3 cp"),
     ],
 )
 def test_what_cannot_work_is_refused(shards, changes, sentence):

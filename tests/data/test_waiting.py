@@ -160,39 +160,51 @@ def test_hung_threads_keep_no_process_alive(write_shards, run_python):
 
 def reads(index, num_workers):
     loader = Loader(index, PLAN, seed=0, micro_batch=2, num_workers=num_workers)
-    try:
-        while True:
-            next(loader)
-    finally:
-        loader.close()
+
+    def read():
+        try:
+            while True:
+                next(loader)
+        finally:
+            loader.close()
+
+    return read
 
 
 def evaluates(index, num_workers):
-    for _ in one_pass(index, PLAN, batch_size=2, num_workers=num_workers):
-        pass
+    return lambda: list(one_pass(index, PLAN, batch_size=2, num_workers=num_workers))
 
 
 @pytest.mark.parametrize("use", [reads, evaluates])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_shard_that_hangs_is_named(use, num_workers, write_shards, hung, patience):
     paths = write_shards([10, 10])
-    index = ShardIndex(paths)
+    used = use(ShardIndex(paths), num_workers)
     hung(paths[1])
     patience.timeout_seconds = 1.0
     with pytest.raises(RunStopped, match=f"waiting for the next batch.*it reads {paths[1]}"):
-        use(index, num_workers)
+        used()
 
 
 @pytest.mark.parametrize("use", [reads, evaluates])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stop_is_obeyed_while_a_shard_hangs(use, num_workers, write_shards, hung, patience):
     paths = write_shards([10, 10])
-    index = ShardIndex(paths)
+    used = use(ShardIndex(paths), num_workers)
     hung(paths[1])
     before = set(multiprocessing.active_children())
     with stop_is_asked_for(patience), pytest.raises(Stopped, match="waiting for the next batch"):
-        use(index, num_workers)
+        used()
     assert not set(multiprocessing.active_children()) - before
+
+
+def test_images_that_hang_while_they_are_looked_at_are_named(write_shards, hung, patience):
+    paths = write_shards([10, 10])
+    index = ShardIndex(paths)
+    hung(paths[0])
+    patience.timeout_seconds = 0.5
+    with pytest.raises(RunStopped, match=f"waiting for an image in {paths[0]}"):
+        Loader(index, PLAN, seed=0, micro_batch=2)
 
 
 def test_labels_that_hang_are_named(write_shards, hung, patience):

@@ -14,6 +14,7 @@ import torch
 from in_memory import MemoryLoader, NoStore, Recorder
 from torch import nn
 
+from prelude.checkpoints.store import Store
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import RunStopped
 from prelude.pretrain import distributed
@@ -40,7 +41,8 @@ CASES = {
     "bad_steps_sgd_zero2": {"train": {"zero_stage": 2}, "bad_steps": [2], "optimizer": {"name": "sgd"}},
     "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
     "bf16": {"train": {"precision": "bf16"}},
-    "asked_while_saving": {"train": {}, "saves_every": 2},
+    "asked_while_saving": {"train": {}, "saves_every": 2, "store": "asked"},
+    "full_disk_while_training": {"train": {}, "saves_every": 2, "store": "full"},
 }
 
 
@@ -102,7 +104,32 @@ class AskedWhileSaving(NoStore):
         self.saved.append(step)
         if len(self.saved) == 2 and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().save(step, engine, meta)
+
+
+class FullDisk(Store):
+    """The second checkpoint does not fit; the disk has said so before the next step ends."""
+
+    def save(self, step, engine, meta):
+        self.full = step == 4
+        super().save(step, engine, meta)
+
+    def _write(self, *args):
+        if self.full:
+            raise OSError(28, "No space left on device")
+        super()._write(*args)
+
+    def has_ended(self):
+        self.wait()
+        return super().has_ended()
+
+
+def store_of(case: dict, out: Path):
+    match case.get("store"):
+        case "asked":
+            return AskedWhileSaving()
+        case "full":
+            return FullDisk(out / "checkpoints")
+    return NoStore()
 
 
 def run_case(name: str, out: Path) -> None:
@@ -110,7 +137,7 @@ def run_case(name: str, out: Path) -> None:
     config = config_of(case, out)
     torch.manual_seed(0)
     objective = Regression(case.get("bad_steps", ()))
-    recorder, store = Recorder(), AskedWhileSaving() if "saves_every" in case else NoStore()
+    recorder, store = Recorder(), store_of(case, out)
     micro_batch, _ = config.batching(distributed.world_size())
     engine = Engine(config, objective, MemoryLoader(micro_batch, NUM_SAMPLES, batch_at), store, [recorder])
     message, outcome = "", None

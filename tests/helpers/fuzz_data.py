@@ -187,11 +187,11 @@ def check_image(seed: int) -> None:
     if rng.random() < 0.1:
         image += b"\xff\xd9"
     try:
-        pixels = decode(bytes(image), value_range=rng.choice([None, (0, 4095)]))
+        pixels = decode(bytes(image), value_range=(value_range := rng.choice([None, (0, 4095)])))
     except BadImage as error:
         assert 0 < len(str(error)) < 30, error
         return
-    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    assert pixels.dtype == (np.float32 if value_range else np.uint8) and pixels.ndim == 3 and pixels.shape[2] == 3
     assert pixels.size // 3 <= max(ALWAYS_ENOUGH, MAX_PIXELS_PER_BYTE * len(image)), (
         "more pixels than its bytes can hold"
     )

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from convnet_cases import ADAMW, BARLOW, CONVNEXT, LAMB, LARS, RESNET, ROTATION, SGD, SPARK, STRIDE_8
 from in_memory import MemoryLoader, NoStore, Recorder
-from waiting import counted
 
 from prelude.data.batch import Batch
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
-from prelude.pretrain import distributed, photometric
+from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
-from prelude.pretrain.engine import Engine, Meter
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.host_waits import counted
+from prelude.pretrain.meter import Meter
 from prelude.pretrain.recipes import validate_config
 
 VIT = {
@@ -33,6 +34,7 @@ VIT = {
         "fc_norm": False,
     },
 }
+EVA = VIT | {"name": "vit_small_patch16_dinov3", "kwargs": {"depth": 2, "embed_dim": 16, "num_heads": 2}}
 MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 IJEPA = {"name": "ijepa", "predictor_dim": 16, "predictor_depth": 1}
 # From the first step on, all images are predicted in regions
@@ -41,6 +43,7 @@ CASES = {
     **{f"mae zero{stage}": (MAE, VIT, ADAMW, stage) for stage in range(4)},
     **{f"ijepa zero{stage}": (IJEPA, VIT, ADAMW, stage) for stage in range(3)},
     **{f"dseqjepa zero{stage}": (DSEQ, VIT, ADAMW, stage) for stage in range(3)},
+    "ijepa rotary": (IJEPA, EVA, ADAMW, 0),
     "dseqjepa sample reencode": (DSEQ | {"context": "reencode", "lambda_granularity": "sample"}, VIT, ADAMW, 0),
     "dseqjepa contrastive": (DSEQ | {"contrastive_weight": 0.001, "contrastive_projector": [8]}, VIT, ADAMW, 0),
     **{f"barlow zero{stage}": (BARLOW, RESNET, ADAMW, stage) for stage in range(4)},
@@ -79,7 +82,7 @@ def found_in(case: str, out: Path) -> list[str]:
     loader = MemoryLoader(micro_batch, 64, lambda positions: batch_at(positions, objective.views))
     engine = Engine(config, objective, loader, NoStore(), [Recorder()])
     batches, meter = iter(loader), Meter(config.train.global_batch)
-    engine._fetch_ahead(batches, meter)
+    engine._fetch_first(batches, meter)
     for _ in range(2):  # what is made once, such as constants, is made by then
         engine._watch(engine._step(batches, meter), meter)
     with counted() as found:
@@ -105,7 +108,6 @@ def batch_at(positions: torch.Tensor, views) -> Batch:
 def main() -> None:
     out = Path(sys.argv[-1])
     distributed.start()
-    photometric._on_host = lambda images: False  # where the host computes, choosing rows makes nobody wait
     found = {case: found_in(case, out) for case in CASES}
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found, indent=1))
     distributed.stop()

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     for start in json.loads(plan.read_text()):
         told = io.StringIO()
         os.umask(start.get("umask", 0o022))
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
             try:
                 code = door(lambda argv=start["argv"]: pretrain.main(argv))
             except Exception as error:  # what the tests are there to see

@@ -26,6 +26,10 @@ def folder(recipe, tmp_path_factory):
     mae["data"]["shards"] = "replaced.tar"
     mae["log"] = {"every_steps": 1, "pictures_every_steps": 4}
     (folder / "filling.yaml").write_text(yaml.safe_dump(mae))
+    further = mae | {"encoder": mae["encoder"] | {"weights": str(folder / "out" / "runs" / "filling")}}
+    (folder / "further.yaml").write_text(yaml.safe_dump(further))
+    write_shards(folder / "old", "train", 90, seed=2, image_size=16)
+    write_shards(folder / "old", "test", 45, seed=2, image_size=16)
     kwargs = {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8], "stem_width": 4}
     rotation = mae | {
         "objective": {"name": "rotation", "crop_scale": None},
@@ -143,6 +147,74 @@ def test_another_budget_is_not_mistaken_for_the_finished_run(first, command, fol
     assert comparison["entries"][0]["problem"] == "Pretraining failed: it has other settings."
 
 
+# ---- what going on from weights has won and lost
+
+
+def keep(folder) -> list[str]:
+    return ["--keep", f"{folder}/old/train-*.tar", f"{folder}/old/test-*.tar"]
+
+
+@pytest.fixture(scope="session")
+def gone_on(first, folder):
+    """(exit code, comparison) of the command that goes on from `filling`, and asks what was kept."""
+    argv = argv_of(folder, str(folder / "further.yaml"), str(folder / "out" / "runs" / "turning"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        out = folder / "further"
+        code = prelude.main(["compare", *argv, *keep(folder), "--images", "64", "--no-floors", "--out", str(out)])
+    return code, json.loads((out / "comparison.json").read_text())
+
+
+def judged(folder, *argv: str) -> tuple[int, dict[str, dict]]:
+    """Exit code, and entries by name, without anything to train."""
+    code = prelude.main(["compare", *argv_of(folder, *argv), *keep(folder), "--no-floors", "--out", f"{folder}/again"])
+    comparison = json.loads((folder / "again" / "comparison.json").read_text())
+    return code, {entry["name"]: entry for entry in comparison["entries"]}
+
+
+def test_what_a_run_started_from_is_judged_untouched_on_both_data_sets(gone_on, first):
+    code, comparison = gone_on
+    entries = {entry["name"]: entry for entry in comparison["entries"]}
+    assert {name: (entry["kind"], entry["started"]) for name, entry in entries.items()} == {
+        "further": ("pretrained", "untouched filling"),
+        "turning": ("pretrained", None),
+        "untouched filling": ("untouched", None),
+    }
+    before = {entry["name"]: entry for entry in first[1]["entries"]}["filling"]
+    untouched = entries["untouched filling"]
+    for evaluator in ("knn", "ncm"):  # on the new images it is what the run itself was judged to be
+        assert untouched["results"][evaluator]["by_kind"] == before["results"][evaluator]["by_kind"]
+    assert all(list(entry["kept"]) == ["knn", "ncm"] for entry in entries.values()) and code == 0
+    sizes = [comparison[data]["train"]["num_samples"] for data in ("data", "old_data")]
+    assert sizes == [120, 90] and entries["further"]["kept"]["knn"]["data"] == comparison["old_data"]
+
+
+def test_the_table_and_the_page_ask_what_was_won_and_lost(gone_on, folder):
+    table = (folder / "further" / "table.md").read_text()
+    (row,) = [line for line in table.splitlines() if line.startswith("| further | untouched filling |")]
+    assert row.count(" → ") == 4 and "k-NN, top-1 %, old images" in table
+    assert 'id="going-on"' in (folder / "further" / "report.html").read_text()
+
+
+def test_a_source_that_is_gone_leaves_a_gap_and_one_that_was_moved_is_found_by_its_weights(
+    gone_on, folder, monkeypatch
+):
+    monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+    source, moved, further = folder / "out" / "runs" / "filling", folder / "moved", f"{folder}/further/runs/further"
+    source.rename(moved)
+    try:
+        code, entries = judged(folder, further)
+        untouched = entries["untouched filling"]
+        assert code == INCOMPLETE and untouched["results"] == untouched["kept"] == {}
+        assert untouched["problem"].startswith(f"What {further} started from cannot be opened any more: There is no")
+        assert entries["further"]["kept"]["knn"]["numbers"]
+        code, entries = judged(folder, further, str(moved))
+        assert list(entries) == ["further", "moved"] and entries["further"]["started"] == "moved" and code == 0
+    finally:
+        moved.rename(source)
+
+
 def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder, monkeypatch):
     def tune(door, arguments, *, num_ranks, name):
         source, _, recipe, run_dir, *overrides = arguments
@@ -187,9 +259,15 @@ def test_findings_are_judged_as_findings():
         (["--images", "100"], "--images has no effect"),
         (["--names", "a", "--evaluators", "knn"], "--evaluators and --finetune are for class numbers"),
         (["--train", "/nowhere.tar"], "/nowhere.tar"),
+        (["--keep", "{0}/old/train-*.tar", "{0}/old/test-*.tar"], "none of these started from any. Leave it out"),
+        (["--keep", "{0}/train-*.tar", "{0}/old/test-*.tar"], "/train-*.tar holds the new images themselves"),
+        (["--keep", "{0}/old/train-*.tar", "{0}/test-*.tar"], "/test-*.tar holds the new images themselves"),
+        (["--keep", "{0}/old/train-*.tar", "/nowhere.tar"], "/nowhere.tar cannot be used: "),
+        (["--keep", "a.tar", "b.tar", "c.tar"], "c.tar stands among the sources; put each pattern in quotes"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(wrong, told, folder, capsys):
-    argv = ["compare", "pixels:4", "--train", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar", *wrong]
+    argv = ["compare", "pixels:4", "--train", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar"]
+    argv += [word.format(folder) for word in wrong]
     assert door(lambda: prelude.main(argv)) == 2
     assert told in capsys.readouterr().err

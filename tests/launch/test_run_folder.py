@@ -1,5 +1,6 @@
 """What a start does to its run folder: nothing where it is refused, and no log is worth a run."""
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from runs import ROOT, Run, deepspeed
 from prelude.checkpoints.sources import open_encoder
 from prelude.checkpoints.store import MANIFEST, Store
 from prelude.evaluators.judging import first_section
+from prelude.launch.run_folder import not_written
 from prelude.pretrain.run_lock import NAME, RunLock
 
 LOGS = ("config.yaml", "environment.json", "metrics.jsonl", "online.jsonl", "deepspeed.log")
@@ -64,7 +66,7 @@ def folder(start, tmp_path_factory) -> Path:
     assert code == 0, told
     for name in ("changed", "foreign", "batch"):
         shutil.copytree(folder / "run", folder / name)
-    in_format(2, folder / "foreign")
+    in_format(3, folder / "foreign")
     return folder
 
 
@@ -72,7 +74,7 @@ REFUSED = {
     "another seed": ("run", ["seed=1"], "seed: 0 -> 1"),
     "past its end": ("run", ["train.epochs=0.25", "resume.allow_changed_config=true"], "done 7 steps, .* at step 4"),
     "back to its own": ("run", ["resume.checkpoint=RUN/checkpoints/step-00000006"], "goes on from step-00000007"),
-    "of another format": ("foreign", [], "step-00000007: it is of format 2.*step-00000006"),
+    "of another format": ("foreign", [], "step-00000007: it is of format 3.*step-00000006"),
     "begun at an end": ("fresh", ["resume.checkpoint=RUN/checkpoints/step-00000007"], "Nothing is left to train"),
     "begun nowhere": ("deep/fresh", ["resume.checkpoint=/nowhere/step-00000005"], "/nowhere/step-00000005"),
     "a stop that stays": ("stuck", [], "STOP ended an earlier start.* remove it"),
@@ -108,6 +110,61 @@ def test_a_refused_start_says_why_and_changes_nothing(refused, name):
 
 def test_folders_that_were_made_for_a_refused_start_are_gone(refused, folder):
     assert not (folder / "deep").exists() and not (folder / "fresh").exists()
+
+
+OUTLOOKS = {
+    "anew": ("nowhere/yet", [], 0, "a start would begin anew: .* would be made"),
+    "at its end": ("run", [], 0, "finished at step 7: a start would train nothing"),
+    "half way": ("half", [], 0, "a start would resume at step 6 of 7, from step-00000006"),
+    "longer": ("run", ["train.epochs=1", "resume.allow_changed_config=true"], 0, "would resume at step 7 of 13"),
+    "other settings": ("run", ["optimizer.lr=0.5"], 2, "a start would be refused.*error: .*optimizer.lr: 0.01 -> 0.5"),
+    "other data": ("run", ["data.shuffle.window=3"], 2, "a start would be refused.*shuffle.window"),
+    "unread": ("foreign", [], 2, "error: .*it is of format 3"),
+    "in use": ("held", [], 2, "would be refused.*is in use by process"),
+    "no folder": ("precious", [], 2, "would be refused.*Not a directory.*; write another run_dir"),
+    "from nowhere": ("anew", ["resume.checkpoint=/nowhere/step-00000005"], 2, "/nowhere/step-00000005 is no complete"),
+}
+
+
+@pytest.fixture(scope="module")
+def foreseen(start, folder) -> dict[str, tuple]:
+    """Each run folder looked at by --dry-run, and whether it is as it was."""
+    shutil.copytree(folder / "run", folder / "half")
+    shutil.rmtree(folder / "half" / "checkpoints" / "step-00000007")
+    (folder / "precious").touch()
+    lock = RunLock(folder / "held")
+    lock.hold()
+    before = snapshot(folder)
+    answers = start(
+        folder,
+        {
+            f"outlook {name}": ["--dry-run", f"run_dir={folder / run}", *more]
+            for name, (run, more, *_) in OUTLOOKS.items()
+        },
+    )
+    lock.release()
+    (folder / "precious").unlink()
+    after = snapshot(folder)
+    ours = {path for path in after if path.endswith(".json") and "/" not in path}
+    changed = {path for path, content in after.items() if path not in ours and before.get(path) != content}
+    return {name: (*answers[f"outlook {name}"], changed) for name in OUTLOOKS}
+
+
+@pytest.mark.parametrize("name", OUTLOOKS)
+def test_a_dry_run_says_what_a_start_would_find_and_changes_nothing(foreseen, name):
+    *_, expected_code, expected = OUTLOOKS[name]
+    code, told, changed = foreseen[name]
+    assert code == expected_code and "Traceback" not in told
+    assert re.search(expected, " ".join(told.replace("│", " ").split())), told
+    assert not changed
+
+
+def test_a_full_disk_is_to_be_freed_and_another_fault_is_not(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    full, closed = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
+    assert "free space" in not_written(tmp_path, full) and "another" not in not_written(tmp_path, full)
+    assert "make it writable" in not_written(tmp_path, closed)
+    assert "write another run_dir" in not_written(tmp_path / "new", closed)
 
 
 def test_files_honour_the_umask(folder):

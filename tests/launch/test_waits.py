@@ -5,12 +5,14 @@ from runs import Run, deepspeed
 
 
 def once(recipe, flags) -> list[str]:
-    """A stream that gives each rank one whole shard, and then nothing, for ever."""
+    """A stream that gives each rank one whole shard, and then nothing, for ever: 16 steps of three micro-batches, and
+    two micro-batches more."""
     flags.mkdir()
     (shard,) = (recipe.parent / "shapes").glob("train-*.tar")
     command = f"mkdir {flags}/$RANK 2> /dev/null && exec cat {shard}; exec sleep 1000"
     return [
         f"data.shards=pipe:{command}", "data.allow_commands=true", "data.num_samples=200", "checkpoint.every_steps=100",
+        "train.global_batch=24", "train.micro_batch=4", "train.epochs=8",
     ]  # fmt: skip
 
 

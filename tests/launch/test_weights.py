@@ -10,7 +10,9 @@ import yaml
 from published import mae
 from runs import Run, deepspeed
 
+from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.sources import open_encoder
+from prelude.data.errors import UserError
 from prelude.launch import finetune, knn, pretrain
 from prelude.launch.exit_codes import door
 
@@ -63,6 +65,33 @@ def test_the_weights_stand_still_as_long_as_they_are_told_to_and_then_move(inter
     assert len(moved) == len(encoder) - 1  # all but the fixed table of positions
     assert not torch.equal(at_5["decoder_pred.weight"], file["decoder_pred.weight"])
     assert (at_5["decoder_pred.weight"] - file["decoder_pred.weight"]).abs().max() < 0.1
+
+
+def test_what_a_run_started_from_opens_as_it_was(interrupted, warm_recipe, tmp_path):
+    run, file = str(interrupted.run_dir), mae().tree["model"]
+    start, now = open_encoder(f"start:{run}"), open_encoder(run)
+    assert all(torch.equal(tensor, file[name]) for name, tensor in start.model.state_dict().items())
+    assert start.fingerprint != now.fingerprint and (start.config, start.mean) == (now.config, now.mean)
+    export = tmp_path / "export"
+    export_encoder(run, export)
+    assert open_encoder(f"start:{export}").fingerprint == start.fingerprint
+    with pytest.raises(UserError, match=r"mae.pth#num_heads=2 did not start from weights.*write random:"):
+        open_encoder(f"start:{warm_recipe.parent}/mae.pth#num_heads=2")
+
+
+def test_a_start_that_is_gone_or_another_is_told_in_a_sentence(interrupted, warm_recipe):
+    run, file = str(interrupted.run_dir), warm_recipe.parent / "mae.pth"
+    kept = file.rename(file.with_suffix(".kept"))
+    try:
+        with pytest.raises(UserError, match=f"What {run} started from cannot be opened any more: .*mae.pth"):
+            open_encoder(f"start:{run}")
+        other = mae()
+        other.tree["model"]["cls_token"] += 1
+        torch.save(other.tree, file)
+        with pytest.raises(UserError, match="mae.pth, which holds other weights by now .fingerprint .{32} instead of"):
+            open_encoder(f"start:{run}")
+    finally:
+        kept.rename(file)
 
 
 def test_a_dry_run_says_what_would_be_loaded(warm_recipe, capsys):

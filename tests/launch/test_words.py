@@ -115,8 +115,44 @@ def test_a_shard_option_takes_one_pattern_or_several_files_and_leaves_sources_al
 def test_braces_that_the_shell_expanded_are_one_list_again_and_no_other_key_is_set_twice():
     words = ["--config", "c", "data.shards=t-0.tar", "data.shards=t-1.tar", "seed=3"]
     assert parse(pretrain.parser(), words).overrides == ['data.shards=["t-0.tar", "t-1.tar"]', "seed=3"]
-    with pytest.raises(UserError, match="seed is set 2 times, to 3 and 4; write it once"):
-        parse(pretrain.parser(), [*words, "seed=4"])
+    for more, sentence in {
+        "seed=4": "seed is set 2 times, to 3 and 4; write it once",
+        "data.shards=t-2.tar": "data.shards is set 3 times; write it once, and where all are meant as",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            parse(pretrain.parser(), [*words, more])
+    for two in (["a.tar", "b.tar"], ["t-1.tar", "t-1.tar"]):
+        with pytest.raises(UserError, match="data.shards is set 2 times"):
+            parse(pretrain.parser(), ["--config", "c", *(f"data.shards={name}" for name in two)])
+
+
+def test_a_range_of_values_is_two_numbers_or_auto(capsys):
+    words = ["runs/x", "--train", "a.tar", "--test", "b.tar", "--range"]
+    assert parse(knn.parser(), [*words, "0,4095"]).range == (0, 4095)
+    assert parse(knn.parser(), [*words, "auto"]).range == "auto"
+    for wrong in ("5", "9,2", "a,b", "1,2,3", ""):
+        with pytest.raises(SystemExit):
+            parse(knn.parser(), [*words, wrong])
+        assert "is no range; write LOW,HIGH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch-size", "0"),
+        ("--batch-size", "many"),
+        ("--num-workers", "-1"),
+        ("--seed", "-1"),
+        ("--seed", "2147483648"),
+        ("--temperature", "nan"),
+        ("--timeout-seconds", "inf"),
+    ],
+)
+def test_a_number_that_cannot_be_is_told_with_those_that_can(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(knn.parser(), ["runs/x", option, value])
+    assert stop.value.code == 2
+    assert re.search(f"argument {option}: '{value}' cannot be; write a (whole|finite) number", capsys.readouterr().err)
 
 
 def test_a_home_folder_is_found_in_sources_and_folders(monkeypatch):

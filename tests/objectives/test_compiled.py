@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from prelude.objectives.sparse_encoder import SparseEncoder
+from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.draws import random_bits
+from prelude.pretrain.encoders import build_encoder, forward_tokens
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 
@@ -46,3 +48,14 @@ def test_compiled_draws_are_the_same_bits():
 
     for seeds in (torch.arange(4), torch.arange(7) * 10**17):
         assert torch.equal(torch.compile(draw, fullgraph=True)(seeds), draw(seeds))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("vit_small_patch16_dinov3", {}), ("beit_base_patch16_224", {"global_pool": "token"})]
+)
+def test_compiled_kept_patches_have_the_same_features(name, kwargs):
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    encoder = build_encoder(EncoderConfig(name=name, image_size=16, patch_size=4, kwargs=small | kwargs), seed=0)
+    images, keep = torch.randn(2, 3, 16, 16), torch.tensor([[3, 1, 7], [0, 15, 2]])
+    compiled = torch.compile(forward_tokens, fullgraph=True)
+    torch.testing.assert_close(compiled(encoder, images, keep), forward_tokens(encoder, images, keep))

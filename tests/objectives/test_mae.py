@@ -8,8 +8,9 @@ from prelude.data.batch import Batch
 from prelude.objectives.mae import MAE, MAEOptions, patchify, unpatchify
 from prelude.objectives.masking import mask_noise
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import build_encoder, forward_tokens, gather_patches, seeded
+from prelude.pretrain.encoders import build_encoder, forward_tokens, seeded
 from prelude.pretrain.images import images as device_images
+from prelude.pretrain.kept_patches import gather_patches
 from prelude.pretrain.optimizers import parameter_groups
 from prelude.pretrain.schedules import Progress, warmup_cosine
 

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENCODERS = {  # with parameters that are read outside the module that holds them
+    "vit_base_patch16_224": ({"reg_tokens": 2}, "learned"),
+    "vit_small_patch16_rope_mixed_224": ({}, "sincos"),
+    "beit_base_patch16_224": ({"global_pool": "token"}, "sincos"),
+}
 
 
 def test_training_with_split_parameters_equals_plain_torch():
@@ -16,12 +21,14 @@ def test_training_with_split_parameters_equals_plain_torch():
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    plain, split = json.loads(done.stdout.splitlines()[-1])
-    assert len(set(plain)) == len(plain) > 2  # it trained
-    assert split == pytest.approx(plain, rel=1e-6)
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ENCODERS:
+        plain, split = found[name]
+        assert len(set(plain)) == len(plain) > 2, name  # it trained
+        assert split == pytest.approx(plain, rel=1e-6), name
 
 
-def train(split: bool) -> list[float]:
+def train(name: str, split: bool) -> list[float]:
     import deepspeed
     import torch
 
@@ -31,8 +38,9 @@ def train(split: bool) -> list[float]:
     from prelude.pretrain.encoders import build_encoder, seeded
     from prelude.pretrain.schedules import Progress
 
-    kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 4, "reg_tokens": 2}
-    config = EncoderConfig(name="vit_base_patch16_224", image_size=32, patch_size=8, pos_embed="learned", kwargs=kwargs)
+    kwargs, pos_embed = ENCODERS[name]
+    kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 4} | kwargs
+    config = EncoderConfig(name=name, image_size=32, patch_size=8, pos_embed=pos_embed, kwargs=kwargs)
     options = MAEOptions(decoder_dim=16, decoder_depth=1, decoder_num_heads=2)
     with seeded(0):
         mae = MAE(build_encoder(config, seed=0), options, image_size=(32, 32), mean=(0.5,) * 3, std=(0.2,) * 3)
@@ -64,5 +72,5 @@ if __name__ == "__main__":
     from prelude.pretrain import distributed
 
     distributed.start()
-    print(json.dumps([train(split=False), train(split=True)]))
+    print(json.dumps({name: [train(name, split=False), train(name, split=True)] for name in ENCODERS}))
     distributed.stop()

@@ -121,7 +121,10 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("train.max_steps=3", "write train.epochs = steps x train.global_batch / images."),
         ("encoder.pretrained=true", "`prelude finetune` trains pretrained ones."),
         ("log.wandb=true", "metrics.jsonl"),
-        ("encoder.in_chans=1", "three channels"),
+        ("encoder.in_chans=1", "follows from data.channels=3; write data.channels alone"),
+        ("data.in_channels=1", "did you mean data.channels?"),
+        ("data.mean=[0.5]", "mean has 1 values and channels=3"),
+        ("data.std=[1, 0, 1]", "write a list of numbers above 0"),
         ("encoder.depth=3", "did you mean encoder.kwargs.depth?"),
         ("mask_ratio=0.5", "did you mean objective.mask_ratio?"),
         ("optimizer.crop_scale=[0.5, 1]", "did you mean objective.crop_scale?"),
@@ -129,9 +132,35 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("train.epochs=many", "train.epochs='many' is refused: write a number above 0."),
         ("train.epochs=inf", "train.epochs=inf is refused: write a finite number above 0."),
         ("train.epochs=true", "train.epochs=true is refused: write a number above 0."),
-        ("data.std=[0,0,0]", "data.std=[0, 0, 0] is refused: write a list of 3 numbers above 0."),
+        ("data.std=[0,0,0]", "data.std=[0, 0, 0] is refused: write a list of numbers above 0, one for each channel."),
+        ("data.std=[0.5]", "std has 1 values and channels=3; write one for each channel"),
+        ("data.mean=[1, 2, 3, 4]", "mean has 4 values and channels=3; write one for each channel"),
+        (
+            "optimizer.betas=[0.9]",
+            "=[0.9] is refused: write a list of 2 numbers of 0 or more and below 1.",
+        ),
+        ("encoder.image_size=[32]", "or a list of 2 whole numbers of 1 or more."),
+        ("objective.crop_scale=[0.5]", "objective.crop_scale=[0.5] is refused: write a list of 2 numbers."),
+        ("data.range=[1]", "data.range=[1] is refused: write a list of 2 numbers, or auto, or null."),
+        ("data.shards=[]", "data.shards=[] is refused: write text, or a list of texts, at least 1"),
+        ("seed=-1", "seed=-1 is refused: write a whole number of 0 or more and below 2147483648."),
+        (
+            "data={allow_commands: true}",
+            "data=... would replace the whole section, and lose shards; write data.allow_commands=true.",
+        ),
+        ("train={}", "train=... would replace the whole section, and lose epochs, global_batch"),
+        ("objective={name: rotation}", "write objective.name=rotation."),
+        ("encoder.name=vit_bse_patch16_224", "did you mean vit_base_patch16_224?"),
+        ("encoder.name=resnet_50", "did you mean resnet50?"),
+        ("encoder.name=ConvNeXt-Tinny", "did you mean convnext_tiny?"),
+        ("encoder.name=deit_small", "did you mean deit_small_patch16_224"),
+        ("encoder.name=wrongnet_9", 'timm.list_models("*wrongnet*") names what there is.'),
         ("encoder.image_size=x", "write a whole number of 1 or more, or a list of 2 whole numbers of 1 or more."),
-        ("encoder.patch_size=0", "encoder.patch_size=0 is refused: write a whole number of 1 or more, or null."),
+        (
+            "encoder.patch_size=0",
+            "encoder.patch_size=0 is refused: write a whole number of 1 or more, or a list of 2 whole numbers of 1 or "
+            "more, or null.",
+        ),
         ("train.micro_batch=-4", "train.micro_batch=-4 is refused: write a whole number of 1 or more, or auto."),
         ("objective.decoder_depth=2.5", "objective.decoder_depth=2.5 is refused: write a whole number of 1 or more."),
         ("optimizer.betas.1=x", "optimizer.betas=[0.9, 'x'] is refused: write a list of 2 numbers"),
@@ -149,6 +178,11 @@ def test_a_sentence_says_what_to_write(override, sentence):
     message = refusal("mae_cifar10", override)
     assert sentence in message
     assert len(message.splitlines()) <= 2
+
+
+def test_a_section_that_a_recipe_leaves_out_may_be_written_whole():
+    config = load_config("mae_cifar10", ["data.shuffle={window: 3}", "encoder.kwargs={}"], options_for)
+    assert config.data.shuffle.window == 3 and config.encoder.kwargs == {}
 
 
 def test_a_transformer_under_the_recipe_of_a_convnet_is_told_by_the_setting_that_does_not_fit():

@@ -4,7 +4,8 @@ import torch
 
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import build_encoder, check_encoder, forward_tokens, gather_patches
+from prelude.pretrain.encoders import build_encoder, check_encoder, forward_tokens
+from prelude.pretrain.kept_patches import gather_patches
 from prelude.pretrain.position import sincos_table
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -206,9 +207,12 @@ def test_what_cannot_be_built_is_refused_with_what_to_write(refused, message):
 NO_TOKENS = [
     (config("resnet18", 64, None), r"builds a ResNet, .*write a timm VisionTransformer"),
     (config("swin_tiny_patch4_window7_224", 224, None), "builds a SwinTransformer"),
-    (config("deit_tiny_distilled_patch16_224"), "builds a VisionTransformerDistilled"),
-    (config("eva02_tiny_patch14_224", 224, None), "builds a Eva"),
-    (config("vit_relpos_small_patch16_224", 224, 16, embed_dim=32), "builds a VisionTransformerRelPos"),
+    (config("deit_tiny_distilled_patch16_224"), "builds a VisionTransformerDistilled, which has a second class token"),
+    (config("eva02_tiny_patch14_224", 224, None), "norms only what it pools"),
+    (
+        config("vit_relpos_small_patch16_224", 224, 16, embed_dim=32),
+        "builds a VisionTransformerRelPos, which computes biases",
+    ),
     (config("vit_tiny_r_s16_p8_224", 224, None), "cuts patches with a HybridEmbed"),
     (config(pos_embed="sincos", **{"global_pool": "avg"}), r"encoder.kwargs=\{fc_norm: false, final_norm: true\}"),
     (config(global_pool="map"), r"global_pool: token"),

@@ -50,7 +50,11 @@ def reference(name: str) -> tuple[dict, list[float]]:
     return model.state_dict(), losses
 
 
-SOUND = [name for name in engine_cases.CASES if name not in ("all_bad", "bf16", "asked_while_saving")]
+SOUND = [
+    name
+    for name in engine_cases.CASES
+    if name not in ("all_bad", "bf16", "asked_while_saving", "full_disk_while_training")
+]
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -80,6 +84,14 @@ def test_a_signal_during_a_save_leads_to_no_other_step_and_no_second_save(runs):
     found = json.loads((runs / "asked_while_saving.json").read_text())
     assert found["outcome"] == {"reason": "preempted", "step": 4}
     assert found["saved"] == [2, 4] and len(found["records"]) == 4
+
+
+def test_a_checkpoint_that_fails_while_training_goes_on_is_told_at_the_next_step(runs):
+    found = json.loads((runs / "full_disk_while_training.json").read_text())
+    assert found["outcome"] is None and "step-00000004 could not be saved" in found["message"]
+    assert "goes on from step-00000002" in found["message"]
+    assert [record["step"] for record in found["records"]] == [1, 2, 3, 4]  # the fifth was taken and is lost
+    assert sorted(path.name for path in (runs / "checkpoints").iterdir()) == ["latest", "step-00000002"]
 
 
 def test_bf16_computes_in_lower_precision_and_keeps_float32_weights(runs):

@@ -85,3 +85,19 @@ def test_other_encoders_have_a_layer_a_block_as_timm_groups_them():
 
 def test_without_decay_every_rate_is_the_same():
     assert set(lr_scales(built("resnet18"), 1.0).values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "positions"),
+    [
+        ("vit_small_patch16_rope_mixed_224", {}, "rope.freqs"),
+        ("eva02_base_patch14_224", {}, "pos_embed"),
+        ("beitv2_base_patch16_224", {"use_shared_rel_pos_bias": True}, "rel_pos_bias.relative_position_bias_table"),
+    ],
+)
+def test_transformers_with_rotations_and_biases_decay_as_a_vit_does(name, kwargs, positions):
+    layers, head = layer_numbers(built(name, depth=2, **kwargs))
+    assert head == 3 and set(layers.values()) == {0, 1, 2, 3}
+    assert {layer for key, layer in layers.items() if not key.startswith(("blocks.", "norm.", "fc_norm."))} == {0}
+    assert layers[positions] == 0
+    assert {layer for key, layer in layers.items() if key.startswith("blocks.1.")} == {2}

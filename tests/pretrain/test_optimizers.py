@@ -43,6 +43,15 @@ def test_vectors_and_biases_are_never_decayed_and_tokens_as_the_recipe_says():
     assert "cls_token" in names(model, spared)
 
 
+def test_biases_and_frequencies_of_positions_are_never_decayed():
+    model = nn.Module()
+    model.rope, model.attn = nn.Module(), nn.Module()
+    model.rope.freqs = nn.Parameter(torch.ones(2, 3, 2, 4))
+    model.attn.relative_position_bias_table = nn.Parameter(torch.ones(5, 3))
+    (spared,) = parameter_groups(model, decay_tokens=True)
+    assert spared["name"] == "spared" and len(spared["params"]) == 2
+
+
 def test_empty_groups_are_left_out():
     assert [group["name"] for group in parameter_groups(nn.Linear(2, 2, bias=False), decay_tokens=True)] == ["decayed"]
 

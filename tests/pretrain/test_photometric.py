@@ -63,6 +63,27 @@ def test_blur_is_torchvision_s(radius, device):
     torch.testing.assert_close(ours.cpu(), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_than_rgb_are_changed_each_like_a_grey_image(channels):
+    pixels, seeds = torch.rand(NUM, channels, 17, 22, generator=torch.Generator().manual_seed(0)), torch.arange(NUM)
+    wanted = Photometric(jitter=1.0, brightness=0.4, contrast=0.4, blur=0.5, solarise=0.5)
+    drawn = draw(wanted, seeds, 0)
+    expected = pixels.clone()
+    for n in range(NUM):
+        operations = [(drawn.order[n, 0], reference.adjust_brightness, drawn.brightness[n])]
+        operations += [(drawn.order[n, 1], reference.adjust_contrast, drawn.contrast[n])]
+        for c in range(channels):
+            image = pixels[n, c : c + 1]
+            for _, operation, factor in sorted(operations, key=lambda each: each[0]):
+                image = operation(image, factor.item())
+            if drawn.blur[n]:
+                image = reference.gaussian_blur(image, [17, 17], [drawn.sigma[n].item()] * 2)
+            expected[n, c] = torch.where(image >= 0.5, 1 - image, image) if drawn.solarise[n] else image
+    ours = augment(pixels, wanted, seeds, 0)
+    edge = (ours + expected - 1).abs() < 1e-5  # a value of just one half is inverted or not by its last bit
+    assert ((ours - expected).abs() < 1e-5)[~edge].all() and edge.float().mean() < 0.01
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_grey_is_torchvision_s(device):
     ours = augment(some_images().to(device), Photometric(grey=1.0), torch.arange(NUM, device=device), 0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 import waiting_cases
 from runs import BIN, ROOT, deepspeed
-from waiting import counted
+
+from prelude.pretrain.host_waits import counted
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])

@@ -1,13 +1,21 @@
 """Where an encoder looks: a map over each image from its last block, or from a stage with enough places.
 
-Nothing of the encoder is changed: weights are read, a hook is removed again, fused attention stays on.
+Nothing of the encoder is changed. Fused attention stays on, and hands nobody its weights: they are computed anew from
+what it is given, queries and keys as they are after norms and rotations, and biases of pairs.
 """
 
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prelude.pretrain.encoders import stage_maps
+from prelude.pretrain.own_encoder import gives
 
 PLACES = 6  # a side of a convnet's map: the deepest stage with as many is looked at
 
@@ -20,21 +28,22 @@ class Maps:
 
 @torch.no_grad()
 def maps(model: nn.Module, pixels: Tensor) -> Maps | None:
-    """Of a batch (B, 3, H, W), normalised. None for a model that has neither blocks nor stages.
+    """Of a batch (B, C, H, W), normalised. None for a model that has neither blocks nor stages.
 
-    Plain ViTs: attention that the class token, or else the mean patch token, pays to each patch in the last block,
-    mean over heads. All others: the norm of activations.
+    Plain ViTs, EVA and BEiT: attention that the class token, or else the mean patch token, pays to each patch in the
+    last block, mean over heads. All others: the norm of activations.
     """
-    if _has_plain_attention(model):
+    if _has_attention(model):
         prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
         weights = attention(model, pixels).mean(1)[:, :, prefix:]  # (B, N, patches)
         of_class = getattr(model, "cls_token", None) is not None
         paid = weights[:, 0] if of_class else weights[:, prefix:].mean(1)  # (B, patches)
         who = "the class token pays" if of_class else "patches pay on average"
         return Maps(paid.unflatten(1, grid), f"attention that {who} to each patch in the last block, mean over heads")
-    if not hasattr(model, "forward_intermediates"):
+    found = gives(model)
+    if not (found.maps if found else hasattr(model, "forward_intermediates")):
         return None
-    stages = model.forward_intermediates(pixels, intermediates_only=True)  # (B, C, h, w) each
+    stages = stage_maps(model, pixels)  # (B, C, h, w) each
     enough = [i for i, stage in enumerate(stages) if min(stage.shape[2:]) >= PLACES] or [0]
     chosen = stages[enough[-1]]
     height, width = chosen.shape[2:]
@@ -43,22 +52,29 @@ def maps(model: nn.Module, pixels: Tensor) -> Maps | None:
 
 
 def attention(model: nn.Module, pixels: Tensor) -> Tensor:
-    """(B, heads, N, N) weights of a plain ViT's last block, each row with sum 1, prefix tokens first."""
-    block, seen = model.blocks[-1].attn, []
-    hook = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
+    """(B, heads, N, N) weights of the last block, each row with sum 1, prefix tokens first."""
+    with _FusedAttention() as last:
         model.forward_features(pixels)
-    finally:
-        hook.remove()
-    (tokens,) = seen  # (B, N, D)
-    heads = block.qkv(tokens).unflatten(2, (3, block.num_heads, block.head_dim)).permute(2, 0, 3, 1, 4)
-    queries, keys = block.q_norm(heads[0]), block.k_norm(heads[1])  # (B, heads, N, d)
-    return (queries @ keys.transpose(2, 3) * block.scale).float().softmax(3)
+    queries, keys = last.queries, last.keys  # (B, heads, N, d); fewer heads of keys where several queries share one
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+    return (scores if last.biases is None else scores + last.biases).float().softmax(3)
 
 
-def _has_plain_attention(model: nn.Module) -> bool:
-    blocks = getattr(model, "blocks", None)
-    plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and isinstance(
-        getattr(blocks[-1], "attn", None), Attention
-    )
-    return plain and hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size")
+class _FusedAttention(TorchFunctionMode):
+    """Keeps what the latest call was given."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            (self.queries, self.keys, _), self.biases = args, kwargs.get("attn_mask")
+        return function(*args, **kwargs)
+
+
+def _has_attention(model: nn.Module) -> bool:
+    blocks = None if gives(model) else getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        return False
+    last = getattr(blocks[-1], "attn", None)
+    known = isinstance(last, Attention | AttentionRope | EvaAttention | BeitAttention) and last.fused_attn
+    return known and hasattr(model, "num_prefix_tokens") and hasattr(getattr(model, "patch_embed", None), "grid_size")

@@ -42,7 +42,8 @@ class Bar:
     high: float
     text: str  # the number, written out
     style: Style
-    mark: float | None = None  # of the same encoder untrained
+    mark: float | None = None  # where it comes from: the same encoder untrained, or untouched
+    marked: str = "untrained"  # what that is
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def swatch(style: Style) -> Markup:
 
 def _bar(root, row: Bar, scale: Scale, top: float) -> None:
     group = ElementTree.SubElement(root, "g", {"class": row.style.css})
-    untrained = "" if row.mark is None else f"; untrained {row.mark:.1f}"
-    _title(group, f"{row.name}: {row.text}{untrained}")
+    mark = "" if row.mark is None else f"; {row.marked} {row.mark:.1f}"
+    _title(group, f"{row.name}: {row.text}{mark}")
     bar_top, middle = top + BAR_TOP, top + BAR_TOP + BAR_HEIGHT / 2
     zero, end = scale(0), scale(row.value)
     ElementTree.SubElement(

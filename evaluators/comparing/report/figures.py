@@ -16,6 +16,8 @@ from prelude.evaluators.comparing.headline import (
 )
 from prelude.evaluators.comparing.report import charts
 from prelude.evaluators.comparing.report.charts import Bar, Line, Point, Style
+from prelude.evaluators.comparing.retention import gone_on
+from prelude.evaluators.comparing.table import columns_of_changes
 
 HEALTH = {  # signs of collapse, which every objective logs under the same name: (title, axis, caption)
     "feature_std": (
@@ -64,11 +66,11 @@ def accuracy(comparison: Comparison) -> list[Figure]:
     figures = []
     for evaluator in comparison.evaluators:
         judged = [(entry, h) for entry in comparison.entries if (h := headline(entry, evaluator))]
-        marked = {entry.untrained for entry, _ in judged if entry.kind == "pretrained"}
+        marked = {entry.untrained for entry, _ in judged if entry.kind in ("pretrained", "untouched")}
         shown = [(entry, h) for entry, h in judged if entry.kind != "untrained" or entry.name not in marked]
         if not shown:
             continue
-        order = {"pretrained": 0, "untrained": 1, "floor": 2}
+        order = {"pretrained": 0, "untouched": 1, "untrained": 2, "floor": 3}
         shown.sort(key=lambda pair: (order[pair[0].kind], -pair[1].value))
         rows = []
         for entry, found in shown:
@@ -80,6 +82,24 @@ def accuracy(comparison: Comparison) -> list[Figure]:
         axis = number_name(evaluator, shown[0][1].number)
         figures.append(Figure(title, charts.bars(rows, title, axis, floors[0] if floors else None)))
     return figures
+
+
+def going_on(comparison: Comparison) -> list[Figure]:
+    """Bars of those that have gone on from weights, for each evaluator on the new and on the old images."""
+    style, entries, found = styles(comparison), gone_on(comparison), []
+    for title, changes in columns_of_changes(comparison):
+        rows = [
+            Bar(
+                entry.name, change.after.value, change.after.low, change.after.high, f"{change.text}, {change.verdict}",
+                style[entry.name], change.before.value, "untouched",
+            )
+            for entry, change in zip(entries, changes, strict=True)
+            if change
+        ]  # fmt: skip
+        if rows:
+            name, axis, images = title.rsplit(", ", 2)
+            found.append(Figure(f"{name}, {images}", charts.bars(rows, title, axis)))
+    return found
 
 
 def losses(comparison: Comparison) -> list[Figure]:

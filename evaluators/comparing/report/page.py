@@ -16,8 +16,15 @@ from prelude.evaluators.comparing.comparison import Comparison, Entry, Picture
 from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, number, number_name
 from prelude.evaluators.comparing.label_table import positives
 from prelude.evaluators.comparing.report import charts, figures, words
+from prelude.evaluators.comparing.retention import SIDES, gone_on, seen
+from prelude.evaluators.comparing.table import CHANGES, columns_of_changes
 
-GROUPS = {"pretrained": "Pretrained", "untrained": "Same architecture, untrained", "floor": "Floors"}
+GROUPS = {
+    "pretrained": "Pretrained",
+    "untouched": "What they started from, untouched",
+    "untrained": "Same architecture, untrained",
+    "floor": "Floors",
+}
 TEMPLATE = "page.html.j2"
 
 
@@ -25,9 +32,11 @@ def page(comparison: Comparison) -> str:
     """The whole file."""
     return _template().render(
         comparison=comparison,
+        about_changes=CHANGES,
         summary=words.summary(comparison),
-        columns=[_column(comparison, evaluator) for evaluator in comparison.evaluators],
-        groups=_groups(comparison),
+        sides=[_side(seen(comparison, side)) for side in (SIDES if comparison.old_data else SIDES[:1])],
+        changes=_changes(comparison),
+        going_on=figures.going_on(comparison),
         styles=figures.styles(comparison),
         accuracy=figures.accuracy(comparison),
         floor=next((entry.name for entry in comparison.entries if entry.kind == "floor" and entry.results), None),
@@ -37,7 +46,6 @@ def page(comparison: Comparison) -> str:
         own_curves=figures.own_curves(comparison),
         against_time=figures.against_time(comparison),
         recipes=_recipes(comparison),
-        all_numbers=_all_numbers(comparison),
         protocols=_protocols(comparison),
         warnings=_warnings(comparison),
     )
@@ -62,6 +70,24 @@ def _template() -> jinja2.Template:
         "swatch": charts.swatch,
     }
     return environment.get_template(TEMPLATE)
+
+
+def _side(comparison: Comparison) -> dict:
+    """The table of everybody on the new images, or on the old."""
+    return {
+        "columns": [_column(comparison, evaluator) for evaluator in comparison.evaluators],
+        "groups": _groups(comparison),
+        "all_numbers": _all_numbers(comparison),
+    }
+
+
+def _changes(comparison: Comparison) -> dict:
+    """Columns' titles, and a row of changes for each that has gone on from weights."""
+    columns = columns_of_changes(comparison)
+    parts = [title.rsplit(", ", 2) for title, _ in columns]  # evaluator, number, images
+    titles = [{"name": part[0], "rest": ", ".join(part[1:]), "label": f"{part[0]}, {part[-1]}"} for part in parts]
+    rows = [(entry, [found[i] for _, found in columns]) for i, entry in enumerate(gone_on(comparison))]
+    return {"titles": titles, "rows": rows}
 
 
 def _column(comparison: Comparison, evaluator: str) -> dict:
@@ -122,9 +148,10 @@ def _warnings(comparison: Comparison) -> list[str]:
     findings = [entry.results["multilabel"] for entry in comparison.entries if "multilabel" in entry.results]
     found = [*comparison.warnings, *map(positives, findings[:1])]
     for entry in comparison.entries:
-        for evaluator, result in entry.results.items():
-            name = f"{entry.name}, {evaluator_name(evaluator)}"
-            found += [f"{name}: {warning}" for warning in result.get("warnings") or []]
+        for place, results in (("", entry.results), (", old images", entry.kept)):
+            for evaluator, result in results.items():
+                name = f"{entry.name}, {evaluator_name(evaluator)}{place}"
+                found += [f"{name}: {warning}" for warning in result.get("warnings") or []]
     return list(dict.fromkeys(found))
 
 

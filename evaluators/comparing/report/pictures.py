@@ -20,7 +20,7 @@ from prelude.evaluators.comparing.comparison import Picture
 from prelude.evaluators.comparing.report import attention
 from prelude.evaluators.features.extraction import Features, evaluation_plan
 from prelude.evaluators.frozen.knn import Neighbours
-from prelude.pretrain.images import normalise
+from prelude.pretrain.images import normalise, shown
 
 NUM_IMAGES, NUM_NEIGHBOURS = 6, 6
 TILE, GAP = 96, 6  # pixels
@@ -52,9 +52,11 @@ def pictures_of(
 def neighbours(
     opened: OpenedEncoder, index: ShardIndex, train: Features, test: Features, rows: Tensor, queries: Tensor
 ) -> Picture:
-    """rows: (Q,) of the test images that `queries` (Q, 3, H, W) uint8 shows. index: of the train images."""
+    """rows: (Q,) of the test images that `queries` (Q, C, H, W) shows, as `read` does. index: of the train images."""
+    plan = evaluation_plan(opened)
     near = nearest(train.values, test.values[rows], NUM_NEIGHBOURS)  # (Q, k)
-    found = read(opened, index, train.sample_ids[near.flatten()]).unflatten(0, near.shape)
+    found = shown(read(opened, index, train.sample_ids[near.flatten()]), plan).unflatten(0, near.shape)
+    queries = shown(queries, plan)
     same = same_label(train.labels[near], test.labels[rows][:, None])
     side = TILE + 2 * GAP
     page = Image.new("RGB", (side * (1 + near.shape[1]) + 2 * GAP, side * len(rows)), PAPER)
@@ -74,7 +76,7 @@ def neighbours(
 
 
 def heat_maps(opened: OpenedEncoder, queries: Tensor) -> Picture | None:
-    """queries: (Q, 3, H, W) uint8. None for an encoder without a map to show."""
+    """queries: (Q, C, H, W), as `read` gives them. None for an encoder without a map to show."""
     plan = evaluation_plan(opened)
     device = next((tensor.device for tensor in opened.model.parameters()), torch.device("cpu"))
     found = attention.maps(opened.model, normalise(queries, plan).to(device))
@@ -82,7 +84,7 @@ def heat_maps(opened: OpenedEncoder, queries: Tensor) -> Picture | None:
         return None
     side = TILE + 2 * GAP
     page = Image.new("RGB", (side * len(queries), 2 * side - GAP), PAPER)
-    for column, (pixels, values) in enumerate(zip(queries, found.values.float().cpu(), strict=True)):
+    for column, (pixels, values) in enumerate(zip(shown(queries, plan), found.values.float().cpu(), strict=True)):
         place, tile = column * side + GAP, _tile(pixels)
         page.paste(tile, (place, GAP))
         page.paste(_heat(tile, values), (place, side))
@@ -121,7 +123,7 @@ def same_label(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 def read(opened: OpenedEncoder, index: ShardIndex, sample_ids: Tensor) -> Tensor:
-    """(n, 3, H, W) uint8 views that the encoder is judged on, in the order of `sample_ids`; repeats are fine."""
+    """(n, C, H, W) views that the encoder is judged on, in the order of `sample_ids`; repeats are fine."""
     wanted = np.unique(sample_ids.numpy())
     by_id = {}
     for batch in one_pass(index, evaluation_plan(opened), batch_size=len(wanted), samples=wanted):

@@ -4,6 +4,7 @@ from datetime import datetime
 
 from prelude.evaluators.comparing.comparison import Comparison
 from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, pretrained
+from prelude.evaluators.comparing.retention import SIDES, changes, evaluators_of, gone_on
 
 ABOUT = {
     "linear_probe": "A linear head on frozen features, trained to its optimum; weight decay and kind of feature chosen "
@@ -47,7 +48,25 @@ def summary(comparison: Comparison) -> str:
         text += f" The leader's 95 % interval overlaps with that of {_listed(close)}, so their order is not settled."
     elif len(compared) > 1:
         text += " No other encoder's 95 % interval overlaps with a leader's."
-    return text + "".join(f" The floor {each}." for each in beaten)
+    return text + "".join(f" The floor {each}." for each in beaten) + _gone_on(comparison)
+
+
+def _gone_on(comparison: Comparison) -> str:
+    """A sentence for each that has gone on from weights: what was won on the new images, what was lost on the old."""
+    sentences = []
+    for entry in gone_on(comparison):
+        told = {
+            side: [
+                f"{change.points:+.1f}".replace("-", "−") + f" by {evaluator_name(evaluator)} ({change.verdict})"
+                for evaluator in evaluators_of(comparison, side)
+                if (change := changes(comparison, [entry.name], side, evaluator)[0])
+            ]
+            for side in SIDES
+        }
+        parts = [f"{_listed(found)} on the {side} images" for side, found in told.items() if found]
+        if parts:
+            sentences.append(f" From {entry.started} to {entry.name}: {', and '.join(parts)}.")
+    return "".join(sentences)
 
 
 def duration(seconds: float) -> str:

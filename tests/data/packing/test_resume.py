@@ -9,14 +9,17 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 from packed_shards import read_shards
 
+from prelude.data import index_file
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.packing import pack as packing_of
 from prelude.data.packing import writer as writing
 from prelude.data.packing.pack import Packing, pack
 from prelude.data.packing.source import SourceOptions
+from prelude.data.tar_index import index_tar
 
 SETTINGS = {"per_shard": 8, "val_share": 0.2, "short_side": 10}
 
@@ -190,6 +193,21 @@ def test_checksums_are_those_that_other_tools_compute(photos, packed):
     folder, _ = packed(photos, per_shard=40, val_share=0.5)
     done = subprocess.run(["sha256sum", "-c", "train.sha256"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("OK") == len(list(folder.glob("*.tar")))
+
+
+def test_the_index_beside_shards_says_what_they_hold(photos, packed):
+    folder, _ = packed(photos, per_shard=40, val_share=0.5)
+    told = {line.split()[1]: line.split()[0] for line in (folder / "train.sha256").read_text().splitlines()}
+    assert sorted(path.name for path in folder.glob("*.npz")) == ["train.index.npz", "val.index.npz"]
+    for split in ("train", "val"):
+        entries = index_file.read((folder / f"{split}.index.npz").read_bytes())
+        assert sorted(entries) == sorted(path.name for path in folder.glob(f"{split}-*.tar"))
+        for name, entry in entries.items():
+            assert entry.sha256 == told[name] and entry.size == (folder / name).stat().st_size
+            for label in ("", "cls"):
+                found, expected = entry.index(label), index_tar(str(folder / name), label)
+                assert np.array_equal(found.images, expected.images) and np.array_equal(found.labels, expected.labels)
+                assert (found.content, found.label_content) == (expected.content, expected.label_content)
 
 
 @pytest.mark.parametrize("group", ["", "parent"])

@@ -21,12 +21,12 @@ from prelude.pretrain.config import EncoderConfig
 SIDE = pictures.TILE + 2 * pictures.GAP
 
 
-def vit(**changes):
+def vit(name="vit_tiny_patch16_224", **changes):
     torch.manual_seed(0)
     settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 0}
-    model = timm.create_model("vit_tiny_patch16_224", **settings | changes).eval().requires_grad_(False)
-    for parameter in model.parameters():  # or attention is all but even
-        parameter.mul_(3)
+    model = timm.create_model(name, **settings | changes).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():  # or attention is all but even
+        parameter.normal_() if name.endswith("bias_table") else parameter.mul_(3)
     return model
 
 
@@ -48,7 +48,16 @@ def pixels():
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "reg_tokens": 2}], ids=["plain", "norms and registers"])
+ATTENTION = {
+    "plain": {},
+    "norms and registers": {"qk_norm": True, "reg_tokens": 2},
+    "rotary": {"name": "vit_small_patch16_dinov3", "num_heads": 2},
+    "rotary, interleaved": {"name": "eva02_base_patch14_224", "num_heads": 2},
+    "biases of pairs": {"name": "beit_base_patch16_224"},
+}
+
+
+@pytest.mark.parametrize("changes", ATTENTION.values(), ids=ATTENTION)
 def test_attention_is_what_timm_computes_without_fusing(pixels, changes):
     model = vit(**changes)
     found = attention.attention(model, pixels)

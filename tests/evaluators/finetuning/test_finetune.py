@@ -26,6 +26,17 @@ VIT = EncoderConfig(
 RESNET = EncoderConfig(
     name="resnet10t", image_size=16, kwargs={"channels": [4, 6, 8, 12], "stem_width": 8, "layers": [1, 1, 1, 1]}
 )
+SHAPE = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+NORMED = {"use_fc_norm": False, "use_post_transformer_norm": True}
+SOURCES = {
+    "resnet": RESNET,
+    "dinov3": EncoderConfig(name="vit_small_patch16_dinov3", image_size=16, patch_size=4, kwargs=SHAPE),
+    "eva02": EncoderConfig(name="eva02_base_patch14_224", image_size=16, patch_size=4, kwargs=SHAPE | NORMED),
+    "beit": EncoderConfig(
+        name="beit_base_patch16_224", image_size=16, patch_size=4, kwargs=SHAPE | {"global_pool": "token"}
+    ),
+    "siglip": EncoderConfig(name="vit_base_patch16_siglip_224", image_size=16, patch_size=4, kwargs=SHAPE),
+}
 RECIPE = {
     "run_dir": "tuned",
     "train": {"epochs": 2, "global_batch": 16, "precision": "fp32"},
@@ -48,10 +59,13 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def prepared(monkeypatch, tmp_path, shards):
-    """Prepares a task from the recipe, with changes; every source is the same small ViT, or a ResNet."""
-    monkeypatch.setattr(
-        finetune, "open_encoder", lambda source, *, seed=0: opened(RESNET if "resnet" in source else VIT, seed, source)
-    )
+    """Prepares a task from the recipe, with changes; a source is one of SOURCES or the same small ViT."""
+
+    def open_encoder(source, *, seed=0):
+        config = next((config for name, config in SOURCES.items() if name in source), VIT)
+        return opened(config, seed, source)
+
+    monkeypatch.setattr(finetune, "open_encoder", open_encoder)
 
     def prepare(*overrides, source="somewhere", recipe=RECIPE, **arguments):
         path = tmp_path / "recipe.yaml"
@@ -85,6 +99,17 @@ def test_pooling_is_the_mean_of_patches_before_a_new_norm_or_the_encoders_own(pr
     task = prepared("objective.pooling=own")
     own = finetune.build(task).encoder.eval()
     torch.testing.assert_close(own(images), task.opened.model(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["dinov3", "eva02", "beit", "siglip"])
+def test_other_transformers_are_pooled_alike(prepared, source):
+    task, images = prepared(source=source), torch.randn(2, 3, 16, 16)
+    encoder, own = finetune.build(task).encoder.eval(), task.opened.model.eval()
+    (patches,) = own.forward_intermediates(images, indices=1, norm=False, output_fmt="NLC", intermediates_only=True)
+    eps = own.blocks[0].norm1.eps
+    expected = torch.nn.functional.layer_norm(patches.mean(1), (32,), eps=eps)
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
+    assert not [name for name in encoder.state_dict() if name.startswith(("norm.", "attn_pool."))]
 
 
 def test_a_larger_image_resamples_the_table_of_positions(prepared):

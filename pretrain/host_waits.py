@@ -3,6 +3,9 @@
 Reading a tensor's value waits for whatever computes it: `item`, `float`, `bool`, `tolist`, `equal`, `nonzero`, a mask
 as an index. So does a copy to the host, and one from ordinary host memory. Not counted: `Tensor.numpy`, which a tensor
 on a device refuses, so that it reads what the host knows anyway; and timm's LAMB, whose step count is on the host.
+
+While it counts, `is_counting` says so to code that may take a shorter way where the host computes (see
+`pretrain.photometric`), and which then takes that of a device.
 """
 
 import contextlib
@@ -14,6 +17,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "masked_select", "bincount"}
+
+
+class _State:
+    counting = False
+
+
+def is_counting() -> bool:
+    return _State.counting
 
 
 class _Reads(TorchDispatchMode):
@@ -46,6 +57,8 @@ def counted() -> Iterator[list[str]]:
         for owner, name, waits in replaced:
             stack.enter_context(_replaced(owner, name, waits, found))
         stack.enter_context(_Reads(found))
+        stack.callback(setattr, _State, "counting", _State.counting)
+        _State.counting = True
         yield found
 
 
@@ -68,5 +81,5 @@ def _replaced(owner, name: str, waits, found: list[str]):
 def _where() -> str:
     """The innermost three places outside of torch."""
     frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-1]
-    outside = [frame for frame in frames if not frame.filename.endswith("waiting.py")]
+    outside = [frame for frame in frames if not frame.filename == __file__]
     return " < ".join(f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}" for frame in outside[:-4:-1])

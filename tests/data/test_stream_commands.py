@@ -1,17 +1,17 @@
 """Streams against a server on this machine that stalls, hangs up, refuses or has nothing to give."""
 
-import http.server
 import os
 import threading
 import time
 
 import psutil
 import pytest
+from servers import Server, serving
 
 from prelude.data import waiting
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, Stopped
-from prelude.data.loader import build_loader
+from prelude.data.streaming import StreamingLoader
 
 PLAN = ViewPlan((View((6, 6)),))
 COMMANDS = ("curl", "sleep")
@@ -29,36 +29,14 @@ def server(write_shards):
     """The address of a server of one tar of 20 samples, under any name; names that begin so misbehave."""
     with open(write_shards([20])[0], "rb") as file:
         tar = file.read()
-    over = threading.Event()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path[1:]
-            if name[:3].isdigit():
-                return self.send_error(int(name[:3]))
-            if name.startswith("silent"):
-                return over.wait(100)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(tar)))
-            self.end_headers()
-            whole = not name.startswith(("stalls", "hangs-up"))
-            self.wfile.write(tar if whole else tar[: len(tar) // 2])
-            if name.startswith("stalls"):
-                over.wait(100)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        over.set()
-        running.shutdown()
+    with serving(Server(default=tar)) as running:
+        yield running.url
 
 
 def build(urls, **changes):
-    return build_loader(urls, PLAN, **dict(seed=5, micro_batch=4, num_samples=35, allow_commands=True) | changes)
+    """Streams, of what would be fetched whole if it were not asked for so."""
+    settings = dict(seed=5, micro_batch=4, num_samples=35) | changes
+    return StreamingLoader([urls] if isinstance(urls, str) else urls, PLAN, **settings)
 
 
 def commands():
@@ -176,9 +154,9 @@ def test_a_command_that_goes_on_after_its_tar_is_ended(write_shards):
 def test_what_hangs_ends_with_a_process_that_is_killed(url, num_workers, server, run_python):
     """The worker, and the command that it or the process itself reads from."""
     code = (
-        "import sys, prelude.data.loader as data\nfrom prelude.data.batch import View, ViewPlan\n"
-        "plan, rest = ViewPlan((View((6, 6)),)), dict(seed=0, micro_batch=4, num_samples=9, allow_commands=True)\n"
-        "next(data.build_loader(sys.argv[1], plan, num_workers=int(sys.argv[2]), **rest))\n"
+        "import sys, prelude.data.streaming as data\nfrom prelude.data.batch import View, ViewPlan\n"
+        "plan, rest = ViewPlan((View((6, 6)),)), dict(seed=0, micro_batch=4, num_samples=9)\n"
+        "next(data.StreamingLoader([sys.argv[1]], plan, num_workers=int(sys.argv[2]), **rest))\n"
     )
     process = run_python(code, url.replace("SERVER", server), num_workers)
     until = time.monotonic() + 100

@@ -1,0 +1,171 @@
+"""README.md of an export, in the form of the Hugging Face hub: what it is, where it comes from, how to load it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from prelude.checkpoints.description import has_folder, path_of
+from prelude.checkpoints.exporting.formats import DType, Format
+from prelude.checkpoints.exporting.parity import Proof
+from prelude.checkpoints.own_export import own_card
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
+from prelude.pretrain.own_encoder import is_own
+
+README = "README.md"
+_LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "torch": "pytorch"}
+_METRICS = {"top1": "accuracy", "auc": "roc_auc", "map": "mean_average_precision", "auroc": "roc_auc"}
+
+
+@dataclass(frozen=True)
+class Card:
+    encoder: OpenedEncoder
+    folder: str  # name of the export's
+    source: str
+    format: Format
+    dtype: DType
+    proof: Proof
+    license: str | None
+
+
+def write_card(card: Card, folder: Path) -> None:
+    """Writes README.md, and reads it back as the hub would."""
+    (folder / README).write_text(f"---\n{_front_matter(card)}---\n\n{_facts(card)}\n{_loading(card)}")
+    check_card(folder)
+
+
+def check_card(folder: Path) -> None:
+    """Raises UserError where the hub would not take README.md: offline, by its own package's rules."""
+    path = folder / README
+    try:
+        card = ModelCard.load(path)
+        found = card.data.to_dict()
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{path} has no front matter that the hub takes ({error}); export again.") from None
+    for key in ("library_name", "pipeline_tag", "tags"):
+        if not found.get(key):
+            raise UserError(f"{path} says no {key}, without which the hub does not list it; export again.")
+    if not found.get("license"):
+        raise UserError(f"{path} says no licence; export again with --license ID, such as apache-2.0 or cc-by-nc-4.0.")
+
+
+def _front_matter(card: Card) -> str:
+    results, objective = _results(card), card.encoder.origin.get("objective")
+    data = ModelCardData(
+        library_name=_LIBRARIES[card.format],
+        license=card.license or "unknown",
+        pipeline_tag="image-feature-extraction",
+        tags=[
+            "image-feature-extraction",
+            "self-supervised-learning",
+            *filter(None, [objective]),
+        ],
+        model_name=card.folder if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml() + "\n"
+
+
+def _results(card: Card) -> list[EvalResult]:
+    """What the run's evaluations found of these very weights."""
+    if not has_folder(card.source):
+        return []
+    found = []
+    for path in sorted(path_of(card.source).glob("evaluations/*.json")):
+        try:
+            result = json.loads(path.read_text())
+            if result["encoder"]["fingerprint"] != card.encoder.fingerprint:
+                continue
+            test = result["data"]["test"]
+            found += [
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type="private",
+                    dataset_name=f"{test['num_samples']} test images, fingerprint {test['fingerprint']}",
+                    metric_type=_METRICS[name],
+                    metric_name=f"{result['evaluator'].replace('_', ' ')}, {name}",
+                    metric_value=round(number["value"], 2),
+                )
+                for name, number in result["numbers"].items()
+                if name in _METRICS
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another's file, or half of one: a card is no place to complain of it
+    return found
+
+
+def _facts(card: Card) -> str:
+    encoder, origin, config = card.encoder, card.encoder.origin, card.encoder.config
+    height, width = config.size
+    whose = "" if is_own(config) else "timm "
+    facts = {
+        "Architecture": f"{whose}`{config.name}`, {encoder.model.num_features} features",
+        "Input": f"{config.in_chans} x {height} x {width} pixels, bicubic",
+        "Objective": origin.get("objective"),
+        "Optimizer steps": origin.get("step"),
+        "Data set": origin.get("data") and f"fingerprint `{origin['data']}`",
+        "Started from": origin.get("weights"),
+        "Pixels": f"in [0, 1], minus {list(encoder.mean)}, divided by {list(encoder.std)}",
+        "Weights": f"{card.dtype}, fingerprint `{encoder.fingerprint}`",
+        "Compared": f"features of {card.proof.reader} differ by at most {card.proof.difference:.1e}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+    return f"""# {encoder.name}
+
+An image encoder that was pretrained without labels. It has no classifier.
+
+| | |
+|---|---|
+{table}
+"""
+
+
+def _loading(card: Card) -> str:
+    """How to load it; the blocks of code are run by a test, in the folder's parent."""
+    encoder, config = card.encoder, card.encoder.config
+    if is_own(config):
+        return own_card(encoder)
+    shape = f"(B, {config.in_chans}, {config.size[0]}, {config.size[1]})"
+    pooled = f"(B, {encoder.model.num_features})"
+    match card.format:
+        case "timm":
+            return f"""```python
+import timm
+encoder = timm.create_model("local-dir:{card.folder}", pretrained=True).eval()
+features = encoder(images)  # {shape} to {pooled}
+```
+
+With `num_classes=N` timm adds a fresh classifier for fine-tuning. timm {timm.__version__} wrote this folder.
+"""
+        case "transformers":
+            return f"""```python
+from transformers import AutoModel
+encoder = AutoModel.from_pretrained("./{card.folder}")
+found = encoder(pixel_values=images)  # {shape}
+unpooled, features = found.last_hidden_state, found.pooler_output
+```
+
+It opens as a {card.proof.note}.
+"""
+        case "onnx":
+            return f"""```python
+import onnxruntime
+session = onnxruntime.InferenceSession("{card.folder}/encoder.onnx")
+features, unpooled = session.run(None, {{"images": images.numpy()}})  # {shape} to {pooled}
+```
+
+It takes {card.proof.note}, in {card.dtype}.
+"""
+        case "torch":
+            return f"""```python
+import torch
+encoder = torch.export.load("{card.folder}/encoder.pt2").module()
+features, unpooled = encoder(images)  # {shape} to {pooled}
+```
+
+It takes {card.proof.note}, in {card.dtype}.
+"""

@@ -1,0 +1,104 @@
+"""A folder that appears whole: written beside its place, it takes it in one operation.
+
+Where the file system cannot exchange two folders (NFS), a kill between two renames leaves the earlier export aside, and
+the next export brings it back first.
+"""
+
+import ctypes
+import glob
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from prelude.checkpoints.sources import EXPORT_SECTION
+from prelude.data.errors import UserError
+from prelude.pretrain.files import remove, sync_to_disk
+
+_DRAFT = f".tmp-{socket.gethostname()}-"
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+
+
+@contextmanager
+def published(to: Path) -> Iterator[Path]:
+    """A draft to write into, which takes the place of `to` unless an error comes. Every process has a draft of its own.
+
+    Raises UserError where `to` holds anything that is no export of ours, and where the disk refuses.
+    """
+    refuse_to_overwrite(to)
+    draft = _beside(to, f"{_DRAFT}{os.getpid()}-")
+    try:
+        if not os.path.lexists(to) and _aside(to).is_dir():
+            os.rename(_aside(to), to)  # a kill came between two renames
+        _clear_left_behind(to)
+        draft.mkdir(parents=True)
+        yield draft
+        _publish(draft, to)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The export cannot be written to {to} ({error}); make room there or name another.") from error
+    finally:
+        with suppress(OSError):
+            remove(draft)
+
+
+def _clear_left_behind(to: Path) -> None:
+    """Drafts of this host's processes that are gone."""
+    for path in to.absolute().parent.glob(f"{_DRAFT}*-{glob.escape(to.absolute().name)}"):
+        number = path.name.removeprefix(_DRAFT).split("-")[0]
+        if number.isdecimal() and not Path(f"/proc/{number}").exists():
+            with suppress(OSError):
+                remove(path)
+
+
+def refuse_to_overwrite(to: Path) -> None:
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    try:
+        ours = EXPORT_SECTION in json.loads((to / "config.json").read_text())
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise UserError(f"{to} exists and is no earlier export; name a new folder, or empty this one first.")
+
+
+def _publish(draft: Path, to: Path) -> None:
+    for path in (*draft.iterdir(), draft):
+        sync_to_disk(path)  # or a power cut could leave the new names with nothing behind them
+    if not os.path.lexists(to):
+        os.rename(draft, to)
+    elif not _exchanged(draft, to):
+        _replace_in_two_steps(draft, to)
+    sync_to_disk(draft.parent)
+
+
+def _exchanged(draft: Path, to: Path) -> bool:
+    """Lets two folders take each other's place in one operation; false where the system or file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    return libc.renameat2(_HERE, os.fsencode(draft), _HERE, os.fsencode(to), _EXCHANGE) == 0
+
+
+def _replace_in_two_steps(draft: Path, to: Path) -> None:
+    aside = _aside(to)
+    remove(aside)
+    os.rename(to, aside)
+    try:
+        os.rename(draft, to)
+    except OSError:
+        os.rename(aside, to)
+        raise
+    with suppress(OSError):
+        remove(aside)
+
+
+def _aside(to: Path) -> Path:
+    return _beside(to, ".tmp-earlier-")
+
+
+def _beside(to: Path, prefix: str) -> Path:
+    return to.absolute().parent / f"{prefix}{to.absolute().name}"

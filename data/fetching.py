@@ -1,0 +1,173 @@
+"""Remote shards, fetched before they are needed; and whether the cache has room for what the order needs at once.
+
+- The order is known, so the shards of the next positions are fetched by threads beside the reading, those that come
+  first at first. Processes of a node share the work: a shard that another one is fetching is passed over.
+- No further ahead than the cache has room for; what will be needed soon is not removed.
+- A fetch ahead that fails is no end of the run: whoever needs the shard tries again, and tells.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.node_cache import GIB
+from prelude.data.order import Order, Shuffle
+from prelude.data.remote_shards import Left, RemoteShard
+from prelude.data.shards import ShardIndex
+from prelude.data.source import worker
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8  # shards that a node fetches
+_LOOK_SECONDS = 0.2
+_REST_SECONDS = 1.0  # when all that has room is there, and after a failure
+_PLAN_SECONDS = 2.0  # for which a plan is good
+
+
+def fetch_ahead(steps, source, index: ShardIndex):
+    """Passes steps on while the shards of later ones are fetched. source: has `ahead`."""
+    threads = _own_share(*worker()) if any(isinstance(path, RemoteShard) for path in index.paths) else 0
+    if not threads:
+        yield from steps
+        return
+    ahead = _Ahead(index, source.ahead)
+    for _ in range(threads):
+        threading.Thread(target=ahead.run, daemon=True).start()
+    try:
+        for step in steps:
+            ahead.nth = int(step["__key__"])
+            yield step
+    finally:
+        ahead.left.set()
+
+
+def _own_share(number: int, num_workers: int) -> int:
+    """Threads of one worker, so that a node has `AT_ONCE`, or one a rank where there are more ranks."""
+    of_rank = max(AT_ONCE // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 1)
+    return of_rank // num_workers + (number < of_rank % num_workers)
+
+
+class _Ahead:
+    """The shards that come next, and the threads that fetch them."""
+
+    def __init__(self, index: ShardIndex, samples_from: Callable[[int], Iterator[np.ndarray]]):
+        self.paths, self.ends, self.samples_from = index.paths, index.ends, samples_from
+        self.nth, self.left = 0, threading.Event()
+        self.lock, self.plan, self.planned_for, self.planned_at = threading.Lock(), [], -1, -_PLAN_SECONDS
+        self.failed_at: dict[str, float] = {}
+
+    def run(self) -> None:
+        while not self.left.wait(_LOOK_SECONDS):
+            try:
+                rests = self._fetch_next()
+            except Left:
+                return
+            if rests:
+                self.left.wait(_REST_SECONDS)
+
+    def _fetch_next(self) -> bool:
+        """Whether there is nothing to be done for a while."""
+        missing = [shard for shard in self._next_shards() if not shard.is_here()]
+        planned_at = self.planned_at
+        for shard in missing:
+            if time.monotonic() - self.failed_at.get(shard, -_REST_SECONDS) < _REST_SECONDS:
+                continue
+            try:
+                if not shard.bring_ahead(self.left.is_set):
+                    return True
+            except RunStopped as error:
+                self.failed_at[shard] = time.monotonic()
+                log.debug("%s", error)
+            if self.planned_at != planned_at:
+                break
+        return not missing
+
+    def _next_shards(self) -> list[RemoteShard]:
+        with self.lock:
+            if self.planned_for != self.nth and time.monotonic() - self.planned_at > _PLAN_SECONDS:
+                self.planned_for = self.nth
+                self.plan = self._planned(self.planned_for)
+                self.planned_at = time.monotonic()
+        for shard in self.plan:
+            shard.will_be_needed()
+        return self.plan
+
+    def _planned(self, nth: int) -> list[RemoteShard]:
+        """Those of the next positions, as many as have room beside one that is being fetched for a reader."""
+        found: dict[int, RemoteShard] = {}
+        num_remote = sum(isinstance(path, RemoteShard) for path in self.paths)
+        largest = max((path.size for path in self.paths if isinstance(path, RemoteShard)), default=0)
+        room = None
+        for samples in self.samples_from(nth):
+            numbers, first = np.unique(np.searchsorted(self.ends, samples, side="right"), return_index=True)
+            for number in numbers[np.argsort(first)].tolist():
+                shard = self.paths[number]
+                if number in found or not isinstance(shard, RemoteShard):
+                    continue
+                room = shard.cache.limit - largest if room is None else room
+                room -= shard.size
+                if room < 0 and found:
+                    return list(found.values())
+                found[number] = shard
+            if len(found) == num_remote or self.left.is_set():
+                break
+        return list(found.values())
+
+
+# ---- room
+
+
+def check_room(index: ShardIndex, shuffle: Shuffle, seed: int, tell: bool) -> None:
+    """Raises UserError where the order would fetch shards again and again, saying which order or cache would not.
+    tell: how much is fetched an epoch where the cache cannot hold everything."""
+    remote = [path for path in index.paths if isinstance(path, RemoteShard)]
+    sizes = np.array([path.size if isinstance(path, RemoteShard) else 0 for path in index.paths], np.int64)
+    if not remote or sizes.sum() <= (limit := remote[0].cache.limit):
+        return
+    at_once, fetched = _demand(index, sizes, shuffle, seed)
+    if at_once > limit:
+        raise UserError(
+            f"data.shuffle reads shards of {at_once / GIB:.3g} GiB side by side, and data.cache_gib={limit / GIB:.3g} "
+            f"would have them fetched again and again; write {_way_out(index, sizes, shuffle, seed, limit)}."
+        )
+    if not tell:
+        return
+    total = sizes.sum() / GIB
+    log.warning(
+        "%.3g GiB of remote shards do not fit into data.cache_gib=%.3g: each node fetches about %.3g GiB an epoch%s",
+        total, limit / GIB, fetched / GIB,
+        f"; data.shuffle.span={index.counts.max()} fetches each shard once" if fetched > 2 * sizes.sum() else "",
+    )  # fmt: skip
+
+
+def _demand(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int) -> tuple[int, int]:
+    """(bytes of the shards that are read side by side at most, bytes that are fetched in an epoch)."""
+    at_once = fetched = 0
+    before = np.zeros(len(sizes), bool)
+    for samples in Order(index.counts, seed, shuffle).first_samples_by_turn(0):
+        now = np.zeros(len(sizes), bool)
+        now[np.searchsorted(index.ends, samples, side="right")] = True
+        at_once = max(at_once, int(sizes[now].sum()))
+        fetched += int(sizes[now & ~before].sum())
+        before = now
+    return at_once, fetched
+
+
+def _way_out(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int, limit: int) -> str:
+    """The settings that are nearest to what was asked for and leave half of the cache for what comes next."""
+    whole = int(index.counts.max())
+    for window in (shuffle.window, *(whole * times for times in (32, 16, 8, 4, 2, 1))):
+        for streams in (shuffle.streams, 4, 2):
+            if window <= shuffle.window and streams <= shuffle.streams:
+                at_once, _ = _demand(index, sizes, Shuffle(streams, whole, window), seed)
+                if 2 * at_once <= limit:
+                    return (
+                        f"data.shuffle.span={whole} data.shuffle.window={window} data.shuffle.streams={streams}, which "
+                        f"reads shards whole, {at_once / GIB:.3g} GiB side by side, or a larger data.cache_gib"
+                    )
+    return f"data.cache_gib={2 * _demand(index, sizes, Shuffle(2, whole, whole), seed)[0] / GIB:.3g} or more"

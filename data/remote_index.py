@@ -1,0 +1,142 @@
+"""The index of shards behind a URL: kept, or read from a file beside them, or made of the shards in one pass.
+
+- What is kept has every label, so that another one does not mean another pass.
+- The file beside the shards is believed for those whose size is still the same.
+"""
+
+import functools
+import logging
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prelude.data import index_file, stores
+from prelude.data.checksums import Digests
+from prelude.data.index_file import Entry
+from prelude.data.node_cache import cache_folder
+from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
+from prelude.data.tar_index import TarIndex, index_every_label
+from prelude.data.waiting import in_threads, moved
+
+log = logging.getLogger(__name__)
+
+
+def read_index_files(paths: list[str]) -> None:
+    """For the remote shards among `paths` of which no index is kept yet: keeps what files beside them say."""
+    wanted: dict[str, list[RemoteShard]] = {}
+    for shard in paths:
+        if isinstance(shard, RemoteShard) and not _kept(shard).exists():
+            plain, signature = shard.partition("?")[::2]
+            beside = f"{plain.rpartition('/')[0]}/{index_file.name_for(shard.name)}"
+            wanted.setdefault(beside if not signature else f"{beside}?{signature}", []).append(shard)
+    reading = in_threads(read_beside, list(wanted), lambda url: f"the index {url}")
+    for (url, shards), content in zip(wanted.items(), reading, strict=True):
+        if content is not None:
+            _keep_all(url, shards, content)
+        else:
+            gib = sum(shard.size for shard in shards) / 2**30
+            log.warning(
+                "there is no index file %s, so %d shards (%.3g GiB) are fetched to be indexed, once",
+                stores.without_signature(url), len(shards), gib,
+            )  # fmt: skip
+
+
+def load(shard: RemoteShard, label: str) -> TarIndex:
+    """Raises UserError as `index_tar`, and RunStopped where the shard cannot be had."""
+    entry = _read(shard)
+    if entry is None:
+        entry = Entry(shard.size, "", index_every_label(shard))
+        _write(shard, entry)
+    if entry.sha256:
+        shard.checksums["sha256"] = entry.sha256
+    return entry.index(label) if label else entry.indexes[""]
+
+
+def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | None = None) -> list[str]:
+    """Writes the index files of shards, local or remote, into `folder`; returns their paths.
+
+    sha256: of shards by path, where it is known. Raises OSError.
+    """
+    files: dict[str, dict[str, Entry]] = {}
+    for path, entry in zip(paths, in_threads(_entry_of, paths, lambda path: f"the headers of {path}"), strict=True):
+        entry = replace(entry, sha256=(sha256 or {}).get(path) or entry.sha256 or _sha256(path))
+        files.setdefault(index_file.name_for(shard_name(path)), {})[shard_name(path)] = entry
+    os.makedirs(folder, exist_ok=True)
+    for name, entries in files.items():
+        aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+        with open(aside, "wb") as file:
+            file.write(index_file.write(entries))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, os.path.join(folder, name))
+    return [os.path.join(folder, name) for name in files]
+
+
+def _entry_of(path: str) -> Entry:
+    kept = _read(path) if isinstance(path, RemoteShard) else None
+    if kept is not None:
+        return kept
+    indexes = index_every_label(path)
+    return Entry(path.size if isinstance(path, RemoteShard) else os.path.getsize(path), "", indexes)
+
+
+def _sha256(path: str) -> str:
+    """ "" of a remote shard that would have to be fetched for it."""
+    if isinstance(path, RemoteShard) and not path.is_here():
+        return ""
+    fd = open_shard(path)
+    try:
+        return Digests(("sha256",)).of_file(fd, moved)["sha256"]
+    finally:
+        os.close(fd)
+
+
+def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:
+    try:
+        entries = index_file.read(content)
+    except ValueError as error:
+        log.warning("the index file %s is not used (%s)", url, error)
+        return
+    for shard in shards:
+        entry = entries.get(shard.name)
+        if entry is None or entry.size != shard.size:
+            log.warning("%s is not as the index file %s says, so it is fetched to be indexed", shard, url)
+        else:
+            _write(shard, entry)
+
+
+def _kept(shard: RemoteShard) -> Path:
+    return cache_folder() / "index" / f"{shard.cache_name}.remote.npz"
+
+
+def _read(shard: RemoteShard) -> Entry | None:
+    try:
+        return index_file.read(_kept(shard).read_bytes())[shard.name]
+    except (OSError, ValueError, KeyError):
+        return _made_here.get(shard.cache_name)
+
+
+def _write(shard: RemoteShard, entry: Entry) -> None:
+    """A folder that cannot be written costs another pass at the next start."""
+    kept = _kept(shard)
+    aside = kept.with_name(f"{kept.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_bytes(index_file.write({shard.name: entry}))
+            os.replace(aside, kept)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        _made_here[shard.cache_name] = entry
+        _warn_unkept(str(kept.parent), error.strerror)
+
+
+_made_here: dict[str, Entry] = {}  # where nothing can be kept
+
+
+@functools.cache
+def _warn_unkept(folder: str, reason: str) -> None:
+    log.warning("indexes of remote shards are not kept, because %s cannot be written: %s", folder, reason)

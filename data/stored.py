@@ -1,0 +1,183 @@
+"""The values that an image file stores, for every format but JPEG: (H, W, C) of any type, or a short reason why not.
+
+- PNG, WEBP, BMP, GIF, PPM, JPEG 2000, AVIF and plain TIFFs go through PIL, which has at most 8 bits of a colour. Colour
+  PNGs of 16 bits go through torchvision, arrays and all other TIFFs through `arrays`.
+- The size is read from the header before a value is decoded, and weighed against the file's bytes: a few hundred bytes
+  that claim millions of pixels hold no image.
+- How many channels are asked for decides what is done: 3 is RGB (grey is repeated, palettes are looked up, CMYK is
+  converted, an alpha channel is dropped and not composited), 1 is grey, by luma where it is colour. Any other number
+  must be stored as it is, an alpha channel being a channel.
+- Of an animation the first frame is taken. A grey TIFF of as many equal pages as channels are asked for has a channel
+  in each; of any other, the first page is taken.
+"""
+
+import contextlib
+import functools
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 64 * 2**20
+"""Larger images are refused unless `data.max_pixels` says otherwise: 64 Mi pixels are 192 MiB of RGB."""
+
+MAX_PIXELS_PER_BYTE = 1000
+"""Of an image with more than `ALWAYS_ENOUGH` pixels. Photographs have below 100; one colour all over, as PNG or JPEG
+with 8 bits, up to 1030."""
+
+ALWAYS_ENOUGH = 4 * 2**20
+
+# A list of our own: PIL also registers formats that start other programs (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_NPY = b"\x93NUMPY"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as JPEG and PIL have it
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277
+
+# What PIL's parsers have been seen to raise, or plausibly raise, on damaged bytes.
+_PIL_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, RuntimeError,
+    MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+# Set once, here: `warnings.catch_warnings` around each call would not be safe between threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class BadImage(Exception):
+    """Bytes that give no image. The message is a short reason, one of few, so that reasons can be counted."""
+
+
+class OtherChannels(BadImage):
+    """A sound image with another number of channels. `there`: how many."""
+
+    def __init__(self, there: int, wanted: int):
+        super().__init__(f"{there} channel{'s' * (there > 1)} and not {wanted}")
+        self.there = there
+
+
+def stored_values(image: bytes, channels: int | None, max_pixels: int = MAX_PIXELS, deep: bool = True) -> np.ndarray:
+    """(H, W, channels), or with as many channels as there are for None.
+
+    deep: whether more than 8 bits of a colour matter; without, PIL's upper 8 do. Raises BadImage.
+    """
+    if image.startswith(_NPY):
+        from prelude.data import arrays  # here: only those who have such images pay for it
+
+        return _fitted(arrays.of_npy(image, channels, max_pixels), channels)
+    is_tiff = image.startswith(_TIFF)
+    try:
+        with open_image(image, max_pixels) as opened:
+            if not (is_tiff and _is_for_tifffile(opened, channels, deep)):
+                return _of_pil(image, opened, channels, deep)
+    except BadImage as error:
+        if not is_tiff or str(error) != "not an image":
+            raise
+    from prelude.data import arrays
+
+    return _fitted(arrays.of_tiff(image, channels, max_pixels), channels)
+
+
+def has_8_bits(image: bytes) -> bool:
+    """Whether the first bytes tell that no channel has more. False where they do not tell."""
+    return image[24:25] <= b"\x08" if image.startswith(_PNG) else image.startswith((b"RIFF", b"GIF8", b"BM"))
+
+
+def open_image(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """PIL's lazy image: the header read and its size checked, no pixel decoded."""
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
+        Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own limit would be met first; ours is checked just below
+    try:
+        opened = Image.open(io.BytesIO(image), formats=_installed_formats())
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels") from error
+    except _PIL_ERRORS as error:
+        raise BadImage("not an image") from error
+    check_size(opened.height, opened.width, len(image), max_pixels)
+    return opened
+
+
+def check_size(height: int, width: int, num_bytes: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise BadImage("too many pixels")
+    if height * width > max(ALWAYS_ENOUGH, MAX_PIXELS_PER_BYTE * num_bytes):
+        raise BadImage("too few bytes")
+    if height * width == 0:
+        raise BadImage("no pixels")
+
+
+@contextlib.contextmanager
+def pil_errors():
+    try:
+        yield
+    except _PIL_ERRORS as error:
+        raise BadImage("truncated" if "truncated" in str(error).lower() else "undecodable") from error
+
+
+def _of_pil(image: bytes, opened: Image.Image, channels: int | None, deep: bool) -> np.ndarray:
+    if opened.mode.startswith(("I", "F")):  # I;16 and its byte orders, I, which older PILs give 16-bit PNGs, and F
+        with pil_errors():
+            values = np.asarray(opened)
+        if opened.mode == "I" and opened.format != "TIFF":
+            values = values.clip(0, 65535).astype(np.uint16)
+        return _fitted(values[:, :, None], channels)
+    if deep and image.startswith(_PNG) and image[24] == 16:
+        return _fitted(_png_of_16_bits(image), channels, colours=True)
+    with pil_errors():
+        if channels in (1, 3):
+            opened = opened.convert("RGB" if channels == 3 else "L")
+        elif opened.mode == "P":
+            opened = opened.convert("RGB")
+        values = np.array(opened)
+    return _fitted(values if values.ndim == 3 else values[:, :, None], channels)
+
+
+def _png_of_16_bits(image: bytes) -> np.ndarray:
+    """(H, W, C) uint16, of 2, 3 or 4 channels; PIL has 8 bits of them."""
+    import torch
+    import torchvision.io
+
+    try:
+        # A copy into a bytearray, because torch warns about memory that it may not write.
+        encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+        pixels = torchvision.io.decode_png(encoded, torchvision.io.ImageReadMode.UNCHANGED)  # (C, H, W)
+    except RuntimeError as error:
+        raise BadImage("undecodable") from error
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _is_for_tifffile(opened: Image.Image, channels: int | None, deep: bool) -> bool:
+    """Whether PIL would lose channels, pages or bits of a TIFF that it opens."""
+    with pil_errors():
+        samples = int(opened.tag_v2.get(_SAMPLES_PER_PIXEL, 1))
+        bits = int(max(opened.tag_v2.get(_BITS_PER_SAMPLE, (1,))))
+        if samples > 1 and (channels not in (1, 3) or (deep and bits > 8)):
+            return True
+        has_pages = samples == 1 and bits > 1 and opened.mode != "P" and channels not in (None, 1)
+        return has_pages and opened.n_frames == channels
+
+
+def _fitted(values: np.ndarray, channels: int | None, colours: bool = False) -> np.ndarray:
+    """values: (H, W, C). colours: whether these are RGB, or grey, perhaps with an alpha channel."""
+    there = values.shape[2]
+    if channels in (None, there):
+        return values
+    if channels == 3 and (there == 1 or (colours and there == 2)):
+        return np.repeat(values[:, :, :1], 3, axis=2)
+    if colours and channels == 3:
+        return np.ascontiguousarray(values[:, :, :3])
+    if colours and channels == 1:
+        grey = values[:, :, :1] if there == 2 else values[:, :, :3] @ np.array(_LUMA, np.float32)[:, None]
+        return np.ascontiguousarray(grey).round().astype(values.dtype)
+    raise OtherChannels(there, channels)
+
+
+@functools.cache
+def _installed_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -1,0 +1,1 @@
+"""Features as files for other tools, and nearest images out of them."""

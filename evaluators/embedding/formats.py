@@ -1,0 +1,39 @@
+"""What a file of features may be called, and whether it may be written. Needs no torch, so that a door asks first."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from prelude.data.errors import UserError
+
+SUFFIXES = (".parquet", ".npz", ".npy", ".safetensors")
+DTYPES = ("float32", "float16")
+
+
+def format_of(path: str | Path) -> str:
+    """The suffix. Raises UserError for one that is none of `SUFFIXES`, and for Parquet without pyarrow."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path} has no ending of a file of features; write one of {', '.join(SUFFIXES)}.")
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{path} needs pyarrow; pip install 'prelude-ssl[parquet]', or write a .npz or .safetensors.")
+    return suffix
+
+
+def refuse_to_overwrite(path: str | Path, option: str) -> None:
+    """Raises UserError where something is in the place of a file to be written, or its folder takes none."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists; remove it, or write another {option}.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(
+            f"{path} cannot be written, as there is no folder {folder}; make it, or write another {option}."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written, as {folder} is not writable; write another {option}.")
+
+
+def beside(path: str | Path, ending: str) -> Path:
+    """`features.npy` to `features.keys.csv`."""
+    return Path(path).with_name(f"{Path(path).stem}{ending}")

@@ -1,0 +1,47 @@
+"""What a start would meet in its run folder, which `--dry-run` reads and leaves as it is."""
+
+import errno
+import os
+from pathlib import Path
+
+from prelude.checkpoints.store import Store, read_meta, refuse_incomplete
+from prelude.data.errors import UserError
+from prelude.launch.run_folder import not_written, through_a_link
+from prelude.pretrain.config import Config
+from prelude.pretrain.resume import changed_settings, is_own, progress_after, refuse_changed_config, starting_point
+from prelude.pretrain.run_lock import RunLock
+from prelude.pretrain.schedules import beginning
+
+
+def outlook(config: Config, loader) -> str:
+    """Whether a start would begin anew or go on, and from where. `loader` is moved there.
+
+    Raises UserError, in the words of the start, where it would be refused.
+    """
+    path = Path(config.run_dir)
+    RunLock(path).refuse_held()
+    if refusal := through_a_link(path) or _not_writable(path):
+        raise UserError(refusal)
+    checkpoint = starting_point(Store(path / "checkpoints"), config)
+    if checkpoint is None:
+        return f"a start would begin anew: {path} {'has no checkpoint' if path.exists() else 'would be made'}"
+    refuse_incomplete(checkpoint)
+    meta = read_meta(checkpoint)
+    if not config.resume.allow_changed_config:
+        refuse_changed_config(changed_settings(meta["config"], config), checkpoint)
+    loader.load_state_dict(meta["loader"], allow_changed_data=config.resume.allow_changed_data)
+    progress, notices = progress_after(meta, config, beginning(config, loader.num_samples), checkpoint)
+    if progress.step == progress.num_steps:
+        return f"finished at step {progress.step}: a start would train nothing"
+    place = checkpoint.name if is_own(checkpoint, config) else checkpoint
+    found = f"a start would resume at step {progress.step} of {progress.num_steps}, from {place}"
+    return "; ".join([found, *notices])
+
+
+def _not_writable(path: Path) -> str | None:
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        return not_written(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        return not_written(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return None

@@ -1,0 +1,112 @@
+"""Code of the user's that a config names: `module:function` of an encoder, `module:Class` of an objective.
+
+- A module is looked for on the import path, as any import is (installed packages, PYTHONPATH), and after everything
+  else in the current folder. Nothing there can hide a module that is found elsewhere.
+- A name is imported as it stands, and nothing else of it is run here.
+- `digest` is of the module's source file, so that ranks can compare what they run, and a run can say that it changed.
+
+Nothing here needs torch.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from prelude.data.errors import UserError
+
+# What code that somebody else wrote raises when it is imported or called with settings that do not suit it.
+RAISED = (
+    ImportError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    NameError,
+    OSError,
+)
+_LONGEST_REASON = 200  # characters
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def is_named(name: str) -> bool:
+    """Whether a name leads to code of the user's, rather than to one of ours or of timm's."""
+    return ":" in name
+
+
+def load(key: str, name: str, what: str) -> Any:
+    """What `module:attribute` leads to.
+
+    key: of the config, for messages. what: the form of the name, such as `module:Class`. Raises UserError.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{key}={name} is no name of code; write {what}, such as my_code:Mine for Mine of my_code.py.")
+    module, _, path = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except RAISED as error:
+        raise UserError(f"{key}={name} cannot be imported: {_why(error, module)}; write {what}.") from error
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            raise UserError(
+                f"{key}={name} cannot be imported: {module} ({_file_of(module) or 'built in'}) has no {path}; write "
+                f"{what}."
+            )
+        found = getattr(found, attribute)
+    return found
+
+
+def reason(error: Exception, name: str) -> str:
+    """Why the code behind `name` failed, and in which line of it."""
+    file = _file_of(name.partition(":")[0])
+    text = " ".join(str(error).split())[:_LONGEST_REASON]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" in line {lines[-1]} of {Path(file).name}" if lines else ""
+    return f"{type(error).__name__}{where}{': ' if text else ''}{text}"
+
+
+def digests(*names: str) -> dict[str, str]:
+    """A short hash of the source file of each name that is code of the user's, by that name."""
+    found = {}
+    for name in filter(is_named, names):
+        file = _file_of(name.partition(":")[0])
+        if file and os.path.isfile(file):
+            found[name] = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+    return found
+
+
+def changes(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """A sentence for each name whose source file is not what it was."""
+    return [
+        f"the source of {name} has changed since the checkpoint was saved"
+        for name in sorted(then.keys() & now.keys())
+        if then[name] != now[name]
+    ]
+
+
+def _why(error: Exception, module: str) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+        return f"there is no module {error.name} on the import path (PYTHONPATH) or in the current folder"
+    return reason(error, module)
+
+
+def _file_of(module: str) -> str | None:
+    loaded = sys.modules.get(module)
+    if loaded is not None:
+        return getattr(loaded, "__file__", None)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return spec.origin if spec else None

@@ -1,0 +1,129 @@
+"""The folder that processes of a node share: one brings a file, others wait for it, and a death harms nobody."""
+
+import os
+import time
+
+import pytest
+
+from prelude.data.errors import RunStopped
+from prelude.data.node_cache import NodeCache
+
+SIZE = 200_000
+BRINGS = """
+import os, sys, time
+from prelude.data.node_cache import NodeCache
+folder, log, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+
+def bring(writer):
+    with open(log, "a") as file:
+        file.write("brought\\n")
+    for n in range(20):
+        writer.write(bytes([n]) * 10_000)
+        time.sleep(seconds / 20)
+
+cache = NodeCache(folder, 10**6)
+print("began", flush=True)
+fd = cache.open("shard", 200_000, bring)
+content = os.pread(fd, 10**6, 0)
+print(content == b"".join(bytes([n]) * 10_000 for n in range(20)), flush=True)
+"""
+
+
+def bring(letter=b"x", calls=None):
+    def into(writer):
+        if calls is not None:
+            calls.append(letter)
+        writer.write(letter * (writer.size // 2))
+        writer.write(letter * (writer.size - writer.at))
+
+    return into
+
+
+def fetched(cache, name, letter=b"x", calls=None):
+    fd = cache.open(name, 1000, bring(letter, calls))
+    try:
+        return os.pread(fd, 2000, 0)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "shards").mkdir()
+    return tmp_path / "shards"
+
+
+def test_processes_that_want_one_file_have_it_brought_once(folder, tmp_path, run_python):
+    processes = [run_python(BRINGS, folder, tmp_path / "log", 1.0) for _ in range(3)]
+    assert [process.communicate(timeout=100)[0] for process in processes] == ["began\nTrue\n"] * 3
+    assert (tmp_path / "log").read_text() == "brought\n"
+
+
+def test_a_process_that_is_killed_in_the_middle_leaves_nothing_to_be_read(folder, tmp_path, run_python):
+    killed = run_python(BRINGS, folder, tmp_path / "log", 1000)
+    until = time.monotonic() + 100
+    while not (folder / "shard.partial").exists() or (folder / "shard.partial").stat().st_size < SIZE:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    waits = run_python(BRINGS, folder, tmp_path / "log", 0)
+    assert waits.stdout.readline() == "began\n"
+    killed.kill()
+    assert waits.communicate(timeout=100)[0] == "True\n"
+    assert (tmp_path / "log").read_text() == "brought\n" * 2
+    assert sorted(path.name for path in folder.iterdir()) == ["lock", "shard.json", "shard.tar"]
+
+
+def test_the_longest_unused_make_room(folder):
+    cache, calls = NodeCache(str(folder), 3000), []
+    for name in "abc":
+        fetched(cache, name, calls=calls)
+    cache.touched.clear()
+    fetched(cache, "a", calls=calls)
+    fetched(cache, "d", calls=calls)
+    assert {path.stem for path in folder.glob("*.tar")} == {"a", "c", "d"} and len(calls) == 4
+
+
+def test_a_clock_that_was_wrong_keeps_nothing_for_ever(folder):
+    cache = NodeCache(str(folder), 3000)
+    for name in "abc":
+        fetched(cache, name)
+    os.utime(folder / "b.json", (4e9, 4e9))
+    fetched(cache, "d")
+    assert {path.stem for path in folder.glob("*.tar")} == {"a", "c", "d"}
+
+
+def test_what_a_dead_process_left_takes_no_room(folder):
+    cache = NodeCache(str(folder), 3000)
+    (folder / "dead.partial").write_bytes(bytes(2900))
+    fetched(cache, "a")
+    assert not (folder / "dead.partial").exists()
+
+
+def test_a_record_that_is_lost_or_spoilt_means_another_transfer(folder):
+    calls = []
+    fetched(NodeCache(str(folder), 3000), "a", calls=calls)
+    (folder / "a.json").write_text("spoilt")
+    assert fetched(NodeCache(str(folder), 3000), "a", b"y", calls) == b"y" * 1000
+    (folder / "a.json").unlink()
+    assert fetched(NodeCache(str(folder), 3000), "a", b"z", calls) == b"z" * 1000
+    assert calls == [b"x", b"y", b"z"]
+
+
+def test_a_copied_cache_is_verified_and_not_fetched(folder, tmp_path):
+    fetched(NodeCache(str(folder), 3000), "a")
+    os.rename(folder, tmp_path / "moved")
+    os.utime(tmp_path / "moved" / "a.tar")
+    assert fetched(NodeCache(str(tmp_path / "moved"), 3000), "a", b"y") == b"x" * 1000
+
+
+def test_a_transfer_that_fails_leaves_no_file(folder):
+    cache = NodeCache(str(folder), 3000)
+
+    def fails(writer):
+        writer.write(b"half")
+        raise RunStopped("gone")
+
+    with pytest.raises(RunStopped, match="gone"):
+        cache.open("a", 1000, fails)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert fetched(cache, "a") == b"x" * 1000

@@ -1,0 +1,282 @@
+"""Files of features and nearest images, through their doors, against timm's forward and numpy's brute force."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from prelude.data.decode import decode
+from prelude.data.shapes import write_shards
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.embedding import embed as module
+from prelude.evaluators.embedding.reading import read
+from prelude.evaluators.embedding.samples import pixels_of
+from prelude.evaluators.embedding.writing import write
+from prelude.evaluators.features.extraction import Extractor
+from prelude.launch import prelude
+from prelude.launch.exit_codes import door
+
+FORMATS = ["parquet", "npz", "npy", "safetensors"]
+BAD = [3, 7, 41]
+
+
+def damaged_shards(folder: Path) -> str:
+    """50 images in three shards, three of them damaged after the shards were written."""
+    write_shards(folder, "train", 50, image_size=16, samples_per_shard=20)
+    pattern = f"{folder}/train-*.tar"
+    index = ShardIndex(pattern, "cls")
+    for sample in BAD:
+        offset, size = index.images[sample].tolist()
+        with open(index.shard_of(sample), "r+b") as file:
+            file.seek(offset)
+            file.write(b"\0" * size)
+    return pattern
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return damaged_shards(tmp_path / "shapes")
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A folder as timm writes it, and the model in it."""
+    torch.manual_seed(0)
+    settings = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **settings).eval()
+    folder = tmp_path / "encoder"
+    config = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "input_size": (3, 16, 16)}
+    timm.models.save_for_hf(model, folder, model_config=config, model_args=settings, safe_serialization=True)
+    return f"local-dir:{folder}", model
+
+
+def run(capsys, *argv) -> tuple[int, str]:
+    code = door(lambda: prelude.main([str(word) for word in argv]))
+    return code, capsys.readouterr().err
+
+
+def embedded(capsys, *argv, code: int = 0) -> str:
+    found, told = run(capsys, "embed", *argv, "--num-workers", "0", "--batch-size", "16")
+    assert found == code, told
+    return told
+
+
+def by_timm(model, pattern: str) -> np.ndarray:
+    """The class tokens of the sound images, from their pixels on by timm alone."""
+    index = ShardIndex(pattern, "cls")
+    sound = [sample for sample in range(50) if sample not in BAD]
+    pixels = torch.from_numpy(np.stack(list(pixels_of(index, sound)))).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        return model.forward_features((pixels - 0.5) / 0.25)[:, 0].numpy()
+
+
+def columns(path: Path, kind: str) -> dict:
+    """By the tools that a user has, and not by ours."""
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        found = {name: table.column(name).to_pylist() for name in ("key", "shard", "sample_id", "label")}
+        return found | {kind: np.array(table.column(kind).to_pylist())}
+    if path.suffix == ".npy":
+        rows = list(csv.DictReader(open(path.with_name(f"{path.stem}.keys.csv"))))
+        found = {name: [row[name] for row in rows] for name in ("key", "shard")}
+        found |= {name: [int(row[name]) for row in rows] for name in ("sample_id", "label")}
+        return found | {kind: np.load(path)}
+    if path.suffix == ".npz":
+        arrays = dict(np.load(path))
+        shards = arrays["shards"].tolist()
+    else:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        for name in ("key", "shards"):
+            arrays[name] = np.array(arrays[name].tobytes().decode().split("\0")[:-1])
+        shards = arrays["shards"].tolist()
+    found = {name: arrays[name].tolist() for name in ("key", "sample_id", "label")}
+    return found | {"shard": [shards[number] for number in arrays["shard"]], kind: arrays[kind]}
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_file_holds_the_features_of_timm_with_keys_and_labels(ending, shards, encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 17)  # several pieces, whose ends are in the middle of shards
+    source, model = encoder
+    to = tmp_path / f"features.{ending}"
+    embedded(capsys, source, shards, "--to", to, "--kind", "cls", code=4)
+    found, sound = columns(to, "cls"), [sample for sample in range(50) if sample not in BAD]
+    index = ShardIndex(shards, "cls")
+    assert found["sample_id"] == sound
+    assert found["key"] == [index.key(sample) for sample in sound]
+    assert found["shard"] == [index.shard_of(sample) for sample in sound]
+    assert found["label"] == [sample % 10 for sample in sound]
+    assert np.abs(found["cls"] - by_timm(model, shards)).max() < 1e-5
+    ours = read(to)
+    assert np.array_equal(ours.values.numpy(), found["cls"]) and ours.keys == found["key"]
+    assert [ours.shards[number] for number in ours.shard] == found["shard"]
+    assert ours.sample_ids.tolist() == sound and ours.labels.tolist() == found["label"]
+    lines = list(map(json.loads, (tmp_path / "features.left_out.jsonl").open()))
+    assert [line["key"] for line in lines] == [index.key(sample) for sample in BAD]
+    assert all(line["reason"] for line in lines)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_float16_is_the_rounded_float32(shards, tmp_path, capsys):
+    wide, narrow = tmp_path / "wide.npz", tmp_path / "narrow.safetensors"
+    embedded(capsys, "pixels:4", shards, "--to", wide, code=4)
+    embedded(capsys, "pixels:4", shards, "--to", narrow, "--dtype", "float16", code=4)
+    full, half = read(wide).values, read(narrow).values
+    assert half.dtype == torch.float16 and half.equal(full.half())
+
+
+def test_a_killed_start_goes_on_where_it_was(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 16)
+    to, whole, calls, original = tmp_path / "two.npz", tmp_path / "one.npz", [], Extractor.__call__
+
+    class Killed(BaseException):
+        pass
+
+    def counted(self, batch):
+        calls.append(batch.sample_ids.tolist())
+        if len(calls) == 3:
+            raise Killed
+        return original(self, batch)
+
+    monkeypatch.setattr(Extractor, "__call__", counted)
+    with pytest.raises(Killed):
+        embedded(capsys, "pixels:4", shards, "--to", to)
+    assert not to.exists()
+    monkeypatch.setattr(module, "PIECE", 1000)  # what a start at another number of ranks would choose
+    embedded(capsys, "pixels:4", shards, "--to", to, code=4)
+    assert len(calls) == 5  # three pieces of four, the third twice
+    embedded(capsys, "pixels:4", shards, "--to", whole, code=4)
+    assert read(to).values.equal(read(whole).values) and read(to).keys == read(whole).keys
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_disk_that_refuses_leaves_no_file_and_what_was_computed(shards, tmp_path, capsys, monkeypatch):
+    def full(table, to):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write", full)
+    to = tmp_path / "features.npz"
+    told = embedded(capsys, "pixels:4", shards, "--to", to, code=2)
+    assert "No space left" in told and "what was computed is kept" in told and not to.exists()
+    monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(Extractor, "__call__", None)  # nothing is computed again
+    embedded(capsys, "pixels:4", shards, "--to", to, code=4)
+    assert len(read(to)) == 47
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(shards, encoder, tmp_path, capsys, monkeypatch):
+    original = Extractor.__call__
+    monkeypatch.setattr(
+        Extractor, "__call__", lambda self, batch: {k: v * 1e6 for k, v in original(self, batch).items()}
+    )
+    argv = [shards, "--to", tmp_path / "x.npz", "--dtype", "float16"]
+    assert "write --dtype float32" in embedded(capsys, "pixels:4", *argv, code=2)
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_a_folder_of_images_has_its_class_folders_as_labels(tmp_path, capsys):
+    for number, name in enumerate(("b/x.png", "a/y.png", "a/z.png")):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), (40 * number, 90, 30)).save(tmp_path / "photos" / name)
+    embedded(capsys, "pixels:2", tmp_path / "photos", "--to", tmp_path / "f.parquet")
+    found = read(tmp_path / "f.parquet")
+    assert found.keys == ["a/y.png", "a/z.png", "b/x.png"] and found.labels.tolist() == [0, 0, 1]
+
+
+MISTAKES = {
+    "a kind that there is not": (["--kind", "stages"], "has no features=stages"),
+    "an ending": (["--to", "x.csv"], ".parquet, .npz"),
+    "no folder": (["--to", "/nowhere/x.npz"], "/nowhere"),
+    "a label that there is not": (["--label", "json"], "json"),
+    "two kinds in one array": (["--to", "x.npy", "--kind", "cls", "mean"], "room for one kind"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(mistake, shards, encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    argv, expected = MISTAKES[mistake]
+    to = [] if "--to" in argv else ["--to", "x.npz"]
+    told = embedded(capsys, encoder[0], shards, *to, *argv, code=2)
+    assert expected in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
+    assert sorted({*os.listdir(tmp_path)} - {"cache"}) == before
+
+
+def test_what_is_there_already_is_not_written_over(shards, tmp_path, capsys):
+    (tmp_path / "x.npz").write_text("mine")
+    assert "exists" in embedded(capsys, "pixels:4", shards, "--to", tmp_path / "x.npz", code=2)
+    assert (tmp_path / "x.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize("ending", ["parquet", "safetensors"])
+def test_neighbours_are_those_of_brute_force(ending, shards, encoder, tmp_path, capsys):
+    to, out, sheet = tmp_path / f"features.{ending}", tmp_path / "near.csv", tmp_path / "near.png"
+    embedded(capsys, encoder[0], shards, "--to", to, code=4)
+    index, found = ShardIndex(shards, "cls"), columns(to, "mean")
+    photo = tmp_path / "photo.png"  # the pixels of an image of the set, in a file
+    Image.fromarray(next(pixels_of(index, [found["sample_id"][20]]))).save(photo)
+    queries = [found["key"][5], str(photo)]
+    code, told = run(
+        capsys, "neighbours", to, "--of", *queries, "--k", "4", "--kind", "mean", "--out", out, "--sheet", sheet
+    )
+    assert code == 0, told
+    unit = found["mean"] / np.linalg.norm(found["mean"], axis=1, keepdims=True)
+    cosines = unit[[5, 20]] @ unit.T
+    cosines[0, 5] = -2  # no neighbour of itself; a file is one of its copy in the set
+    rows = list(csv.DictReader(open(out)))
+    for line in range(2):
+        order = np.argsort(-cosines[line])[:4]
+        here = rows[4 * line : 4 * line + 4]
+        assert [row["key"] for row in here] == [found["key"][place] for place in order]
+        assert [int(row["label"]) for row in here] == [found["label"][place] for place in order]
+        assert np.allclose([float(row["cosine"]) for row in here], cosines[line, order], atol=1e-5)
+    page = np.array(Image.open(sheet))
+    assert page.shape[0] > 2 * 112 and page.shape[1] > 5 * 112
+    first = decode((tmp_path / "photo.png").read_bytes())
+    tile = page[8 + 148 : 8 + 148 + 112, 8 : 8 + 112]
+    assert np.array_equal(tile[3::7, 3::7], first)  # each pixel as a square of seven
+
+
+def test_neighbours_out_of_a_bank_are_those_out_of_a_file(shards, tmp_path, capsys):
+    embedded(capsys, "pixels:4", shards, "--to", tmp_path / "f.npz", code=4)
+    key = read(tmp_path / "f.npz").keys[0]
+    told = []
+    for words in (["pixels:4", "--shards", shards, "--bank", tmp_path / "bank"], [tmp_path / "f.npz"]):
+        out = tmp_path / f"{len(told)}.csv"
+        code, message = run(capsys, "neighbours", *words, "--of", key, "--out", out, "--num-workers", "0")
+        assert code == 0, message
+        told.append([[row[name] for name in ("rank", "cosine", "key")] for row in csv.DictReader(open(out))])
+    assert told[0] == told[1] and len(told[0]) == 8
+
+
+def test_mistakes_about_neighbours_are_sentences(shards, encoder, tmp_path, capsys):
+    file = tmp_path / "f.safetensors"
+    embedded(capsys, "pixels:4", shards, "--to", file, code=4)
+    (tmp_path / "words.jpg").write_text("no image")
+    shutil.copy(file, tmp_path / "cut.npz")
+    wrong = {
+        "no key": ([file, "--of", "nothing"], "no key 'nothing'"),
+        "a kind": ([file, "--of", "x", "--kind", "cls"], "write --kind pixels"),
+        "no image": ([file, "--of", tmp_path / "words.jpg"], "is no image"),
+        "another encoder": ([file, "--of", tmp_path / "words.jpg", "--encoder", encoder[0]], "other weights"),
+        "a damaged file": ([tmp_path / "cut.npz", "--of", "x"], "is no file of features"),
+        "a source alone": (["pixels:4", "--of", "x"], "--shards"),
+        "no neighbour": ([file, "--of", "x", "--k", "0"], "--k"),
+        "no picture": ([file, "--of", "x", "--sheet", "near.jpg"], "near.png"),
+    }
+    for name, (argv, expected) in wrong.items():
+        try:
+            code, told = run(capsys, "neighbours", *argv)
+        except SystemExit as stop:  # of argparse
+            code, told = stop.code, capsys.readouterr().err
+        assert code == 2 and expected in told and "Traceback" not in told, (name, told)
