@@ -109,9 +109,17 @@ def _traced(encoder: OpenedEncoder, dtype: str, any_size: bool) -> tuple[torch.e
             shape = {"images": {0: any_dimension, 2: any_dimension, 3: any_dimension}}
             traced = torch.export.export(program, (images,), dynamic_shapes=shape)
             traced.module()(_larger(encoder).to(DTYPES[dtype]))
-            return traced, True
+            return _without_traces(traced), True
     with _quiet():
-        return torch.export.export(program, (images,), dynamic_shapes={"images": {0: any_dimension}}), False
+        traced = torch.export.export(program, (images,), dynamic_shapes={"images": {0: any_dimension}})
+        return _without_traces(traced), False
+
+
+def _without_traces(traced: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Lines of source with the paths of this machine are nobody else's."""
+    for node in traced.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return traced
 
 
 def _larger(encoder: OpenedEncoder) -> Tensor:

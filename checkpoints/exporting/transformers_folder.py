@@ -95,9 +95,9 @@ def is_converted(encoder: OpenedEncoder) -> bool:
 
 def convert(model: nn.Module, size: tuple[int, int]) -> Converted | None:
     """None for an architecture that transformers has no counterpart of its own for."""
-    if isinstance(model, VisionTransformer) and _is_plain_vit(model) and size[0] == size[1]:
+    if type(model) is VisionTransformer and _is_plain_vit(model) and size[0] == size[1]:
         return _vit(model, size)
-    if isinstance(model, ResNet) and _is_plain_resnet(model):
+    if type(model) is ResNet and _is_plain_resnet(model):
         return _resnet(model)
     return None
 
@@ -199,13 +199,16 @@ def _block(block: Block, width: int) -> dict[str, Tensor]:
 
 
 def _is_plain_resnet(model: ResNet) -> bool:
-    """The stem of one convolution, ReLU, the stride in the middle, shortcuts of one convolution and one norm."""
+    """The stem of one convolution, ReLU, the stride in the middle, shortcuts of one convolution and one norm, pooled by
+    the mean, and nothing dilated."""
     blocks = [block for stage in _stages(model) for block in stage]
     return (
         type(model.conv1) is nn.Conv2d
         and model.conv1.kernel_size == (7, 7)
         and isinstance(model.maxpool, nn.MaxPool2d)
         and isinstance(model.act1, nn.ReLU)
+        and model.global_pool.pool_type == "avg"
+        and model.feature_info[-1]["reduction"] == 32
         and len({type(block) for block in blocks}) == 1
         and type(blocks[0]) in (BasicBlock, Bottleneck)
         and all(_is_plain_residual(block) for block in blocks)
@@ -215,7 +218,7 @@ def _is_plain_resnet(model: ResNet) -> bool:
 
 def _is_plain_residual(block: nn.Module) -> bool:
     shortcut = block.downsample
-    wide = isinstance(block, Bottleneck) and (
+    unlike = isinstance(block, Bottleneck) and (
         block.conv2.groups != 1
         or block.conv1.out_channels * 4 != block.conv3.out_channels
         or block.conv1.stride != (1, 1)
@@ -225,7 +228,7 @@ def _is_plain_residual(block: nn.Module) -> bool:
         and (block.aa is None or isinstance(block.aa, nn.Identity))
         and (shortcut is None or [type(part) for part in shortcut] == [nn.Conv2d, nn.BatchNorm2d])
         and (shortcut is None or shortcut[0].kernel_size == (1, 1))
-        and not wide
+        and not unlike
     )
 
 
