@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import zipfile
 
 import pytest
 import timm
@@ -69,6 +70,16 @@ def as_its_card_says(folder, images):
     return torch.as_tensor(scope["features"]).float().flatten(1)
 
 
+def contents_of(folder):
+    """Of all files, unpacked."""
+    for path in folder.iterdir():
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                yield from map(archive.read, archive.namelist())
+        else:
+            yield path.read_bytes()
+
+
 CASES = [
     *((kind, "timm", "float32", 1e-5) for kind in ARCHITECTURES),
     *((kind, "transformers", "float32", 1e-4) for kind in ARCHITECTURES),
@@ -92,6 +103,7 @@ def test_the_code_in_the_card_computes_the_features_of_plain_timm(source, tmp_pa
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= tolerance * max(1, expected.abs().max())
     if program:
+        assert not any(b"site-packages" in content for content in contents_of(tmp_path / "out"))
         with pytest.raises(UserError, match=f"an export to {format}, whose weights are not read back"):
             open_encoder(str(tmp_path / "out"))
     elif (kind, format) == ("ResNet", "transformers"):
