@@ -1,10 +1,11 @@
 """Say which objectives an encoder can serve, and why not the others.
 
     prelude check-encoder resnet50
-    prelude check-encoder my_networks:small_convnet encoder.image_size=64 encoder.kwargs.width=32
+    prelude check-encoder my_networks:small encoder.kwargs.width=32
 
-ENCODER is an architecture of timm, or module:function of your own, found on the
-import path or in the current folder; docs/encoders.md says what it has to give.
+ENCODER is an architecture of timm, or module:function of your own, found on
+the import path or in the current folder; docs/encoders.md says what it has to
+give.
 Exit codes: 0 some objective can use it, 1 none can, 2 it is no encoder.
 """
 

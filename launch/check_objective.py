@@ -1,10 +1,10 @@
-"""Say whether your own objective keeps the contract that runs, resumes and evaluations rely on.
+"""Say whether your own objective keeps the contract that runs rely on.
 
-    prelude check-objective my_objectives:Denoising --config mae_cifar10
-    prelude check-objective my_objectives:Denoising --config mine.yaml --quick objective.noise=0.3
+    prelude check-objective mine:Denoising --config mae_cifar10
+    prelude check-objective mine:Denoising --config mine.yaml --quick objective.noise=0.3
 
-The config says which encoder, and options of the objective; what else is in it,
-its data too, plays no part: images are made up, batches small, steps few, and
+The config says which encoder, and options of the objective; what else is in
+it, its data too, plays no part: images are made up, batches small, steps few, and
 all is computed on the CPU. A small encoder makes it quick. `--quick` starts no
 second process, and leaves ranks, ZeRO and the real resume and export out.
 Each line says pass or FAIL, and what to look at. Exit codes: 0 all passed,

@@ -4,7 +4,7 @@
     prelude neighbours runs/mae --shards 'train-{0..9}.tar' --of 000123
 
 Out of a file of `prelude embed`, or of the bank of a source, which makes what
-it lacks. Nearest by cosine; every image is compared. docs/embedding.md has more.
+it lacks. Nearest by cosine; every image is compared. More: docs/embedding.md.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -15,7 +15,7 @@ from prelude.launch.exit_codes import door
 from prelude.pretrain import stopping
 
 COMMANDS = {
-    "quickstart": ("quickstart", "pretrain, probe and export on a small data set made on the spot"),
+    "quickstart": ("quickstart", "pretrain, probe and export on a small data set made here"),
     "pretrain": ("pretrain", "train an encoder on unlabelled shards"),
     "probe": ("linear_probe", "linear probe of a frozen encoder"),
     "knn": ("knn", "k-nearest-neighbour accuracy of a frozen encoder"),
@@ -27,7 +27,7 @@ COMMANDS = {
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),
     "neighbours": ("neighbours", "the images nearest to given ones by their features"),
-    "compare": ("compare", "objectives or checkpoints side by side, in one table and one page"),
+    "compare": ("compare", "objectives or checkpoints side by side, as table and page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),
     "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),
     "check-objective": ("check_objective", "whether your own objective keeps the contract"),

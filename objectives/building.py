@@ -18,7 +18,8 @@ def build_objective(config: Config, warm: WarmStart | None = None) -> Objective:
     filled = warm.begin(encoder) if warm else {}
     with seeded(config.seed + 2**31):  # seeds are below 2**31: no run's encoder starts from these draws
         objective = cls(encoder, options, image_size=config.encoder.size, mean=config.data.mean, std=config.data.std)
-    objective.views = replace(objective.views, shown=tuple(config.data.shown_channels))
+    if config.data.shown_channels:
+        objective.views = replace(objective.views, shown=tuple(config.data.shown_channels))
     if warm:
         warm.finish(objective, filled, config.objective["name"])
     return objective

@@ -31,9 +31,15 @@ def apply(values: dict, override: str, keys: Keys) -> None:
         place[_index(place, path, override)] = value_of(text, None)
     else:
         value = value_of(text, field)
-        if isinstance(value, dict) and keys.section(path) and place.get(path[-1]):
-            raise UserError(_of_a_section(key.strip(), value, place[path[-1]]))
+        there = place.get(path[-1])
+        if isinstance(value, dict) and keys.section(path) and there and not _is_another_kind(value, there):
+            raise UserError(_of_a_section(key.strip(), value, there))
         place[path[-1]] = value
+
+
+def _is_another_kind(value: dict, there: Any) -> bool:
+    """Whether a section names another objective, optimizer or encoder, of which the settings there say nothing."""
+    return isinstance(there, dict) and "name" in value and value["name"] != there.get("name")
 
 
 def _of_a_section(key: str, value: dict, there: Any) -> str:

@@ -159,16 +159,16 @@ def test_channels_are_summed_repeated_or_cut_off():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_files_of_other_channels_are_brought_to_three_and_say_so(channels, tmp_path):
+def test_files_of_other_channels_open_with_as_many_where_their_pixels_are_said(channels, tmp_path):
     model = drawn(fair_shapes(channels=channels))
     torch.save(model, tmp_path / "weights.pth")
-    opened = open_encoder(f"{tmp_path}/weights.pth#num_heads={HEADS},pixels=half")
-    assert f"first layer brought from {channels} to 3 channels" in opened.loaded
-    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    weight = model["patch_embed.proj.weight"]
-    weight = weight.repeat(1, 3, 1, 1)[:, :3] * channels / 3
+    with pytest.raises(UserError, match=f"reads {channels} channels; write .*pixels=M/.../S/..."):
+        open_encoder(f"{tmp_path}/weights.pth#num_heads={HEADS},pixels=half")
+    pixels = "/".join(["0.5"] * 2 * channels)
+    opened = open_encoder(f"{tmp_path}/weights.pth#num_heads={HEADS},pixels={pixels}")
+    images = torch.randn(2, channels, 16, 16, dtype=torch.float64)
     with torch.no_grad():
-        expected = fair_tokens(model | {"patch_embed.proj.weight": weight}, images)[:, 0]
+        expected = fair_tokens(model, images)[:, 0]
         assert (opened.model.double()(images) - expected).abs().max() <= 1e-6
 
 
@@ -176,9 +176,9 @@ def test_a_convnet_of_one_channel_opens_too(tmp_path):
     state = dict(METHODS["torchvision ResNet"]().tree)
     state["conv1.weight"] = state["conv1.weight"][:, :1].clone()
     torch.save(state, tmp_path / "weights.pth")
-    opened = open_encoder(f"{tmp_path}/weights.pth")
-    assert "from 1 to 3 channels (repeated in turn or cut off, times 1 / 3)" in opened.loaded
-    torch.testing.assert_close(opened.model.conv1.weight.sum(1), state["conv1.weight"].sum(1))
+    opened = open_encoder(f"{tmp_path}/weights.pth#pixels=0.5/0.5")
+    assert opened.config.in_chans == 1
+    torch.testing.assert_close(opened.model.conv1.weight, state["conv1.weight"])
 
 
 def test_a_table_that_is_a_formulas_is_known_by_its_values(tmp_path):
