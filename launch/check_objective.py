@@ -1,12 +1,12 @@
 """Say whether your own objective keeps the contract that runs rely on.
 
     prelude check-objective mine:Denoising --config mae_cifar10
-    prelude check-objective mine:Denoising --config mine.yaml --quick objective.noise=0.3
+    prelude check-objective mine:Denoising --config mine.yaml --quick
 
 The config says which encoder, and options of the objective; what else is in
-it, its data too, plays no part: images are made up, batches small, steps few, and
-all is computed on the CPU. A small encoder makes it quick. `--quick` starts no
-second process, and leaves ranks, ZeRO and the real resume and export out.
+it, its data too, plays no part: images are made up, batches small, steps few,
+and all is computed on the CPU. A small encoder makes it quick. `--quick` starts
+no second process, and leaves ranks, ZeRO and the real resume and export out.
 Each line says pass or FAIL, and what to look at. Exit codes: 0 all passed,
 1 a check failed, 2 a mistake in the command or config.
 """

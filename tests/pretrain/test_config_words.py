@@ -149,7 +149,7 @@ def refusal(recipe: str, *overrides: str) -> str:
             "data=... would replace the whole section, and lose shards; write data.allow_commands=true.",
         ),
         ("train={}", "train=... would replace the whole section, and lose epochs, global_batch"),
-        ("objective={name: rotation}", "write objective.name=rotation."),
+        ("objective={name: mae}", "write objective.name=mae."),
         ("encoder.name=vit_bse_patch16_224", "did you mean vit_base_patch16_224?"),
         ("encoder.name=resnet_50", "did you mean resnet50?"),
         ("encoder.name=ConvNeXt-Tinny", "did you mean convnext_tiny?"),
