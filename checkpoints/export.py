@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from prelude.checkpoints.exporting.card import Card, write_card
+from prelude.checkpoints.exporting.card import Card, check_card, write_card
 from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.checkpoints.exporting.parity import Proof
 from prelude.checkpoints.exporting.programs import write_program
@@ -40,14 +40,21 @@ class ExportReport:
 
 
 def export_encoder(
-    source: str, to: str | Path, *, format: Format = "timm", dtype: DType = "float32", license: str | None = None
+    source: str,
+    to: str | Path,
+    *,
+    format: Format = "timm",
+    dtype: DType = "float32",
+    license: str | None = None,
+    check_hub: bool = False,
 ) -> ExportReport:
     """Writes the encoder of `source` (see `open_encoder`) to the folder `to`, replacing an earlier export there.
 
     dtype: of the weights; of a program also what it computes in. license: an identifier of the hub's, for README.md.
+    check_hub: whether README.md must be what the hub takes.
 
-    Raises UserError when `to` holds anything that is not an export of ours, the disk refuses, or the format cannot hold
-    this encoder; RunStopped when the features differ from ours, in which case nothing is published.
+    Raises UserError when `to` holds anything that is not an export of ours, the disk refuses, the format cannot hold
+    this encoder, or the hub would refuse; RunStopped when the features differ from ours. Nothing is then published.
     """
     to = Path(to)
     with published(to) as draft:
@@ -55,6 +62,8 @@ def export_encoder(
         _refuse(encoder, source, format)
         proof = _write(encoder, draft, format, dtype)
         write_card(Card(encoder, to.absolute().name, source, format, dtype, proof, license), draft)
+        if check_hub:
+            check_card(draft)
     numel = sum(tensor.numel() for tensor in encoder.model.parameters())
     return ExportReport(to, encoder.config.name, encoder.fingerprint, proof.difference, numel, proof.reader, proof.note)
 

@@ -134,12 +134,7 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     parser = documented_parser(doc)
     parser.add_argument("sources", nargs="+", type=source, metavar="SOURCE", help=sources)
     add_labelled(parser, label=label)
-    parser.add_argument(
-        "--range",
-        type=value_range,
-        metavar="LOW,HIGH",
-        help="values of 16-bit images that are black and white, or auto (default: data.range of the run's config)",
-    )
+    add_range(parser)
     parser.add_argument(
         "--features",
         nargs="+",
@@ -155,6 +150,15 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
     add_reading(parser)
     return parser
+
+
+def add_range(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--range",
+        type=value_range,
+        metavar="LOW,HIGH",
+        help="values of 16-bit images that are black and white, or auto (default: data.range of the run's config)",
+    )
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,16 @@ import sys
 from pathlib import Path
 
 from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
-from prelude.launch.arguments import SOURCES, add_reading, documented_parser, parse, path, seed, source, value_range
+from prelude.launch.arguments import (
+    SOURCES,
+    add_range,
+    add_reading,
+    documented_parser,
+    parse,
+    path,
+    seed,
+    source,
+)
 from prelude.launch.exit_codes import INCOMPLETE, door
 
 
@@ -95,12 +104,7 @@ def parser() -> argparse.ArgumentParser:
         "--bank", type=path, metavar="DIR", help="where features are kept until FILE is there (default: beside it)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
-    parser.add_argument(
-        "--range",
-        type=value_range,
-        metavar="LOW,HIGH",
-        help="values of 16-bit images that are black and white, or auto (default: data.range of the run's config)",
-    )
+    add_range(parser)
     add_reading(parser)
     return parser
 

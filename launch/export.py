@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from prelude.checkpoints.exporting.formats import DType, Format
+from prelude.data.errors import UserError
 from prelude.launch.arguments import documented_parser, parse, path, source
 from prelude.launch.exit_codes import door
 
@@ -21,16 +22,23 @@ from prelude.launch.exit_codes import door
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     from prelude.checkpoints.export import export_encoder
-    from prelude.checkpoints.exporting.card import check_card
 
-    name = "export" if args.format == "timm" else f"export-{args.format}"
-    to = Path(args.to) if args.to else Path(args.source.partition("#")[0]) / name
-    report = export_encoder(args.source, to, format=args.format, dtype=args.dtype, license=args.license)
+    to = Path(args.to) if args.to else _within(args.source, args.format)
+    report = export_encoder(
+        args.source, to, format=args.format, dtype=args.dtype, license=args.license, check_hub=args.check_hub
+    )
     print(report)
     if args.check_hub:
-        check_card(to)
         print(f"{to / 'README.md'}: as the Hugging Face hub takes it")
     return 0
+
+
+def _within(source: str, format: str) -> Path:
+    """Where an export lies unless it is said. Raises UserError for a source that is no folder."""
+    folder = Path(source.partition("#")[0])
+    if not folder.is_dir():
+        raise UserError(f"{source} is no folder that an export could lie in; write --to DIR.")
+    return folder / ("export" if format == "timm" else f"export-{format}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,13 +21,13 @@ from prelude.data.errors import UserError
 from prelude.evaluators.embedding.formats import refuse_to_overwrite
 from prelude.launch.arguments import (
     Shards,
+    add_range,
     add_reading,
     documented_parser,
     parse,
     path,
     seed,
     source,
-    value_range,
     whole,
 )
 from prelude.launch.exit_codes import door
@@ -166,12 +166,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bank", type=path, metavar="DIR", help="where features of a source are (default: RUN/bank)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
-    parser.add_argument(
-        "--range",
-        type=value_range,
-        metavar="LOW,HIGH",
-        help="values of 16-bit images that are black and white (default: data.range of the run's config)",
-    )
+    add_range(parser)
     add_reading(parser)
     return parser
 

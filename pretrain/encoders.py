@@ -21,22 +21,12 @@ from prelude.data.errors import UserError
 from prelude.pretrain import encoder_names, own_encoder
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.kept_patches import check_tokens, hold_rotations, is_transformer, token_features
+from prelude.pretrain.named_code import REFUSALS
 from prelude.pretrain.own_encoder import TokenLayout, gives, is_own
 from prelude.pretrain.position import sincos_table
 
 # keys of ours that kwargs must not repeat
 _HOME_OF = {"img_size": "encoder.image_size", "patch_size": "encoder.patch_size", "in_chans": "data.channels"}
-# What timm and torch raise for settings that no model can have.
-_REFUSALS = (
-    TypeError,
-    ValueError,
-    AssertionError,
-    RuntimeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    NameError,
-)
 _LONGEST_REASON = 200  # characters
 _ALWAYS = ("num_classes", "pretrained")  # set here, the same for every encoder
 # timm would load these, leniently, and an objective's initialisation would undo it.
@@ -211,7 +201,7 @@ def _create(config: EncoderConfig) -> nn.Module:
             if "img_size" not in str(error):
                 raise
             model = _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
-    except _REFUSALS as error:
+    except REFUSALS as error:
         _refuse_two_sides(config)
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
             raise _no_setting(unknown[1], config) from error

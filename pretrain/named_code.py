@@ -20,10 +20,9 @@ from typing import Any
 
 from prelude.data.errors import UserError
 
-# What code that somebody else wrote raises when it is imported or called with settings that do not suit it.
-RAISED = (
-    ImportError,
-    SyntaxError,
+# What timm, torch and code that somebody else wrote raise for settings that do not suit them; the last three where a
+# module is imported for it.
+REFUSALS = (
     TypeError,
     ValueError,
     AssertionError,
@@ -32,8 +31,8 @@ RAISED = (
     ArithmeticError,
     AttributeError,
     NameError,
-    OSError,
 )
+RAISED = (*REFUSALS, ImportError, SyntaxError, OSError)
 _LONGEST_REASON = 200  # characters
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 

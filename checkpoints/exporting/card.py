@@ -43,7 +43,7 @@ def check_card(folder: Path) -> None:
     """Raises UserError where the hub would not take README.md: offline, by its own package's rules."""
     path = folder / README
     if _read_back(path).get("license") in (None, "", _NO_LICENSE):
-        raise UserError(f"{path} says no licence; export again with --license ID, such as apache-2.0 or cc-by-nc-4.0.")
+        raise UserError("The hub wants a licence; add --license ID, such as apache-2.0 or cc-by-nc-4.0.")
 
 
 def _read_back(path: Path) -> dict:
@@ -80,7 +80,9 @@ def _results(card: Card) -> list[EvalResult]:
     if not has_folder(card.source):
         return []
     found = []
-    for path in sorted(path_of(card.source).glob("evaluations/*.json")):
+    folder = path_of(card.source)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    for path in sorted(run.glob("evaluations/*.json")):
         try:
             result = json.loads(path.read_text())
             if result["encoder"]["fingerprint"] != card.encoder.fingerprint:

@@ -152,8 +152,15 @@ def test_the_hub_wants_a_licence(source, tmp_path, capsys):
     encoder, *_ = source("ResNet")
     with pytest.raises(UserError, match="--license ID"):
         door.main([encoder, "--to", str(tmp_path / "out"), "--check-hub"])
+    assert not (tmp_path / "out").exists()
     assert door.main([encoder, "--to", str(tmp_path / "out"), "--check-hub", "--license", "mit"]) == 0
     assert "as the Hugging Face hub takes it" in capsys.readouterr().out
+
+
+def test_a_source_that_is_no_folder_needs_a_place(tmp_path):
+    for source in ("timm:resnet18", str(tmp_path / "weights.pth")):
+        with pytest.raises(UserError, match="write --to DIR"):
+            door.main([source])
 
 
 def make_run(folder, save):
@@ -200,8 +207,9 @@ def test_the_card_has_the_metrics_of_these_weights_only(tmp_path, save):
         }
         (run / "evaluations" / f"{name}.json").write_text(json.dumps(result))
     (run / "evaluations" / "half.json").write_text('{"encoder"')
-    export_encoder(str(run), tmp_path / "out", license="mit")
-    data = ModelCard.load(tmp_path / "out" / "README.md").data
-    assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 61.25)]
+    for of in (run, run / "checkpoints" / "step-00000003"):
+        export_encoder(str(of), tmp_path / "out", license="mit")
+        data = ModelCard.load(tmp_path / "out" / "README.md").data
+        assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 61.25)]
     assert data.license == "mit" and data.library_name == "timm" and "ijepa" in data.tags
     assert "`0123abcd`" in (tmp_path / "out" / "README.md").read_text()

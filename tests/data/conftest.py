@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prelude.data import waiting
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,6 +20,14 @@ def cache(tmp_path, monkeypatch):
     """No test reads an index that another one, or the user, has left behind."""
     monkeypatch.setenv("PRELUDE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """What a test sets for its process holds for that test alone."""
+    for name, value in vars(waiting.Patience(timeout_seconds=60)).items():
+        monkeypatch.setattr(waiting.patience, name, value)
+    return waiting.patience
 
 
 @pytest.fixture(scope="session")

@@ -25,14 +25,6 @@ from prelude.data.subset import balanced_subset
 PLAN = ViewPlan((View((6, 6)),))
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """What a test sets for its process holds for that test alone."""
-    for name, value in vars(waiting.Patience(timeout_seconds=60)).items():
-        monkeypatch.setattr(waiting.patience, name, value)
-    return waiting.patience
-
-
 @pytest.fixture
 def hung(monkeypatch):
     """hung(path): from now on nobody comes back from opening it, as on a file system that does not answer."""
