@@ -159,7 +159,7 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: float = Field(gt=0)
+    epochs: float = Field(gt=0, le=1_000_000)
     global_batch: int = Field(ge=1)  # samples an optimizer step, over all ranks
     micro_batch: Count | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
