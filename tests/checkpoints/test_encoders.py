@@ -12,6 +12,7 @@ import sys
 import pytest
 import timm
 import torch
+from forked import is_killed
 
 from prelude.checkpoints import sources
 from prelude.checkpoints.export import export_encoder
@@ -294,31 +295,28 @@ def no_space(*_, **__):
 
 def killed_at_operation(moment: int, action) -> bool:
     """Whether `action` was killed at its n-th chance: before or after what changes the names on the disk."""
-    child = os.fork()
-    if child == 0:
-        left = [moment]
+    return is_killed(lambda: (kill_at_operation(moment), action()))
 
-        def guarded(function):
-            def call(*args, **kwargs):
-                chance()
-                result = function(*args, **kwargs)
-                chance()
-                return result
 
-            return call
+def kill_at_operation(moment: int) -> None:
+    left = [moment]
 
-        def chance():
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
+    def guarded(function):
+        def call(*args, **kwargs):
+            chance()
+            result = function(*args, **kwargs)
+            chance()
+            return result
 
-        os.rename, publish._exchanged = guarded(os.rename), guarded(publish._exchanged)
-        shutil.rmtree = guarded(shutil.rmtree)
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        return call
+
+    def chance():
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
+    os.rename, publish._exchanged = guarded(os.rename), guarded(publish._exchanged)
+    shutil.rmtree = guarded(shutil.rmtree)
 
 
 def test_colleagues_can_open_an_export(make_run, tmp_path):

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from forked import is_killed
 from safetensors import SafetensorError
 
 from prelude.checkpoints import manifest as manifests
@@ -250,14 +251,7 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_path,
 
 def killed_at(moment: int, action) -> bool:
     """Runs `action` in a child that kills itself at its n-th chance; False when it came to an end before."""
-    child = os.fork()
-    if child == 0:
-        try:
-            kill_at(moment)
-            action()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    return is_killed(lambda: (kill_at(moment), action()))
 
 
 def kill_at(moment: int) -> None:

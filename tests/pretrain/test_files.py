@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+from forked import is_killed
 
 from prelude.pretrain import files
 from prelude.pretrain.files import Growing, Lines, Tolerant, read_lines, save_file, write_whole
@@ -93,12 +94,12 @@ def test_a_kill_while_lines_are_dropped_leaves_all_of_them(tmp_path, operation):
     lines = Lines(tmp_path / "metrics.jsonl")
     for step in range(1, 9):
         lines.add({"step": step})
-    child = os.fork()
-    if child == 0:
+
+    def start():
         setattr(os, operation, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         lines.start(5)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+    assert is_killed(start)
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 8
     Lines(tmp_path / "metrics.jsonl").start(5)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]

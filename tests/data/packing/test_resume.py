@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from forked import alone
 from packed_shards import read_shards
 
 from prelude.data import index_file
@@ -36,7 +37,12 @@ def start():
 
     def run(source, folder, workers: int):
         packing = Packing(to=str(folder), workers=workers, **SETTINGS)
-        process = multiprocessing.get_context("fork").Process(target=pack, args=(str(source), SourceOptions(), packing))
+
+        def packs():
+            alone()
+            pack(str(source), SourceOptions(), packing)
+
+        process = multiprocessing.get_context("fork").Process(target=packs)
         process.start()
         started.append(process)
         return process
@@ -93,6 +99,7 @@ def test_killed_in_the_middle_of_file_operations_the_same_bytes(write_files, pic
     killed, context = tmp_path / "killed", multiprocessing.get_context("fork")
 
     def run(operations: int):
+        alone()
         dying_after(operations)
         pack(str(source), SourceOptions(), Packing(to=str(killed), per_shard=4))
 
