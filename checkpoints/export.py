@@ -5,6 +5,7 @@
 - The folder appears whole, or not at all (`exporting/publish.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -56,16 +57,45 @@ def export_encoder(
     Raises UserError when `to` holds anything that is not an export of ours, the disk refuses, the format cannot hold
     this encoder, or the hub would refuse; RunStopped when the features differ from ours. Nothing is then published.
     """
-    to = Path(to)
+    (report,) = export_formats(source, to, (format,), dtype=dtype, license=license, check_hub=check_hub)
+    return report
+
+
+def export_formats(
+    source: str,
+    to: str | Path,
+    formats: Sequence[Format],
+    *,
+    dtype: DType = "float32",
+    license: str | None = None,
+    check_hub: bool = False,
+) -> list[ExportReport]:
+    """`export_encoder` to one format or more. Several lie in folders of `to`, each named as its format, and all of them
+    appear together or none does."""
+    to, formats = Path(to), list(dict.fromkeys(formats))
     with published(to) as draft:
         encoder = open_encoder(source)
-        _refuse(encoder, source, format)
-        proof = _write(encoder, draft, format, dtype)
-        write_card(Card(encoder, to.absolute().name, source, format, dtype, proof, license), draft)
-        if check_hub:
-            check_card(draft)
+        for format in formats:
+            _refuse(encoder, source, format)
+        reports = []
+        for format in formats:
+            within = "" if len(formats) == 1 else format
+            (draft / within).mkdir(exist_ok=True)
+            proof = _write(encoder, draft / within, format, dtype)
+            write_card(
+                Card(encoder, str(Path(to.absolute().name) / within), source, format, dtype, proof, license),
+                draft / within,
+            )
+            if check_hub:
+                check_card(draft / within)
+            reports.append(_report(encoder, to / within, proof))
+    return reports
+
+
+def _report(encoder: OpenedEncoder, path: Path, proof: Proof) -> ExportReport:
     numel = sum(tensor.numel() for tensor in encoder.model.parameters())
-    return ExportReport(to, encoder.config.name, encoder.fingerprint, proof.difference, numel, proof.reader, proof.note)
+    name, fingerprint = encoder.config.name, encoder.fingerprint
+    return ExportReport(path, name, fingerprint, proof.difference, numel, proof.reader, proof.note)
 
 
 def _write(encoder: OpenedEncoder, draft: Path, format: Format, dtype: DType) -> Proof:

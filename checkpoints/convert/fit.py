@@ -96,6 +96,10 @@ def grid_of(model: nn.Module) -> tuple[int, int] | None:
 
 
 def prefix_rows_of(model: nn.Module) -> int:
+    """Rows of the table of positions before those of patches. CaiT has a class token, and no row for it."""
+    grid = grid_of(model)
+    if grid is not None and model.pos_embed.ndim == 3:
+        return max(0, model.pos_embed.shape[1] - grid[0] * grid[1])
     return 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
 
 

@@ -163,6 +163,28 @@ def _transformers(tensors: Tensors, where: str) -> Layout:
     return Layout(name, kept, "plain", left_out=left_out, own=own)
 
 
+def _transformers_resnet(tensors: Tensors, where: str) -> Layout:
+    kept, left_out = without(tensors, "classifier.")
+    renamed = {}
+    for name, tensor in kept.items():
+        unit = re.match(r"encoder\.stages\.(\d)\.layers\.(\d+)\.(shortcut|layer\.([012]))\.(conv|norm)[a-z]+\.", name)
+        if unit:
+            place = f"layer{int(unit[1]) + 1}.{unit[2]}"
+            if unit[4] is None:
+                place += f".downsample.{0 if unit[5] == 'conv' else 1}"
+            else:
+                place += f".{'conv' if unit[5] == 'conv' else 'bn'}{int(unit[4]) + 1}"
+            renamed[f"{place}.{name[unit.end() :]}"] = tensor
+        else:
+            renamed[next((to + name.removeprefix(first) for first, to in _STEM if name.startswith(first)), name)] = (
+                tensor
+            )
+    return Layout("transformers ResNet", renamed, left_out=left_out)
+
+
+_STEM = [("embedder.embedder.convolution.", "conv1."), ("embedder.embedder.normalization.", "bn1.")]
+
+
 def _block_rules(found: str, wanted: str) -> list[tuple[str, str]]:
     return [
         (found + r"attention\.attention\.(query|key|value)\.", wanted + r"attn.\2."),
@@ -227,6 +249,7 @@ _LAYOUTS: list[tuple[Callable[[Tensors], bool], Callable[[Tensors, str], Layout]
     (lambda t: "embeddings.patch_embeddings.weight" in t, dinov3_of_transformers),
     (lambda t: any_name(t, r"embeddings\.patch_embeddings\.projection\.") and any_name(t, r"layers\.\d"), _IN_MEMORY),
     (lambda t: any_name(t, r"embeddings\.patch_embeddings\.projection\."), _transformers),
+    (lambda t: any_name(t, r"embedder\.embedder\.") and any_name(t, r"encoder\.stages\.\d"), _transformers_resnet),
     (lambda t: any_name(t, r"conv_proj\.") and "class_token" in t, _torchvision_vit),
     (lambda t: any_name(t, r"decoder_blocks\.") and any_name(t, r"blocks\.\d"), _mae),
     (lambda t: "mask_token" in t and t["mask_token"].ndim == 2 and any_name(t, r"blocks\..*ls1\.gamma"), _dinov2),

@@ -65,7 +65,9 @@ def write_program(
 
 
 def _write_torch(program, encoder: OpenedEncoder, folder: Path) -> tuple[str, Run]:
-    torch.export.save(program, folder / TORCH_FILE)
+    content = io.BytesIO()  # torch ends the whole process where a disk takes no more of its own file
+    torch.export.save(program, content)
+    (folder / TORCH_FILE).write_bytes(content.getbuffer())
     return f"torch {torch.__version__}", torch.export.load(folder / TORCH_FILE).module()
 
 
