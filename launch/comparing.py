@@ -131,7 +131,7 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     label, evaluators = asked.label, judging.evaluators
     if asked.vectors:  # the old images have class numbers all the same
         label, evaluators = "cls", [EVALUATORS[name] for name in COMPARED]
-    old = Labelled(*args.keep, label, value_range=asked.value_range)
+    old = Labelled(*args.keep, label, value_range=asked.value_range, max_pixels=asked.max_pixels)
     keeping = replace(judging, evaluators=evaluators, labelled=old)
     try:
         keeping.check()

@@ -62,6 +62,7 @@ def weights_in(tree: Mapping, where: str, part: str | None = None, settings: Map
         may_lack=layout.may_lack,
         left_out=container.left_out | _by_kind(layout.left_out),
         notes=_notes(layout.tensors) + layout.notes,
+        untold=layout.untold,
         own={method: {name: _plain(t) for name, t in parts.items()} for method, parts in own.items()},
     )
 
@@ -226,7 +227,7 @@ def _num_heads(tensors: Tensors, settings: Mapping | None, layout: Layout) -> in
     if layout.num_heads:
         return layout.num_heads
     projection = tensors.get("patch_embed.proj.weight")
-    return None if projection is None else _HEADS.get(len(projection))
+    return None if projection is None or layout.untold else _HEADS.get(len(projection))
 
 
 def _notes(tensors: Tensors) -> tuple[str, ...]:

@@ -71,6 +71,21 @@ def _timm_vit(tensors: Tensors, where: str) -> Layout:
     return Layout("ViT, timm layout", kept, left_out=left_out, table_has_prefix="reg_token" not in kept)
 
 
+def _eva(tensors: Tensors, where: str) -> Layout:
+    """timm's EVA under its own names, and EVA's first models, which have the same."""
+    kept, left_out = without(tensors, "head.", "lm_head.", "mask_token")
+    told = {"table_has_prefix": "reg_token" not in kept, "untold": "its rotations", "left_out": left_out}
+    return Layout("EVA, timm layout", kept, **told)
+
+
+def _beit(tensors: Tensors, where: str) -> Layout:
+    """As published, which is timm's too. The numbers of pairs are no weights, but follow from the grid."""
+    kept, left_out = without(tensors, "head.", "lm_head.", "mask_token")
+    left_out |= {name: t for name, t in kept.items() if name.endswith("relative_position_index")}
+    kept = {name: tensor for name, tensor in kept.items() if name not in left_out}
+    return Layout("BEiT", kept, untold="its attention heads and its pooling", left_out=left_out)
+
+
 # ---- torchvision
 
 
@@ -231,11 +246,6 @@ _ROTNET = _refusal(
     "timm has no such architecture; write the weights of a timm encoder",
 )
 _SAPIENS = _refusal("a Sapiens-2 model", "timm has no such architecture; write the weights of a timm encoder")
-_EVA = _refusal(
-    "an EVA in timm's layout, whose tensors do not tell its rotations",
-    "write timm:NAME, or the folder with its config.json",
-)
-_BEIT = _refusal("a BEiT", "write timm's conversion, such as timm:beit_base_patch16_224.in22k_ft_in22k")
 _IN_MEMORY = _refusal(
     "the state of a transformers model in memory",
     "save it with save_pretrained(FOLDER), and write FOLDER",
@@ -253,9 +263,9 @@ _LAYOUTS: list[tuple[Callable[[Tensors], bool], Callable[[Tensors, str], Layout]
     (lambda t: any_name(t, r"conv_proj\.") and "class_token" in t, _torchvision_vit),
     (lambda t: any_name(t, r"decoder_blocks\.") and any_name(t, r"blocks\.\d"), _mae),
     (lambda t: "mask_token" in t and t["mask_token"].ndim == 2 and any_name(t, r"blocks\..*ls1\.gamma"), _dinov2),
-    (lambda t: any_name(t, r".*relative_position_bias_table$"), _BEIT),
+    (lambda t: any_name(t, r"(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_bias_table$"), _beit),
     (lambda t: any_name(t, r"blocks\.\d+\.mlp\.w3\."), eva02),
-    (lambda t: any_name(t, r"blocks\.\d+\.(gamma_1$|mlp\.fc1_g\.|attn\.q_bias$)"), _EVA),
+    (lambda t: any_name(t, r"blocks\.\d+\.(gamma_1$|mlp\.fc1_g\.|attn\.q_bias$)"), _eva),
     (lambda t: any_name(t, r"blocks\.\d+\.attn\.qkv\."), _timm_vit),
     (lambda t: any_name(t, r"downsample_layers\."), _convnext),
     (lambda t: any_name(t, r"features\.0\.0\.") and any_name(t, r".*layer_scale$"), _torchvision_convnext),
