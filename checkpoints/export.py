@@ -5,15 +5,16 @@
 - The folder appears whole, or not at all (`exporting/publish.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 from prelude.checkpoints.exporting.card import Card, check_card, write_card
 from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.checkpoints.exporting.parity import Proof
-from prelude.checkpoints.exporting.programs import write_program
+from prelude.checkpoints.exporting.programs import Traced, trace, write_program
 from prelude.checkpoints.exporting.publish import published
 from prelude.checkpoints.exporting.timm_folder import takes_any_size, write_timm
 from prelude.checkpoints.exporting.transformers_folder import is_converted, write_transformers
@@ -77,17 +78,16 @@ def export_formats(
         encoder = open_encoder(source)
         for format in formats:
             _refuse(encoder, source, format)
+        traced = cache(lambda: trace(encoder, dtype, takes_any_size(encoder)))  # of two programs only once
         reports = []
         for format in formats:
             within = "" if len(formats) == 1 else format
-            (draft / within).mkdir(exist_ok=True)
-            proof = _write(encoder, draft / within, format, dtype)
-            write_card(
-                Card(encoder, str(Path(to.absolute().name) / within), source, format, dtype, proof, license),
-                draft / within,
-            )
+            folder, name = draft / within, str(Path(to.absolute().name) / within)
+            folder.mkdir(exist_ok=True)
+            proof = _write(encoder, folder, format, dtype, traced)
+            write_card(Card(encoder, name, source, format, dtype, proof, license), folder)
             if check_hub:
-                check_card(draft / within)
+                check_card(folder)
             reports.append(_report(encoder, to / within, proof))
     return reports
 
@@ -98,7 +98,7 @@ def _report(encoder: OpenedEncoder, path: Path, proof: Proof) -> ExportReport:
     return ExportReport(path, name, fingerprint, proof.difference, numel, proof.reader, proof.note)
 
 
-def _write(encoder: OpenedEncoder, draft: Path, format: Format, dtype: DType) -> Proof:
+def _write(encoder: OpenedEncoder, draft: Path, format: Format, dtype: DType, traced: Callable[[], Traced]) -> Proof:
     section = _section(encoder) | {"format": format, "dtype": dtype}
     match format:
         case "timm":
@@ -108,7 +108,7 @@ def _write(encoder: OpenedEncoder, draft: Path, format: Format, dtype: DType) ->
                 write_timm(encoder, draft, dtype, section | {"format": "timm"})
             return write_transformers(encoder, draft, dtype, section)
         case _:
-            return write_program(encoder, draft, format, dtype, section, any_size=takes_any_size(encoder))
+            return write_program(encoder, draft, format, dtype, section, traced)
 
 
 def _section(encoder: OpenedEncoder) -> dict:

@@ -233,7 +233,7 @@ def _read_converted(path: Path, config: EncoderConfig, objective: str | None) ->
     prefix = prefix_rows_of(model)
     tensors = as_it_was(weights, model.state_dict(), prefix)
     rule = _RESAMPLING.get(objective, "timm")
-    return replace(weights, tensors=tensors, grid=grid_of(model), prefix_rows=prefix, resampling=rule)
+    return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule)
 
 
 def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exported: str = "") -> Weights:
