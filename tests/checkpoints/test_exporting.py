@@ -247,9 +247,21 @@ def small_disk():
     return small_disk
 
 
+class Quick(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(99, 99)
+
+    def forward(self, images):
+        return self.layer(images), images + 1
+
+
 @pytest.mark.parametrize("format", ALL)
-def test_a_full_disk_leaves_the_earlier_export(source, tmp_path, small_disk, format):
+def test_a_full_disk_leaves_the_earlier_export(source, tmp_path, small_disk, monkeypatch, format):
+    """By the real writers, of programs that are quick to trace."""
     encoder, *_ = source("ViT")
+    program = torch.export.export(Quick(), (torch.ones(1, 99),))
+    monkeypatch.setattr(export, "trace", lambda *_: (program, False))
     before = export_encoder(encoder, tmp_path / "out").fingerprint
     with small_disk(), pytest.raises(UserError, match="cannot be written to .*out .*too large.*; make room"):
         export_encoder(encoder, tmp_path / "out", format=format)
