@@ -56,14 +56,14 @@ def describe_file(source: str) -> Description:
         )
     if weights.pixels is None:
         raise UserError(
-            f"{source} ({weights.format}) does not tell how its pixels were normalised; write {_with(source)}"
+            f"{source} ({weights.format}) does not tell how its pixels were normalised; write {weights.before_word}"
             "pixels=imagenet, or pixels=half for 0.5."
         )
     config = encoder_config(weights, words.image_size)
     if not len(weights.pixels[0]) == len(weights.pixels[1]) == config.in_chans:
         raise UserError(
-            f"{source} reads {config.in_chans} channels; write {_with(source)}pixels=M/.../S/... with a mean of each, "
-            "then a standard deviation of each."
+            f"{source} reads {config.in_chans} channels; write {weights.before_word}pixels=M/.../S/... with a mean of "
+            "each, then a standard deviation of each."
         )
     return Description(
         config=config,
@@ -166,7 +166,3 @@ def _published_pixels(path: Path, weights: Weights) -> tuple[Pixels, Pixels] | N
 
 def _width(weights: Weights) -> int:
     return len(weights.tensors.get("patch_embed.proj.bias", ()))
-
-
-def _with(source: str) -> str:
-    return source + ("," if "#" in source else "#")

@@ -75,12 +75,12 @@ def _vit(weights: Weights) -> EncoderConfig:
     if weights.num_heads is None:
         raise UserError(
             f"{where} does not tell the number of its attention heads, and no model of width {width} is known; write "
-            f"{where}#num_heads=N."
+            f"{weights.before_word}num_heads=N."
         )
     if weights.grid is None:
         raise UserError(
             f"{where} has {'a' if 'pos_embed' in tensors else 'no'} table of positions that fits no square of patches; "
-            f"write {where}#grid=ROWSxCOLUMNS."
+            f"write {weights.before_word}grid=ROWSxCOLUMNS."
         )
     blocks = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
     depth = 1 + max(blocks)

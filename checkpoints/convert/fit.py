@@ -145,7 +145,7 @@ def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str
     if grid is None or table.shape[1] != prefix + grid[0] * grid[1]:
         raise UserError(
             f"{weights.where} has a table of {table.shape[1] - prefix} positions, whose grid it does not tell; write "
-            f"{weights.where}#grid=ROWSxCOLUMNS."
+            f"{weights.before_word}grid=ROWSxCOLUMNS."
         )
     fixed = not isinstance(model.pos_embed, nn.Parameter)
     is_formula = replace(weights, grid=grid).has_sincos_table
@@ -161,8 +161,8 @@ def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str
     if not rule:
         raise UserError(
             f"{weights.where} ({weights.format}) does not tell by which method its table of positions is resampled "
-            f"from {_by(grid)} to {_by(target)}; write {weights.where}#resampling=offset for DINO's, =plain for MAE's, "
-            "=timm for timm's."
+            f"from {_by(grid)} to {_by(target)}; write {weights.before_word}resampling=offset for DINO's, "
+            "=plain for MAE's, =timm for timm's."
         )
     found["pos_embed"] = resample_table(table, grid, target, rule, prefix)
     return f"position table resampled from {_by(grid)} to {_by(target)} ({RULES[rule]})"

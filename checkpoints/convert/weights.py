@@ -39,6 +39,11 @@ class Weights:
         return fingerprint(self.tensors)
 
     @property
+    def before_word(self) -> str:
+        """The source, up to where another word about it is written: `FILE#` or `FILE#WORD,`."""
+        return f"{self.where}{',' if '#' in self.where else '#'}"
+
+    @property
     def has_sincos_table(self) -> bool:
         """Whether positions are the fixed sine and cosine table, rows of prefix tokens being zero."""
         table = self.tensors.get("pos_embed")

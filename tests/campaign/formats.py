@@ -73,9 +73,11 @@ def _changes(side: int) -> list[tuple[str, int]]:
 def _change(published: Published, path: Path, config, key: str, value: int) -> str:
     """What is said of the same weights in an encoder for other images."""
     torch.save(published.tree, path)
-    fitted = fit(
-        build_encoder(config.model_copy(update={key: value}), seed=0), open_weights(f"{path}{published.words}"), "it"
-    )
+    model = build_encoder(config.model_copy(update={key: value}), seed=0)
+    try:
+        fitted = fit(model, open_weights(f"{path}{published.words}"), "it")
+    except UserError as error:
+        return f"refused: {str(error).partition(') ')[2].partition(';')[0]}"
     said = [change for change in fitted.changes if "resampled" in change or "channels" in change]
     return said[0] if said else "as they are"
 
@@ -101,7 +103,7 @@ def _refusal(published: Published, path: Path, damage: Callable[[dict, str], Non
         open_encoder(f"{path}{published.words}")
         return ""
     except UserError as error:
-        return str(error).partition(": ")[2]
+        return str(error).partition(": ")[2].removesuffix("; write the encoder that they were trained with.")
     finally:
         published.network.clear()
         published.network.update(whole)

@@ -83,7 +83,7 @@ def test_damaged_files_are_refused_with_what_is_wrong(method, tmp_path):
             "rotations in rope.freqs_cos that are not",
         ),
         ("EVA-02", "blocks.0.attn.rope.freqs_cos", lambda t: t[:-4], "rotations in blocks.0.attn.rope.freqs_cos that"),
-        ("EVA-02", "pos_embed", lambda t: t[:, 1:], "no square of patches; write .*#grid=ROWSxCOLUMNS"),
+        ("EVA-02", "pos_embed", lambda t: t[:, 1:], "no square of patches; write .*[#,]grid=ROWSxCOLUMNS"),
     ],
 )
 def test_rotations_and_biases_that_timm_would_compute_otherwise_are_refused(method, name, damage, why, tmp_path):
