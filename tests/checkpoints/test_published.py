@@ -146,7 +146,7 @@ def test_what_a_file_does_not_tell_is_asked_for(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(published.tree, path)
     for words, why in [
-        ("#pixels=half", "number of its attention heads, and no model of width 24 is known; write .*#num_heads=N"),
+        ("#pixels=half", "number of its attention heads, and no model of width 24 is known; write .*half,num_heads=N"),
         ("#num_heads=2", "does not tell how its pixels were normalised; write .*,pixels=imagenet"),
         ("#num_heads=two", "num_heads=two cannot be read; write num_heads=12"),
         ("#num_head=2", "num_head is no word .*; did you mean num_heads"),
