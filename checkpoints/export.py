@@ -5,14 +5,16 @@
 - The folder appears whole, or not at all (`exporting/publish.py`).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 from prelude.checkpoints.exporting.card import Card, check_card, write_card
 from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.checkpoints.exporting.parity import Proof
-from prelude.checkpoints.exporting.programs import write_program
+from prelude.checkpoints.exporting.programs import Traced, trace, write_program
 from prelude.checkpoints.exporting.publish import published
 from prelude.checkpoints.exporting.timm_folder import takes_any_size, write_timm
 from prelude.checkpoints.exporting.transformers_folder import is_converted, write_transformers
@@ -56,19 +58,47 @@ def export_encoder(
     Raises UserError when `to` holds anything that is not an export of ours, the disk refuses, the format cannot hold
     this encoder, or the hub would refuse; RunStopped when the features differ from ours. Nothing is then published.
     """
-    to = Path(to)
+    (report,) = export_formats(source, to, (format,), dtype=dtype, license=license, check_hub=check_hub)
+    return report
+
+
+def export_formats(
+    source: str,
+    to: str | Path,
+    formats: Sequence[Format],
+    *,
+    dtype: DType = "float32",
+    license: str | None = None,
+    check_hub: bool = False,
+) -> list[ExportReport]:
+    """`export_encoder` to one format or more. Several lie in folders of `to`, each named as its format, and all of them
+    appear together or none does."""
+    to, formats = Path(to), list(dict.fromkeys(formats))
     with published(to) as draft:
         encoder = open_encoder(source)
-        _refuse(encoder, source, format)
-        proof = _write(encoder, draft, format, dtype)
-        write_card(Card(encoder, to.absolute().name, source, format, dtype, proof, license), draft)
-        if check_hub:
-            check_card(draft)
+        for format in formats:
+            _refuse(encoder, source, format)
+        traced = cache(lambda: trace(encoder, dtype, takes_any_size(encoder)))  # of two programs only once
+        reports = []
+        for format in formats:
+            within = "" if len(formats) == 1 else format
+            folder, name = draft / within, str(Path(to.absolute().name) / within)
+            folder.mkdir(exist_ok=True)
+            proof = _write(encoder, folder, format, dtype, traced)
+            write_card(Card(encoder, name, source, format, dtype, proof, license), folder)
+            if check_hub:
+                check_card(folder)
+            reports.append(_report(encoder, to / within, proof))
+    return reports
+
+
+def _report(encoder: OpenedEncoder, path: Path, proof: Proof) -> ExportReport:
     numel = sum(tensor.numel() for tensor in encoder.model.parameters())
-    return ExportReport(to, encoder.config.name, encoder.fingerprint, proof.difference, numel, proof.reader, proof.note)
+    name, fingerprint = encoder.config.name, encoder.fingerprint
+    return ExportReport(path, name, fingerprint, proof.difference, numel, proof.reader, proof.note)
 
 
-def _write(encoder: OpenedEncoder, draft: Path, format: Format, dtype: DType) -> Proof:
+def _write(encoder: OpenedEncoder, draft: Path, format: Format, dtype: DType, traced: Callable[[], Traced]) -> Proof:
     section = _section(encoder) | {"format": format, "dtype": dtype}
     match format:
         case "timm":
@@ -78,7 +108,7 @@ def _write(encoder: OpenedEncoder, draft: Path, format: Format, dtype: DType) ->
                 write_timm(encoder, draft, dtype, section | {"format": "timm"})
             return write_transformers(encoder, draft, dtype, section)
         case _:
-            return write_program(encoder, draft, format, dtype, section, any_size=takes_any_size(encoder))
+            return write_program(encoder, draft, format, dtype, section, traced)
 
 
 def _section(encoder: OpenedEncoder) -> dict:

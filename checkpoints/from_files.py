@@ -49,16 +49,21 @@ def describe_file(source: str) -> Description:
     """source: PATH or PATH#WORD,WORD of a file or a folder of `transformers`. Raises UserError."""
     path, words = _split(source)
     weights = read_weights(source)
+    if weights.untold:
+        raise UserError(
+            f"{source} ({weights.format}) does not tell {weights.untold}; write timm:NAME, a folder with a "
+            "config.json of timm's, or in a run encoder.name beside encoder.weights."
+        )
     if weights.pixels is None:
         raise UserError(
-            f"{source} ({weights.format}) does not tell how its pixels were normalised; write {_with(source)}"
+            f"{source} ({weights.format}) does not tell how its pixels were normalised; write {weights.before_word}"
             "pixels=imagenet, or pixels=half for 0.5."
         )
     config = encoder_config(weights, words.image_size)
     if not len(weights.pixels[0]) == len(weights.pixels[1]) == config.in_chans:
         raise UserError(
-            f"{source} reads {config.in_chans} channels; write {_with(source)}pixels=M/.../S/... with a mean of each, "
-            "then a standard deviation of each."
+            f"{source} reads {config.in_chans} channels; write {weights.before_word}pixels=M/.../S/... with a mean of "
+            "each, then a standard deviation of each."
         )
     return Description(
         config=config,
@@ -150,14 +155,14 @@ def _published_pixels(path: Path, weights: Weights) -> tuple[Pixels, Pixels] | N
         if "image_mean" not in says or "image_std" not in says:
             return None
         return tuple(says["image_mean"]), tuple(says["image_std"])
-    if weights.format == _AMBIGUOUS or (weights.format == "DINOv3" and _width(weights) in _OF_TWO_KINDS_OF_IMAGES):
+    if (
+        weights.format == _AMBIGUOUS
+        or weights.untold
+        or (weights.format == "DINOv3" and _width(weights) in _OF_TWO_KINDS_OF_IMAGES)
+    ):
         return None
     return IMAGENET_MEAN, IMAGENET_STD
 
 
 def _width(weights: Weights) -> int:
     return len(weights.tensors.get("patch_embed.proj.bias", ()))
-
-
-def _with(source: str) -> str:
-    return source + ("," if "#" in source else "#")

@@ -18,6 +18,7 @@ from torch import nn
 from prelude.checkpoints import manifest, store
 from prelude.checkpoints.convert import weights as convert
 from prelude.checkpoints.convert.fit import facts, fit, grid_of, prefix_rows_of
+from prelude.checkpoints.convert.round_trip import as_it_was
 from prelude.checkpoints.convert.weights import Weights
 from prelude.checkpoints.description import RANDOM, START, Description, has_folder, path_of
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
@@ -124,7 +125,17 @@ def _is_published(source: str) -> bool:
     if not has_folder(source) or source.startswith((FOLDER, START)):
         return False
     path = path_of(source)
+    if str(path) == source and is_export(path):
+        return False  # one of ours says more than a folder in a published format
     return path.is_file() or is_transformers(path)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether an export of ours lies in a folder, in whatever format."""
+    try:
+        return EXPORT_SECTION in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _describe_checkpoint(folder: Path, network: str = "") -> Description:
@@ -197,12 +208,13 @@ def _describe_export(folder: Path) -> Description:
                 f"{folder} is an export to {program}, whose weights are not read back; write one of --format timm."
             )
         config, objective = EncoderConfig.model_validate(ours["encoder"]), ours["origin"].get("objective")
+        read = _read_converted if is_transformers(folder) else _read_ours
         return Description(
             config=config,
             mean=tuple(ours["mean"]),
             std=tuple(ours["std"]),
             name=folder.absolute().name,
-            read=lambda: _read_ours(folder / "model.safetensors", config, objective),
+            read=lambda: read(folder / "model.safetensors", config, objective),
             origin=ours["origin"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -212,6 +224,16 @@ def _describe_export(folder: Path) -> Description:
 
 
 # ---- the weights
+
+
+def _read_converted(path: Path, config: EncoderConfig, objective: str | None) -> Weights:
+    """An export to an architecture of transformers, under the names of the encoder that it was."""
+    model = lay_out_encoder(config)
+    weights = read_weights(str(path.parent))
+    prefix = prefix_rows_of(model)
+    tensors = as_it_was(weights, model.state_dict(), prefix)
+    rule = _RESAMPLING.get(objective, "timm")
+    return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule)
 
 
 def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exported: str = "") -> Weights:

@@ -227,7 +227,8 @@ def labelled_shards(
     said = {}
     for key in ("range", "max_pixels"):
         said[key] = next(filter(None, (data.get(key) for data in sections_of(sources, "data"))), None)
-    label = label or (section.label if section else default)
+    alike = section and bool(section.label_names) == bool(vectors)  # else it speaks of other members
+    label = label or (section.label if alike else default)
     return Labelled(train, test, label, vectors, value_range or said["range"], said["max_pixels"] or MAX_PIXELS)
 
 

@@ -108,7 +108,7 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
         names = list(dict.fromkeys(args.evaluators or COMPARED))
         labelled = labelled_shards(sources, args.train, args.test, args.label, None, args.range)
         return labelled, [EVALUATORS[name] for name in names]
-    if args.evaluators or args.finetune:
+    if (args.evaluators and not args.keep) or args.finetune:
         raise UserError(
             "--evaluators and --finetune are for class numbers; with several findings an image the evaluator is "
             "multilabel, so leave them out."
@@ -130,8 +130,8 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     asked = judging.labelled
     label, evaluators = asked.label, judging.evaluators
     if asked.vectors:  # the old images have class numbers all the same
-        label, evaluators = "cls", [EVALUATORS[name] for name in COMPARED]
-    old = Labelled(*args.keep, label, value_range=asked.value_range)
+        label, evaluators = "cls", [EVALUATORS[name] for name in dict.fromkeys(args.evaluators or COMPARED)]
+    old = Labelled(*args.keep, label, value_range=asked.value_range, max_pixels=asked.max_pixels)
     keeping = replace(judging, evaluators=evaluators, labelled=old)
     try:
         keeping.check()

@@ -4,6 +4,7 @@ prelude export runs/mae --to encoder
 python -c "import timm
 print(timm.create_model('local-dir:encoder', pretrained=True))"
 prelude export runs/mae#student --format onnx --dtype float16 --to encoder-onnx
+prelude export runs/mae --format timm onnx torch --to encoders
 """
 
 if __name__ == "__main__" and not __package__:
@@ -21,33 +22,55 @@ from prelude.launch.exit_codes import door
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
-    from prelude.checkpoints.export import export_encoder
+    source, formats = _source_and_formats(args)
+    from prelude.checkpoints.export import export_formats
 
-    to = Path(args.to) if args.to else _within(args.source, args.format)
-    report = export_encoder(
-        args.source, to, format=args.format, dtype=args.dtype, license=args.license, check_hub=args.check_hub
-    )
-    print(report)
-    if args.check_hub:
-        print(f"{to / 'README.md'}: as the Hugging Face hub takes it")
+    to = Path(args.to) if args.to else _within(source, formats)
+    reports = export_formats(source, to, formats, dtype=args.dtype, license=args.license, check_hub=args.check_hub)
+    for report in reports:
+        print(report)
+        if args.check_hub:
+            print(f"{report.path / 'README.md'}: as the Hugging Face hub takes it")
     return 0
 
 
-def _within(source: str, format: str) -> Path:
-    """Where an export lies unless it is said. Raises UserError for a source that is no folder."""
-    folder = Path(source.partition("#")[0])
-    if not folder.is_dir():
-        raise UserError(f"{source} is no folder that an export could lie in; write --to DIR.")
-    return folder / ("export" if format == "timm" else f"export-{format}")
+def _source_and_formats(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The source may stand behind the formats, as behind any other option. Raises UserError."""
+    words, known = list(args.format), get_args(Format)
+    named = args.source
+    if named is None and len(words) > 1 and words[-1] not in known:
+        named = source(words.pop())
+    if wrong := [word for word in words if word not in known]:
+        raise UserError(f"--format {wrong[0]} is none; write one or more of {', '.join(known)}.")
+    if named is None:
+        raise UserError("There is no source; write a run's folder, or any other source of an encoder.")
+    return named, list(dict.fromkeys(words))
+
+
+def _within(source: str, formats: list[str]) -> Path:
+    """Where an export lies unless it is said: in its run. Raises UserError for a source that is no run, whose folder
+    may be replaced or removed with all that is in it."""
+    folder = Path(source if Path(source).exists() else source.partition("#")[0])
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{source} is no run that an export could lie in; write --to DIR.")
+    if len(formats) > 1:
+        return folder / "exports"
+    return folder / ("export" if formats == ["timm"] else f"export-{formats[0]}")
 
 
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
     parser.add_argument(
-        "source", type=source, metavar="SOURCE", help="a run, RUN#student, or any other source of an encoder"
+        "source", nargs="?", type=source, metavar="SOURCE", help="a run, RUN#student, or any other source of an encoder"
     )
     parser.add_argument("--to", type=path, metavar="DIR", help="where to write it (default: RUN/export)")
-    parser.add_argument("--format", choices=get_args(Format), default="timm", help="who is to open it (default: timm)")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=["timm"],
+        metavar="FORMAT",
+        help=f"who is to open it, of {', '.join(get_args(Format))}; several lie in folders of DIR (default: timm)",
+    )
     parser.add_argument("--dtype", choices=get_args(DType), default="float32", help="of the weights (default: float32)")
     parser.add_argument("--license", metavar="ID", help="of the weights, for README.md, such as apache-2.0")
     parser.add_argument("--check-hub", action="store_true", help="refuse what the Hugging Face hub would not take")

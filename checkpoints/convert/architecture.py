@@ -75,12 +75,12 @@ def _vit(weights: Weights) -> EncoderConfig:
     if weights.num_heads is None:
         raise UserError(
             f"{where} does not tell the number of its attention heads, and no model of width {width} is known; write "
-            f"{where}#num_heads=N."
+            f"{weights.before_word}num_heads=N."
         )
     if weights.grid is None:
         raise UserError(
             f"{where} has {'a' if 'pos_embed' in tensors else 'no'} table of positions that fits no square of patches; "
-            f"write {where}#grid=ROWSxCOLUMNS."
+            f"write {weights.before_word}grid=ROWSxCOLUMNS."
         )
     blocks = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
     depth = 1 + max(blocks)
@@ -142,9 +142,15 @@ def _resnet(tensors: dict[str, Tensor], image_size: int) -> EncoderConfig:
     layers = tuple(_count(tensors, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     channels = [_first(tensors, rf"layer{stage}\.\d+\.conv1\.weight", 0, 64) for stage in (1, 2, 3, 4)]
     kwargs = {}
+    if bottleneck:  # ResNeXt's have groups, wide ones more channels within
+        within = channels[0]
+        channels = [_first(tensors, rf"layer{stage}\.\d+\.conv3\.weight", 0, 256) // 4 for stage in (1, 2, 3, 4)]
+        groups = max(1, within // _first(tensors, r"layer1\.\d+\.conv2\.weight", 1, within))
+        group_width = 64 * within // (max(1, channels[0]) * groups)
+        kwargs = {"cardinality": groups, "base_width": group_width} if (groups, group_width) != (1, 64) else {}
     name = _RESNETS.get((bottleneck, layers))
     if not name:
-        name, kwargs = "resnet50" if bottleneck else "resnet18", {"layers": list(layers)}
+        name, kwargs = "resnet50" if bottleneck else "resnet18", kwargs | {"layers": list(layers)}
     if channels != [64, 128, 256, 512]:
         kwargs["channels"] = channels
     return EncoderConfig(name=name, image_size=image_size, kwargs=kwargs)
@@ -164,6 +170,6 @@ def _count(tensors: dict[str, Tensor], pattern: str) -> int:
 
 def _first(tensors: dict[str, Tensor], pattern: str, dimension: int, otherwise: int) -> int:
     """A length that most of the tensors that match agree on: one that is damaged must not decide."""
-    found = [tensor.shape[dimension] for name, tensor in tensors.items() if re.fullmatch(pattern, name)]
-    found = [length for length in found if length]
+    alike = [tensor for name, tensor in tensors.items() if re.fullmatch(pattern, name)]
+    found = [tensor.shape[dimension] for tensor in alike if tensor.ndim > dimension and tensor.shape[dimension]]
     return max(set(found), key=found.count) if found else math.trunc(otherwise)

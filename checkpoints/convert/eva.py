@@ -42,7 +42,7 @@ def eva_config(weights: Weights, image_size: int | None) -> EncoderConfig:
     if heads is None:
         raise UserError(
             f"{where} does not tell the number of its attention heads, and no model of width {width} is known; write "
-            f"{where}#num_heads=N."
+            f"{weights.before_word}num_heads=N."
         )
     depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
     hidden = next((t.shape[1] for n, t in sorted(tensors.items()) if n.endswith(".mlp.fc2.weight")), 4 * width)
@@ -80,7 +80,8 @@ def _eva02(weights: Weights, shape: dict, hidden: int) -> tuple[str, dict, tuple
     tensors, where = weights.tensors, weights.where
     if weights.grid is None:
         raise UserError(
-            f"{where} has a table of positions that fits no square of patches; write {where}#grid=ROWSxCOLUMNS."
+            f"{where} has a table of positions that fits no square of patches; write "
+            f"{weights.before_word}grid=ROWSxCOLUMNS."
         )
     packed = any(name.endswith(".attn.qkv.weight") for name in tensors)
     known = _EVA02.get((shape["embed_dim"], shape["depth"], shape["num_heads"], hidden))

@@ -96,6 +96,10 @@ def grid_of(model: nn.Module) -> tuple[int, int] | None:
 
 
 def prefix_rows_of(model: nn.Module) -> int:
+    """Rows of the table of positions before those of patches. CaiT has a class token, and no row for it."""
+    grid = grid_of(model)
+    if grid is not None and model.pos_embed.ndim == 3:
+        return max(0, model.pos_embed.shape[1] - grid[0] * grid[1])
     return 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
 
 
@@ -141,7 +145,7 @@ def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str
     if grid is None or table.shape[1] != prefix + grid[0] * grid[1]:
         raise UserError(
             f"{weights.where} has a table of {table.shape[1] - prefix} positions, whose grid it does not tell; write "
-            f"{weights.where}#grid=ROWSxCOLUMNS."
+            f"{weights.before_word}grid=ROWSxCOLUMNS."
         )
     fixed = not isinstance(model.pos_embed, nn.Parameter)
     is_formula = replace(weights, grid=grid).has_sincos_table
@@ -157,8 +161,8 @@ def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str
     if not rule:
         raise UserError(
             f"{weights.where} ({weights.format}) does not tell by which method its table of positions is resampled "
-            f"from {_by(grid)} to {_by(target)}; write {weights.where}#resampling=offset for DINO's, =plain for MAE's, "
-            "=timm for timm's."
+            f"from {_by(grid)} to {_by(target)}; write {weights.before_word}resampling=offset for DINO's, "
+            "=plain for MAE's, =timm for timm's."
         )
     found["pos_embed"] = resample_table(table, grid, target, rule, prefix)
     return f"position table resampled from {_by(grid)} to {_by(target)} ({RULES[rule]})"

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from prelude.checkpoints.convert.files import CONFIG
 from prelude.checkpoints.convert.layouts import layout_of
 from prelude.checkpoints.convert.renaming import Layout, Tensors
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.errors import UserError
 
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "encoder.", "model.")
-_BASES = ("vit.", "ijepa.", "dinov2.", "dinov2_with_registers.")  # of transformers, beside a head or decoder
+# Of transformers, beside a head or decoder; and how an encoder's names begin.
+_BASES = ("vit.", "ijepa.", "dinov2.", "dinov2_with_registers.", "resnet.")
+_FIRST = ("embeddings.patch_embeddings.projection.", "embedder.embedder.convolution.")
 _WRAPPERS = ("model", "state_dict", "module", "network", "model_state_dict")
 # Attention heads are in no file. Width to number, as all of these formats have them (I-JEPA's 1408 has 88 a head).
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24}
@@ -59,6 +62,7 @@ def weights_in(tree: Mapping, where: str, part: str | None = None, settings: Map
         may_lack=layout.may_lack,
         left_out=container.left_out | _by_kind(layout.left_out),
         notes=_notes(layout.tensors) + layout.notes,
+        untold=layout.untold,
         own={method: {name: _plain(t) for name, t in parts.items()} for method, parts in own.items()},
     )
 
@@ -223,7 +227,7 @@ def _num_heads(tensors: Tensors, settings: Mapping | None, layout: Layout) -> in
     if layout.num_heads:
         return layout.num_heads
     projection = tensors.get("patch_embed.proj.weight")
-    return None if projection is None else _HEADS.get(len(projection))
+    return None if projection is None or layout.untold else _HEADS.get(len(projection))
 
 
 def _notes(tensors: Tensors) -> tuple[str, ...]:
@@ -240,13 +244,26 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _refuse_settings(settings: Mapping | None, where: str) -> None:
-    """What a config of `transformers` may say of a DINOv3, and no tensor does."""
-    if not settings or not str(settings.get("model_type", "")).startswith("dinov3_vit"):
-        return
-    if settings.get("use_gated_mlp") and settings.get("hidden_act") != "silu":
-        raise UserError(
-            f"{where} has a gated MLP with hidden_act={settings.get('hidden_act')}, and timm's is silu; fetch it again."
-        )
+    """What a config of `transformers` may say, and no tensor does: timm's architecture computes one of the ways."""
+    kind = str((settings or {}).get("model_type", ""))
+    if kind.startswith("dinov3_vit"):
+        return _refuse_settings_of_dinov3(settings, where)
+    for key, ours in _COMPUTED.get(kind, {}).items():
+        if settings.get(key, ours) != ours:
+            raise UserError(
+                f"{where} has {key}={settings[key]} in its {CONFIG}, and timm's architecture computes as with "
+                f"{key}={ours}; write weights that were trained so."
+            )
+
+
+_COMPUTED = {kind: {"hidden_act": "gelu"} for kind in ("vit", "vit_mae", "ijepa", "dinov2", "dinov2_with_registers")}
+_COMPUTED["resnet"] = {"hidden_act": "relu", "downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+
+
+def _refuse_settings_of_dinov3(settings: Mapping, where: str) -> None:
+    kind, ours = ("a gated MLP", "silu") if settings.get("use_gated_mlp") else ("an MLP", "gelu")
+    if (found := settings.get("hidden_act", "gelu")) != ours:
+        raise UserError(f"{where} has {kind} with hidden_act={found}, and timm's is {ours}; fetch it again.")
     theta = settings.get("rope_theta", (settings.get("rope_parameters") or {}).get("rope_theta", 100.0))
     if theta != 100.0:
         raise UserError(f"{where} has rotary positions of base {theta:g}, and timm's DINOv3 of 100; fetch it again.")
@@ -270,7 +287,7 @@ def _stripped(tensors: Tensors) -> Tensors:
 def _without_base(tensors: Tensors) -> Tensors:
     """transformers names a network inside a larger model; what the larger model adds has no such prefix."""
     for base in _BASES:
-        if f"{base}embeddings.patch_embeddings.projection.weight" in tensors:
+        if any(f"{base}{first}weight" in tensors for first in _FIRST):
             return {name.removeprefix(base): tensor for name, tensor in tensors.items()}
     return tensors
 

@@ -71,6 +71,21 @@ def _timm_vit(tensors: Tensors, where: str) -> Layout:
     return Layout("ViT, timm layout", kept, left_out=left_out, table_has_prefix="reg_token" not in kept)
 
 
+def _eva(tensors: Tensors, where: str) -> Layout:
+    """timm's EVA under its own names, and EVA's first models, which have the same."""
+    kept, left_out = without(tensors, "head.", "lm_head.", "mask_token")
+    told = {"table_has_prefix": "reg_token" not in kept, "untold": "its rotations", "left_out": left_out}
+    return Layout("EVA, timm layout", kept, **told)
+
+
+def _beit(tensors: Tensors, where: str) -> Layout:
+    """As published, which is timm's too. The numbers of pairs are no weights, but follow from the grid."""
+    kept, left_out = without(tensors, "head.", "lm_head.", "mask_token")
+    left_out |= {name: t for name, t in kept.items() if name.endswith("relative_position_index")}
+    kept = {name: tensor for name, tensor in kept.items() if name not in left_out}
+    return Layout("BEiT", kept, untold="its attention heads and its pooling", left_out=left_out)
+
+
 # ---- torchvision
 
 
@@ -163,6 +178,28 @@ def _transformers(tensors: Tensors, where: str) -> Layout:
     return Layout(name, kept, "plain", left_out=left_out, own=own)
 
 
+def _transformers_resnet(tensors: Tensors, where: str) -> Layout:
+    kept, left_out = without(tensors, "classifier.")
+    renamed = {}
+    for name, tensor in kept.items():
+        unit = re.match(r"encoder\.stages\.(\d)\.layers\.(\d+)\.(shortcut|layer\.([012]))\.(conv|norm)[a-z]+\.", name)
+        if unit:
+            place = f"layer{int(unit[1]) + 1}.{unit[2]}"
+            if unit[4] is None:
+                place += f".downsample.{0 if unit[5] == 'conv' else 1}"
+            else:
+                place += f".{'conv' if unit[5] == 'conv' else 'bn'}{int(unit[4]) + 1}"
+            renamed[f"{place}.{name[unit.end() :]}"] = tensor
+        else:
+            renamed[next((to + name.removeprefix(first) for first, to in _STEM if name.startswith(first)), name)] = (
+                tensor
+            )
+    return Layout("transformers ResNet", renamed, left_out=left_out)
+
+
+_STEM = [("embedder.embedder.convolution.", "conv1."), ("embedder.embedder.normalization.", "bn1.")]
+
+
 def _block_rules(found: str, wanted: str) -> list[tuple[str, str]]:
     return [
         (found + r"attention\.attention\.(query|key|value)\.", wanted + r"attn.\2."),
@@ -209,11 +246,6 @@ _ROTNET = _refusal(
     "timm has no such architecture; write the weights of a timm encoder",
 )
 _SAPIENS = _refusal("a Sapiens-2 model", "timm has no such architecture; write the weights of a timm encoder")
-_EVA = _refusal(
-    "an EVA in timm's layout, whose tensors do not tell its rotations",
-    "write timm:NAME, or the folder with its config.json",
-)
-_BEIT = _refusal("a BEiT", "write timm's conversion, such as timm:beit_base_patch16_224.in22k_ft_in22k")
 _IN_MEMORY = _refusal(
     "the state of a transformers model in memory",
     "save it with save_pretrained(FOLDER), and write FOLDER",
@@ -227,12 +259,13 @@ _LAYOUTS: list[tuple[Callable[[Tensors], bool], Callable[[Tensors, str], Layout]
     (lambda t: "embeddings.patch_embeddings.weight" in t, dinov3_of_transformers),
     (lambda t: any_name(t, r"embeddings\.patch_embeddings\.projection\.") and any_name(t, r"layers\.\d"), _IN_MEMORY),
     (lambda t: any_name(t, r"embeddings\.patch_embeddings\.projection\."), _transformers),
+    (lambda t: any_name(t, r"embedder\.embedder\.") and any_name(t, r"encoder\.stages\.\d"), _transformers_resnet),
     (lambda t: any_name(t, r"conv_proj\.") and "class_token" in t, _torchvision_vit),
     (lambda t: any_name(t, r"decoder_blocks\.") and any_name(t, r"blocks\.\d"), _mae),
     (lambda t: "mask_token" in t and t["mask_token"].ndim == 2 and any_name(t, r"blocks\..*ls1\.gamma"), _dinov2),
-    (lambda t: any_name(t, r".*relative_position_bias_table$"), _BEIT),
+    (lambda t: any_name(t, r"(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_bias_table$"), _beit),
     (lambda t: any_name(t, r"blocks\.\d+\.mlp\.w3\."), eva02),
-    (lambda t: any_name(t, r"blocks\.\d+\.(gamma_1$|mlp\.fc1_g\.|attn\.q_bias$)"), _EVA),
+    (lambda t: any_name(t, r"blocks\.\d+\.(gamma_1$|mlp\.fc1_g\.|attn\.q_bias$)"), _eva),
     (lambda t: any_name(t, r"blocks\.\d+\.attn\.qkv\."), _timm_vit),
     (lambda t: any_name(t, r"downsample_layers\."), _convnext),
     (lambda t: any_name(t, r"features\.0\.0\.") and any_name(t, r".*layer_scale$"), _torchvision_convnext),

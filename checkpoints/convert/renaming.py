@@ -26,6 +26,7 @@ class Layout:
     num_heads: int | None = None  # where the tensors tell it
     pixels: tuple | None = None  # see Weights; None: as `from_files` knows of this format
     notes: tuple[str, ...] = ()  # see Weights
+    untold: str = ""  # see Weights
 
 
 def any_name(tensors: Tensors, pattern: str) -> bool:

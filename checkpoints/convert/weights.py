@@ -30,12 +30,18 @@ class Weights:
     moved_norm: bool = False  # `fc_norm` was pretrained as the norm of every token, and timm moved it behind the mean
     left_out: dict[str, int] = field(default_factory=dict)  # what has no place in an encoder -> number of tensors
     notes: tuple[str, ...] = ()  # what was done to the values on the way
+    untold: str = ""  # what of the architecture no tensor tells, so that a configuration has to name it
     # An objective's own parts, by that objective's name and under its parameters' names.
     own: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.tensors)
+
+    @property
+    def before_word(self) -> str:
+        """The source, up to where another word about it is written: `FILE#` or `FILE#WORD,`."""
+        return f"{self.where}{',' if '#' in self.where else '#'}"
 
     @property
     def has_sincos_table(self) -> bool:

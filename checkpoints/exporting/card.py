@@ -25,7 +25,7 @@ _METRICS = {"top1": "accuracy", "auc": "roc_auc", "map": "mean_average_precision
 @dataclass(frozen=True)
 class Card:
     encoder: OpenedEncoder
-    folder: str  # name of the export's
+    folder: str  # name of the export's; of several formats, NAME/FORMAT
     source: str
     format: Format
     dtype: DType
@@ -69,7 +69,7 @@ def _front_matter(card: Card) -> str:
             "self-supervised-learning",
             *filter(None, [objective]),
         ],
-        model_name=card.folder if results else None,
+        model_name=Path(card.folder).parts[0] if results else None,
         eval_results=results or None,
     )
     return data.to_yaml() + "\n"

@@ -27,6 +27,7 @@ TORCH_FILE, ONNX_FILE = "encoder.pt2", "encoder.onnx"
 _NAMES = ("features", "unpooled")
 
 Run = Callable[[Tensor], list[Tensor]]  # images to features (B, D) and unpooled ones
+Traced = tuple[torch.export.ExportedProgram, bool]  # the program, and whether it takes images of other sizes
 
 
 class _Program(nn.Module):
@@ -40,16 +41,16 @@ class _Program(nn.Module):
 
 
 def write_program(
-    encoder: OpenedEncoder, folder: Path, format: Format, dtype: DType, section: dict, *, any_size: bool
+    encoder: OpenedEncoder, folder: Path, format: Format, dtype: DType, section: dict, traced: Callable[[], Traced]
 ) -> Proof:
-    """section: ours, for config.json, which says how to feed it. any_size: whether other sizes may be tried.
+    """section: ours, for config.json, which says how to feed it. traced: `trace` of this encoder.
 
     Raises UserError where a package is missing, and for bfloat16 in ONNX, which onnxruntime does not compute on a CPU;
     RunStopped where the program computes something else.
     """
     if format == "onnx":
         _refuse_onnx(dtype)
-    program, sizes = _traced(encoder, dtype, any_size)
+    program, sizes = traced()
     config = {"input": ["images"], "output": list(_NAMES), "mean": list(encoder.mean), "std": list(encoder.std)}
     (folder / "config.json").write_text(json.dumps(config | {EXPORT_SECTION: section}, indent=2) + "\n")
     reader, run = (_write_onnx if format == "onnx" else _write_torch)(program, encoder, folder)
@@ -65,7 +66,9 @@ def write_program(
 
 
 def _write_torch(program, encoder: OpenedEncoder, folder: Path) -> tuple[str, Run]:
-    torch.export.save(program, folder / TORCH_FILE)
+    content = io.BytesIO()  # torch ends the whole process where a disk takes no more of its own file
+    torch.export.save(program, content)
+    (folder / TORCH_FILE).write_bytes(content.getbuffer())
     return f"torch {torch.__version__}", torch.export.load(folder / TORCH_FILE).module()
 
 
@@ -98,8 +101,8 @@ def _is_large(encoder: OpenedEncoder) -> bool:
     return sum(tensor.numel() * tensor.element_size() for tensor in encoder.model.state_dict().values()) > 2**30
 
 
-def _traced(encoder: OpenedEncoder, dtype: str, any_size: bool) -> tuple[torch.export.ExportedProgram, bool]:
-    """The program, and whether it takes images of other sizes."""
+def trace(encoder: OpenedEncoder, dtype: str, any_size: bool) -> Traced:
+    """any_size: whether other sizes may be tried."""
     program = _Program(copy.deepcopy(encoder.model).to(DTYPES[dtype])).eval()
     images = images_for(encoder).to(DTYPES[dtype])
     any_dimension = torch.export.Dim.DYNAMIC

@@ -6,7 +6,6 @@ the next export brings it back first.
 
 import ctypes
 import glob
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from prelude.checkpoints.sources import EXPORT_SECTION
+from prelude.checkpoints.sources import is_export
 from prelude.data.errors import UserError
 from prelude.pretrain.files import remove, sync_to_disk
 
@@ -27,7 +26,7 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 def published(to: Path) -> Iterator[Path]:
     """A draft to write into, which takes the place of `to` unless an error comes. Every process has a draft of its own.
 
-    Raises UserError where `to` holds anything that is no export of ours, and where the disk refuses.
+    Raises UserError where `to` holds anything but an export of ours or folders of exports, and where the disk refuses.
     """
     refuse_to_overwrite(to)
     draft = _beside(to, f"{_DRAFT}{os.getpid()}-")
@@ -55,18 +54,14 @@ def _clear_left_behind(to: Path) -> None:
 
 
 def refuse_to_overwrite(to: Path) -> None:
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+    if not to.exists() or is_export(to):
         return
-    try:
-        ours = EXPORT_SECTION in json.loads((to / "config.json").read_text())
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
+    if not to.is_dir() or not all(is_export(path) for path in to.iterdir()):
         raise UserError(f"{to} exists and is no earlier export; name a new folder, or empty this one first.")
 
 
 def _publish(draft: Path, to: Path) -> None:
-    for path in (*draft.iterdir(), draft):
+    for path in (*draft.rglob("*"), draft):
         sync_to_disk(path)  # or a power cut could leave the new names with nothing behind them
     if not os.path.lexists(to):
         os.rename(draft, to)

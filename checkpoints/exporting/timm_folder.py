@@ -19,7 +19,7 @@ from prelude.pretrain.encoders import seeded
 from prelude.pretrain.files import save_file
 from prelude.pretrain.own_encoder import gives, is_own
 
-# The same weights in the same operations on the same machine; relative to features that are larger than one.
+# The same weights in the same operations on the same machine; relative to the largest feature.
 TOLERANCE = 1e-6
 
 
@@ -104,7 +104,7 @@ def _feature_difference(encoder: OpenedEncoder, model: nn.Module, folder: Path) 
     for ours, timms in zip(_features(model, images), _features(reloaded, images), strict=True):
         difference = (ours - timms).abs().max().item() if ours.shape == timms.shape else math.inf
         largest = max(largest, difference)
-        if not difference <= TOLERANCE * max(1.0, ours.abs().max().item()):
+        if not difference <= TOLERANCE * ours.abs().max().item():
             if own:
                 raise RunStopped(
                     f"Features of {encoder.name} built anew differ by {difference:.1e}, so nothing was exported; "

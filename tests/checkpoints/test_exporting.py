@@ -2,72 +2,124 @@
 
 import importlib.util
 import json
-import re
+import os
+import resource
+import signal
+import subprocess
+import sys
 import zipfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
-from prelude.checkpoints.export import export_encoder
-from prelude.checkpoints.exporting import transformers_folder
-from prelude.checkpoints.sources import open_encoder
+from prelude.checkpoints import export
+from prelude.checkpoints.convert.fit import fit
+from prelude.checkpoints.export import export_encoder, export_formats
+from prelude.checkpoints.exporting import timm_folder, transformers_folder
+from prelude.checkpoints.sources import open_encoder, open_weights
 from prelude.checkpoints.store import Store
 from prelude.data.errors import RunStopped, UserError
 from prelude.launch import export as door
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 
-SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32, "patch_size": 8}
+SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8}
 ARCHITECTURES = {
     "ViT": ("vit_tiny_patch16_224", SMALL, "Dinov2Model"),
     "registers": ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 2}, "Dinov2WithRegistersModel"),
     "EVA": ("eva02_tiny_patch14_224", SMALL, "TimmWrapperModel"),
-    "ResNet": ("resnet18", {"channels": [8, 16, 32, 64]}, "ResNetModel"),
-    "ConvNeXt": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}, "TimmWrapperModel"),
+    "ResNet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]}, "ResNetModel"),
+    "ConvNeXt": ("convnext_atto", {"depths": [1, 1, 0, 0], "dims": [8, 16, 24, 32]}, "TimmWrapperModel"),
     "Swin": (
         "swin_tiny_patch4_window7_224",
-        {"img_size": 64, "window_size": 2, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]},
+        {"img_size": 32, "window_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]},
         "TimmWrapperModel",
     ),
+    "CaiT": ("cait_xxs24_224", SMALL, "TimmWrapperModel"),
 }
+ALL, FOLDERS = ("timm", "transformers", "torch", "onnx"), ("timm", "transformers")
+EXPORTS = {  # name -> (kind, formats, dtype)
+    "vit": ("ViT", ALL, "float32"),
+    "eva": ("EVA", ALL, "float32"),
+    "resnet": ("ResNet", ALL, "float32"),
+    "convnext": ("ConvNeXt", ALL, "float32"),
+    "swin": ("Swin", ALL, "float32"),
+    "registers": ("registers", FOLDERS, "float32"),
+    "cait": ("CaiT", FOLDERS, "float32"),
+    "vit-bfloat16": ("ViT", ("torch", "transformers"), "bfloat16"),
+    "resnet-float16": ("ResNet", ("timm",), "float16"),
+    "vit-float16": ("ViT", ("onnx",), "float16"),
+}
+CASES = [(name, format) for name, (_, formats, _) in EXPORTS.items() for format in formats]
+TOLERANCES = {"float32": 1e-5, "float16": 3e-2, "bfloat16": 1e-1}  # of the largest feature
+
+# What each README.md says, run where nothing of ours can be imported.
+OPENER = """
+import json, re, sys
+from pathlib import Path
+sys.modules["prelude"] = None
+import torch
+found = {}
+for readme in [*Path().glob("*/README.md"), *Path().glob("*/*/README.md")]:
+    name, section = readme.parts[0], json.loads((readme.parent / "config.json").read_text())["prelude"]
+    (code,) = re.findall(r"```python\\n(.*?)```", readme.read_text(), re.DOTALL)
+    images = torch.load(f"{name}.images", weights_only=True)
+    if section["format"] in ("torch", "onnx"):
+        images = images.to(getattr(torch, section["dtype"]))
+    scope = {"images": images}
+    with torch.no_grad():
+        exec(code, scope)
+    found[str(readme.parent)] = torch.as_tensor(scope["features"]).float().flatten(1)
+torch.save(found, "found.pt")
+"""
+
+
+def make_source(folder, kind, change=lambda name, tensor: None):
+    """(source, images, timm's features of them): a folder of plain timm's of one of ARCHITECTURES."""
+    name, arguments, _ = ARCHITECTURES[kind]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **arguments).eval()
+    for key, tensor in model.state_dict().items():
+        if key.endswith(("running_mean", "running_var")):
+            tensor.uniform_(0.5, 1.5)
+        change(key, tensor)
+    size = arguments.get("img_size", 64)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    fed = {"num_classes": 0, "input_size": [3, size, size], "mean": [0.5] * 3, "std": [0.5] * 3}
+    settings = {"architecture": name, "num_classes": 0, "model_args": arguments, "pretrained_cfg": fed}
+    (folder / "config.json").write_text(json.dumps(settings))
+    images = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        return f"local-dir:{folder}", images, model(images)
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A folder of plain timm's of one of ARCHITECTURES, images for it, and timm's features of them."""
     monkeypatch.chdir(tmp_path)
-
-    def source(kind):
-        name, arguments, _ = ARCHITECTURES[kind]
-        torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=0, **arguments).eval()
-        for key, buffer in model.named_buffers():
-            if key.endswith(("running_mean", "running_var")):
-                buffer.uniform_(0.5, 1.5)
-        size = arguments.get("img_size", 64)
-        folder = tmp_path / "source"
-        folder.mkdir()
-        save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-        fed = {"num_classes": 0, "input_size": [3, size, size], "mean": [0.5] * 3, "std": [0.5] * 3}
-        settings = {"architecture": name, "num_classes": 0, "model_args": arguments, "pretrained_cfg": fed}
-        (folder / "config.json").write_text(json.dumps(settings))
-        images = torch.randn(3, 3, size, size)
-        with torch.no_grad():
-            return f"local-dir:{folder}", images, model(images)
-
-    return source
+    return lambda kind, *change: make_source(tmp_path / "source", kind, *change)
 
 
-def as_its_card_says(folder, images):
-    """Features by the code in the export's README.md."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert "prelude" not in code
-    scope = {"images": images}
-    with torch.no_grad():
-        exec(code, scope)
-    return torch.as_tensor(scope["features"]).float().flatten(1)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """EXPORTS as they were written, and as one fresh process opens them all."""
+    folder = tmp_path_factory.mktemp("exported")
+    sources = {kind: make_source(folder / f"{kind}-source", kind) for kind in ARCHITECTURES}
+    places = folder / "places"
+    places.mkdir()
+    reports = {}
+    for name, (kind, formats, dtype) in EXPORTS.items():
+        source, images, _ = sources[kind]
+        torch.save(images, places / f"{name}.images")
+        written = export_formats(source, places / name, formats, dtype=dtype)
+        reports |= {(name, format): report for format, report in zip(formats, written, strict=True)}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", OPENER], cwd=places, check=True, env=environment)
+    return sources, reports, torch.load(places / "found.pt", weights_only=True)
 
 
 def contents_of(folder):
@@ -80,47 +132,68 @@ def contents_of(folder):
             yield path.read_bytes()
 
 
-CASES = [
-    *((kind, "timm", "float32", 1e-5) for kind in ARCHITECTURES),
-    *((kind, "transformers", "float32", 1e-4) for kind in ARCHITECTURES),
-    *((kind, "torch", "float32", 1e-4) for kind in ARCHITECTURES),
-    ("ViT", "onnx", "float32", 1e-4),
-    ("ConvNeXt", "onnx", "float16", 3e-2),
-    ("ViT", "torch", "bfloat16", 1e-1),
-    ("ResNet", "timm", "float16", 1e-2),
-    ("ViT", "transformers", "bfloat16", 1e-1),
-]
-
-
-@pytest.mark.parametrize(("kind", "format", "dtype", "tolerance"), CASES)
-def test_the_code_in_the_card_computes_the_features_of_plain_timm(source, tmp_path, kind, format, dtype, tolerance):
-    encoder, images, expected = source(kind)
-    report = export_encoder(encoder, tmp_path / "out", format=format, dtype=dtype)
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_the_code_in_the_card_computes_the_features_of_plain_timm_without_us(exported, name, format):
+    sources, reports, found = exported
+    kind, formats, dtype = EXPORTS[name]
+    report, expected = reports[name, format], sources[kind][2]
+    assert report.path.parts[-1] == (format if len(formats) > 1 else name)
     if format == "transformers":
         assert report.note == ARCHITECTURES[kind][2]
-    program = format in ("onnx", "torch")
-    found = as_its_card_says(tmp_path / "out", images.to(getattr(torch, dtype)) if program else images)
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= tolerance * max(1, expected.abs().max())
-    if program:
-        assert not any(b"site-packages" in content for content in contents_of(tmp_path / "out"))
+    features = found[f"{name}/{format}" if len(formats) > 1 else name]
+    assert features.shape == expected.shape
+    assert (features - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
+    assert not any(b"site-packages" in content for content in contents_of(report.path))
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_what_went_out_comes_in_again_or_says_that_it_does_not(exported, name, format):
+    sources, reports, _ = exported
+    kind, _, dtype = EXPORTS[name]
+    place, (source, images, expected) = str(reports[name, format].path), sources[kind]
+    if format in ("torch", "onnx"):
         with pytest.raises(UserError, match=f"an export to {format}, whose weights are not read back"):
-            open_encoder(str(tmp_path / "out"))
-    elif (kind, format) == ("ResNet", "transformers"):
-        with pytest.raises(UserError, match="in no layout that is known"):
-            open_encoder(str(tmp_path / "out"))
-    else:
-        with torch.no_grad():
-            again = open_encoder(str(tmp_path / "out")).model.float()(images)
-        assert (again - expected).abs().max() <= tolerance * max(1, expected.abs().max())
+            open_weights(place)
+        return
+    again, model = open_encoder(place), build_encoder(open_encoder(source).config, seed=3).eval()
+    total = len(model.state_dict())
+    assert again.config == open_encoder(source).config
+    assert f"{total} of {total} tensors loaded" in again.loaded
+    fitted = fit(model, open_weights(place), "an encoder")  # as encoder.weights does
+    assert (fitted.loaded, fitted.total) == (total, total)
+    with torch.no_grad():
+        for found in (again.model(images), model(images)):
+            assert (found - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()
+    if dtype == "float32" and kind != "registers":  # whose rows of positions were added to them
+        assert again.fingerprint == reports[name, format].fingerprint
 
 
-def test_a_convnet_takes_other_sizes(source, tmp_path):
-    encoder, images, _ = source("ResNet")
-    assert export_encoder(encoder, tmp_path / "out", format="torch").note.endswith("any size from there on")
+def test_a_convnet_takes_other_sizes(exported):
+    (source, *_), report = exported[0]["ResNet"], exported[1]["resnet", "torch"]
+    assert report.note.endswith("any size from there on")
     larger = torch.randn(5, 3, 96, 160)
-    expected = timm.create_model(encoder, pretrained=True).eval()(larger)
-    torch.testing.assert_close(as_its_card_says(tmp_path / "out", larger), expected.detach(), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        found, _ = torch.export.load(report.path / "encoder.pt2").module()(larger)
+        expected = timm.create_model(source, pretrained=True).eval()(larger)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def shrunk(name, tensor):
+    """Features of 1e-6 and below."""
+    if name.startswith("norm."):
+        tensor *= 1e-7
+
+
+@pytest.mark.parametrize("room", [timm_folder, transformers_folder])
+def test_small_features_are_compared_by_their_own_size(source, tmp_path, monkeypatch, room):
+    encoder, _, features = source("ViT", shrunk)
+    assert features.abs().max() < 1e-5
+    format, cast = room.__name__.split(".")[-1].removesuffix("_folder"), room._cast
+    export_encoder(encoder, tmp_path / "out", format=format)
+    monkeypatch.setattr(room, "_cast", lambda tensor, dtype: cast(tensor, dtype) * (1 + 1e-3))
+    with pytest.raises(RunStopped, match="so nothing was exported"):
+        export_encoder(encoder, tmp_path / "wrong", format=format)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_what_computes_something_else_is_not_published(source, tmp_path, monkeypatch):
@@ -135,6 +208,100 @@ def test_what_computes_something_else_is_not_published(source, tmp_path, monkeyp
     with pytest.raises(RunStopped, match="differ from ours by .*, so nothing was exported"):
         export_encoder(encoder, tmp_path / "out", format="transformers")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_several_formats_come_together_or_not_at_all(source, tmp_path, capsys):
+    encoder, *_ = source("ViT")
+    to, names = tmp_path / "out", lambda folder: sorted(path.name for path in folder.iterdir())
+    assert door.main(["--to", str(to), "--format", "transformers", "timm", encoder]) == 0
+    assert names(to) == ["timm", "transformers"] and str(to / "timm") in capsys.readouterr().out
+    with pytest.raises(UserError, match="no bfloat16"):  # said by the last of them, when the first is written
+        door.main([encoder, "--to", str(to), "--format", "timm", "onnx", "--dtype", "bfloat16"])
+    assert names(to) == ["timm", "transformers"] and open_encoder(str(to / "timm")).config.name.startswith("vit")
+    assert door.main([encoder, "--to", str(to)]) == 0
+    assert "model.safetensors" in names(to) and names(tmp_path) == ["out", "source"]
+    (to.parent / "mine" / "timm").mkdir(parents=True)
+    with pytest.raises(UserError, match="mine exists and is no earlier export"):
+        door.main([encoder, "--to", str(tmp_path / "mine")])
+    for words, why in [
+        (["--format", "tim", encoder], "--format tim is none; write one or more of timm, onnx"),
+        (["--format", "onnx"], "There is no source"),
+    ]:
+        with pytest.raises(UserError, match=why):
+            door.main([*words, "--to", str(to)])
+
+
+@pytest.fixture
+def small_disk():
+    """`with small_disk():` no file grows beyond 16 KiB, in whatever language it is written."""
+
+    @contextmanager
+    def small_disk():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return small_disk
+
+
+class Quick(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(99, 99)
+
+    def forward(self, images):
+        return self.layer(images), images + 1
+
+
+@pytest.mark.parametrize("format", ALL)
+def test_a_full_disk_leaves_the_earlier_export(source, tmp_path, small_disk, monkeypatch, format):
+    """By the real writers, of programs that are quick to trace."""
+    encoder, *_ = source("ViT")
+    program = torch.export.export(Quick(), (torch.ones(1, 99),))
+    monkeypatch.setattr(export, "trace", lambda *_: (program, False))
+    before = export_encoder(encoder, tmp_path / "out").fingerprint
+    with small_disk(), pytest.raises(UserError, match="cannot be written to .*out .*too large.*; make room"):
+        export_encoder(encoder, tmp_path / "out", format=format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert open_encoder(str(tmp_path / "out")).fingerprint == before
+
+
+WRITERS = {  # who writes the weights of a format, as (module, name, index of the file among its arguments)
+    "timm": (timm_folder, "save_file", 1),
+    "transformers": (transformers_folder, "save_file", 1),
+    "torch": (Path, "write_bytes", 0),
+    "onnx": (torch.onnx, "export", "f"),
+}
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_a_kill_in_the_middle_of_a_file_leaves_the_earlier_export(source, tmp_path, monkeypatch, format):
+    encoder, *_ = source("ViT")
+    before = export_encoder(encoder, tmp_path / "out").fingerprint
+    module, name, index = WRITERS[format]
+
+    def half_written(*args, **kwargs):
+        with open(kwargs[index] if index in kwargs else args[index], "wb") as file:
+            file.write(b"half of it")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(export, "trace", lambda *_: (None, False))  # a forked process computes nothing
+    monkeypatch.setattr(torch.export, "save", lambda program, file: file.write(b"program"))
+    child = os.fork()
+    if child == 0:
+        setattr(module, name, half_written)
+        try:
+            export_encoder(encoder, tmp_path / "out", format=format)
+        finally:
+            os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert len(list(tmp_path.iterdir())) == 3 and open_encoder(str(tmp_path / "out")).fingerprint == before
+    export_encoder(encoder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_what_onnx_needs_is_said(source, tmp_path, monkeypatch):
@@ -157,10 +324,18 @@ def test_the_hub_wants_a_licence(source, tmp_path, capsys):
     assert "as the Hugging Face hub takes it" in capsys.readouterr().out
 
 
-def test_a_source_that_is_no_folder_needs_a_place(tmp_path):
-    for source in ("timm:resnet18", str(tmp_path / "weights.pth")):
-        with pytest.raises(UserError, match="write --to DIR"):
-            door.main([source])
+def test_only_in_a_run_an_export_has_a_place_of_its_own(tmp_path, save, source):
+    encoder, *_ = source("ViT")
+    run = tmp_path / "run"
+    make_run(run, save)
+    export_encoder(str(run), tmp_path / "out")
+    checkpoint = run / "checkpoints" / "step-00000003"  # whose folder is removed with all that is in it
+    for place in ("timm:resnet18", "weights.pth", encoder, f"random:{run}", tmp_path / "out", checkpoint):
+        with pytest.raises(UserError, match="no run that an export could lie in; write --to DIR"):
+            door.main([str(place)])
+    assert door.main([f"{run}#student"]) == 0 and (run / "export" / "config.json").exists()
+    assert door.main([str(run), "--format", "timm", "transformers"]) == 0
+    assert sorted(path.name for path in (run / "exports").iterdir()) == ["timm", "transformers"]
 
 
 def make_run(folder, save):

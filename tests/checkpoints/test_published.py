@@ -1,9 +1,11 @@
 """Files in published formats: recognised, loaded whole, with the features that their own code computes; or refused."""
 
+import json
 import os
 import pickle
 
 import pytest
+import timm
 import torch
 from published import METHODS, SIDE
 from published_rotary import ROTARY, eva02_angles, periods
@@ -14,6 +16,7 @@ from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.from_files import describe_file
 from prelude.checkpoints.sources import open_encoder, open_weights
 from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 
 METHODS = METHODS | ROTARY
@@ -80,7 +83,7 @@ def test_damaged_files_are_refused_with_what_is_wrong(method, tmp_path):
             "rotations in rope.freqs_cos that are not",
         ),
         ("EVA-02", "blocks.0.attn.rope.freqs_cos", lambda t: t[:-4], "rotations in blocks.0.attn.rope.freqs_cos that"),
-        ("EVA-02", "pos_embed", lambda t: t[:, 1:], "no square of patches; write .*#grid=ROWSxCOLUMNS"),
+        ("EVA-02", "pos_embed", lambda t: t[:, 1:], "no square of patches; write .*[#,]grid=ROWSxCOLUMNS"),
     ],
 )
 def test_rotations_and_biases_that_timm_would_compute_otherwise_are_refused(method, name, damage, why, tmp_path):
@@ -143,7 +146,7 @@ def test_what_a_file_does_not_tell_is_asked_for(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(published.tree, path)
     for words, why in [
-        ("#pixels=half", "number of its attention heads, and no model of width 24 is known; write .*#num_heads=N"),
+        ("#pixels=half", "number of its attention heads, and no model of width 24 is known; write .*half,num_heads=N"),
         ("#num_heads=2", "does not tell how its pixels were normalised; write .*,pixels=imagenet"),
         ("#num_heads=two", "num_heads=two cannot be read; write num_heads=12"),
         ("#num_head=2", "num_head is no word .*; did you mean num_heads"),
@@ -169,12 +172,64 @@ def test_a_file_of_no_known_layout_is_refused_with_its_keys(tmp_path):
             {"_feature_blocks.0.Block1_ConvB1.layers.Conv.weight": torch.ones(2)},
             "RotNet.*timm has no such architecture",
         ),
-        ({"blocks.0.gamma_1": torch.ones(8)}, "EVA in timm's layout, whose tensors do not tell its rotations"),
-        ({"blocks.0.attn.relative_position_bias_table": torch.ones(8, 2)}, "a BEiT, .*write timm's conversion"),
+        ({"blocks.0.gamma_1": torch.ones(8)}, "EVA, timm layout. does not tell its rotations; write timm:NAME"),
+        (
+            {"blocks.0.attn.relative_position_bias_table": torch.ones(8, 2)},
+            "BEiT. does not tell its attention heads .*encoder.name beside encoder.weights",
+        ),
     ]:
         torch.save(tree, tmp_path / "weights.pth")
         with pytest.raises(UserError, match=why):
             open_encoder(str(tmp_path / "weights.pth"))
+
+
+OF_CONFIGS = {  # timm's encoders whose files do not tell them: name, keyword arguments, format
+    "EVA-02": ("eva02_tiny_patch14_224", {}, "EVA, timm layout"),
+    "EVA-02, gated": ("eva02_base_patch14_224", {}, "EVA, timm layout"),
+    "DINOv3": ("vit_small_patch16_dinov3", {}, "EVA, timm layout"),
+    "RoPE-ViT, learned rotations": ("vit_small_patch16_rope_mixed_224", {}, "EVA, timm layout"),
+    "BEiT": ("beit_base_patch16_224", {}, "BEiT"),
+    "BEiT, one table for all": (
+        "beit_base_patch16_224",
+        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+        "BEiT",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_CONFIGS)
+def test_files_that_do_not_tell_their_encoder_fill_the_one_that_a_config_names(kind, tmp_path):
+    name, kwargs, format = OF_CONFIGS[kind]
+    kwargs = kwargs | {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    theirs = timm.create_model(name, img_size=SIDE, patch_size=4, num_classes=5, **kwargs).eval()
+    drawn = torch.Generator().manual_seed(3)
+    state = {key: t + torch.randn(t.shape, generator=drawn) * 0.2 for key, t in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    file = state | {"blocks.0.attn.relative_position_index": torch.zeros(17, 17)} if "BEiT" in kind else state
+    torch.save({"module": file, "epoch": 3}, tmp_path / "weights.pth")
+    source = str(tmp_path / "weights.pth")
+    table = {"pos_embed": "learned"} if "pos_embed" in state else {}
+    config = EncoderConfig(name=name, image_size=SIDE, patch_size=4, kwargs=kwargs, **table)
+    ours = build_encoder(config, seed=1).eval()
+    said = fit(ours, open_weights(source), "an encoder").sentence(open_weights(source))
+    total = len(state) - 2
+    assert f": {format}, {total} of {total} tensors loaded" in said and "head (2)" in said
+    theirs.reset_classifier(0)
+    with torch.no_grad():
+        assert torch.equal(ours(BATCH.float()), theirs(BATCH.float()))
+    with pytest.raises(UserError, match=r"does not tell .*encoder.name beside encoder.weights"):
+        open_encoder(source)
+    for damage, why in [
+        (lambda t: t.pop("norm1.bias"), "blocks.1.norm1.bias is missing"),
+        (lambda t: t.update({"norm3.bias": t["norm1.bias"]}), "blocks.1.norm3.bias has no place"),
+        (lambda t: t.update({"norm1.bias": torch.ones(2)}), r"blocks.1.norm1.bias is \(2,\) instead of \(24,\)"),
+    ]:
+        block = {key.removeprefix("blocks.1."): t for key, t in state.items() if key.startswith("blocks.1.")}
+        damage(block)
+        others = {key: t for key, t in state.items() if not key.startswith("blocks.1.")}
+        torch.save(others | {f"blocks.1.{key}": t for key, t in block.items()}, source)
+        with pytest.raises(UserError, match=f"does not hold the weights of an encoder: {why}"):
+            fit(build_encoder(config, seed=1), open_weights(source), "an encoder")
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
@@ -237,6 +292,11 @@ def transformers_model(kind: str):
             hidden_act="silu" if "gated" in kind else "gelu",
         )
         model = transformers.DINOv3ViTModel(config)
+    elif kind.startswith("ResNet"):
+        layer = "bottleneck" if "bottlenecks" in kind else "basic"
+        shape = dict(hidden_sizes=[32, 64, 96, 128], depths=[1, 2, 1, 1], layer_type=layer, num_labels=5)
+        classes = "ForImageClassification" if "classifier" in kind else "Model"
+        model = getattr(transformers, f"ResNet{classes}")(transformers.ResNetConfig(**shape))
     else:
         decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
         config = transformers.ViTMAEConfig(**small, **decoder, decoder_intermediate_size=64, mask_ratio=0.0)
@@ -246,11 +306,16 @@ def transformers_model(kind: str):
         for name, parameter in model.named_parameters():
             if "position_embeddings" in name and kind == "ViTMAE":
                 continue
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.05 if "ResNet" in kind else 0.2))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.uniform_(0.5, 1.5, generator=generator)
     return model.eval()
 
 
 def transformers_features(model, kind: str):
+    if "ResNet" in kind:
+        return getattr(model, "resnet", model)(BATCH.float()).pooler_output.flatten(1)
     base = getattr(model, "vit", model)
     if kind == "ViTMAE":  # it hides patches and shuffles; in this order attention sees the same set
         tokens = base(BATCH.float(), noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
@@ -260,7 +325,7 @@ def transformers_features(model, kind: str):
 
 
 KINDS = ["ViT", "ViT with a classifier", "ViTMAE", "I-JEPA", "DINOv2", "DINOv2 SwiGLU", "DINOv2 with registers"]
-KINDS += ["DINOv3", "DINOv3 gated"]
+KINDS += ["DINOv3", "DINOv3 gated", "ResNet", "ResNet of bottlenecks with a classifier"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,7 +341,25 @@ def test_a_folder_of_transformers_has_the_features_of_transformers(kind, tmp_pat
     assert (found - expected).abs().max() <= 2e-6 * max(1, expected.abs().max())
     assert f"{len(opened.model.state_dict())} of {len(opened.model.state_dict())} tensors loaded" in opened.loaded
     assert opened.mean == (0.1, 0.2, 0.3) and opened.std == (0.4, 0.5, 0.6)
-    assert opened.model.norm.eps == model.config.layer_norm_eps
+    assert "ResNet" in kind or opened.model.norm.eps == model.config.layer_norm_eps
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        ("ViT", "hidden_act", "quick_gelu"),
+        ("DINOv3", "hidden_act", "relu"),
+        ("ResNet", "hidden_act", "gelu"),
+        ("ResNet", "downsample_in_first_stage", True),
+        ("ResNet", "downsample_in_bottleneck", True),
+    ],
+)
+def test_what_only_a_config_of_transformers_tells_is_not_read_past(kind, setting, value, tmp_path):
+    transformers_model(kind).save_pretrained(tmp_path / "folder")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {setting: value}))
+    with pytest.raises(UserError, match=f"{setting}={value}.*timm's"):
+        open_encoder(f"{tmp_path}/folder#pixels=half")
 
 
 def test_a_folder_of_transformers_goes_out_to_timm_once_its_eps_is_timms(tmp_path):

@@ -104,7 +104,7 @@ def test_an_unknown_rule_is_asked_for_only_where_it_matters(tmp_path):
     encoder, weights = architecture(METHODS["timm ViT"](), tmp_path, 16)
     fit(encoder, weights, "it")
     encoder, weights = architecture(METHODS["timm ViT"](), tmp_path, 24)
-    with pytest.raises(UserError, match="does not tell by which method .*#resampling=offset for DINO"):
+    with pytest.raises(UserError, match="does not tell by which method .*half,resampling=offset for DINO"):
         fit(encoder, weights, "it")
     told = open_weights(f"{tmp_path}/weights.pth#num_heads={HEADS},resampling=offset")
     fit(encoder, told, "it")
@@ -115,7 +115,7 @@ def test_a_grid_that_is_no_square_is_asked_for(tmp_path):
     model = drawn(fair_shapes(1 + 8))
     torch.save(model, tmp_path / "weights.pth")
     words = f"#num_heads={HEADS},pixels=half"
-    with pytest.raises(UserError, match="fits no square of patches; write .*#grid=ROWSxCOLUMNS"):
+    with pytest.raises(UserError, match="fits no square of patches; write .*half,grid=ROWSxCOLUMNS"):
         open_encoder(f"{tmp_path}/weights.pth{words}")
     opened = open_encoder(f"{tmp_path}/weights.pth{words},grid=2x4")
     assert opened.config.size == (8, 16)

@@ -233,6 +233,14 @@ def torchvision_resnet() -> Published:
     return Published(state, state, model, "ResNet", len(state) - 2, "", ("bn1.bias",))
 
 
+def torchvision_resnext() -> Published:
+    """Groups, and more channels within a block than a fourth of those between."""
+    model = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, groups=4, width_per_group=32)
+    state = _randomised(model)
+    model.fc = torch.nn.Identity()
+    return Published(state, state, model.double().eval(), "ResNet", len(state) - 2, "", ("bn1.bias",))
+
+
 def barlow_twins(release: bool = False) -> Published:
     model, state = resnet(bottleneck=True)
     backbone = {name: t for name, t in state.items() if not name.startswith("fc.")}
@@ -337,6 +345,7 @@ METHODS: dict[str, Callable[[], Published]] = {
     "timm ViT": timm_vit,
     "torchvision ViT": torchvision_vit,
     "torchvision ResNet": torchvision_resnet,
+    "torchvision ResNeXt": torchvision_resnext,
     "Barlow Twins": barlow_twins,
     "Barlow Twins, released": lambda: barlow_twins(release=True),
     "torchvision ConvNeXt": torchvision_convnext,

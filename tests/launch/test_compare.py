@@ -1,11 +1,16 @@
 """A whole comparison of two tiny objectives by their recipes: trained, judged, written, and gone through again."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
+from runs import BIN, ROOT, deepspeed
 
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
@@ -195,6 +200,62 @@ def test_the_table_and_the_page_ask_what_was_won_and_lost(gone_on, folder):
     (row,) = [line for line in table.splitlines() if line.startswith("| further | untouched filling |")]
     assert row.count(" → ") == 4 and "k-NN, top-1 %, old images" in table
     assert 'id="going-on"' in (folder / "further" / "report.html").read_text()
+
+
+def numbers_of(entries: list[dict], side: str) -> dict:
+    return {(entry["name"], name): found["numbers"] for entry in entries for name, found in entry[side].items()}
+
+
+def test_two_ranks_find_what_one_did(gone_on, folder):
+    """Through the real launcher: features are taken by both, into a bank of their own."""
+    sources = [f"{folder}/further/runs/further", f"{folder}/out/runs/turning"]
+    argv = [*argv_of(folder, *sources), *keep(folder), "--no-floors"]
+    argv += ["--out", f"{folder}/ranks", "--bank", f"{folder}/ranks/bank"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    command = [*deepspeed(2), str(ROOT / "launch" / "compare.py"), *argv]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    entries = json.loads((folder / "ranks" / "comparison.json").read_text())["entries"]
+    for side in ("results", "kept"):
+        found = numbers_of(entries, side)
+        assert found == numbers_of(gone_on[1]["entries"], side) and len(found) == 6
+    assert len(list((folder / "ranks" / "bank").iterdir())) >= 12  # of three encoders on four sets of images
+
+
+def test_several_findings_an_image_are_gone_on_to_from_images_of_one_class_each(gone_on, folder, monkeypatch):
+    monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+    places = []
+    for split in ("train", "test"):
+        places += [f"--{split}", f"{folder}/findings-{split}.tar"]
+        with tarfile.open(folder / f"{split}-000000.tar") as given, tarfile.open(places[-1], "w") as written:
+            for member in given:
+                content = given.extractfile(member).read()
+                if member.name.endswith(".cls"):
+                    number = int(content)
+                    found = [name for name, of in (("lines", range(4)), ("round", (4, 8, 9))) if number in of]
+                    member.name, content = f"{member.name[:-3]}json", json.dumps(found).encode()
+                    member.size = len(content)
+                written.addfile(member, io.BytesIO(content))
+    argv = [
+        f"{folder}/further/runs/further",
+        *places,
+        "--names",
+        "lines",
+        "round",
+        *keep(folder),
+        "--evaluators",
+        "knn",
+        "ncm",
+    ]
+    out = folder / "findings"
+    assert prelude.main(["compare", *argv, "--no-floors", "--num-workers", "0", "--out", str(out)]) == 0
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert [(list(each["results"]), list(each["kept"])) for each in comparison["entries"]] == [
+        (["multilabel"], ["knn", "ncm"])
+    ] * 2
+    (row,) = [line for line in (out / "table.md").read_text().splitlines() if line.startswith("| further | untouched")]
+    assert row.count(" → ") == 3
+    assert 'id="going-on"' in (out / "report.html").read_text()
 
 
 def test_a_source_that_is_gone_leaves_a_gap_and_one_that_was_moved_is_found_by_its_weights(
