@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import prelude
+from prelude.data.class_names import label_reader
 from prelude.data.errors import UserError
-from prelude.data.loader import label_reader
 from prelude.data.shards import ShardIndex
 from prelude.pretrain import distributed, stopping
 from prelude.pretrain.config import Config, EvaluateConfig
