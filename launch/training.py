@@ -15,9 +15,9 @@ from prelude.data.errors import UserError
 from prelude.data.loader import Loader, build_loader
 from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
-from prelude.data.select import Selection
 from prelude.data.shards import indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
+from prelude.evaluators.labelled import selection
 from prelude.evaluators.online import monitor as online
 from prelude.launch.outlook import outlook
 from prelude.launch.run_folder import run_folder
@@ -25,7 +25,7 @@ from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
 from prelude.pretrain import deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
-from prelude.pretrain.config import Config, DataConfig, SelectConfig
+from prelude.pretrain.config import Config, DataConfig
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.files import Tolerant
 from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
@@ -91,10 +91,6 @@ def seen_as(data: DataConfig) -> dict[str, Any]:
         "image": data.image or "",
         "select": selection(data.select),
     }
-
-
-def selection(section: SelectConfig | None) -> Selection | None:
-    return Selection(**section.model_dump()) if section else None
 
 
 def loader_settings(config: Config) -> dict[str, Any]:

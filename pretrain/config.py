@@ -243,7 +243,11 @@ class EvaluateConfig(Section):
 
     train_shards: Text | Texts
     test_shards: Text | Texts
-    label: Text = "cls"  # extension of the label's member in the tar
+    label: Text = "cls"  # where the label is: extension of the member (cls, txt), or json:FIELD
+    classes: list[Text] = []  # names in the order of their numbers; []: sorted, where labels are text
+    image: Text | None = None  # extension of the image's member, such as left.jpg; None: any
+    train_select: SelectConfig | None = None  # a part of train_shards
+    test_select: SelectConfig | None = None
     label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
     label_group: str = ""  # field whose values group images, such as patient

@@ -172,9 +172,7 @@ def test_folders_that_cannot_be_read_in_place_name_the_command(tmp_path, write_f
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"prelude shards pack {tmp_path}/empty --to DIR"):
         expand_shards(str(tmp_path / "empty"))
-    with pytest.raises(
-        UserError, match="no .json file beside an image; .*7.json for 7.jpg"
-    ):
+    with pytest.raises(UserError, match="no .json file beside an image; .*7.json for 7.jpg"):
         ShardIndex(str(photos), "json")
     with pytest.raises(UserError, match=r"--label parent"):
         ShardIndex(str(write_files("deep", {"a/b/1.png": picture(1), "c/2.png": picture(2)})), "cls")
