@@ -88,7 +88,7 @@ def test_shards_without_an_image_are_refused(tmp_path, write_tar):
 
 
 def test_an_unreadable_shard_is_refused(write_shards, monkeypatch):
-    def refuse(path, label):
+    def refuse(path, *_):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(kept_index, "index_tar", refuse)
