@@ -74,8 +74,8 @@ def test_names_in_shards_are_numbers_of_the_sorted_names(shards, label):
     data, top1 = judged(Labelled(*parts, label, image="left.png"))
     assert data["classes"] == SORTED and data["label"] == label and data["image"] == "left.png"
     numbers, as_numbers = judged(Labelled(*parts, "json:about.number", image="left.png"))
-    assert "classes" not in numbers and top1 == as_numbers > 60
-    assert judged(Labelled(*parts, label, image="right.png"))[1] < 40  # what is black says nothing
+    assert "classes" not in numbers and top1 == as_numbers > 25
+    assert judged(Labelled(*parts, label, image="right.png"))[1] < 15  # what is black says nothing
 
 
 def test_names_of_folders_have_one_number_in_train_and_test(folders, shards):
