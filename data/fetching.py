@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from prelude.data.errors import RunStopped, UserError
+from prelude.data.mixed_order import order_of, passes
 from prelude.data.node_cache import GIB
 from prelude.data.order import Order, Shuffle
 from prelude.data.remote_shards import Left, RemoteShard
@@ -127,7 +128,8 @@ def check_room(index: ShardIndex, shuffle: Shuffle, seed: int, tell: bool) -> No
     tell: how much is fetched an epoch where the cache cannot hold everything."""
     remote = [path for path in index.paths if isinstance(path, RemoteShard)]
     sizes = np.array([path.size if isinstance(path, RemoteShard) else 0 for path in index.paths], np.int64)
-    if not remote or sizes.sum() <= (limit := remote[0].cache.limit):
+    total = sum(shard.size for shard in set(remote))
+    if not remote or total <= (limit := remote[0].cache.limit):
         return
     at_once, fetched = _demand(index, sizes, shuffle, seed)
     if at_once > limit:
@@ -137,21 +139,32 @@ def check_room(index: ShardIndex, shuffle: Shuffle, seed: int, tell: bool) -> No
         )
     if not tell:
         return
-    total = sizes.sum() / GIB
     log.warning(
         "%.3g GiB of remote shards do not fit into data.cache_gib=%.3g: each node fetches about %.3g GiB an epoch%s",
-        total, limit / GIB, fetched / GIB,
-        f"; data.shuffle.span={index.counts.max()} fetches each shard once" if fetched > 2 * sizes.sum() else "",
+        total / GIB, limit / GIB, fetched / GIB,
+        f"; data.shuffle.span={index.counts.max()} fetches each shard once" if fetched > 2 * total else "",
     )  # fmt: skip
 
 
 def _demand(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int) -> tuple[int, int]:
     """(bytes of the shards that are read side by side at most, bytes that are fetched in an epoch)."""
+    order = order_of(index, seed, shuffle)
+    if not index.parts:
+        return _demand_of(order, index.ends, sizes)
+    of_parts = [  # windows of parts move on apart, so that the largest of each may come together
+        _demand_of(one, index.ends - part.begin, sizes) for one, part in zip(order.orders, index.parts, strict=True)
+    ]
+    fetched = sum(bytes_ * times for (_, bytes_), times in zip(of_parts, passes(index.parts), strict=True))
+    return sum(at_once for at_once, _ in of_parts), int(fetched)
+
+
+def _demand_of(order: Order, ends: np.ndarray, sizes: np.ndarray) -> tuple[int, int]:
+    """The same of one pass. ends: where shards end among the order's samples."""
     at_once = fetched = 0
     before = np.zeros(len(sizes), bool)
-    for samples in Order(index.counts, seed, shuffle).first_samples_by_turn(0):
+    for samples in order.first_samples_by_turn(0):
         now = np.zeros(len(sizes), bool)
-        now[np.searchsorted(index.ends, samples, side="right")] = True
+        now[np.searchsorted(ends, samples, side="right")] = True
         at_once = max(at_once, int(sizes[now].sum()))
         fetched += int(sizes[now & ~before].sum())
         before = now

@@ -108,8 +108,8 @@ def folders_of(names: list[str], which: str, root: str) -> list[str] | None:
     if which == "" and tops != parents:
         first = next(name for name, top, parent in zip(names, tops, parents, strict=True) if top != parent)
         raise UserError(
-            f"{root} has folders within folders ({first!r}), so it is not clear which of them is the class; pack it "
-            f"with --label parent (the folder of the image), --label top (the first one) or --label none."
+            f"{root} has folders within folders ({first!r}), so it is not clear which of them is the class; write "
+            f"--label parent (the folder of the image), --label top (the first one), or pack it with --label none."
         )
     if not all(tops):
         raise UserError(

@@ -1,13 +1,17 @@
-"""Labels from a tar's members, decoded by webdataset, as one tensor for a batch.
+"""Labels from a tar's members, as one tensor for a batch.
 
-- A label is a number, or numbers in the same shape for every sample: `.cls`, `.index`, `.id` (integers), `.json` (a
-  number or a list of numbers), `.npy`.
+- A label is named by its member's extension (`cls`), or by a field of a JSON member (`json:diagnosis`).
+- It is a number, or numbers in the same shape for every sample: `.cls`, `.index`, `.id` (integers), `.json` (a number
+  or a list of numbers), `.npy`. Or it is text, the name of a class: whole numbers stay what they are, other text gets
+  the number of its place among the names.
 - What most of some labels look like is what a label is; others are spoilt, wherever they stand.
 - Formats whose decoding can run code (pickle, torch files) are refused.
 """
 
 import io
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -17,61 +21,138 @@ from webdataset.autodecode import basichandlers
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 
-_KINDS = ("cls", "cls2", "index", "inx", "id", "json", "jsn", "npy", "txt")  # of .txt it is told what is wrong
+FOLDERS = ("parent", "top")  # of an image in a folder of folders: the one that it lies in, and the first one
+_TEXTS = ("cls", "cls2", "index", "inx", "id", "txt", "text", *FOLDERS)
+_JSON = ("json", "jsn")
 _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
 _LOOKED_AT = 64  # labels, to find out what a label is
-_FORMATS = ".cls (an integer), .json (a number or a list of numbers) or .npy"
+_FORMATS = ".cls (an integer), .txt (a class name), .json (a number or a list of numbers, or json:FIELD) or .npy"
+_WHOLE = re.compile(r"[+-]?\d+")
+
+
+def label_name(text: str) -> str:
+    """`.CLS` as `cls`; a field keeps its case: `JSON:Diagnosis` is `json:Diagnosis`."""
+    extension, colon, field = text.partition(":")
+    return extension.lower().removeprefix(".") + colon + field
+
+
+def extension_of(label: str) -> str:
+    """Of the label's member."""
+    return label.partition(":")[0]
+
+
+def in_words(label: str) -> str:
+    """`.cls member`, or `field 'diagnosis' in a .json member`."""
+    extension, _, field = label.partition(":")
+    return f"field {field!r} in a .{extension} member" if field else f".{extension} member"
 
 
 class LabelReader:
-    """Decodes the members with one extension. `shape` and `dtype` are those of most of `examples`, the bytes of some
-    members, that can be decoded.
+    """Reads labels of one name out of their members. What a label is, most of `examples`, the bytes of some members,
+    say: text (`is_text`), or numbers of a `shape` and `dtype`. Names have numbers once `name_classes` is told.
 
-    Raises UserError for an extension that cannot become a tensor, and where none of the examples can.
+    Raises UserError for an extension that holds no labels, and where none of the examples is one.
     """
 
-    def __init__(self, extension: str, examples: Sequence[bytes]):
-        self.extension = extension
-        if extension.rpartition(".")[2] not in _KINDS:
-            raise UserError(f"Labels cannot be read from .{extension} members; write them as {_FORMATS}.")
-        labels = [label for label in map(self._decode, examples) if label is not None]
-        if not labels:
+    def __init__(self, label: str, examples: Sequence[bytes]):
+        self.label, self._number_of = label, {}
+        self.extension, _, self.field = label.partition(":")
+        self._kind = self.extension.rpartition(".")[2]
+        if self._kind not in (*_TEXTS, *_JSON, "npy"):
+            raise UserError(f"Labels cannot be read from .{self.extension} members; write them as {_FORMATS}.")
+        if ":" in label and (self._kind not in _JSON or not self.field):
+            raise UserError(f"{label} names no field; write json:FIELD, or {self.extension} for the whole member.")
+        found = [value for value in map(self._value, examples) if value is not None]
+        if not found:
             raise UserError(self._refusal(examples))
-        ((self.shape, self.dtype), _) = Counter((label.shape, label.dtype) for label in labels).most_common(1)[0]
+        ((is_text, self.shape, self.dtype), _) = Counter(map(_form, found)).most_common(1)[0]
+        self.is_text = is_text
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """In the order of their numbers."""
+        self._number_of = {name: number for number, name in enumerate(names)}
 
     def __call__(self, content: bytes) -> np.ndarray:
         """Raises BadImage when this sample's label is spoilt: without it, the sample is of no use."""
-        label = self._decode(content)
-        if label is None or label.shape != self.shape or (label.dtype.kind == "f" and self.dtype.kind != "f"):
+        value = self.plain(content)
+        if not self.is_text:
+            return value
+        if value not in self._number_of:
+            raise BadImage(f"a .{self.extension} label that is none of the classes")
+        return np.asarray(self._number_of[value])
+
+    def plain(self, content: bytes) -> np.ndarray | str:
+        """The name of the class where labels are text, else as `__call__`. Raises BadImage."""
+        value = self._value(content)
+        if self.is_text and isinstance(value, np.ndarray) and value.dtype.kind == "i" and not value.shape:
+            return str(self._raw(content)).strip()  # a class that is called 7, among others that have names
+        if value is None or _form(value)[:2] != (self.is_text, self.shape):
             raise BadImage(f"bad .{self.extension} label")
-        return label.astype(self.dtype)
+        if self.is_text:
+            return value
+        if value.dtype.kind == "f" and self.dtype.kind != "f":
+            raise BadImage(f"bad .{self.extension} label")
+        return value.astype(self.dtype)
 
     def _refusal(self, examples: Sequence[bytes]) -> str:
         """Of members none of which can be decoded."""
         found = f"The label {examples[0][:60]!r}" if examples else "The content"
-        if examples and _is_beyond_64_bits(self._array(examples[0])):
+        member = f"of a .{self.extension} member"
+        raw = self._raw(examples[0]) if examples else None
+        if _is_beyond_64_bits(self._array(raw)):
             return (
-                f"{found} of a .{self.extension} member does not fit into 64 bits; write whole numbers from -2^63 to "
-                f"2^63 - 1, such as the numbers 0, 1, ... of the classes."
+                f"{found} {member} does not fit into 64 bits; write whole numbers from -2^63 to 2^63 - 1, such as the "
+                f"numbers 0, 1, ... of the classes."
             )
-        return f"{found} of a .{self.extension} member is neither a number nor numbers; write {_FORMATS}."
+        if self.field and examples:
+            return f"{found} {member} has no field {self.field!r} with a class in it; write another json:FIELD."
+        if isinstance(raw, dict) and raw:
+            fields = " or ".join(f"{self.extension}:{field}" for field in list(raw)[:3])
+            return f"{found} {member} is neither a number nor numbers, but has fields; write {fields}."
+        return f"{found} {member} is neither a number nor numbers, nor the name of a class; write {_FORMATS}."
 
-    def _decode(self, content: bytes) -> np.ndarray | None:
-        label = self._array(content)
+    def _value(self, content: bytes) -> np.ndarray | str | None:
+        """None where there is no label in it."""
+        raw = self._raw(content)
+        if isinstance(raw, str) and not _WHOLE.fullmatch(raw.strip()):
+            return raw.strip() or None
+        label = self._array(raw)
         if label is None or label.dtype.kind not in _DTYPES:
             return None
         if label.dtype == np.uint64 and (label > np.iinfo(np.int64).max).any():
             return None
         return label.astype(_DTYPES[label.dtype.kind])
 
-    def _array(self, content: bytes) -> np.ndarray | None:
-        """What webdataset makes of it; None where it makes nothing."""
+    def _raw(self, content: bytes):
+        """What is written there: text, or what the format makes of it; None where it makes nothing."""
         try:
-            if self.extension.rpartition(".")[2] == "npy" and not _is_whole_npy(content):
-                return None
-            return np.asarray(basichandlers(f".{self.extension}", content))
+            if self._kind in _TEXTS:
+                return content.decode()
+            if self._kind == "npy":
+                return basichandlers(".npy", content) if _is_whole_npy(content) else None
+            raw = json.loads(content)
+            return _field_of(raw, self.field) if self.field else raw
         except (ValueError, TypeError, EOFError, OverflowError, RecursionError, MemoryError):
             return None
+
+    def _array(self, raw) -> np.ndarray | None:
+        try:
+            return None if raw is None else np.asarray(int(raw) if isinstance(raw, str) else raw)
+        except (ValueError, TypeError, OverflowError, RecursionError, MemoryError):
+            return None
+
+
+def _field_of(raw, field: str):
+    """`a.b` is the field b of a, unless there is one of that very name."""
+    if not isinstance(raw, dict) or field in raw or "." not in field:
+        return raw.get(field) if isinstance(raw, dict) else None
+    first, _, rest = field.partition(".")
+    return _field_of(raw.get(first), rest)
+
+
+def _form(value: np.ndarray | str) -> tuple[bool, tuple[int, ...], np.dtype]:
+    """(whether it is text, shape and type of what a batch has of it)."""
+    return (True, (), np.dtype(np.int64)) if isinstance(value, str) else (False, value.shape, value.dtype)
 
 
 def _is_beyond_64_bits(label: np.ndarray | None) -> bool:
@@ -89,8 +170,8 @@ def some(sample_ids: np.ndarray) -> list[int]:
 def no_label(index) -> UserError:
     """Where no sample of an index has the label."""
     return UserError(
-        f"No sample in {index.paths[0]} and the rest has a .{index.label} member; write another label, or name members "
-        f"so that image and label are the same up to the first dot of the file's name."
+        f"No sample in {index.paths[0]} and the rest has a .{extension_of(index.label)} member; write another label, "
+        f"or name members so that image and label are the same up to the first dot of the file's name."
     )
 
 

@@ -11,8 +11,8 @@
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ import webdataset as wds
 
 from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import ViewPlan
-from prelude.data.decode import MAX_PIXELS, ValueRange
+from prelude.data.class_names import label_reader
+from prelude.data.data_sets import Data, found, index_of
 from prelude.data.errors import UserError
 from prelude.data.fetching import check_room, fetch_ahead
-from prelude.data.labels import LabelReader, no_label, some
-from prelude.data.members import label_members
-from prelude.data.order import DEFAULT_SHUFFLE, Order, Shuffle
+from prelude.data.mixed_order import order_of, passes
+from prelude.data.order import DEFAULT_SHUFFLE, Shuffle
 from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
-from prelude.data.remote_shards import RemoteShard, shard_name
+from prelude.data.remote_shards import shard_name
 from prelude.data.shards import ShardIndex, expand_shards, is_stream
 from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
 from prelude.data.streaming import StreamingLoader
@@ -35,7 +35,7 @@ from prelude.data.value_range import refuse_other_images, tell_if_dark
 
 
 def build_loader(
-    shards: str | list[str],
+    data: Data,
     plan: ViewPlan,
     *,
     seed: int,
@@ -47,40 +47,42 @@ def build_loader(
     label: str = "",
     bad_samples_log: str | Path | None = None,
     num_samples: int | None = None,
-    max_bad_share: float = 1.0,
     allow_commands: bool = False,
-    value_range: ValueRange | Literal["auto"] | None = None,
-    max_pixels: int = MAX_PIXELS,
+    **of_index,
 ) -> "Loader | StreamingLoader":
     """A `Loader` where every shard is a file, here or in a store, else a `StreamingLoader`, which alone takes
     `num_samples`.
 
-    max_bad_share: the share of samples that damage may have cost. allow_commands: whether a shell may run what `pipe:`
-    says. value_range, max_pixels: as `ShardIndex` takes them. Raises UserError where too much is lost, for a command
-    that may not be run, for a cache of remote shards that is too small for the order, and as `ShardIndex` and `Loader`
-    do.
+    data: shards, or several data sets by name. allow_commands: whether a shell may run what `pipe:` says. of_index: see
+    `index_of`. Raises UserError for a command that may not be run, for a cache of remote shards that is too small for
+    the order, and as `index_of` and `Loader` do.
     """
     common = dict(
         seed=seed, micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=num_workers, label=label,
         bad_samples_log=bad_samples_log,
     )  # fmt: skip
-    urls = expand_shards(shards, allow_commands)
-    if any(map(is_stream, urls)):
-        seen_as = dict(value_range=value_range, max_pixels=max_pixels)
-        return StreamingLoader(urls, plan, num_samples=num_samples, **seen_as, **common)
+    if not isinstance(data, Mapping):
+        urls = expand_shards(data, allow_commands)
+        if any(map(is_stream, urls)):
+            return StreamingLoader(urls, plan, num_samples=num_samples, **_of_stream(urls, of_index), **common)
+        data = found(data, urls)
     if num_samples is not None:
         raise UserError(
             f"data.num_samples={num_samples} has no effect on shards that are files, which are counted; leave it out."
         )
-    remote = any(isinstance(url, RemoteShard) for url in urls)  # asked for once
-    index = ShardIndex(urls if remote else shards, label, value_range, max_pixels)
-    if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
-        raise UserError(
-            f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
-            f"ones (the first: {index.first_problem()}); mend the shards, or raise data.max_bad_share."
-        )
+    index = index_of(data, label=label, **of_index)
     check_room(index, shuffle, seed, tell=rank == 0)
     return Loader(index, plan, shuffle=shuffle, **common)
+
+
+def _of_stream(urls: list[str], of_index: dict) -> dict:
+    for key in ("select", "image"):
+        if of_index.get(key):
+            raise UserError(
+                f"data.{key} needs an index, and {next(filter(is_stream, urls))} is a stream; copy the shards to a "
+                f"disk, or leave it out."
+            )
+    return {key: of_index[key] for key in ("value_range", "max_pixels") if key in of_index}
 
 
 class Loader(EndlessLoader):
@@ -121,7 +123,7 @@ class Loader(EndlessLoader):
 
     def preview(self, count: int) -> list[str]:
         """Where the next `count` samples of all ranks come from: shard and key."""
-        ids = Order(self.index.counts, self.seed, self.shuffle).samples_at(self.samples + np.arange(count))
+        ids = order_of(self.index, self.seed, self.shuffle).samples_at(self.samples + np.arange(count))
         return [f"{shard_name(self.index.shard_of(i))}:{self.index.key(i)}" for i in ids.tolist()]
 
     def stages(self) -> list:
@@ -140,7 +142,23 @@ class Loader(EndlessLoader):
             "window": self.shuffle.window,
             "span": self.shuffle.span,
             "views": self.plan.fingerprint(),
+            **self._identity_of_parts(),
         }
+
+    def _identity_of_parts(self) -> dict:
+        about = {}
+        for part in self.index.parts:
+            told = {"weight": part.weight, "num_samples": part.num_samples, "fingerprint": part.fingerprint}
+            about |= {f"mix.{part.name}.{key}": value for key, value in told.items()}
+        return about
+
+    def mixture(self) -> list[str]:
+        """What is drawn from each of several data sets, in a few words."""
+        parts, weights = self.index.parts, sum(part.weight for part in self.index.parts)
+        return [
+            f"{part.name} {100 * part.weight / weights:.3g} % ({part.num_samples} samples, {times:.3g} times an epoch)"
+            for part, times in zip(parts, passes(parts), strict=True)
+        ]
 
     def in_todays_terms(self, state: dict) -> dict:
         """Runs of 0.1 knew names, sizes and offsets of the images and nothing of labels: theirs are the same data if
@@ -208,14 +226,3 @@ def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
     refuse_other_images(index, plan.channels)
     threads = 1 if num_workers else min(torch.get_num_threads(), 8)
     return MicroBatchReader(index, plan, seed, label_reader(index, label), on_bad, threads)
-
-
-def label_reader(index: ShardIndex, label: str) -> LabelReader | None:
-    """For the members with this extension, after what most of them look like. Raises UserError where there is none."""
-    if not label:
-        return None
-    labelled = np.flatnonzero(index.labels[:, 0] >= 0)
-    if not len(labelled):
-        raise no_label(index)
-    examples = label_members(index, some(labelled), peek=True)
-    return LabelReader(index.label, [content for content in examples if content is not None])

@@ -42,9 +42,9 @@ class Order:
         self.num_samples = int(np.sum(counts))
         self.seed, self.shuffle = seed, shuffle
         self._span_starts, self._span_lengths = _cut(np.asarray(counts, np.int64), shuffle.span)
-        self._epochs = _Recent(2)
+        self._epochs = Recent(2)
         # An epoch's turn needs the windows of both epochs, and streams of unequal length change windows apart.
-        self._windows = _Recent(2 * min(shuffle.streams, self.num_samples) + 2)
+        self._windows = Recent(2 * min(shuffle.streams, self.num_samples) + 2)
 
     def samples_at(self, positions) -> np.ndarray:
         """Sample ids in [0, num_samples) at these positions; any shape, int64."""
@@ -90,23 +90,23 @@ class Order:
             here = np.flatnonzero(turn == number)
             length = min(window, int(stream_length[here[0]]) - w * window)
             key = (epoch, c, w)
-            shuffled = self._windows.get(key, lambda key=key, length=length: _permutation(length, self.seed, *key))
+            shuffled = self._windows.get(key, lambda key=key, length=length: permutation(length, self.seed, *key))
             line[here] += shuffled[within[here]]
         return line
 
     def _permuted_spans(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = _permutation(len(self._span_starts), self.seed, epoch, -1, -1)
+        order = permutation(len(self._span_starts), self.seed, epoch, -1, -1)
         return order, np.cumsum(self._span_lengths[order])
 
 
 def sample_seed(run_seed: int, position: int) -> int:
     """The seed of every random choice about the sample at a position; 63 bits."""
-    return _hash(b"seed", run_seed, position) >> 1
+    return hashed(b"seed", run_seed, position) >> 1
 
 
 def substitute(run_seed: int, position: int, attempt: int, num_samples: int) -> int:
     """The sample that takes an unreadable one's place, the same on every rank and after any resume."""
-    return _hash(b"substitute", run_seed, position, attempt) % num_samples
+    return hashed(b"substitute", run_seed, position, attempt) % num_samples
 
 
 def _cut(counts: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,17 +118,18 @@ def _cut(counts: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
     return first_of_shard[shard] + nth * span, np.minimum(span, counts[shard] - nth * span)
 
 
-def _permutation(length: int, *key: int) -> np.ndarray:
-    words = np.random.Philox(key=_hash(b"permutation", *key, size=16)).random_raw(length)
+def permutation(length: int, *key: int, use: bytes = b"permutation") -> np.ndarray:
+    """(length,) int64. use: of the key, so that another one gives another permutation."""
+    words = np.random.Philox(key=hashed(use, *key, size=16)).random_raw(length)
     return np.argsort(words, kind="stable")
 
 
-def _hash(use: bytes, *numbers: int, size: int = 8) -> int:
+def hashed(use: bytes, *numbers: int, size: int = 8) -> int:
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=size, person=use).digest(), "little")
 
 
-class _Recent:
+class Recent:
     """The last `limit` values that were asked for; a lost one is computed again."""
 
     def __init__(self, limit: int):

@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 from prelude.data import index_file, stores
@@ -43,12 +44,15 @@ def read_index_files(paths: list[str]) -> None:
             )  # fmt: skip
 
 
-def load(shard: RemoteShard, label: str) -> TarIndex:
-    """Raises UserError as `index_tar`, and RunStopped where the shard cannot be had."""
-    entry = _read(shard)
+def load(shard: RemoteShard, label: str, image: str = "") -> TarIndex:
+    """image: extension of the image's member where it is named: of those no file beside the shards knows.
+
+    Raises UserError as `index_tar`, and RunStopped where the shard cannot be had.
+    """
+    entry = _read(shard, image)
     if entry is None:
-        entry = Entry(shard.size, "", index_every_label(shard))
-        _write(shard, entry)
+        entry = Entry(shard.size, "", index_every_label(shard, image))
+        _write(shard, entry, image)
     if entry.sha256:
         shard.checksums["sha256"] = entry.sha256
     return entry.index(label) if label else entry.indexes[""]
@@ -107,20 +111,21 @@ def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:
             _write(shard, entry)
 
 
-def _kept(shard: RemoteShard) -> Path:
-    return cache_folder() / "index" / f"{shard.cache_name}.remote.npz"
+def _kept(shard: RemoteShard, image: str = "") -> Path:
+    named = f".{blake2b(image.encode(), digest_size=8).hexdigest()}" if image else ""
+    return cache_folder() / "index" / f"{shard.cache_name}{named}.remote.npz"
 
 
-def _read(shard: RemoteShard) -> Entry | None:
+def _read(shard: RemoteShard, image: str = "") -> Entry | None:
     try:
-        return index_file.read(_kept(shard).read_bytes())[shard.name]
+        return index_file.read(_kept(shard, image).read_bytes())[shard.name]
     except (OSError, ValueError, KeyError):
-        return _made_here.get(shard.cache_name)
+        return _made_here.get((shard.cache_name, image))
 
 
-def _write(shard: RemoteShard, entry: Entry) -> None:
+def _write(shard: RemoteShard, entry: Entry, image: str = "") -> None:
     """A folder that cannot be written costs another pass at the next start."""
-    kept = _kept(shard)
+    kept = _kept(shard, image)
     aside = kept.with_name(f"{kept.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -130,11 +135,11 @@ def _write(shard: RemoteShard, entry: Entry) -> None:
         finally:
             aside.unlink(missing_ok=True)
     except OSError as error:
-        _made_here[shard.cache_name] = entry
+        _made_here[shard.cache_name, image] = entry
         _warn_unkept(str(kept.parent), error.strerror)
 
 
-_made_here: dict[str, Entry] = {}  # where nothing can be kept
+_made_here: dict[tuple[str, str], Entry] = {}  # where nothing can be kept
 
 
 @functools.cache

@@ -5,8 +5,6 @@
 - `data.shards` is a path, a pattern with braces (`{000..099}`), `*` or `?`, several of them joined by `::`, or a list;
   braces, `::` and `${...}` are expanded by webdataset. A name that exists as it is written is taken as it is.
 - A sample's id is its place in the index: shard after shard, in the order of the tar.
-- The index of a tar is kept in a cache folder under its path, size and times of change, written to the side and
-  renamed, so that any number of processes may build it at once.
 - The fingerprint is a hash of names, sizes, offsets and samples of the images' bytes, not of folders and times: a data
   set that is moved or copied is still the same, one whose images were written again in place is not.
 - A command (`pipe:`) is taken only by those who say that it may be run.
@@ -17,15 +15,12 @@ import functools
 import glob
 import hashlib
 import json
-import logging
 import math
 import os
 import re
-import secrets
 import socket
-import zipfile
-import zlib
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -34,30 +29,42 @@ from webdataset.shardlists import expand_urls
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder, open_folder
-from prelude.data.node_cache import cache_folder
-from prelude.data.remote_index import load as load_remote
-from prelude.data.remote_index import read_index_files
+from prelude.data.kept_index import load_all
+from prelude.data.labels import extension_of, label_name
 from prelude.data.remote_shards import RemoteShard, is_pattern, matching, remote_shards, shard_name
 from prelude.data.stores import is_stored
-from prelude.data.tar_index import Problem, TarIndex, index_tar, keys_by_offset
+from prelude.data.tar_index import TarIndex, keys_by_offset
 from prelude.data.value_range import resolved
-from prelude.data.waiting import called, in_threads
+from prelude.data.waiting import called
 
-log = logging.getLogger(__name__)
-
-CACHE_VERSION = 3
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 _MOST_NAMED = 10**7  # by the ranges of a pattern
 _COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several data sets: where it lies among the samples of an index, and how often it is drawn from."""
+
+    name: str
+    weight: float  # relative to those of the others
+    begin: int
+    end: int
+    num_shards: int
+    fingerprint: str
+
+    @property
+    def num_samples(self) -> int:
+        return self.end - self.begin
+
+
 class ShardIndex:
     """The samples of uncompressed tar shards, local or in a store. 16 bytes of memory a sample, 32 with labels.
 
-    shards: see the module. label: extension of the member that holds a sample's label (`cls`), or "" for none; it
-    changes neither ids nor fingerprint. value_range: the stored values of images with more than 8 bits that become
-    black and white, "auto" to find them, None for all of 16 bits. max_pixels: of an image; see `decode`. Both are part
-    of the fingerprint where they are given.
+    shards: see the module. label: where a sample's label is, see `labels`, or "" for none; it changes neither ids nor
+    fingerprint. value_range: the stored values of images with more than 8 bits that become black and white, "auto" to
+    find them, None for all of 16 bits. max_pixels: of an image; see `decode`. Both are part of the fingerprint where
+    they are given. image: extension of the image's member, such as `left.jpg`; "" for any.
 
     Raises UserError where nothing matches, a shard is missing, unreadable, compressed or a stream, or no shard holds
     an image, and RunStopped where a store does not give one. Damage inside a shard does not raise: see `problems`.
@@ -69,23 +76,41 @@ class ShardIndex:
         label: str = "",
         value_range: ValueRange | Literal["auto"] | None = None,
         max_pixels: int = MAX_PIXELS,
+        image: str = "",
     ):
-        self.label = label.lower().removeprefix(".")
         self.paths = tuple(indexable_shards(shards))
-        parts = _load_all(self.paths, self.label)
-        self.images = np.concatenate([part.images for part in parts])  # (N, 2) int64: offset, size
-        self.labels = np.concatenate([part.labels for part in parts])  # (N, 2) int64, or (0, 2) without a label
-        self.counts = np.array([len(part.images) for part in parts], np.int64)  # (num_shards,)
-        self.problems = {path: part.problems for path, part in zip(self.paths, parts, strict=True) if part.problems}
-        self.unended = tuple(path for path, part in zip(self.paths, parts, strict=True) if not part.ended)
-        self.num_lost = int(_lost(parts).sum())
-        self.ends = np.cumsum(self.counts)
-        self._contents = [(part.content, part.label_content) for part in parts]
+        self.images_named = (image.lower().removeprefix("."),) * len(self.paths)  # by shard
+        self.parts: tuple[Part, ...] = ()  # of several data sets, see `joined`
+        self._taken: np.ndarray | None = None  # of a subset: its samples' places among all of these shards
+        self.classes: tuple[str, ...] = ()  # names in the order of their numbers, where labels are text
+        self._read(label_name(label))
         if not self.num_samples:
             raise UserError(self._nothing_found(shards))
         self.max_pixels = max_pixels
         self.value_range = resolved(self, value_range)
         self.fingerprint = self._fingerprint()
+
+    def _read(self, label: str) -> None:
+        """The places of images and labels, of all of these shards or of the subset."""
+        self.label = label
+        parts = load_all(self.paths, extension_of(label), self.images_named)
+        self.images = np.concatenate([part.images for part in parts])  # (N, 2) int64: offset, size
+        self.labels = np.concatenate([part.labels for part in parts])  # (N, 2) int64, or (0, 2) without a label
+        self.counts = np.array([len(part.images) for part in parts], np.int64)  # (num_shards,)
+        self.ends = np.cumsum(self.counts)
+        self.problems = {path: part.problems for path, part in zip(self.paths, parts, strict=True) if part.problems}
+        self.unended = tuple(path for path, part in zip(self.paths, parts, strict=True) if not part.ended)
+        self.num_lost = int(_lost(parts).sum())
+        self._contents = [(part.content, part.label_content) for part in parts]
+        self._num_all = len(self.images)
+        if self._taken is not None:
+            self._take(self._taken)
+
+    def _take(self, sample_ids: np.ndarray) -> None:
+        self.counts = np.bincount(np.searchsorted(self.ends, sample_ids, side="right"), minlength=self.num_shards)
+        self.images = self.images[sample_ids]
+        self.labels = self.labels[sample_ids] if len(self.labels) else self.labels
+        self.ends = np.cumsum(self.counts)
 
     @property
     def num_samples(self) -> int:
@@ -117,15 +142,23 @@ class ShardIndex:
         path, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
         if isinstance(path, RemoteShard) and not path.is_here():
             return f"byte {offset}"
-        keys = path.keys_by_offset if isinstance(path, ImageFolder) else functools.partial(keys_by_offset, path)
-        return called(lambda: keys().get(offset, "?"), f"the headers of {path}")
+        return called(lambda: keys_in(path).get(offset, "?"), f"the headers of {path}")
 
     def with_label(self, label: str) -> "ShardIndex":
-        """The same data set, with the places of another label."""
-        label = label.lower().removeprefix(".")
+        """The same samples, with the places of another label."""
+        label = label_name(label)
         if label in ("", self.label):
             return self
-        return ShardIndex(list(self.paths), label, self.value_range, self.max_pixels)
+        other = copy.copy(self)
+        other.classes = ()
+        other._read(label)
+        return other
+
+    def with_classes(self, names: Sequence[str]) -> "ShardIndex":
+        """The same samples; labels that are text have the numbers of their places among these names."""
+        other = copy.copy(self)
+        other.classes = tuple(names)
+        return other
 
     def with_range(
         self, value_range: ValueRange | Literal["auto"] | None, max_pixels: int = MAX_PIXELS
@@ -142,12 +175,43 @@ class ShardIndex:
         its own. sample_ids: (n,) int64, growing, at least one.
         """
         part = copy.copy(self)
-        part.images = self.images[sample_ids]
-        part.labels = self.labels[sample_ids] if len(self.labels) else self.labels
-        part.counts = np.bincount(np.searchsorted(self.ends, sample_ids, side="right"), minlength=self.num_shards)
-        part.ends = np.cumsum(part.counts)
+        part._taken = sample_ids if self._taken is None else self._taken[sample_ids]
+        part._take(sample_ids)
+        part.parts = ()
         part.fingerprint = part._fingerprint()
         return part
+
+    @classmethod
+    def joined(
+        cls,
+        indexes: Mapping[str, "ShardIndex"],
+        weights: Mapping[str, float],
+        value_range: ValueRange | Literal["auto"] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> "ShardIndex":
+        """Several data sets as one, in this order, by name; `parts` says where each lies. They have the same label."""
+        all_of = list(indexes.values())
+        whole = copy.copy(all_of[0])
+        whole.paths = tuple(path for index in all_of for path in index.paths)
+        whole.images_named = tuple(name for index in all_of for name in index.images_named)
+        whole.problems = {path: found for index in all_of for path, found in index.problems.items()}
+        whole.unended = tuple(dict.fromkeys(path for index in all_of for path in index.unended))
+        for table in ("images", "labels", "counts"):
+            setattr(whole, table, np.concatenate([getattr(index, table) for index in all_of]))
+        whole.ends = np.cumsum(whole.counts)
+        whole.num_lost = sum(index.num_lost for index in all_of)
+        whole._contents = [content for index in all_of for content in index._contents]
+        ends = np.cumsum([index.num_samples for index in all_of]).tolist()
+        whole.parts = tuple(
+            Part(name, weights[name], end - index.num_samples, end, index.num_shards, index.fingerprint)
+            for (name, index), end in zip(indexes.items(), ends, strict=True)
+        )
+        before = np.cumsum([0, *(index._num_all for index in all_of)]).tolist()
+        if any(index._taken is not None for index in all_of):
+            taken = [np.arange(index._num_all) if index._taken is None else index._taken for index in all_of]
+            whole._taken = np.concatenate([ids + first for ids, first in zip(taken, before[:-1], strict=True)])
+        whole._num_all = before[-1]
+        return whole.with_range(value_range, max_pixels)
 
     def label_fingerprint(self) -> str:
         """The same of the labels, which are no part of `fingerprint`."""
@@ -178,6 +242,11 @@ class ShardIndex:
             f"image{first}; write tar files whose members are named like 000123.jpg, or make them of what is there: "
             f"prelude shards pack SOURCE --to DIR."
         )
+
+
+def keys_in(path: str) -> dict[int, str]:
+    """The keys of a shard by the offset of an image. A remote one is fetched for it."""
+    return path.keys_by_offset() if isinstance(path, ImageFolder) else keys_by_offset(path)
 
 
 def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list[str]:
@@ -305,71 +374,3 @@ def _as_path(path: str, pattern: str) -> str:
             f"disk."
         )
     return path
-
-
-# ---- indexes, kept on disk
-
-
-def _load_all(paths: tuple[str, ...], label: str) -> list[TarIndex]:
-    """The index of every shard; each rank of a node begins elsewhere, so that they share the work of a first use."""
-    ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-    begin = len(paths) * int(os.environ.get("LOCAL_RANK", 0)) // ranks
-    turned = paths[begin:] + paths[:begin]
-    read_index_files(turned)
-    parts = list(in_threads(lambda path: _load(path, label), turned, lambda path: f"the headers of {path}"))
-    return parts[len(paths) - begin :] + parts[: len(paths) - begin]
-
-
-def _load(path: str, label: str) -> TarIndex:
-    if isinstance(path, ImageFolder):
-        return path.index(label)
-    if isinstance(path, RemoteShard):
-        return load_remote(path, label)
-    try:
-        status = os.stat(path)
-        times = status.st_mtime_ns, status.st_ctime_ns  # the second changes even where a tool puts the first back
-        identity = json.dumps([CACHE_VERSION, os.path.abspath(path), status.st_size, *times, label])
-        name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-        kept = cache_folder() / "index" / f"{name}.npz"
-        index = _read(kept)
-        if index is None:
-            index = index_tar(path, label)
-            _write(kept, index)
-        return index
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}); mend it, or leave it out of "
-            f"data.shards."
-        ) from None
-
-
-def _read(kept: Path) -> TarIndex | None:
-    try:
-        with np.load(kept, allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
-            problems = tuple(Problem(*problem) for problem in about.pop("problems"))
-            return TarIndex(arrays["images"], arrays["labels"], problems, **about)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None  # not there yet, or spoilt: it is built again
-
-
-def _write(kept: Path, index: TarIndex) -> None:
-    """A cache that cannot be written costs time at the next start and nothing else."""
-    aside = kept.with_name(f"{kept.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    about = {name: getattr(index, name) for name in ("problems", "ended", "content", "label_content")}
-    encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(aside, "wb") as file:
-                np.savez(file, images=index.images, labels=index.labels, about=encoded)
-            os.replace(aside, kept)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        _warn_unkept(str(kept.parent), error.strerror)
-
-
-@functools.cache  # once for a folder and not for each of its shards
-def _warn_unkept(folder: str, reason: str) -> None:
-    log.warning("indexes of shards are not kept, because %s cannot be written: %s", folder, reason)

@@ -27,7 +27,8 @@ from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
 from prelude.data.errors import RunStopped
 from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import LabelReader
-from prelude.data.order import Order, Shuffle, sample_seed, substitute
+from prelude.data.mixed_order import order_of, substitute_in
+from prelude.data.order import Shuffle, sample_seed
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex
 from prelude.data.views import read_views
@@ -57,8 +58,8 @@ class EndlessSource(IterableDataset):
     def __init__(
         self, index: ShardIndex, shuffle: Shuffle, seed: int, start: int, micro_batch: int, rank: int, world_size: int
     ):
-        self.order = Order(index.counts, seed, shuffle)
-        self.order_ahead = Order(index.counts, seed, shuffle)  # of another thread
+        self.order = order_of(index, seed, shuffle)
+        self.order_ahead = order_of(index, seed, shuffle)  # of another thread
         self.start, self.global_batch = start, micro_batch * world_size
         self.positions_of = functools.partial(
             rank_positions, start, micro_batch=micro_batch, rank=rank, world_size=world_size
@@ -181,7 +182,7 @@ class MicroBatchReader:
         position, seed, failed = int(positions[row]), int(seeds[row]), []
         for attempt in range(MAX_ATTEMPTS + 1):
             if attempt:
-                sample_ids[row] = substitute(self.seed, position, attempt, self.index.num_samples)
+                sample_ids[row] = substitute_in(self.index, self.seed, position, attempt, int(sample_ids[row]))
             sample_id = int(sample_ids[row])
             try:
                 label = self._label(sample_id)

@@ -8,8 +8,8 @@ from collections import Counter
 
 import numpy as np
 
+from prelude.data.class_names import label_reader
 from prelude.data.decode import BadImage
-from prelude.data.loader import label_reader
 from prelude.data.shards import ShardIndex
 from prelude.data.source import OpenFiles
 from prelude.data.waiting import in_threads

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from prelude.data.class_names import plain_reader
 from prelude.data.decode import BadImage, decode
-from prelude.data.loader import label_reader
 from prelude.data.packing.images import form_of
 from prelude.data.shards import ShardIndex
 from prelude.data.source import OpenFiles
@@ -71,7 +71,7 @@ def survey(
     duplicates: whether to look for them, which takes 24 bytes of memory an image. progress: called after each image.
     """
     files, near = OpenFiles(index.paths), duplicates and importlib.util.find_spec("imagehash") is not None
-    read_label = label_reader(index, index.label) if index.label and (index.labels[:, 0] >= 0).any() else None
+    read_label = plain_reader(index) if index.label and (index.labels[:, 0] >= 0).any() else None
     found, square = Survey(looked_for_near=near), 0.0
     digests, hashes = defaultdict(list), {}
     look = lambda sample: _look(index, files, read_label, sample, channels, duplicates, near)  # noqa: E731
@@ -145,7 +145,7 @@ def _look(
     label = None
     if read_label and index.labels[sample, 0] >= 0:
         try:
-            label = str(read_label(files.read(shard, *index.labels[sample].tolist())).tolist())
+            label = str(read_label.plain(files.read(shard, *index.labels[sample].tolist())))
         except BadImage:
             pass  # it is counted as unlabelled
     mean, square = _moments(pixels)

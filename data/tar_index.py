@@ -67,44 +67,49 @@ class _Place(NamedTuple):
 _NOWHERE = _Place(-1, -1, 0)
 
 
-def index_tar(path: str, label: str = "") -> TarIndex:
-    """Walks the headers of the tar at `path`. `label`: extension of the label's member, or "".
+def index_tar(path: str, label: str = "", image: str = "") -> TarIndex:
+    """Walks the headers of the tar at `path`. `label`: extension of the label's member, or "". `image`: that of the
+    image's member where it is named (`left.jpg`), or "".
 
     Raises UserError for a compressed tar, which has no byte offsets, and OSError where the file cannot be read.
     """
-    return _indexes(path, lambda samples: [label])[label]
+    return _indexes(path, lambda samples: [label], image)[label]
 
 
-def index_every_label(path: str) -> dict[str, TarIndex]:
+def index_every_label(path: str, image: str = "") -> dict[str, TarIndex]:
     """By extension of the label's member, "" for none: what `index_tar` gives for each, of one walk."""
-    return _indexes(path, lambda samples: ["", *_label_extensions(samples)])
+    return _indexes(path, lambda samples: ["", *_label_extensions(samples)], image)
 
 
-def _indexes(path: str, labels_in: Callable[[dict], list[str]]) -> dict[str, TarIndex]:
+def _indexes(path: str, labels_in: Callable[[dict], list[str]], image: str) -> dict[str, TarIndex]:
     problems: list[Problem] = []
     with _Open(path) as file:
         walk = Walk(file.fd, file.size)
         samples = _samples(_named(walk, problems), problems)
         labels = labels_in(samples)
         # Which members are images depends on the label in one way only.
-        seen = {arrays: _Images(samples, arrays, file.fd) for arrays in {label == ARRAY_EXTENSION for label in labels}}
+        seen = {
+            arrays: _Images(samples, arrays, image, file.fd)
+            for arrays in {label == ARRAY_EXTENSION for label in labels}
+        }
     covered, indexes = file.size - sum(damage.num_bytes for damage in walk.damage), {}
     for label in labels:
         images = seen[label == ARRAY_EXTENSION]
         damage = [_told(damage, covered / len(images.places) if images.places else 0) for damage in walk.damage]
         told = tuple(problem for problem in (*damage, *problems, *images.problems) if problem)
-        places = [_label_of(files, image, label) for _, files, image in images.found] if label else []
+        places = [_label_of(files, found, label) for _, files, found in images.found] if label else []
         tails = _hash([place.tail for place in places])
         indexes[label] = TarIndex(_table(images.places), _table(places), told, walk.ended, images.content, tails)
     return indexes
 
 
 class _Images:
-    """The images of a shard in the order of their places. arrays_are_labels: whether arrays are no images."""
+    """The images of a shard in the order of their places. arrays_are_labels: whether arrays are no images.
+    named: extension of the image's member, or ""."""
 
-    def __init__(self, samples: dict, arrays_are_labels: bool, fd: int):
+    def __init__(self, samples: dict, arrays_are_labels: bool, named: str, fd: int):
         self.problems: list[Problem] = []
-        images = _with_image(samples, arrays_are_labels, self.problems)
+        images = _with_image(samples, arrays_are_labels, named, self.problems)
         self.found = sorted(((files[image], files, image) for image, files in images), key=lambda each: each[0].offset)
         self.places = [place for place, _, _ in self.found]
         middles = [_middle(fd, place) for place in self.places[:: max(len(self.places) // _SAMPLED, 1)]]
@@ -191,16 +196,18 @@ def _samples(members: Iterable, problems: list[Problem]) -> dict[str, dict[str, 
     return samples
 
 
-def _with_image(samples: dict, arrays_are_labels: bool, problems: list[Problem]) -> Iterable[tuple[str, dict]]:
-    """(extension of the image, places by extension) of every sample that has one image. Arrays are images in a shard
-    that has no others, and only where they are not the labels."""
+def _with_image(
+    samples: dict, arrays_are_labels: bool, named: str, problems: list[Problem]
+) -> Iterable[tuple[str, dict]]:
+    """(extension of the image, places by extension) of every sample that has one image, or the one that is named.
+    Arrays are images in a shard that has no others, and only where they are not the labels."""
     arrays = not arrays_are_labels and not any(map(_has_image, samples.values()))
     known = (ARRAY_EXTENSION,) if arrays else IMAGE_EXTENSIONS
     for key, files in samples.items():
-        extension = image_extension(files, arrays)
-        images = sum(_is_image(ext, known) for ext in files)
+        extension = (named if named in files else None) if named else image_extension(files, arrays)
+        images = 1 if named else sum(_is_image(ext, known) for ext in files)
         if extension is None:
-            problems.append(Problem("no image", key))
+            problems.append(Problem(f"no .{named} member" if named else "no image", key))
         elif "." in extension and images > 1:  # `photo.1.jpg`, `photo.2.jpg`
             where = f"{key} (a key ends at the first dot of a file's name)"
             problems.append(Problem("several images under one key", where, images))

@@ -24,6 +24,7 @@ from prelude.evaluators.features.bank import Bank, Rows
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
+from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
 from prelude.pretrain.config import EvaluateConfig
@@ -31,18 +32,6 @@ from prelude.pretrain.recipes import read_recipe
 
 Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
 BANK = "bank"  # folder of a run's features
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """The shards that encoders are judged on."""
-
-    train: str | Sequence[str]
-    test: str | Sequence[str]
-    label: str  # extension of the member with the class number
-    vectors: VectorFormat | None = None  # where that member says which of several findings there are
-    value_range: ValueRange | Literal["auto"] | None = None  # of images with more than 8 bits, see `ShardIndex`
-    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -65,8 +54,7 @@ class Judging:
     @cached_property
     def indexes(self) -> list[ShardIndex]:
         """Of train and test."""
-        one = self.labelled
-        return [ShardIndex(shards, one.label, one.value_range, one.max_pixels) for shards in (one.train, one.test)]
+        return self.labelled.indexes()
 
     @cached_property
     def labels(self) -> list[Labels]:
@@ -206,15 +194,21 @@ def labelled_shards(
     label: str | None = None,
     vectors: VectorFormat | None = None,
     value_range: ValueRange | Literal["auto"] | None = None,
+    **given,
 ) -> Labelled:
     """What is given, completed by the `evaluate` section of the first run among the sources that has one, and by the
     first `data.range` and `data.max_pixels`.
 
-    vectors: where labels are findings instead of class numbers.
+    vectors: where labels are findings instead of class numbers. given: `image`, `classes`, `train_select` and
+    `test_select` of `Labelled`; the section's parts are those of its own shards.
 
     Raises UserError where train or test shards remain unknown.
     """
     section = first_section(sources)
+    more = {key: given.get(key) or (section and getattr(section, key)) for key in ("image", "classes")}
+    for name, shards in (("train_select", train), ("test_select", test)):
+        of_section = selection(getattr(section, name)) if section and not shards else None
+        more[name] = given.get(name) or of_section
     train = train or (section and section.train_shards)
     test = test or (section and section.test_shards)
     missing = [f"--{name} SHARDS" for name, shards in (("train", train), ("test", test)) if not shards]
@@ -229,7 +223,9 @@ def labelled_shards(
         said[key] = next(filter(None, (data.get(key) for data in sections_of(sources, "data"))), None)
     alike = section and bool(section.label_names) == bool(vectors)  # else it speaks of other members
     label = label or (section.label if alike else default)
-    return Labelled(train, test, label, vectors, value_range or said["range"], said["max_pixels"] or MAX_PIXELS)
+    more |= {"image": more["image"] or "", "classes": tuple(more["classes"] or ())}
+    value_range, max_pixels = value_range or said["range"], said["max_pixels"] or MAX_PIXELS
+    return Labelled(train, test, label, vectors, value_range, max_pixels, **more)
 
 
 def vector_format(
@@ -333,7 +329,7 @@ def describe_data(
     test: dict[str, Features],
 ) -> tuple[dict, list[str]]:
     """What the images were, for the record, and what to be told about them."""
-    data, warnings = {"label": labelled.label}, []
+    data, warnings = labelled.described_labels(indexes[0]), []
     if labelled.value_range:
         data["range"] = indexes[0].value_range
     for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
@@ -347,7 +343,7 @@ def describe_data(
         if unreadable:
             warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
         data[name] = {
-            "shards": getattr(labelled, name),
+            **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,
             "num_samples": len(one),
             "num_unreadable": unreadable,

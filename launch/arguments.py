@@ -11,8 +11,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from pydantic import ValidationError
+
 from prelude.data.errors import UserError
-from prelude.pretrain.config import DataConfig
+from prelude.pretrain import overrides
+from prelude.pretrain.config import DataConfig, SelectConfig
+from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.config_words import sentences
 
 ENCODERS = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
@@ -114,8 +119,52 @@ def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: s
     train, test = (f"labelled shards to {what} (default: {default})" for what in ("learn from", "report on"))
     parser.add_argument("--train", action=Shards, metavar="SHARDS", help=train)
     parser.add_argument("--test", action=Shards, metavar="SHARDS", help=test)
-    label = label or "extension of the class number's member (default: that of the run's evaluate section, else cls)"
+    label = label or "where the class is: cls, txt, json:FIELD, ... (default: the run's evaluate section, else cls)"
     parser.add_argument("--label", metavar="EXT", help=label)
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Which images and classes of the labelled shards."""
+    for name in ("train", "test"):
+        parser.add_argument(
+            f"--{name}-select",
+            action="append",
+            metavar="KEY=VALUE",
+            help=f"a part of {name}: keys=FILE, label=NAME with values=[...], share=0.1, seed=N",
+        )
+    parser.add_argument("--classes", type=path, metavar="FILE", help="names in the order of their numbers, one a line")
+    add_image(parser)
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", metavar="EXT", help="the image of samples that hold several, such as left.jpg")
+
+
+def chosen(args: argparse.Namespace) -> dict:
+    """What `add_choice` was told, as `labelled_shards` takes it; parts as a config has them. Raises UserError."""
+    found = {"image": args.image}
+    for name in ("train_select", "test_select"):
+        found[name] = select_section(getattr(args, name), f"--{name.replace('_', '-')}")
+    if args.classes:
+        try:
+            with open(args.classes, encoding="utf-8-sig") as file:
+                found["classes"] = [line.strip() for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--classes {args.classes} cannot be read ({error}); write a file of names.") from None
+    return found
+
+
+def select_section(words: Sequence[str] | None, option: str) -> SelectConfig | None:
+    if not words:
+        return None
+    values: dict = {}
+    for word in words:
+        overrides.apply(values, f"data.select.{word}", Keys())
+    try:
+        return SelectConfig.model_validate(values["data"]["select"])
+    except ValidationError as error:
+        (sentence, *_) = sentences(error, values, Keys(), above=("data", "select"))
+        raise UserError(sentence.replace("data.select", option)) from None
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +183,7 @@ def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str 
     parser = documented_parser(doc)
     parser.add_argument("sources", nargs="+", type=source, metavar="SOURCE", help=sources)
     add_labelled(parser, label=label)
+    add_choice(parser)
     add_range(parser)
     parser.add_argument(
         "--features",

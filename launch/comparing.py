@@ -29,7 +29,7 @@ from prelude.evaluators.results import versions
 from prelude.launch.children import Preempted
 from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuning
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
-from prelude.launch.frozen import common
+from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
 from prelude.pretrain.files import remedy, write_whole
 
@@ -106,7 +106,7 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
     section = first_section(sources)
     if not (args.names or args.field or args.group or (section and section.label_names)):
         names = list(dict.fromkeys(args.evaluators or COMPARED))
-        labelled = labelled_shards(sources, args.train, args.test, args.label, None, args.range)
+        labelled = labelled_shards(sources, args.train, args.test, args.label, None, args.range, **chosen_of(args))
         return labelled, [EVALUATORS[name] for name in names]
     if (args.evaluators and not args.keep) or args.finetune:
         raise UserError(
@@ -114,7 +114,7 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
             "multilabel, so leave them out."
         )
     form = vector_format(sources, args.names, args.field, args.group)
-    labelled = labelled_shards(sources, args.train, args.test, args.label, form, args.range)
+    labelled = labelled_shards(sources, args.train, args.test, args.label, form, args.range, **chosen_of(args))
     return labelled, [partial(multilabel, names=form.names)]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
 from prelude.launch.arguments import (
     SOURCES,
+    add_image,
     add_range,
     add_reading,
     documented_parser,
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
                 kinds=args.kind,
                 dtype=args.dtype,
                 label=args.label or "",
+                image=args.image or "",
                 value_range=args.range,
                 bank=args.bank,
                 seed=args.seed,
@@ -98,12 +100,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the features (default: {DTYPES[0]})")
     parser.add_argument(
-        "--label", metavar="EXT", help="extension of the class number's member (default: cls, where there are such)"
+        "--label", metavar="EXT", help="where the class is: cls, txt, json:FIELD (default: cls, where there are such)"
     )
     parser.add_argument(
         "--bank", type=path, metavar="DIR", help="where features are kept until FILE is there (default: beside it)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
+    add_image(parser)
     add_range(parser)
     add_reading(parser)
     return parser

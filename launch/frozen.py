@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from prelude.data.errors import UserError
 from prelude.data.waiting import wait_at_most
-from prelude.evaluators.judging import Evaluator, Labelled, evaluate, labelled_shards
+from prelude.evaluators.judging import Evaluator, evaluate, labelled_shards
+from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Result, print_table
+from prelude.launch.arguments import chosen
 from prelude.launch.caching import use_cache
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code
@@ -30,7 +32,14 @@ def judge(
 
 
 def labelled_of(args: argparse.Namespace, **changes) -> Labelled:
+    """Raises UserError for what a class or a part cannot be."""
+    changes |= chosen_of(args)
     return labelled_shards(args.sources, args.train, args.test, args.label, value_range=args.range, **changes)
+
+
+def chosen_of(args: argparse.Namespace) -> dict:
+    found = chosen(args)
+    return found | {name: selection(found[name]) for name in ("train_select", "test_select")}
 
 
 def results_of(

@@ -11,6 +11,7 @@ from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import channels_of
+from prelude.launch.training import seen_as as read_as
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.patch_pictures import page
@@ -24,10 +25,10 @@ _LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by
 def peek(args: argparse.Namespace) -> int:
     plan, seen_as = None, {}
     if args.config:
-        given = [f"data.shards={json.dumps(args.shards)}", *args.set]
+        given = ["data.mix={}", f"data.shards={json.dumps(args.shards)}", *args.set]
         config = load_config(args.config, given, options_for)
         plan = build_objective(config).views
-        seen_as = {"value_range": config.data.range, "max_pixels": config.data.max_pixels}
+        seen_as = read_as(config.data)
     elif args.set:
         raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
     else:

@@ -10,12 +10,14 @@ from rich.text import Text
 
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
+from prelude.data.data_sets import Data, DataSet, check_there
 from prelude.data.errors import UserError
-from prelude.data.loader import build_loader
+from prelude.data.loader import Loader, build_loader
 from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
-from prelude.data.shards import expand_shards, indexable_shards
+from prelude.data.shards import indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
+from prelude.evaluators.labelled import selection
 from prelude.evaluators.online import monitor as online
 from prelude.launch.outlook import outlook
 from prelude.launch.run_folder import run_folder
@@ -23,7 +25,7 @@ from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
 from prelude.pretrain import deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
-from prelude.pretrain.config import Config
+from prelude.pretrain.config import Config, DataConfig
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.files import Tolerant
 from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
@@ -38,7 +40,7 @@ def check(config: Config) -> None:
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     # A shard that this node lacks is told before any rank waits for another.
-    expand_shards(config.data.shards, config.data.allow_commands)
+    check_there(data_of(config.data), config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:
         indexable_shards(config.evaluate.train_shards)
         indexable_shards(config.evaluate.test_shards)
@@ -69,8 +71,26 @@ def train(config: Config) -> int:
 
 def loader_of(config: Config, views):
     of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
-    of_data |= {"value_range": config.data.range, "max_pixels": config.data.max_pixels}
-    return build_loader(config.data.shards, views, **loader_settings(config), **of_data)
+    return build_loader(data_of(config.data), views, **loader_settings(config), **of_data, **seen_as(config.data))
+
+
+def data_of(data: DataConfig) -> Data:
+    if data.shards:
+        return data.shards
+    return {
+        name: DataSet(part.shards, part.weight, part.image or "", selection(part.select))
+        for name, part in data.mix.items()
+    }
+
+
+def seen_as(data: DataConfig) -> dict[str, Any]:
+    """What of the shards is read, and how."""
+    return {
+        "value_range": data.range,
+        "max_pixels": data.max_pixels,
+        "image": data.image or "",
+        "select": selection(data.select),
+    }
 
 
 def loader_settings(config: Config) -> dict[str, Any]:
@@ -116,8 +136,15 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
         f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
     )
+    text = "\n".join([text, *mixture_of(loader)])
     with Tolerant("the console"):
         print(text, file=sys.stderr)
+
+
+def mixture_of(loader) -> list[str]:
+    """One line, where several data sets are mixed."""
+    found = loader.mixture() if isinstance(loader, Loader) else []
+    return [f"mixed: {'; '.join(found)}"] if found else []
 
 
 def tell_weights(sentence: str) -> None:
@@ -139,6 +166,8 @@ def dry_run(config: Config) -> int:
     if start.sentence:
         table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
+    for line in mixture_of(loader):
+        table.add_row("mixed", line.removeprefix("mixed: "))
     table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     try:
         table.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))

@@ -11,6 +11,12 @@ def section_in(field: FieldInfo) -> type[BaseModel] | None:
     return next((part for part in alternatives(field.annotation) if is_section(part)), None)
 
 
+def section_by_name(field: FieldInfo) -> type[BaseModel] | None:
+    """Of a mapping from any name to a section."""
+    mappings = (get_args(part) for part in alternatives(field.annotation) if kind_of(part) is dict)
+    return next((inside[1] for inside in mappings if len(inside) == 2 and is_section(inside[1])), None)
+
+
 def is_section(part: Any) -> bool:
     return isinstance(part, type) and issubclass(part, BaseModel)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -23,8 +24,40 @@ class ShuffleConfig(Section):
     window: int = Field(16384, ge=1)
 
 
-class DataConfig(Section):
+class SelectConfig(Section):
+    """A part of a data set; see data/select.py."""
+
+    keys: FilePath | None = None  # a text file with a key, or SHARD:KEY, on each line
+    label: Text | None = None  # where the label is: cls, txt, json:FIELD
+    values: list[int | Text] = []  # of that label; its other samples are left out
+    share: float | None = Field(None, gt=0, lt=1)  # of what the others leave
+    seed: int = Field(0, ge=0, lt=2**31)  # of the share
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self):
+        if not (self.keys or self.label or self.values or self.share):
+            raise ValueError("write keys, label with values, or share")
+        if bool(self.label) != bool(self.values):
+            raise ValueError("label says where to look and values for what; write both")
+        if self.seed and not self.share:
+            raise ValueError("seed has no effect without share; write both")
+        return self
+
+
+class PartConfig(Section):
+    """One of several data sets that are mixed."""
+
     shards: Text | Texts
+    weight: float = Field(gt=0)  # relative to those of the others
+    image: Text | None = None  # extension of the image's member
+    select: SelectConfig | None = None
+
+
+class DataConfig(Section):
+    shards: Text | Texts | None = None
+    mix: dict[str, PartConfig] = {}  # several data sets by name, instead of shards
+    image: Text | None = None  # extension of the image's member, such as left.jpg; None: any
+    select: SelectConfig | None = None  # a part of the samples; None: all
     allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
     channels: int = Field(3, ge=1)  # of an image: 3 is RGB, 1 is grey, any other number must be what images have
@@ -46,6 +79,22 @@ class DataConfig(Section):
         if isinstance(value, tuple) and not -math.inf < value[0] < value[1] < math.inf:
             raise ValueError("write [low, high] with low below high, such as [0, 4095], or auto")
         return value
+
+    @model_validator(mode="after")
+    def _shards_or_a_mix(self):
+        if not self.shards and not self.mix:
+            raise ValueError("shards is missing; write data.shards=PATTERN, or a mapping data.mix of several data sets")
+        if self.shards and self.mix:
+            raise ValueError("shards and mix both say what the data are; write one of them")
+        if len(self.mix) == 1:
+            raise ValueError("mix has one data set, and nothing to mix it with; write it as data.shards")
+        if name := next((name for name in self.mix if not re.fullmatch(r"[\w-]+", name)), None):
+            raise ValueError(f"mix names a data set {name!r}; write letters, digits, _ and - alone")
+        for key in ("image", "select", "num_samples"):
+            if self.mix and getattr(self, key):
+                below = f"data.mix.NAME.{key}" if key in PartConfig.model_fields else "no such key: parts are counted"
+                raise ValueError(f"{key} has no effect beside mix; write {below}")
+        return self
 
     @model_validator(mode="after")
     def _each_channel_has_its_own(self):
@@ -194,7 +243,11 @@ class EvaluateConfig(Section):
 
     train_shards: Text | Texts
     test_shards: Text | Texts
-    label: Text = "cls"  # extension of the label's member in the tar
+    label: Text = "cls"  # where the label is: extension of the member (cls, txt), or json:FIELD
+    classes: list[Text] = []  # names in the order of their numbers; []: sorted, where labels are text
+    image: Text | None = None  # extension of the image's member, such as left.jpg; None: any
+    train_select: SelectConfig | None = None  # a part of train_shards
+    test_select: SelectConfig | None = None
     label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
     label_group: str = ""  # field whose values group images, such as patient

@@ -140,7 +140,7 @@ def _path_of(loc: list, keys: Keys) -> list[str]:
     """The key of an error's place, without what pydantic adds for the branches of a union and the items of a list."""
     path: list[str] = []
     for part in loc:
-        if path and keys.section(path) is None and path != ["objective"]:
+        if path and keys.section(path) is None and not keys.holds_names(path) and path != ["objective"]:
             break
         path.append(str(part))
     return path

@@ -8,6 +8,7 @@
 """
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -26,7 +27,12 @@ _FREE = (
     "evaluate",
     "collapse",
     "deepspeed",
-    "data.shards",  # the data set is recognised by its content, not by its path
+    "data.shards",  # the data set is recognised by its content, not by its path and not by how it was chosen
+    "data.mix.*.shards",
+    "data.image",
+    "data.mix.*.image",
+    "data.select",
+    "data.mix.*.select",
     "data.num_workers",
     "data.max_bad_share",
     "data.shown_channels",
@@ -125,8 +131,13 @@ def changed_settings(saved: dict, config: Config) -> list[str]:
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in keys
-        if then.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in _FREE)
+        if then.get(key) != now.get(key)
+        and not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in _FREE)
     ]
+
+
+def _may_change(key: str) -> bool:
+    return any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in _FREE)
 
 
 def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:

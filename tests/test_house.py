@@ -21,6 +21,7 @@ ROOMS = [
     "defaults",
     "results",
     "features",
+    "labelled",
     "judging",
     "frozen",
     "embedding",

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.class_names import with_class_names
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
@@ -52,7 +53,8 @@ class Embedding:
     _: KW_ONLY
     kinds: Sequence[str] | None = None  # of feature; None: what suits the encoder
     dtype: str = "float32"
-    label: str = ""  # extension of the member with the class number; "": `cls`, where there are such
+    label: str = ""  # where the class is, such as txt or json:FIELD; "": `cls`, where there are such
+    image: str = ""  # extension of the image's member; "": any
     value_range: ValueRange | Literal["auto"] | None = None  # None: that of the source's run
     bank: str | Path | None = None  # where pieces are kept meanwhile; None: beside the file
     seed: int = 0  # of `random:` sources
@@ -104,12 +106,15 @@ def embed(embedding: Embedding) -> Written | None:
 
 def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
     """Raises UserError for labels that were asked for and are none."""
-    index = index_as_seen(embedding.source, embedding.shards, embedding.label or LABEL, embedding.value_range)
+    label = embedding.label or LABEL
+    index = index_as_seen(embedding.source, embedding.shards, label, embedding.value_range, embedding.image)
     if embedding.label:
+        (index,) = with_class_names([index])
         return index, class_numbers(index)
     if not (index.labels[:, 0] >= 0).any():
         return index, None
     try:
+        (index,) = with_class_names([index])
         return index, class_numbers(index)
     except UserError as error:
         embedding.say(f"without labels: {error}")
@@ -117,19 +122,27 @@ def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
 
 
 def index_as_seen(
-    source: str, shards: str | Sequence[str], label: str = "", value_range: ValueRange | Literal["auto"] | None = None
+    source: str,
+    shards: str | Sequence[str],
+    label: str = "",
+    value_range: ValueRange | Literal["auto"] | None = None,
+    image: str = "",
 ) -> ShardIndex:
     """With `data.range` and `data.max_pixels` of the source's run, unless a range is given."""
     said = {}
     for key in ("range", "max_pixels"):
         said[key] = next(filter(None, (data.get(key) for data in sections_of([source], "data"))), None)
     shards = shards if isinstance(shards, str) else list(shards)
-    return ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS)
+    return ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS, image)
 
 
 def data_of(index: ShardIndex, encoder: OpenedEncoder) -> dict:
     """What it takes to find the images again, and to see others in the same way."""
+    image = next(filter(None, index.images_named), "")
+    named = {"image": image} if image else {}
+    named |= {"classes": list(index.classes)} if index.classes else {}
     return {
+        **named,
         "fingerprint": index.fingerprint,
         "value_range": index.value_range,
         "max_pixels": index.max_pixels,

@@ -164,7 +164,8 @@ def read_file(embedded: Embedded, path: str) -> np.ndarray:
 
 def _index(embedded: Embedded, shards: str | list[str]) -> ShardIndex:
     data = embedded.about["data"]
-    return ShardIndex(shards, "", tuple(data["value_range"]) if data["value_range"] else None, data["max_pixels"])
+    value_range = tuple(data["value_range"]) if data["value_range"] else None
+    return ShardIndex(shards, "", value_range, data["max_pixels"], data.get("image", ""))
 
 
 def _query(embedded: Embedded, short: Sequence[str], name: str, rows: list[int]) -> Query:

@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from prelude.data.class_names import label_reader
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
-from prelude.data.labels import LabelReader, no_label, some
+from prelude.data.labels import in_words
 from prelude.data.members import label_members
 from prelude.data.shards import ShardIndex
 
@@ -60,16 +60,13 @@ class VectorFormat:
 
 
 def class_numbers(index: ShardIndex) -> Labels:
-    """Raises UserError where the label members hold no class numbers."""
-    contents = list(label_members(index))
-    there = np.array([i for i, content in enumerate(contents) if content is not None], np.int64)
-    if not len(there):
-        raise no_label(index)
-    reader = LabelReader(index.label, [contents[i] for i in some(there)])
+    """Of names, their places among those of the index, or in sorted order. Raises UserError where there are neither
+    class numbers nor names."""
+    reader = label_reader(index, index.label)
     if reader.shape or reader.dtype != "int64":
         raise not_class_numbers(index.label, reader.dtype, reader.shape)
-    values, known = torch.zeros(len(contents), dtype=torch.int64), torch.zeros(len(contents), dtype=torch.bool)
-    for i, content in enumerate(contents):
+    values, known = torch.zeros(index.num_samples, dtype=torch.int64), torch.zeros(index.num_samples, dtype=torch.bool)
+    for i, content in enumerate(label_members(index)):
         try:
             if content is not None:
                 values[i], known[i] = int(reader(content)), True
@@ -81,13 +78,15 @@ def class_numbers(index: ShardIndex) -> Labels:
 def not_class_numbers(label: str, dtype, shape: Sequence[int]) -> UserError:
     found = f"{str(dtype).removeprefix('torch.')} of shape {tuple(shape)}"
     return UserError(
-        f"Members .{label} do not hold one class number a sample (found {found}); "
-        f"write --label with the extension of integer labels."
+        f"The {in_words(label)}s do not hold one class number a sample (found {found}); "
+        f"write --label with the extension of integer labels, or of class names."
     )
 
 
 def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
     """Raises UserError where no member has the format, or where none of the names ever occurs."""
+    if ":" in index.label:
+        raise UserError(f"--label {index.label} names a field where findings are; write --label json --field FIELD.")
     values, known, groups = [], [], []
     for i, content in enumerate(label_members(index)):
         try:

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,11 @@ from prelude.evaluators.features.labels import class_numbers
 from prelude.evaluators.features.low_label import low_label
 from prelude.evaluators.finetuning.classifier import Classifier
 from prelude.evaluators.finetuning.recipe import NAME, FineTuneOptions, check_recipe, completed, options_for
-from prelude.evaluators.judging import Labelled, labelled_shards
+from prelude.evaluators.judging import labelled_shards
+from prelude.evaluators.labelled import Labelled, labelled_section, selection
 from prelude.evaluators.results import Outcome, Result, hits, percent, versions
 from prelude.pretrain import distributed
-from prelude.pretrain.config import Config, EncoderConfig
+from prelude.pretrain.config import Config, EncoderConfig, SelectConfig
 from prelude.pretrain.encoders import build_encoder, seeded
 from prelude.pretrain.files import Lines
 from prelude.pretrain.kept_patches import is_transformer
@@ -90,8 +91,9 @@ def prepare(
         train or section.get("train_shards"),
         test or section.get("test_shards"),
         label or section.get("label"),
+        **_of_recipe(section, train, test),
     )
-    values = completed(values, train=labelled.train, test=labelled.test, label=labelled.label)
+    values = completed(values, labelled)
     options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
         source = source if source.startswith(_RANDOM) else _RANDOM + source
@@ -265,11 +267,11 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
     outcome = Outcome(
         NAME, numbers, {"features": "all weights"}, recipe, {"num_classes": len(task.classes), "curve": curve}, warnings
     )
-    data = {"label": config.evaluate.label}
+    labelled = labelled_section(config.evaluate)
+    data = labelled.described_labels(task.train)
     for name, index in (("train", task.train), ("test", task.test)):
         data[name] = {
-            "shards": getattr(config.evaluate, f"{name}_shards"),
-            "fingerprint": index.fingerprint,
+            **labelled.described(name, index),
             "num_samples": counts["total"] if name == "test" else index.num_samples,
         }
     features = {
@@ -288,8 +290,8 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 
 def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
     value_range = config.data.range or labelled.value_range
-    read_as = labelled.label, value_range, config.data.max_pixels
-    whole, test = (ShardIndex(shards, *read_as) for shards in (labelled.train, labelled.test))
+    labelled = replace(labelled, value_range=value_range, max_pixels=config.data.max_pixels)
+    whole, test = labelled.indexes()
     labels = class_numbers(whole)
     numbers, labelled_ids = labels.values.numpy(), np.flatnonzero(labels.known.numpy())
     if numbers.min() < 0:
@@ -308,6 +310,15 @@ def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: L
     taken = labelled_ids[chosen]
     train = whole if len(taken) == whole.num_samples else whole.subset(taken)
     return Task(source, config, opened, train, test, torch.from_numpy(classes), tuple(warnings))
+
+
+def _of_recipe(section: dict, train, test) -> dict:
+    """What a recipe's own section says of its shards, beside where they are; its parts are those of them alone."""
+    found = {key: section[key] for key in ("image", "classes") if section.get(key)}
+    for name, given in (("train_select", train), ("test_select", test)):
+        if section.get(name) and not given:
+            found[name] = selection(SelectConfig.model_validate(section[name]))
+    return found
 
 
 def _places(classes: Tensor, batch: Batch) -> Tensor:

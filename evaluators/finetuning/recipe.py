@@ -1,6 +1,6 @@
 """What a recipe of fine-tuning may say, checked without importing torch."""
 
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -64,17 +64,31 @@ def check_recipe(recipe: str | Path, overrides: list[str] = ()) -> None:
     """Raises UserError for what is wrong with a recipe whatever its source and its labels are."""
     values = read_recipe(recipe, overrides, options_for)
     refuse_what_the_source_decides(values)
-    whole = completed(values, train=_UNKNOWN, test=_UNKNOWN, label="cls")
+    whole = completed(values, Unknown())
     validate_config(whole, str(recipe), options_for)
 
 
-def completed(values: dict, *, train: str | Sequence[str], test: str | Sequence[str], label: str) -> dict:
+@dataclass(frozen=True)
+class Unknown:
+    """The labelled shards of a recipe whose source is not known; see `evaluators.judging.Labelled`."""
+
+    train: str = _UNKNOWN
+    test: str = _UNKNOWN
+    label: str = "cls"
+
+
+def completed(values: dict, labelled) -> dict:
     """A recipe's values with the labelled shards, and an encoder that stands for that of the source."""
     section, data, objective = (values.get(name) or {} for name in ("evaluate", "data", "objective"))
-    labelled = {"train_shards": train, "test_shards": test, "label": label}
+    found = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
+    if not isinstance(labelled, Unknown):
+        found |= {"image": labelled.image or None, "classes": list(labelled.classes)}
+        for name in ("train_select", "test_select"):
+            select = getattr(labelled, name)
+            found[name] = asdict(select) if select else None
     return values | {
-        "evaluate": section | labelled if isinstance(section, dict) else section,
-        "data": data | {"shards": train} if isinstance(data, dict) else data,
+        "evaluate": section | found if isinstance(section, dict) else section,
+        "data": data | {"shards": labelled.train} if isinstance(data, dict) else data,
         "objective": {"name": NAME} | objective if isinstance(objective, dict) else objective,
         "encoder": {"name": _UNKNOWN, "image_size": 1},
     }
@@ -94,8 +108,12 @@ def refuse_what_the_source_decides(values: dict) -> None:
             "The encoder is that of SOURCE; leave the section encoder out (objective.image_size and "
             "objective.drop_path change what fine-tuning may change)."
         )
-    if "shards" in data:
-        raise UserError("data.shards has no effect on fine-tuning; write evaluate.train_shards, or --train SHARDS.")
+    for key, instead in (
+        ("shards", "train_shards, or --train SHARDS"), ("mix", "train_shards with all of them"),
+        ("select", "train_select"), ("image", "image"),
+    ):  # fmt: skip
+        if key in data:
+            raise UserError(f"data.{key} has no effect on fine-tuning; write evaluate.{instead}.")
     if data.get("num_samples") is not None:
         raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
     if data.get("allow_commands"):

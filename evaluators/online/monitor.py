@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import prelude
+from prelude.data.class_names import plain_reader
 from prelude.data.errors import UserError
-from prelude.data.loader import label_reader
-from prelude.data.shards import ShardIndex
+from prelude.evaluators.labelled import labelled_section
 from prelude.pretrain import distributed, stopping
 from prelude.pretrain.config import Config, EvaluateConfig
 from prelude.pretrain.files import save_file, write_whole
@@ -41,20 +41,21 @@ _ENDED = {"ended": True}
 
 def check(section: EvaluateConfig) -> None:
     """Refuses, before a run begins, labelled shards that its encoder cannot be judged on. Raises UserError."""
-    for key in ("train_shards", "test_shards"):
+    labelled, keys = labelled_section(section), ("train_shards", "test_shards")
+    for key, index in zip(keys, labelled.opened(), strict=True):
         shards = getattr(section, key)
-        index = ShardIndex(shards, section.label)
         if not (index.labels[:, 0] >= 0).any():
             raise UserError(
                 f"evaluate.{key}={shards} has no image with a .{section.label} member; write evaluate.label, or "
                 "evaluate.every_steps=0."
             )
-        reader = label_reader(index, section.label)
+        reader = plain_reader(index)
         if reader.shape or reader.dtype != "int64":
             raise UserError(
                 f"evaluate.label={section.label} is no class number in evaluate.{key}={shards}, and a run's encoder "
                 "is judged by those; write evaluate.label with their extension, or evaluate.every_steps=0."
             )
+    labelled.indexes()  # names of classes that do not fit together
 
 
 class OnlineProbe(Monitor):

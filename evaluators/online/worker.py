@@ -29,6 +29,7 @@ from prelude.data.subset import balanced_subset
 from prelude.evaluators.features.extraction import Features, default_kinds, encode, evaluation_plan
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
+from prelude.evaluators.labelled import labelled_section
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
@@ -48,8 +49,7 @@ class Judge:
         self.config, self.section, self.device = config, config.evaluate, device
         self.model = build_encoder(config.encoder, seed=0).requires_grad_(False).eval()
         section = config.evaluate
-        named = (section.train_shards, section.test_shards)
-        indexes = [ShardIndex(shards, section.label, config.data.range, config.data.max_pixels) for shards in named]
+        indexes = labelled_section(section, config.data.range, config.data.max_pixels).indexes()
         wanted = (section.num_train, section.num_test)
         self.parts = [self._images(index, count) for index, count in zip(indexes, wanted, strict=True)]
         self.same_shards = indexes[0].fingerprint == indexes[1].fingerprint

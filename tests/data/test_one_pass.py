@@ -44,7 +44,7 @@ def test_labels_are_numbers(tmp_path, write_tar, image, extension, contents, exp
     "extension, content, sentence",
     [
         ("json", b'{"labels": ["a"]}', "neither a number nor numbers"),
-        ("txt", b"cat", "neither a number nor numbers"),
+        ("txt", b"\xff\xfe", "neither a number nor numbers"),
         ("cls", b"18446744073709551616", "does not fit into 64 bits; write whole numbers from -2\\^63"),
         ("json", b"[1, -9223372036854775809]", "does not fit into 64 bits"),
         ("pkl", pickle.dumps(3), r"cannot be read from .pkl members; write them as .cls"),

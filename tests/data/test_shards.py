@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prelude.data import shards
+from prelude.data import kept_index
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex, expand_shards
 
@@ -88,10 +88,10 @@ def test_shards_without_an_image_are_refused(tmp_path, write_tar):
 
 
 def test_an_unreadable_shard_is_refused(write_shards, monkeypatch):
-    def refuse(path, label):
+    def refuse(path, *_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(shards, "index_tar", refuse)
+    monkeypatch.setattr(kept_index, "index_tar", refuse)
     with pytest.raises(UserError, match="000.tar cannot be read on .* \\(Permission denied\\)"):
         ShardIndex(write_shards([2]))
 
@@ -142,7 +142,7 @@ def same(a: ShardIndex, b: ShardIndex) -> bool:
 def test_a_tar_is_walked_once(write_shards, write_tar, tmp_path, monkeypatch):
     paths = write_shards([3, 2]) + [str(write_tar(tmp_path / "bad.tar", [("x.txt", b"")]))]
     first = ShardIndex(paths, "cls")
-    monkeypatch.setattr(shards, "index_tar", lambda *_: pytest.fail("walked again"))
+    monkeypatch.setattr(kept_index, "index_tar", lambda *_: pytest.fail("walked again"))
     assert same(ShardIndex(paths, "cls"), first) and first.num_problems == 1
 
 

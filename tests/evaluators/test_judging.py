@@ -14,7 +14,8 @@ from prelude.evaluators import judging as frozen
 from prelude.evaluators.features.labels import VectorFormat
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
-from prelude.evaluators.judging import Labelled, evaluate, labelled_shards, run_of, vector_format
+from prelude.evaluators.judging import evaluate, labelled_shards, run_of, vector_format
+from prelude.evaluators.labelled import Labelled
 from prelude.launch import knn as knn_door
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door

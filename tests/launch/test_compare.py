@@ -15,7 +15,7 @@ from runs import BIN, ROOT, deepspeed
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
 from prelude.evaluators.frozen.multilabel import multilabel
-from prelude.evaluators.judging import Labelled
+from prelude.evaluators.labelled import Labelled
 from prelude.launch import compare, compared_runs, comparing, prelude
 from prelude.launch.exit_codes import INCOMPLETE, door
 

@@ -8,7 +8,8 @@ from runs import Run, deepspeed
 
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
-from prelude.evaluators.judging import Labelled, evaluate
+from prelude.evaluators.judging import evaluate
+from prelude.evaluators.labelled import Labelled
 
 NUM_STEPS = 50
 SETTINGS = ["train.epochs=4", "train.zero_stage=2", "log.every_steps=2", "objective.name=collapsing:LateCollapse"]

@@ -50,7 +50,7 @@ def whole(path: Path) -> tuple[dict, object]:
     values = read_recipe(path)
     if not path.stem.startswith("finetune"):
         return values, options_for
-    return finetune_recipe.completed(values, train="a", test="b", label="cls"), finetune_recipe.options_for
+    return finetune_recipe.completed(values, finetune_recipe.Unknown("a", "b")), finetune_recipe.options_for
 
 
 def answer(values: dict, of) -> str | None:

@@ -10,7 +10,7 @@ from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Extractor, extract
 from prelude.evaluators.features.pixels import open_pixels
-from prelude.evaluators.judging import Labelled
+from prelude.evaluators.labelled import Labelled
 from prelude.evaluators.protocols import stream_probe as module
 from prelude.evaluators.protocols.papers import protocol_of
 from prelude.evaluators.protocols.stream_probe import evaluate_protocol, stream_probe

@@ -1,0 +1,95 @@
+"""From what a config says of its data to one index: shards or several data sets, and what is taken of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from prelude.data.decode import MAX_PIXELS, ValueRange
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.image_folder import ImageFolder
+from prelude.data.remote_shards import RemoteShard
+from prelude.data.select import Selection, selected
+from prelude.data.shards import ShardIndex, expand_shards, is_stream
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of several that are mixed. weight: relative to those of the others, above 0."""
+
+    shards: str | list[str]
+    weight: float
+    image: str = ""  # extension of the image's member, "" for any
+    select: Selection | None = None
+
+
+Data = str | list[str] | Mapping[str, DataSet]
+"""Shards, or several data sets by name."""
+
+
+def check_there(data: Data, allow_commands: bool = False) -> None:
+    """Refuses shards that this node lacks. Raises UserError, and RunStopped for what a store does not give."""
+    if not isinstance(data, Mapping):
+        expand_shards(data, allow_commands)
+        return
+    for name, one in data.items():
+        _of_part(name, lambda one=one: _counted(one.shards))
+
+
+def index_of(
+    data: Data,
+    *,
+    label: str = "",
+    image: str = "",
+    select: Selection | None = None,
+    max_bad_share: float = 1.0,
+    value_range: ValueRange | Literal["auto"] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> ShardIndex:
+    """The samples that a run learns from; several data sets lie in the order of their names.
+
+    image, select: of shards; each data set of several has its own. max_bad_share: that damage may have cost, of each.
+    Raises UserError where too much is lost, nothing is left, or a part of several is a stream, and as `ShardIndex`.
+    """
+    read_as = {"value_range": value_range, "max_pixels": max_pixels}
+    if not isinstance(data, Mapping):
+        index = _sound(ShardIndex(data, label, **read_as, image=image), data, max_bad_share)
+        return selected(index, select, "data.select")
+    parts = {}
+    for name in sorted(data):
+        one = data[name]
+
+        def part(name: str = name, one: DataSet = one) -> ShardIndex:
+            index = ShardIndex(_counted(one.shards), label, max_pixels=max_pixels, image=one.image)
+            return selected(_sound(index, one.shards, max_bad_share), one.select, f"data.mix.{name}.select")
+
+        parts[name] = _of_part(name, part)
+    return ShardIndex.joined(parts, {name: data[name].weight for name in parts}, **read_as)
+
+
+def found(shards: str | list[str], urls: list[str]) -> str | list[str]:
+    """`urls`, to which `shards` expand, where these tell what was asked of a store or a folder; it is asked once."""
+    return urls if any(isinstance(url, RemoteShard | ImageFolder) for url in urls) else shards
+
+
+def _counted(shards: str | list[str]) -> str | list[str]:
+    urls = expand_shards(shards, allow_commands=True)  # none is run: it is refused here
+    if stream := next(filter(is_stream, urls), None):
+        raise UserError(f"{stream} is a stream, whose samples nobody can count; copy it to a disk.")
+    return found(shards, urls)
+
+
+def _sound(index: ShardIndex, shards: str | list[str], max_bad_share: float) -> ShardIndex:
+    if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
+        raise UserError(
+            f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
+            f"ones (the first: {index.first_problem()}); mend the shards, or raise data.max_bad_share."
+        )
+    return index
+
+
+def _of_part(name: str, function):
+    """`function()`, whose complaints name the part."""
+    try:
+        return function()
+    except (UserError, RunStopped) as error:
+        raise type(error)(f"data.mix.{name} cannot be used: {error}") from None

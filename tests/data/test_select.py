@@ -1,0 +1,153 @@
+"""A part of a data set, by a list, a label or a share; what is named and is not there is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.data.loader import build_loader
+from prelude.data.select import Selection, selected
+from prelude.data.shards import ShardIndex
+
+PLAN = ViewPlan((View((6, 6)),))
+
+
+@pytest.fixture
+def index(write_shards):
+    return ShardIndex(write_shards([7, 0, 12, 5]))
+
+
+@pytest.fixture
+def write_keys(tmp_path):
+    def write(*lines: str) -> Selection:
+        (tmp_path / "keys.txt").write_bytes("\n".join(lines).encode())
+        return Selection(keys=str(tmp_path / "keys.txt"))
+
+    return write
+
+
+@pytest.fixture
+def kinds(tmp_path, write_tar, image):
+    """Samples whose label is in a text, and in a field of a JSON member; the last two have no kind."""
+    members = []
+    for n, kind in enumerate(["cat", "dog", "cat", "7", "emu", "cat", None, ""]):
+        members.append((f"{n}.ppm", image(n)))
+        if kind is not None:
+            about = {"about": {"kind": kind or None, "age": n % 3}}
+            members += [(f"{n}.txt", f"{kind}\n".encode()), (f"{n}.json", json.dumps(about).encode())]
+    return str(write_tar(tmp_path / "kinds.tar", members))
+
+
+def keys_of(index) -> list[str]:
+    return [index.key(sample) for sample in range(index.num_samples)]
+
+
+def test_a_list_of_keys_takes_these_in_the_order_of_the_shards(index, write_keys):
+    chosen = selected(index, write_keys("000020", " 000003\r", "", "002.tar:000011", "000003"), "data.select")
+    assert keys_of(chosen) == ["000003", "000011", "000020"]
+    assert chosen.fingerprint == index.subset(np.array([3, 11, 20])).fingerprint
+
+
+def test_a_key_of_several_shards_needs_the_shard(tmp_path, write_tar, image, write_keys):
+    shards = [
+        str(write_tar(tmp_path / name, [("a.ppm", image(1)), ("b.ppm", image(2))])) for name in ("x.tar", "y.tar")
+    ]
+    index = ShardIndex(shards)
+    with pytest.raises(UserError, match="The key 'a' .* is that of 2 samples; write SHARD:KEY, such as x.tar:a"):
+        selected(index, write_keys("a"), "data.select")
+    assert selected(index, write_keys("y.tar:a"), "data.select").shard_of(0) == shards[1]
+
+
+def test_keys_of_a_folder_are_its_files(tmp_path, image, write_keys):
+    for name in ("cat/1.ppm", "dog/1.ppm", "dog/2.ppm"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(image(1))
+    index = ShardIndex(str(tmp_path / "photos"))
+    assert keys_of(selected(index, write_keys("dog/2.ppm", "cat/1.ppm"), "x")) == ["cat/1.ppm", "dog/2.ppm"]
+    assert keys_of(selected(index, Selection(label="cls", values=("dog",)), "x")) == ["dog/1.ppm", "dog/2.ppm"]
+
+
+def test_a_share_is_exact_and_lies_within_a_larger_one(index):
+    def ids(share, seed=0):
+        return set(keys_of(selected(index, Selection(share=share, seed=seed), "data.select")))
+
+    small, large = ids(0.25), ids(0.5)
+    assert len(small) == 6 and len(large) == 12 and small < large
+    assert ids(0.25) == small and ids(0.5, seed=1) != large
+    assert sorted(small) == GOLDEN
+
+
+@pytest.mark.parametrize(
+    "label, values, taken",
+    [
+        ("txt", ("cat",), [0, 2, 5]),
+        ("txt", (7, "emu"), [3, 4]),
+        ("json:about.kind", ("dog", "cat"), [0, 1, 2, 5]),
+        ("json:about.age", (1,), [1, 4, 7]),
+        ("json:about.age", ("1", 2), [1, 2, 4, 5, 7]),
+    ],
+)
+def test_a_label_takes_the_samples_that_have_it(kinds, label, values, taken):
+    chosen = selected(ShardIndex(kinds), Selection(label=label, values=values), "data.select")
+    assert keys_of(chosen) == [str(n) for n in taken]
+
+
+def test_a_list_a_label_and_a_share_hold_together(kinds, write_keys):
+    keys = write_keys(*"0124567").keys
+    chosen = selected(ShardIndex(kinds), Selection(keys, "txt", ("cat", "dog"), 0.5), "data.select")
+    assert len(keys_of(chosen)) == 2 and set(keys_of(chosen)) < set("0125")
+
+
+def test_a_part_has_the_labels_of_its_own_samples(write_shards):
+    part = selected(ShardIndex(write_shards([7, 12])), Selection(share=0.4), "data.select")
+    labelled = part.with_label("cls")
+    assert labelled.images.tolist() == part.images.tolist() and labelled.num_samples == 8
+    loader = build_loader([*part.paths], PLAN, seed=0, micro_batch=8, label="cls", select=Selection(share=0.4))
+    batch = next(loader)
+    assert sorted(batch.labels.tolist()) == [int(key) for key in keys_of(part)]
+
+
+def test_a_run_goes_on_with_the_same_part_alone(write_shards):
+    shards = write_shards([7, 12])
+    build = lambda **how: build_loader(shards, PLAN, seed=0, micro_batch=4, **how)  # noqa: E731
+    state = build(select=Selection(share=0.5)).state_dict()
+    build(select=Selection(share=0.5)).load_state_dict(state)
+    for other in ({}, {"select": Selection(share=0.5, seed=1)}):
+        with pytest.raises(UserError, match="The data are not those .*fingerprint"):
+            build(**other).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "selection, said",
+    [
+        (Selection(keys="nowhere.txt"), "data.select.keys=nowhere.txt cannot be read"),
+        (Selection(share=0.01), "data.select.share=0.01 of 24 samples is none"),
+        (Selection(label="txt", values=("cat",)), "has a .txt member"),
+        (Selection(label="cls", values=(3, 24, "x")), "No sample .* has the label 24, x of data.select.values"),
+        (Selection(label="pkl", values=(3,)), "has a .pkl member"),
+    ],
+)
+def test_what_is_not_there_is_refused(index, selection, said):
+    with pytest.raises(UserError, match=said):
+        selected(index, selection, "data.select")
+
+
+def test_keys_that_are_not_there_are_refused(index, write_keys, tmp_path):
+    with pytest.raises(UserError, match=r"2 keys of data.select.keys=.*keys.txt are not in .*\(the first: '24'\)"):
+        selected(index, write_keys("000001", "24", "003.tar:000001"), "data.select")
+    with pytest.raises(UserError, match="names no key"):
+        selected(index, write_keys("", "  "), "data.select")
+    (tmp_path / "keys.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is no text"):
+        selected(index, Selection(keys=str(tmp_path / "keys.txt")), "data.select")
+
+
+def test_a_stream_has_no_part():
+    for how in ({"select": Selection(share=0.5)}, {"image": "left.jpg"}):
+        with pytest.raises(UserError, match=f"data.{next(iter(how))} needs an index, and pipe:cat x.tar is a stream"):
+            build_loader("pipe:cat x.tar", PLAN, seed=0, micro_batch=1, num_samples=3, allow_commands=True, **how)
+
+
+GOLDEN = ["000003", "000006", "000008", "000009", "000012", "000016"]

@@ -1,0 +1,96 @@
+"""What a config may say of its data: shards or a mix, and what is taken of them."""
+
+import pytest
+
+from prelude.data.errors import UserError
+from prelude.launch.training import data_of, seen_as
+from prelude.pretrain import overrides
+from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.recipes import validate_config
+from prelude.pretrain.resume import changed_settings
+
+BASE = {
+    "run_dir": "r",
+    "encoder": {"name": "none", "image_size": 8},
+    "objective": {"name": "toy"},
+    "train": {"epochs": 1, "global_batch": 4},
+    "optimizer": {"lr": 0.1},
+}
+MIX = ["data.mix.photos.shards=a.tar", "data.mix.photos.weight=2", "data.mix.x-ray.shards=[b.tar, c.tar]",
+       "data.mix.x-ray.weight=0.5", "data.mix.x-ray.select.share=0.1"]  # fmt: skip
+
+
+def config_of(*given: str):
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in BASE.items()}
+    for one in given:
+        overrides.apply(values, one, Keys())
+    return validate_config(values, "a test")
+
+
+def test_a_mix_is_written_below_names():
+    data = data_of(config_of(*MIX).data)
+    assert data["photos"].shards == "a.tar" and data["photos"].weight == 2 and data["photos"].select is None
+    assert data["x-ray"].shards == ["b.tar", "c.tar"] and data["x-ray"].select.share == 0.1
+    assert config_of("data.shards=a.tar").data.mix == {}
+
+
+def test_a_selection_is_written_below_data():
+    config = config_of("data.shards=a.tar", "data.select.label=json:kind", "data.select.values=[3, cat]",
+                       "data.image=left.jpg")  # fmt: skip
+    select = seen_as(config.data)["select"]
+    assert (select.label, select.values, seen_as(config.data)["image"]) == ("json:kind", [3, "cat"], "left.jpg")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ([], "data is missing"),
+        (["data.channels=3"], "data: shards is missing; write data.shards=PATTERN, or a mapping data.mix"),
+        ([*MIX, "data.shards=a.tar"], "data: shards and mix both say what the data are; write one"),
+        (MIX[:2], "data: mix has one data set, and nothing to mix it with; write it as data.shards"),
+        ([*MIX, "data.mix.photos.weight=0"], "data.mix.photos.weight=0 is refused: write a number above 0"),
+        ([*MIX, "data.mix.photos.weight=-1"], "data.mix.photos.weight=-1 is refused: write a number above 0"),
+        ([*MIX, "data.mix.photos.weight=.nan"], "data.mix.photos.weight=nan is refused: write a finite number above 0"),
+        ([*MIX, "data.mix.photos.weight=.inf"], "data.mix.photos.weight=inf is refused: write a finite number above 0"),
+        ([*MIX, "data.mix.photos.weight=true"], "data.mix.photos.weight=true is refused: write a number above 0"),
+        (
+            [*MIX, "data.mix.photos.wieght=2"],
+            "photos.wieght does not exist; did you mean data.mix.photos.weight",
+        ),
+        ([*MIX, "data.mix.third.shards=c.tar"], "data.mix.third.weight is missing: write a number above 0"),
+        ([*MIX, "data.mix.third.weight=1"], "data.mix.third.shards is missing: write text, or a list of texts"),
+        ([*MIX, "data.mix.third=c.tar"], "data.mix.third='c.tar' is refused: write settings below it: shards, weight"),
+        (
+            [*MIX[2:], 'data.mix={"a b": {shards: a.tar, weight: 1}, c: {shards: c.tar, weight: 1}}'],
+            "data set 'a b'",
+        ),
+        ([*MIX, "data.select.share=0.5"], "select has no effect beside mix; write data.mix.NAME.select"),
+        ([*MIX, "data.image=left.jpg"], "image has no effect beside mix; write data.mix.NAME.image"),
+        ([*MIX, "data.num_samples=7"], "num_samples has no effect beside mix"),
+        ([*MIX, "data.mix.photos.select.share=1"], "data.mix.photos.select.share=1 is refused: write .* below 1"),
+        (["data.shards=a", "data.select={}"], "data.select: write keys, label with values, or share"),
+        (["data.shards=a", "data.select.label=cls"], "data.select: label says where to look and values for what"),
+        (
+            ["data.shards=a", "data.select.seed=3", "data.select.keys=k"],
+            "data.select: seed has no effect",
+        ),
+        (["data.shards=a", "data.select.portion=3"], "data.select.portion does not exist"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_sentence(given, said):
+    with pytest.raises(UserError, match=said):
+        config_of(*given)
+
+
+def test_a_resume_knows_the_data_by_their_content_and_the_mix_by_its_weights():
+    then, moved = (
+        config_of(*MIX),
+        config_of(*MIX, "data.mix.photos.shards=elsewhere/a.tar", "data.mix.x-ray.select.seed=3"),
+    )
+    assert changed_settings(then.model_dump(mode="json"), moved) == []
+    heavier = config_of(*MIX, "data.mix.photos.weight=3")
+    assert changed_settings(then.model_dump(mode="json"), heavier) == ["data.mix.photos.weight: 2.0 -> 3.0"]
+    before = config_of("data.shards=a").model_dump(mode="json")
+    for key in ("mix", "select", "image"):
+        del before["data"][key]
+    assert changed_settings(before, config_of("data.shards=a")) == []
