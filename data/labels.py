@@ -19,6 +19,7 @@ from prelude.data.errors import UserError
 
 _KINDS = ("cls", "cls2", "index", "inx", "id", "json", "jsn", "npy", "txt")  # of .txt it is told what is wrong
 _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
+_SHORT, _MOST_KNOWN = 32, 4096  # bytes of a label, and labels, that are remembered
 _LOOKED_AT = 64  # labels, to find out what a label is
 _FORMATS = ".cls (an integer), .json (a number or a list of numbers) or .npy"
 
@@ -38,9 +39,19 @@ class LabelReader:
         if not labels:
             raise UserError(self._refusal(examples))
         ((self.shape, self.dtype), _) = Counter((label.shape, label.dtype) for label in labels).most_common(1)[0]
+        self._known: dict[bytes, np.ndarray] = {}  # of what has been read, as classes come again and again
 
     def __call__(self, content: bytes) -> np.ndarray:
-        """Raises BadImage when this sample's label is spoilt: without it, the sample is of no use."""
+        """Not to be written to. Raises BadImage when this sample's label is spoilt: without it, the sample is of no
+        use."""
+        label = self._known.get(content)
+        if label is None:
+            label = self._read(content)
+            if len(content) <= _SHORT and len(self._known) < _MOST_KNOWN:
+                self._known[content] = label
+        return label
+
+    def _read(self, content: bytes) -> np.ndarray:
         label = self._decode(content)
         if label is None or label.shape != self.shape or (label.dtype.kind == "f" and self.dtype.kind != "f"):
             raise BadImage(f"bad .{self.extension} label")
