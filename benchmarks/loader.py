@@ -1,14 +1,13 @@
-"""CPU time of the data path against the usual pipeline, in one run.
+"""CPU time of the data path against what else there is, in one run.
 
-The usual pipeline is webdataset with PIL and torchvision: decode("pil"), RandomResizedCrop (bicubic), flip, ToTensor,
-Normalize, batches of float32. Ours is `prelude.data.loader.Loader`, whose batches are uint8 and are flipped and
-normalised on the device; a second row adds that last step on the CPU, which is what a run without a GPU pays.
+The arms are in loader_arms.py. Those that need what is not installed are left out, by name.
 
 - Arms take turns within a round, and a round's ratio compares its own arms: what else the machine does hits all.
 - CPU time is user + system of this process and of its workers, over a window in which every arm is warm.
 - Speed (images/s) depends on what else runs; CPU time much less. Claims are made about CPU time.
 
 python benchmarks/loader.py --shards '../shared/data/imagenet-sample/train-{000000..000005}.tar' --rounds 5 --workers 2
+python benchmarks/loader.py --shards '../shared/data/cifar10/train-{000000..000005}.tar' --size 32 --batches 64
 """
 
 import argparse
@@ -16,44 +15,38 @@ import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
+import torch
+from loader_arms import BATCHES_AHEAD, LIMIT, NORMALISED, OURS, arms
+from rich.console import Console
+from rich.table import Table
 
-import torch  # noqa: E402
-import webdataset as wds  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from torchvision import transforms  # noqa: E402
-
-from prelude.data.batch import View, ViewPlan  # noqa: E402
-from prelude.data.loader import Loader  # noqa: E402
-from prelude.data.shards import ShardIndex  # noqa: E402
-from prelude.pretrain.images import images  # noqa: E402
-
-SCALE = (0.2, 1.0)
-BATCHES_AHEAD = 2  # that each worker prepares, in all arms
+NOT_PEERS = (OURS, NORMALISED, LIMIT)
 
 
 def main() -> None:
     args = parse_arguments()
-    plan = ViewPlan((View((args.size, args.size), scale=SCALE),))
-    arms = {
-        "webdataset and PIL": lambda: usual_batches(args, plan),
-        "this loader": lambda: our_batches(args, plan, normalise=False),
-        "and normalised on CPU": lambda: our_batches(args, plan, normalise=True),
-    }
-    rounds = []
-    for nth in range(args.rounds):
-        order = list(arms) if nth % 2 == 0 else list(reversed(arms))
-        rounds.append({name: measure(arms[name], args) for name in order})
-        spent = ", ".join(f"{rounds[-1][name]['cpu_seconds_per_1000']:.2f}" for name in arms)
-        print(f"round {nth + 1}: {spent} CPU seconds per 1000 images", file=sys.stderr)
-    result = summarise(list(arms), rounds)
-    Console().print(table(result, args))
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = {name: arm for name, arm in arms(args, Path(folder)).items() if args.only is None or name in args.only}
+        rounds: list[dict] = []
+        for nth in range(args.rounds):
+            rounds.append(one_round(chosen, nth, args))
+            spent = ", ".join(f"{name} {figures['cpu_seconds_per_1000']:.3f}" for name, figures in rounds[-1].items())
+            print(f"round {nth + 1}: CPU seconds for 1000 images: {spent}", file=sys.stderr)
+    result = summarise(list(chosen), rounds)
+    console = Console(width=110)  # of a pipe, 80 would cut the names
+    console.print(table(result, args))
+    peers = {name: row["times_ours"] for name, row in result.items() if name not in NOT_PEERS}
+    if peers and OURS in result:
+        strongest = min(peers, key=peers.get)
+        console.print(
+            f"The strongest of the others, {strongest}, takes {peers[strongest]:.2f} times this loader's CPU."
+        )
     if args.json:
         Path(args.json).write_text(json.dumps({"arguments": vars(args), "arms": result, "rounds": rounds}, indent=2))
 
@@ -68,45 +61,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=16, help="measured batches of each arm in each round")
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
+    parser.add_argument("--only", action="append", metavar="ARM", help="this arm alone; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     return parser.parse_args()
 
 
-def our_batches(args: argparse.Namespace, plan: ViewPlan, normalise: bool) -> Iterator:
-    loader = Loader(
-        ShardIndex(args.shards, "cls"),
-        plan,
-        seed=0,
-        micro_batch=args.batch_size,
-        num_workers=args.workers,
-        label="cls",
-    )
-    try:
-        for batch in loader:
-            yield images(batch, plan) if normalise else batch
-    finally:
-        loader.close()
-
-
-def usual_batches(args: argparse.Namespace, plan: ViewPlan) -> Iterator:
-    """Without a shuffle buffer, which would only add to its cost."""
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(args.size, SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(plan.mean, plan.std),
-        ]
-    )
-    dataset = (
-        wds.WebDataset(args.shards, shardshuffle=False)
-        .repeat()
-        .decode("pil")
-        .to_tuple("jpg", "cls")
-        .map_tuple(transform, lambda label: label)
-    )
-    ahead = BATCHES_AHEAD if args.workers else None
-    yield from wds.WebLoader(dataset, batch_size=args.batch_size, num_workers=args.workers, prefetch_factor=ahead)
+def one_round(chosen: dict[str, Callable], nth: int, args: argparse.Namespace) -> dict[str, dict]:
+    """The figures of every arm that can run; one that cannot is taken out of `chosen`."""
+    measured = {}
+    for name in list(chosen) if nth % 2 == 0 else list(reversed(chosen)):
+        try:
+            measured[name] = measure(chosen[name], args)
+        except ImportError as error:
+            print(f"{name}: left out, {error.name or error} is not installed", file=sys.stderr)
+            del chosen[name]
+    return measured
 
 
 def measure(open_batches: Callable, args: argparse.Namespace) -> dict[str, float]:
@@ -134,16 +103,18 @@ def cpu_seconds(clocks: list[int]) -> float:
 
 
 def summarise(names: list[str], rounds: list[dict]) -> dict[str, dict[str, float]]:
-    """Medians over the rounds; the ratio is the median of the rounds' own ratios to the first arm."""
+    """Medians over the rounds; the ratio is the median of the rounds' own ratios to this loader."""
     summary = {}
     for name in names:
-        ratios = [of[names[0]]["cpu_seconds_per_1000"] / of[name]["cpu_seconds_per_1000"] for of in rounds]
+        spent = [measured[name]["cpu_seconds_per_1000"] for measured in rounds]
+        first = OURS if OURS in names else names[0]
+        ratios = [of / measured[first]["cpu_seconds_per_1000"] for of, measured in zip(spent, rounds, strict=True)]
         summary[name] = {
-            "cpu_seconds_per_1000": statistics.median(of[name]["cpu_seconds_per_1000"] for of in rounds),
-            "images_per_second": statistics.median(of[name]["images_per_second"] for of in rounds),
-            "times_less_cpu": statistics.median(ratios),
-            "times_less_cpu_min": min(ratios),
-            "times_less_cpu_max": max(ratios),
+            "cpu_seconds_per_1000": statistics.median(spent),
+            "images_per_second": statistics.median(measured[name]["images_per_second"] for measured in rounds),
+            "times_ours": statistics.median(ratios),
+            "times_ours_min": min(ratios),
+            "times_ours_max": max(ratios),
         }
     return summary
 
@@ -154,14 +125,14 @@ def table(result: dict, args: argparse.Namespace) -> Table:
         title=f"{workers}, crops of {args.size}, batches of {args.batch_size}, medians of {args.rounds} rounds"
     )
     made.add_column("pipeline", no_wrap=True)
-    for heading in ("CPU s/1000", "times less", "over rounds", "images/s"):
+    for heading in ("CPU s/1000", "times ours", "over rounds", "images/s"):
         made.add_column(heading, justify="right", no_wrap=True)
     for name, row in result.items():
         made.add_row(
             name,
-            f"{row['cpu_seconds_per_1000']:.2f}",
-            f"{row['times_less_cpu']:.2f}",
-            f"{row['times_less_cpu_min']:.2f}-{row['times_less_cpu_max']:.2f}",
+            f"{row['cpu_seconds_per_1000']:.3f}",
+            f"{row['times_ours']:.2f}",
+            f"{row['times_ours_min']:.2f}-{row['times_ours_max']:.2f}",
             f"{row['images_per_second']:.0f}",
         )
     return made

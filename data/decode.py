@@ -59,6 +59,8 @@ ValueRange = tuple[float, float]  # stored values that become black and white
 MAX_SCANS = 100
 """Of a progressive JPEG, which has about ten. Each may take ten bytes and as long as a whole image."""
 
+SCAN_BYTES = 10  # of the smallest: a marker, and the header for one component
+
 _JPEG = b"\xff\xd8\xff"
 _REDUCED = (2, 4, 8)  # in each direction
 
@@ -118,7 +120,7 @@ def _of_jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
         raise OtherChannels(3, channels)
     if _ends_in_a_hole(image):
         raise BadImage("truncated")
-    if _is_progressive(image) and image.count(b"\xff\xda") > MAX_SCANS:
+    if len(image) > MAX_SCANS * SCAN_BYTES and _is_progressive(image) and image.count(b"\xff\xda") > MAX_SCANS:
         raise BadImage("too many scans")
     try:
         return _decode_jpeg(image, channels, max_pixels)

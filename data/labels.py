@@ -25,6 +25,7 @@ FOLDERS = ("parent", "top")  # of an image in a folder of folders: the one that 
 _TEXTS = ("cls", "cls2", "index", "inx", "id", "txt", "text", *FOLDERS)
 _JSON = ("json", "jsn")
 _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
+_SHORT, _MOST_KNOWN = 32, 4096  # bytes of a label, and labels, that are remembered
 _LOOKED_AT = 64  # labels, to find out what a label is
 _FORMATS = ".cls (an integer), .txt (a class name), .json (a number or a list of numbers, or json:FIELD) or .npy"
 _WHOLE = re.compile(r"[+-]?\d+")
@@ -67,13 +68,24 @@ class LabelReader:
             raise UserError(self._refusal(examples))
         ((is_text, self.shape, self.dtype), _) = Counter(map(_form, found)).most_common(1)[0]
         self.is_text = is_text
+        self._known: dict[bytes, np.ndarray] = {}  # of what has been read, as classes come again and again
 
     def name_classes(self, names: Sequence[str]) -> None:
         """In the order of their numbers."""
         self._number_of = {name: number for number, name in enumerate(names)}
+        self._known.clear()
 
     def __call__(self, content: bytes) -> np.ndarray:
-        """Raises BadImage when this sample's label is spoilt: without it, the sample is of no use."""
+        """Not to be written to. Raises BadImage when this sample's label is spoilt: without it, the sample is of no
+        use."""
+        label = self._known.get(content)
+        if label is None:
+            label = self._read(content)
+            if len(content) <= _SHORT and len(self._known) < _MOST_KNOWN:
+                self._known[content] = label
+        return label
+
+    def _read(self, content: bytes) -> np.ndarray:
         value = self.plain(content)
         if not self.is_text:
             return value

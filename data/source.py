@@ -13,7 +13,7 @@ import functools
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from multiprocessing.pool import ThreadPool
 from typing import Literal
@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from prelude.data.batch import ViewPlan
-from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
+from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange, decode
 from prelude.data.errors import RunStopped
 from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import LabelReader
@@ -31,11 +31,13 @@ from prelude.data.mixed_order import order_of, substitute_in
 from prelude.data.order import Shuffle, sample_seed
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex
-from prelude.data.views import read_views
+from prelude.data.views import write_views
 from prelude.data.waiting import doing, moved, open_file
 
 MAX_ATTEMPTS = 16
 _LOOKED_AHEAD = 4096  # positions
+_HELD_BYTES = 2**20  # of decoded pixels that wait to be cut: about what a processor's cache holds
+_READ_WHOLE = (ImageFolder, RemoteShard)  # not by descriptor
 
 
 def worker() -> tuple[int, int]:
@@ -155,13 +157,15 @@ class MicroBatchReader:
 
     def _read_all(self, step: dict) -> dict:
         positions, sample_ids = step["positions"], step["sample_ids"].copy()
-        seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
+        seeds = [sample_seed(self.seed, position) for position in positions.tolist()]
         seen_as = self.index.value_range, self.index.max_pixels
         rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, *seen_as)
-        fill = functools.partial(self._fill, rows, positions, seeds, sample_ids)
-        failures = list(self._map(fill, range(len(positions))))  # by row: the failed attempts, and whether all failed
+        fill = functools.partial(self._fill, rows, positions.tolist(), seeds, sample_ids)
+        some = _in_runs(len(positions), self.threads)
+        failures = [row for run in self._map(fill, some) for row in run]  # the failed attempts, and whether all failed
         bad = [failed for attempts, _ in failures for failed in attempts]
         lost = np.array([all_failed for _, all_failed in failures], bool)
+        seeds = np.array(seeds, np.int64)
         if self.on_bad == "skip" and lost.any():
             rows.keep(~lost)
             seeds, sample_ids, positions, lost = seeds[~lost], sample_ids[~lost], positions[~lost], lost[~lost]
@@ -174,49 +178,74 @@ class MicroBatchReader:
         }
 
     def will_read(self, sample_ids: np.ndarray) -> None:
-        for sample_id in sample_ids.tolist():
-            self.files.will_read(self._shard(sample_id), *self.index.images[sample_id].tolist())
+        for place in self._places(sample_ids, self.index.images):
+            self.files.will_read(*place)
 
-    def _fill(self, rows: "MicroBatchBuffers", positions, seeds, sample_ids, row: int) -> tuple[list, bool]:
-        """Reads one row; writes the id that was delivered into `sample_ids`."""
-        position, seed, failed = int(positions[row]), int(seeds[row]), []
+    def _fill(self, buffers: "MicroBatchBuffers", positions, seeds, sample_ids, rows: range) -> list[tuple[list, bool]]:
+        """Reads some rows; writes the ids that were delivered into `sample_ids`.
+
+        Decoded images wait for each other, because resizing several in turn finds its code and tables in the
+        processor's cache: on small images that is felt. Of large ones no more than two or three wait.
+        """
+        tried, waiting, held = [], [], 0
+        for row, place in zip(rows, self._places(sample_ids[rows.start : rows.stop], self.index.images), strict=True):
+            pixels, failed = self._read_one(buffers, row, place, positions[row], sample_ids)
+            tried.append((failed, pixels is None))
+            if pixels is not None:
+                waiting.append((row, pixels))
+                held += pixels.nbytes
+            if held > _HELD_BYTES:
+                buffers.write(waiting, seeds)
+                waiting, held = [], 0
+        buffers.write(waiting, seeds)
+        return tried
+
+    def _read_one(self, buffers, row: int, place: tuple, position: int, sample_ids) -> tuple[np.ndarray | None, list]:
+        """The pixels for a row, whose sample is at `place`, or of what comes instead of it; and the failed attempts."""
+        sample_id, failed = int(sample_ids[row]), []
         for attempt in range(MAX_ATTEMPTS + 1):
             if attempt:
-                sample_ids[row] = substitute_in(self.index, self.seed, position, attempt, int(sample_ids[row]))
-            sample_id = int(sample_ids[row])
+                sample_id = substitute_in(self.index, self.seed, position, attempt, sample_id)
+                sample_ids[row] = sample_id
+                (place,) = self._places(sample_ids[row : row + 1], self.index.images)
             try:
-                label = self._label(sample_id)
-                rows.write(row, self._read(sample_id, self.index.images), seed, label)
-                return failed, False
+                buffers.write_label(row, self._label(sample_id, place[0]))
+                return buffers.decode(self.files.read(*place)), failed
             except BadImage as error:
                 failed.append((position, sample_id, str(error)))
             if self.on_bad == "skip":
                 break
-        return failed, True
+        return None, failed
 
-    def _label(self, sample_id: int) -> np.ndarray | None:
+    def _label(self, sample_id: int, shard: int) -> np.ndarray | None:
         if self.read_label is None:
             return None
-        if self.index.labels[sample_id, 0] < 0:
+        offset, size = self.index.labels[sample_id].tolist()
+        if offset < 0:
             raise BadImage(f"no .{self.read_label.extension} label")
-        return self.read_label(self._read(sample_id, self.index.labels))
+        return self.read_label(self.files.read(shard, offset, size))
 
-    def _read(self, sample_id: int, table: np.ndarray) -> bytes:
-        return self.files.read(self._shard(sample_id), *table[sample_id].tolist())
+    def _places(self, sample_ids: np.ndarray, table: np.ndarray) -> list[tuple[int, int, int]]:
+        """Shard, offset and size of each."""
+        shards = np.searchsorted(self.index.ends, sample_ids, side="right")
+        return list(zip(shards.tolist(), *table[sample_ids].T.tolist(), strict=True))
 
-    def _shard(self, sample_id: int) -> int:
-        return int(np.searchsorted(self.index.ends, sample_id, side="right"))
-
-    def _map(self, function, rows):
-        return self._pool.map(function, rows) if self.threads > 1 else map(function, rows)
+    def _map(self, function, runs):
+        return self._pool.map(function, runs, chunksize=1) if self.threads > 1 else map(function, runs)
 
     @functools.cached_property
     def _pool(self) -> ThreadPool:
         return ThreadPool(self.threads)  # its threads are daemons: one that hangs keeps no process alive
 
 
+def _in_runs(num_rows: int, threads: int) -> list[range]:
+    """Rows that a thread reads at once: all, or a quarter of its share, so that none has to wait long for the last."""
+    length = max(num_rows // (4 * threads) if threads > 1 else num_rows, 1)
+    return [range(start, min(start + length, num_rows)) for start in range(0, num_rows, length)]
+
+
 class MicroBatchBuffers:
-    """The arrays of one micro-batch of `size` rows, to be filled row by row from any thread."""
+    """The arrays of one micro-batch of `size` rows, to be filled some rows at a time from any thread."""
 
     def __init__(
         self,
@@ -234,10 +263,18 @@ class MicroBatchBuffers:
         self.flips = np.zeros((size, num_views), bool)
         self.labels = None if read_label is None else np.zeros((size, *read_label.shape), read_label.dtype)
 
-    def write(self, row: int, image: bytes, seed: int, label: np.ndarray | None) -> None:
-        """Raises BadImage; the row is then undefined until it is written again."""
-        out = [view[row] for view in self.pixels]
-        self.boxes[row], self.flips[row] = read_views(image, self.plan, seed, out, self.value_range, self.max_pixels)
+    def decode(self, image: bytes) -> np.ndarray:
+        """(H, W, C). Raises BadImage."""
+        return decode(image, value_range=self.value_range, channels=self.plan.channels, max_pixels=self.max_pixels)
+
+    def write(self, decoded: Sequence[tuple[int, np.ndarray]], seeds: Sequence[int]) -> None:
+        """The views of decoded images into their rows. decoded: (row, pixels); seeds: of every row."""
+        rows, images = [row for row, _ in decoded], [pixels for _, pixels in decoded]
+        if rows:
+            seeds = [seeds[row] for row in rows]
+            self.boxes[rows], self.flips[rows] = write_views(images, self.plan, seeds, self.pixels, rows)
+
+    def write_label(self, row: int, label: np.ndarray | None) -> None:
         if label is not None:
             self.labels[row] = label
 
@@ -265,7 +302,7 @@ class OpenFiles:
         """Raises BadImage when fewer bytes than `size` can be had, RunStopped where a remote shard cannot."""
         path = self.paths[shard]
         try:
-            if isinstance(path, ImageFolder | RemoteShard):
+            if isinstance(path, _READ_WHOLE):
                 doing(self.words[shard])
                 content = path.read(offset, size)
             else:
@@ -279,7 +316,7 @@ class OpenFiles:
         return content
 
     def will_read(self, shard: int, offset: int, size: int) -> None:
-        if hasattr(os, "posix_fadvise") and not isinstance(self.paths[shard], ImageFolder | RemoteShard):
+        if hasattr(os, "posix_fadvise") and not isinstance(self.paths[shard], _READ_WHOLE):
             try:
                 file = self._file(shard)
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)

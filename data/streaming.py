@@ -181,22 +181,26 @@ class StreamSource(IterableDataset):
 
     def _micro_batch(self, positions: np.ndarray, samples) -> dict:
         rows = MicroBatchBuffers(self.plan, len(positions), None, self.value_range, self.max_pixels)
-        seeds = np.array([sample_seed(self.seed, position) for position in positions.tolist()], np.int64)
+        seeds = [sample_seed(self.seed, position) for position in positions.tolist()]
         sample_ids = np.zeros(len(positions), np.int64)
         lost = []
         for row, position in enumerate(positions.tolist()):
             self.position = position
             try:
-                sample_ids[row] = self._fill(rows, row, int(seeds[row]), samples)
+                sample_ids[row] = self._fill(rows, row, seeds, samples)
             except _NothingLeft:
                 lost.append(position)
                 break
         bad, self.bad = self.bad, []
         return rows.arrays() | {
-            "seeds": seeds, "sample_ids": sample_ids, "positions": positions, "bad": bad, "lost": lost,
-        }  # fmt: skip
+            "seeds": np.array(seeds, np.int64),
+            "sample_ids": sample_ids,
+            "positions": positions,
+            "bad": bad,
+            "lost": lost,
+        }
 
-    def _fill(self, rows: MicroBatchBuffers, row: int, seed: int, samples) -> int:
+    def _fill(self, rows: MicroBatchBuffers, row: int, seeds: list[int], samples) -> int:
         """Writes the stream's next readable sample; returns its id, a hash of its shard's URL and its key."""
         for _ in range(MAX_ATTEMPTS + 1):
             sample = next(samples)
@@ -206,7 +210,7 @@ class StreamSource(IterableDataset):
                 extension = image_extension(members) or image_extension(members, arrays=True)
                 if extension is None:
                     raise BadImage("no image")
-                rows.write(row, sample[extension], seed, None)
+                rows.write([(row, rows.decode(sample[extension]))], seeds)
                 return int.from_bytes(hashlib.blake2b(f"{url}\0{key}".encode(), digest_size=8).digest(), "little") >> 1
             except BadImage as error:
                 self.bad.append((self.position, (url, key), str(error)))

@@ -42,21 +42,48 @@ def read_views(
     The pixels are not flipped. Raises data.decode.BadImage.
     """
     pixels = decode(image, value_range=value_range, channels=plan.channels, max_pixels=max_pixels)
-    height, width, _ = pixels.shape
-    boxes = np.empty((len(plan.views), 4), np.int32)
-    flips = np.empty(len(plan.views), np.bool_)
-    for v, view in enumerate(plan.views):
-        box, flips[v] = draw(view, height, width, view_generator(seed, v))
-        boxes[v] = box
-        _write_crop(pixels, box, view.interpolation, out[v])
+    boxes, flips = write_views([pixels], plan, [seed], [[view] for view in out], [0])
+    return boxes[0], flips[0]
+
+
+def write_views(
+    images: Sequence[np.ndarray],
+    plan: ViewPlan,
+    seeds: Sequence[int],
+    out: Sequence[Sequence[np.ndarray]],
+    rows: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the views of N decoded images, that of image n and view v into `out[v][rows[n]]`; `out` as above.
+
+    Returns boxes (N, V, 4) int32 and flips (N, V) bool.
+    """
+    generator = random.Random(0)  # seeded anew for each view: making one costs as much as two views' draws
+    drawn = []
+    for image, seed in zip(images, seeds, strict=True):
+        height, width, _ = image.shape
+        for v, view in enumerate(plan.views):
+            generator.seed(_view_seed(seed, v))
+            drawn.append(draw(view, height, width, generator))
+    places = [
+        (image, seed, row, v) for image, seed, row in zip(images, seeds, rows, strict=True) for v in range(len(out))
+    ]
+    for (image, seed, row, v), (box, _) in zip(places, drawn, strict=True):
+        view, target = plan.views[v], out[v][row]
+        _write_crop(image, box, view.interpolation, target)
         if view.augment is not None:
-            out[v][:] = augment(out[v], view.augment, view_generator(seed, v + AUGMENT_DRAWS))
-    return boxes, flips
+            target[:] = augment(target, view.augment, view_generator(seed, v + AUGMENT_DRAWS))
+    shape = len(images), len(plan.views)
+    boxes = np.array([box for box, _ in drawn], np.int32).reshape(*shape, 4)
+    return boxes, np.array([flip for _, flip in drawn], np.bool_).reshape(shape)
 
 
 def view_generator(seed: int, v: int) -> random.Random:
     """The source of view v's draws. Any 64-bit seed: the two halves of the range stay distinct."""
-    return random.Random((seed % 2**64) << 16 | v)
+    return random.Random(_view_seed(seed, v))
+
+
+def _view_seed(seed: int, v: int) -> int:
+    return (seed % 2**64) << 16 | v
 
 
 def draw(view: View, height: int, width: int, generator: random.Random) -> tuple[Box, bool]:
@@ -73,15 +100,17 @@ def draw(view: View, height: int, width: int, generator: random.Random) -> tuple
 
 def _random_resized_box(view: View, height: int, width: int, generator: random.Random) -> Box:
     """The box of Inception's crop (Szegedy et al. 2015), with the tries and the fallback of torchvision."""
+    uniform = generator.random
+    smallest, largest = view.scale
     low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
     for _ in range(10):
-        area = height * width * (view.scale[0] + (view.scale[1] - view.scale[0]) * generator.random())
-        ratio = math.exp(low + (high - low) * generator.random())
+        area = height * width * (smallest + (largest - smallest) * uniform())
+        ratio = math.exp(low + (high - low) * uniform())
         box_width = round(math.sqrt(area * ratio))
         box_height = round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int((height - box_height + 1) * generator.random())
-            left = int((width - box_width + 1) * generator.random())
+            top = int((height - box_height + 1) * uniform())
+            left = int((width - box_width + 1) * uniform())
             return top, left, box_height, box_width
 
     # The image is too long or too flat: the largest centred box with an allowed aspect ratio.
@@ -105,7 +134,8 @@ def _write_crop(pixels: np.ndarray, box: Box, interpolation: str, out: np.ndarra
     if crop.shape == out.shape:
         out[:] = crop
         return
-    source, target = _as_image(crop), _as_image(out)
+    # The kernel would copy a part of an image too, more slowly.
+    source, target = _as_image(np.ascontiguousarray(crop)), _as_image(out)
     if interpolation in _RESIZE_INTO:
         _RESIZE_INTO[interpolation](source, out.shape[:2], False, out=target)
     else:
@@ -115,19 +145,24 @@ def _write_crop(pixels: np.ndarray, box: Box, interpolation: str, out: np.ndarra
 
 
 def _as_image(array: np.ndarray) -> torch.Tensor:
-    """(H, W, C) array as a (1, C, H, W) channels_last tensor on the same memory."""
-    return torch.from_numpy(array).permute(2, 0, 1)[None]
+    """(H, W, C) array as a (1, C, H, W) channels_last tensor on the same memory. Turned by numpy, whose calls cost a
+    third of torch's: on small images that is felt."""
+    return torch.from_numpy(array.transpose(2, 0, 1)[None])
 
 
 def _find_resize_into() -> dict:
     """The kernels under `F.interpolate`, which can write into given memory; empty where torch has renamed them."""
+    pixel = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     try:
-        return {
-            "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
-            "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+        found = {
+            "bicubic": torch._C._nn._upsample_bicubic2d_aa,
+            "bilinear": torch._C._nn._upsample_bilinear2d_aa,
         }
-    except AttributeError:
+        for kernel in found.values():
+            kernel(pixel, (1, 1), False, out=pixel.clone())
+    except (AttributeError, TypeError):
         return {}
+    return found
 
 
 _RESIZE_INTO = _find_resize_into()

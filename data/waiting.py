@@ -200,14 +200,14 @@ class Board:
     def written_by(self, process: int) -> None:
         """From now on this process' `doing` goes to its line, and what `moved` there is counted."""
         global _line, _own_moves
-        _line = self.lines[process].numpy()
+        _line = memoryview(self.lines[process].numpy())
         _own_moves = self.counts[process : process + 1].numpy()
 
 
 def doing(words: bytes) -> None:
     """Notes what this process is about to wait for. Cheap enough for every read."""
     size = min(len(words), Board.SIZE - 1)
-    _line[:size] = np.frombuffer(words, np.uint8, size)
+    _line[:size] = words[:size]
     _line[size] = 0
 
 
@@ -216,7 +216,7 @@ def doing_now() -> str:
     return bytes(_line).partition(b"\0")[0].decode(errors="ignore")
 
 
-_line = np.zeros(Board.SIZE, np.uint8)
+_line = memoryview(bytearray(Board.SIZE))
 
 
 def shared_memory() -> str:

@@ -7,6 +7,8 @@
   each channel around its own mean, as torchvision's is of one channel.
 - Order as in BYOL (arXiv 2006.07733, appendix B): jitter, grey, blur, solarise.
 - Always float32, also under autocast, and the host never waits for an accelerator.
+- On a CPU images are done one by one, with the same draws: each stays in the processor's cache through all its
+  operations, and what does not happen to it costs nothing.
 """
 
 import math
@@ -66,12 +68,14 @@ def augment(images: Tensor, photometric: Photometric, seeds: Tensor, view: int) 
     """images: (B, C, H, W) float32 in [0, 1]; seeds: (B,) int64. Returns the same shape, in [0, 1]."""
     drawn = draw(photometric, seeds, view)
     with torch.autocast(images.device.type, enabled=False):
+        if images.device.type == "cpu" and not is_counting():
+            return _one_by_one(images, drawn, photometric)
         if photometric.jitter:
             images = _jitter(images, drawn)
         if photometric.grey:
             images = _where(drawn.grey, lambda x: luma(x).expand_as(x), images)
         if photometric.blur:
-            radius = min(math.ceil(_TAIL * photometric.blur_sigma[1]), min(images.shape[-2:]) - 1)
+            radius = _radius(photometric, images)
             images = _where(drawn.blur, lambda x, sigma: gaussian_blur(x, sigma, radius), images, drawn.sigma)
         if photometric.solarise:
             threshold = photometric.solarise_threshold
@@ -122,8 +126,8 @@ def blend(images: Tensor, factor: Tensor, contrast: Tensor, saturation: Tensor) 
 def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     """Turns the hue of HSV by `turn` (B,) full circles, value and saturation unchanged.
 
-    Hue is a place on the hexagon of six colours, where channel n is least + chroma * clamp(|k - 2| - 1, 0, 1) with
-    k = (n + 6 hue) mod 6, n = 5, 3, 1 for red, green and blue.
+    Hue is a place on the hexagon of six colours, where channel n is least + chroma * clamp(d - 1, 0, 1): d is how far
+    n + 6 hue is from 2 on a circle of 6, and n = 5, 3, 1 for red, green and blue.
     """
     red, green, blue = images.unbind(dim=1)  # (B, H, W)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -131,10 +135,11 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     chroma = value - least
     on_green, on_blue = torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)
     sextant = torch.where(value == red, green - blue, torch.where(value == green, on_green, on_blue))
-    sextant = (sextant / chroma.clamp(min=1e-12)).add_(6 * turn[:, None, None])  # a grey pixel has no hue to turn
-    offset = torch.arange(5, 0, -2, device=images.device)[:, None, None]  # 5, 3, 1
-    k = torch.remainder(sextant[:, None] + offset, 6)  # (B, 3, H, W)
-    return torch.addcmul(least[:, None], chroma[:, None], k.sub_(2).abs_().sub_(1).clamp_(0, 1))
+    sextant = sextant.div_(chroma.clamp(min=1e-12)).add_(6 * turn[:, None, None])  # a grey pixel has no hue to turn
+    offset = torch.arange(3, -2, -2, device=images.device)[:, None, None]  # 5, 3, 1, less the 2
+    place = sextant[:, None] + offset  # (B, 3, H, W)
+    distance = place.sub_((place / 6).round_(), alpha=6).abs_()
+    return torch.addcmul(least[:, None], chroma[:, None], distance.sub_(1).clamp_(0, 1))
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -147,6 +152,59 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     padded = F.pad(images, (radius,) * 4, mode="reflect").reshape(1, groups, height + 2 * radius, width + 2 * radius)
     rows = F.conv2d(padded, taps[..., None], groups=groups)
     return F.conv2d(rows, taps[:, :, None], groups=groups).view(batch, channels, height, width)
+
+
+def _one_by_one(images: Tensor, drawn: Draws, photometric: Photometric) -> Tensor:
+    """All operations on each image in turn, on the host."""
+    happens = [column.tolist() for column in (drawn.jitter, drawn.grey, drawn.blur, drawn.solarise)]
+    factors = torch.stack([drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue], dim=1).tolist()
+    orders, sigmas, radius = drawn.order.tolist(), drawn.sigma.tolist(), _radius(photometric, images)
+    result = torch.empty_like(images, memory_format=torch.contiguous_format)
+    for nth, (jitter, grey, blur, solarise) in enumerate(zip(*happens, strict=True)):
+        image = images[nth : nth + 1]
+        if jitter:
+            for operation in sorted(range(4), key=orders[nth].__getitem__):
+                image = _jitter_one(image, operation, factors[nth][operation])
+        if grey:
+            image = luma(image).expand_as(image)
+        if blur:
+            image = _blur_one(image, sigmas[nth], radius)
+        if solarise:
+            image = torch.where(image >= photometric.solarise_threshold, 1 - image, image)
+        result[nth] = image[0]
+    return result
+
+
+def _jitter_one(image: Tensor, operation: int, strength: float) -> Tensor:
+    """Brightness, contrast, saturation or hue (0 to 3) of one image, (1, C, H, W)."""
+    has_colours = image.shape[1] == 3
+    if operation == 3:
+        return turn_hue(image, image.new_full((1,), strength)) if has_colours and strength else image
+    if strength == 1:
+        return image
+    changed = image * strength
+    if operation == 1:
+        mean = luma(image).mean() if has_colours else image.mean(dim=(-2, -1), keepdim=True)
+        changed.add_(mean, alpha=1 - strength)
+    elif operation == 2:
+        changed.add_(luma(image) if has_colours else image, alpha=1 - strength)
+    return changed.clamp_(0, 1)
+
+
+def _blur_one(image: Tensor, sigma: float, radius: int) -> Tensor:
+    """`gaussian_blur` of one image, (1, C, H, W), by shifted sums: for few channels cheaper than a convolution. With
+    no more taps than its own `sigma` needs: what lies beyond weighs 6e-7."""
+    height, width = image.shape[-2:]
+    radius = min(math.ceil(5 * sigma), radius)
+    taps = (-0.5 * (torch.arange(-radius, radius + 1) / sigma).square()).softmax(dim=0).tolist()
+    padded = F.pad(image, (radius,) * 4, mode="reflect")
+    rows = padded[:, :, :height] * taps[0]
+    for shift, tap in enumerate(taps[1:], start=1):
+        rows.add_(padded[:, :, shift : shift + height], alpha=tap)
+    blurred = rows[..., :width] * taps[0]
+    for shift, tap in enumerate(taps[1:], start=1):
+        blurred.add_(rows[..., shift : shift + width], alpha=tap)
+    return blurred
 
 
 def _jitter(images: Tensor, drawn: Draws) -> Tensor:
@@ -173,21 +231,13 @@ def _blend_at(place: int, images: Tensor, drawn: Draws, mask: Tensor) -> Tensor:
 
 
 def _where(mask: Tensor, operation, images: Tensor, *parameters: Tensor) -> Tensor:
-    """`operation` on the samples in `mask` (B,), the others as they are.
-
-    Choosing rows would make the host wait for an accelerator, so there every sample is computed. On the CPU it
-    costs nothing, and saves the samples that are left alone.
-    """
-    if not _on_host(images):
-        return torch.where(_per_image(mask), operation(images, *parameters), images)
-    rows = mask.nonzero().squeeze(1)
-    if not len(rows):
-        return images
-    return images.index_copy(0, rows, operation(images[rows], *(parameter[rows] for parameter in parameters)))
+    """`operation` on the samples in `mask` (B,), the others as they are. Every sample is computed, because choosing
+    rows would make the host wait for an accelerator."""
+    return torch.where(_per_image(mask), operation(images, *parameters), images)
 
 
-def _on_host(images: Tensor) -> bool:
-    return images.device.type == "cpu" and not is_counting()
+def _radius(photometric: Photometric, images: Tensor) -> int:
+    return min(math.ceil(_TAIL * photometric.blur_sigma[1]), min(images.shape[-2:]) - 1)
 
 
 def _factor(strength: float, u: Tensor) -> Tensor:

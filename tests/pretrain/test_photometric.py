@@ -136,16 +136,16 @@ def test_the_whole_equals_torchvision_image_by_image_in_each_sample_s_own_order(
             assert close.float().mean() > 0.99
 
 
-def test_computing_all_samples_equals_computing_the_chosen_ones(monkeypatch):
-    """The accelerator's way, run on the CPU."""
-    pixels, seeds = some_images(), torch.arange(NUM)
-    chosen = augment(pixels, SECOND, seeds, 0)
-
-    def compute_all(mask, operation, images, *parameters):
-        return torch.where(mask[:, None, None, None], operation(images, *parameters), images)
-
-    monkeypatch.setattr(photometric, "_where", compute_all)
-    torch.testing.assert_close(augment(pixels, SECOND, seeds, 0), chosen, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("size", [(17, 22), (40, 33), (2, 3)])
+@pytest.mark.parametrize("plan", [FIRST, SECOND, Photometric(jitter=1.0, hue=0.5), Photometric(blur=1.0)])
+def test_an_accelerator_s_way_equals_that_of_a_cpu(plan, size, monkeypatch):
+    """Both run on the CPU: all samples at once, and one by one."""
+    pixels, seeds = torch.rand(NUM, 3, *size, generator=torch.Generator().manual_seed(2)), torch.arange(NUM)
+    chosen = augment(pixels, plan, seeds, 0)
+    before = pixels.clone()
+    monkeypatch.setattr(photometric, "is_counting", lambda: True)
+    torch.testing.assert_close(augment(pixels, plan, seeds, 0), chosen, atol=5e-6, rtol=0)
+    assert torch.equal(pixels, before)
 
 
 @pytest.mark.parametrize("size", [1, 7, NUM])
