@@ -85,7 +85,7 @@ class DataConfig(Section):
         if not self.shards and not self.mix:
             raise ValueError("shards is missing; write data.shards=PATTERN, or a mapping data.mix of several data sets")
         if self.shards and self.mix:
-            raise ValueError("shards and mix both say what the data are; write one of them")
+            raise ValueError("shards and mix both say what the data are; write data.shards=null or data.mix={}")
         if len(self.mix) == 1:
             raise ValueError("mix has one data set, and nothing to mix it with; write it as data.shards")
         if name := next((name for name in self.mix if not re.fullmatch(r"[\w-]+", name)), None):

@@ -46,7 +46,10 @@ def test_a_selection_is_written_below_data():
     [
         ([], "data is missing"),
         (["data.channels=3"], "data: shards is missing; write data.shards=PATTERN, or a mapping data.mix"),
-        ([*MIX, "data.shards=a.tar"], "data: shards and mix both say what the data are; write one"),
+        (
+            [*MIX, "data.shards=a.tar"],
+            "data: shards and mix both say .*; write data.shards=null or data.mix={}",
+        ),
         (MIX[:2], "data: mix has one data set, and nothing to mix it with; write it as data.shards"),
         ([*MIX, "data.mix.photos.weight=0"], "data.mix.photos.weight=0 is refused: write a number above 0"),
         ([*MIX, "data.mix.photos.weight=-1"], "data.mix.photos.weight=-1 is refused: write a number above 0"),
