@@ -13,6 +13,7 @@ import pytest
 import torch
 import webdataset as wds
 
+from prelude.data import source
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.loader import Loader, build_loader
@@ -219,6 +220,7 @@ def test_a_state_of_another_version_is_never_accepted(index):
 
 TRAIN = """
 import json, os, sys
+from prelude.data import source
 from prelude.data.batch import View, ViewPlan
 from prelude.data.loader import build_loader
 shards, out = sys.argv[1:]
@@ -368,3 +370,22 @@ def test_too_many_samples_that_cannot_be_indexed_are_refused(tmp_path, write_tar
     assert build_loader(path, STILL, seed=0, micro_batch=1, max_bad_share=0.5).num_samples == 2
     with pytest.raises(UserError, match="2 samples .* damaged, beside 2 sound ones .*no image, 2.*data.max_bad_share"):
         build_loader(path, STILL, seed=0, micro_batch=1, max_bad_share=0.49)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("held", [0, 500, 2**20])
+def test_how_many_images_wait_for_each_other_changes_nothing(held, threads, write_shards, monkeypatch):
+    """Bad samples and labels among them."""
+    index = ShardIndex(write_shards([20, 13], bad=(3, 4, 25)), "cls")
+    loader = Loader(index, PLAN, seed=1, micro_batch=16, label="cls")
+    expected = [next(loader) for _ in range(3)]
+    loader.close()
+    monkeypatch.setattr(source, "_HELD_BYTES", held)
+    loader = Loader(index, PLAN, seed=1, micro_batch=16, label="cls")
+    loader.reader.threads = threads
+    for batch in expected:
+        found = next(loader)
+        for name in ("sample_ids", "seeds", "boxes", "flips", "labels"):
+            assert torch.equal(getattr(found, name), getattr(batch, name)), name
+        assert all(map(torch.equal, found.views, batch.views))
+    loader.close()

@@ -13,9 +13,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from prelude.data import views as views_module
-from prelude.data.batch import View, ViewPlan
+from prelude.data.batch import AutoAugment, View, ViewPlan
 from prelude.data.decode import BadImage
-from prelude.data.views import draw, read_views, view_generator
+from prelude.data.views import draw, read_views, view_generator, write_views
 
 MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
@@ -217,6 +217,21 @@ def test_seeds_of_either_sign_are_distinct():
     view = View((8, 8))
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 2**62, -(2**62), 123456789, -123456789]
     assert len({draw(view, 9999, 9999, view_generator(seed, v)) for seed in seeds for v in (0, 1)}) == 2 * len(seeds)
+
+
+def test_views_of_several_images_are_those_of_each():
+    """Of several sizes, into rows in any order, one view of which draws operations too."""
+    plan = ViewPlan((View((24, 20)), View((16, 16), interpolation="bilinear", augment=AutoAugment())))
+    images, seeds, rows = [photograph(30 + 9 * n, 70 - 8 * n) for n in range(5)], [3, -1, 2**62, 3, 8], [4, 0, 3, 1, 2]
+    out = [np.full((6, *view.size, 3), 77, np.uint8) for view in plan.views]
+    boxes, flips = write_views(images, plan, seeds, out, rows)
+    for n, (image, seed, row) in enumerate(zip(images, seeds, rows, strict=True)):
+        alone_boxes, alone_flips, alone = read(png(image), *plan.views, seed=seed)
+        np.testing.assert_array_equal(boxes[n], alone_boxes)
+        np.testing.assert_array_equal(flips[n], alone_flips)
+        for view, wanted in zip(out, alone, strict=True):
+            np.testing.assert_array_equal(view[row], wanted)
+    assert all((view[5] == 77).all() for view in out)
 
 
 def test_threads_do_not_disturb_each_other():
