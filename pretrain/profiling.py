@@ -23,7 +23,7 @@ class StepProfile:
     def __init__(self, run_dir: Path, num_steps: int):
         self.folder = run_dir / "tensorboard"
         self.tolerant = Tolerant(self.folder)
-        self.left = _FIRST_STEPS + num_steps if num_steps else 0
+        self.begun, self.last = 0, _FIRST_STEPS + num_steps
         self.profiler = None
         if num_steps:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -35,17 +35,14 @@ class StepProfile:
                 record_shapes=True,
                 profile_memory=True,
             )
-            self.profiler.start()
 
-    def __enter__(self) -> "StepProfile":
-        return self
+    def __enter__(self) -> None:
+        if self.profiler is not None:
+            self.profiler.step() if self.begun else self.profiler.start()
+            self.begun += 1
 
     def __exit__(self, kind, *_) -> None:
-        if self.profiler is None:
-            return
-        self.profiler.step()
-        self.left -= 1
-        if kind is not None or not self.left:
+        if kind is not None or self.begun == self.last:
             self.close()
 
     def close(self) -> None:
