@@ -114,7 +114,7 @@ def tell_measured(
 
 
 def _records_of(config: Config, objective: Objective, loader_of) -> list[StepRecord]:
-    loader, kept = loader_of(config), _Kept()
+    loader, kept = loader_of(config), Kept()
     Engine(config, objective, loader, Nowhere(), [kept]).run()
     loader.close()
     return kept.records
@@ -132,7 +132,7 @@ def _short(config: Config, micro_batch: int, world_size: int, num_samples: int) 
     return config.model_copy(update=changes)
 
 
-class _Kept(Monitor):
+class Kept(Monitor):
     def __init__(self):
         self.records: list[StepRecord] = []
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ _FIRST_STEPS = 3  # which are not typical: memory is asked for, kernels are chos
 class StepProfile:
     """A context around each step of a process; some of them are recorded.
 
-    The trace of `num_steps` steps after the first three is written as tensorboard/HOST.NUMBER.pt.trace.json.gz; a run
+    The trace of `num_steps` steps after the first three goes into tensorboard/, one .pt.trace.json.gz a start; a run
     that ends among them writes what there is. Nothing is recorded for 0, and a disk that does not take it is told once.
     """
 
@@ -37,9 +38,13 @@ class StepProfile:
             )
 
     def __enter__(self) -> None:
-        if self.profiler is not None:
-            self.profiler.step() if self.begun else self.profiler.start()
-            self.begun += 1
+        if self.profiler is None:
+            return
+        if self.begun:
+            self.profiler.step()
+        else:
+            self.profiler.start()
+        self.begun += 1
 
     def __exit__(self, kind, *_) -> None:
         if kind is not None or self.begun == self.last:
@@ -55,7 +60,5 @@ class StepProfile:
             draft = Path(folder) / "trace.json.gz"
             profiler.export_chrome_trace(str(draft))
             make_folder(self.folder)
-            number = len(list(self.folder.glob("*.pt.trace.json.gz")))
-            write_whole(
-                self.folder / f"{distributed.host()}-{os.getpid()}.{number}.pt.trace.json.gz", draft.read_bytes()
-            )
+            name = f"{distributed.host()}-{os.getpid()}.{time.time_ns()}.pt.trace.json.gz"
+            write_whole(self.folder / name, draft.read_bytes())
