@@ -106,7 +106,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=path, help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     parser.add_argument("--ranks", type=whole(1), metavar="N", help="of a dry run: as if N ranks had been started")
-    parser.add_argument("--device", metavar="NAME", help="of a dry run: as on an h100, a100, l40s, ... (see docs)")
+    parser.add_argument("--device", metavar="NAME", help="of a dry run: as on an h100, a100, l40s or another")
     parser.add_argument("--measure", action="store_true", help="of a dry run: take a few steps, and tell the time")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")

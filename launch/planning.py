@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -75,11 +76,8 @@ def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -
 
 def _alternatives(found: Preview, figures: devices.Figures) -> Table:
     title = f"memory a rank, of {figures.memory / 2**30:.1f} GiB usable by {figures.source}"
-    table = Table(title=title, title_justify="left")
-    of_state = ("ZeRO", "weights", "optimizer", "gradients")
-    of_way = ("activations", "peak", "largest micro-batch")
-    ways = [*of_way, *(f"{name}, checkpointing" for name in of_way[: 3 * (len(found.costs) - 1)])]
-    for name in (*of_state, *ways):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("ZeRO", "checkpointing", "weights", "optimizer", "activations", "peak", "largest micro-batch"):
         table.add_column(name, justify="right")
     for row in found.alternatives(figures):
         table.add_row(*row)

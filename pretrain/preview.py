@@ -79,17 +79,15 @@ class Preview:
         )
 
     def alternatives(self, figures: Figures) -> list[tuple[str, ...]]:
-        """One row a ZeRO stage that this run could be given: (stage, weights, optimizer, gradients), then without and,
-        where the encoder offers it, with checkpointing (activations, peak, largest micro-batch that fits)."""
+        """One row for each ZeRO stage that this run could be given, without and with checkpointing: (stage,
+        checkpointing, weights, optimizer, activations, peak, largest micro-batch that fits)."""
         rows = []
         for stage in zero_stages(self.config, self.objective):
-            state = self.rank_memory(stage)
-            row = [str(stage), _mib(state.weights + state.frozen), _mib(state.optimizer), _mib(state.gradients)]
             for checkpointing, cost in self.costs.items():
                 memory = self.rank_memory(stage, checkpointing)
                 largest = self.held.largest_micro_batch(cost, figures.memory, stage, self.world_size)
-                row += [_mib(memory.activations), _mib(memory.peak), str(largest) if largest else "none"]
-            rows.append(tuple(row))
+                sizes = (memory.weights + memory.frozen, memory.optimizer, memory.activations, memory.peak)
+                rows.append((str(stage), "yes" if checkpointing else "no", *map(_mib, sizes), str(largest or "none")))
         return rows
 
     def expected_time(self, figures: Figures) -> str:

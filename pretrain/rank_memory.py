@@ -75,6 +75,8 @@ class Held:
         fitting, beyond = 0, 1
         while beyond <= _LARGEST and self.rank_memory(cost, beyond, stage, world_size).peak <= memory:
             fitting, beyond = beyond, 2 * beyond
+        if fitting == _LARGEST:
+            return fitting
         while beyond - fitting > 1:
             middle = (fitting + beyond) // 2
             fits = self.rank_memory(cost, middle, stage, world_size).peak <= memory
