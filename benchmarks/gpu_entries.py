@@ -39,7 +39,7 @@ STEPS = {
     "spark-r50": ("spark_resnet50", None, 128, "spark_resnet18_cifar10"),
 }
 _NUM_STEPS, _LOGGED_EVERY = 30, 10
-_TOY_STEPS, _TOY_IMAGES = 3, 8
+_TOY_STEPS, _TOY_IMAGES = 5, 8
 
 
 def host_waits(toy: bool) -> dict:
