@@ -110,8 +110,20 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """What doors that train take."""
     parser.add_argument("--config", required=True, type=path, help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--ranks", type=whole(1), metavar="N", help="of a dry run: as if N ranks had been started")
+    parser.add_argument("--device", metavar="NAME", help="of a dry run: as on an h100, a100, l40s or another")
+    parser.add_argument("--measure", action="store_true", help="of a dry run: take a few steps, and tell the time")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
+
+
+def refuse_without_dry_run(args: argparse.Namespace) -> None:
+    """Raises UserError for what only a dry run reads."""
+    for name in ("ranks", "device", "measure"):
+        if getattr(args, name) and not args.dry_run:
+            raise UserError(f"--{name} is read by a dry run only; add --dry-run, or leave it out.")
+    if args.device and args.measure:
+        raise UserError("--measure times this machine, and --device is another one; write one of the two.")
 
 
 def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: str = "the run's evaluate section"):

@@ -19,15 +19,25 @@ import shlex
 import sys
 
 from prelude.evaluators.finetuning.recipe import check_recipe
-from prelude.launch.arguments import ENCODERS, add_config, add_labelled, documented_parser, parse, source
+from prelude.launch.arguments import (
+    ENCODERS,
+    add_config,
+    add_labelled,
+    documented_parser,
+    parse,
+    refuse_without_dry_run,
+    source,
+)
 from prelude.launch.exit_codes import door, leave
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
+    refuse_without_dry_run(args)
     check_recipe(args.config, args.overrides)
     from prelude.evaluators.finetuning import finetune
     from prelude.launch import finetuning
+    from prelude.launch.planning import dry_run
     from prelude.pretrain import distributed
 
     task = finetune.prepare(
@@ -39,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         label=args.label,
         from_scratch=args.from_scratch,
     )
-    finetune.check(task, distributed.launched_world_size())
+    finetune.check(task, args.ranks or distributed.launched_world_size())
     if args.dry_run:
-        return finetuning.dry_run(task)
+        return dry_run(args, task.config, lambda config, asked: finetuning.dry_run(task, asked))
     command = shlex.join(["prelude", "finetune", *(sys.argv[1:] if argv is None else argv)])
     return finetuning.run(task, command)
 

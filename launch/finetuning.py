@@ -4,19 +4,19 @@ import functools
 import sys
 import time
 
-from rich.console import Console
-from rich.table import Table
-
 from prelude.checkpoints.store import Store
 from prelude.data.loader import Loader
 from prelude.data.waiting import stop_when
 from prelude.evaluators.finetuning import finetune
 from prelude.evaluators.results import print_table, write
+from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.launch.training import introduce, loader_settings, logs_of, tell_weights
-from prelude.pretrain import distributed
+from prelude.pretrain import distributed, precision
+from prelude.pretrain.config import Config
+from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
-from prelude.pretrain.preview import describe
+from prelude.pretrain.objective import Objective
 from prelude.pretrain.stopping import PREEMPTED
 
 
@@ -26,7 +26,7 @@ def run(task: finetune.Task, command: str) -> int:
     with run_folder(config) as folder:
         loaded: list[str] = []
         classifier = finetune.build(task, loaded.append)
-        loader = Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))
+        loader = _loader_of(task, classifier, config)
         micro_batch, _ = config.batching(distributed.world_size())
         test = functools.partial(
             finetune.tested,
@@ -37,9 +37,14 @@ def run(task: finetune.Task, command: str) -> int:
             num_workers=loader.num_workers,
         )
         curve = finetune.TestCurve(test, task.options.test_every_epochs, folder.path / "test.jsonl")
-        monitors = [*folder.monitors, *logs_of(folder.path), *([curve] if curve.every_epochs else [])]
+        monitors = [
+            *folder.monitors,
+            *logs_of(folder.path, loader.num_workers),
+            *([curve] if curve.every_epochs else []),
+        ]
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
-        engine = Engine(config, classifier, loader, store, monitors)
+        peak = peak_flops(device, precision.resolve(config, device))
+        engine = Engine(config, classifier, loader, store, monitors, peak)
         stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
         tell_weights(loaded[0])
@@ -58,15 +63,18 @@ def run(task: finetune.Task, command: str) -> int:
         return 0
 
 
-def dry_run(task: finetune.Task) -> int:
+def dry_run(task: finetune.Task, asked: Asked) -> int:
     config, loaded = task.config, []
     classifier = finetune.build(task, loaded.append)
-    table = Table(title=f"fine-tuning of {task.opened.name}", show_header=False)
-    world_size = distributed.launched_world_size()
-    for row in describe(config, classifier, num_samples=task.train.num_samples, world_size=world_size):
-        table.add_row(*row)
-    table.add_row("weights", *loaded)
-    table.add_row("labels", f"{task.train.num_samples} images of {len(task.classes)} classes")
-    table.add_row("test", f"{task.test.num_samples} images")
-    Console().print(table)
+    planned = plan(config, classifier, task.train.num_samples, asked)
+    planned.add_row("weights", *loaded)
+    planned.add_row("labels", f"{task.train.num_samples} images of {len(task.classes)} classes")
+    planned.add_row("test", f"{task.test.num_samples} images")
+    planned.print()
+    if asked.measure:
+        tell_measured(config, classifier, lambda config: _loader_of(task, classifier, config), planned)
     return 0
+
+
+def _loader_of(task: finetune.Task, classifier: Objective, config: Config) -> Loader:
+    return Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))

@@ -14,7 +14,7 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
-from prelude.launch.arguments import add_config, documented_parser, parse
+from prelude.launch.arguments import add_config, documented_parser, parse, refuse_without_dry_run
 from prelude.launch.exit_codes import door, leave
 from prelude.objectives import options_for
 from prelude.pretrain.recipes import load_config
@@ -22,11 +22,13 @@ from prelude.pretrain.recipes import load_config
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
+    refuse_without_dry_run(args)
     config = load_config(args.config, args.overrides, options_for)
     from prelude.launch import training
+    from prelude.launch.planning import dry_run
 
-    training.check(config)
-    return training.dry_run(config) if args.dry_run else training.train(config)
+    training.check(config, args.ranks)
+    return dry_run(args, config, training.dry_run) if args.dry_run else training.train(config)
 
 
 def parser() -> argparse.ArgumentParser:

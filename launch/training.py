@@ -4,8 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from prelude.checkpoints.starting import start_of
@@ -20,23 +18,25 @@ from prelude.data.waiting import stop_when, wait_at_most
 from prelude.evaluators.labelled import selection
 from prelude.evaluators.online import monitor as online
 from prelude.launch.outlook import outlook
+from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
 from prelude.pretrain import deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config, DataConfig
+from prelude.pretrain.data_wait import DataWaitWatch
+from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.files import Tolerant
 from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
-from prelude.pretrain.preview import describe
 from prelude.pretrain.stopping import PREEMPTED
 
 
-def check(config: Config) -> None:
-    """Refuses, before anything is built, what cannot work here. Raises UserError."""
+def check(config: Config, world_size: int | None = None) -> None:
+    """Refuses, before anything is built, what cannot work here, or with that number of ranks. Raises UserError."""
     check_objective(config)
-    config.batching(distributed.launched_world_size())
+    config.batching(world_size or distributed.launched_world_size())
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     # A shard that this node lacks is told before any rank waits for another.
@@ -58,8 +58,9 @@ def train(config: Config) -> int:
         objective = build_objective(config, start.warm)
         loader = loader_of(config, objective.views)
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
-        monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
-        engine = Engine(config, objective, loader, store, monitors)
+        monitors = [*folder.monitors, *monitors_of(config, folder.path, store, loader.num_workers)]
+        peak = peak_flops(device, precision.resolve(config, device))
+        engine = Engine(config, objective, loader, store, monitors, peak)
         stop_when(engine.stop_wanted)
         introduce(config, engine, loader, device)
         tell_weights(start.sentence)
@@ -69,9 +70,12 @@ def train(config: Config) -> int:
     return 0 if outcome.reason == "finished" else PREEMPTED
 
 
-def loader_of(config: Config, views):
+def loader_of(config: Config, views, world_size: int | None = None):
+    """world_size: where it is not that of the ranks that are here."""
     of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
-    return build_loader(data_of(config.data), views, **loader_settings(config), **of_data, **seen_as(config.data))
+    return build_loader(
+        data_of(config.data), views, **loader_settings(config, world_size), **of_data, **seen_as(config.data)
+    )
 
 
 def data_of(data: DataConfig) -> Data:
@@ -93,22 +97,22 @@ def seen_as(data: DataConfig) -> dict[str, Any]:
     }
 
 
-def loader_settings(config: Config) -> dict[str, Any]:
-    """What a loader is told of a run, whatever it reads."""
-    workers = config.data.num_workers
-    micro_batch, _ = config.batching(distributed.world_size())
+def loader_settings(config: Config, world_size: int | None = None) -> dict[str, Any]:
+    """What a loader is told of a run, whatever it reads. world_size: where it is not that of the ranks here."""
+    workers, world_size = config.data.num_workers, world_size or distributed.world_size()
+    micro_batch, _ = config.batching(world_size)
     return {
         "seed": config.seed,
         "micro_batch": micro_batch,
         "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
+        "world_size": world_size,
         "num_workers": distributed.default_num_workers() if workers == "auto" else workers,
         "shuffle": Shuffle(**config.data.shuffle.model_dump()),
         "bad_samples_log": Path(config.run_dir) / "bad_samples.jsonl",
     }
 
 
-def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
+def monitors_of(config: Config, run_dir: Path, store: Store, num_workers: int) -> list[Monitor]:
     if not distributed.is_main():
         return []
     probes = [online.OnlineProbe(config)] if config.evaluate and config.evaluate.every_steps else []
@@ -116,13 +120,15 @@ def monitors_of(config: Config, run_dir: Path, store: Store) -> list[Monitor]:
     momentum = config.objective.get("momentum", 1.0)  # at 1 a teacher does not follow at all, so no lag excuses it
     teacher_steps = 1 / (1 - momentum) if momentum < 1 else 0.0
     watch = CollapseWatch(config.collapse, store, remedies, teacher_steps, run_dir)
-    return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir)]
+    return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir, num_workers)]
 
 
-def logs_of(run_dir: Path) -> list[Monitor]:
+def logs_of(run_dir: Path, num_workers: int) -> list[Monitor]:
+    """num_workers: of a rank's loader."""
     if not distributed.is_main():
         return []
-    return [ConsoleMonitor(), JsonlMonitor(run_dir / "metrics.jsonl"), TensorBoardMonitor(run_dir)]
+    waiting = DataWaitWatch(num_workers, distributed.cores_per_rank())
+    return [waiting, ConsoleMonitor(), JsonlMonitor(run_dir / "metrics.jsonl"), TensorBoardMonitor(run_dir)]
 
 
 def introduce(config: Config, engine: Engine, loader, device) -> None:
@@ -154,26 +160,25 @@ def tell_weights(sentence: str) -> None:
             print(sentence, file=sys.stderr)
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, asked: Asked) -> int:
     """Raises UserError, once all is told, where a start would be refused for what is in its run folder."""
     start = start_of(config, Store(Path(config.run_dir) / "checkpoints"))
     objective = build_objective(config, start.warm)
-    loader = loader_of(config, objective.views)
-    table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
-    world_size = distributed.launched_world_size()
-    for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
-        table.add_row(*row)
+    loader = loader_of(config, objective.views, asked.world_size)
+    planned = plan(config, objective, loader.num_samples, asked)
     if start.sentence:
-        table.add_row("weights", start.sentence)
-    table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
+        planned.add_row("weights", start.sentence)
+    planned.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     for line in mixture_of(loader):
-        table.add_row("mixed", line.removeprefix("mixed: "))
-    table.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
+        planned.add_row("mixed", line.removeprefix("mixed: "))
+    planned.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     try:
-        table.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))
+        planned.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))
     except UserError as refusal:
-        table.add_row("run folder", "a start would be refused")
-        Console().print(table)
+        planned.add_row("run folder", "a start would be refused")
+        planned.print()
         raise refusal
-    Console().print(table)
+    planned.print()
+    if asked.measure:
+        tell_measured(start.config, objective, lambda config: loader_of(config, objective.views), planned)
     return 0

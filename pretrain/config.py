@@ -217,6 +217,7 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     gradient_checkpointing: bool = False
     compile: bool = False
+    profile_steps: int = Field(0, ge=0)  # of each start, for TensorBoard's profiler, after the first few; 0: none
     max_nonfinite_steps: int = Field(10, ge=1)  # in a row, before the run stops
     rank_timeout_seconds: float = Field(600, gt=0)  # that ranks wait for one that stalls, before the run stops
 

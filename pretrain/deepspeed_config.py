@@ -32,8 +32,8 @@ _LONGEST_REASON = 200  # characters
 
 def build(config: Config, *, micro_batch: int, accumulation: int, precision: str, numel: int) -> dict:
     """The full DeepSpeed configuration. Raises UserError for pass-through keys that cannot be honoured."""
-    passed = passed_through(config)
-    _refuse_unknown(passed)
+    if passed := passed_through(config):
+        _refuse_unknown(passed)
     bucket = min(_MAX_BUCKET, -(-numel // 1024) * 1024)  # DeepSpeed wants an even number
     zero = {"stage": config.train.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     passed_zero = passed.pop("zero_optimization", {})

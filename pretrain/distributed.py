@@ -58,6 +58,11 @@ def launched_world_size() -> int:
     return launchers.world_size()
 
 
+def launched_rank() -> int:
+    """This process' rank as the environment announces it. Raises UserError."""
+    return launchers.rank()
+
+
 def start(rank_timeout: float = RANK_TIMEOUT) -> torch.device:
     """Joins the process group of this job and returns this rank's device.
 

@@ -31,10 +31,12 @@ from prelude.pretrain.guarded_step import GuardedStep
 from prelude.pretrain.meter import Meter
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
+from prelude.pretrain.profiling import StepProfile
 from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
 from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later
+from prelude.pretrain.utilisation import Utilisation
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,17 @@ class Outcome:
 class Engine:
     """Trains `objective` on `loader`'s batches as `config` says; see `run`."""
 
-    def __init__(self, config: Config, objective: Objective, loader, store, monitors: list[Monitor]):
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        loader,
+        store,
+        monitors: list[Monitor],
+        peak_flops: float | None = None,
+    ):
+        """peak_flops: that this rank's device can do in a second, for who wants to know how much of it is used."""
+        self.utilisation = Utilisation(peak_flops)
         self.config, self.loader, self.store, self.monitors = config, loader, store, monitors
         self.run_dir = Path(config.run_dir)
         self.device = distributed.device()
@@ -86,11 +98,13 @@ class Engine:
 
     def _train(self) -> Outcome:
         meter = Meter(self.config.train.global_batch)
+        profile = StepProfile(self.run_dir, self.config.train.profile_steps if distributed.is_main() else 0)
         batches = iter(self.loader)
         self._fetch_first(batches, meter)
         agreed = self._agree()
         while not (self._is_finished() or agreed.stop or agreed.no_data):
-            agreed = self._step(batches, meter)
+            with profile:
+                agreed = self._step(batches, meter)
             if agreed.saved:
                 self._finish_save()
             self._watch(agreed, meter)
@@ -100,6 +114,7 @@ class Engine:
                 # Who asks for the end while the state is copied has it: no step more, and no second save.
                 if any(distributed.total(self._asked_to_stop())):
                     break
+        profile.close()
         self._finish_save()
         if agreed.no_data:
             raise RunStopped(agreed.no_data)
@@ -125,9 +140,10 @@ class Engine:
                 self._fetch_ahead(batches, meter)
             self.last_batch = batch = fetched.popleft().to(self.device)
             attendance.reach("in the forward pass", step)
-            loss = self.deepspeed(batch, self.progress)
-            attendance.reach("in the backward pass", step)
-            self.deepspeed.backward(loss.total)
+            with self.utilisation.counting(batch):
+                loss = self.deepspeed(batch, self.progress)
+                attendance.reach("in the backward pass", step)
+                self.deepspeed.backward(loss.total)
             loss_sum += loss.total.detach()
             self.guarded_step(at_boundary=micro == self.accumulation - 1)
         self.loss, self.parts = loss_sum / self.accumulation, loss.parts
@@ -226,7 +242,7 @@ class Engine:
         if not self.monitors:
             return
         if logged:
-            speed, data_wait = meter.read()
+            reading = meter.read()
             record = StepRecord(
                 step=step,
                 num_steps=self.progress.num_steps,
@@ -236,12 +252,14 @@ class Engine:
                 lr=self.lr,
                 weight_decay=self.weight_decay,
                 grad_norm=self.guarded_step.norm.item(),
-                images_per_second=speed,
-                data_wait=data_wait,
+                images_per_second=reading.images_per_second,
+                data_wait=reading.data_wait,
                 eta_seconds=(self.progress.num_steps - step) * meter.seconds_per_step(),
                 skipped_steps=self.skipped_steps,
                 bad_samples=agreed.bad_samples,
                 peak_memory=self.peak_memory,
+                step_seconds=reading.step_seconds,
+                mfu=self.utilisation.at(reading.images_per_second),
             )
             for monitor in self.monitors:
                 monitor.record(record)
@@ -346,11 +364,12 @@ class Engine:
         import deepspeed
 
         train = self.config.train
+        objective.to(self.device)
+        self.utilisation.look_at(objective, self.config, precision.resolve(self.config, self.device))
         if train.gradient_checkpointing:
             objective.encoder.set_grad_checkpointing(True)
         if train.compile:
             objective.compile()
-        objective.to(self.device)
         settings = deepspeed_config.build(
             self.config,
             micro_batch=self.micro_batch,

@@ -62,9 +62,18 @@ _LAUNCHERS = (
 
 def world_size(env: MutableMapping[str, str] = os.environ) -> int:
     """How many ranks were started. Raises UserError as `complete` does."""
+    return int(_completed(env)["WORLD_SIZE"])
+
+
+def rank(env: MutableMapping[str, str] = os.environ) -> int:
+    """Of this process. Raises UserError as `complete` does."""
+    return int(_completed(env)["RANK"])
+
+
+def _completed(env: MutableMapping[str, str]) -> dict[str, str]:
     given = dict(env)
     complete(given)
-    return int(given["WORLD_SIZE"])
+    return given
 
 
 def complete(env: MutableMapping[str, str] = os.environ) -> None:

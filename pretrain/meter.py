@@ -1,10 +1,18 @@
 """How fast a run is, and how much of its time goes into waiting for data."""
 
 import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reading:
+    images_per_second: float
+    step_seconds: float
+    data_wait: float  # share of the time, 0..1
 
 
 class Meter:
-    """Images a second and the share of time spent waiting for data, since the last reading."""
+    """Speed and the share of time spent waiting for data, since the last reading."""
 
     def __init__(self, global_batch: int):
         self.global_batch = global_batch
@@ -28,11 +36,11 @@ class Meter:
         """On average since the start, saving and pictures included: what an ETA is made of."""
         return (time.perf_counter() - self.started) / self.total_steps
 
-    def read(self) -> tuple[float, float]:
-        elapsed = time.perf_counter() - self.since
-        speed, data_wait = self.steps * self.global_batch / elapsed, self.waited / elapsed
+    def read(self) -> Reading:
+        elapsed, steps = time.perf_counter() - self.since, max(self.steps, 1)
+        found = Reading(self.steps * self.global_batch / elapsed, elapsed / steps, self.waited / elapsed)
         self._reset()
-        return speed, data_wait
+        return found
 
     def _reset(self) -> None:
         self.since, self.waited, self.steps = time.perf_counter(), 0.0, 0

@@ -25,7 +25,19 @@ from prelude.pretrain.files import Lines, Tolerant, make_folder, write_whole
 from prelude.pretrain.schedules import Progress
 
 _LEGIBLE_WIDTH = 480  # pixels
-_SCALARS = ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "epoch", "bad_samples")
+_SCALARS = (
+    "loss",
+    "lr",
+    "weight_decay",
+    "grad_norm",
+    "images_per_second",
+    "step_seconds",
+    "data_wait",
+    "mfu",
+    "peak_memory",
+    "epoch",
+    "bad_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class StepRecord:
     skipped_steps: int  # steps not applied because something was not finite, since the process started
     bad_samples: int  # unreadable samples replaced, over all ranks, since the process started
     peak_memory: int  # bytes that the rank with most has held, since the process started; see `peak_memory`
+    step_seconds: float = 0.0  # on average since the last record
+    mfu: float | None = None  # share of the devices' peak FLOP/s that the method itself needs, 0..1; None: not known
 
 
 @dataclass(frozen=True)
@@ -123,9 +137,12 @@ class ConsoleMonitor(Monitor):
     def record(self, record: StepRecord) -> None:
         text = (
             f"epoch {record.epoch:.2f}  loss {record.loss:.4f}  lr {record.lr:.2e}  "
-            f"{record.images_per_second:.0f} images/s  data wait {record.data_wait:.0%}  "
-            f"ETA {_time(record.eta_seconds)}"
+            f"{record.images_per_second:.0f} images/s  {_step_time(record.step_seconds)} a step  "
+            f"data wait {record.data_wait:.0%}  "
         )
+        if record.mfu is not None:
+            text += f"MFU {record.mfu:.0%}  "
+        text += f"memory {record.peak_memory / 2**30:.1f} GiB  ETA {_time(record.eta_seconds)}"
         if record.skipped_steps:
             text += f"  skipped {record.skipped_steps}"
         if record.bad_samples:
@@ -214,7 +231,8 @@ class TensorBoardMonitor(Monitor):
     def record(self, record: StepRecord) -> None:
         values = asdict(record)
         scalars = {f"parts/{name}": value for name, value in values.pop("parts").items()}
-        self.events.add_scalars(record.step, scalars | {f"train/{name}": values[name] for name in _SCALARS})
+        scalars |= {f"train/{name}": values[name] for name in _SCALARS if values[name] is not None}
+        self.events.add_scalars(record.step, scalars)
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
@@ -243,6 +261,10 @@ def _legible(picture: Image.Image) -> Image.Image:
     """Small pictures enlarged by a whole factor, so that a person sees the pixels of a 32-pixel image."""
     factor = max(_LEGIBLE_WIDTH // picture.width, 1)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _step_time(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def _time(seconds: float) -> str:

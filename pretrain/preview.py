@@ -1,69 +1,137 @@
-"""What a run would be, without running it: size, cost and length, for `--dry-run`."""
+"""What a run would be, without running it: size, cost, length and memory, for `--dry-run`."""
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from dataclasses import dataclass
 
-from prelude.data.batch import Batch, ViewPlan
+from prelude.pretrain import deepspeed_config
 from prelude.pretrain.config import Config
+from prelude.pretrain.devices import USUAL_MFU, Figures
 from prelude.pretrain.objective import Objective
-from prelude.pretrain.schedules import Progress
+from prelude.pretrain.rank_memory import Held, RankMemory, held_by, zero_stages
+from prelude.pretrain.schedules import beginning
+from prelude.pretrain.step_cost import StepCost, step_cost
 
 _MIB = 2**20
 
 
-def describe(config: Config, objective: Objective, *, num_samples: int, world_size: int) -> list[tuple[str, str]]:
-    """(what, how much) rows. Runs one forward and backward of two blank images on the CPU to count."""
-    micro_batch, accumulation = config.batching(world_size)
-    flops, activations = step_cost(objective)
-    trainable = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    encoder = sum(p.numel() for p in objective.encoder.parameters())
-    shared_by = world_size if config.train.zero_stage else 1
-    state = trainable * (4 + 4 + 8 / shared_by)  # weights and gradients whole, AdamW's two moments
-    steps_per_epoch = num_samples / config.train.global_batch
-    return [
-        ("parameters", f"{_count(trainable)} trained, {_count(encoder)} of them in the encoder"),
-        ("cost of an image", f"{_count(flops)}FLOPs forward and backward"),
-        ("batch", f"{config.train.global_batch} = {world_size} ranks x {micro_batch} images x {accumulation}"),
-        ("length", f"{steps_per_epoch:.1f} steps an epoch, {-int(-config.train.epochs * steps_per_epoch // 1)} in all"),
-        ("peak learning rate", f"{config.peak_lr:.3g}"),
-        (
-            "memory a rank",
-            f"about {state / _MIB:.0f} MiB of weights, gradients and optimizer state, and "
-            f"{activations * micro_batch / _MIB:.0f} MiB of activations in float32",
-        ),
-    ]
+@dataclass(frozen=True)
+class Preview:
+    """A run at a number of ranks, whose steps were watched on the CPU."""
+
+    config: Config
+    objective: Objective
+    num_samples: int  # an epoch
+    world_size: int
+    precision: str
+    costs: dict[bool, StepCost]  # without and with activation checkpointing, where the encoder offers it
+
+    @property
+    def batching(self) -> tuple[int, int]:
+        """(micro-batch, accumulation)."""
+        return self.config.batching(self.world_size)
+
+    @property
+    def cost(self) -> StepCost:
+        return self.costs[self.config.train.gradient_checkpointing]
+
+    @property
+    def held(self) -> Held:
+        """What does not depend on the images."""
+        micro_batch, accumulation = self.batching
+        numel = sum(p.numel() for p in self.objective.parameters())
+        built = deepspeed_config.build(
+            self.config, micro_batch=micro_batch, accumulation=accumulation, precision=self.precision, numel=numel
+        )
+        zero = built["zero_optimization"]
+        num_buckets = 2 if zero.get("overlap_comm") and self.world_size > 1 else 1
+        return held_by(self.config, self.objective, accumulation, 4 * num_buckets * zero["reduce_bucket_size"])
+
+    def rank_memory(self, stage: int | None = None, checkpointing: bool | None = None) -> RankMemory:
+        """At this stage and with or without checkpointing; as configured where that is not said."""
+        cost = self.cost if checkpointing is None else self.costs[checkpointing]
+        stage = self.config.train.zero_stage if stage is None else stage
+        return self.held.rank_memory(cost, self.batching[0], stage, self.world_size)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much), one for each line."""
+        config, (micro_batch, accumulation) = self.config, self.batching
+        trained = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+        encoder = sum(p.numel() for p in self.objective.encoder.parameters())
+        flops = self.cost.flops.largest(micro_batch) / micro_batch
+        steps = beginning(config, self.num_samples)
+        return [
+            ("parameters", f"{_count(trained)} trained, {_count(encoder)} of them in the encoder"),
+            ("cost of an image", f"{_count(flops)}FLOPs forward and backward"),
+            ("batch", f"{config.train.global_batch} = {self.world_size} ranks x {micro_batch} images x {accumulation}"),
+            ("length", f"{steps.steps_per_epoch:.1f} steps an epoch, {steps.num_steps} in all"),
+            ("peak learning rate", f"{config.peak_lr:.3g}"),
+            ("memory a rank", self._memory_in_words()),
+        ]
+
+    def _memory_in_words(self) -> str:
+        memory, micro_batch = self.rank_memory(), self.batching[0]
+        parts = ("weights", "optimizer", "frozen", "gradients", "activations")
+        named = {"frozen": "frozen weights and buffers"}
+        listed = ", ".join(f"{_mib(getattr(memory, part))} {named.get(part, part)}" for part in parts)
+        checkpointed = " with checkpointing" if self.config.train.gradient_checkpointing else ""
+        return (
+            f"{_mib(memory.peak)} at most, {micro_batch} images in {self.precision}{checkpointed} at ZeRO stage "
+            f"{self.config.train.zero_stage}: {listed}"
+        )
+
+    def alternatives(self, figures: Figures) -> list[tuple[str, ...]]:
+        """One row for each ZeRO stage that this run could be given, without and with checkpointing: (stage,
+        checkpointing, weights, optimizer, activations, peak, largest micro-batch that fits)."""
+        rows = []
+        for stage in zero_stages(self.config, self.objective):
+            for checkpointing, cost in self.costs.items():
+                memory = self.rank_memory(stage, checkpointing)
+                largest = self.held.largest_micro_batch(cost, figures.memory, stage, self.world_size)
+                sizes = (memory.weights + memory.frozen, memory.optimizer, memory.activations, memory.peak)
+                rows.append((str(stage), "yes" if checkpointing else "no", *map(_mib, sizes), str(largest or "none")))
+        return rows
+
+    def expected_time(self, figures: Figures) -> str:
+        """From a device's data sheet alone."""
+        micro_batch, _ = self.batching
+        flops = self.cost.flops.largest(micro_batch) / micro_batch  # with what checkpointing computes again
+        low, high = USUAL_MFU
+        per_epoch = [self.num_samples * flops / (share * figures.peak * self.world_size) for share in (high, low)]
+        in_all = [seconds * self.config.train.epochs for seconds in per_epoch]
+        return (
+            f"{duration(*per_epoch)} an epoch, {duration(*in_all)} in all, where {high:.0%} to {low:.0%} of "
+            f"{figures.source} are reached on each of {self.world_size}: an estimate, not measured"
+        )
 
 
-def step_cost(objective: Objective) -> tuple[float, float]:
-    """(FLOPs forward and backward, bytes kept for the backward) of one image."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    batch = blank_batch(objective.views, size=2)
-    parameters = {p.untyped_storage().data_ptr() for p in objective.parameters()}
-    counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = objective(batch, Progress(0, 1, 1.0))
-        loss.total.backward()
-    objective.zero_grad(set_to_none=True)
-    activations = sum(size for pointer, size in kept.items() if pointer not in parameters)
-    return counter.get_total_flops() / len(batch), activations / len(batch)
+def preview(config: Config, objective: Objective, *, num_samples: int, world_size: int, precision: str) -> Preview:
+    """Runs forward and backward of a few blank images on the CPU."""
+    ways = (False, True) if _can_checkpoint(objective) else (False,)
+    costs = {checkpointing: step_cost(objective, precision, checkpointing) for checkpointing in ways}
+    return Preview(config, objective, num_samples, world_size, precision, costs)
 
 
-def blank_batch(plan: ViewPlan, size: int) -> Batch:
-    return Batch(
-        views=tuple(torch.zeros(size, plan.channels, *view.size, dtype=torch.uint8) for view in plan.views),
-        boxes=torch.zeros(size, len(plan.views), 4, dtype=torch.int32),
-        flips=torch.zeros(size, len(plan.views), dtype=torch.bool),
-        seeds=torch.arange(size),
-        sample_ids=torch.arange(size),
-        positions=torch.arange(size),
-        labels=torch.zeros(size, dtype=torch.int64),
-    )
+def _can_checkpoint(objective: Objective) -> bool:
+    encoder = objective.encoder
+    if not hasattr(encoder, "set_grad_checkpointing"):
+        return False
+    try:
+        encoder.set_grad_checkpointing(True)
+    except AssertionError:  # how timm's encoders say that they cannot
+        return False
+    encoder.set_grad_checkpointing(False)
+    return True
+
+
+def duration(*seconds: float) -> str:
+    """One time, or two as a range, in the unit that suits the last: 90 s, 1.5 to 2.4 h, 12 days."""
+    limits = ((172800, "days"), (7200, "h"), (120, "min"), (0, "s"))
+    unit = next(unit for least, unit in limits if seconds[-1] >= least)
+    scale = {"days": 86400, "h": 3600, "min": 60, "s": 1}[unit]
+    return f"{' to '.join(f'{value / scale:.3g}' for value in seconds)} {unit}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 10 * 2**30 else f"{size / _MIB:.0f} MiB"
 
 
 def _count(number: float) -> str:

@@ -44,6 +44,7 @@ _FREE = (
     "train.precision",
     "train.gradient_checkpointing",
     "train.compile",
+    "train.profile_steps",
     "train.max_nonfinite_steps",
     "train.rank_timeout_seconds",
 )

@@ -65,6 +65,37 @@ def test_the_script_finds_the_package_that_shares_its_name(recipe, tmp_path):
     assert "steps an epoch" in done.stdout
 
 
+def test_a_dry_run_plans_for_ranks_and_devices_that_are_not_here(recipe, capsys):
+    command = ["pretrain", "--dry-run", "--config", str(recipe), "--ranks", "8", "--device", "a100"]
+    assert prelude.main([*command, "train.zero_stage=2"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for expected in ("16 = 8 ranks x 2 images x 1", "a100's data sheet", "not measured", "largest", "at ZeRO stage 2"):
+        assert expected in output
+    assert run(capsys, *command[:-3], "3")[0] == 2  # 16 images cannot be shared by 3 ranks
+    code, message = run(capsys, *command[:-1], "a1000")
+    assert code == 2 and "write one of" in message and "a100" in message
+    code, message = run(capsys, "pretrain", "--config", str(recipe), "--ranks", "2")
+    assert code == 2 and "--dry-run" in message
+
+
+def test_a_dry_run_measures_on_the_ranks_that_are_started_and_the_first_tells(recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [
+        *deepspeed(2),
+        str(ROOT / "launch/pretrain.py"),
+        "--config",
+        str(recipe),
+        f"run_dir={run_dir}",
+        "--dry-run",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
+    done = subprocess.run([*command, "--measure"], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in ("parameters", "first samples", "measured with 2 ranks on cpu", "waiting for data"):
+        assert done.stdout.count(expected) == 1
+    assert not run_dir.exists()
+
+
 @pytest.mark.parametrize("command", [[], *([name] for name in prelude.COMMANDS)])
 def test_every_command_explains_itself(command, capsys):
     try:

@@ -35,6 +35,8 @@ RECORD = StepRecord(
     skipped_steps=0,
     bad_samples=2,
     peak_memory=2**30,
+    step_seconds=0.25,
+    mfu=0.31,
 )
 
 EVALUATION = Report(5, "evaluation", "k-NN 41.3 %, linear 52.7 %", {"knn": 41.25, "linear": 52.71})
@@ -69,6 +71,9 @@ def test_tensorboard_has_the_scalars_and_the_pictures(tmp_path):
     events.Reload()
     assert events.Scalars("train/loss")[0].value == 0.75
     assert events.Scalars("parts/pixel_mse")[0].step == 5
+    speed = {"images_per_second": 321.0, "step_seconds": 0.25, "data_wait": 0.03, "mfu": 0.31, "peak_memory": 2.0**30}
+    for name, value in speed.items():
+        assert events.Scalars(f"train/{name}")[0].value == pytest.approx(value)
     assert events.Images("reconstruction")[0].width == 480
     drawn = np.asarray(Image.open(tmp_path / "pictures" / "reconstruction-00000005.png"))
     assert np.array_equal(drawn[::120, ::120], np.asarray(picture))  # enlarged by a whole factor
@@ -87,8 +92,11 @@ def printed(is_terminal: bool, records: list[StepRecord]) -> str:
 def test_the_console_says_how_the_run_is_doing():
     for terminal in (True, False):
         text = printed(terminal, [RECORD])
-        for expected in ("loss 0.7500", "321 images/s", "data wait 3%", "ETA 1:02:05", "bad samples 2", "5/100"):
+        for expected in ("loss 0.7500", "321 images/s", "250 ms a step", "data wait 3%", "MFU 31%", "memory 1.0 GiB"):
             assert expected in text
+        for expected in ("ETA 1:02:05", "bad samples 2", "5/100"):
+            assert expected in text
+    assert "MFU" not in printed(False, [replace(RECORD, mfu=None)])
 
 
 @pytest.mark.parametrize("width", [80, 40])
@@ -100,7 +108,8 @@ def test_a_narrow_terminal_has_the_bar_and_every_number_whole(width):
     monitor.record(replace(RECORD, skipped_steps=3))
     monitor.close()
     lines = screen.getvalue().rpartition("\x1b[2K")[2].splitlines()
-    expected = ["epoch 0.50", "loss 0.7500", "lr 1.00e-03", "321 images/s", "data wait 3%", "ETA 1:02:05", "skipped 3",
+    expected = ["epoch 0.50", "loss 0.7500", "lr 1.00e-03", "321 images/s", "250 ms a step",
+                "data wait 3%", "MFU 31%", "memory 1.0 GiB", "ETA 1:02:05", "skipped 3",
                 "bad samples 2", "k-NN 41.2 %", "linear 52.7 %"]  # fmt: skip
     assert all(any(part in line for line in lines) for part in expected)
     assert any("━" in line and line.rstrip().endswith("5/100") for line in lines)

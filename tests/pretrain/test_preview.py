@@ -1,44 +1,161 @@
+"""What a dry run says of a run's cost: by hand on a model small enough, and against what a run takes."""
+
+import importlib.util
+
 import pytest
 import torch
+from runs import ROOT
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from prelude.data.batch import View, ViewPlan
+from prelude.data.errors import UserError
+from prelude.pretrain import devices
 from prelude.pretrain.config import Config
 from prelude.pretrain.images import images
 from prelude.pretrain.objective import Loss, Objective, Options
-from prelude.pretrain.preview import describe, step_cost
+from prelude.pretrain.preview import duration, preview
+from prelude.pretrain.step_cost import Ledger, step_cost
+
+FLOAT = 4  # bytes
 
 
-class Linear(Objective):
-    def __init__(self):
-        super().__init__(nn.Linear(192, 64), Options(), image_size=(8, 8), mean=None, std=None)
+class Chain(nn.Sequential):
+    """Two layers, of which a checkpointed forward keeps the inputs alone."""
+
+    checkpointing = False
+
+    def set_grad_checkpointing(self, enable=True):
+        self.checkpointing = enable
+
+    def forward(self, x):
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        return x
+
+
+class Small(Objective):
+    def __init__(self, width=64):
+        encoder = Chain(nn.Sequential(nn.Linear(192, width), nn.Tanh()), nn.Sequential(nn.Linear(width, 8), nn.Tanh()))
+        super().__init__(encoder, Options(), image_size=(8, 8), mean=None, std=None)
+        self.teacher = nn.Linear(10, 100).requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(()))
         self.views = ViewPlan((View((8, 8)),))
 
     def forward(self, batch, progress):
+        self.seen += 1
         return Loss(self.encoder(images(batch, self.views)[0].flatten(1)).square().mean())
 
 
-def test_the_cost_of_an_image_is_counted():
-    flops, activations = step_cost(Linear())
-    assert flops == 2 * 192 * 64 * 2  # forward, and the weights' gradient: the input needs none
-    assert activations == pytest.approx(192 * 4 + 64 * 4, rel=0.1)
-
-
-def test_the_rows_agree_with_the_config():
-    config = Config.model_validate(
+def config_of(**train) -> Config:
+    return Config.model_validate(
         {
             "run_dir": "x",
             "data": {"shards": "x"},
             "encoder": {"name": "x", "image_size": 8},
             "objective": {"name": "x"},
-            "train": {"epochs": 3, "global_batch": 16, "micro_batch": 4, "zero_stage": 1},
+            "train": {"epochs": 3, "global_batch": 16, "micro_batch": 4, "zero_stage": 1} | train,
             "optimizer": {"lr": 0.016},
         }
     )
-    objective = Linear()
-    rows = dict(describe(config, objective, num_samples=100, world_size=2))
+
+
+def preview_of(objective=None, world_size=2, **train):
+    return preview(
+        config_of(**train), objective or Small(), num_samples=100, world_size=world_size, precision="fp32"
+    )  # fmt: skip
+
+
+def test_flops_grow_with_the_images():
+    flops = step_cost(Small()).flops
+    of_layers = [2 * 192 * 64, 2 * 64 * 8]
+    # Forward, the gradient of the weights, and that of the second layer's input: the images need none
+    assert flops.largest(1000) == 1000 * (2 * sum(of_layers) + of_layers[1])
+
+
+def test_the_attention_of_a_cpu_is_counted():
+    queries, keys = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 2, 7, 8)
+    with Ledger() as ledger:
+        scaled_dot_product_attention(queries, keys, keys).sum().backward()
+    one_product = 2 * 2 * 5 * 7 * 8
+    assert ledger.flops == (2 + 5) * one_product
+
+
+def test_activations_are_what_the_backward_needs():
+    kept = step_cost(Small()).kept
+    images_and_tanhs = 192 + 64 + 8
+    assert kept.largest(1000) == pytest.approx(1000 * FLOAT * images_and_tanhs, rel=0.05)
+
+
+def test_checkpointing_keeps_less_and_computes_the_forward_again():
+    plain, checkpointed = step_cost(Small(640)), step_cost(Small(640), checkpointing=True)
+    assert checkpointed.kept.largest(100) == pytest.approx(100 * FLOAT * (192 + 640 + 8), rel=0.05)
+    assert checkpointed.flops.largest(1) > 1.3 * plain.flops.largest(1)
+
+
+def test_a_step_is_watched_without_a_trace():
+    objective = Small()
+    before, generator = {k: v.clone() for k, v in objective.state_dict().items()}, torch.get_rng_state()
+    step_cost(objective, "bf16", checkpointing=True)
+    assert all(torch.equal(before[name], value) for name, value in objective.state_dict().items())
+    assert all(parameter.grad is None for parameter in objective.parameters())
+    assert not objective.encoder.checkpointing and torch.equal(generator, torch.get_rng_state())
+
+
+def test_the_rows_agree_with_the_config():
+    rows = dict(preview_of().rows())
     assert rows["batch"] == "16 = 2 ranks x 4 images x 2"
     assert rows["length"] == "6.2 steps an epoch, 19 in all"
     assert rows["peak learning rate"] == "0.001"
-    assert all(parameter.grad is None for parameter in objective.parameters())
-    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    "stage, shares", [(0, (1, 2, 1)), (1, (1.25, 0.5, 1)), (2, (1.25, 0.5, 0.25)), (3, (0.5, 0.5, 0.25))]
+)
+def test_state_is_shared_as_the_stage_says(stage, shares):
+    objective = Small()
+    trained = FLOAT * sum(p.numel() for p in objective.encoder.parameters())
+    memory = preview_of(objective, world_size=4, micro_batch="auto", zero_stage=stage).rank_memory()
+    assert [memory.weights, memory.optimizer, memory.gradients] == [share * trained for share in shares]
+    teacher = FLOAT * 1100 / (4 if stage == 3 else 1)
+    assert memory.frozen == teacher + FLOAT
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits():
+    found = preview_of()
+    memory = found.held.rank_memory(found.cost, 777, 1, 2).peak
+    assert found.held.largest_micro_batch(found.cost, memory, 1, 2) == 777
+    assert found.held.largest_micro_batch(found.cost, 1000, 1, 2) == 0
+
+
+def test_a_named_device_is_an_estimate_and_says_so():
+    figures = devices.named("h100", "bf16")
+    text = preview_of().expected_time(figures)
+    assert "h100's data sheet (989 TFLOP/s in bf16)" in text and "not measured" in text
+    with pytest.raises(UserError, match="h200"):
+        devices.named("h1000", "bf16")
+    with pytest.raises(UserError, match="fp16"):
+        devices.named("t4", "bf16")
+
+
+@pytest.mark.parametrize(
+    "name, known_as", [("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA A10", "a10"), ("NVIDIA L40S", "l40s")]
+)
+def test_a_device_is_known_by_what_torch_calls_it(name, known_as):
+    assert next(device.name for device in devices.KNOWN if device.known_as in name) == known_as
+
+
+def test_durations_have_the_unit_that_suits_them():
+    assert [duration(90), duration(5400, 8640), duration(1e6)] == ["90 s", "1.5 to 2.4 h", "11.6 days"]
+
+
+def test_what_is_said_of_memory_is_what_a_run_takes():
+    """On the CPU, by the allocator, at ZeRO 0 to 3, with every kind of optimizer; no accelerator is measured here."""
+    spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    cases = [name for name in benchmark.CASES if name.startswith("tiny")]
+    assert len(cases) >= 6
+    for name, found in benchmark.compare(cases).items():
+        assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), name

@@ -1,0 +1,181 @@
+"""Everything that only a GPU can tell, in one command that loses nothing.
+
+    python benchmarks/on_gpu.py                      (at most 25 minutes; run again, it goes on where it stopped)
+    python benchmarks/on_gpu.py --smoke              (all of it on the CPU at toy size, whose figures say nothing)
+
+Entries run one after another, the most wanted first, each in a process of its own with a limit, so that one that fails
+or hangs costs itself alone. After each, benchmarks/results/DEVICE.json and DEVICE.md are written. What failed is tried
+again by the next start. Nothing is fetched: all data are made on the spot.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gpu_entries as entries
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_COMPILED = ("mae-b", "ijepa-b", "barlow-r50", "spark-convnext-b", "mae-l", "mae-s", "dseqjepa-b", "rotation-r50")
+_LEAST_FOR_THE_RUN, _AFTER_THE_RUN = 300.0, 200.0  # seconds; the last save and the judging come after it
+
+
+def plan(smoke: bool) -> dict[str, float]:
+    """Each entry and its limit, seconds, the most wanted first."""
+    eager, first = {f"step {name}": 90.0 for name in entries.STEPS}, ("step mae-b", "step ijepa-b")
+    compiled = {f"step {name} compiled": 180.0 for name in (_COMPILED[:2] if smoke else _COMPILED)}
+    return {
+        "host_waits": 120.0,
+        **{name: eager.pop(name) for name in first},
+        **{f"{name} compiled": compiled.pop(f"{name} compiled") for name in first},
+        **eager,
+        "regions": 60.0,
+        "photometric": 90.0,
+        "save": 90.0,
+        "loader": 90.0,
+        **compiled,
+        "run": 600.0,
+    }
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.entry:
+        print(json.dumps(measured(args.entry, args.smoke, args.limit, args.folder)))
+        return 0
+    until, path = time.monotonic() + 60 * args.minutes, args.results / f"{device_name(args.smoke)}.json"
+    found = json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "entries": {}}
+    for name, limit in plan(args.smoke).items():
+        if "failed" not in found["entries"].get(name, {"failed": ""}):
+            continue
+        left = until - time.monotonic()
+        limit = left if name == "run" else min(limit, left)
+        if limit < (_LEAST_FOR_THE_RUN if name == "run" else 20):
+            print(f"{name}: no time is left; run the same command again", flush=True)
+            continue
+        started = time.monotonic()
+        result = tried(name, limit, args)
+        found["entries"][name] = {**result, "seconds": round(time.monotonic() - started, 1)}
+        keep(found, path)
+        print(f"{name}: {json.dumps(found['entries'][name])}", flush=True)
+    failed = [name for name, result in found["entries"].items() if "failed" in result]
+    print(f"written to {path}{'; failed: ' + ', '.join(failed) if failed else ''}")
+    return 1 if failed else 0
+
+
+def tried(name: str, limit: float, args: argparse.Namespace) -> dict:
+    """What an entry found, or why it failed."""
+    if args.smoke and not name.startswith("regions"):  # one goes the long way, the others save the start of a process
+        return measured(name, True, limit, args.folder)
+    command = [sys.executable, __file__, "--entry", name, "--limit", str(limit), "--folder", str(args.folder)]
+    command += ["--smoke"] if args.smoke else []
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, env=os.environ
+        )
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            return {"failed": f"not done in {limit:.0f} s"}
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if process.returncode:
+        return {"failed": (said or [f"exit code {process.returncode}"])[-1][:300]}
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def measured(name: str, toy: bool, limit: float, folder: Path) -> dict:
+    if name == "run":
+        return entries.run(toy, limit if toy else limit - _AFTER_THE_RUN, folder)
+    if name.startswith("step "):
+        _, step, *rest = name.split()
+        return entries.step(step, bool(rest), toy)
+    return getattr(entries, name)(toy)
+
+
+def keep(found: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target, content in ((path, json.dumps(found, indent=1) + "\n"), (path.with_suffix(".md"), table(found))):
+        draft = target.with_name(f".tmp-{target.name}")
+        draft.write_text(content)
+        os.replace(draft, target)
+
+
+def table(found: dict) -> str:
+    """Steps first, MFU before times; then everything else."""
+    machine = found["machine"]
+    lines = [f"# {machine['device']}", "", ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
+    lines += [
+        "| step | MFU | ms | images at once | images/s | memory, GiB | predicted ÷ taken |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    others = []
+    for name, of in found["entries"].items():
+        if "failed" in of:
+            others.append(f"| {name} | failed: {of['failed']} |")
+        elif name.startswith("step "):
+            predicted = of.get("predicted_memory_gib")
+            ratio = f"{predicted / of['memory_gib']:.2f}" if predicted else ""
+            row = (f"{of['mfu']:.1%}", f"{of['ms']:.1f}", of["images"], f"{of['images_per_second']:.0f}")
+            row = (name.removeprefix("step "), *row, f"{of['memory_gib']:.1f}", ratio)
+            lines.append(f"| {' | '.join(map(str, row))} |")
+        else:
+            others.append(f"| {name} | {', '.join(f'{key} {_short(value)}' for key, value in of.items())} |")
+    return "\n".join([*lines, "", "| entry | |", "|---|---|", *others, ""])
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def machine() -> dict[str, str]:
+    import torch
+
+    from prelude.pretrain.environment import describe_environment
+
+    found = describe_environment()
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "python": platform.python_version(),
+        **{name: found["packages"][name] for name in ("torch", "deepspeed", "timm")},
+        "cores": str(found["cores"]),
+        "commit": found["commit"],
+    }
+
+
+def device_name(smoke: bool) -> str:
+    import torch
+
+    if smoke or not torch.cuda.is_available():
+        return "smoke" if smoke else "cpu"
+    return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=25, help="of this start (default: 25)")
+    parser.add_argument("--smoke", action="store_true", help="all of it on the CPU at toy size")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="(default: benchmarks/results)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="of the run and its data (default: RESULTS/run)")
+    parser.add_argument("--entry", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=600.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.folder = args.folder or args.results / "run"
+    if not (args.smoke or args.entry):
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("there is no GPU here; --smoke tries everything on the CPU")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,153 @@
+"""What doors that train say under `--dry-run`: the plan of a run at a number of ranks, and how long it would take.
+
+Only the first rank speaks. The others end at once, unless steps are measured, in which they take part.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prelude.pretrain import devices, distributed, precision
+from prelude.pretrain.config import Config, LogConfig, ResumeConfig
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.monitors import Monitor, StepRecord
+from prelude.pretrain.objective import Objective
+from prelude.pretrain.preview import Preview, duration, preview
+
+_STEPS, _LOGGED_EVERY = 9, 3  # of a measurement; what comes before the first log line warms up
+_IMAGES_ON_CPU = 16  # of a micro-batch that is measured: there time grows with the images
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of a dry run, on the command line."""
+
+    world_size: int
+    device: str | None
+    measure: bool
+
+
+def dry_run(args: argparse.Namespace, config: Config, door: Callable[[Config, Asked], int]) -> int:
+    """Asks the door for its dry run, on ranks that have a part in it."""
+    asked = Asked(args.ranks or distributed.launched_world_size(), args.device, args.measure)
+    return door(config, asked) if args.measure or distributed.launched_rank() == 0 else 0
+
+
+@dataclass
+class Planned:
+    """A table that is printed once it is whole, and what it was made of."""
+
+    preview: Preview
+    table: Table
+    alternatives: Table
+
+    def add_row(self, what: str, how_much) -> None:
+        self.table.add_row(what, how_much)
+
+    def print(self) -> None:
+        if distributed.launched_rank() == 0:
+            console = Console()
+            console.print(self.table)
+            console.print(self.alternatives)
+
+
+def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -> Planned:
+    """Raises UserError for a device that is not known."""
+    if asked.device:
+        chosen = config.train.precision
+        chosen = devices.precision_of(asked.device) if chosen == "auto" else chosen
+        figures = devices.named(asked.device, chosen)
+    else:
+        chosen = precision.resolve(config, distributed.device())
+        figures = devices.here(distributed.device(), chosen)
+    found = preview(config, objective, num_samples=num_samples, world_size=asked.world_size, precision=chosen)
+    table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
+    for row in found.rows():
+        table.add_row(*row)
+    if figures.peak:
+        table.add_row("time", found.expected_time(figures))
+    return Planned(found, table, _alternatives(found, figures))
+
+
+def _alternatives(found: Preview, figures: devices.Figures) -> Table:
+    title = f"memory a rank, of {figures.memory / 2**30:.1f} GiB usable by {figures.source}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("ZeRO", "checkpointing", "weights", "optimizer", "activations", "peak", "largest micro-batch"):
+        table.add_column(name, justify="right")
+    for row in found.alternatives(figures):
+        table.add_row(*row)
+    return table
+
+
+def tell_measured(
+    config: Config, objective: Objective, loader_of: Callable[[Config], object], planned: Planned
+) -> None:
+    """Joins the other ranks, takes a few steps from the run's own data into nowhere, and tells the time of a run.
+
+    loader_of: what reads as a given config says. Collective.
+    """
+    device = distributed.start(config.train.rank_timeout_seconds)
+    (micro_batch, accumulation), world = planned.preview.batching, distributed.world_size()
+    at_once = min(micro_batch, _IMAGES_ON_CPU) if device.type == "cpu" else micro_batch
+    records = _records_of(_short(config, at_once, world, planned.preview.num_samples), objective, loader_of)
+    if distributed.is_main():
+        seconds = median(record.step_seconds for record in records[1:]) * accumulation * micro_batch / at_once
+        wait = median(record.data_wait for record in records[1:])
+        steps = planned.preview.num_samples / config.train.global_batch
+        of = f" of {planned.preview.world_size}" if world != planned.preview.world_size else ""
+        scaled = f", from {at_once} images at once" if at_once < micro_batch else ""
+        table = Table(show_header=False)
+        table.add_row("a step", f"{duration(seconds)}, measured with {world}{of} ranks on {device.type}{scaled}")
+        table.add_row("of it", f"{wait:.0%} waiting for data")
+        table.add_row("an epoch", duration(seconds * steps))
+        table.add_row("the run", f"{duration(seconds * steps * config.train.epochs)} without saving and evaluation")
+        table.add_row("not measured", "more ranks than these, what they say to each other, and any other device")
+        Console().print(table)
+    distributed.stop()
+
+
+def _records_of(config: Config, objective: Objective, loader_of) -> list[StepRecord]:
+    loader, kept = loader_of(config), Kept()
+    Engine(config, objective, loader, Nowhere(), [kept]).run()
+    loader.close()
+    return kept.records
+
+
+def _short(config: Config, micro_batch: int, world_size: int, num_samples: int) -> Config:
+    """A few steps of it, beginning anew and kept nowhere."""
+    batch = micro_batch * world_size
+    train = {"global_batch": batch, "micro_batch": micro_batch, "epochs": (_STEPS - 0.5) * batch / num_samples}
+    changes = {
+        "train": config.train.model_copy(update=train),
+        "log": LogConfig(every_steps=_LOGGED_EVERY, pictures_every_steps=0),
+        "resume": ResumeConfig(),
+    }
+    return config.model_copy(update=changes)
+
+
+class Kept(Monitor):
+    def __init__(self):
+        self.records: list[StepRecord] = []
+
+    def record(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+
+class Nowhere:
+    """A store that keeps nothing."""
+
+    def newest(self) -> None: ...
+
+    def save(self, step, engine, meta) -> None: ...
+
+    def has_ended(self) -> bool:
+        return False
+
+    def finish(self) -> None: ...
+
+    def wait(self) -> None: ...

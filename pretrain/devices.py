@@ -1,0 +1,123 @@
+"""How fast a device multiplies and how much it holds: of known ones by their data sheets, of others by measuring.
+
+Peaks are those of dense products in matrix units, accumulated in float32; fp32 is what torch takes unless told
+otherwise, without TensorFloat-32. No run reaches its device's peak; MFU, model FLOPs utilisation, says how near it is.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prelude.data.errors import UserError
+from prelude.pretrain import launchers
+
+# Shares of the peak that good code reaches with vision transformers in bf16: an estimate, not a measurement of ours.
+USUAL_MFU = (0.22, 0.35)
+_USABLE = 0.9  # of a device's memory: the rest is the driver's, and lost between blocks
+_LIBRARIES = 0.75 * 2**30  # bytes of Python, torch and DeepSpeed in a rank's memory on a CPU
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str  # as a person writes it
+    known_as: str  # a part of what torch calls it
+    bf16: float  # TFLOP/s; 0 where it has no such units
+    fp16: float
+    fp32: float
+    gib: float
+
+
+# The first whose name fits is meant, so that H100 PCIe comes before H100.
+KNOWN = (
+    Device("b200", "B200", 2250, 2250, 75, 180),
+    Device("h200", "H200", 989, 989, 67, 141),
+    Device("h100-pcie", "H100 PCIe", 756, 756, 51, 80),
+    Device("h100", "H100", 989, 989, 67, 80),
+    Device("a100-40", "A100-SXM4-40GB", 312, 312, 19.5, 40),
+    Device("a100", "A100", 312, 312, 19.5, 80),
+    Device("a40", "A40", 150, 150, 37.4, 48),
+    Device("a10", "A10", 125, 125, 31.2, 24),
+    Device("l40s", "L40S", 362, 362, 91.6, 48),
+    Device("l4", "L4", 121, 121, 30.3, 24),
+    Device("rtx4090", "RTX 4090", 165, 165, 82.6, 24),
+    Device("rtx3090", "RTX 3090", 71, 71, 35.6, 24),
+    Device("v100", "V100", 0, 125, 15.7, 32),
+    Device("t4", "T4", 0, 65, 8.1, 16),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a device can do for one rank."""
+
+    peak: float | None  # FLOP/s in the precision of the run; None: nobody has looked
+    memory: float  # bytes that a rank can use
+    source: str  # where these numbers come from, for a person
+
+
+def named(name: str, precision: str) -> Figures:
+    """By its data sheet. Raises UserError for a device, or a precision, that is not in the table."""
+    device = next((device for device in KNOWN if device.name == name.lower()), None)
+    if device is None:
+        raise UserError(f"--device {name} is not known; write one of {', '.join(known.name for known in KNOWN)}.")
+    if not getattr(device, precision):
+        raise UserError(f"--device {name} has no {precision}; write train.precision=fp16, or fp32.")
+    peak = getattr(device, precision)
+    return Figures(
+        peak * 1e12, device.gib * 2**30 * _USABLE, f"{device.name}'s data sheet ({peak:g} TFLOP/s in {precision})"
+    )
+
+
+def precision_of(name: str) -> str:
+    """What `train.precision=auto` takes on a named device."""
+    device = next((device for device in KNOWN if device.name == name.lower()), None)
+    return "bf16" if device is None or device.bf16 else "fp32"
+
+
+def here(device: torch.device, precision: str, num_local: int | None = None) -> Figures:
+    """Of this machine. num_local: ranks that share its memory, where it has no accelerator."""
+    if device.type != "cuda":
+        memory = _host_memory() / (num_local or launchers.local_world_size()) - _LIBRARIES
+        return Figures(None, memory * _USABLE, "this machine")
+    properties = torch.cuda.get_device_properties(device)
+    known = next((one for one in KNOWN if one.known_as in properties.name), None)
+    peak = getattr(known, precision) * 1e12 if known else 0.0
+    source = f"{known.name}'s data sheet" if peak else "this machine"
+    return Figures(peak or None, properties.total_memory * _USABLE, source)
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of this device: by its data sheet, or where that is not known of a large product, measured in a tenth of a
+    second."""
+    return here(device, precision).peak or _measured_peak(device, precision)
+
+
+def _measured_peak(device: torch.device, precision: str) -> float:
+    side = 8192 if device.type == "cuda" else 768
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    generator = torch.Generator(device).manual_seed(0)  # its own: a run's random numbers stay as they are
+    factor = torch.rand(side, side, generator=generator, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        _wait(device)
+        started = time.perf_counter()
+        factor @ factor
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _host_memory() -> float:
+    """Bytes of this machine, or of the container that this process is in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
+    return min(total, int(limit)) if limit.isdigit() else total
