@@ -41,6 +41,7 @@ TINY = {
     "patch_size": 4,
     "kwargs": {"depth": 2, "embed_dim": 16, "num_heads": 2},
 }
+VIT_TI = {"name": "vit_tiny_patch16_224", "image_size": 64}
 SMALL = {"name": "vit_small_patch16_224", "image_size": 224}
 RESNET = {"name": "resnet18", "image_size": 64}
 MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -49,6 +50,7 @@ BARLOW = {"name": "barlow_twins", "projector": [64, 64]}
 CASES = {
     "tiny": (MAE, TINY),
     "tiny ijepa": (IJEPA, TINY),
+    "vit-ti": (MAE, VIT_TI),
     "resnet18 barlow": (BARLOW, RESNET),
     "vit-s": ({"name": "mae"}, SMALL),
     "vit-s ijepa": ({"name": "ijepa"}, SMALL),
@@ -109,7 +111,8 @@ def main() -> None:
     args = parse_arguments()
     distributed.start()
     with tempfile.TemporaryDirectory() as folder:
-        taken = measured(args, Path(folder))
+        taken = measured(args, Path(distributed.from_main(folder)))
+        distributed.barrier()  # rank 0's folder is everybody's
     if distributed.is_main():
         report(args, taken)
     distributed.stop()

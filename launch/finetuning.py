@@ -41,6 +41,7 @@ def run(task: finetune.Task, command: str) -> int:
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         engine = Engine(config, classifier, loader, store, monitors)
         stop_when(engine.stop_wanted)
+        folder.note(precision=str(engine.precision))
         introduce(config, engine, loader, device)
         tell_weights(loaded[0])
         outcome = engine.run()

@@ -59,6 +59,7 @@ def train(config: Config) -> int:
         monitors = [*folder.monitors, *monitors_of(config, folder.path, store)]
         engine = Engine(config, objective, loader, store, monitors)
         stop_when(engine.stop_wanted)
+        folder.note(precision=str(engine.precision))
         introduce(config, engine, loader, device)
         tell_weights(start.sentence)
         outcome = engine.run()
@@ -111,7 +112,7 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
         return
     text = (
         f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} images, "
-        f"{distributed.world_size()} x {device.type} in {precision.resolve(config, device)}: "
+        f"{distributed.world_size()} x {device.type} in {engine.precision}: "
         f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
         f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
@@ -133,9 +134,10 @@ def dry_run(config: Config) -> int:
     objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views)
     table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
-    world_size = distributed.launched_world_size()
+    world_size, device = distributed.launched_world_size(), distributed.device()
     for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
         table.add_row(*row)
+    table.add_row("precision", f"{precision.resolve(config, device, {})[0]}, on {device.type}")
     if start.sentence:
         table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")

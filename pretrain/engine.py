@@ -14,6 +14,7 @@
 - The engine is handed its parts and imports none of their modules.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from prelude.pretrain.guarded_step import GuardedStep
 from prelude.pretrain.meter import Meter
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
-from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
+from prelude.pretrain.resume import changed_settings, found_checkpoint, progress_after, refuse_changed_config
 from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later
@@ -49,6 +50,7 @@ class Engine:
     def __init__(self, config: Config, objective: Objective, loader, store, monitors: list[Monitor]):
         self.config, self.loader, self.store, self.monitors = config, loader, store, monitors
         self.run_dir = Path(config.run_dir)
+        self.stop_file = str(self.run_dir / "STOP")
         self.device = distributed.device()
         self.micro_batch, self.accumulation = config.batching(distributed.world_size())
         if self.accumulation > 1 and not objective.accumulates:
@@ -59,9 +61,14 @@ class Engine:
         self.progress = beginning(config, loader.num_samples)
         self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
+        with distributed.explained():
+            self.goes_on_from, meta = found_checkpoint(self.store, config)
+            self.precision, self.notice = precision.agreed(config, self.device, meta)
         self.objective = objective
         self.deepspeed = self._initialise_deepspeed(objective)
-        self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), config.train.gradient_clipping)
+        bucket = deepspeed_config.bucket_size(_numel(objective))
+        clipping = config.train.gradient_clipping
+        self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), clipping, bucket)
         self.applied = Later()
         self.stop_reason = ""  # of a monitor, on rank 0
         self.nonfinite_in_a_row = 0
@@ -113,7 +120,7 @@ class Engine:
     # ---- one optimizer step
 
     def _step(self, batches, meter: Meter) -> "_Agreed":
-        torch.manual_seed(self._step_seed())
+        self._seed_step()
         self.lr, self.weight_decay = optimizers.apply_schedule(
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
@@ -207,14 +214,18 @@ class Engine:
 
     def stop_wanted(self) -> bool:
         """Whether this rank has been asked to stop. Cheap, for whoever waits to ask often."""
-        return stopping.requested() or (self.run_dir / "STOP").exists()
+        return stopping.requested() or os.path.exists(self.stop_file)
 
     def _is_finished(self) -> bool:
         return self.progress.step == self.progress.num_steps
 
-    def _step_seed(self) -> int:
+    def _seed_step(self) -> None:
         """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
-        return (self.config.seed << 32) + self.progress.step * 4096 + distributed.rank()
+        seed = (self.config.seed << 32) + self.progress.step * 4096 + distributed.rank()
+        # torch.manual_seed would look for every other kind of device too, which takes longer than a small layer.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     # ---- watching
 
@@ -294,6 +305,7 @@ class Engine:
             "config": self.config.model_dump(mode="json"),
             "encoder": self.config.encoder.model_dump(mode="json"),
             "exported": self._exported_prefix(),
+            "precision": self.precision.name,
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),
             "loader": self.data_position,
@@ -310,10 +322,8 @@ class Engine:
             attendance.saved(str(path))
 
     def _resume(self) -> list[str]:
-        """Goes on from where `starting_point` says, if anywhere. Returns what a person should know about it."""
-        attendance.reach("looking for a checkpoint")
-        path = starting_point(self.store, self.config)
-        attendance.saved("none: none had been written" if path is None else str(path))
+        """Goes on from the checkpoint that was found, if any. Returns what a person should know about it."""
+        path = self.goes_on_from
         if path is None:
             return []
         attendance.reach("loading a checkpoint")
@@ -322,7 +332,8 @@ class Engine:
             refuse_changed_config(changed_settings(meta["config"], self.config), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
-        return [*notices, *named_code.changes(meta.get("own_code", {}), self.own_code)]
+        changes = named_code.changes(meta.get("own_code", {}), self.own_code)
+        return [*notices, *filter(None, [self.notice]), *changes]
 
     def _exported_prefix(self) -> str:
         exported = self.objective.exported_encoder()
@@ -355,8 +366,8 @@ class Engine:
             self.config,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,
-            precision=precision.resolve(self.config, self.device),
-            numel=sum(p.numel() for p in objective.parameters()),
+            precision=self.precision.name,
+            numel=_numel(objective),
         )
         with distributed.nothing_printed():
             optimizer = optimizers.build_optimizer(objective, self.config, objective.lr_scales())
@@ -372,6 +383,10 @@ class _Agreed:
     bad_samples: int
     no_data: str  # why some rank has no batch for the next step
     saved: bool  # whether the checkpoint under way has been written, or could not be
+
+
+def _numel(objective: Objective) -> int:
+    return sum(parameter.numel() for parameter in objective.parameters())
 
 
 def _on_host(parts: dict[str, torch.Tensor]) -> dict[str, float]:
