@@ -21,7 +21,7 @@ from prelude.launch.outlook import outlook
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
-from prelude.pretrain import deepspeed_config, distributed, precision
+from prelude.pretrain import compiling, deepspeed_config, distributed, precision
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
@@ -117,6 +117,8 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
         f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
     )
+    if config.train.compile:
+        text += f"\ntrain.compile: {compiling.advice(device)}"
     with Tolerant("the console"):
         print(text, file=sys.stderr)
 
@@ -138,6 +140,8 @@ def dry_run(config: Config) -> int:
     for row in describe(config, objective, num_samples=loader.num_samples, world_size=world_size):
         table.add_row(*row)
     table.add_row("precision", f"{precision.resolve(config, device, {})[0]}, on {device.type}")
+    if config.train.compile:
+        table.add_row("train.compile", compiling.advice(device))
     if start.sentence:
         table.add_row("weights", start.sentence)
     table.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")

@@ -26,6 +26,7 @@ import torch
 from prelude.data.batch import Batch
 from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.pretrain import attendance, deepspeed_config, distributed, named_code, optimizers, precision, stopping
+from prelude.pretrain.compiling import compile_objective
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_code, peak_memory
 from prelude.pretrain.guarded_step import GuardedStep
@@ -360,7 +361,7 @@ class Engine:
         if train.gradient_checkpointing:
             objective.encoder.set_grad_checkpointing(True)
         if train.compile:
-            objective.compile()
+            compile_objective(objective)
         objective.to(self.device)
         settings = deepspeed_config.build(
             self.config,
