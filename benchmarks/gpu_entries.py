@@ -170,8 +170,7 @@ def _engine(name: str, toy: bool, compiled: bool, images: int, monitors: list):
     repeated = batch._map(lambda tensor: tensor.repeat(-(-images // len(tensor)), *[1] * (tensor.ndim - 1))[:images])
     repeated = repeated._map(lambda tensor: tensor.to(device))
     loader = MemoryLoader(images, images, lambda positions: repeated)
-    peak = peak_flops(device, config.train.precision)
-    return Engine(config, objective, loader, Nowhere(), monitors, peak), objective
+    return Engine(config, objective, loader, Nowhere(), monitors, peak_flops), objective
 
 
 def regions(toy: bool) -> dict:

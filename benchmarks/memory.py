@@ -168,7 +168,7 @@ def _measured(name: str) -> dict[str, float]:
         build_objective(config),
         num_samples=num_samples,
         world_size=world,
-        precision=precision.resolve(config, distributed.device()),
+        precision=precision.resolve(config, distributed.device(), {})[0].name,
     ).rank_memory()
     gc.collect()
     before = _resident()

@@ -156,6 +156,10 @@ class Store:
             f"this user, or write another run folder. To begin anew there, move {self.folder} away."
         )
 
+    def meta(self, path: str | Path) -> dict:
+        """What a checkpoint was saved with; its tensors stay on disk. Not collective."""
+        return read_meta(path)
+
     def load(self, path: str | Path, engine) -> dict:
         """Puts a checkpoint into the engine on every rank, whatever its stage and world size. Collective.
 

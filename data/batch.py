@@ -113,6 +113,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies are asynchronous where the memory is pinned."""
+        if self.seeds.device == torch.device(device):
+            return self
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def head(self, count: int) -> "Batch":

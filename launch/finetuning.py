@@ -12,7 +12,7 @@ from prelude.evaluators.results import print_table, write
 from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.launch.training import introduce, loader_settings, logs_of, tell_weights
-from prelude.pretrain import distributed, precision
+from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
@@ -43,9 +43,9 @@ def run(task: finetune.Task, command: str) -> int:
             *([curve] if curve.every_epochs else []),
         ]
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
-        peak = peak_flops(device, precision.resolve(config, device))
-        engine = Engine(config, classifier, loader, store, monitors, peak)
+        engine = Engine(config, classifier, loader, store, monitors, peak_flops)
         stop_when(engine.stop_wanted)
+        folder.note(precision=str(engine.precision))
         introduce(config, engine, loader, device)
         tell_weights(loaded[0])
         outcome = engine.run()

@@ -7,6 +7,7 @@ from pathlib import Path
 from prelude.checkpoints.store import Store, read_meta, refuse_incomplete
 from prelude.data.errors import UserError
 from prelude.launch.run_folder import not_written, through_a_link
+from prelude.pretrain import distributed, precision
 from prelude.pretrain.config import Config
 from prelude.pretrain.resume import changed_settings, is_own, progress_after, refuse_changed_config, starting_point
 from prelude.pretrain.run_lock import RunLock
@@ -34,6 +35,8 @@ def outlook(config: Config, loader) -> str:
     if progress.step == progress.num_steps:
         return f"finished at step {progress.step}: a start would train nothing"
     place = checkpoint.name if is_own(checkpoint, config) else checkpoint
+    _, otherwise = precision.resolve(config, distributed.device(), meta)
+    notices += filter(None, [otherwise])
     found = f"a start would resume at step {progress.step} of {progress.num_steps}, from {place}"
     return "; ".join([found, *notices])
 

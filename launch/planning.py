@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prelude.pretrain import devices, distributed, precision
+from prelude.pretrain import compiling, devices, distributed, precision
 from prelude.pretrain.config import Config, LogConfig, ResumeConfig
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.monitors import Monitor, StepRecord
@@ -61,14 +61,19 @@ def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -
     if asked.device:
         chosen = config.train.precision
         chosen = devices.precision_of(asked.device) if chosen == "auto" else chosen
-        figures = devices.named(asked.device, chosen)
+        figures, said = devices.named(asked.device, chosen), f"{chosen}, on {asked.device}"
     else:
-        chosen = precision.resolve(config, distributed.device())
-        figures = devices.here(distributed.device(), chosen)
+        device = distributed.device()
+        resolved, _ = precision.resolve(config, device, {})
+        chosen, said = resolved.name, f"{resolved}, on {device.type}"
+        figures = devices.here(device, chosen)
     found = preview(config, objective, num_samples=num_samples, world_size=asked.world_size, precision=chosen)
     table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
     for row in found.rows():
         table.add_row(*row)
+    table.add_row("precision", said)
+    if config.train.compile:
+        table.add_row("train.compile", compiling.advice(distributed.device()))
     if figures.peak:
         table.add_row("time", found.expected_time(figures))
     return Planned(found, table, _alternatives(found, figures))

@@ -29,7 +29,12 @@ from prelude.pretrain.schedules import Progress
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
-    monitors: list[Monitor]  # first among the engine's: what they write, others read
+    monitors: list["StartOfRun"]  # first among the engine's: what they write, others read
+
+    def note(self, **facts) -> None:
+        """What environment.json says besides, of what is known once the engine is built."""
+        for monitor in self.monitors:
+            monitor.facts |= facts
 
 
 @contextmanager
@@ -78,7 +83,7 @@ class StartOfRun(Monitor):
     """Told that the run begins, it writes what began: config.yaml, environment.json, deepspeed.log."""
 
     def __init__(self, config: Config):
-        self.config, self.path = config, Path(config.run_dir)
+        self.config, self.path, self.facts = config, Path(config.run_dir), {}
         self.stop = self.path / "STOP"
         self.earlier_stop = _identity(self.stop)
         self.messages = _Messages(Growing(self.path / "deepspeed.log"))
@@ -91,7 +96,7 @@ class StartOfRun(Monitor):
         with Tolerant(self.path / "config.yaml"):
             write_whole(self.path / "config.yaml", self.config.to_yaml())
         with Tolerant(self.path / "environment.json"):
-            write_whole(self.path / "environment.json", json.dumps(describe_environment(), indent=2))
+            write_whole(self.path / "environment.json", json.dumps(describe_environment() | self.facts, indent=2))
         self.messages.begin()
 
     def _take_away_stop(self) -> None:

@@ -22,7 +22,7 @@ from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
-from prelude.pretrain import deepspeed_config, distributed, precision
+from prelude.pretrain import compiling, deepspeed_config, distributed
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config, DataConfig
 from prelude.pretrain.data_wait import DataWaitWatch
@@ -59,9 +59,9 @@ def train(config: Config) -> int:
         loader = loader_of(config, objective.views)
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         monitors = [*folder.monitors, *monitors_of(config, folder.path, store, loader.num_workers)]
-        peak = peak_flops(device, precision.resolve(config, device))
-        engine = Engine(config, objective, loader, store, monitors, peak)
+        engine = Engine(config, objective, loader, store, monitors, peak_flops)
         stop_when(engine.stop_wanted)
+        folder.note(precision=str(engine.precision))
         introduce(config, engine, loader, device)
         tell_weights(start.sentence)
         outcome = engine.run()
@@ -137,11 +137,13 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
         return
     text = (
         f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} images, "
-        f"{distributed.world_size()} x {device.type} in {precision.resolve(config, device)}: "
+        f"{distributed.world_size()} x {device.type} in {engine.precision}: "
         f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
         f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
     )
+    if config.train.compile:
+        text += f"\ntrain.compile: {compiling.advice(device)}"
     text = "\n".join([text, *mixture_of(loader)])
     with Tolerant("the console"):
         print(text, file=sys.stderr)

@@ -73,6 +73,9 @@ class BarlowTwins(Objective):
         loss = self.loss(*map(self.projector, pooled), counts)
         return Loss(loss.total, loss.parts | feature_health(pooled[0].detach()))
 
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.encoder, self.projector]
+
     def loss(self, first: Tensor, second: Tensor, counts: list[int]) -> Loss:
         """first, second: (n, D) embeddings of this rank's samples; counts: each rank's n.
 

@@ -44,6 +44,7 @@ _USUAL_VALUES = 768  # of a patch of 16 x 16 x 3
 
 class IJEPA(Objective):
     Options = IJEPAOptions
+    lengths_change = True
     max_zero_stage = 2  # the teacher follows whole weights, which stage 3 cuts up
     remedies = {
         "same_features": "lower optimizer.lr, or raise objective.momentum",
@@ -99,6 +100,10 @@ class IJEPA(Objective):
             "prediction_std": pooled.std(0, correction=0).mean(),
         }
         return Loss(self.error(predicted, gather(target, masks.targets)).mean(), parts)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        holders = (self.encoder, self.teacher, self.predictor)
+        return [block for holder in holders for block in getattr(holder, "blocks", [])]
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:

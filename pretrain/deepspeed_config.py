@@ -25,8 +25,13 @@ _OURS = {
     "scheduler": "optimizer.warmup_epochs",
     "checkpoint": "checkpoint.every_steps",
 }
-# Larger buckets are allocated whole, whatever the model's size.
-_MAX_BUCKET = 50_000_000
+# Elements of gradients that are sent at once. DeepSpeed allocates larger ones whole, whatever the model's size; smaller
+# ones cost more in messages than they save.
+_MAX_BUCKET, _MIN_BUCKET = 50_000_000, 2**20
+# Of a model: what has been computed can be sent while the rest is computed.
+_BUCKETS = 8
+# How DeepSpeed sums gradients, which it is not asked to at stage 0: see `gradient_mean`.
+_OF_ZERO = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"}
 _LONGEST_REASON = 200  # characters
 
 
@@ -34,7 +39,7 @@ def build(config: Config, *, micro_batch: int, accumulation: int, precision: str
     """The full DeepSpeed configuration. Raises UserError for pass-through keys that cannot be honoured."""
     if passed := passed_through(config):
         _refuse_unknown(passed)
-    bucket = min(_MAX_BUCKET, -(-numel // 1024) * 1024)  # DeepSpeed wants an even number
+    bucket = bucket_size(numel)
     zero = {"stage": config.train.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     passed_zero = passed.pop("zero_optimization", {})
     return {
@@ -50,6 +55,12 @@ def build(config: Config, *, micro_batch: int, accumulation: int, precision: str
     }
 
 
+def bucket_size(numel: int) -> int:
+    """Elements in a message of gradients, for a model of that many parameters; DeepSpeed wants an even number."""
+    wanted = min(_MAX_BUCKET, max(numel // _BUCKETS, min(_MIN_BUCKET, numel)))
+    return -(-wanted // 1024) * 1024
+
+
 def passed_through(config: Config) -> dict:
     """What the config hands to DeepSpeed. Raises UserError for what the run decides itself."""
     passed = _read(config.deepspeed)
@@ -63,6 +74,11 @@ def passed_through(config: Config) -> dict:
         raise UserError(
             f"deepspeed.zero_optimization.stage={zero['stage']} contradicts train.zero_stage={stage}; "
             f"write train.zero_stage={zero['stage']} and remove it."
+        )
+    if stage == 0 and (without_effect := _OF_ZERO & passed.keys()):
+        raise UserError(
+            f"deepspeed.{min(without_effect)} has no effect at train.zero_stage=0, where the run averages gradients "
+            "itself, in float32; remove it, or write train.zero_stage=1."
         )
     if any(str(key).startswith("offload") for key in zero):
         raise UserError("deepspeed.zero_optimization cannot offload: checkpoints do not cover it; remove offload_*.")

@@ -14,8 +14,9 @@
 - The engine is handed its parts and imports none of their modules.
 """
 
+import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,16 @@ import torch
 
 from prelude.data.batch import Batch
 from prelude.data.errors import RunStopped, Stopped, UserError
-from prelude.pretrain import attendance, deepspeed_config, distributed, named_code, optimizers, precision, stopping
+from prelude.pretrain import (
+    attendance,
+    deepspeed_config,
+    deepspeed_engine,
+    distributed,
+    named_code,
+    optimizers,
+    precision,
+    stopping,
+)
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_code, peak_memory
 from prelude.pretrain.guarded_step import GuardedStep
@@ -32,7 +42,7 @@ from prelude.pretrain.meter import Meter
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.profiling import StepProfile
-from prelude.pretrain.resume import changed_settings, progress_after, refuse_changed_config, starting_point
+from prelude.pretrain.resume import changed_settings, found_checkpoint, progress_after, refuse_changed_config
 from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later
@@ -55,12 +65,12 @@ class Engine:
         loader,
         store,
         monitors: list[Monitor],
-        peak_flops: float | None = None,
+        peak_flops: Callable[[torch.device, str], float] | None = None,
     ):
-        """peak_flops: that this rank's device can do in a second, for who wants to know how much of it is used."""
-        self.utilisation = Utilisation(peak_flops)
+        """peak_flops: that a device can do in a second, in a precision; for who wants to know how much is used."""
         self.config, self.loader, self.store, self.monitors = config, loader, store, monitors
         self.run_dir = Path(config.run_dir)
+        self.stop_file = str(self.run_dir / "STOP")
         self.device = distributed.device()
         self.micro_batch, self.accumulation = config.batching(distributed.world_size())
         if self.accumulation > 1 and not objective.accumulates:
@@ -71,9 +81,16 @@ class Engine:
         self.progress = beginning(config, loader.num_samples)
         self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
-        self.objective = objective
-        self.deepspeed = self._initialise_deepspeed(objective)
-        self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), config.train.gradient_clipping)
+        with distributed.explained():
+            self.goes_on_from, meta = found_checkpoint(self.store, config)
+            self.precision, self.notice = precision.agreed(config, self.device, meta)
+        self.utilisation = Utilisation(peak_flops and peak_flops(self.device, self.precision.name))
+        self.objective = objective.to(self.device)
+        self.utilisation.look_at(objective, config, self.precision.name)
+        self.deepspeed = deepspeed_engine.initialised(objective, config, self.precision.name)
+        bucket = deepspeed_config.bucket_size(deepspeed_engine.numel(objective))
+        clipping = config.train.gradient_clipping
+        self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), clipping, bucket)
         self.applied = Later()
         self.stop_reason = ""  # of a monitor, on rank 0
         self.nonfinite_in_a_row = 0
@@ -128,7 +145,7 @@ class Engine:
     # ---- one optimizer step
 
     def _step(self, batches, meter: Meter) -> "_Agreed":
-        torch.manual_seed(self._step_seed())
+        self._seed_step()
         self.lr, self.weight_decay = optimizers.apply_schedule(
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
@@ -223,14 +240,18 @@ class Engine:
 
     def stop_wanted(self) -> bool:
         """Whether this rank has been asked to stop. Cheap, for whoever waits to ask often."""
-        return stopping.requested() or (self.run_dir / "STOP").exists()
+        return stopping.requested() or os.path.exists(self.stop_file)
 
     def _is_finished(self) -> bool:
         return self.progress.step == self.progress.num_steps
 
-    def _step_seed(self) -> int:
+    def _seed_step(self) -> None:
         """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
-        return (self.config.seed << 32) + self.progress.step * 4096 + distributed.rank()
+        seed = (self.config.seed << 32) + self.progress.step * 4096 + distributed.rank()
+        # torch.manual_seed would look for every other kind of device too, which takes longer than a small layer.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     # ---- watching
 
@@ -312,6 +333,7 @@ class Engine:
             "config": self.config.model_dump(mode="json"),
             "encoder": self.config.encoder.model_dump(mode="json"),
             "exported": self._exported_prefix(),
+            "precision": self.precision.name,
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),
             "loader": self.data_position,
@@ -328,10 +350,8 @@ class Engine:
             attendance.saved(str(path))
 
     def _resume(self) -> list[str]:
-        """Goes on from where `starting_point` says, if anywhere. Returns what a person should know about it."""
-        attendance.reach("looking for a checkpoint")
-        path = starting_point(self.store, self.config)
-        attendance.saved("none: none had been written" if path is None else str(path))
+        """Goes on from the checkpoint that was found, if any. Returns what a person should know about it."""
+        path = self.goes_on_from
         if path is None:
             return []
         attendance.reach("loading a checkpoint")
@@ -340,7 +360,8 @@ class Engine:
             refuse_changed_config(changed_settings(meta["config"], self.config), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
-        return [*notices, *named_code.changes(meta.get("own_code", {}), self.own_code)]
+        changes = named_code.changes(meta.get("own_code", {}), self.own_code)
+        return [*notices, *filter(None, [self.notice]), *changes]
 
     def _exported_prefix(self) -> str:
         exported = self.objective.exported_encoder()
@@ -359,28 +380,6 @@ class Engine:
         facts = {"config": self.config.model_dump(mode="json"), "code": describe_code() | self.own_code}
         facts |= {"data": self.loader.state_dict(), "num_steps": self.progress.num_steps}
         refuse_differences(facts)
-
-    def _initialise_deepspeed(self, objective: Objective):
-        import deepspeed
-
-        train = self.config.train
-        objective.to(self.device)
-        self.utilisation.look_at(objective, self.config, precision.resolve(self.config, self.device))
-        if train.gradient_checkpointing:
-            objective.encoder.set_grad_checkpointing(True)
-        if train.compile:
-            objective.compile()
-        settings = deepspeed_config.build(
-            self.config,
-            micro_batch=self.micro_batch,
-            accumulation=self.accumulation,
-            precision=precision.resolve(self.config, self.device),
-            numel=sum(p.numel() for p in objective.parameters()),
-        )
-        with distributed.nothing_printed():
-            optimizer = optimizers.build_optimizer(objective, self.config, objective.lr_scales())
-            engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
-        return engine
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prelude.pretrain.collectives import sum_over_ranks
+from prelude.pretrain.gradient_mean import GradientMean
 
 
 class GuardedStep:
@@ -21,14 +22,16 @@ class GuardedStep:
     where the weights moved and 0.0 where the step was refused; both are scalars on the device, alike on all ranks.
     """
 
-    def __init__(self, engine, parameters: list[nn.Parameter], clipping: float):
+    def __init__(self, engine, parameters: list[nn.Parameter], clipping: float, bucket_size: int):
         self.engine, self.parameters, self.clipping = engine, parameters, clipping
         self.zero = engine.optimizer if engine.zero_optimization_stage() else None
         optimizer = self.zero.optimizer if self.zero else engine.optimizer
         if self.zero:
             _leave_refusing_to_us(self.zero, engine.device)
-        elif engine.world_size == 1:
-            engine.enable_backward_allreduce = False  # nobody to share gradients with, yet each would be copied
+        else:
+            engine.zero_grad = self._forget_gradients  # DeepSpeed's walks through all modules in every step
+            engine.enable_backward_allreduce = False
+            self.mean = GradientMean(parameters, bucket_size, engine.is_gradient_accumulation_boundary)
         self._before: list[tuple[Tensor, Tensor]] = []
         optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._end)
@@ -39,14 +42,19 @@ class GuardedStep:
         self.engine.step()
 
     def _look_and_clip(self) -> None:
-        """At stage 0, where nothing below us looks at the gradients or clips them."""
+        """At stage 0, where nothing below us averages the gradients, looks at them or clips them."""
+        self.mean.finish()
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler:
             scaler.unscale_(self.engine.optimizer)
         held = [parameter for parameter in self.parameters if parameter.grad is not None]
-        self._decide(torch.nn.utils.get_total_norm([parameter.grad for parameter in held]))
+        self._decide(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in held]))))
         if self.clipping:
             torch.nn.utils.clip_grads_with_norm_(held, self.clipping, self.norm)
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _decide(self, norm: Tensor) -> None:
         self.norm, self.refused = norm, ~torch.isfinite(norm)

@@ -43,6 +43,9 @@ class Objective(nn.Module, ABC):
     # How often a step makes the host wait for the device, where the method cannot do without; each time costs speed.
     host_waits: ClassVar[int] = 0
 
+    # Whether sequences have other lengths in each step, so that what is compiled has to take any.
+    lengths_change: ClassVar[bool] = False
+
     # What to change when the features collapse, by cause, where `pretrain.collapse` does not know better. What it
     # watches are parts of the loss: those of `feature_health`, and `trivial_loss`.
     remedies: ClassVar[dict[str, str]] = {}
@@ -76,6 +79,10 @@ class Objective(nn.Module, ABC):
     def lr_scales(self) -> dict[str, float]:
         """Multipliers of the learning rate by parameter name, such as a decay by layers; 1 where a name is absent."""
         return {}
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `train.compile` compiles, each by itself; none: the whole forward pass, as one graph."""
+        return []
 
     def exported_encoder(self) -> nn.Module:
         """The submodule that the paper evaluates; its weights are what is probed and exported."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from prelude.data.errors import UserError
-from prelude.pretrain import distributed
+from prelude.pretrain import attendance, distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.optimizers import scheduled
 from prelude.pretrain.schedules import Progress
@@ -48,6 +48,14 @@ _FREE = (
     "train.max_nonfinite_steps",
     "train.rank_timeout_seconds",
 )
+
+
+def found_checkpoint(store, config: Config) -> tuple[Path | None, dict]:
+    """(`starting_point`, the meta that was saved there). Collective; what was saved is read on rank 0 alone."""
+    attendance.reach("looking for a checkpoint")
+    path = starting_point(store, config)
+    attendance.saved("none: none had been written" if path is None else str(path))
+    return path, store.meta(path) if path and distributed.is_main() else {}
 
 
 def starting_point(store, config: Config) -> Path | None:

@@ -17,7 +17,7 @@ from torch import nn
 from prelude.checkpoints.store import Store
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import RunStopped
-from prelude.pretrain import distributed
+from prelude.pretrain import distributed, precision
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.images import images
@@ -41,6 +41,9 @@ CASES = {
     "bad_steps_sgd_zero2": {"train": {"zero_stage": 2}, "bad_steps": [2], "optimizer": {"name": "sgd"}},
     "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
     "bf16": {"train": {"precision": "bf16"}},
+    # What each rank measures; and what a second start of the run does, on another machine
+    "auto_by_rank_0": {"train": {"precision": "auto"}, "ratios": [0.5, 9.0]},
+    "auto_and_on_elsewhere": {"train": {"precision": "auto"}, "ratios": [0.5, 0.5], "later": 9.0, "store": "plain"},
     "asked_while_saving": {"train": {}, "saves_every": 2, "store": "asked"},
     "full_disk_while_training": {"train": {}, "saves_every": 2, "store": "full"},
 }
@@ -129,6 +132,8 @@ def store_of(case: dict, out: Path):
             return AskedWhileSaving()
         case "full":
             return FullDisk(out / "checkpoints")
+        case "plain":
+            return Store(out / "plain")
     return NoStore()
 
 
@@ -139,16 +144,24 @@ def run_case(name: str, out: Path) -> None:
     objective = Regression(case.get("bad_steps", ()))
     recorder, store = Recorder(), store_of(case, out)
     micro_batch, _ = config.batching(distributed.world_size())
-    engine = Engine(config, objective, MemoryLoader(micro_batch, NUM_SAMPLES, batch_at), store, [recorder])
+
+    def engine_at(ratio: float) -> Engine:
+        precision.product_ratio = lambda: ratio
+        return Engine(config, objective, MemoryLoader(micro_batch, NUM_SAMPLES, batch_at), store, [recorder])
+
+    engine = engine_at(case.get("ratios", [9.0, 9.0])[distributed.rank()])
     message, outcome = "", None
     try:
         outcome = engine.run()
     except RunStopped as error:
         message = str(error)
+    if "later" in case:
+        engine = engine_at(case["later"])
     if distributed.is_main():
         torch.save(objective.state_dict(), out / f"{name}.pt")
         records = [vars(record) for record in recorder.records]
         found = {"records": records, "message": message, "outcome": outcome and vars(outcome)}
+        found |= {"precision": str(engine.precision), "notice": engine.notice}
         (out / f"{name}.json").write_text(json.dumps(found | {"saved": getattr(store, "saved", None)}))
 
 

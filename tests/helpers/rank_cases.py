@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prelude.objectives import cross_correlation
 from prelude.objectives.cross_correlation import barlow_loss
 from prelude.objectives.projector import projector
 from prelude.pretrain.batch_norm import normalise_columns, synchronise
 from prelude.pretrain.collectives import row_counts
+from prelude.pretrain.gradient_mean import GradientMean
 
 WORLDS = {1: [8], 2: [5, 3], 4: [2, 2, 3, 1]}  # how the 8 samples are shared
 NUM = 8
@@ -79,7 +81,44 @@ def results(model: nn.Module, **more: torch.Tensor) -> dict:
     return grads | model.state_dict() | {name: value.detach() for name, value in more.items()}
 
 
+class Awkward(nn.Module):
+    """Gradients that come late, twice, in another layout or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(3))
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.shared = nn.Linear(36, 36)
+        self.head = nn.Linear(36, 2)
+
+    def forward(self, images):
+        x = self.conv(images).flatten(1)
+        for _ in range(2):  # reentrant: each adds to the gradients of `shared` in a backward pass of its own
+            x = checkpoint(self.shared, x, use_reentrant=True).tanh()
+        return self.head(x)
+
+
+def mean_of_gradients(rows: slice) -> dict:
+    """Two micro-batches a step, two steps. A rank's loss is W times the sum over its rows, their mean that of all."""
+    torch.manual_seed(0)
+    model, world = Awkward().double(), dist.get_world_size()
+    boundary, found = [False], {}
+    mean = GradientMean(list(model.parameters()), 40, lambda: boundary[0])
+    for step in range(2):
+        for boundary[0] in (False, True):
+            (world * model(images()[rows] * (1 + step + boundary[0])).sin().sum()).backward()
+        under_way = [bucket.sent is not None for bucket in mean.buckets]
+        assert world == 1 or (len(under_way) > 3 and under_way == [True] * (len(under_way) - 1) + [False])
+        assert not any(bucket.is_outdated for bucket in mean.buckets) == (world == 1)
+        mean.finish()
+        assert model.conv.weight.grad.is_contiguous(memory_format=torch.channels_last)
+        found |= {f"mean {step} {name}": p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+    return found
+
+
 CASES = {
+    "mean": mean_of_gradients,
     "norms": norms_of,
     "twins by columns": lambda rows: twins_of(rows, samples_below=0.0),
     "twins by samples": lambda rows: twins_of(rows, samples_below=1e9),

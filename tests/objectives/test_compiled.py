@@ -1,15 +1,22 @@
 """Under torch.compile, by the compiler that a run uses."""
 
+import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import waiting_cases
 from torch import nn
 
+from prelude.launch.made_up_data import made_up_batch
+from prelude.objectives.building import build_objective
 from prelude.objectives.sparse_encoder import SparseEncoder
+from prelude.pretrain.compiling import compile_objective
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.draws import random_bits
 from prelude.pretrain.encoders import build_encoder, forward_tokens
+from prelude.pretrain.schedules import Progress
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 
@@ -59,3 +66,33 @@ def test_compiled_kept_patches_have_the_same_features(name, kwargs):
     images, keep = torch.randn(2, 3, 16, 16), torch.tensor([[3, 1, 7], [0, 15, 2]])
     compiled = torch.compile(forward_tokens, fullgraph=True)
     torch.testing.assert_close(compiled(encoder, images, keep), forward_tokens(encoder, images, keep))
+
+
+@pytest.mark.parametrize(
+    ("case", "graphs"),
+    [
+        # The blocks of the context's encoder, of the teacher, and of the predictor, whatever lengths a step has drawn
+        ("ijepa zero0", 3),
+        ("dseqjepa zero0", 3),
+        ("mae zero0", 1),
+        ("rotation sgd", 1),
+        ("barlow zero0", 2),
+    ],
+)
+def test_what_a_run_compiles_is_compiled_once_and_is_the_same(case, graphs):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = build_objective(waiting_cases.config_of(case, Path("x")))
+    compiled, seen = copy.deepcopy(plain), []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    compile_objective(compiled, backend)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for step in range(3):
+        batch = made_up_batch(torch.arange(8) + 8 * step, plain.views, 64)
+        losses = [objective(batch, Progress(step, 40, 8.0)).total for objective in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+        assert len(seen) == graphs

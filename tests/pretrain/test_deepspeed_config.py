@@ -1,12 +1,10 @@
 import json
 
 import pytest
-import torch
 
 from prelude.data.errors import UserError
-from prelude.pretrain import precision
 from prelude.pretrain.config import Config
-from prelude.pretrain.deepspeed_config import build, check
+from prelude.pretrain.deepspeed_config import bucket_size, build, check
 
 
 def config(deepspeed=None, **train) -> Config:
@@ -57,6 +55,7 @@ def test_pass_through_is_merged_from_a_dictionary_or_a_file(tmp_path):
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "remove offload_*"),
         ({"comm_logger": {}}, "did you mean comms_logger?"),
         ("/nowhere/ds.json", "deepspeed=/nowhere/ds.json cannot be read"),
+        ({"prescale_gradients": True}, "deepspeed.prescale_gradients has no effect at train.zero_stage=0"),
         ({"zero_optimization": [1]}, "deepspeed.zero_optimization=[1] is refused: write {overlap_comm: true}"),
     ],
 )
@@ -79,8 +78,16 @@ def test_what_cannot_be_honoured_is_refused(passed, sentence):
 def test_a_value_that_deepspeed_cannot_read_is_refused_by_its_key(passed):
     (key,) = passed
     with pytest.raises(UserError, match=rf"deepspeed.{key}=.* is refused by DeepSpeed: .*; correct it, or remove it"):
-        check(config(passed))
+        check(config(passed, zero_stage=1))
     check(config({"comms_logger": {"enabled": True}, "zero_optimization": {"overlap_comm": True}}))
+
+
+@pytest.mark.parametrize(
+    ("numel", "size"),
+    [(1, 1024), (10_001, 10_240), (2**20, 2**20), (5_000_000, 2**20), (86_000_000, 10_750_976), (10**9, 50_000_896)],
+)
+def test_gradients_leave_in_pieces_of_an_eighth_of_the_model_within_bounds(numel, size):
+    assert bucket_size(numel) == size
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff"])
@@ -88,18 +95,3 @@ def test_a_file_that_holds_no_mapping_is_refused(content, tmp_path):
     (tmp_path / "ds.json").write_bytes(content)
     with pytest.raises(UserError, match="ds.json"):
         built(config(str(tmp_path / "ds.json")))
-
-
-def test_precision_is_resolved_by_the_hardware_or_refused():
-    cpu = torch.device("cpu")
-    assert precision.resolve(config(precision="bf16"), cpu) == "bf16"
-    assert precision.resolve(config(), cpu) == ("bf16" if precision.fast_bf16(cpu) else "fp32")
-    assert precision.resolve(config(precision="fp16"), cpu) == "fp16"
-    with pytest.raises(UserError, match="train.precision=bf16, or train.zero_stage=0"):
-        precision.resolve(config(precision="fp16", zero_stage=1), cpu)
-    # An empty list: DeepSpeed would otherwise reduce the gradients of linear layers in the lower precision.
-    assert precision.autocast_section("bf16") == {
-        "enabled": True,
-        "dtype": "bfloat16",
-        "lower_precision_safe_modules": [],
-    }

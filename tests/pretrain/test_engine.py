@@ -50,11 +50,9 @@ def reference(name: str) -> tuple[dict, list[float]]:
     return model.state_dict(), losses
 
 
-SOUND = [
-    name
-    for name in engine_cases.CASES
-    if name not in ("all_bad", "bf16", "asked_while_saving", "full_disk_while_training")
-]
+LOWER = ("bf16", "auto_by_rank_0", "auto_and_on_elsewhere")
+UNSOUND = (*LOWER, "all_bad", "asked_while_saving", "full_disk_while_training")
+SOUND = [name for name in engine_cases.CASES if name not in UNSOUND]
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -100,3 +98,19 @@ def test_bf16_computes_in_lower_precision_and_keeps_float32_weights(runs):
     assert all(value.dtype == torch.float32 for value in ours.values())
     difference = (ours["encoder.weight"] - exact["encoder.weight"]).abs().max()
     assert 1e-6 < difference < 0.05
+
+
+def test_all_ranks_take_the_precision_that_rank_0_has_measured(runs):
+    found = json.loads((runs / "auto_by_rank_0.json").read_text())
+    assert found["precision"] == "bf16 (a product in bf16 takes 0.5 times as long as in fp32)"
+    ours, asked_for = (torch.load(runs / f"{name}.pt", weights_only=True) for name in ("auto_by_rank_0", "bf16"))
+    assert all(torch.equal(ours[key], asked_for[key]) for key in asked_for)
+
+
+def test_a_run_goes_on_in_its_precision_where_another_would_be_chosen(runs):
+    found = json.loads((runs / "auto_and_on_elsewhere.json").read_text())
+    assert found["precision"] == "bf16 (as the run began)"
+    assert found["notice"] == (
+        "train.precision=auto goes on in bf16, as the run began; here it would choose fp32 (a product in bf16 takes 9 "
+        "times as long as in fp32); write train.precision=fp32 to go on in that"
+    )

@@ -43,7 +43,9 @@ def test_a_run_writes_its_trace_and_tells_how_much_of_its_device_it_uses(tmp_pat
     distributed.start()
     config = config_of({"train": {"profile_steps": 2}}, tmp_path)
     recorder = Recorder()
-    engine = Engine(config, Regression(), MemoryLoader(8, NUM_SAMPLES, batch_at), NoStore(), [recorder], peak_flops=1e9)
+    engine = Engine(
+        config, Regression(), MemoryLoader(8, NUM_SAMPLES, batch_at), NoStore(), [recorder], peak_flops=lambda *_: 1e9
+    )
     engine.run()
     distributed.stop()
     (trace,) = traces(tmp_path)
