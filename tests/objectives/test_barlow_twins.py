@@ -13,9 +13,9 @@ from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.projector import projector
 from prelude.pretrain.images import denormalise, images
-from prelude.pretrain.preview import blank_batch
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import blank_batch
 
 START = Progress(0, 100, 10.0)
 RESNET = {

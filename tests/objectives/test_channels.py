@@ -8,9 +8,9 @@ from prelude.data.errors import UserError
 from prelude.objectives import check_objective, options_for
 from prelude.objectives.building import build_objective
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.preview import blank_batch
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import blank_batch
 
 VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 4}
 VIT["kwargs"] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "global_pool": "avg", "fc_norm": False}

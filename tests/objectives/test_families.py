@@ -6,9 +6,9 @@ import torch
 
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
-from prelude.pretrain.preview import blank_batch
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import blank_batch
 
 FAMILIES = {  # name: (pixels, further keys of the encoder)
     "resnet10t": (32, {"kwargs": {"channels": [16, 32, 48, 64]}}),

@@ -16,9 +16,9 @@ from prelude.objectives.building import build_objective
 from prelude.objectives.rotation import Rotation, RotationOptions, rotated
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
-from prelude.pretrain.preview import blank_batch
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import blank_batch
 
 START = Progress(0, 100, 10.0)
 RESNET = {

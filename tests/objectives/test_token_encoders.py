@@ -6,9 +6,9 @@ import torch
 
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
-from prelude.pretrain.preview import blank_batch
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import blank_batch
 
 ENCODERS = {  # name: (further arguments of timm, whether there is a class token)
     "vit_small_patch16_dinov3": ({"drop_path_rate": 0.1}, True),

@@ -8,8 +8,8 @@ from prelude.evaluators.finetuning.classifier import Classifier, FineTuneOptions
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
-from prelude.pretrain.preview import blank_batch
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import blank_batch
 
 CLASSES = torch.tensor([2, 3, 7, 11])
 VIT = EncoderConfig(
