@@ -82,13 +82,10 @@ def _activities(kinds):
 
 def step(name: str, compiled: bool, toy: bool) -> dict:
     """Milliseconds, MFU and memory of a whole step of the engine: objective, reduction, optimizer."""
-    from prelude.pretrain import distributed
-    from prelude.pretrain.devices import peak_flops
     from prelude.pretrain.preview import preview
 
     images, started, done = _TOY_IMAGES if toy else STEPS[name][2], time.perf_counter(), None
     if toy:
-        _check_recipe(name)
         torch.compiler.set_stance("force_eager" if compiled else "default")  # compiling takes longer than all the rest
     while done is None:
         try:
@@ -108,7 +105,7 @@ def step(name: str, compiled: bool, toy: bool) -> dict:
         "images_per_second": images / seconds,
         "mfu": statistics.median(record.mfu for record in records[1:]),
         "gflops_an_image": engine.utilisation.flops_an_image / 1e9,
-        "peak_tflops": peak_flops(distributed.device(), "fp32" if toy else "bf16") / 1e12,
+        "peak_tflops": engine.utilisation.peak_flops / 1e12,
         "start_s": time.perf_counter() - started - seconds * records[-1].step,  # compiling included
         "memory_gib": records[-1].peak_memory / 2**30,
     }
@@ -118,7 +115,7 @@ def step(name: str, compiled: bool, toy: bool) -> dict:
     return found
 
 
-def _check_recipe(name: str) -> None:
+def check_recipe(name: str) -> None:
     """What a GPU would be given."""
     from prelude.objectives import check_objective, options_for
     from prelude.pretrain.recipes import load_config
