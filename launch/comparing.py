@@ -95,6 +95,10 @@ def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
         given = [name for name in given if name != "--ranks"]
     if given and not recipes:
         raise UserError(f"{' and '.join(given)} has no effect without a recipe among the sources; leave it out.")
+    chosen_by = [f"--{name.replace('_', '-')}" for name in ("train_select", "test_select", "classes", "image")
+                 if getattr(args, name)]  # fmt: skip
+    if args.finetune and chosen_by:
+        raise UserError(f"{chosen_by[0]} does not reach --finetune; write it into the evaluate section of its recipe.")
     stems = [path.stem for path in {path.resolve(): path for path in recipes.values()}.values()]
     if double := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(f"Two recipes are named {double[0]} and would train into one folder; rename one of them.")
