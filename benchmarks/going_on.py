@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhe
 
 from prelude.data.shapes import write_shards  # noqa: E402
 from prelude.launch import compare  # noqa: E402
-from prelude.launch.children import run_door  # noqa: E402
+from prelude.launch.children import Preempted, run_door  # noqa: E402
 from prelude.launch.quickstart import NUM_TEST, NUM_TRAIN  # noqa: E402
 
 ARMS = {
@@ -66,7 +66,11 @@ def pretrain(
 ) -> None:
     settings = [f"run_dir={run_dir}", f"seed={seed}", f"data.shards={shards}", f"train.epochs={epochs}", *settings]
     settings += ["evaluate=null", "log.pictures_every_steps=0", f"optimizer.warmup_epochs={warmup}"]
-    if problem := run_door("pretrain", ["--config", recipe, *settings], num_ranks=1, name=run_dir.name):
+    try:
+        problem = run_door("pretrain", ["--config", recipe, *settings], num_ranks=1, name=run_dir.name)
+    except Preempted:
+        problem = "stopped; the same command goes on from here"
+    if problem:
         raise SystemExit(problem)
 
 

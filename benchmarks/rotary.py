@@ -43,7 +43,8 @@ def main() -> None:
 def judged(args: argparse.Namespace, out: Path, objective: str, seed: int) -> dict[str, dict[str, float]]:
     """Top-1 % by encoder and evaluator."""
     runs = [str(out / f"{objective}-{arm}-{seed}") for arm in ARMS]
-    command = [*runs, "--train", args.train, "--test", args.test, "--features", *args.features]
+    command = [*runs, *(f"random:{run}" for run in runs), "--no-floors"]
+    command += ["--train", args.train, "--test", args.test, "--features", *args.features]
     entries = compared(command, seed, out / f"compare-{objective}-{seed}")
     return {
         entry["name"].replace(f"-{seed}", ""): {
