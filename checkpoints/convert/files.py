@@ -8,6 +8,7 @@
 import argparse
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -18,14 +19,16 @@ from prelude.data.errors import UserError
 
 CONFIG = "config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError)
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_file(path: Path) -> dict:
     """The names and tensors of a file, in the nesting that it was saved with. Raises UserError."""
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):  # whatever it is called
             return load_file(path)
+        _refuse_damage(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             tree = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -33,11 +36,35 @@ def read_file(path: Path) -> dict:
             f"{path} is no plain file of weights ({_reason(error)}), and a pickle can run code; where you trust it, "
             "load it yourself and save its tensors with safetensors.torch.save_file."
         ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, SafetensorError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        SafetensorError,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); fetch or save it again.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__} and no weights by name; write a file that does.")
     return tree
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes that say how long its header is, and the header."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _refuse_damage(path: Path) -> None:
+    """Compares the checksums of an archive, which torch does not read. Raises UserError."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise UserError(f"{path} is damaged: {damaged} does not match its checksum; fetch or save it again.")
 
 
 def read_folder(folder: Path) -> dict:

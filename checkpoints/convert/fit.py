@@ -49,6 +49,7 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
     _refuse_other_function(model, weights, name)
     wanted, changes = model.state_dict(), list(weights.notes)
     found = dict(weights.tensors)
+    _refuse_other_kinds(wanted, found, weights, name)
     filled = _filled(wanted, found, weights)
     found |= filled
     for adapt in (_channels, _patches, _table, _last_norm):
@@ -79,6 +80,20 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
             target.copy_(found[tensor_name])
     loaded = [n for n in wanted if n in found and n not in filled and torch.equal(wanted[n].cpu(), found[n])]
     return Fitted(len(loaded), len(wanted), tuple(changes), unused, new)
+
+
+def _refuse_other_kinds(wanted: dict, found: dict, weights: Weights, name: str) -> None:
+    """Whole numbers in the place of others are not the weights, but a code for them."""
+    wrong = [
+        f"{n} is {str(found[n].dtype).removeprefix('torch.')}"
+        for n in wanted
+        if n in found and found[n].is_floating_point() != wanted[n].is_floating_point()
+    ]
+    if wrong:
+        raise UserError(
+            f"{weights.where} ({weights.format}) has numbers of another kind than {name}: {_listed(wrong)}; write "
+            "weights in floating point."
+        )
 
 
 def facts(model: nn.Module) -> dict:

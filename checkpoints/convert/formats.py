@@ -44,6 +44,8 @@ def weights_in(tree: Mapping, where: str, part: str | None = None, settings: Map
     its paper evaluates. settings: config.json of `transformers`, where there is one. Raises UserError.
     """
     container = _opened(tree, where, part)
+    if other := [name for name, t in container.tensors.items() if t.layout != torch.strided or t.is_quantized]:
+        raise UserError(f"{where} has {other[0]} in a sparse or quantised form; save it as a plain tensor.")
     _refuse_settings(settings, where)
     layout = layout_of(_without_base(_stripped(container.tensors)), where)
     layout = _told_by_table(layout, container)
@@ -187,7 +189,8 @@ def _told_by_table(layout: Layout, container: _Container) -> Layout:
     if fixed and fixed.has_sincos_table:
         name, rule = ("MAE", "plain") if has_class else ("I-JEPA", "sincos")
         return replace(layout, name=f"{name} (encoder)", resampling=rule, norm_eps=1e-6)
-    if container.wrapper == "model" and has_class:
+    has_head = "fc_norm.weight" in layout.tensors or any(name.startswith("head.") for name in layout.left_out)
+    if container.wrapper == "model" and has_class and has_head:
         return replace(layout, name="MAE, fine-tuned", resampling="plain", norm_eps=1e-6)
     return layout
 
@@ -273,7 +276,7 @@ def _refuse_settings_of_dinov3(settings: Mapping, where: str) -> None:
 
 
 def _tensors(tree: Mapping) -> Tensors:
-    return {name: value for name, value in tree.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _stripped(tensors: Tensors) -> Tensors:
