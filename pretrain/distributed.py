@@ -128,7 +128,10 @@ def stop() -> None:
     left(0)
     if dist.is_initialized():
         _hosts.cache_clear()
-        dist.destroy_process_group()
+        import deepspeed.comm
+
+        # Through DeepSpeed, which else keeps groups that are no more and hands them to the next run of this process.
+        deepspeed.comm.destroy_process_group()
 
 
 def left(code: int, why: str = "") -> None:

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from prelude.launch import pretrain
 from prelude.launch.exit_codes import door
-from prelude.pretrain import distributed
 
 if __name__ == "__main__":
-    distributed.stop = lambda: None  # DeepSpeed does not start twice in a process unless its group lives on
     plan = Path(sys.argv[1])
     for start in json.loads(plan.read_text()):
         told = io.StringIO()
