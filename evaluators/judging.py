@@ -22,7 +22,7 @@ from prelude.data.shards import ShardIndex
 from prelude.data.value_range import tell_if_dark
 from prelude.evaluators.features.bank import Bank, Rows
 from prelude.evaluators.features.extraction import Features
-from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, label_vectors
+from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
@@ -58,7 +58,11 @@ class Judging:
 
     @cached_property
     def labels(self) -> list[Labels]:
-        return [labels_of(index, self.labelled) for index in self.indexes]
+        found = [labels_of(index, self.labelled) for index in self.indexes]
+        if self.labelled.group:
+            groups = group_numbers(self.indexes, self.labelled.group)
+            found = [replace(labels, groups=own) for labels, own in zip(found, groups, strict=True)]
+        return found
 
     def check(self) -> None:
         """Raises UserError for shards that cannot be used, before any work is done."""
@@ -194,13 +198,15 @@ def labelled_shards(
     label: str | None = None,
     vectors: VectorFormat | None = None,
     value_range: ValueRange | Literal["auto"] | None = None,
+    group: str = "",
+    one_set: bool = False,
     **given,
 ) -> Labelled:
     """What is given, completed by the `evaluate` section of the first run among the sources that has one, and by the
     first `data.range` and `data.max_pixels`.
 
-    vectors: where labels are findings instead of class numbers. given: `image`, `classes`, `train_select` and
-    `test_select` of `Labelled`; the section's parts are those of its own shards.
+    vectors: where labels are findings instead of class numbers. group, one_set: as `Labelled` has them. given: `image`,
+    `classes`, `train_select` and `test_select` of `Labelled`; the section's parts are those of its own shards.
 
     Raises UserError where train or test shards remain unknown.
     """
@@ -209,9 +215,10 @@ def labelled_shards(
     for name, shards in (("train_select", train), ("test_select", test)):
         of_section = selection(getattr(section, name)) if section and not shards else None
         more[name] = given.get(name) or of_section
-    train = train or (section and section.train_shards)
     test = test or (section and section.test_shards)
+    train = test if one_set else train or (section and section.train_shards)
     missing = [f"--{name} SHARDS" for name, shards in (("train", train), ("test", test)) if not shards]
+    missing = missing[-1:] if one_set else missing
     if missing:
         raise UserError(
             f"There are no labelled shards to judge {', '.join(sources)} on; write {' and '.join(missing)}, or an "
@@ -224,6 +231,7 @@ def labelled_shards(
     alike = section and bool(section.label_names) == bool(vectors)  # else it speaks of other members
     label = label or (section.label if alike else default)
     more |= {"image": more["image"] or "", "classes": tuple(more["classes"] or ())}
+    more |= {"group": group, "one_set": one_set}
     value_range, max_pixels = value_range or said["range"], said["max_pixels"] or MAX_PIXELS
     return Labelled(train, test, label, vectors, value_range, max_pixels, **more)
 
@@ -330,6 +338,8 @@ def describe_data(
 ) -> tuple[dict, list[str]]:
     """What the images were, for the record, and what to be told about them."""
     data, warnings = labelled.described_labels(indexes[0]), []
+    if labelled.group:
+        data["group"] = labelled.group
     if labelled.value_range:
         data["range"] = indexes[0].value_range
     for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
@@ -349,6 +359,6 @@ def describe_data(
             "num_unreadable": unreadable,
             "num_unlabelled": unlabelled,
         }
-    if indexes[0].fingerprint == indexes[1].fingerprint:
+    if indexes[0].fingerprint == indexes[1].fingerprint and not labelled.one_set:
         warnings.append("Train and test are the same shards, so this says nothing about new images.")
     return data, warnings

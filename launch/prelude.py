@@ -22,6 +22,7 @@ COMMANDS = {
     "finetune": ("finetune", "train an encoder on with labels, and test it"),
     "ncm": ("ncm", "nearest-class-mean accuracy of a frozen encoder"),
     "fewshot": ("fewshot", "accuracy of a frozen encoder with few labels"),
+    "retrieve": ("retrieve", "whether the images nearest to one are of its class"),
     "multilabel": ("multilabel", "several findings an image, by heads on a frozen encoder"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),

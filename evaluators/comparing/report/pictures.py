@@ -19,7 +19,7 @@ from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing.comparison import Picture
 from prelude.evaluators.comparing.report import attention
 from prelude.evaluators.features.extraction import Features, evaluation_plan
-from prelude.evaluators.frozen.knn import Neighbours
+from prelude.evaluators.frozen.exact_search import Neighbours
 from prelude.pretrain.images import normalise, shown
 
 NUM_IMAGES, NUM_NEIGHBOURS = 6, 6
@@ -111,9 +111,7 @@ def spread_over_classes(labels: Tensor, count: int, seed: int) -> Tensor:
 
 def nearest(train: Tensor, queries: Tensor, k: int) -> Tensor:
     """(Q, k) places in train (N, D), nearest first, by cosine after the mean of train is subtracted."""
-    places = torch.arange(len(train))
-    # Each image is a class of its own here, so that what comes back is the images themselves.
-    return Neighbours(train, places, len(train)).nearest(queries, k)[1]
+    return Neighbours(train).nearest(queries, k)[1]
 
 
 def same_label(mine: Tensor, theirs: Tensor) -> Tensor:
