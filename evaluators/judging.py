@@ -74,9 +74,12 @@ class Judging:
     def seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.num_seeds))
 
+    def opened(self, source: str, sources: Sequence[str], seed: int) -> OpenedEncoder:
+        return open_source(source, sources, seed)
+
     def prepare(self, source: str, sources: Sequence[str]) -> None:
         """Puts the features of a source into the bank, by all ranks together. sources: see `results`."""
-        for _, encoder in by_seed(source, sources, self.seeds):
+        for _, encoder in by_seed(source, sources, self.seeds, self.opened):
             self._taken(source, sources, encoder)
 
     def features(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
@@ -95,7 +98,7 @@ class Judging:
         """
         outcomes, seconds = [[] for _ in self.evaluators], [0.0] * len(self.evaluators)
         train = test = judged = None
-        for seed, encoder in by_seed(source, sources, self.seeds):
+        for seed, encoder in by_seed(source, sources, self.seeds, self.opened):
             if train is None or is_random(source):
                 train, test = self._taken(source, sources, encoder)
             judged = judged or encoder
@@ -151,10 +154,16 @@ class Judging:
 def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: Labelled, **settings) -> list[Result]:
     """Every evaluator's result on every source, in that order, each written where it belongs.
 
-    settings: of `Judging`. All ranks compute features; the first one alone evaluates and gets the results, others get
-    none. Raises UserError for a source or shards that cannot be used.
+    settings: of `Judging`. Errors and ranks as in `judge_all`.
     """
-    judging = Judging(evaluators, labelled, **settings)
+    return judge_all(sources, Judging(evaluators, labelled, **settings))
+
+
+def judge_all(sources: Sequence[str], judging: Judging) -> list[Result]:
+    """All ranks compute features; the first one alone evaluates and gets the results, others get none.
+
+    Raises UserError for a source or shards that cannot be used.
+    """
     judging.check()
     if distributed.world_size() > 1:
         for source in sources:
@@ -292,12 +301,18 @@ def is_random(source: str) -> bool:
     return source.startswith("random:")
 
 
-def by_seed(source: str, sources: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, OpenedEncoder]]:
-    """The encoder for each seed: one in memory at a time, opened again only where the seed decides its weights."""
+def by_seed(
+    source: str, sources: Sequence[str], seeds: Sequence[int], opened: Callable[..., OpenedEncoder] | None = None
+) -> Iterator[tuple[int, OpenedEncoder]]:
+    """The encoder for each seed: one in memory at a time, opened again only where the seed decides its weights.
+
+    opened: how, by default as `open_source`.
+    """
+    opened = opened or open_source
     encoder = None
     for seed in seeds:
         if encoder is None or is_random(source):
-            encoder = open_source(source, sources, seed)
+            encoder = opened(source, sources, seed)
         yield seed, encoder
 
 

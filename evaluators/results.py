@@ -38,6 +38,8 @@ TITLES = {
     "map": "mAP %",
     "auroc": "AUROC %",
     "r_precision": "R-precision %",
+    "miou": "mIoU %",
+    "pixel_accuracy": "pixel accuracy %",
 }
 
 

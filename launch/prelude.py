@@ -23,6 +23,7 @@ COMMANDS = {
     "ncm": ("ncm", "nearest-class-mean accuracy of a frozen encoder"),
     "fewshot": ("fewshot", "accuracy of a frozen encoder with few labels"),
     "retrieve": ("retrieve", "whether the images nearest to one are of its class"),
+    "segment": ("segment", "masks by a linear head and by nearest patches on a frozen encoder"),
     "multilabel": ("multilabel", "several findings an image, by heads on a frozen encoder"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
