@@ -29,6 +29,7 @@ COMMANDS = {
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),
     "neighbours": ("neighbours", "the images nearest to given ones by their features"),
+    "maps": ("maps", "pictures of what an encoder takes for alike, and of where it looks"),
     "compare": ("compare", "objectives or checkpoints side by side, as table and page"),
     "export": ("export", "write a run's encoder as a plain timm checkpoint"),
     "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),

@@ -68,6 +68,11 @@ def masks_of(
         for number in ignored:
             seen = np.where(seen == number, IGNORED, seen)
         found[row] = torch.from_numpy(seen.astype(np.uint8))
+    if unreadable == len(ids):
+        raise UserError(
+            f"None of the {len(ids)} .{index.label} members of {index.paths[0]} and the rest is an image; write "
+            "--label with the extension of the masks, such as png."
+        )
     return found, unreadable
 
 
