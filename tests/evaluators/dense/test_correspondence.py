@@ -51,9 +51,7 @@ def test_similarity_is_the_centred_cosine_with_one_place(features):
 
 
 def test_what_is_said_of_a_place_lies_over_it():
-    image = torch.full(
-        (3, 24, 48), 100, dtype=torch.uint8
-    )  # twice as wide as high, so a tile has paper above and below
+    image = torch.full((3, 24, 48), 100, dtype=torch.uint8)  # a tile has paper above and below
     values = torch.zeros(2, 4)
     values[1, 3] = 1
     drawn = np.asarray(heat(image, values)).astype(int)
