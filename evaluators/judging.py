@@ -21,7 +21,7 @@ from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import tell_if_dark
 from prelude.evaluators.features.bank import Bank, Rows
-from prelude.evaluators.features.extraction import Features
+from prelude.evaluators.features.extraction import Features, crops_plan
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.labelled import Labelled, selection
@@ -46,6 +46,7 @@ class Judging:
     num_seeds: int = 1
     batch_size: int = 256
     num_workers: int = 0
+    crops: int = 1  # of an image whose features are averaged
     bank: str | Path | None = None  # the folder of features; None: that of the source's run
     out: str | Path | None = None  # folder of results
     command: str = ""
@@ -87,7 +88,8 @@ class Judging:
         kept = Bank(self.bank or bank_folder(source, sources))
         kinds = self.kinds(encoder) if callable(self.kinds) else None if is_pixels(source) else self.kinds
         reading = {"batch_size": self.batch_size, "num_workers": self.num_workers, "device": distributed.device()}
-        rows = [kept.rows(encoder, index, kinds, **reading) for index in self.indexes]
+        plan = crops_plan(encoder, self.crops)
+        rows = [kept.rows(encoder, index, kinds, plan=plan, **reading) for index in self.indexes]
         return [joined(*part) for part in zip(rows, self.labels, self.indexes, strict=True)]
 
     def results(self, source: str, sources: Sequence[str]) -> list[Result]:

@@ -25,6 +25,8 @@ COMMANDS = {
     "retrieve": ("retrieve", "whether the images nearest to one are of its class"),
     "segment": ("segment", "masks by a linear head and by nearest patches on a frozen encoder"),
     "multilabel": ("multilabel", "several findings an image, by heads on a frozen encoder"),
+    "svm": ("svm", "linear support vector machines on a frozen encoder"),
+    "ood": ("ood", "whether a frozen encoder tells images of other kinds from known classes"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),

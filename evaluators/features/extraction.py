@@ -23,7 +23,7 @@ Those of single places, see `dense`.
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ from prelude.pretrain.encoders import stage_maps
 from prelude.pretrain.images import images
 from prelude.pretrain.own_encoder import gives
 
+CROP_SCALE = (0.4, 1.0)  # of the image's area, where features of several crops are averaged
 FULL_FRAME_BELOW = 128  # pixels; from here on the classical "resize 256, crop 224"
 
 
@@ -64,6 +65,13 @@ def evaluation_plan(encoder) -> ViewPlan:
     size = encoder.config.size
     share = 1.0 if min(size) < FULL_FRAME_BELOW else 0.875
     return ViewPlan((View(size, crop="center", crop_share=share, flip=0.0),), tuple(encoder.mean), tuple(encoder.std))
+
+
+def crops_plan(encoder, count: int) -> ViewPlan:
+    """The evaluation's view and `count` - 1 crops of 40 to 100 % of the image, which a sample's place decides."""
+    plan = evaluation_plan(encoder)
+    crop = View(encoder.config.size, scale=CROP_SCALE)
+    return replace(plan, views=(*plan.views, *[crop] * (count - 1)))
 
 
 def default_kinds(model: nn.Module) -> tuple[str, ...]:
@@ -177,7 +185,8 @@ def encode(
 class Extractor:
     """An encoder on its device, ready to turn batches into features.
 
-    encoder: as `extract` takes it. plan: of the one view to look at; by default the evaluation's.
+    encoder: as `extract` takes it. plan: of the view to look at, by default the evaluation's; features of several views
+    are averaged.
     Raises UserError for a kind that the encoder does not have.
     """
 
@@ -195,6 +204,7 @@ class Extractor:
         self.plan = plan or evaluation_plan(encoder)
         self.recipe = {
             "view": asdict(self.plan.views[0]),
+            **({"crops": [asdict(view) for view in self.plan.views[1:]]} if len(self.plan.views) > 1 else {}),
             "mean": list(self.plan.mean),
             "std": list(self.plan.std),
             "precision": "bf16" if self.device.type == "cuda" else "fp32",
@@ -203,9 +213,10 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """(B, D) float32 on the device, by kind."""
-        (pixels,) = images(batch.to(self.device), self.plan)
+        views = images(batch.to(self.device), self.plan)
         with _autocast(self.device):
-            return pool(self.model, pixels, self.kinds)
+            found = [pool(self.model, pixels, self.kinds) for pixels in views]
+        return {kind: sum(one[kind] for one in found) / len(found) for kind in found[0]}
 
 
 class NothingReadable(UserError):
