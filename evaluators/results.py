@@ -38,6 +38,7 @@ TITLES = {
     "map": "mAP %",
     "auroc": "AUROC %",
     "r_precision": "R-precision %",
+    "fpr95": "FPR at 95 %",
     "miou": "mIoU %",
     "pixel_accuracy": "pixel accuracy %",
 }

@@ -3,7 +3,7 @@
 - Over all pixels of a test set together, as VOC, Cityscapes and ADE20K count them, and not by image.
 - The mean is over the classes that the test masks have. Pixels that are `IGNORED` count for nothing.
 - Intervals are bootstrapped over images: pixels of one image are no independent samples. The mean of a draw is over the
-  same classes, so that one which lacks a class is left out.
+  classes that its images have, as that of the test set is: rare classes are in few images, and most draws lack one.
 """
 
 from dataclasses import dataclass
@@ -47,10 +47,9 @@ class Overlap:
 
     def numbers(self, seed: int) -> dict[str, Percent]:
         """`miou` and `pixel_accuracy` in percent, with intervals at 95 %. seed: of the bootstrap."""
-        there = self.true.sum(0) > 0
         total = self.true.sum(1)
         statistics = {
-            "miou": lambda weights: self.iou(weights)[:, there].mean(1),
+            "miou": lambda weights: self.iou(weights).nanmean(1),
             "pixel_accuracy": lambda weights: (weights @ self.both.sum(1)) / (weights @ total),
         }
         found, one = {}, torch.ones(1, len(self.true), dtype=torch.float64)

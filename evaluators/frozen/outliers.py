@@ -8,8 +8,8 @@ train lacks. Scores are higher for what is further from the known.
   shrunk as in Ledoit & Wolf, 2004.
 - Nearest neighbour: the distance to the k-th nearest train image, features brought to length 1 (Sun et al.,
   "Out-of-Distribution Detection with Deep Nearest Neighbors", 2022).
-- Mixture: minus the log density of a mixture of several Gaussians a class, with one covariance for all. The centres of a
-  class are found by k-means from the seed, in the space that the covariance of the classes makes round; classes and
+- Mixture: minus the log density of a mixture of several Gaussians a class, with one covariance for all. The centres of
+  a class are found by k-means from the seed, in the space that the covariance of the classes makes round; classes and
   centres weigh what they hold. With one centre it is the Mahalanobis distance to all classes at once.
 - AUROC, and the share of others that pass for known where 95 % of the known pass (FPR at 95 %; less is better).
 - Other images are never learned from, so nothing can be chosen: the first kind of feature is the headline.
@@ -46,8 +46,8 @@ def outliers(
     k: int = K,
     components: int = COMPONENTS,
 ) -> Outcome:
-    """AUROC and FPR at 95 % of one score (`SCORES`). unknown: classes that are taken out of train, so that those of test
-    are others.
+    """AUROC and FPR at 95 % of one score (`SCORES`). unknown: classes that are taken out of train, so that those of
+    test are others.
 
     seed: of k-means and the bootstrap. Raises UserError where train has no class left, or test nothing known, or no
     others.
@@ -117,9 +117,9 @@ def fit_mixture(train: Features, components: int, seed: int, device) -> tuple[Te
         count = int(of_class.max()) + 1
         centres.append(torch.stack([values[rows[of_class == c]].mean(0) for c in range(count)]))
     centres = torch.cat(centres)
-    weights = torch.bincount(nearest, minlength=len(centres)) / len(values)
+    weights = torch.bincount(nearest, minlength=len(centres)).double() / len(values)
     whiten, log_det = _rounding(values - centres[nearest])
-    return centres, weights.double(), whiten, log_det
+    return centres, weights, whiten, log_det
 
 
 def k_means(values: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -113,7 +113,7 @@ def ranked(
         if gallery.groups is not None:
             out |= queried.groups[some][:, None] == gallery.groups[rows]
         has = (relevant & ~out).any(1)
-        order = cosines.masked_fill(out, -torch.inf)[has].argsort(1, descending=True, stable=True)
+        order = cosines.masked_fill(out, -torch.inf)[has].argsort(dim=1, descending=True, stable=True)
         for name, values in _numbers((relevant & ~out)[has].gather(1, order), ks).items():
             found.setdefault(name, []).append(values)
         kept.append(some[has])

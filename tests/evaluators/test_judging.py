@@ -151,6 +151,7 @@ def test_testing_on_the_training_shards_is_told(shapes):
         ("fewshot", "fewshot", ["--per-class", "2", "--draws", "2"]),
         ("anomaly", "anomaly", ["--normal", "3"]),
         ("retrieve", "retrieval", ["--k", "1", "20"]),
+        ("svm", "svm", ["--c", "1", "10", "--crops", "3"]),
     ],
 )
 def test_the_doors(command, evaluator, settings, shapes, tmp_path, capsys):

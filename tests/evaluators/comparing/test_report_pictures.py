@@ -140,7 +140,7 @@ def shards(tmp_path_factory):
 def test_the_sheet_shows_each_query_beside_its_neighbours_framed_by_their_class(shards):
     encoder = opened(vit())
     train, test = (extract(encoder, index, batch_size=20)["mean"] for index in shards)
-    near_sheet, looked_at, alike = pictures_of(encoder, shards, train, test, seed=1)
+    near_sheet, looked_at, correspond = pictures_of(encoder, shards, train, test, seed=1)
     rows = pictures.spread_over_classes(test.labels, pictures.NUM_IMAGES, 1)
     near = brute_force(train.values, test.values[rows], pictures.NUM_NEIGHBOURS)
     images = pictures.read(encoder, shards[0], train.sample_ids)  # (N, 3, 16, 16)
@@ -159,8 +159,8 @@ def test_the_sheet_shows_each_query_beside_its_neighbours_framed_by_their_class(
     assert f"({same} of {pictures.NUM_IMAGES * pictures.NUM_NEIGHBOURS})" in near_sheet.caption
     assert 0 < same < 36 and looked_at.title == "Where it looks"
     assert Image.open(io.BytesIO(looked_at.png)).size == (SIDE * 6, 2 * SIDE - pictures.GAP)
-    assert alike.title == "What it takes for alike" and "4 x 4 places" in alike.caption
-    assert Image.open(io.BytesIO(alike.png)).size == (SIDE * 6, 3 * (pictures.TILE + pictures.GAP) + pictures.GAP)
+    assert correspond.title == "What it takes for alike" and "4 x 4 places" in correspond.caption
+    assert Image.open(io.BytesIO(correspond.png)).size == (SIDE * 6, 3 * (pictures.TILE + pictures.GAP) + pictures.GAP)
 
 
 def test_raw_pixels_have_neighbours_and_no_map(shards):

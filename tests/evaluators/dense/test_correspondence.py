@@ -117,4 +117,4 @@ def test_mistakes_are_told_in_a_sentence(words, told, shards, tmp_path, capsys, 
     argv += [] if "--to" in words else ["--to", "maps.png"]
     assert door(lambda: prelude.main([*argv, *words])) == 2
     error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error and not list(tmp_path.iterdir())
+    assert told in error and "Traceback" not in error and not list(tmp_path.glob("*.png"))

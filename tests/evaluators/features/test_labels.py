@@ -71,7 +71,7 @@ def test_ways_to_write_findings(tmp_path, content, expected):
 def test_groups_are_numbered_alike_in_train_and_test_and_who_has_none_is_alone(tmp_path):
     contents = [{"patient": "x"}, {"patient": 7}, {}, {"patient": "x"}], [{"patient": "7"}, {"patient": "y"}, None]
     indexes = [
-        shard(tmp_path / f"{i}.tar", [c and json.dumps(c).encode() if c is not None else None for c in part], "json")
+        shard(tmp_path / f"{i}.tar", [None if c is None else json.dumps(c).encode() for c in part], "json")
         for i, part in enumerate(contents)
     ]
     train, test = (groups.tolist() for groups in group_numbers(indexes, "json:patient"))
