@@ -43,7 +43,7 @@ def write_shards(
     Nothing is written when the same data set is already there; another one of the same split is replaced.
     Raises UserError for an unknown split, or a count, seed or size that cannot be drawn.
     """
-    _check(split, num_samples, seed, image_size, samples_per_shard)
+    check(split, num_samples, seed, image_size, samples_per_shard)
     folder = Path(folder)
     record = folder / f"{split}.json"  # written last: where it agrees with the shards, they are complete
     starts = range(0, num_samples, samples_per_shard)
@@ -57,8 +57,8 @@ def write_shards(
     for stale in set(folder.glob(f"{split}-*.tar")) - set(shards):
         stale.unlink(missing_ok=True)
     for shard, start in zip(shards, starts, strict=True):
-        _replace(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, image_size))
-    _replace(record, json.dumps({**wanted, "sizes": _sizes(shards)}).encode())
+        replace_whole(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, image_size))
+    replace_whole(record, json.dumps({**wanted, "sizes": _sizes(shards)}).encode())
     return shards
 
 
@@ -73,7 +73,7 @@ def paint_with_masks(
     """The same, and the masks (N, H, W) uint8, places in `MASKED`."""
     indices = np.asarray(indices, dtype=np.int64)
     labels = indices % len(CLASSES)
-    draws = _Draws(seed, SPLITS.index(split), indices)
+    draws = Draws(seed, SPLITS.index(split), indices)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
     x, y = np.broadcast_arrays(axis[None, None, :], axis[None, :, None])  # (1, H, W), in image widths from the centre
 
@@ -111,7 +111,7 @@ def _mask(covers: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
     return np.take_along_axis(numbers[:, :, None, None], shown[None], 0)[0].astype(np.uint8)
 
 
-def _pattern(draws: "_Draws", labels: np.ndarray, x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
+def _pattern(draws: "Draws", labels: np.ndarray, x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
     """The cloth of each sample's class, (N, H, W) from -1 to 1, up to 20 degrees off the upright."""
     turn, period = draws.between(-0.35, 0.35), draws.between(0.19, 0.28)
     along, across = _column(np.cos(turn) / period), _column(np.sin(turn) / period)
@@ -174,7 +174,7 @@ def _polygon(draws, corners, x, y, reach, sizes, image_size) -> np.ndarray:
     return np.clip(0.5 + (_column(apothem) - np.hypot(dx, dy) * np.cos(angle)) * image_size, 0, 1)
 
 
-def _bar(draws: "_Draws", x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
+def _bar(draws: "Draws", x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
     """A bar right across two pictures in five, (N, H, W) in [0, 1]."""
     turn, offset = draws.between(0, np.pi), draws.between(-0.3, 0.3)
     half_width = np.where(draws.between(0, 1) < 0.4, draws.between(0.03, 0.06), -1.0)
@@ -182,7 +182,7 @@ def _bar(draws: "_Draws", x: np.ndarray, y: np.ndarray, image_size: int) -> np.n
     return np.clip(0.5 + (_column(half_width) - distance) * image_size, 0, 1)
 
 
-def _light(draws: "_Draws", x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
+def _light(draws: "Draws", x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
     """A slope of brightness, (N, H, W)."""
     return _column(draws.between(-strength, strength)) * x + _column(draws.between(-strength, strength)) * y
 
@@ -196,7 +196,7 @@ def _column(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32)[:, None, None]
 
 
-class _Draws:
+class Draws:
     """Uniform draws for N samples: draw number k of a sample is a hash of (seed, split, index, k)."""
 
     def __init__(self, seed: int, split: int, indices: np.ndarray):
@@ -231,7 +231,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _check(split: str, num_samples: int, seed: int, image_size: int, samples_per_shard: int) -> None:
+def check(split: str, num_samples: int, seed: int, image_size: int, samples_per_shard: int) -> None:
     if split not in SPLITS:
         raise UserError(f"The shapes have no split {split!r}; write one of: {', '.join(SPLITS)}.")
     for name, value, least in (
@@ -259,7 +259,7 @@ def _shard(split: str, start: int, stop: int, seed: int, image_size: int) -> byt
     return out.getvalue()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_whole(path: Path, content: bytes) -> None:
     """Through a file of this process's own, so that ranks that write at the same time do not meet."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)

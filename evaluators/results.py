@@ -39,6 +39,8 @@ TITLES = {
     "auroc": "AUROC %",
     "r_precision": "R-precision %",
     "fpr95": "FPR at 95 %",
+    "pixel_auroc": "pixel AUROC %",
+    "image_auroc": "image AUROC %",
     "miou": "mIoU %",
     "pixel_accuracy": "pixel accuracy %",
 }

@@ -1,7 +1,7 @@
-"""Pictures of what encoders take for alike within images, and of where they look.
+"""Pictures of what encoders take for alike, and of where they look.
 
     prelude maps runs/mae random:runs/mae --images test-0.tar --to maps.png
-    prelude maps runs/mae --images photos/ --of cat dog --point 0.4,0.6 --to maps.png
+    prelude maps runs/mae --images pets/ --of cat dog --point 0.4,0.6 --to a.png
 
 For each encoder a row of the principal components of its places as colours, one
 of the similarity to the framed place of the first image, and one of its

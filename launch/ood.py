@@ -1,4 +1,4 @@
-"""Whether a frozen encoder tells images of other kinds from those of known classes.
+"""Are images of other kinds told from known classes by frozen encoders?
 
     prelude ood runs/mae random:runs/mae pixels \\
         --train 'train-{0..9}.tar' --test test-0.tar --others 'other-*.tar'

@@ -28,6 +28,7 @@ COMMANDS = {
     "svm": ("svm", "linear support vector machines on a frozen encoder"),
     "ood": ("ood", "images of other kinds than the classes, by a frozen encoder"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
+    "defects": ("defects", "where images depart from normal ones, by a frozen encoder"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),
     "neighbours": ("neighbours", "the images nearest to given ones by their features"),

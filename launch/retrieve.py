@@ -1,4 +1,4 @@
-"""Retrieval by frozen encoders: whether the images nearest to one are of its class.
+"""Retrieval by frozen encoders: are the images nearest to one of its class?
 
     prelude retrieve runs/mae random:runs/mae pixels \\
         --train 'train-{0..9}.tar' --test test-0.tar

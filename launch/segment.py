@@ -1,12 +1,13 @@
-"""Semantic segmentation by frozen encoders: a linear head, and the nearest patches.
+"""Segmentation by frozen encoders: a linear head, and the nearest patches.
 
     prelude segment runs/mae random:runs/mae pixels \\
         --train 'train-{0..9}.tar' --test test-0.tar
     prelude segment runs/mae --label mask.png --ignore 0 --features tokens4
 
-Masks are members beside the images, such as a .png beside a .jpg: a class number
-for each pixel, 255 for what counts for nothing. Several sources give one table;
-each result is also written as JSON. docs/evaluators.md says how it is measured.
+Masks are members beside the images, such as a .png beside a .jpg: a class
+number for each pixel, 255 for what counts for nothing. Several sources give one
+table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
 """
 
 if __name__ == "__main__" and not __package__:

@@ -1,4 +1,4 @@
-"""Linear support vector machines on frozen encoders, features of several crops averaged.
+"""Linear support vector machines on frozen encoders.
 
     prelude svm runs/mae random:runs/mae pixels \\
         --train 'train-{0..9}.tar' --test test-0.tar

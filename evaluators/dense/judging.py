@@ -7,7 +7,7 @@ from functools import cached_property
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.dense.masks import mask_labels, masks_of
+from prelude.evaluators.dense.masks import every_sample, mask_labels, masks_of
 from prelude.evaluators.dense.places import Places
 from prelude.evaluators.features.bank import Bank
 from prelude.evaluators.features.dense import (
@@ -31,6 +31,7 @@ class DenseJudging(Judging):
     them, at its size."""
 
     ignored: Sequence[int] = ()  # classes of the masks that count for nothing
+    of_defects: bool = False  # masks say where a defect is, and images without one have none
 
     @cached_property
     def indexes(self) -> list[ShardIndex]:
@@ -38,7 +39,7 @@ class DenseJudging(Judging):
 
     @cached_property
     def labels(self) -> list[Labels]:
-        return [mask_labels(index) for index in self.indexes]
+        return [every_sample(index) if self.of_defects else mask_labels(index) for index in self.indexes]
 
     def opened(self, source: str, sources: Sequence[str], seed: int) -> OpenedEncoder:
         if not is_pixels(source):
@@ -55,7 +56,7 @@ class DenseJudging(Judging):
         for index, labels in zip(self.indexes, self.labels, strict=True):
             part = joined(kept.rows(encoder, index, kinds, plan=plan, **reading), labels, index)
             ids = next(iter(part.values())).sample_ids
-            masks, unreadable = masks_of(index, ids, plan.views[0], self.ignored, channels)
+            masks, unreadable = masks_of(index, ids, plan.views[0], self.ignored, channels, self.of_defects)
             if unreadable:
                 self.say(
                     f"{unreadable} masks of {index.paths[0]} and the rest could not be read and count for nothing."

@@ -39,12 +39,23 @@ def mask_labels(index: ShardIndex) -> Labels:
     return Labels(torch.zeros(index.num_samples, dtype=torch.uint8), known)
 
 
+def every_sample(index: ShardIndex) -> Labels:
+    """For masks of defects, which images without one do not have."""
+    return Labels(torch.zeros(index.num_samples, dtype=torch.uint8), torch.ones(index.num_samples, dtype=torch.bool))
+
+
 def masks_of(
-    index: ShardIndex, sample_ids: Tensor, view: View, ignored: Collection[int] = (), channels: int = 3
+    index: ShardIndex,
+    sample_ids: Tensor,
+    view: View,
+    ignored: Collection[int] = (),
+    channels: int = 3,
+    of_defects: bool = False,
 ) -> tuple[Tensor, int]:
     """(n, H, W) uint8 as the view shows the images, and how many could not be read, which are `IGNORED` all over.
 
-    ignored: class numbers that count for nothing. Raises UserError for masks that are none, that have another size than
+    ignored: class numbers that count for nothing. of_defects: a mask is 1 wherever it is not 0, and an image without
+    one is 0 all over. Raises UserError for masks that are none, that have another size than
     their images, or classes above 254.
     """
     ids = sample_ids.tolist()
@@ -52,6 +63,9 @@ def masks_of(
     found = torch.full((len(ids), *view.size), IGNORED, dtype=torch.uint8)
     unreadable = 0
     for row, content in enumerate(label_members(index, ids)):
+        if content is None and of_defects:
+            found[row] = 0
+            continue
         try:
             mask = read_mask(content, index.max_pixels) if content is not None else None
         except BadImage:
@@ -60,6 +74,9 @@ def masks_of(
             unreadable += 1
             continue
         seen = _as_seen(mask, view)
+        if of_defects:
+            found[row] = torch.from_numpy(seen != 0)
+            continue
         if seen.max() > IGNORED or seen.min() < 0:
             raise UserError(
                 f"The .{index.label} member of sample {index.key(ids[row])} holds class {seen.max()}; write masks with "

@@ -41,7 +41,7 @@ def test_ten_consecutive_samples_hold_each_class_once():
 
 def test_every_class_has_a_pattern_of_its_own():
     """The same draws under each label: a class whose pattern was another's would give the same picture."""
-    draws = [shapes._Draws(0, 0, np.array([5])) for _ in CLASSES]
+    draws = [shapes.Draws(0, 0, np.array([5])) for _ in CLASSES]
     axis = np.linspace(-0.5, 0.5, 32, dtype=np.float32)
     x, y = np.broadcast_arrays(axis[None, None, :], axis[None, :, None])
     cloths = [shapes._pattern(d, np.array([label]), x, y, 32)[0] for label, d in enumerate(draws)]
