@@ -2,8 +2,8 @@
 
 - Gaussian: at each place of each level (kind of dense feature) a multivariate Gaussian of normal train images, its
   covariance shrunk as in Ledoit & Wolf, 2004. The score is the Mahalanobis distance; maps of several levels are
-  enlarged bilinearly, added, and smoothed. PaDiM (Defard et al., 2020) with the shrinkage and the sum over levels of MVG
-  (Rippel et al., 2020). Where a level has more than `WIDTH` features, the seed draws as many of them, as PaDiM does.
+  enlarged bilinearly, added, and smoothed. PaDiM (Defard et al., 2020) with the shrinkage and the sum over levels of
+  MVG (Rippel et al., 2020). Of a level with more than `WIDTH` features the seed draws as many, as PaDiM does.
 - Reconstruction: the squared error, in pixels, of a masked autoencoder on the patches that it does not see, the mean
   over many masks. It needs no normal images beside those of pretraining.
 - Pixel AUROC: over all pixels of all test images together. Image AUROC: images with a defect against those without, by
@@ -156,7 +156,7 @@ def _binned_auc(maps: Tensor, masks: Tensor) -> Callable[[Tensor], Tensor]:
     """Weights of images (B, N) to (B,): of pixels whose scores are told apart in `BINS` steps of equal frequency."""
     counted = masks != IGNORED
     values = maps[counted]
-    edges = values.sort().values[:: max(len(values) // BINS, 1)]
+    edges = values.sort().values[:: max(len(values) // BINS, 1)].contiguous()
     bins = torch.bucketize(maps, edges)
     image = torch.arange(len(maps))[:, None, None].expand_as(masks)
     size = len(edges) + 1

@@ -76,12 +76,12 @@ def shapes(tmp_path_factory):
 
 
 def test_the_door(shapes, tmp_path, capsys):
-    sources = ["random:timm:test_vit.r160_in1k", "random:timm:test_resnet.r160_in1k", "pixels"]
+    sources = ["random:timm:test_vit.r160_in1k", "random:timm:test_resnet.r160_in1k", "pixels:16"]
     assert prelude.main(["segment", *sources, *shapes, "--out", str(tmp_path), "--ignore", "11", "12"]) == 0
     found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert sorted({(one["evaluator"], one["chosen"]["features"]) for one in found}) == [
-        ("segment_knn", "map"), ("segment_knn", "patches10x10"), ("segment_knn", "tokens"),
-        ("segment_linear", "map"), ("segment_linear", "patches10x10"), ("segment_linear", "tokens"),
+        ("segment_knn", "map"), ("segment_knn", "patches8x8"), ("segment_knn", "tokens"),
+        ("segment_linear", "map"), ("segment_linear", "patches8x8"), ("segment_linear", "tokens"),
     ]  # fmt: skip
     one = found[0]
     assert one["features"]["view"]["crop_share"] == 1 and one["data"]["label"] == "png"
