@@ -49,7 +49,7 @@ class DefectJudging(DenseJudging):
 
     def picture(self) -> bytes | None:
         """A PNG of all sources' maps; None where none were asked for, and on all ranks but the first."""
-        return to_png(sheet(self.blocks)) if self.blocks else None
+        return to_png(sheet(self.blocks, shared=2)) if self.blocks else None
 
     def _rows(self, places, plan: ViewPlan, found: dict[str, Tensor]) -> list[tuple[str, list[Image.Image]]]:
         """(what it is, tiles) of the first images that have a defect."""

@@ -104,14 +104,15 @@ def rows_of(pixels: Tensor, plan: ViewPlan, seen: Seen, *, with_attention: bool)
     return found
 
 
-def sheet(blocks: Sequence[tuple[str, list[tuple[str, list[Image.Image]]]]]) -> Image.Image:
-    """A page with a block for each encoder: its name, and its rows with what they are. The images stand once, above."""
+def sheet(blocks: Sequence[tuple[str, list[tuple[str, list[Image.Image]]]]], shared: int = 1) -> Image.Image:
+    """A page with a block for each encoder: its name, and its rows with what they are. The first `shared` rows, which
+    all have alike, stand once, above."""
     font = ImageFont.load_default(12)
     labels = max(font.getlength(what) for _, rows in blocks for what, _ in rows)
     left, columns = round(labels) + 3 * GAP, len(blocks[0][1][0][1])
-    lines = [("", *blocks[0][1][0])]
+    lines = [("", *row) for row in blocks[0][1][:shared]]
     for name, rows in blocks:
-        lines += [(name if number == 0 else "", what, tiles) for number, (what, tiles) in enumerate(rows[1:])]
+        lines += [(name if number == 0 else "", what, tiles) for number, (what, tiles) in enumerate(rows[shared:])]
     height = GAP + sum(TILE + GAP + (LINE + GAP if name else 0) for name, _, _ in lines)
     names = max(font.getlength(name) for name, _, _ in lines) + 2 * GAP
     page = Image.new("RGB", (max(left + columns * (TILE + GAP) + GAP, round(names)), height), PAPER)

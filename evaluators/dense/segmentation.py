@@ -20,7 +20,8 @@ from prelude.evaluators.defaults import TEMPERATURE, K
 from prelude.evaluators.dense.masks import IGNORED
 from prelude.evaluators.dense.overlap import Overlap
 from prelude.evaluators.dense.places import Places, predicted, shares
-from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, ShareLoss, Space
+from prelude.evaluators.dense.share_loss import ShareLoss
+from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, Space
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
 from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings
 from prelude.evaluators.results import Outcome

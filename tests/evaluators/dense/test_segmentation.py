@@ -15,7 +15,8 @@ from prelude.evaluators.dense import segmentation
 from prelude.evaluators.dense.overlap import Overlap
 from prelude.evaluators.dense.places import predicted, shares
 from prelude.evaluators.dense.segmentation import Classes, segment_knn, segment_linear
-from prelude.evaluators.frozen.convex import ShareLoss, Space
+from prelude.evaluators.dense.share_loss import ShareLoss
+from prelude.evaluators.frozen.convex import Space
 
 
 def shares_by_hand(masks, grid, num_classes):
