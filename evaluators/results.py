@@ -38,6 +38,7 @@ TITLES = {
     "map": "mAP %",
     "auroc": "AUROC %",
     "r_precision": "R-precision %",
+    "incremental": "incremental %",
     "fpr95": "FPR at 95 %",
     "pixel_auroc": "pixel AUROC %",
     "image_auroc": "image AUROC %",

@@ -147,7 +147,7 @@ def test_testing_on_the_training_shards_is_told(shapes):
         ("knn", "knn", ["--k", "5", "20"]),
         ("probe", "linear_probe", ["--norm", "batch", "none"]),
         ("probe", "linear_probe_barlow_twins", ["--protocol", "barlow_twins", "--epochs", "1", "--global-batch", "60"]),
-        ("ncm", "ncm", []),
+        ("ncm", "ncm", ["--tasks", "3"]),
         ("fewshot", "fewshot", ["--per-class", "2", "--draws", "2"]),
         ("anomaly", "anomaly", ["--normal", "3"]),
         ("retrieve", "retrieval", ["--k", "1", "20"]),
