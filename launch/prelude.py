@@ -29,6 +29,7 @@ COMMANDS = {
     "ood": ("ood", "images of other kinds than the classes, by a frozen encoder"),
     "anomaly": ("anomaly", "anomaly detection by a frozen encoder"),
     "defects": ("defects", "where images depart from normal ones, by a frozen encoder"),
+    "shape": ("shape", "whether a frozen encoder minds its tiles in another order"),
     "bank": ("bank", "see or remove the frozen features that evaluations keep"),
     "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),
     "neighbours": ("neighbours", "the images nearest to given ones by their features"),
