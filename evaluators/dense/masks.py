@@ -29,7 +29,8 @@ _ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
 def mask_labels(index: ShardIndex) -> Labels:
-    """Which samples have a mask. Raises UserError where none has, or the first ones cannot be one."""
+    """Which samples have a mask. Raises UserError where none has, and where it is the image itself."""
+    _refuse_images(index)
     known = torch.from_numpy(index.labels[:, 0] >= 0)
     if not known.any():
         raise UserError(
@@ -40,7 +41,8 @@ def mask_labels(index: ShardIndex) -> Labels:
 
 
 def every_sample(index: ShardIndex) -> Labels:
-    """For masks of defects, which images without one do not have."""
+    """For masks of defects, which images without one do not have. Raises UserError where it is the image itself."""
+    _refuse_images(index)
     return Labels(torch.zeros(index.num_samples, dtype=torch.uint8), torch.ones(index.num_samples, dtype=torch.bool))
 
 
@@ -113,6 +115,14 @@ def _as_seen(mask: np.ndarray, view: View) -> np.ndarray:
         for first, side, count in ((top, height, view.size[0]), (left, width, view.size[1]))
     )
     return mask[rows[:, None], columns]
+
+
+def _refuse_images(index: ShardIndex) -> None:
+    if (index.labels[:, 0] == index.images[:, 0]).any():
+        raise UserError(
+            f"The .{index.label} members of {index.paths[0]} and the rest are the images themselves; write --label "
+            f"with the extension of the masks, such as mask.{index.label}, or --image with that of the images."
+        )
 
 
 def _check_sizes(index: ShardIndex, ids: Sequence[int], channels: int) -> None:

@@ -1,6 +1,7 @@
 """Images whose global shape is gone and whose local texture is not: tiles of a grid, permuted.
 
-- A grid of k x k tiles is permuted at random, no tile staying where it was, so that every part lies elsewhere.
+- A grid of k x k tiles is permuted at random, twice. A tile lies in three different places in the image and its two
+  disruptions: no two of them have a tile in common, which alone would make them alike.
 - Seams are blended: near them the image is a blurred copy of itself. The image as it was is blended along the same
   grid, so that the blur itself tells nothing apart.
 """
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from prelude.pretrain.draws import random_bits
 
-STREAM = 211  # of pretrain.draws; the next ones are those of further permutations
+STREAM = 211  # of pretrain.draws
 SEAM = 0.06  # of a tile's side: how far the blur reaches
 
 
@@ -20,14 +21,16 @@ def triplets(images: Tensor, seeds: Tensor, tiles: int) -> tuple[Tensor, Tensor,
 
     seeds: (B,), which decide the permutations.
     """
-    first, second = (permuted(images, derangement(seeds, tiles * tiles, STREAM + i), tiles) for i in range(2))
+    first, second = (permuted(images, order, tiles) for order in derangements(seeds, tiles * tiles))
     return tuple(blended(one, tiles) for one in (images, first, second))
 
 
-def derangement(seeds: Tensor, count: int, stream: int) -> Tensor:
-    """(B, count) permutations without a fixed point: the places of a random order, each taking the next one's tile."""
-    order = random_bits(seeds, count, stream).argsort(1)
-    return torch.empty_like(order).scatter_(1, order, order.roll(1, 1))
+def derangements(seeds: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Two (B, count) permutations without a fixed point, which differ everywhere: along a random cycle of the places,
+    each takes the tile of the one before, or of the one after. count: 3 or more."""
+    cycle = random_bits(seeds, count, STREAM).argsort(1)
+    first, second = (torch.empty_like(cycle).scatter_(1, cycle, cycle.roll(by, 1)) for by in (1, -1))
+    return first, second
 
 
 def permuted(images: Tensor, order: Tensor, tiles: int) -> Tensor:

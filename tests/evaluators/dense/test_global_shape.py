@@ -8,7 +8,7 @@ import torch
 from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
 from prelude.evaluators.dense.global_shape import global_shape, odd_one_out
-from prelude.evaluators.features.disrupted import blended, derangement, permuted, triplets
+from prelude.evaluators.features.disrupted import blended, derangements, permuted, triplets
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
 
@@ -28,9 +28,10 @@ def test_what_sees_no_difference_is_never_right():
 
 def test_every_tile_moves_and_none_is_lost():
     images, seeds = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12), torch.tensor([3, 4])
-    order = derangement(seeds, 16, 211)
-    assert all(sorted(row) == list(range(16)) for row in order.tolist())
-    assert (order != torch.arange(16)).all() and not torch.equal(order[0], order[1])
+    order, other = derangements(seeds, 16)
+    assert all(sorted(row) == list(range(16)) for row in (*order.tolist(), *other.tolist()))
+    assert (order != torch.arange(16)).all() and (other != torch.arange(16)).all() and (order != other).all()
+    assert not torch.equal(order[0], order[1])
     moved = permuted(images, order, 4)
     for place in range(16):
         (row, column), (of_row, of_column) = divmod(place, 4), divmod(order[0, place].item(), 4)
@@ -54,15 +55,20 @@ def test_features_of_the_whole_are_right_and_features_of_texture_are_at_chance()
     noise = torch.randn(200, 1, 16, 16, generator=generator)
 
     def features(images):
-        like = (images[:, 0] * template).mean((1, 2))
-        return {"whole": torch.stack([like, 0.3 - like], 1), "texture": images.flatten(1).sort(1).values}
+        like = ((images[:, 0] * template).mean((1, 2)) > 0.3).float()
+        return {
+            "whole": torch.stack([like, 1 - like], 1),
+            "texture": images.flatten(1).sort(1).values,
+            "pixels": images.flatten(1),
+        }
 
     batches = [(shaped[:40], torch.arange(40)), (shaped[40:], torch.arange(40, 60))]
     outcome = global_shape(batches, features, tiles=(2, 4))
     assert outcome.details["num_images"] == 60 and outcome.chosen == {"features": "whole"}
     assert {tiles: number.value for tiles, number in outcome.numbers.items()} == {"2 x 2": 100, "4 x 4": 100}
-    outcome = global_shape([(noise, torch.arange(200))], features, tiles=(2,))
-    assert 22 < outcome.by_kind["texture"]["2 x 2"].value < 45
+    outcome = global_shape([(noise, torch.arange(200))], features, tiles=(4,))
+    for kind in ("texture", "pixels"):
+        assert 22 < outcome.by_kind[kind]["4 x 4"].value < 45
 
 
 @pytest.mark.parametrize("count", [3, 16])

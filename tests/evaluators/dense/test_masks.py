@@ -11,7 +11,7 @@ from prelude.data.batch import View
 from prelude.data.errors import UserError
 from prelude.data.shapes import MASKED, paint_with_masks, write_shards
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.dense.masks import mask_labels, masks_of
+from prelude.evaluators.dense.masks import every_sample, mask_labels, masks_of
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
 
@@ -63,6 +63,10 @@ def test_what_is_no_mask_is_refused(masked_shard, png, numbers):
         index = ShardIndex(masked_shard(name, [png(mask)] * 3), "png")
         with pytest.raises(UserError, match=told):
             masks_of(index, torch.arange(3), VIEW)
+    index = ShardIndex(masked_shard("itself", [png(numbers)]), "jpg")
+    for labels_of in (mask_labels, every_sample):
+        with pytest.raises(UserError, match="the images themselves; write --label .* mask.jpg"):
+            labels_of(index)
     with pytest.raises(UserError, match="has a .mask.png member"):
         mask_labels(ShardIndex(masked_shard("none", [png(numbers)]), "mask.png"))
 
