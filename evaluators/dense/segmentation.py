@@ -26,7 +26,7 @@ from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
 from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings
 from prelude.evaluators.results import Outcome
 
-WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CHOOSE_ON, HELD_IMAGES = 50_000, 200  # patches that decays are compared on, and images that compare them, at most
 NUM_PATCHES = 20_000
 
