@@ -26,6 +26,7 @@ import numpy as np
 
 from prelude.data import index_file, remote_index
 from prelude.data.errors import RunStopped, UserError
+from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
 from prelude.data.index_file import Entry
 from prelude.data.locks import alone
@@ -73,9 +74,9 @@ def load_all(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
     if any(isinstance(path, ImageFolder) for path in paths):
         return _with_folders(paths, label, images)
     states = _states(paths)
-    about = [[state, *([image] if image else [])] for state, image in zip(states, images, strict=True)]
     of_paths = _hash([CACHE_VERSION, [state[0] for state in states], list(images)])[:16]
-    sought = _Sought(paths, states, images, label, f"{of_paths}-{_hash([CACHE_VERSION, about])}")
+    of_states = _hash([CACHE_VERSION, states, list(images), label == ARRAY_EXTENSION])
+    sought = _Sought(paths, states, images, label, f"{of_paths}-{of_states}")
     try:
         kept = _opened(sought) or called(lambda: _made(sought), f"the index of {paths[0]} and the rest")
     except OSError as error:
@@ -149,7 +150,7 @@ def _states(paths: Sequence[str]) -> list[list]:
     return [state for found in in_threads(of_some, begins, lambda begin: paths[begin]) for state in found]
 
 
-def _opened(sought: _Sought) -> Kept | None:
+def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
     """None where it is not there yet, or spoilt."""
     try:
         images = Mapped(sought.path())
@@ -158,7 +159,7 @@ def _opened(sought: _Sought) -> Kept | None:
             for count, content, ended, problems, sha256 in images.about
         ]
         labels, contents = np.empty((0, 2), np.int64), [index_file.no_labels(0)] * len(shards)
-        if sought.label:
+        if sought.label and labels_too:
             labels = Mapped(sought.path(sought.label), images)
             contents = list(labels.about)
         if len(images) != sum(shard.count for shard in shards) or not len(shards) == len(contents) == len(sought.paths):
@@ -178,7 +179,7 @@ def _made(sought: _Sought) -> Kept:
         if kept is not None:
             return kept
         _know_each(sought, going_on)
-        if _opened(sought._replace(label="")) is None:
+        if _opened(sought, labels_too=False) is None:
             _write_images(sought, going_on)
         if sought.label:
             _write_labels(sought, going_on)
@@ -207,7 +208,8 @@ def _write_images(sought: _Sought, going_on: Callable[[], None]) -> None:
         about.clear()
         for shard in sought.shards():
             entry = _entry(shard)
-            found = entry.indexes[""]
+            # Where arrays are the labels, they are not the images of a shard that has no others.
+            found = entry.indexes[""] if sought.label != ARRAY_EXTENSION else _labelled(shard, sought.label)
             about.append(Shard(len(found.images), found.content, found.ended, found.problems, entry.sha256))
             going_on()
             yield found.images
@@ -247,8 +249,8 @@ def _labelled(shard: tuple, label: str) -> TarIndex:
     """With the places of a label."""
     path, _, image = shard
     entry = _entry(shard)
-    unknown = label not in entry.indexes and ("." in label or len(entry.indexes) > MOST_LABELS)
-    return index_tar(path, label, image) if unknown else entry.index(label)
+    told = label in entry.indexes or not ("." in label or label == ARRAY_EXTENSION or len(entry.indexes) > MOST_LABELS)
+    return entry.index(label) if told else index_tar(path, label, image)
 
 
 def _entry(shard: tuple) -> Entry:
