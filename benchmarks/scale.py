@@ -140,7 +140,8 @@ def counted() -> Iterator[list[tuple[str, str, int]]]:
     """(kind of message, who asked for it, bytes of its tensors on this rank)."""
     from torch._C._distributed_c10d import ProcessGroup
 
-    found, original = [], {name: getattr(ProcessGroup, name) for name in _OPS if hasattr(ProcessGroup, name)}
+    # As they lie in the class: what getattr gives would not be bound to a group again.
+    found, original = [], {name: vars(ProcessGroup)[name] for name in _OPS if name in vars(ProcessGroup)}
 
     def watching(name: str, call):
         def counts(group, *arguments, **named):
@@ -149,8 +150,8 @@ def counted() -> Iterator[list[tuple[str, str, int]]]:
 
         return counts
 
-    for name, call in original.items():
-        setattr(ProcessGroup, name, watching(name, call))
+    for name in original:
+        setattr(ProcessGroup, name, watching(name, getattr(ProcessGroup, name)))
     try:
         yield found
     finally:

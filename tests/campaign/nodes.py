@@ -83,6 +83,12 @@ class Nodes:
         else:
             os.killpg(process.pid, signal.SIGKILL)
 
+    def in_short(self, command: list[str]) -> str:
+        words = " ".join(command)
+        for folder, short in ((ROOT, ""), (BIN, ""), (self.folder, "FOLDER/")):
+            words = words.replace(f"{folder}/", short)
+        return words
+
     def say(self, words: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s  {words}", flush=True)
 
@@ -174,7 +180,7 @@ def drill(nodes: Nodes, launcher: str, how: str, compare: bool) -> list[str]:
             return [f"the undisturbed run ended with {codes}"]
     both = launchers(launcher, nodes, recipe, "run")
     for node, command in enumerate(both):
-        nodes.say(f"node {node}: {' '.join(command).replace(f'{ROOT}/', '').replace(f'{BIN}/', '')}")
+        nodes.say(f"node {node}: {nodes.in_short(command)}")
     first, second = (nodes.start(node, both[node], f"run.node{node}") for node in (0, 1))
     until = time.monotonic() + 240
     while len(metrics(folder, "run")) < CUT_AT:
@@ -192,9 +198,9 @@ def drill(nodes: Nodes, launcher: str, how: str, compare: bool) -> list[str]:
         nodes.say(f"node 1: the launcher ends with {code}, {time.monotonic() - before:.1f} s after the cut")
         wrong += told_of_it(nodes, "run.node1")
     alone = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(recipe), f"run_dir={folder / 'run'}"]
-    nodes.say(f"node 0: {' '.join(alone).replace(f'{ROOT}/', '').replace(f'{BIN}/', '')}")
+    nodes.say(f"node 0: {nodes.in_short(alone)}")
     code = nodes.start(0, alone, "run.alone").wait(240)
-    nodes.say(f"node 0 alone goes on at {last_line(folder / 'run.alone', 'step')!r}, and ends with {code}")
+    nodes.say(f"node 0 alone: {last_line(folder / 'run.alone', 'resumed at')}; ends with {code}")
     wrong += [f"the run on one node ended with {code}"] if code else []
     return wrong + compared(folder, compare)
 
@@ -202,7 +208,7 @@ def drill(nodes: Nodes, launcher: str, how: str, compare: bool) -> list[str]:
 def told_of_it(nodes: Nodes, output: str) -> list[str]:
     """A rank of a node that has lost the other says so in one sentence."""
     sentence = last_line(nodes.folder / output, "error: ")
-    nodes.say(f"{output.partition('.')[2]} says: {sentence}")
+    nodes.say(f"{output.partition('.')[2]} says: {sentence.replace(f'{nodes.folder}/', 'FOLDER/')}")
     return [] if sentence and "Traceback" not in sentence else [f"{output} has no sentence"]
 
 
