@@ -64,6 +64,7 @@ class DataConfig(Section):
     range: tuple[float, float] | Literal["auto"] | None = None  # values of deeper images that are black and white
     max_pixels: int = Field(64 * 2**20, ge=1)  # of an image; a JPEG with more is decoded at a smaller size
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
+    start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"  # of workers; auto: fork on Linux, else spawn
     max_bad_share: float = Field(0.01, ge=0, le=1)
     timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
     cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
