@@ -38,6 +38,14 @@ OBJECTIVES = {
     "ijepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
     "dseqjepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
     "barlow_twins": ({"projector": [64, 64], "off_diagonal_weight": 0.02} | PEACEFUL, RESNET),
+    "fcmae": (
+        {"decoder_dim": 32, "mask_ratio": 0.5},
+        {"name": "convnextv2_atto", "image_size": 32, "patch_size": 1}
+        | {"kwargs": {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24]}},
+    ),
+    "simmim": ({"mask_patch": 8, "mask_ratio": 0.5}, VIT | {"kwargs": SHAPE}),
+    "vicreg": ({"projector": [64, 64]} | PEACEFUL, RESNET),
+    "lejepa": ({"projector": [64, 16], "num_directions": 64, "num_local": 0, "colours": {"blur": 0.0}}, RESNET),
     "rotation": ({"crop_scale": None}, RESNET),
     "spark": ({"decoder_dim": 32, "mask_ratio": 0.5}, RESNET | {"kwargs": RESNET["kwargs"] | {"output_stride": 8}}),
 }
@@ -112,6 +120,19 @@ def test_mae_whose_encoder_says_nothing_of_images_that_have_no_mean():
     assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
 
 
+def test_simmim_whose_encoder_says_nothing_of_images_that_have_no_mean():
+    simmim = built("simmim")
+    simmim.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
+    assert causes("simmim", simmim, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
+
+
+def test_fcmae_whose_last_stage_says_nothing_of_images_that_have_no_mean():
+    fcmae = built("fcmae")
+    first, *others = fcmae.encoder.stages[3].downsample.children()
+    first.requires_grad_(False).weight.zero_()  # every position becomes the bias
+    assert causes("fcmae", fcmae, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
+
+
 def test_spark_whose_last_stage_says_nothing_of_images_that_have_no_mean():
     spark = built("spark")
     for layer in spark.encoder.layer4.modules():
@@ -152,6 +173,26 @@ def test_barlow_twins_without_the_off_diagonal():
 def test_barlow_twins_whose_views_have_nothing_in_common():
     found = causes("barlow_twins", built("barlow_twins"), change=lambda batch: noise(batch, view=1))
     assert found & {"trivial_loss", "redundant_embedding"}, numbers[-1]
+
+
+def test_vicreg_without_variance_and_covariance():
+    objective = built("vicreg", variance_weight=0.0, covariance_weight=0.0)
+    assert causes("vicreg", objective, lr=1e-2), numbers[-1]
+
+
+def test_lejepa_without_its_regulariser():
+    objective = built("lejepa", sigreg_weight=0.0)
+    assert causes("lejepa", objective, lr=1e-2), numbers[-1]
+
+
+@pytest.mark.parametrize("name", ["vicreg", "lejepa"])
+def test_views_that_have_nothing_in_common(name):
+    def unlike(batch):
+        for view in range(1, len(batch.views)):
+            batch = noise(batch, view)
+        return batch
+
+    assert "trivial_loss" in causes(name, built(name), change=unlike), numbers[-1]
 
 
 def test_rotation_of_images_without_an_upright():
