@@ -110,7 +110,8 @@ def noise(batch: Batch, view: int = 0) -> Batch:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_healthy_run_is_left_in_peace(name):
-    lr = 5e-4 if "jepa" in name else 2e-3  # so slow that the teacher keeps up in so few steps
+    # So slow that a teacher keeps up in so few steps; so fast that SimMIM leaves its small initial weights
+    lr = {"ijepa": 5e-4, "dseqjepa": 5e-4, "simmim": 5e-3}.get(name, 2e-3)
     assert causes(name, built(name), lr) == set(), numbers[-1]
 
 
@@ -177,22 +178,17 @@ def test_barlow_twins_whose_views_have_nothing_in_common():
 
 def test_vicreg_without_variance_and_covariance():
     objective = built("vicreg", variance_weight=0.0, covariance_weight=0.0)
-    assert causes("vicreg", objective, lr=1e-2), numbers[-1]
+    assert causes("vicreg", objective, lr=1e-2) == {"redundant_embedding"}, numbers[-1]
 
 
 def test_lejepa_without_its_regulariser():
     objective = built("lejepa", sigreg_weight=0.0)
-    assert causes("lejepa", objective, lr=1e-2), numbers[-1]
+    assert causes("lejepa", objective, lr=1e-2) == {"redundant_embedding"}, numbers[-1]
 
 
-@pytest.mark.parametrize("name", ["vicreg", "lejepa"])
-def test_views_that_have_nothing_in_common(name):
-    def unlike(batch):
-        for view in range(1, len(batch.views)):
-            batch = noise(batch, view)
-        return batch
-
-    assert "trivial_loss" in causes(name, built(name), change=unlike), numbers[-1]
+def test_vicreg_whose_views_have_nothing_in_common():
+    found = causes("vicreg", built("vicreg"), change=lambda batch: noise(batch, view=1))
+    assert "trivial_loss" in found, numbers[-1]
 
 
 def test_rotation_of_images_without_an_upright():
