@@ -30,7 +30,7 @@ from prelude.objectives.sigreg import Knots, directions, sigreg
 from prelude.pretrain.collectives import all_reduce, row_counts
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
-from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.named_code import REFUSALS
 from prelude.pretrain.objective import Loss
@@ -91,7 +91,7 @@ class LeJEPA(SeveralViews):
         """embeddings: (V, n, D) of this rank's samples, global views first; along: (D, K); counts: each rank's n.
 
         The parts are the two terms without their weights, and of this rank's first view the effective number of
-        dimensions, times the standard deviation up to the 1 that it is to have, as a share of what is attainable
+        dimensions as a share of what is attainable, times the standard deviation up to the 1 that it is to have
         (`embedding_rank_share`), and what `spread_of` sees. `trivial_loss`: see `_trivial_loss`.
         """
         o, count = self.options, sum(counts)
@@ -102,11 +102,10 @@ class LeJEPA(SeveralViews):
             normality = sigreg(z, along, self.knots, counts)
             total = (1 - o.sigreg_weight) * agreement + o.sigreg_weight * normality
             health = feature_health(z[0].detach())
-            rank = health["feature_rank"] * health["feature_std"].clamp(max=1)
             parts = {
                 "agreement": agreement.detach(),
                 "sigreg": normality.detach(),
-                "embedding_rank_share": rank_share(rank, z.shape[1], z.shape[2]),
+                "embedding_rank_share": health["feature_rank_share"] * health["feature_std"].clamp(max=1),
                 TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count)),
             }
             return Loss(total, parts | spread_of(z[0]))
