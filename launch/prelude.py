@@ -28,7 +28,7 @@ COMMANDS = {
     "embed": ("embed", "features of images as Parquet, NumPy or safetensors"),
     "neighbours": ("neighbours", "the images nearest to given ones by their features"),
     "compare": ("compare", "objectives or checkpoints side by side, as table and page"),
-    "export": ("export", "write a run's encoder as a plain timm checkpoint"),
+    "export": ("export", "write a run's encoder for timm, ONNX, torch or transformers"),
     "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),
     "check-objective": ("check_objective", "whether your own objective keeps the contract"),
     "shards": ("shards", "make shards of images, and look at them"),
