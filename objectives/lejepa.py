@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View
 from prelude.data.errors import UserError
 from prelude.objectives.options import ColourOptions, LeJEPAOptions
-from prelude.objectives.several_views import SeveralViews, coloured_view, full_precision, spread_of
+from prelude.objectives.several_views import SeveralViews, coloured_view, full_precision, spread_of, wide_share
 from prelude.objectives.sigreg import Knots, directions, sigreg
 from prelude.pretrain.collectives import all_reduce, row_counts
 from prelude.pretrain.config import EncoderConfig
@@ -91,8 +91,8 @@ class LeJEPA(SeveralViews):
         """embeddings: (V, n, D) of this rank's samples, global views first; along: (D, K); counts: each rank's n.
 
         The parts are the two terms without their weights, and of this rank's first view the effective number of
-        dimensions as a share of what is attainable, times the standard deviation up to the 1 that it is to have
-        (`embedding_rank_share`), and what `spread_of` sees. `trivial_loss`: see `_trivial_loss`.
+        dimensions as a share of what is attainable, less where hardly anything varies (`embedding_rank_share`, see
+        `wide_share`), and what `spread_of` sees. `trivial_loss`: see `_trivial_loss`.
         """
         o, count = self.options, sum(counts)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -105,7 +105,7 @@ class LeJEPA(SeveralViews):
             parts = {
                 "agreement": agreement.detach(),
                 "sigreg": normality.detach(),
-                "embedding_rank_share": health["feature_rank_share"] * health["feature_std"].clamp(max=1),
+                "embedding_rank_share": wide_share(health["feature_rank_share"], health["feature_std"]),
                 TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count)),
             }
             return Loss(total, parts | spread_of(z[0]))

@@ -31,6 +31,7 @@ from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.photometric import refuse_colours
 from prelude.pretrain.schedules import Progress
 
+_NARROW = 0.2  # embeddings that are to have a standard deviation of 1 and have less than this are shrinking
 _DEAD = 1e-3  # a dimension whose standard deviation over the batch is below this says nothing
 _NUM_PICTURES = 8
 
@@ -106,6 +107,13 @@ def photometric(colours: ColourOptions) -> Photometric:
 def full_precision(*embeddings: Tensor) -> tuple[Tensor, ...]:
     """In float32 at least."""
     return tuple(z.to(torch.promote_types(z.dtype, torch.float32)) for z in embeddings)
+
+
+@torch.no_grad()
+def wide_share(share: Tensor, std: Tensor) -> Tensor:
+    """A share of attainable dimensions, less where embeddings that are to have a standard deviation of 1 have hardly
+    any: times (std / 0.2)^2 below 0.2."""
+    return share * (std / _NARROW).square().clamp(max=1)
 
 
 @torch.no_grad()

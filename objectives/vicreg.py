@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prelude.objectives.covariance import spread
 from prelude.objectives.options import VICRegOptions
-from prelude.objectives.several_views import TwoViews, full_precision, spread_of
+from prelude.objectives.several_views import TwoViews, full_precision, spread_of, wide_share
 from prelude.pretrain.collectives import all_reduce
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, rank_share
 from prelude.pretrain.objective import Loss
@@ -41,9 +41,9 @@ class VICReg(TwoViews):
 
         The parts are the three terms without their weights, and what says whether the embedding collapses:
         `effective_dimensions` counts the different things that view 1's dimensions say, from 1 to D,
-        `embedding_rank_share` puts that on a scale from 0 to what is attainable with this batch, times the standard
-        deviation up to the 1 that it is to have; `embedding_std` and `dead_dimensions` are of both views.
-        `trivial_loss`: see `_trivial_loss`.
+        `embedding_rank_share` puts that on a scale from 0 to what is attainable with this batch, less where hardly
+        anything varies (see `wide_share`); `embedding_std` and `dead_dimensions` are of both views. `trivial_loss`: see
+        `_trivial_loss`.
         """
         o, count, width = self.options, sum(counts), first.shape[1]
         with torch.autocast(first.device.type, enabled=False):
@@ -57,7 +57,7 @@ class VICReg(TwoViews):
                 "variance": variance,
                 "covariance": covariance,
                 "effective_dimensions": one.effective_dimensions,
-                "embedding_rank_share": rank_share(one.effective_dimensions, count, width) * one.std.clamp(max=1),
+                "embedding_rank_share": wide_share(rank_share(one.effective_dimensions, count, width), one.std),
                 TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count, width)),
             }
             return Loss(total, {n: p.detach() for n, p in parts.items()} | spread_of(torch.cat([first, second], dim=1)))
