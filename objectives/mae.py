@@ -119,8 +119,8 @@ class MAE(Objective):
         return self.decode(images, self.encode(images, mask), mask, mask.removed)
 
     def mask(self, noise: Tensor) -> PatchMask:
-        """noise: (B, L / mask_block^2)."""
-        side = self.options.mask_block
+        """noise: one number a square, (B, L / mask_block^2), or one a patch, (B, L), which are then hidden one by one."""
+        side = self.options.mask_block if noise.shape[1] == self.num_squares else 1
         return in_squares(random_mask(noise, self.num_keep // side**2), side, self.grid[1])
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor | list[Tensor]:
@@ -163,13 +163,18 @@ class MAE(Objective):
         (images,) = device_images(batch, self.views)
         images = images[:_NUM_PICTURES]
         result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_squares))
-        mean, scale = target_statistics(result.pixels, self.options.norm_pix_loss)
-        restored = result.predicted.to(images.dtype) * scale + mean  # (B, R, P)
+        restored = self.restored(result).to(images.dtype)  # (B, R, P)
         original = patchify(images, self.patch_size)  # (B, L, P)
         where = result.ids[..., None].expand_as(restored)
         panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
         drawn = [denormalise(unpatchify(panel, self.patch_size, self.grid), self.views) for panel in panels]
         return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
+
+    def restored(self, reconstruction: Reconstruction) -> Tensor:
+        """(B, R, p_h * p_w * C) predictions as normalised pixels, with the true mean and deviation of each patch where
+        the model was not taught them."""
+        mean, scale = target_statistics(reconstruction.pixels, self.options.norm_pix_loss)
+        return reconstruction.predicted.to(scale.dtype) * scale + mean
 
     def _decode(self, latent: Tensor, mask: PatchMask) -> Tensor:
         """Decoder over the whole image, read out at the hidden patches. Returns (B, R, p_h * p_w * C).
