@@ -119,7 +119,7 @@ class MAE(Objective):
         return self.decode(images, self.encode(images, mask), mask, mask.removed)
 
     def mask(self, noise: Tensor) -> PatchMask:
-        """noise: one number a square, (B, L / mask_block^2), or one a patch, (B, L), which are then hidden one by one."""
+        """noise: one number a square, (B, L / mask_block^2), or one a patch, (B, L), which then are hidden singly."""
         side = self.options.mask_block if noise.shape[1] == self.num_squares else 1
         return in_squares(random_mask(noise, self.num_keep // side**2), side, self.grid[1])
 

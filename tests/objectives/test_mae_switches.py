@@ -79,6 +79,12 @@ def test_the_loss_is_that_of_the_same_mask_of_patches():
     assert objective(batch, Progress(0, 10, 1.0)).total.isfinite() and objective.pictures(batch)
 
 
+def test_noise_of_patches_hides_them_one_by_one_though_training_hides_squares():
+    objective, plain = built(mask_block=4)[0], built()[0]
+    noise = torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(objective.mask(noise).restore, plain.mask(noise).restore)
+
+
 def test_squares_that_do_not_fit_are_refused_with_one_that_does():
     with pytest.raises(UserError, match="mask_block=3 does not cut 8 x 8 patches .*write objective.mask_block=[24]"):
         check_objective(config(mask_block=3))
