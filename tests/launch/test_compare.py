@@ -40,6 +40,8 @@ def folder(recipe, tmp_path_factory):
         "objective": {"name": "rotation", "crop_scale": None},
         "encoder": {"name": "resnet18", "image_size": 32, "kwargs": kwargs},
     }
+    parts = {"one": {"shards": "replaced.tar", "weight": 2}, "other": {"shards": "replaced.tar"}}
+    rotation["data"] = {key: value for key, value in mae["data"].items() if key != "shards"} | {"mix": parts}
     (folder / "turning.yaml").write_text(yaml.safe_dump(rotation))
     return folder
 
