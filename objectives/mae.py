@@ -136,13 +136,18 @@ class MAE(Objective):
         (images,) = device_images(batch, self.views)
         images = images[:_NUM_PICTURES]
         result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_patches))
-        mean, scale = self._target_statistics(result.pixels)
-        restored = result.predicted.to(images.dtype) * scale + mean  # (B, R, P)
+        restored = self.restored(result).to(images.dtype)  # (B, R, P)
         original = patchify(images, self.patch_size)  # (B, L, P)
         where = result.mask.removed[..., None].expand_as(restored)
         panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
         drawn = [denormalise(unpatchify(panel, self.patch_size, self.grid), self.views) for panel in panels]
         return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
+
+    def restored(self, reconstruction: Reconstruction) -> Tensor:
+        """(B, R, p_h * p_w * C) predictions as normalised pixels, with the true mean and deviation of each patch where
+        the model was not taught them."""
+        mean, scale = self._target_statistics(reconstruction.pixels)
+        return reconstruction.predicted.to(scale.dtype) * scale + mean
 
     def _decode(self, latent: Tensor, mask: PatchMask) -> Tensor:
         """Decoder over the whole image, read out at the hidden patches. Returns (B, R, p_h * p_w * C).
