@@ -44,7 +44,10 @@ FULL = {
 }
 _OPS = ("allreduce", "allreduce_coalesced", "broadcast", "allgather", "_allgather_base", "allgather_coalesced",
         "allgather_into_tensor_coalesced", "reduce", "reduce_scatter", "_reduce_scatter_base",
-        "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "gather", "scatter", "barrier")  # fmt: skip
+        "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "gather", "scatter", "barrier",
+        # as torch 2.14 calls them
+        "all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced",
+        "all_to_all_single", "gather_single")  # fmt: skip
 
 
 def main() -> None:
@@ -87,11 +90,14 @@ def main() -> None:
 
 def count_all(cases: list[tuple[str, int]], full: bool, out: Path) -> None:
     """On every rank. What the first one finds is written after each case."""
+    from prelude.objectives import objective_class
     from prelude.pretrain import distributed
 
     distributed.start()
     found = {}
     for name, stage in cases:
+        if stage > objective_class(name).max_zero_stage:
+            continue
         found[f"{name} {stage}"] = counted_case(name, stage, full)
         if distributed.is_main():
             out.write_text(json.dumps(found, indent=1))
@@ -225,30 +231,28 @@ def table(found: dict, world: int) -> str:
 
 
 def rendezvous(ranks: int) -> str:
-    """As many ranks as threads here, each with the connections and messages that a rank has: they meet, tell each other
-    their data and code, and note for ten seconds what they are doing. One machine does the work of all."""
+    """As many ranks as threads here, each with the connection and the messages by which a rank meets the others. One
+    process does the work of all."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each connection warns that localhost has no name
     from prelude.pretrain.meeting import meet
 
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
     began, took, failed = time.monotonic(), {}, []
 
     def rank_of(number: int) -> None:
         try:
             meeting = meet(number, ranks, limit=600, warn_after=300)
             took[number] = time.monotonic() - began
-            if number == 0:
-                done.wait(600)
-            meetings.append(meeting)
+            meetings.append(meeting)  # rank 0's has the store
         except BaseException as error:
             failed.append(error)
 
-    done, meetings = threading.Event(), []
+    meetings = []
     threads = [threading.Thread(target=rank_of, args=(number,), daemon=True) for number in range(ranks)]
     for thread in threads:
         thread.start()
     while len(took) < ranks and not failed:
         time.sleep(0.05)
-    done.set()
     if failed:
         raise failed[0]
     return f"{ranks} ranks have met after {max(took.values()):.1f} s (the first after {min(took.values()):.1f} s)"

@@ -174,15 +174,15 @@ def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
 def _made(sought: _Sought) -> Kept:
     """By one process of a node. Raises OSError where it cannot be kept."""
     _folder().mkdir(parents=True, exist_ok=True)
-    with alone(f"{_folder() / sought.name}.lock") as going_on:
+    with alone(f"{_folder() / sought.name}.lock"):
         kept = _opened(sought)
         if kept is not None:
             return kept
-        _know_each(sought, going_on)
+        _know_each(sought)
         if _opened(sought, labels_too=False) is None:
-            _write_images(sought, going_on)
+            _write_images(sought)
         if sought.label:
-            _write_labels(sought, going_on)
+            _write_labels(sought)
         _remove_superseded(sought)
         kept = _opened(sought)
     if kept is None:
@@ -190,18 +190,18 @@ def _made(sought: _Sought) -> Kept:
     return kept
 
 
-def _know_each(sought: _Sought, going_on: Callable[[], None]) -> None:
+def _know_each(sought: _Sought) -> None:
     """Keeps what is in each shard, as far as that is not known yet."""
     remote_index.read_index_files([path for path, image in zip(sought.paths, sought.images, strict=True) if not image])
     shards = sought.shards()
     local = [shard for shard in shards if not isinstance(shard[0], RemoteShard) and not _kept_file(*shard).exists()]
-    walk_all(local, _know_local, going_on)
+    walk_all(local, _know_local)
     remote = [shard for shard in shards if isinstance(shard[0], RemoteShard)]
     for _ in in_threads(_entry, remote, lambda shard: f"the headers of {shard[0]}"):
-        going_on()
+        moved()
 
 
-def _write_images(sought: _Sought, going_on: Callable[[], None]) -> None:
+def _write_images(sought: _Sought) -> None:
     about: list[Shard] = []
 
     def tables() -> Iterator[np.ndarray]:
@@ -211,13 +211,13 @@ def _write_images(sought: _Sought, going_on: Callable[[], None]) -> None:
             # Where arrays are the labels, they are not the images of a shard that has no others.
             found = entry.indexes[""] if sought.label != ARRAY_EXTENSION else _labelled(shard, sought.label)
             about.append(Shard(len(found.images), found.content, found.ended, found.problems, entry.sha256))
-            going_on()
+            moved()
             yield found.images
 
     write_images(sought.path(), tables, lambda: about)
 
 
-def _write_labels(sought: _Sought, going_on: Callable[[], None]) -> None:
+def _write_labels(sought: _Sought) -> None:
     images, contents = Mapped(sought.path()), []
 
     def tables() -> Iterator[np.ndarray]:
@@ -227,7 +227,7 @@ def _write_labels(sought: _Sought, going_on: Callable[[], None]) -> None:
             if len(found.labels) != count:
                 raise RunStopped(f"{shard[0]} has changed while it was indexed; start again.")
             contents.append(found.label_content)
-            going_on()
+            moved()
             yield found.labels
 
     write_labels(sought.path(sought.label), tables, images, lambda: contents)

@@ -5,12 +5,11 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from prelude.data.waiting import moved
+from prelude.data.waiting import moved, while_it_moves
 
 _LOOK_SECONDS = 0.05
-_TOUCH_SECONDS = 1.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -32,24 +31,16 @@ def is_at(fd: int, path: str) -> bool:
 
 
 @contextlib.contextmanager
-def alone(path: str) -> Iterator[Callable[[], None]]:
-    """Nobody else is within the same `path`, which is a file as long as somebody is. Gives a function to call now and
-    then: progress of who is within is progress of those who wait. A file system without locks lets everybody in.
+def alone(path: str) -> Iterator[None]:
+    """Nobody else is within the same `path`, which is a file as long as somebody is. Progress of who is within is
+    progress of those who wait. A file system without locks lets everybody in.
 
     Raises OSError where the file cannot be written.
     """
     fd = _locked(path)
-    touched = time.monotonic()
-
-    def going_on() -> None:
-        nonlocal touched
-        moved()
-        if time.monotonic() - touched > _TOUCH_SECONDS:
-            touched = time.monotonic()
-            os.utime(fd)
-
     try:
-        yield going_on
+        with while_it_moves(lambda: os.utime(fd)):
+            yield
     finally:
         with contextlib.suppress(OSError):
             if is_at(fd, path):

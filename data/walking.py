@@ -17,32 +17,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prelude.data.errors import RunStopped, UserError
-from prelude.data.waiting import end_with_parent
+from prelude.data.waiting import end_with_parent, moved, while_it_moves
 
 ALONE_SECONDS = 1.0
+_DONE, _GOING_ON = b".", b" "
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # they import nothing anew, and use neither GPU nor pool
 
 
-def walk_all(shards: Sequence, walk: Callable, going_on: Callable[[], None]) -> None:
-    """`walk(shard)` of every shard, here or in another process. going_on: called after each.
-
-    Raises what `walk` does where it is called here.
-    """
+def walk_all(shards: Sequence, walk: Callable) -> None:
+    """`walk(shard)` of every shard, here or in another process. Raises what `walk` does where it is called here."""
     began = time.monotonic()
     with _progress_bar(len(shards)) as advance:
-
-        def one_more(count: int = 1) -> None:
-            going_on()
-            advance(count)
-
         for number, shard in enumerate(shards):
             left = shards[number:]
             processes = 0 if multiprocessing.current_process().daemon else min(num_cores(), len(left))
             if processes > 1 and time.monotonic() - began > ALONE_SECONDS:
-                _in_processes(left, walk, processes, one_more)
+                _in_processes(left, walk, processes, advance)
                 return
             walk(shard)
-            one_more()
+            moved()
+            advance(1)
 
 
 def num_cores() -> int:
@@ -50,7 +44,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_processes(shards: Sequence, walk: Callable, count: int, one_more: Callable[[int], None]) -> None:
+def _in_processes(shards: Sequence, walk: Callable, count: int, advance: Callable[[int], None]) -> None:
     context = multiprocessing.get_context(_START_METHOD)
     reading, writing = context.Pipe(duplex=False)
     started = [
@@ -61,8 +55,10 @@ def _in_processes(shards: Sequence, walk: Callable, count: int, one_more: Callab
         for process in started:
             process.start()
         writing.close()  # the pipe ends with the last of them
-        while os.read(reading.fileno(), 1):
-            one_more(1)
+        while told := os.read(reading.fileno(), 1):
+            moved()
+            if told == _DONE:
+                advance(1)
     finally:
         for process in started:
             if process.pid is not None:
@@ -75,10 +71,11 @@ def _walk_some(shards: Sequence, walk: Callable, writing) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
-    for shard in shards:
-        with contextlib.suppress(OSError, UserError, RunStopped):
-            walk(shard)
-        os.write(writing.fileno(), b".")
+    with while_it_moves(lambda: os.write(writing.fileno(), _GOING_ON)):  # a shard may take long
+        for shard in shards:
+            with contextlib.suppress(OSError, UserError, RunStopped):
+                walk(shard)
+            os.write(writing.fileno(), _DONE)
 
 
 @contextlib.contextmanager

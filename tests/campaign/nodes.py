@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "src"))
 
+import psutil  # noqa: E402
 import yaml  # noqa: E402
 
 BIN = Path(sys.executable).parent
@@ -80,8 +81,10 @@ class Nodes:
         """Node 1, whose launcher `process` is."""
         if how == "link":
             run("ip", "-n", self.names[1], "link", "set", "node1", "down")
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
+        else:  # ranks are no members of torchrun's group
+            for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                    os.kill(one.pid, signal.SIGKILL)
 
     def in_short(self, command: list[str]) -> str:
         words = " ".join(command)

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from prelude.data import index_file, kept_index, walking
+from prelude.data import index_file, kept_index, waiting, walking
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.index_file import Entry
@@ -153,11 +154,10 @@ def test_who_comes_later_waits_for_who_is_at_it(tmp_path):
         with alone(f"{tmp_path}/lock"):
             order.append("second")
 
-    with alone(f"{tmp_path}/lock") as going_on:
+    with alone(f"{tmp_path}/lock"):
         other = threading.Thread(target=second)
         other.start()
         other.join(0.3)
-        going_on()
         order.append("first")
     other.join()
     assert order == ["first", "second"] and not os.listdir(tmp_path)
@@ -182,6 +182,25 @@ def test_many_processes_walk_and_one_that_dies_costs_time_alone(write_shards, mo
     index = ShardIndex(paths)
     assert np.split(index.images[:], index.ends[:-1])[4].tolist() == expected[4] and index.num_samples == 12
     assert here == ([paths[4]] if dies else [])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_shard_may_take_longer_than_the_patience_of_who_waits_for_it(write_shards, monkeypatch, patience, processes):
+    """As long as headers are read, by whichever process: of the one that walks, and of the one that waits for it."""
+    paths = write_shards([2] * 2)
+    monkeypatch.setattr(walking, "ALONE_SECONDS", -1)
+    monkeypatch.setattr(walking, "num_cores", lambda: processes)
+    patience.timeout_seconds = 1.5
+
+    def walk(path, image):
+        for _ in range(5):
+            time.sleep(0.5)
+            waiting.moved()
+        return index_every_label(path, image)
+
+    monkeypatch.setattr(kept_index, "index_every_label", walk)
+    others = waiting.in_threads(lambda _: ShardIndex(paths).num_samples, range(2), str)
+    assert list(others) == [4, 4]
 
 
 def test_a_shard_that_other_processes_cannot_read_is_named(write_shards, monkeypatch):
