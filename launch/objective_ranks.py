@@ -1,10 +1,11 @@
-"""The part of `prelude check-objective` that needs an engine: a few steps in several ways, at one number of ranks.
+"""The part of `prelude check-objective` that needs an engine: a few steps in several ways, at several ranks and at one.
 
     deepspeed --num_gpus 2 launch/objective_ranks.py FOLDER
 
 FOLDER/config.json is the config of the checks. Each case trains from the same start, through the engine and the store,
-into FOLDER/WORLD-CASE; FOLDER/WORLD.json says which of them failed, and why. Always on the CPU, so that any machine
-has as many ranks as are asked for.
+into FOLDER/WORLD-CASE; FOLDER/WORLD.json says which of them failed, and why. Where there are several ranks, the first
+of them then does the same alone: a process takes longer to start than the cases do. Always on the CPU, so that any
+machine has as many ranks as are asked for.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -31,7 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     config = Config.model_validate_json((folder / "config.json").read_text())
     distributed.start(config.train.rank_timeout_seconds)
     run_cases(config, folder)
+    goes_on = distributed.is_main() and distributed.world_size() > 1
     distributed.stop()
+    if goes_on:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        distributed.start()
+        run_cases(config, folder)
+        distributed.stop()
     return 0
 
 

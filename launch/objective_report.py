@@ -150,11 +150,11 @@ def _place(error: Exception) -> str:
 
 
 class Runs:
-    """Started when the first of them is asked for, all of a number of ranks at once."""
+    """Started when the first of them is asked for, all at once."""
 
     def __init__(self, subject: Subject, folder: Path):
         self.subject, self.folder = subject, folder
-        self.failures: dict[int, dict[str, str]] = {}
+        self.failures: dict[int, dict[str, str]] = {}  # by number of ranks, and there by case; "" for all
         start = subject.fresh()
         self.start = {name: value.clone() for name, value in start.state_dict().items()}
         self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in start.modules())
@@ -175,16 +175,21 @@ class Runs:
         return self._done(world, case)
 
     def _done(self, world: int, case: str) -> Path:
-        if world not in self.failures:
-            self.failures[world] = self._launch(world)
+        if not self.failures:
+            self._launch()
         failures = self.failures[world]
         if why := failures.get("", failures.get(case)):
             raise Broken(f"At {world} ranks, {case}, it raises {why}")
         return self.folder / f"{world}-{case}"
 
-    def _launch(self, world: int) -> dict[str, str]:
-        why = run_door("objective_ranks", [str(self.folder)], num_ranks=world, name=f"{world} ranks", quiet=True)
-        return {"": why} if why else json.loads((self.folder / f"{world}.json").read_text())
+    def _launch(self) -> None:
+        """The most ranks are launched, and leave what one of them finds alone; unless they failed, so that it is asked
+        for by itself."""
+        for world in sorted(_WORLDS, reverse=True):
+            found, why = self.folder / f"{world}.json", ""
+            if not found.exists():
+                why = run_door("objective_ranks", [str(self.folder)], num_ranks=world, name="ranks", quiet=True)
+            self.failures[world] = json.loads(found.read_text()) if found.exists() else {"": why}
 
 
 def same_at_ranks(runs: Runs) -> str:

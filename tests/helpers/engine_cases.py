@@ -1,6 +1,7 @@
 """Run by test_engine.py through the real launcher: trains a small model in several ways and saves the weights.
 
-`deepspeed ... engine_cases.py OUT` writes OUT/CASE.pt on rank 0: the weights, and what was logged.
+`deepspeed --num_gpus 2 engine_cases.py OUT` writes OUT/2/CASE.pt on rank 0, the weights, and what was logged; and OUT/1
+where that rank is then alone.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from in_memory import MemoryLoader, NoStore, Recorder
 from torch import nn
+from two_and_one import at_two_ranks_and_one
 
 from prelude.checkpoints.store import Store
 from prelude.data.batch import Batch, View, ViewPlan
@@ -165,13 +167,10 @@ def run_case(name: str, out: Path) -> None:
         (out / f"{name}.json").write_text(json.dumps(found | {"saved": getattr(store, "saved", None)}))
 
 
-def main() -> None:
-    out = Path(sys.argv[-1])
-    distributed.start()
+def cases(out: Path) -> None:
     for name in CASES:
         run_case(name, out)
-    distributed.stop()
 
 
 if __name__ == "__main__":
-    main()
+    at_two_ranks_and_one(cases, Path(sys.argv[-1]))

@@ -1,7 +1,8 @@
 """Run by test_jepa_ranks.py through the real launcher: trains small I-JEPA and DSeq-JEPA models in several ways.
 
-`deepspeed ... jepa_cases.py OUT` writes, for each case, OUT/CASE.pt (weights, rank 0), OUT/CASE.json (what was
-logged) and OUT/CASE.rank*.jsonl (for every sample of every step, what was drawn and decided for it).
+`deepspeed --num_gpus 2 jepa_cases.py OUT` writes, for each case, into OUT/2, and into OUT/1 where the first rank is
+then alone: CASE.pt (weights, rank 0), CASE.json (what was logged) and CASE.rank*.jsonl (for every sample of every step,
+what was drawn and decided for it).
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from in_memory import MemoryLoader, Recorder
 from jepa_models import MEAN, STD, a_batch, encoder_config
+from two_and_one import at_two_ranks_and_one
 
 from prelude.checkpoints.store import Store
 from prelude.objectives.dseqjepa import DSeqJEPA
@@ -138,17 +140,13 @@ def run_case(name: str, out: Path, label: str, **changes) -> None:
         (out / f"{label}.json").write_text(json.dumps([vars(record) for record in recorder.records]))
 
 
-def main() -> None:
-    out = Path(sys.argv[-1])
-    distributed.start()
+def cases(out: Path) -> None:
     for name in CASES:
         run_case(name, out, name)
     half_way = out / RESUMED / "checkpoints" / f"step-{STEPS // 2:08d}"
     resume = config_of(RESUMED, out).resume.model_copy(update={"checkpoint": str(half_way)})
     run_case(RESUMED, out, "resumed", resume=resume)
-    distributed.stop()
-    distributed.leave(0)
 
 
 if __name__ == "__main__":
-    main()
+    at_two_ranks_and_one(cases, Path(sys.argv[-1]))

@@ -16,7 +16,31 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
 
-class Run:
+class RunDir:
+    """What a run has left in its folder so far."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+
+    def metrics(self) -> list[dict]:
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def weights(self, step: int) -> dict:
+        return load_file(self.run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+    def records(self) -> dict[int, dict]:
+        """What was drawn for each position, over all ranks and all starts; a position drawn twice must agree."""
+        found = {}
+        for path in self.run_dir.glob("rank*.jsonl"):
+            for line in path.read_text().splitlines():
+                record = json.loads(line)
+                assert found.setdefault(record["position"], record) == record
+        return found
+
+
+class Run(RunDir):
     """One start of a door, with its own arguments (`launch/pretrain.py` unless told otherwise), in a process group of
     its own."""
 
@@ -29,7 +53,7 @@ class Run:
         cwd: Path = ROOT,
         door: tuple[str, ...] = ("pretrain.py",),
     ):
-        self.run_dir = run_dir
+        super().__init__(run_dir)
         script = [str(ROOT / "launch" / door[0]), *door[1:]]
         command = [*launcher, *script, "--config", str(recipe), f"run_dir={run_dir}", *overrides]
         path = f"{BIN}:{os.environ['PATH']}"
@@ -61,10 +85,10 @@ class Run:
             time.sleep(0.005)
         return self
 
-    def until_said(self, text: str) -> "Run":
-        """Waits until the run has printed `text`."""
+    def until_said(self, text: str, times: int = 1) -> "Run":
+        """Waits until the run has printed `text`, so many times."""
         until = time.monotonic() + 240
-        while text not in self.output.read_text():
+        while self.output.read_text().count(text) < times:
             assert self.process.poll() is None and time.monotonic() < until, self.output.read_text()[-3000:]
             time.sleep(0.05)
         return self
@@ -73,27 +97,13 @@ class Run:
         os.killpg(self.process.pid, number)
         return self
 
-    def metrics(self) -> list[dict]:
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def weights(self, step: int) -> dict:
-        return load_file(self.run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-
-    def records(self) -> dict[int, dict]:
-        """What was drawn for each position, over all ranks and all starts; a position drawn twice must agree."""
-        found = {}
-        for path in self.run_dir.glob("rank*.jsonl"):
-            for line in path.read_text().splitlines():
-                record = json.loads(line)
-                assert found.setdefault(record["position"], record) == record
-        return found
-
 
 def deepspeed(num_ranks: int) -> list[str]:
     """The real launcher, on a port of its own so that two can run on one host."""
+    return [str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(port)]
+        return probe.getsockname()[1]

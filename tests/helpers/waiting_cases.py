@@ -1,6 +1,7 @@
 """Run through the real launcher: what makes the host wait in a step, for every objective at every ZeRO stage.
 
-`deepspeed ... waiting_cases.py OUT` writes OUT/RANK.json: for each case, what was found in a step that is not logged.
+`deepspeed --num_gpus 2 waiting_cases.py OUT` writes OUT/2/RANK.json, and OUT/1/0.json where the first rank is then
+alone: for each case, what was found in a step that is not logged.
 """
 
 import json
@@ -26,6 +27,7 @@ from convnet_cases import (
     VICREG,
 )
 from in_memory import MemoryLoader, NoStore, Recorder
+from two_and_one import at_two_ranks_and_one
 
 from prelude.data.batch import Batch
 from prelude.objectives import options_for
@@ -129,13 +131,10 @@ def batch_at(positions: torch.Tensor, views) -> Batch:
     )
 
 
-def main() -> None:
-    out = Path(sys.argv[-1])
-    distributed.start()
+def cases(out: Path) -> None:
     found = {case: found_in(case, out) for case in CASES}
     (out / f"{distributed.rank()}.json").write_text(json.dumps(found, indent=1))
-    distributed.stop()
 
 
 if __name__ == "__main__":
-    main()
+    at_two_ranks_and_one(cases, Path(sys.argv[-1]))

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -11,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import starts
 import timm
 import torch
 import yaml
-from runs import ROOT
 
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.sources import open_encoder
@@ -101,15 +99,9 @@ def folder(tmp_path_factory) -> Path:
     for name, (kind, small) in RECIPES.items():
         made_up = [f"run_dir={folder}/run_{name}", f"data.shards={folder}/{kind}/train-0.tar"]
         plan.append({"name": name, "argv": ["--config", name, *made_up, *SHORT, *small]})
-    (folder / "plan.json").write_text(json.dumps(plan))
-    script = [sys.executable, str(Path(__file__).with_name("starts.py")), str(folder / "plan.json")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for kind in (*TRAINED, *RECIPES):
-        answer = json.loads((folder / f"{kind}.json").read_text())
-        assert answer["code"] == 0, answer["told"]
-        assert "dark" not in done.stderr + answer["told"]
+    for codes, told in starts.made([sys.executable], folder, plan).values():
+        assert codes == [0], told
+        assert "dark" not in told
     return folder
 
 

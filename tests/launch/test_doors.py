@@ -2,13 +2,14 @@
 
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from runs import BIN, ROOT, deepspeed
 
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
+from prelude.pretrain import distributed
 
 
 def run(capsys, *argv: str) -> tuple[int, str]:
@@ -35,15 +36,13 @@ def test_a_typical_mistake_is_one_clear_sentence_and_exit_code_2(mistake, recipe
     assert len(message.strip().splitlines()) <= 2  # the sentence, below a line that counts the errors of a config
 
 
-def test_a_missing_named_checkpoint_is_an_error_and_no_fresh_start(recipe, tmp_path):
-    command = [sys.executable, "launch/pretrain.py", "--config", str(recipe), f"run_dir={tmp_path / 'run'}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "resume.checkpoint=/nowhere/step-00000005"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "/nowhere/step-00000005" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_a_missing_named_checkpoint_is_an_error_and_no_fresh_start(recipe, tmp_path, capsys):
+    run_dir, missing = tmp_path / "run", "resume.checkpoint=/nowhere/step-00000005"
+    code, message = run(capsys, "pretrain", "--config", str(recipe), f"run_dir={run_dir}", missing)
+    distributed.stop()
+    assert code == 2
+    assert "/nowhere/step-00000005" in message and "Traceback" not in message
+    assert not (run_dir / "metrics.jsonl").exists()
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, capsys):
@@ -54,15 +53,6 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, caps
     for expected in ("parameters", "MFLOPs", "12.5 steps an epoch, 38 in all", "MiB", "200 samples", "first samples"):
         assert expected in output
     assert not run_dir.exists()
-
-
-def test_the_script_finds_the_package_that_shares_its_name(recipe, tmp_path):
-    """Through the real launcher, from another folder: `launch/pretrain.py` must not hide the package `pretrain`."""
-    command = [*deepspeed(1), str(ROOT / "launch/pretrain.py"), "--config", str(recipe), "--dry-run"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "steps an epoch" in done.stdout
 
 
 def test_a_dry_run_plans_for_ranks_and_devices_that_are_not_here(recipe, capsys):
@@ -78,21 +68,28 @@ def test_a_dry_run_plans_for_ranks_and_devices_that_are_not_here(recipe, capsys)
     assert code == 2 and "--dry-run" in message
 
 
-def test_a_dry_run_measures_on_the_ranks_that_are_started_and_the_first_tells(recipe, tmp_path):
-    run_dir = tmp_path / "run"
-    command = [
-        *deepspeed(2),
-        str(ROOT / "launch/pretrain.py"),
-        "--config",
-        str(recipe),
-        f"run_dir={run_dir}",
-        "--dry-run",
-    ]
+@pytest.fixture(scope="module")
+def measured(recipe, tmp_path_factory) -> tuple[str, Path]:
+    """What a dry run on two ranks tells, started from another folder, and its run folder."""
+    folder = tmp_path_factory.mktemp("measured")
+    command = [*deepspeed(2), str(ROOT / "launch/pretrain.py"), "--config", str(recipe), "--dry-run", "--measure"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
-    done = subprocess.run([*command, "--measure"], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command, f"run_dir={folder / 'run'}"], cwd=folder, env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, folder / "run"
+
+
+def test_the_script_finds_the_package_that_shares_its_name(measured):
+    """Through the real launcher, from another folder: `launch/pretrain.py` must not hide the package `pretrain`."""
+    assert "steps an epoch" in measured[0]
+
+
+def test_a_dry_run_measures_on_the_ranks_that_are_started_and_the_first_tells(measured):
+    told, run_dir = measured
     for expected in ("parameters", "first samples", "measured with 2 ranks on cpu", "waiting for data"):
-        assert done.stdout.count(expected) == 1
+        assert told.count(expected) == 1
     assert not run_dir.exists()
 
 

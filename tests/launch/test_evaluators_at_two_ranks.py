@@ -1,12 +1,11 @@
 """Evaluations through the real launcher, on two ranks, against one process."""
 
 import json
-import os
-import subprocess
 
 import numpy as np
 import pytest
-from runs import BIN, ROOT, deepspeed
+import starts
+from runs import deepspeed
 
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
@@ -36,13 +35,33 @@ def places(folder):
     return ["--bank", str(folder / "bank"), "--out", str(folder / "out"), "--num-workers", "0", "--batch-size", "16"]
 
 
-def launched(script, argv, code=0):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [*deepspeed(2), str(ROOT / "launch" / script), *argv]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    # Of ranks that leave with anything but 0 the launcher makes its own 1.
-    assert bool(done.returncode) == bool(code), done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+SOURCES = ["pixels:8", "random:timm:test_vit.r160_in1k"]
+
+
+def embedding_of(shards, path):
+    return [SOURCES[1], shards[1], "--num-workers", "0", "--batch-size", "16", "--to", str(path)]
+
+
+@pytest.fixture(scope="module")
+def two(shards, tmp_path_factory):
+    """The folder of what two ranks have written, and what they told, by door: one after another in one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    answers = starts.made(
+        deepspeed(2),
+        folder,
+        [
+            {"name": "features", "door": "knn", "argv": [*SOURCES, *shards, *places(folder / "features")]},
+            {"name": "file", "door": "embed", "argv": embedding_of(shards, folder / "two.npz")},
+            {"name": "heads", "door": "linear_probe",
+             "argv": ["pixels:8", *shards, *places(folder / "heads"), *PROTOCOL]},
+        ],
+    )  # fmt: skip
+    assert {name: codes for name, (codes, _) in answers.items()} == {
+        "features": [0, 0],
+        "file": [4, 0],
+        "heads": [0, 0],
+    }
+    return folder, {name: told for name, (_, told) in answers.items()}
 
 
 def results(folder):
@@ -62,12 +81,11 @@ def entries(folder):
     return found
 
 
-def test_features_of_two_ranks_are_those_of_one_and_so_are_the_numbers(shards, tmp_path):
-    sources = ["pixels:8", "random:timm:test_vit.r160_in1k"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    output = launched("knn.py", [*sources, *shards, *places(two)])
-    assert knn_door.main([*sources, *shards, *places(one)]) == 0
-    assert output.count("top-1 %") == 1  # one rank prints
+def test_features_of_two_ranks_are_those_of_one_and_so_are_the_numbers(two, shards, tmp_path):
+    folder, told = two
+    one, two = tmp_path / "one", folder / "features"
+    assert knn_door.main([*SOURCES, *shards, *places(one)]) == 0
+    assert told["features"].count("top-1 %") == 1  # one rank prints
     assert entries(one).keys() == entries(two).keys() and len(entries(one)) == 6
     for name, (values, ids) in entries(one).items():
         there, ids_there = entries(two)[name]
@@ -78,22 +96,19 @@ def test_features_of_two_ranks_are_those_of_one_and_so_are_the_numbers(shards, t
         assert results(two)[key]["data"] == result["data"]
 
 
-def test_a_file_of_two_ranks_holds_what_that_of_one_does(shards, tmp_path):
-    train = shards[1]
-    common = ["random:timm:test_vit.r160_in1k", train, "--num-workers", "0", "--batch-size", "16"]
-    output = launched("embed.py", [*common, "--to", str(tmp_path / "two.npz")], code=4)
-    assert output.count("two.npz: 99 images") == 1  # one rank prints
-    assert embed_door.main([*common, "--to", str(tmp_path / "one.npz")]) == 4
-    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+def test_a_file_of_two_ranks_holds_what_that_of_one_does(two, shards, tmp_path):
+    folder, told = two
+    assert told["file"].count("two.npz: 99 images") == 1  # one rank prints
+    assert embed_door.main(embedding_of(shards, tmp_path / "one.npz")) == 4
+    one, two = np.load(tmp_path / "one.npz"), np.load(folder / "two.npz")
     assert one.files == two.files
     for name in ("key", "shard", "sample_id", "label"):
         assert one[name].tolist() == two[name].tolist() and len(one[name]) == 99
     assert np.allclose(one["cls"], two["cls"], atol=1e-5)
 
 
-def test_heads_on_augmented_images_do_not_depend_on_ranks(shards, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    launched("linear_probe.py", ["pixels:8", *shards, *places(two), *PROTOCOL])
+def test_heads_on_augmented_images_do_not_depend_on_ranks(two, shards, tmp_path):
+    one, two = tmp_path / "one", two[0] / "heads"
     assert probe_door.main(["pixels:8", *shards, *places(one), *PROTOCOL]) == 0
     ((_, ours),) = results(one).items()
     ((_, theirs),) = results(two).items()

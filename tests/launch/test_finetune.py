@@ -5,9 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import starts
 import torch
 import yaml
-from runs import Run, deepspeed
+from runs import Run, RunDir, deepspeed
 from safetensors.torch import save_file
 
 from prelude.data.loader import Loader
@@ -20,6 +21,7 @@ from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.schedules import Progress
 
 NUM_STEPS = 15  # ceil(2 epochs x 120 images / 16)
+SHORT = ["train.epochs=0.5", "checkpoint.every_steps=4"]
 MIXED = ["objective.mixup=0.8", "objective.cutmix=1.0", "objective.augment={}"]
 
 
@@ -63,10 +65,21 @@ def start(folder: Path, name: str, *overrides: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder) -> Run:
-    run = start(folder, "uninterrupted", "objective.drop_path=0.2")
-    assert run.wait() == 0, run.output.read_text()[-3000:]
-    return run
+def whole(folder) -> dict[str, RunDir]:
+    """Two runs from start to end, one after the other in one launch."""
+    given = [str(folder / "encoder"), "--config", str(folder / "recipe.yaml"), *MIXED]
+    plan = [
+        {"name": name, "door": "finetune", "argv": [*given, f"run_dir={folder / name}", *more]}
+        for name, more in {"uninterrupted": ["objective.drop_path=0.2"], "two_ranks": SHORT}.items()
+    ]
+    answers = starts.made(deepspeed(2), folder, plan)
+    assert all(codes == [0, 0] for codes, _ in answers.values()), answers
+    return {name: RunDir(folder / name) for name in answers}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole) -> RunDir:
+    return whole["uninterrupted"]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +92,7 @@ def killed(folder) -> Run:
     return run
 
 
-def result_of(run: Run) -> dict:
+def result_of(run: RunDir) -> dict:
     (path,) = (run.run_dir / "evaluations").glob("fine_tune-*.json")
     return json.loads(path.read_text())
 
@@ -108,12 +121,10 @@ def test_the_tuned_encoder_is_a_source_again(uninterrupted):
     assert torch.equal(encoder.model.state_dict()["fc_norm.weight"], average)
 
 
-def test_two_ranks_train_what_plain_torch_trains(folder):
+def test_two_ranks_train_what_plain_torch_trains(folder, whole):
     """The same order, crops, operations, partners and mixtures; without drop path, which draws by rank."""
-    short = ["train.epochs=0.5", "checkpoint.every_steps=4"]
-    run = start(folder, "two_ranks", *short)
-    assert run.wait() == 0, run.output.read_text()[-3000:]
-    recipe, overrides = folder / "recipe.yaml", [f"run_dir={folder / 'two_ranks'}", *MIXED, *short]
+    run = whole["two_ranks"]
+    recipe, overrides = folder / "recipe.yaml", [f"run_dir={folder / 'two_ranks'}", *MIXED, *SHORT]
     task = finetune.prepare(str(folder / "encoder"), recipe, overrides)
     model, config = finetune.build(task).train(), task.config
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}

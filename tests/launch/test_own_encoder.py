@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import starts
 import torch
 from own_networks import small_transformer
 from runs import BIN, ROOT, Run, deepspeed
@@ -17,7 +18,8 @@ from prelude.checkpoints.sources import open_encoder
 from prelude.checkpoints.store import read_meta
 from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
-from prelude.launch import check_encoder, compare, finetune, knn
+from prelude.launch import check_encoder, compare, finetune, knn, pretrain
+from prelude.pretrain import distributed
 
 TRANSFORMER = ["encoder.name=own_networks:small_transformer", "encoder.kwargs={width: 16}", "encoder.patch_size=null"]
 CONVNET = ["encoder.name=own_networks:small_convnet", "encoder.kwargs={width: 4}", "encoder.patch_size=null"]
@@ -30,8 +32,12 @@ def runs(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     mae, spark = folder / "mae", folder / "spark"
     Run(deepspeed(2), recipe, mae, *TRANSFORMER).at_step(6).signal_group(signal.SIGTERM).wait()
-    for run in (Run([sys.executable], recipe, mae, *TRANSFORMER), Run([sys.executable], recipe, spark, *SPARK)):
-        assert run.wait() == 0, run.output.read_text()[-3000:]
+    plan = [
+        {"name": run.name, "argv": ["--config", str(recipe), f"run_dir={run}", *settings]}
+        for run, settings in ((mae, TRANSFORMER), (spark, SPARK))
+    ]
+    answers = starts.made([sys.executable], folder, plan)
+    assert all(codes == [0] for codes, _ in answers.values()), answers
     return {"mae": mae, "spark": spark}
 
 
@@ -52,9 +58,10 @@ def test_the_run_goes_on_where_it_stopped(runs):
 
 
 def test_other_settings_of_the_function_are_another_run(runs, recipe):
-    refused = Run([sys.executable], recipe, runs["mae"], *TRANSFORMER, "encoder.kwargs.patch_size=4")
-    assert refused.wait() == 2
-    assert "encoder.kwargs.patch_size: None -> 4" in refused.output.read_text()
+    arguments = ["--config", str(recipe), f"run_dir={runs['mae']}", *TRANSFORMER, "encoder.kwargs.patch_size=4"]
+    with pytest.raises(UserError, match="encoder.kwargs.patch_size: None -> 4"):
+        pretrain.main(arguments)
+    distributed.stop()
 
 
 @pytest.mark.parametrize("run", ["mae", "spark"])
@@ -112,12 +119,10 @@ def test_it_is_fine_tuned(runs, labelled, tmp_path):
     assert finetune.main([*arguments, "objective.drop_path=0", "objective.layer_decay=1"]) == 0
 
 
-def test_a_run_starts_from_an_earlier_one(runs, recipe, tmp_path):
-    again = Run(
-        [sys.executable], recipe, tmp_path / "again", *TRANSFORMER, f"encoder.weights={runs['mae']}", "--dry-run"
-    )
-    assert again.wait() == 0, again.output.read_text()
-    said = " ".join(again.output.read_text().replace("│", " ").split())
+def test_a_run_starts_from_an_earlier_one(runs, recipe, tmp_path, capsys):
+    arguments = ["--config", str(recipe), f"run_dir={tmp_path / 'again'}", *TRANSFORMER, "--dry-run"]
+    assert pretrain.main([*arguments, f"encoder.weights={runs['mae']}"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "own_networks:small_transformer, 18 of 18 tensors loaded" in said
 
 
@@ -138,9 +143,8 @@ def test_what_the_network_lacks_is_asked_for_before_anything_is_built(recipe, tm
         "train.gradient_checkpointing=true": "no set_grad_checkpointing",
         "optimizer.layer_decay=0.5": "no group_matcher",
     }.items():
-        refused = Run([sys.executable], recipe, tmp_path / "refused", *TRANSFORMER, override, "--dry-run")
-        assert refused.wait() == 2
-        assert lacks in refused.output.read_text()
+        with pytest.raises(UserError, match=lacks):
+            pretrain.main(["--config", str(recipe), f"run_dir={tmp_path}", *TRANSFORMER, override, "--dry-run"])
 
 
 def test_the_current_folder_is_searched(tmp_path):

@@ -69,23 +69,43 @@ class Ranks:
                 process.kill()
 
 
-@pytest.mark.parametrize("victim, number", [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)])
-def test_a_rank_that_dies_or_freezes_is_named_with_its_host_and_the_last_checkpoint(victim, number, recipe, tmp_path):
+SIGNALS = [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)]
+TROUBLES = ["sleep", "raise"]
+
+
+@pytest.fixture(scope="module")
+def without_one(recipe, tmp_path_factory):
+    """Two ranks of which one, after the seventh step, has got a signal, or trouble of its own: {which: ranks}. All are
+    begun before the end of the first is waited for, which is a limit that passes."""
+    folder, found = tmp_path_factory.mktemp("without_one"), {}
     limit = "train.rank_timeout_seconds=20"  # longer than two starts on a busy machine may lie apart
-    ranks = Ranks(recipe, tmp_path / "run", [limit], [limit]).at_step(7)
-    ranks.processes[victim].send_signal(number)
+    try:
+        for victim, number in SIGNALS:
+            ranks = Ranks(recipe, folder / f"{number.name}-{victim}", [limit], [limit])
+            found[victim, number] = ranks.at_step(7)
+            ranks.processes[victim].send_signal(number)
+        for trouble in TROUBLES:
+            settings = [limit, "objective.name=troubled:TroubledMAE"]
+            found[trouble] = Ranks(recipe, folder / trouble, settings, settings, TROUBLE=trouble).at_step(7)
+        yield found
+    finally:
+        for process in (process for ranks in found.values() for process in ranks.processes):
+            process.kill()
+
+
+@pytest.mark.parametrize("victim, number", SIGNALS)
+def test_a_rank_that_dies_or_freezes_is_named_with_its_host_and_the_last_checkpoint(victim, number, without_one):
+    ranks = without_one[victim, number]
     assert ranks.processes[1 - victim].wait(timeout=200) == 3, ranks.output(1 - victim)
     sentence = ranks.error(1 - victim)
     assert f"Rank {victim} on {socket.gethostname()}" in sentence
-    assert f"{tmp_path / 'run' / 'checkpoints'}/step-000000" in sentence
-    ranks.processes[victim].kill()
+    assert f"{ranks.run_dir / 'checkpoints'}/step-000000" in sentence
 
 
 @pytest.mark.parametrize("trouble, named", [("sleep", "in the forward pass of step 8 (in forward, troubled.py"),
                                             ("raise", "exit code 1 (KeyError: 'a fault of ours')")])  # fmt: skip
-def test_a_rank_that_hangs_or_fails_alone_ends_the_run_with_what_it_was_doing(trouble, named, recipe, tmp_path):
-    settings = ["train.rank_timeout_seconds=20", "objective.name=troubled:TroubledMAE"]
-    ranks = Ranks(recipe, tmp_path / "run", settings, settings, TROUBLE=trouble)
+def test_a_rank_that_hangs_or_fails_alone_ends_the_run_with_what_it_was_doing(trouble, named, without_one):
+    ranks = without_one[trouble]
     assert ranks.end() == [3, 3 if trouble == "sleep" else 1]
     assert "Rank 1" in ranks.error(0) and named in ranks.error(0)
     assert trouble == "raise" or "warning: 1 of 2 ranks wait: Rank 1" in ranks.output(0)

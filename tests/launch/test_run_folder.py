@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Run, deepspeed
+import starts
+from runs import Run, deepspeed
 
 from prelude.checkpoints.sources import open_encoder
 from prelude.checkpoints.store import MANIFEST, Store
@@ -43,17 +43,12 @@ def in_format(number: int, run: Path) -> None:
 def start(recipe, tmp_path_factory):
     """`start(folder, {name: overrides})`: starts one after another in one process; returns {name: (code, told)}."""
 
-    def start(folder: Path, starts: dict[str, list[str]], **more) -> dict[str, tuple]:
+    def start(folder: Path, overrides: dict[str, list[str]], **more) -> dict[str, tuple]:
         plan = [
-            {"name": name, "argv": ["--config", str(recipe), *given(each)], **more} for name, each in starts.items()
+            {"name": name, "argv": ["--config", str(recipe), *given(each)], **more} for name, each in overrides.items()
         ]
-        (folder / "plan.json").write_text(json.dumps(plan))
-        script = [sys.executable, str(Path(__file__).with_name("starts.py")), str(folder / "plan.json")]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-        done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        answers = {name: json.loads((folder / f"{name}.json").read_text()) for name in starts}
-        return {name: (answer["code"], answer["told"]) for name, answer in answers.items()}
+        answers = starts.made([sys.executable], folder, plan)
+        return {name: (code, told) for name, ((code,), told) in answers.items()}
 
     return start
 
@@ -88,12 +83,12 @@ def refused(start, folder) -> dict[str, tuple]:
     (folder / "linked").mkdir()
     (folder / "stuck" / "STOP").mkdir(parents=True)
     (folder / "linked" / "checkpoints").symlink_to(folder / "run" / "checkpoints")
-    starts = {
-        name: [f"run_dir={folder / run}", *(each.replace("RUN", str(folder / "run")) for each in overrides)]
-        for name, (run, overrides, _) in REFUSED.items()
+    overrides = {
+        name: [f"run_dir={folder / run}", *(each.replace("RUN", str(folder / "run")) for each in changes)]
+        for name, (run, changes, _) in REFUSED.items()
     }
     before = {run: snapshot(folder / run) for run, *_ in REFUSED.values()}
-    answers = start(folder, starts)
+    answers = start(folder, overrides)
     after = {run: snapshot(folder / run) for run, *_ in REFUSED.values()}
     (folder / "run" / "STOP").unlink()
     return {name: (*answers[name], before[run], after[run]) for name, (run, *_) in REFUSED.items()}
@@ -145,7 +140,7 @@ def foreseen(start, folder) -> dict[str, tuple]:
     lock.release()
     (folder / "precious").unlink()
     after = snapshot(folder)
-    ours = {path for path in after if path.endswith(".json") and "/" not in path}
+    ours = {path for path in after if path.endswith((".json", ".out", ".code")) and "/" not in path}
     changed = {path for path, content in after.items() if path not in ours and before.get(path) != content}
     return {name: (*answers[f"outlook {name}"], changed) for name in OUTLOOKS}
 

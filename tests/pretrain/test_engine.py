@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import engine_cases
@@ -15,16 +16,22 @@ from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.schedules import Progress
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def runs(request, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp(f"world{request.param}")
-    command = [*deepspeed(request.param), engine_cases.__file__, str(out)]
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("worlds")
+    command = [*deepspeed(2), engine_cases.__file__, str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "PATH": f"{BIN}:{os.environ['PATH']}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
 
 
+@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+def runs(request, launched) -> Path:
+    return launched / str(request.param)
+
+
+@cache
 def reference(name: str) -> tuple[dict, list[float]]:
     """The same training written out in plain torch: (weights, loss of each step)."""
     case = engine_cases.CASES[name]

@@ -12,19 +12,24 @@ from runs import BIN, ROOT, deepspeed
 from prelude.pretrain.host_waits import counted
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def found(request, tmp_path_factory) -> list[dict[str, list[str]]]:
-    out = tmp_path_factory.mktemp(f"world{request.param}")
-    command = [*deepspeed(request.param), waiting_cases.__file__, str(out)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, list[dict[str, list[str]]]]:
+    """By number of ranks, for each of them."""
+    out = tmp_path_factory.mktemp("worlds")
+    command = [*deepspeed(2), waiting_cases.__file__, str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "PATH": f"{BIN}:{os.environ['PATH']}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return {
+        ranks: [json.loads((out / str(ranks) / f"{rank}.json").read_text()) for rank in range(ranks)]
+        for ranks in (1, 2)
+    }
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", waiting_cases.CASES)
-def test_a_step_that_is_not_logged_waits_for_nothing(found, case):
-    for of_rank in found:
+def test_a_step_that_is_not_logged_waits_for_nothing(found, case, ranks):
+    for of_rank in found[ranks]:
         expected = ["tolist"] if case.startswith("dseqjepa") else []  # the lengths that its packing needs
         assert [line.split()[0] for line in of_rank[case]] == expected, "\n".join(of_rank[case])
 
