@@ -13,6 +13,7 @@ python benchmarks/loader.py --shards '../shared/data/cifar10/train-{000000..0000
 import argparse
 import json
 import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="worker processes; 0 loads in this process")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=16, help="measured batches of each arm in each round")
+    parser.add_argument("--batches", type=int, default=48, help="measured batches of each arm in each round")
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
     parser.add_argument("--only", action="append", metavar="ARM", help="this arm alone; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
@@ -83,11 +84,10 @@ def measure(open_batches: Callable, args: argparse.Namespace) -> dict[str, float
     with closing(open_batches()) as batches:
         for _ in range(args.workers * (BATCHES_AHEAD + 1) + 1):
             next(batches)
-        clocks = [process_clock(child.pid) for child in multiprocessing.active_children()]
-        cpu, wall = cpu_seconds(clocks), time.perf_counter()
+        cpu, wall = cpu_seconds(), time.perf_counter()
         for _ in range(args.batches):
             next(batches)
-        cpu, wall = cpu_seconds(clocks) - cpu, time.perf_counter() - wall
+        cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
     count = args.batches * args.batch_size
     return {"cpu_seconds_per_1000": 1000 * cpu / count, "images_per_second": count / wall}
 
@@ -97,9 +97,12 @@ def process_clock(pid: int) -> int:
     return (~pid << 3) | 2
 
 
-def cpu_seconds(clocks: list[int]) -> float:
-    """User + system time so far: this process' and the workers', which `getrusage` counts only once they have ended."""
-    return time.process_time() + sum(map(time.clock_gettime, clocks))
+def cpu_seconds() -> float:
+    """User + system time so far of this process and its workers: `getrusage` counts those that have ended, as some
+    arms' do at each pass over the data, and only those."""
+    alive = sum(time.clock_gettime(process_clock(child.pid)) for child in multiprocessing.active_children())
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + alive + ended.ru_utime + ended.ru_stime
 
 
 def summarise(names: list[str], rounds: list[dict]) -> dict[str, dict[str, float]]:

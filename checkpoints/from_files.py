@@ -21,7 +21,7 @@ from prelude.checkpoints.convert.architecture import encoder_config
 from prelude.checkpoints.convert.files import CONFIG, read_file, read_folder, read_json
 from prelude.checkpoints.convert.formats import weights_in
 from prelude.checkpoints.convert.resample import RULES
-from prelude.checkpoints.convert.weights import Weights
+from prelude.checkpoints.convert.weights import Weights, prefix_tokens
 from prelude.checkpoints.description import Description, Pixels
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from prelude.data.errors import UserError
@@ -83,8 +83,16 @@ def read_weights(source: str) -> Weights:
     weights = weights_in(tree, source, words.part, settings)
     given = {"num_heads": words.num_heads, "grid": words.grid, "resampling": words.resampling}
     given["norm_eps"] = words.norm_eps
+    given["prefix_rows"] = _rows_beside(weights, words.grid)
     given["pixels"] = words.pixels or weights.pixels or _published_pixels(path, weights)
     return replace(weights, **{key: value for key, value in given.items() if value is not None})
+
+
+def _rows_beside(weights: Weights, grid: tuple[int, int] | None) -> int | None:
+    """Rows of prefix tokens beside a grid that the user names; None: the table says nothing of it."""
+    table = weights.tensors.get("pos_embed")
+    rest = None if grid is None or table is None or table.ndim != 3 else table.shape[1] - grid[0] * grid[1]
+    return rest if rest in (0, prefix_tokens(weights.tensors)) else None
 
 
 def is_transformers(folder: Path) -> bool:

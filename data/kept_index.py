@@ -1,102 +1,356 @@
-"""The index of every shard, made of the headers once and kept in the cache folder.
+"""The index of a data set's shards, made of their headers once and kept in the cache folder.
 
-- Under the path, size and times of change of a tar, so that one which has changed is read again.
-- Written to the side and renamed, so that any number of processes may build it at once.
+- Of each shard there is a small file with every label, and of all shards together one table for each label, which is
+  mapped: opening it takes the same time and memory whatever lies in the shards. See `places`.
+- Both are kept under the paths, sizes and times of change of the tars: one that has changed is read again, and none
+  else. Other sets of the same shards, and other labels, need no look at the tars.
+- One process of a node makes what is missing, and the others wait for it. Files are written to the side and renamed.
+- Where nothing can be kept, each process makes an index in its memory; so it does of a folder of images.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
-import secrets
 import socket
-import zipfile
-import zlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from prelude.data.errors import UserError
+from prelude.data import index_file, remote_index
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
+from prelude.data.index_file import Entry
+from prelude.data.locks import alone
 from prelude.data.node_cache import cache_folder
-from prelude.data.remote_index import load as load_remote
-from prelude.data.remote_index import read_index_files
-from prelude.data.remote_shards import RemoteShard
-from prelude.data.tar_index import Problem, TarIndex, index_tar
-from prelude.data.waiting import in_threads
+from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
+from prelude.data.remote_shards import RemoteShard, shard_name
+from prelude.data.tar_index import MOST_LABELS, Problem, TarIndex, index_every_label, index_tar
+from prelude.data.waiting import called, in_threads, moved
+from prelude.data.walking import walk_all
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
+_STATED_AT_ONCE = 256
+_UNUSED_SECONDS = 30 * 86400  # after which the table of shards as they were before makes room
 
 
-def load_all(paths: Sequence[str], label: str, images: Sequence[str]) -> list[TarIndex]:
-    """The index of every shard; each rank of a node begins elsewhere, so that they share the work of a first use.
+class Shard(NamedTuple):
+    """What an index says of a shard beside its places; see `TarIndex`."""
+
+    count: int
+    content: str
+    ended: bool
+    problems: tuple[Problem, ...]
+    sha256: str = ""  # of a remote one
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The index of shards. identity: changes with what is in it; "" where it is not kept."""
+
+    images: Places | np.ndarray  # (N, 2): offset and size
+    labels: Places | np.ndarray  # (N, 2), or (0, 2) without a label
+    shards: list[Shard]
+    label_contents: list[str]
+    identity: str
+
+
+def load_all(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
+    """The index of these shards.
 
     label: extension of the label's member, or "". images: for each shard, that of the image's member, or "" for any.
+    Raises UserError for a shard that cannot be read or is compressed, RunStopped for one that a store does not give.
     """
-    ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-    begin = len(paths) * int(os.environ.get("LOCAL_RANK", 0)) // ranks
-    turned = list(zip([*paths[begin:], *paths[:begin]], [*images[begin:], *images[:begin]], strict=True))
-    read_index_files([path for path, image in turned if not image])
-    load = lambda one: _load(one[0], label, one[1])  # noqa: E731
-    parts = list(in_threads(load, turned, lambda one: f"the headers of {one[0]}"))
-    return parts[len(paths) - begin :] + parts[: len(paths) - begin]
+    if any(isinstance(path, ImageFolder) for path in paths):
+        return _with_folders(paths, label, images)
+    states = _states(paths)
+    of_paths = _hash([CACHE_VERSION, [state[0] for state in states], list(images)])[:16]
+    of_states = _hash([CACHE_VERSION, states, list(images), label == ARRAY_EXTENSION])
+    sought = _Sought(paths, states, images, label, f"{of_paths}-{of_states}")
+    try:
+        kept = _opened(sought) or called(lambda: _made(sought), f"the index of {paths[0]} and the rest")
+    except OSError as error:
+        _warn_unkept(str(_folder()), error.strerror or str(error))
+        return _in_memory(paths, label, images)
+    for path, shard in zip(paths, kept.shards, strict=True):
+        if shard.sha256:
+            path.checksums["sha256"] = shard.sha256
+    return kept
 
 
-def _load(path: str, label: str, image: str) -> TarIndex:
-    if isinstance(path, ImageFolder):
-        return path.index(label, image)
+def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
+    """`compute()`, a hash over all of an index; `what` says over which part. Computed once on a node; each time if
+    the identity is ""."""
+    if not identity:
+        return compute()
+    path = _folder() / f"{_hash([CACHE_VERSION, identity, what])}.hash"
+    with contextlib.suppress(OSError):
+        if len(found := path.read_text()) == 32:
+            return found
+    try:
+        with alone(f"{path}.lock"):
+            with contextlib.suppress(OSError):
+                if len(found := path.read_text()) == 32:
+                    return found
+            found = compute()
+            _write_whole(path, found.encode())
+            return found
+    except OSError as error:
+        _warn_unkept(str(_folder()), error.strerror or str(error))
+        return compute()
+
+
+# ---- all shards
+
+
+class _Sought(NamedTuple):
+    paths: Sequence[str]
+    states: list[list]
+    images: Sequence[str]  # names of image members
+    label: str
+    name: str
+
+    def path(self, label: str = "") -> str:
+        of_label = f".{_hash(label)[:16]}.labels" if label else ".images"
+        return str(_folder() / f"{self.name}{of_label}")
+
+    def shards(self) -> list[tuple]:
+        return list(zip(self.paths, self.states, self.images, strict=True))
+
+
+def _states(paths: Sequence[str]) -> list[list]:
+    """What changes with a shard, beginning with its path."""
+
+    def of_some(begin: int) -> list[list]:
+        found = []
+        for path in paths[begin : begin + _STATED_AT_ONCE]:
+            if isinstance(path, RemoteShard):
+                found.append([path.identity])
+                continue
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            # The second time changes even where a tool puts the first one back.
+            found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+            moved()
+        return found
+
+    begins = range(0, len(paths), _STATED_AT_ONCE)
+    return [state for found in in_threads(of_some, begins, lambda begin: paths[begin]) for state in found]
+
+
+def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
+    """None where it is not there yet, or spoilt."""
+    try:
+        images = Mapped(sought.path())
+        shards = [
+            Shard(count, content, ended, tuple(Problem(*problem) for problem in problems), sha256)
+            for count, content, ended, problems, sha256 in images.about
+        ]
+        labels, contents = np.empty((0, 2), np.int64), [index_file.no_labels(0)] * len(shards)
+        if sought.label and labels_too:
+            labels = Mapped(sought.path(sought.label), images)
+            contents = list(labels.about)
+        if len(images) != sum(shard.count for shard in shards) or not len(shards) == len(contents) == len(sought.paths):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(sought.path())
+    return Kept(images, labels, shards, contents, sought.name)
+
+
+def _made(sought: _Sought) -> Kept:
+    """By one process of a node. Raises OSError where it cannot be kept."""
+    _folder().mkdir(parents=True, exist_ok=True)
+    with alone(f"{_folder() / sought.name}.lock"):
+        kept = _opened(sought)
+        if kept is not None:
+            return kept
+        _know_each(sought)
+        if _opened(sought, labels_too=False) is None:
+            _write_images(sought)
+        if sought.label:
+            _write_labels(sought)
+        _remove_superseded(sought)
+        kept = _opened(sought)
+    if kept is None:
+        raise OSError(f"what was written to {sought.path()} is not there")
+    return kept
+
+
+def _know_each(sought: _Sought) -> None:
+    """Keeps what is in each shard, as far as that is not known yet."""
+    remote_index.read_index_files([path for path, image in zip(sought.paths, sought.images, strict=True) if not image])
+    shards = sought.shards()
+    local = [shard for shard in shards if not isinstance(shard[0], RemoteShard) and not _kept_file(*shard).exists()]
+    walk_all(local, _know_local)
+    remote = [shard for shard in shards if isinstance(shard[0], RemoteShard)]
+    for _ in in_threads(_entry, remote, lambda shard: f"the headers of {shard[0]}"):
+        moved()
+
+
+def _write_images(sought: _Sought) -> None:
+    about: list[Shard] = []
+
+    def tables() -> Iterator[np.ndarray]:
+        about.clear()
+        for shard in sought.shards():
+            entry = _entry(shard)
+            # Where arrays are the labels, they are not the images of a shard that has no others.
+            found = entry.indexes[""] if sought.label != ARRAY_EXTENSION else _labelled(shard, sought.label)
+            about.append(Shard(len(found.images), found.content, found.ended, found.problems, entry.sha256))
+            moved()
+            yield found.images
+
+    write_images(sought.path(), tables, lambda: about)
+
+
+def _write_labels(sought: _Sought) -> None:
+    images, contents = Mapped(sought.path()), []
+
+    def tables() -> Iterator[np.ndarray]:
+        contents.clear()
+        for shard, (count, *_) in zip(sought.shards(), images.about, strict=True):
+            found = _labelled(shard, sought.label)
+            if len(found.labels) != count:
+                raise RunStopped(f"{shard[0]} has changed while it was indexed; start again.")
+            contents.append(found.label_content)
+            moved()
+            yield found.labels
+
+    write_labels(sought.path(sought.label), tables, images, lambda: contents)
+
+
+def _remove_superseded(sought: _Sought) -> None:
+    """Tables of these shards as they were before, which nobody has opened for long."""
+    of_paths = sought.name.partition("-")[0]
+    for path in _folder().glob(f"{of_paths}-*"):
+        with contextlib.suppress(OSError):
+            if not path.name.startswith(sought.name) and time.time() - path.stat().st_mtime > _UNUSED_SECONDS:
+                path.unlink()
+
+
+# ---- one shard
+
+
+def _labelled(shard: tuple, label: str) -> TarIndex:
+    """With the places of a label."""
+    path, _, image = shard
+    entry = _entry(shard)
+    told = label in entry.indexes or not ("." in label or label == ARRAY_EXTENSION or len(entry.indexes) > MOST_LABELS)
+    return entry.index(label) if told else index_tar(path, label, image)
+
+
+def _entry(shard: tuple) -> Entry:
+    path, state, image = shard
     if isinstance(path, RemoteShard):
-        return load_remote(path, label, image)
+        return remote_index.load(path, image)
     try:
-        status = os.stat(path)
-        times = status.st_mtime_ns, status.st_ctime_ns  # the second changes even where a tool puts the first back
-        named = [image] if image else []
-        identity = json.dumps([CACHE_VERSION, os.path.abspath(path), status.st_size, *times, label, *named])
-        name = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-        kept = cache_folder() / "index" / f"{name}.npz"
-        index = _read(kept)
-        if index is None:
-            index = index_tar(path, label, image)
-            _write(kept, index)
-        return index
+        return index_file.read(_kept_file(path, state, image).read_bytes())[shard_name(path)]
+    except (OSError, ValueError, KeyError):  # not there yet, or spoilt
+        return _know_local(shard)
+
+
+def _know_local(shard: tuple) -> Entry:
+    path, state, image = shard
+    try:
+        entry = Entry(state[1], "", index_every_label(path, image))
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}); mend it, or leave it out of "
-            f"data.shards."
-        ) from None
+        raise _unreadable(path, error) from None
+    _write_whole(_kept_file(path, state, image), index_file.write({shard_name(path): entry}))
+    return entry
 
 
-def _read(kept: Path) -> TarIndex | None:
-    try:
-        with np.load(kept, allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
-            problems = tuple(Problem(*problem) for problem in about.pop("problems"))
-            return TarIndex(arrays["images"], arrays["labels"], problems, **about)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None  # not there yet, or spoilt: it is built again
+def _kept_file(path: str, state: list, image: str) -> Path:
+    return _folder() / "shards" / f"{_hash([CACHE_VERSION, state, *([image] if image else [])])}.npz"
 
 
-def _write(kept: Path, index: TarIndex) -> None:
-    """A cache that cannot be written costs time at the next start and nothing else."""
-    aside = kept.with_name(f"{kept.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    about = {name: getattr(index, name) for name in ("problems", "ended", "content", "label_content")}
-    encoded = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+def _with_folders(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
+    parts, pairs = [], zip(paths, images, strict=True)
+    for is_folder, run in groupby(pairs, key=lambda pair: isinstance(pair[0], ImageFolder)):
+        if is_folder:
+            indexes = in_threads(
+                lambda pair: pair[0].index(label, pair[1]), run, lambda pair: f"the images in {pair[0]}"
+            )
+            parts.append(_of_indexes(list(indexes)))
+        else:
+            of_run = list(run)
+            parts.append(load_all([path for path, _ in of_run], label, [image for _, image in of_run]))
+    return Kept(
+        Chained([part.images for part in parts]),
+        Chained([part.labels for part in parts]) if label else np.empty((0, 2), np.int64),
+        [shard for part in parts for shard in part.shards],
+        [content for part in parts for content in part.label_contents],
+        "",
+    )
+
+
+def _in_memory(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
+    def load(one: tuple[str, str]) -> TarIndex:
+        path, image = one
+        if isinstance(path, RemoteShard):
+            entry = remote_index.load(path, image)
+            return entry.index(label) if label else entry.indexes[""]
         try:
-            with open(aside, "wb") as file:
-                np.savez(file, images=index.images, labels=index.labels, about=encoded)
-            os.replace(aside, kept)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        _warn_unkept(str(kept.parent), error.strerror)
+            return index_tar(path, label, image)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    remote_index.read_index_files([path for path, image in zip(paths, images, strict=True) if not image])
+    pairs = list(zip(paths, images, strict=True))
+    return _of_indexes(list(in_threads(load, pairs, lambda pair: f"the headers of {pair[0]}")))
 
 
-@functools.cache  # once for a folder and not for each of its shards
+def _of_indexes(parts: Sequence[TarIndex]) -> Kept:
+    return Kept(
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        [Shard(len(part.images), part.content, part.ended, part.problems) for part in parts],
+        [part.label_content for part in parts],
+        "",
+    )
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}); mend it, or leave it out of "
+        f"data.shards."
+    )
+
+
+# ---- files
+
+
+def _folder() -> Path:
+    return cache_folder() / "index"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _hash(content) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+@functools.cache  # once for a folder
 def _warn_unkept(folder: str, reason: str) -> None:
     log.warning("indexes of shards are not kept, because %s cannot be written: %s", folder, reason)

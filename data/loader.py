@@ -163,7 +163,9 @@ class Loader(EndlessLoader):
     def in_todays_terms(self, state: dict) -> dict:
         """Runs of 0.1 knew names, sizes and offsets of the images and nothing of labels: theirs are the same data if
         these are."""
-        if state.get("fingerprint") != self.index.layout_fingerprint():
+        if state.get("fingerprint") in (self.fingerprint, None):
+            return state
+        if state["fingerprint"] != self.index.layout_fingerprint():
             return state
         return state | {"fingerprint": self.fingerprint}
 

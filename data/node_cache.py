@@ -23,6 +23,7 @@ from pathlib import Path
 
 from prelude.data.checksums import Digests
 from prelude.data.errors import RunStopped, UserError
+from prelude.data.locks import is_at, lock
 from prelude.data.waiting import moved
 
 log = logging.getLogger(__name__)
@@ -215,13 +216,13 @@ class NodeCache:
         path = self._partial(name)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if not _lock(fd) or not _is_at(fd, path):  # another has it, or has just given it its name
+            if not lock(fd) or not is_at(fd, path):  # another has it, or has just given it its name
                 yield None
                 return
             try:
                 yield fd
             finally:
-                if _is_at(fd, path):
+                if is_at(fd, path):
                     os.unlink(path)
         finally:
             os.close(fd)
@@ -240,7 +241,7 @@ class NodeCache:
         """Nobody else counts or removes files meanwhile; it is held for milliseconds."""
         fd = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            while not _lock(fd):
+            while not lock(fd):
                 time.sleep(_LOOK_SECONDS / 10)
             yield
         finally:
@@ -308,27 +309,11 @@ class NodeCache:
         return os.path.join(self.folder, f"{name}.partial")
 
 
-def _lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(fd: int, path: str) -> bool:
-    """Whether an open file still has this path."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def _is_left(path: str) -> bool:
     """Removes a file that nobody is writing; whether it did."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        if not _lock(fd) or not _is_at(fd, path):
+        if not lock(fd) or not is_at(fd, path):
             return False
         os.unlink(path)
         return True

@@ -5,7 +5,7 @@
   resumed run needs one integer.
 - Reading stays local: shards are cut into spans of neighbouring samples, the spans are permuted, the line of spans is
   cut into `streams` that are read side by side, and each stream is shuffled within windows.
-- Memory is O(spans + streams * window), never O(N).
+- Memory is O(shards + streams * window), and four bytes a span; never O(N).
 - Permutations sort the raw words of Philox: unlike those of numpy's Generator, these are promised never to change.
 """
 
@@ -41,7 +41,7 @@ class Order:
     def __init__(self, counts: Sequence[int], seed: int, shuffle: Shuffle):
         self.num_samples = int(np.sum(counts))
         self.seed, self.shuffle = seed, shuffle
-        self._span_starts, self._span_lengths = _cut(np.asarray(counts, np.int64), shuffle.span)
+        self._spans = _Spans(np.asarray(counts, np.int64), shuffle.span)
         self._epochs = Recent(2)
         # An epoch's turn needs the windows of both epochs, and streams of unequal length change windows apart.
         self._windows = Recent(2 * min(shuffle.streams, self.num_samples) + 2)
@@ -59,21 +59,21 @@ class Order:
     def first_samples_by_turn(self, epoch: int) -> Iterator[np.ndarray]:
         """For window after window: the first sample of each span that the streams then read, side by side."""
         streams, window = self.shuffle.streams, self.shuffle.window
-        span_order, line_ends = self._epochs.get(epoch, lambda: self._permuted_spans(epoch))
+        line_of_spans = self._epochs.get(epoch, lambda: self._line(epoch))
         starts = self.num_samples * np.arange(streams) // streams  # but for one sample those of `_places_in_line`
         for begin in range(0, -(-self.num_samples // streams), window):
             first = np.minimum(starts + begin, self.num_samples - 1)
             last = np.minimum(starts + min(begin + window, -(-self.num_samples // streams)), self.num_samples) - 1
-            spans = zip(*(np.searchsorted(line_ends, line, side="right") for line in (first, last)), strict=True)
-            yield self._span_starts[span_order[np.concatenate([np.arange(a, b + 1) for a, b in spans])]]
+            turns = zip(*(line_of_spans.at(line)[0] for line in (first, last)), strict=True)
+            spans = line_of_spans.order[np.concatenate([np.arange(a, b + 1) for a, b in turns])]
+            yield self._spans.starts(spans)
 
     def _samples_of_epoch(self, epoch: int, place: np.ndarray) -> np.ndarray:
         """place: (n,) int64 in [0, num_samples)."""
         line = self._places_in_line(epoch, place)
-        span_order, line_ends = self._epochs.get(epoch, lambda: self._permuted_spans(epoch))
-        nth = np.searchsorted(line_ends, line, side="right")
-        span = span_order[nth]
-        return self._span_starts[span] + self._span_lengths[span] - (line_ends[nth] - line)
+        line_of_spans = self._epochs.get(epoch, lambda: self._line(epoch))
+        nth, within = line_of_spans.at(line)
+        return self._spans.starts(line_of_spans.order[nth]) + within
 
     def _places_in_line(self, epoch: int, place: np.ndarray) -> np.ndarray:
         """Streams take turns: place k is item k // C of stream k % C, whose window then says which of its items."""
@@ -94,9 +94,8 @@ class Order:
             line[here] += shuffled[within[here]]
         return line
 
-    def _permuted_spans(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = permutation(len(self._span_starts), self.seed, epoch, -1, -1)
-        return order, np.cumsum(self._span_lengths[order])
+    def _line(self, epoch: int) -> "_Line":
+        return _Line(permutation(self._spans.count, self.seed, epoch, -1, -1), self._spans)
 
 
 def sample_seed(run_seed: int, position: int) -> int:
@@ -109,13 +108,43 @@ def substitute(run_seed: int, position: int, attempt: int, num_samples: int) -> 
     return hashed(b"substitute", run_seed, position, attempt) % num_samples
 
 
-def _cut(counts: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
-    """First sample and length of each span; a shard's last span may be shorter, an empty shard has none."""
-    spans_of = -(-counts // span)
-    shard = np.repeat(np.arange(len(counts)), spans_of)
-    nth = np.arange(len(shard)) - (np.cumsum(spans_of) - spans_of)[shard]
-    first_of_shard = np.cumsum(counts) - counts
-    return first_of_shard[shard] + nth * span, np.minimum(span, counts[shard] - nth * span)
+class _Spans:
+    """Shards cut into spans. The last span of a shard may be shorter, an empty shard has none. Whatever is asked of a
+    span is computed from the shards: ten million spans take no memory."""
+
+    def __init__(self, counts: np.ndarray, length: int):
+        """counts: (num_shards,) samples."""
+        self.length = length
+        of_shards = -(-counts // length)
+        self._ends = np.cumsum(of_shards)  # of shards, in spans
+        self._surplus = (self._ends - of_shards) * length - (np.cumsum(counts) - counts)  # if all were of full length
+        self.count = int(self._ends[-1])
+        self.short = (self._ends - 1)[counts % length > 0]  # those that are shorter
+        self.missing = (-counts % length)[counts % length > 0]  # samples, of each of these
+
+    def starts(self, spans: np.ndarray) -> np.ndarray:
+        """(n,) int64: the first sample of each of these spans."""
+        spans = spans.astype(np.int64)
+        return spans * self.length - self._surplus[np.searchsorted(self._ends, spans, side="right")]
+
+
+class _Line:
+    """Spans one after the other in some order."""
+
+    def __init__(self, order: np.ndarray, spans: _Spans):
+        self.length = spans.length
+        self.order = order.astype(np.uint32 if spans.count < 2**32 else np.int64)
+        is_short = np.zeros(spans.count, bool)
+        is_short[spans.short] = True
+        turns = np.flatnonzero(is_short[order])  # of the short ones
+        missing = spans.missing[np.searchsorted(spans.short, order[turns])]
+        self._missing = np.concatenate([[0], np.cumsum(missing)])  # before and after each of the short ones
+        self._short_ends = (turns + 1) * self.length - self._missing[1:]
+
+    def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For samples of the line: (whose turn it is, how many samples of that span come before). Both int64."""
+        full = places + self._missing[np.searchsorted(self._short_ends, places, side="right")]
+        return np.divmod(full, self.length)
 
 
 def permutation(length: int, *key: int, use: bytes = b"permutation") -> np.ndarray:

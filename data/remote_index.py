@@ -18,7 +18,7 @@ from prelude.data.checksums import Digests
 from prelude.data.index_file import Entry
 from prelude.data.node_cache import cache_folder
 from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
-from prelude.data.tar_index import TarIndex, index_every_label
+from prelude.data.tar_index import index_every_label
 from prelude.data.waiting import in_threads, moved
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def read_index_files(paths: list[str]) -> None:
             )  # fmt: skip
 
 
-def load(shard: RemoteShard, label: str, image: str = "") -> TarIndex:
+def load(shard: RemoteShard, image: str = "") -> Entry:
     """image: extension of the image's member where it is named: of those no file beside the shards knows.
 
     Raises UserError as `index_tar`, and RunStopped where the shard cannot be had.
@@ -55,7 +55,7 @@ def load(shard: RemoteShard, label: str, image: str = "") -> TarIndex:
         _write(shard, entry, image)
     if entry.sha256:
         shard.checksums["sha256"] = entry.sha256
-    return entry.index(label) if label else entry.indexes[""]
+    return entry
 
 
 def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | None = None) -> list[str]:

@@ -8,6 +8,8 @@ pixels say little: what tells the kinds apart is how neighbouring patches contin
 - Sample `index` of a split is a function of (seed, split, index, image_size) alone: a data set of 2,000 starts
   with the data set of 1,000. Every draw is a counter-based hash, so no generator has a state to keep.
 - Every ten consecutive samples hold each class once.
+- A mask says what each pixel shows most of: the ground, the cloth by its kind, a strewn shape, or the bar. It comes
+  from how much of the pixel each layer covers, before JPEG.
 - `write_shards` writes the same bytes each time, and never leaves a half-written shard under its final name.
 """
 
@@ -24,8 +26,9 @@ from prelude.data.errors import UserError
 
 CLASSES = ("vertical", "horizontal", "diagonal", "zigzag", "rings", "checks", "grid", "bricks", "dots", "hoops")
 SPLITS = ("train", "test")
+MASKED = ("ground", *CLASSES, "strewn", "bar")  # what the numbers in a mask mean
 
-_VERSION = 1  # raised whenever a pixel changes, so that older shards are written anew
+_VERSION = 2  # raised whenever a pixel or a member changes, so that older shards are written anew
 _CHUNK = 250  # pictures painted at once: large enough for numpy, small enough for the cache
 _NUM_STREWN = 2
 _OUTLINES = np.array([3, 4, 5, 6, 60])  # corners of the large shape; sixty make a disc
@@ -34,12 +37,13 @@ _OUTLINES = np.array([3, 4, 5, 6, 60])  # corners of the large shape; sixty make
 def write_shards(
     folder: str | Path, split: str, num_samples: int, seed: int = 0, image_size: int = 32, samples_per_shard: int = 500
 ) -> list[Path]:
-    """Writes `SPLIT-000000.tar`, ... into `folder`, each sample a `.jpg` and its `.cls`; returns the shards in order.
+    """Writes `SPLIT-000000.tar`, ... into `folder`, each sample a `.jpg`, its `.cls`, and its mask as a `.png`;
+    returns the shards in order.
 
     Nothing is written when the same data set is already there; another one of the same split is replaced.
     Raises UserError for an unknown split, or a count, seed or size that cannot be drawn.
     """
-    _check(split, num_samples, seed, image_size, samples_per_shard)
+    check(split, num_samples, seed, image_size, samples_per_shard)
     folder = Path(folder)
     record = folder / f"{split}.json"  # written last: where it agrees with the shards, they are complete
     starts = range(0, num_samples, samples_per_shard)
@@ -53,16 +57,23 @@ def write_shards(
     for stale in set(folder.glob(f"{split}-*.tar")) - set(shards):
         stale.unlink(missing_ok=True)
     for shard, start in zip(shards, starts, strict=True):
-        _replace(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, image_size))
-    _replace(record, json.dumps({**wanted, "sizes": _sizes(shards)}).encode())
+        replace_whole(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, image_size))
+    replace_whole(record, json.dumps({**wanted, "sizes": _sizes(shards)}).encode())
     return shards
 
 
 def paint(split: str, indices: np.ndarray, seed: int = 0, image_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """The pictures (N, H, W, 3) uint8 and labels (N,) int64 of samples `indices` of a split."""
+    return paint_with_masks(split, indices, seed, image_size)[:2]
+
+
+def paint_with_masks(
+    split: str, indices: np.ndarray, seed: int = 0, image_size: int = 32
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same, and the masks (N, H, W) uint8, places in `MASKED`."""
     indices = np.asarray(indices, dtype=np.int64)
     labels = indices % len(CLASSES)
-    draws = _Draws(seed, SPLITS.index(split), indices)
+    draws = Draws(seed, SPLITS.index(split), indices)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
     x, y = np.broadcast_arrays(axis[None, None, :], axis[None, :, None])  # (1, H, W), in image widths from the centre
 
@@ -72,16 +83,35 @@ def paint(split: str, indices: np.ndarray, seed: int = 0, image_size: int = 32) 
     cloth = draws.tone(0.2, 0.8)[:, None, None] + _light(draws, x, y, 0.4)[..., None]
     cloth = cloth + _pattern(draws, labels, x, y, image_size)[..., None] * contrast[:, None, None]
     corners = _OUTLINES[draws.below(len(_OUTLINES))]
-    _lay(canvas, _polygon(draws, corners, x, y, 0.12, (0.4, 0.52), image_size), cloth)
+    covers = [_polygon(draws, corners, x, y, 0.12, (0.4, 0.52), image_size)]
+    _lay(canvas, covers[0], cloth)
 
     for _ in range(_NUM_STREWN):
         cover = _polygon(draws, _OUTLINES[draws.below(len(_OUTLINES))], x, y, 0.5, (0.04, 0.08), image_size)
+        covers.append(cover)
         _lay(canvas, cover, draws.tone(0.2, 0.8)[:, None, None])
-    _lay(canvas, _bar(draws, x, y, image_size), draws.tone(0.2, 0.8)[:, None, None])
-    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), labels
+    covers.append(_bar(draws, x, y, image_size))
+    _lay(canvas, covers[-1], draws.tone(0.2, 0.8)[:, None, None])
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), labels, _mask(covers, labels)
 
 
-def _pattern(draws: "_Draws", labels: np.ndarray, x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
+def _mask(covers: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """(N, H, W) uint8 places in `MASKED`. covers: (N, H, W) in [0, 1], of the cloth, the strewn shapes and the bar,
+    from the ground up; each shows as far as those above leave it."""
+    seen, left = [], np.ones_like(covers[0])
+    for cover in reversed(covers):
+        seen.append(cover * left)
+        left = left * (1 - cover)
+    bar, *strewn, cloth = seen
+    shown = np.stack([left, cloth, sum(strewn), bar]).argmax(0)  # (N, H, W)
+    first = len(CLASSES) + 1
+    numbers = np.stack(
+        [np.zeros_like(labels), 1 + labels, np.full_like(labels, first), np.full_like(labels, first + 1)]
+    )
+    return np.take_along_axis(numbers[:, :, None, None], shown[None], 0)[0].astype(np.uint8)
+
+
+def _pattern(draws: "Draws", labels: np.ndarray, x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
     """The cloth of each sample's class, (N, H, W) from -1 to 1, up to 20 degrees off the upright."""
     turn, period = draws.between(-0.35, 0.35), draws.between(0.19, 0.28)
     along, across = _column(np.cos(turn) / period), _column(np.sin(turn) / period)
@@ -144,7 +174,7 @@ def _polygon(draws, corners, x, y, reach, sizes, image_size) -> np.ndarray:
     return np.clip(0.5 + (_column(apothem) - np.hypot(dx, dy) * np.cos(angle)) * image_size, 0, 1)
 
 
-def _bar(draws: "_Draws", x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
+def _bar(draws: "Draws", x: np.ndarray, y: np.ndarray, image_size: int) -> np.ndarray:
     """A bar right across two pictures in five, (N, H, W) in [0, 1]."""
     turn, offset = draws.between(0, np.pi), draws.between(-0.3, 0.3)
     half_width = np.where(draws.between(0, 1) < 0.4, draws.between(0.03, 0.06), -1.0)
@@ -152,7 +182,7 @@ def _bar(draws: "_Draws", x: np.ndarray, y: np.ndarray, image_size: int) -> np.n
     return np.clip(0.5 + (_column(half_width) - distance) * image_size, 0, 1)
 
 
-def _light(draws: "_Draws", x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
+def _light(draws: "Draws", x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
     """A slope of brightness, (N, H, W)."""
     return _column(draws.between(-strength, strength)) * x + _column(draws.between(-strength, strength)) * y
 
@@ -166,7 +196,7 @@ def _column(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32)[:, None, None]
 
 
-class _Draws:
+class Draws:
     """Uniform draws for N samples: draw number k of a sample is a hash of (seed, split, index, k)."""
 
     def __init__(self, seed: int, split: int, indices: np.ndarray):
@@ -201,7 +231,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _check(split: str, num_samples: int, seed: int, image_size: int, samples_per_shard: int) -> None:
+def check(split: str, num_samples: int, seed: int, image_size: int, samples_per_shard: int) -> None:
     if split not in SPLITS:
         raise UserError(f"The shapes have no split {split!r}; write one of: {', '.join(SPLITS)}.")
     for name, value, least in (
@@ -219,14 +249,17 @@ def _shard(split: str, start: int, stop: int, seed: int, image_size: int) -> byt
     with TarWriter(out, encoder=False, mtime=0, user="", mode=0o644) as tar:
         for first in range(start, stop, _CHUNK):
             indices = np.arange(first, min(first + _CHUNK, stop))
-            for index, picture, label in zip(indices, *paint(split, indices, seed, image_size), strict=True):
-                jpeg = io.BytesIO()
+            painted = paint_with_masks(split, indices, seed, image_size)
+            for index, picture, label, mask in zip(indices, *painted, strict=True):
+                jpeg, png = io.BytesIO(), io.BytesIO()
                 Image.fromarray(picture).save(jpeg, "JPEG", quality=95, subsampling=0)
-                tar.write({"__key__": f"{split}-{index:06d}", "jpg": jpeg.getvalue(), "cls": b"%d" % label})
+                Image.fromarray(mask).save(png, "PNG")
+                members = {"jpg": jpeg.getvalue(), "cls": b"%d" % label, "png": png.getvalue()}
+                tar.write({"__key__": f"{split}-{index:06d}", **members})
     return out.getvalue()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_whole(path: Path, content: bytes) -> None:
     """Through a file of this process's own, so that ranks that write at the same time do not meet."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)

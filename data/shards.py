@@ -12,11 +12,8 @@
 
 import copy
 import functools
-import glob
 import hashlib
 import json
-import math
-import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
@@ -24,21 +21,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
-from prelude.data.image_folder import ImageFolder, open_folder
-from prelude.data.kept_index import load_all
+from prelude.data.image_folder import ImageFolder
+from prelude.data.kept_index import Shard, load_all, remembered
 from prelude.data.labels import extension_of, label_name
-from prelude.data.remote_shards import RemoteShard, is_pattern, matching, remote_shards, shard_name
-from prelude.data.stores import is_stored
-from prelude.data.tar_index import TarIndex, keys_by_offset
+from prelude.data.patterns import expand, is_remote
+from prelude.data.places import Chained, Places, Taken
+from prelude.data.remote_shards import RemoteShard, remote_shards, shard_name
+from prelude.data.tar_index import keys_by_offset
 from prelude.data.value_range import resolved
-from prelude.data.waiting import called
+from prelude.data.waiting import called, moved
 
-_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
-_MOST_NAMED = 10**7  # by the ranges of a pattern
 _COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
 
 
@@ -59,7 +54,8 @@ class Part:
 
 
 class ShardIndex:
-    """The samples of uncompressed tar shards, local or in a store. 16 bytes of memory a sample, 32 with labels.
+    """The samples of uncompressed tar shards, local or in a store. `images` and `labels`, (N, 2) of offset and size,
+    lie in files that are mapped; see `kept_index`.
 
     shards: see the module. label: where a sample's label is, see `labels`, or "" for none; it changes neither ids nor
     fingerprint. value_range: the stored values of images with more than 8 bits that become black and white, "auto" to
@@ -82,6 +78,7 @@ class ShardIndex:
         self.images_named = (image.lower().removeprefix("."),) * len(self.paths)  # by shard
         self.parts: tuple[Part, ...] = ()  # of several data sets, see `joined`
         self._taken: np.ndarray | None = None  # of a subset: its samples' places among all of these shards
+        self._joined: Sequence[ShardIndex] = ()  # of several data sets: their indexes
         self.classes: tuple[str, ...] = ()  # names in the order of their numbers, where labels are text
         self._read(label_name(label))
         if not self.num_samples:
@@ -93,24 +90,41 @@ class ShardIndex:
     def _read(self, label: str) -> None:
         """The places of images and labels, of all of these shards or of the subset."""
         self.label = label
-        parts = load_all(self.paths, extension_of(label), self.images_named)
-        self.images = np.concatenate([part.images for part in parts])  # (N, 2) int64: offset, size
-        self.labels = np.concatenate([part.labels for part in parts])  # (N, 2) int64, or (0, 2) without a label
-        self.counts = np.array([len(part.images) for part in parts], np.int64)  # (num_shards,)
+        if self._joined:
+            self._chain([index.with_label(label) for index in self._joined])
+        else:
+            kept = load_all(self.paths, extension_of(label), self.images_named)
+            self.images, self.labels = (
+                kept.images,
+                kept.labels,
+            )  # labels: (0, 2) without a label, -1 where there is none
+            self.counts = np.array([shard.count for shard in kept.shards], np.int64)  # (num_shards,)
+            told = zip(self.paths, kept.shards, strict=True)
+            self.problems = {path: shard.problems for path, shard in told if shard.problems}
+            self.unended = tuple(path for path, shard in zip(self.paths, kept.shards, strict=True) if not shard.ended)
+            self.num_lost = int(_lost(kept.shards).sum())
+            self._contents = [*zip((shard.content for shard in kept.shards), kept.label_contents, strict=True)]
+            self._identity = kept.identity
         self.ends = np.cumsum(self.counts)
-        self.problems = {path: part.problems for path, part in zip(self.paths, parts, strict=True) if part.problems}
-        self.unended = tuple(path for path, part in zip(self.paths, parts, strict=True) if not part.ended)
-        self.num_lost = int(_lost(parts).sum())
-        self._contents = [(part.content, part.label_content) for part in parts]
-        self._num_all = len(self.images)
         if self._taken is not None:
             self._take(self._taken)
 
+    def _chain(self, indexes: Sequence["ShardIndex"]) -> None:
+        """The tables of several, one after the other."""
+        self.images = Chained([index.images for index in indexes])
+        labelled = all(len(index.labels) for index in indexes)
+        self.labels = Chained([index.labels for index in indexes]) if labelled else np.empty((0, 2), np.int64)
+        self.counts = np.concatenate([index.counts for index in indexes])
+        self._contents = [content for index in indexes for content in index._contents]
+        known = all(index._identity for index in indexes)
+        self._identity = " ".join(index._identity for index in indexes) if known else ""
+
     def _take(self, sample_ids: np.ndarray) -> None:
         self.counts = np.bincount(np.searchsorted(self.ends, sample_ids, side="right"), minlength=self.num_shards)
-        self.images = self.images[sample_ids]
-        self.labels = self.labels[sample_ids] if len(self.labels) else self.labels
+        self.images = Taken(self.images, sample_ids)
+        self.labels = Taken(self.labels, sample_ids) if len(self.labels) else self.labels
         self.ends = np.cumsum(self.counts)
+        self._identity = ""
 
     @property
     def num_samples(self) -> int:
@@ -190,32 +204,26 @@ class ShardIndex:
         max_pixels: int = MAX_PIXELS,
     ) -> "ShardIndex":
         """Several data sets as one, in this order, by name; `parts` says where each lies. They have the same label."""
-        all_of = list(indexes.values())
-        whole = copy.copy(all_of[0])
-        whole.paths = tuple(path for index in all_of for path in index.paths)
-        whole.images_named = tuple(name for index in all_of for name in index.images_named)
-        whole.problems = {path: found for index in all_of for path, found in index.problems.items()}
-        whole.unended = tuple(dict.fromkeys(path for index in all_of for path in index.unended))
-        for table in ("images", "labels", "counts"):
-            setattr(whole, table, np.concatenate([getattr(index, table) for index in all_of]))
+        whole = copy.copy(next(iter(indexes.values())))
+        whole._joined, whole._taken = tuple(indexes.values()), None
+        whole.paths = tuple(path for index in whole._joined for path in index.paths)
+        whole.images_named = tuple(name for index in whole._joined for name in index.images_named)
+        whole.problems = {path: found for index in whole._joined for path, found in index.problems.items()}
+        whole.unended = tuple(dict.fromkeys(path for index in whole._joined for path in index.unended))
+        whole.num_lost = sum(index.num_lost for index in whole._joined)
+        whole._chain(whole._joined)
         whole.ends = np.cumsum(whole.counts)
-        whole.num_lost = sum(index.num_lost for index in all_of)
-        whole._contents = [content for index in all_of for content in index._contents]
-        ends = np.cumsum([index.num_samples for index in all_of]).tolist()
+        ends = np.cumsum([index.num_samples for index in whole._joined]).tolist()
         whole.parts = tuple(
             Part(name, weights[name], end - index.num_samples, end, index.num_shards, index.fingerprint)
             for (name, index), end in zip(indexes.items(), ends, strict=True)
         )
-        before = np.cumsum([0, *(index._num_all for index in all_of)]).tolist()
-        if any(index._taken is not None for index in all_of):
-            taken = [np.arange(index._num_all) if index._taken is None else index._taken for index in all_of]
-            whole._taken = np.concatenate([ids + first for ids, first in zip(taken, before[:-1], strict=True)])
-        whole._num_all = before[-1]
         return whole.with_range(value_range, max_pixels)
 
     def label_fingerprint(self) -> str:
         """The same of the labels, which are no part of `fingerprint`."""
-        return _digest(self.paths, self.labels, self.ends, [label for _, label in self._contents])
+        labels = [label for _, label in self._contents]
+        return self._digest(f"labels {extension_of(self.label)}", self.labels, labels)
 
     def layout_fingerprint(self) -> str:
         """Of names, sizes and offsets alone: what runs of 0.1 took for the fingerprint. With a `value_range` or
@@ -223,11 +231,16 @@ class ShardIndex:
         """
         if self._read_as():
             return self.fingerprint
-        return _digest(self.paths, self.images, self.ends, None)
+        return self._digest("layout", self.images, None)
 
     def _fingerprint(self) -> str:
         seen_as = self._read_as()
-        return _digest(self.paths, self.images, self.ends, [image + seen_as for image, _ in self._contents])
+        return self._digest(f"images{seen_as}", self.images, [image + seen_as for image, _ in self._contents])
+
+    def _digest(self, what: str, places: Places | np.ndarray, contents: list[str] | None) -> str:
+        """what: a name for it."""
+        names = [shard_name(path) for path in self.paths]
+        return remembered(self._identity, what, lambda: _digest(names, places, self.counts, contents))
 
     def _read_as(self) -> str:
         """What decides pixels beside the images; "" where nothing was said."""
@@ -257,7 +270,7 @@ def expand_shards(shards: str | list[str], allow_commands: bool = False) -> list
     """
     found = []
     for pattern in [shards] if isinstance(shards, str) else shards:
-        found += called(functools.partial(_expand, pattern), f"the folder of data.shards={pattern!r}")
+        found += called(functools.partial(expand, pattern), f"the folder of data.shards={pattern!r}")
     commands = [url for url in found if is_command(url)]
     if commands and not allow_commands:
         raise UserError(
@@ -286,91 +299,31 @@ def is_stream(path: str) -> bool:
     return is_remote(path) and not isinstance(path, RemoteShard)
 
 
-def is_remote(url: str) -> bool:
-    return bool(_URL.match(url))
-
-
 def is_command(url: str) -> bool:
     return bool(_COMMAND.match(url))
 
 
-def _digest(paths: tuple[str, ...], places: np.ndarray, ends: np.ndarray, contents: list[str] | None) -> str:
-    """places: (N, 2) int64, or (0, 2). contents: a hash of each shard, None to leave them out."""
-    digest = hashlib.blake2b(digest_size=16)
-    of_shards = np.split(places, ends[:-1]) if len(places) else [places] * len(paths)
-    for i, (path, of_shard) in enumerate(zip(paths, of_shards, strict=True)):
+def _digest(names: list[str], places: Places | np.ndarray, counts: np.ndarray, contents: list[str] | None) -> str:
+    """places: (N, 2) of all shards, or (0, 2). contents: a hash of each shard, None to leave them out."""
+    digest, begin = hashlib.blake2b(digest_size=16), 0
+    for i, (name, count) in enumerate(zip(names, counts.tolist(), strict=True)):
+        of_shard = places[begin : begin + count]
         content = [] if contents is None else [contents[i]]
-        digest.update(json.dumps([shard_name(path), len(of_shard), *content]).encode())
+        digest.update(json.dumps([name, len(of_shard), *content]).encode())
         digest.update(np.ascontiguousarray(of_shard, "<i8").tobytes())
+        begin += count
+        moved()
     return digest.hexdigest()
 
 
-def _lost(parts: list[TarIndex]) -> np.ndarray:
+def _lost(shards: Sequence[Shard]) -> np.ndarray:
     """(num_shards,) about how many samples are missing from each shard.
 
     What was cut off leaves no trace in a shard: it is taken for what the others have more.
     """
-    told = np.array([sum(problem.lost for problem in part.problems) for part in parts])
-    counts = np.array([len(part.images) for part in parts])
-    whole = [len(part.images) for part in parts if part.ended and not part.problems]
-    cut = np.array([not part.ended or bool(part.problems and not len(part.images)) for part in parts])
+    told = np.array([sum(problem.lost for problem in shard.problems) for shard in shards])
+    counts = np.array([shard.count for shard in shards])
+    whole = [shard.count for shard in shards if shard.ended and not shard.problems]
+    cut = np.array([not shard.ended or bool(shard.problems and not shard.count) for shard in shards])
     usual = int(np.median(whole)) if whole else 0
     return np.where(cut, np.maximum(told, usual - counts), told)
-
-
-# ---- patterns into paths
-
-
-def _expand(pattern: str) -> list[str]:
-    if isinstance(pattern, ImageFolder | RemoteShard):
-        return [pattern]
-    if not is_remote(pattern) and os.path.exists(pattern):
-        return [_as_path(pattern, pattern)]
-    if (count := _num_named(pattern)) > _MOST_NAMED:
-        raise UserError(f"data.shards={pattern!r} names {count:,} files; write the numbers that there are.")
-    try:
-        urls = expand_urls(pattern)
-    except (AssertionError, ValueError) as error:  # a variable that is not set; a brace that is not closed
-        reason = str(error).replace("wds_WDS_", "WDS_") or "unbalanced braces"
-        raise UserError(f"data.shards={pattern!r} cannot be expanded ({reason}); write plain paths.") from None
-    return [path for url in urls for path in (_in_store(url) if _has_scheme(url) else _local(url, pattern))]
-
-
-def _in_store(url: str) -> list[str]:
-    return matching(url) if is_stored(url) and is_pattern(url) else [url]
-
-
-def _num_named(pattern: str) -> int:
-    """How many names the ranges in braces make, without making them."""
-    spans = re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)
-    return math.prod(max(int(last) - int(first) + 1, 1) for first, last in spans)
-
-
-def _has_scheme(url: str) -> bool:
-    return is_remote(url) and not url.startswith("file://")
-
-
-def _local(url: str, pattern: str) -> list[str]:
-    path = os.path.expanduser(re.sub(r"^file:(//)?", "", url))
-    if os.path.exists(path):
-        return [_as_path(path, pattern)]
-    if "*" in path or "?" in path:
-        matches = sorted(glob.glob(path.replace("[", "[[]")))
-        if matches:
-            return [_as_path(match, pattern) for match in matches]
-        raise UserError(f"No file matches {path!r} on {socket.gethostname()}; correct data.shards={pattern!r}.")
-    raise UserError(
-        f"{path} does not exist on {socket.gethostname()}; correct data.shards={pattern!r}, or copy the shard there."
-    )
-
-
-def _as_path(path: str, pattern: str) -> str:
-    if os.path.isdir(path):
-        return open_folder(path)
-    if not os.path.isfile(path):
-        raise UserError(
-            f"{path} in data.shards={pattern!r} is a pipe or a device, and images are read by their place in a file; "
-            f"write 'pipe:cat {path}' with data.num_samples=... and data.allow_commands=true, or copy the shard to a "
-            f"disk."
-        )
-    return path

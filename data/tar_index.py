@@ -35,7 +35,7 @@ from prelude.data.tar_headers import TAIL, Damage, Walk
 from prelude.data.waiting import moved
 
 _SAMPLED = 64  # images of a shard whose middle is part of its content's hash, beside the end of every image
-_MOST_LABELS = 32  # extensions of one shard that are looked for at once
+MOST_LABELS = 32  # extensions of one shard that are looked for at once
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own metadata members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
@@ -77,8 +77,10 @@ def index_tar(path: str, label: str = "", image: str = "") -> TarIndex:
 
 
 def index_every_label(path: str, image: str = "") -> dict[str, TarIndex]:
-    """By extension of the label's member, "" for none: what `index_tar` gives for each, of one walk."""
-    return _indexes(path, lambda samples: ["", *_label_extensions(samples)], image)
+    """By extension of the label's member, "" for none: what `index_tar` gives for each, of one walk. Of more than
+    `MOST_LABELS` extensions the most frequent. Arrays that are the images of a shard are no labels here."""
+    found = _indexes(path, lambda samples: ["", *_label_extensions(samples)], image)
+    return {label: index for label, index in found.items() if index.content == found[""].content}
 
 
 def _indexes(path: str, labels_in: Callable[[dict], list[str]], image: str) -> dict[str, TarIndex]:
@@ -122,7 +124,7 @@ def _label_extensions(samples: dict[str, dict[str, _Place]]) -> list[str]:
     for ext, count in list(counts.items()):
         if "." in ext:
             counts[ext.rpartition(".")[2]] += count
-    return [ext for ext, _ in counts.most_common(_MOST_LABELS)]
+    return [ext for ext, _ in counts.most_common(MOST_LABELS)]
 
 
 def keys_by_offset(path: str) -> dict[int, str]:

@@ -9,6 +9,7 @@
 How long, and who is asked about a stop, is one setting of the process: a stop is meant for all of it.
 """
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -91,6 +92,27 @@ def moved() -> None:
     _moves += 1
     if _own_moves is not None:
         _own_moves[0] = _moves
+
+
+@contextlib.contextmanager
+def while_it_moves(tell: Callable[[], None]) -> Iterator[None]:
+    """Within it `tell` is called about once a second, from a thread, as long as something comes to this process."""
+    left = threading.Event()
+
+    def watch() -> None:
+        before = _moves
+        while not left.wait(min(1.0, patience.timeout_seconds / 5)):
+            if before != _moves:
+                before = _moves
+                tell()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 _moves = 0

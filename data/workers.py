@@ -1,5 +1,8 @@
 """The processes that make batches beside the one that trains.
 
+- How they are started is said, and not left to the version of Python. By `fork` they cost nothing at the start and
+  share all memory. By `forkserver` and `spawn`, for libraries that do not survive a fork, they import everything anew,
+  and what they are sent is no larger for more samples, as the index lies in files.
 - Workers ignore the signals that end a run, so that the step under way can finish and be saved. They end with the
   process that started them, however it ends and whatever they are waiting for, and what they started ends with them.
 - A worker that dies is an error and not a wait, told when its batch is due and never in the middle of a step.
@@ -15,10 +18,13 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from multiprocessing.connection import wait as wait_for
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -27,8 +33,29 @@ from prelude.data.errors import RunStopped
 from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
+START_METHODS = ("fork", "forkserver", "spawn")
+_PRELOADED = ["prelude.data.loader"]  # by the server that workers are forked from
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _CLOSING_SECONDS = 5
+
+
+def start_workers_by(method: str) -> None:
+    """From now on, in this process. method: of `START_METHODS`, or `auto`: fork on Linux, spawn elsewhere."""
+    global _start_method
+    _start_method = method
+
+
+_start_method = "auto"
+
+
+def _context():
+    method = _start_method
+    if method == "auto":
+        method = "fork" if sys.platform == "linux" else "spawn"
+    context = torch.multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 class Workers:
@@ -42,7 +69,10 @@ class Workers:
         before = set(multiprocessing.active_children())
         try:
             self.board = Board(num_workers)
-            in_main_thread = threading.current_thread() is threading.main_thread()
+            context = _context()
+            ends_with = "parent" if threading.current_thread() is threading.main_thread() else "nobody"
+            if context.get_start_method() == "forkserver":
+                ends_with = "starter"
             loader = DataLoader(
                 pipeline,
                 batch_size=None,
@@ -50,7 +80,8 @@ class Workers:
                 num_workers=num_workers,
                 prefetch_factor=MICRO_BATCHES_AHEAD,
                 pin_memory=torch.cuda.is_available(),
-                worker_init_fn=functools.partial(_start, board=self.board, dies_with_parent=in_main_thread),
+                multiprocessing_context=context,
+                worker_init_fn=functools.partial(_start, board=self.board, ends_with=ends_with),
                 generator=torch.Generator(),  # or torch draws from the global one at each start
             )
             with _signals_held_back():
@@ -137,7 +168,8 @@ def _of_what(process) -> str:
     if process.exitcode == -signal.SIGBUS:
         return (
             f"{ended}SIGBUS). This is what a write to shared memory ends in when there is no more: {shared_memory()}. "
-            f"Write a smaller data.num_workers or train.micro_batch, or make it larger (docker run --shm-size=8g)."
+            f"Write a smaller data.num_workers or train.micro_batch, or make it larger (docker run --shm-size=8g). So "
+            f"does a look into an index whose file in $PRELUDE_CACHE another host has removed, or its disk has lost."
         )
     how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
     return (
@@ -159,17 +191,26 @@ def _signals_held_back() -> Iterator[None]:
 # ---- in a worker
 
 
-def _start(number: int, board: Board, dies_with_parent: bool) -> None:
+def _start(number: int, board: Board, ends_with: Literal["parent", "starter", "nobody"]) -> None:
+    """ends_with: `starter`, where another process than the parent asked for this one."""
     for name in _IGNORED:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # so that the commands of a stream can be ended together with it
-    if dies_with_parent:
+    if ends_with == "parent":
         end_with_parent()  # torch's watch over the parent looks up between batches only
+    elif ends_with == "starter":
+        threading.Thread(target=_end_with_starter, daemon=True).start()
     torch.set_num_threads(1)
     board.written_by(number)
     doing(b"it has read nothing yet")
+
+
+def _end_with_starter() -> None:
+    """The parent is a server, which lives as long as one of its children does."""
+    wait_for([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _into_shared_memory(arrays: dict) -> dict:

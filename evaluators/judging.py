@@ -21,8 +21,8 @@ from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import tell_if_dark
 from prelude.evaluators.features.bank import Bank, Rows
-from prelude.evaluators.features.extraction import Features
-from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, label_vectors
+from prelude.evaluators.features.extraction import Features, crops_plan
+from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
@@ -46,6 +46,7 @@ class Judging:
     num_seeds: int = 1
     batch_size: int = 256
     num_workers: int = 0
+    crops: int = 1  # of an image whose features are averaged
     bank: str | Path | None = None  # the folder of features; None: that of the source's run
     out: str | Path | None = None  # folder of results
     command: str = ""
@@ -58,7 +59,11 @@ class Judging:
 
     @cached_property
     def labels(self) -> list[Labels]:
-        return [labels_of(index, self.labelled) for index in self.indexes]
+        found = [labels_of(index, self.labelled) for index in self.indexes]
+        if self.labelled.group:
+            groups = group_numbers(self.indexes, self.labelled.group)
+            found = [replace(labels, groups=own) for labels, own in zip(found, groups, strict=True)]
+        return found
 
     def check(self) -> None:
         """Raises UserError for shards that cannot be used, before any work is done."""
@@ -70,9 +75,12 @@ class Judging:
     def seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.num_seeds))
 
+    def opened(self, source: str, sources: Sequence[str], seed: int) -> OpenedEncoder:
+        return open_source(source, sources, seed)
+
     def prepare(self, source: str, sources: Sequence[str]) -> None:
         """Puts the features of a source into the bank, by all ranks together. sources: see `results`."""
-        for _, encoder in by_seed(source, sources, self.seeds):
+        for _, encoder in by_seed(source, sources, self.seeds, self.opened):
             self._taken(source, sources, encoder)
 
     def features(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
@@ -80,7 +88,8 @@ class Judging:
         kept = Bank(self.bank or bank_folder(source, sources))
         kinds = self.kinds(encoder) if callable(self.kinds) else None if is_pixels(source) else self.kinds
         reading = {"batch_size": self.batch_size, "num_workers": self.num_workers, "device": distributed.device()}
-        rows = [kept.rows(encoder, index, kinds, **reading) for index in self.indexes]
+        plan = crops_plan(encoder, self.crops)
+        rows = [kept.rows(encoder, index, kinds, plan=plan, **reading) for index in self.indexes]
         return [joined(*part) for part in zip(rows, self.labels, self.indexes, strict=True)]
 
     def results(self, source: str, sources: Sequence[str]) -> list[Result]:
@@ -91,7 +100,7 @@ class Judging:
         """
         outcomes, seconds = [[] for _ in self.evaluators], [0.0] * len(self.evaluators)
         train = test = judged = None
-        for seed, encoder in by_seed(source, sources, self.seeds):
+        for seed, encoder in by_seed(source, sources, self.seeds, self.opened):
             if train is None or is_random(source):
                 train, test = self._taken(source, sources, encoder)
             judged = judged or encoder
@@ -147,10 +156,16 @@ class Judging:
 def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: Labelled, **settings) -> list[Result]:
     """Every evaluator's result on every source, in that order, each written where it belongs.
 
-    settings: of `Judging`. All ranks compute features; the first one alone evaluates and gets the results, others get
-    none. Raises UserError for a source or shards that cannot be used.
+    settings: of `Judging`. Errors and ranks as in `judge_all`.
     """
-    judging = Judging(evaluators, labelled, **settings)
+    return judge_all(sources, Judging(evaluators, labelled, **settings))
+
+
+def judge_all(sources: Sequence[str], judging: Judging) -> list[Result]:
+    """All ranks compute features; the first one alone evaluates and gets the results, others get none.
+
+    Raises UserError for a source or shards that cannot be used.
+    """
     judging.check()
     if distributed.world_size() > 1:
         for source in sources:
@@ -194,13 +209,15 @@ def labelled_shards(
     label: str | None = None,
     vectors: VectorFormat | None = None,
     value_range: ValueRange | Literal["auto"] | None = None,
+    group: str = "",
+    one_set: bool = False,
     **given,
 ) -> Labelled:
     """What is given, completed by the `evaluate` section of the first run among the sources that has one, and by the
     first `data.range` and `data.max_pixels`.
 
-    vectors: where labels are findings instead of class numbers. given: `image`, `classes`, `train_select` and
-    `test_select` of `Labelled`; the section's parts are those of its own shards.
+    vectors: where labels are findings instead of class numbers. group, one_set: as `Labelled` has them. given: `image`,
+    `classes`, `train_select` and `test_select` of `Labelled`; the section's parts are those of its own shards.
 
     Raises UserError where train or test shards remain unknown.
     """
@@ -209,9 +226,10 @@ def labelled_shards(
     for name, shards in (("train_select", train), ("test_select", test)):
         of_section = selection(getattr(section, name)) if section and not shards else None
         more[name] = given.get(name) or of_section
-    train = train or (section and section.train_shards)
     test = test or (section and section.test_shards)
+    train = test if one_set else train or (section and section.train_shards)
     missing = [f"--{name} SHARDS" for name, shards in (("train", train), ("test", test)) if not shards]
+    missing = missing[-1:] if one_set else missing
     if missing:
         raise UserError(
             f"There are no labelled shards to judge {', '.join(sources)} on; write {' and '.join(missing)}, or an "
@@ -224,6 +242,7 @@ def labelled_shards(
     alike = section and bool(section.label_names) == bool(vectors)  # else it speaks of other members
     label = label or (section.label if alike else default)
     more |= {"image": more["image"] or "", "classes": tuple(more["classes"] or ())}
+    more |= {"group": group, "one_set": one_set}
     value_range, max_pixels = value_range or said["range"], said["max_pixels"] or MAX_PIXELS
     return Labelled(train, test, label, vectors, value_range, max_pixels, **more)
 
@@ -284,12 +303,18 @@ def is_random(source: str) -> bool:
     return source.startswith("random:")
 
 
-def by_seed(source: str, sources: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[int, OpenedEncoder]]:
-    """The encoder for each seed: one in memory at a time, opened again only where the seed decides its weights."""
+def by_seed(
+    source: str, sources: Sequence[str], seeds: Sequence[int], opened: Callable[..., OpenedEncoder] | None = None
+) -> Iterator[tuple[int, OpenedEncoder]]:
+    """The encoder for each seed: one in memory at a time, opened again only where the seed decides its weights.
+
+    opened: how, by default as `open_source`.
+    """
+    opened = opened or open_source
     encoder = None
     for seed in seeds:
         if encoder is None or is_random(source):
-            encoder = open_source(source, sources, seed)
+            encoder = opened(source, sources, seed)
         yield seed, encoder
 
 
@@ -330,6 +355,8 @@ def describe_data(
 ) -> tuple[dict, list[str]]:
     """What the images were, for the record, and what to be told about them."""
     data, warnings = labelled.described_labels(indexes[0]), []
+    if labelled.group:
+        data["group"] = labelled.group
     if labelled.value_range:
         data["range"] = indexes[0].value_range
     for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
@@ -349,6 +376,6 @@ def describe_data(
             "num_unreadable": unreadable,
             "num_unlabelled": unlabelled,
         }
-    if indexes[0].fingerprint == indexes[1].fingerprint:
+    if indexes[0].fingerprint == indexes[1].fingerprint and not labelled.one_set:
         warnings.append("Train and test are the same shards, so this says nothing about new images.")
     return data, warnings

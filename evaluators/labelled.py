@@ -26,12 +26,17 @@ class Labelled:
     classes: tuple[str, ...] = ()  # names in the order of their numbers; (): sorted, where labels are text
     train_select: Selection | None = None  # a part of the shards
     test_select: Selection | None = None
+    group: str = ""  # a label whose value samples that belong together share, such as json:patient
+    one_set: bool = False  # test alone, which is train as well: for what leaves each sample out in turn
 
     def opened(self) -> list[ShardIndex]:
         """Of train and test. Raises UserError as `ShardIndex`, and for a part that is not there."""
         read_as = (self.label, self.value_range, self.max_pixels, self.image)
-        train, test = (ShardIndex(shards, *read_as) for shards in (self.train, self.test))
-        return [selected(train, self.train_select, "train_select"), selected(test, self.test_select, "test_select")]
+        test = selected(ShardIndex(self.test, *read_as), self.test_select, "test_select")
+        if self.one_set:
+            return [test, test]
+        train = ShardIndex(self.train, *read_as)
+        return [selected(train, self.train_select, "train_select"), test]
 
     def indexes(self) -> list[ShardIndex]:
         """The same, which agree on the numbers of class names. Raises UserError for labels that are no classes, too."""

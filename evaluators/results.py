@@ -31,7 +31,20 @@ from prelude.evaluators.table_text import folded, print_whole
 from prelude.pretrain.files import reason, write_whole
 
 TOP5_FROM = 10  # classes; below, five guesses say little
-TITLES = {"top1": "top-1 %", "top5": "top-5 %", "auc": "macro AUC %", "map": "mAP %", "auroc": "AUROC %"}
+TITLES = {
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "auc": "macro AUC %",
+    "map": "mAP %",
+    "auroc": "AUROC %",
+    "r_precision": "R-precision %",
+    "incremental": "incremental %",
+    "fpr95": "FPR at 95 %",
+    "pixel_auroc": "pixel AUROC %",
+    "image_auroc": "image AUROC %",
+    "miou": "mIoU %",
+    "pixel_accuracy": "pixel accuracy %",
+}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ ENCODERS = (
     "random:SOURCE (the same architecture, untrained), start:RUN (what a run started from)"
 )
 SOURCES = f"{ENCODERS}, or pixels, pixels:SIZE"
+FEATURES = (
+    "cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
+    "(default: those that suit each encoder)"
+)
 OUT = "where results are written (default: RUN/evaluations)"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 _NUMBER = re.compile(r"\d+")
@@ -187,23 +191,19 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-gib", type=finite, metavar="N", help="of them at most (default: 64)")
 
 
-def door_parser(doc: str, *, sources: str = SOURCES, out: str = OUT, label: str = "") -> argparse.ArgumentParser:
+def door_parser(
+    doc: str, *, sources: str = SOURCES, out: str = OUT, label: str = "", features: str = FEATURES
+) -> argparse.ArgumentParser:
     """A parser whose help is a door's docstring, with the arguments that every evaluation takes.
 
-    sources, out, label: the help of these.
+    sources, out, label, features: the help of these.
     """
     parser = documented_parser(doc)
     parser.add_argument("sources", nargs="+", type=source, metavar="SOURCE", help=sources)
     add_labelled(parser, label=label)
     add_choice(parser)
     add_range(parser)
-    parser.add_argument(
-        "--features",
-        nargs="+",
-        metavar="KIND",
-        help="cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
-        "(default: those that suit each encoder)",
-    )
+    parser.add_argument("--features", nargs="+", metavar="KIND", help=features)
     parser.add_argument("--bank", type=path, metavar="DIR", help="where features are kept (default: RUN/bank)")
     parser.add_argument("--out", type=path, metavar="DIR", help=out)
     parser.add_argument(

@@ -59,7 +59,8 @@ def pretrained(
 ) -> str | None:
     """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
     overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
-    overrides = last_of_each([*overrides, "data.num_samples=null", *shared_settings(labelled), *args.set])
+    own = ["data.num_samples=null", "data.mix={}", "data.select=null"]  # what a recipe says of other images
+    overrides = last_of_each([*overrides, *own, *shared_settings(labelled), *args.set])
     config = load_config(recipe, overrides, options_for)
     if args.images:
         overrides = last_of_each([*overrides, *within(config, args.images, index.num_samples)])

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from prelude.checkpoints.sources import describe
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing import gathering
@@ -63,6 +64,8 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         contestants = gathering.line_up(named, floors=not args.no_floors, starts=keeping is not None)
         if keeping and not recipes:
             refuse_nothing_kept(contestants)
+        if distributed.is_main():
+            tell_unopened(contestants)
         if distributed.world_size() > 1:
             prepare(contestants, [judging, *([keeping] if keeping else [])])
             if not distributed.is_main():
@@ -150,6 +153,19 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
 def refuse_nothing_kept(contestants: Sequence[Contestant]) -> None:
     if not any(contestant.started or contestant.problem for contestant in contestants):
         raise UserError(f"{NOTHING_KEPT} Leave it out, or name a run with encoder.weights.")
+
+
+def tell_unopened(contestants: Sequence[Contestant]) -> None:
+    """Before the hours that judging the others may take. The comparison names them too."""
+    for contestant in contestants:
+        problem = contestant.problem
+        if contestant.kind == "untouched" and not problem:
+            try:
+                describe(contestant.source).read()
+            except UserError as error:
+                problem = str(error)
+        if problem:
+            print(f"{contestant.name} will not be judged: {problem}", file=sys.stderr)
 
 
 # ---- judging

@@ -20,6 +20,7 @@ def main(name: str, overrides: list[str]) -> int:
             raise UserError(f"{override} says nothing about the encoder; write encoder.image_size=64 and the like.")
     encoder = _config(name, overrides, "rotation").encoder
     summary = check_encoder(encoder, tokens=False)
+    _refuse_changing(encoder)
     verdicts = {objective: _refusal(name, overrides, objective) for objective in sorted(OURS)}
     table = Table(title=f"{name}, {encoder.size[0]} x {encoder.size[1]} pixels", show_header=False)
     for row in _given(encoder, summary):
@@ -29,6 +30,16 @@ def main(name: str, overrides: list[str]) -> int:
         table.add_row(objective, refusal or "can use it")
     Console().print(table)
     return 0 if None in verdicts.values() else 1
+
+
+def _refuse_changing(encoder: EncoderConfig) -> None:
+    """Ranks and later starts build it again, and have to get the same tensors."""
+    one, other = ({n: tuple(t.shape) for n, t in lay_out_encoder(encoder).state_dict().items()} for _ in range(2))
+    if odd := [n for n in {**one, **other} if one.get(n) != other.get(n)]:
+        raise UserError(
+            f"{encoder.name} gives another encoder each time: {odd[0]} is first {one.get(odd[0], 'absent')}, then "
+            f"{other.get(odd[0], 'absent')}; let encoder.kwargs alone decide its shape."
+        )
 
 
 def _refusal(name: str, overrides: list[str], objective: str) -> str | None:

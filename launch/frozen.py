@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prelude.data.errors import UserError
 from prelude.data.waiting import wait_at_most
@@ -18,13 +18,19 @@ from prelude.pretrain.sameness import refuse_differences
 
 
 def judge(
-    args: argparse.Namespace, evaluators: Sequence[Evaluator], name: str, argv: Sequence[str] | None, **changes
+    args: argparse.Namespace,
+    evaluators: Sequence[Evaluator],
+    name: str,
+    argv: Sequence[str] | None,
+    settings: Mapping | None = None,
+    **changes,
 ) -> int:
     """Prints the table of what the evaluators found. `name`, with argv, is the command that a result records.
 
-    changes: to how the labels are read, see `labelled_shards`.
+    settings: of `Judging`, beside those that all doors have. changes: to how the labels are read, see
+    `labelled_shards`.
     """
-    results = results_of(args, evaluators, name, argv, labelled_of(args, **changes))
+    results = results_of(args, evaluators, name, argv, labelled_of(args, **changes), **(settings or {}))
     if results:
         print_table(results)
     distributed.stop()
@@ -48,8 +54,10 @@ def results_of(
     name: str,
     argv: Sequence[str] | None,
     labelled: Labelled,
+    **settings,
 ) -> list[Result]:
-    return evaluate(args.sources, evaluators, labelled, kinds=args.features, bank=args.bank, **common(args, name, argv))
+    settings |= {"kinds": args.features, "bank": args.bank, **common(args, name, argv)}
+    return evaluate(args.sources, evaluators, labelled, **settings)
 
 
 def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:

@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     print_table(results)
     pictures = sorted((run / "pictures").glob("*.png"))
     console.print(f"what it learned to fill in   {pictures[-1] if pictures else 'no picture was drawn'}")
+    console.print(f"what it says of each place   prelude segment {run} random:{run} pixels")
     console.print(f"curves                       tensorboard --logdir {run / 'tensorboard'}")
     console.print(f"all numbers                  {run / 'metrics.jsonl'}, {run / 'evaluations'}")
     console.print(f"the encoder                  timm.create_model('local-dir:{run / 'export'}', pretrained=True)")

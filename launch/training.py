@@ -15,6 +15,7 @@ from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import indexable_shards
 from prelude.data.waiting import stop_when, wait_at_most
+from prelude.data.workers import start_workers_by
 from prelude.evaluators.labelled import selection
 from prelude.evaluators.online import monitor as online
 from prelude.launch.outlook import outlook
@@ -39,6 +40,7 @@ def check(config: Config, world_size: int | None = None) -> None:
     config.batching(world_size or distributed.launched_world_size())
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
+    start_workers_by(config.data.start_method)
     # A shard that this node lacks is told before any rank waits for another.
     check_there(data_of(config.data), config.data.allow_commands)
     if config.evaluate and config.evaluate.every_steps:

@@ -64,6 +64,7 @@ class DataConfig(Section):
     range: tuple[float, float] | Literal["auto"] | None = None  # values of deeper images that are black and white
     max_pixels: int = Field(64 * 2**20, ge=1)  # of an image; a JPEG with more is decoded at a smaller size
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
+    start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"  # of workers; auto: fork on Linux, else spawn
     max_bad_share: float = Field(0.01, ge=0, le=1)
     timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
     cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
@@ -267,7 +268,7 @@ class CollapseConfig(Section):
     max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
     min_std: float = Field(1e-4, ge=0)  # of a feature, over images
     min_rank: float = Field(0.0025, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
-    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
+    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # of what views are compared by, on the same scale
     min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
     trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it
 

@@ -34,6 +34,7 @@ _FREE = (
     "data.select",
     "data.mix.*.select",
     "data.num_workers",
+    "data.start_method",
     "data.max_bad_share",
     "data.shown_channels",
     "data.timeout_seconds",

@@ -25,6 +25,7 @@ ROOMS = [
     "judging",
     "frozen",
     "embedding",
+    "dense",
     "protocols",
     "finetuning",
     "online",

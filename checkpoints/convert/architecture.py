@@ -122,7 +122,7 @@ def _differences(weights: Weights, width: int, depth: int, hidden: int) -> dict:
     elif not has_class:
         kwargs |= {"global_pool": "avg", "fc_norm": False}
     if "reg_token" in tensors:
-        kwargs |= {"reg_tokens": tensors["reg_token"].shape[1], "no_embed_class": True}
+        kwargs |= {"reg_tokens": tensors["reg_token"].shape[1], "no_embed_class": not weights.prefix_rows}
     elif has_class and not weights.prefix_rows:  # DSeq-JEPA, whose patches are averaged
         kwargs |= {"no_embed_class": True, "global_pool": "avg", "fc_norm": False}
     if any(name.endswith(".ls1.gamma") for name in tensors):

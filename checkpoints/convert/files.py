@@ -29,8 +29,9 @@ def read_file(path: Path) -> dict:
         if _is_safetensors(path):  # whatever it is called
             return load_file(path)
         _refuse_damage(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+        # Opened here, since torch takes a path by its name for safetensors.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            tree = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is no plain file of weights ({_reason(error)}), and a pickle can run code; where you trust it, "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from prelude.checkpoints.convert.mistakes import mistakes_in_words
 from prelude.checkpoints.convert.resample import RULES, adapt_channels, resample_patches, resample_table
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.errors import UserError
@@ -60,13 +61,12 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
     alone = (*may_differ, *(() if any(n.startswith(_POOLING) for n in wanted) else (_POOLING,)))
     new = tuple(n for n in wanted if n not in found and n.startswith(alone))
     unused = tuple(n for n in found if n not in wanted and n.startswith(alone))
-    mistakes = [f"{n} is missing" for n in wanted if n not in found and n not in new]
-    mistakes += [f"{n} has no place" for n in found if n not in wanted and n not in unused]
-    mistakes += [
-        f"{n} is {tuple(found[n].shape)} instead of {tuple(wanted[n].shape)}"
-        for n in wanted
-        if n in found and found[n].shape != wanted[n].shape
-    ]
+    shapes = {n: (tuple(found[n].shape), tuple(wanted[n].shape)) for n in wanted if n in found}
+    mistakes = mistakes_in_words(
+        missing=[n for n in wanted if n not in found and n not in new],
+        unplaced=[n for n in found if n not in wanted and n not in unused],
+        misshapen={n: (has, wants) for n, (has, wants) in shapes.items() if has != wants},
+    )
     if mistakes:
         raise UserError(
             f"{weights.where} ({weights.format}) does not hold the weights of {name}: {_listed(mistakes)}; write the "
@@ -75,6 +75,8 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
     damaged = [n for n, tensor in found.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if damaged:
         raise UserError(f"{weights.where} has numbers that are not finite in {_listed(damaged)}; fetch it again.")
+    if not any(found[n].any() for n in wanted if n in found and found[n].ndim > 1):
+        raise UserError(f"{weights.where} holds zeros where weights should be; fetch or save it again.")
     for tensor_name, target in wanted.items():
         if tensor_name in found:
             target.copy_(found[tensor_name])

@@ -14,7 +14,7 @@ from torch import Tensor
 from prelude.checkpoints.convert.files import CONFIG
 from prelude.checkpoints.convert.layouts import layout_of
 from prelude.checkpoints.convert.renaming import Layout, Tensors
-from prelude.checkpoints.convert.weights import Weights
+from prelude.checkpoints.convert.weights import Weights, prefix_tokens
 from prelude.data.errors import UserError
 
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "teacher.", "encoder.", "model.")
@@ -49,6 +49,7 @@ def weights_in(tree: Mapping, where: str, part: str | None = None, settings: Map
     _refuse_settings(settings, where)
     layout = layout_of(_without_base(_stripped(container.tensors)), where)
     layout = _told_by_table(layout, container)
+    _refuse_lost_class_token(layout, where)
     tensors = {name: _plain(tensor) for name, tensor in layout.tensors.items()}
     own = dict(container.own) | ({"mae": layout.own} if layout.own else {})
     return Weights(
@@ -204,9 +205,22 @@ def _format(container: _Container, layout: Layout) -> str:
 
 
 def _prefix_rows(layout: Layout) -> int:
-    if not layout.table_has_prefix:
-        return 0
-    return int("cls_token" in layout.tensors)
+    """Rows of prefix tokens in the table. By its length: what leaves a square of patches, and as timm's models where
+    both do."""
+    prefix, rows = prefix_tokens(layout.tensors), _table_rows(layout.tensors)
+    if layout.table_has_prefix is not None:
+        return prefix if layout.table_has_prefix else 0
+    usual = (0, prefix) if "reg_token" in layout.tensors else (prefix, 0)
+    return next((count for count in usual if rows is not None and _square(rows - count)), prefix)
+
+
+def _refuse_lost_class_token(layout: Layout, where: str) -> None:
+    rows = _table_rows(layout.tensors)
+    if rows is None or "cls_token" in layout.tensors or _square(rows) or not _square(rows - 1):
+        return
+    raise UserError(
+        f"{where} ({layout.name}) lacks cls_token, for which its table of positions has a row; fetch or save it again."
+    )
 
 
 def _table_rows(tensors: Tensors) -> int | None:

@@ -68,7 +68,7 @@ def _with_registers(tensors: Tensors, registers: Tensor, where: str) -> None:
 
 def _timm_vit(tensors: Tensors, where: str) -> Layout:
     kept, left_out = without(tensors, "head.")
-    return Layout("ViT, timm layout", kept, left_out=left_out, table_has_prefix="reg_token" not in kept)
+    return Layout("ViT, timm layout", kept, left_out=left_out, table_has_prefix=None)
 
 
 def _eva(tensors: Tensors, where: str) -> Layout:

@@ -18,7 +18,7 @@ class Layout:
     name: str  # for a person
     tensors: Tensors
     resampling: str = ""  # see resample.RULES; "": files of several methods look like this one
-    table_has_prefix: bool = True  # whether prefix tokens have rows in `pos_embed`
+    table_has_prefix: bool | None = True  # whether prefix tokens have rows in `pos_embed`; None: its length tells
     norm_eps: float | None = None
     may_lack: tuple[str, ...] = ()  # see Weights
     left_out: Tensors = field(default_factory=dict)  # under the file's names

@@ -56,6 +56,12 @@ class Weights:
         return bool((rows - formula).abs().max() <= _SINCOS_TOLERANCE)
 
 
+def prefix_tokens(tensors: dict[str, Tensor]) -> int:
+    """Tokens before those of patches: the class token and registers."""
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    return int("cls_token" in tensors) + registers
+
+
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """A hash of names, shapes and bytes: the same for the same weights, wherever they lie."""
     digest = hashlib.blake2b(digest_size=16)

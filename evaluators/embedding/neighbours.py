@@ -1,6 +1,7 @@
 """The images whose features are nearest to those of given ones.
 
-- Nearest by cosine, without centring. The search is exact: every image is compared (see `evaluators.frozen.knn`).
+- Nearest by cosine, without centring. The search is exact: every image is compared; see
+  `evaluators.frozen.exact_search`.
 - An image of the set is no neighbour of itself; a copy of it is.
 - Images that are not of the set pass through the same encoder, in the same view, as those of the set did.
 """
@@ -26,7 +27,7 @@ from prelude.evaluators.embedding.samples import Keys
 from prelude.evaluators.features.bank import Bank
 from prelude.evaluators.features.extraction import Extractor, check_kinds, default_kinds
 from prelude.evaluators.frozen.convex import pieces
-from prelude.evaluators.frozen.knn import Neighbours
+from prelude.evaluators.frozen.exact_search import Neighbours
 from prelude.evaluators.judging import described
 
 
@@ -77,8 +78,7 @@ def nearest(embedded: Embedded, queries: Sequence[Query], vectors: Tensor, k: in
         if len(bad):
             key = embedded.keys[places.start + int(bad[0])]
             raise UserError(f"The features of {key} in {embedded.name} are not finite; make the file again.")
-    # Each image is a class of its own, so that what comes back is the images themselves.
-    search = Neighbours(values, torch.arange(len(values)), len(values), centred=False)
+    search = Neighbours(values, centred=False)
     found = []
     for start in range(0, len(queries), 1024):
         some = queries[start : start + 1024]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from prelude.checkpoints.store import sync_to_disk
+from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.node_cache import cache_folder
@@ -79,15 +80,17 @@ class Bank:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         told: Callable[[int], None] = lambda count: None,
+        plan: ViewPlan | None = None,
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
         encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
-        told: hears, after each batch, how many images this rank has encoded.
+        told: hears, after each batch, how many images this rank has encoded. plan: of the one view to look at; by
+        default the evaluation's.
         Raises NothingReadable on all ranks, UserError as `extract` does, where the folder cannot be written, and where
         a rank does not see it.
         """
-        extractor = Extractor(encoder, kinds, device)
+        extractor = Extractor(encoder, kinds, device, plan)
         identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}
         folders = {kind: self.folder / _digest(identity) for kind, identity in identities.items()}
         sound = {kind: distributed.is_main() and _is_sound(folders[kind], identities[kind]) for kind in folders}

@@ -16,12 +16,14 @@ Kinds of feature:
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
 | `stageKxG` | the same | stage K averaged over G x G cells of its map | D_K x G x G |
 | `pixels` | no encoder | the view's normalised pixels, flattened | C x H x W |
+
+Those of single places, see `dense`.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +33,14 @@ from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.dense import check_dense, dense, has_tokens, is_dense, num_stages
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
 from prelude.pretrain.encoders import stage_maps
 from prelude.pretrain.images import images
 from prelude.pretrain.own_encoder import gives
 
+CROP_SCALE = (0.4, 1.0)  # of the image's area, where features of several crops are averaged
 FULL_FRAME_BELOW = 128  # pixels; from here on the classical "resize 256, crop 224"
 
 
@@ -63,20 +67,27 @@ def evaluation_plan(encoder) -> ViewPlan:
     return ViewPlan((View(size, crop="center", crop_share=share, flip=0.0),), tuple(encoder.mean), tuple(encoder.std))
 
 
+def crops_plan(encoder, count: int) -> ViewPlan:
+    """The evaluation's view and `count` - 1 crops of 40 to 100 % of the image, which a sample's place decides."""
+    plan = evaluation_plan(encoder)
+    crop = View(encoder.config.size, scale=CROP_SCALE)
+    return replace(plan, views=(*plan.views, *[crop] * (count - 1)))
+
+
 def default_kinds(model: nn.Module) -> tuple[str, ...]:
     """The kinds of feature that an evaluation looks at unless told otherwise."""
     if isinstance(model, Pixels):
         return ("pixels",)
-    if not _has_tokens(model):
+    if not has_tokens(model):
         return ("pool",)
     return ("cls", "mean") if _has_class_token(model) else ("mean",)
 
 
 def fair_kinds(model: nn.Module) -> tuple[str, ...]:
     """Every kind that is worth a try where unlike models stand side by side and each is to have its best."""
-    if _has_tokens(model):
+    if has_tokens(model):
         return (*default_kinds(model), f"last{min(4, len(model.blocks))}")
-    return (*default_kinds(model), *(("stages",) if _num_stages(model) else ()))
+    return (*default_kinds(model), *(("stages",) if num_stages(model) else ()))
 
 
 def kinds_among(model: nn.Module, kinds: Sequence[str], name: str) -> tuple[str, ...]:
@@ -95,17 +106,19 @@ def kinds_among(model: nn.Module, kinds: Sequence[str], name: str) -> tuple[str,
 
 def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
     """Raises UserError for a kind of feature that this model does not have."""
-    num_stages = _num_stages(model)
-    have = default_kinds(model) + (("last4",) if _has_tokens(model) else ())
-    have += ("stages", "stage0", f"stage{num_stages - 1}x4") if num_stages else ()
+    count = num_stages(model)
+    have = default_kinds(model) + (("last4",) if has_tokens(model) else ())
+    have += ("stages", "stage0", f"stage{count - 1}x4") if count else ()
     for kind in kinds:
         blocks, stage = _blocks(kind), _stage(kind)
-        if blocks and _has_tokens(model):
+        if is_dense(kind):
+            check_dense(model, kind, name)
+        elif blocks and has_tokens(model):
             if blocks > len(model.blocks):
                 raise UserError(f"{name} has {len(model.blocks)} blocks, so features={kind} cannot be had; write less.")
-        elif stage and num_stages:
-            if stage[0] >= num_stages:
-                raise UserError(f"{name} has stage0 to stage{num_stages - 1}, so features={kind} cannot be had.")
+        elif stage and count:
+            if stage[0] >= count:
+                raise UserError(f"{name} has stage0 to stage{count - 1}, so features={kind} cannot be had.")
         elif kind not in have:
             raise UserError(f"{name} has no features={kind}; write one or more of {', '.join(have)}.")
 
@@ -172,7 +185,8 @@ def encode(
 class Extractor:
     """An encoder on its device, ready to turn batches into features.
 
-    encoder: as `extract` takes it. plan: of the one view to look at; by default the evaluation's.
+    encoder: as `extract` takes it. plan: of the view to look at, by default the evaluation's; features of several views
+    are averaged.
     Raises UserError for a kind that the encoder does not have.
     """
 
@@ -190,6 +204,7 @@ class Extractor:
         self.plan = plan or evaluation_plan(encoder)
         self.recipe = {
             "view": asdict(self.plan.views[0]),
+            **({"crops": [asdict(view) for view in self.plan.views[1:]]} if len(self.plan.views) > 1 else {}),
             "mean": list(self.plan.mean),
             "std": list(self.plan.std),
             "precision": "bf16" if self.device.type == "cuda" else "fp32",
@@ -198,9 +213,10 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """(B, D) float32 on the device, by kind."""
-        (pixels,) = images(batch.to(self.device), self.plan)
+        views = images(batch.to(self.device), self.plan)
         with _autocast(self.device):
-            return pool(self.model, pixels, self.kinds)
+            found = [pool(self.model, pixels, self.kinds) for pixels in views]
+        return {kind: sum(one[kind] for one in found) / len(found) for kind in found[0]}
 
 
 class NothingReadable(UserError):
@@ -209,10 +225,16 @@ class NothingReadable(UserError):
 
 
 def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """Every kind of feature of one batch. pixels: (B, C, H, W) normalised. Returns (B, D) float32 tensors."""
+    """Every kind of feature of one batch. pixels: (B, C, H, W) normalised. Returns (B, D) float32 tensors; of dense
+    kinds D is that of all places, side by side."""
+    of_places = [kind for kind in kinds if is_dense(kind)]
+    if of_places:
+        found = {kind: values.flatten(1) for kind, values in dense(model, pixels, of_places).items()}
+        others = [kind for kind in kinds if kind not in found]
+        return found | (pool(model, pixels, others) if others else {})
     if isinstance(model, Pixels):
         return {"pixels": model(pixels)}
-    if not _has_tokens(model):
+    if not has_tokens(model):
         return _of_stages(model, pixels, kinds)
     deepest = max([1, *(_blocks(kind) for kind in kinds)])
     tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt="NLC")
@@ -266,10 +288,6 @@ def _mean_over_places(features: Tensor, channels: int) -> Tensor:
     return features.float().flatten(1, -2).mean(1)
 
 
-def _has_tokens(model: nn.Module) -> bool:
-    return not gives(model) and hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks")
-
-
 def _has_class_token(model: nn.Module) -> bool:
     return getattr(model, "cls_token", None) is not None
 
@@ -284,15 +302,6 @@ def _stage(kind: str) -> tuple[int, int] | None:
     """(K, G) of `stageKxG`, G = 1 for `stageK`; None for every other kind."""
     match = re.fullmatch(r"stage(\d+)(?:x([1-9]\d*))?", kind)
     return (int(match[1]), int(match[2] or 1)) if match else None
-
-
-def _num_stages(model: nn.Module) -> int:
-    """0 for a model without maps of stages."""
-    if found := gives(model):
-        return len(found.maps)
-    if isinstance(model, Pixels) or _has_tokens(model) or not hasattr(model, "forward_intermediates"):
-        return 0
-    return len(model.feature_info)
 
 
 def _autocast(device: torch.device):

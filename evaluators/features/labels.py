@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prelude.data.class_names import label_reader
+from prelude.data.class_names import label_reader, plain_reader
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.labels import in_words
@@ -73,6 +73,24 @@ def class_numbers(index: ShardIndex) -> Labels:
         except BadImage:
             continue  # it stays unknown
     return Labels(values, known)
+
+
+def group_numbers(indexes: Sequence[ShardIndex], group: str) -> list[Tensor]:
+    """(N,) int64 for each index: samples with one value of the label `group` share a number, in all of the indexes; a
+    sample without a value is alone. Raises UserError where no sample of an index has one."""
+    numbers: dict[tuple, int] = {}
+    found = []
+    for place, index in enumerate(indexes):
+        index = index.with_label(group)
+        reader, groups = plain_reader(index), torch.zeros(index.num_samples, dtype=torch.int64)
+        for i, content in enumerate(label_members(index)):
+            try:
+                key = ("alone", place, i) if content is None else ("group", str(reader.plain(content)))
+            except BadImage:
+                key = ("alone", place, i)
+            groups[i] = numbers.setdefault(key, len(numbers))
+        found.append(groups)
+    return found
 
 
 def not_class_numbers(label: str, dtype, shape: Sequence[int]) -> UserError:

@@ -20,9 +20,9 @@ def is_pixels(source: str) -> bool:
     return source.partition(":")[0] == "pixels"
 
 
-def open_pixels(source: str, beside: OpenedEncoder | None = None) -> OpenedEncoder:
-    """`pixels:32` sees images at 32 x 32; plain `pixels` as the encoder `beside` it does, if need be smaller. Where
-    that reads other channels than three, so does `pixels:32`.
+def open_pixels(source: str, beside: OpenedEncoder | None = None, largest: int = LARGEST) -> OpenedEncoder:
+    """`pixels:32` sees images at 32 x 32; plain `pixels` as the encoder `beside` it does, if need be smaller, with
+    `largest` pixels a side at most. Where that reads other channels than three, so does `pixels:32`.
 
     Raises UserError where there is no size to take.
     """
@@ -35,12 +35,12 @@ def open_pixels(source: str, beside: OpenedEncoder | None = None) -> OpenedEncod
         return _opened((int(text), int(text)), *statistics)
     if beside is None:
         raise UserError("pixels alone has no image size; write pixels:32, or name an encoder beside it.")
-    return _opened(pixel_size(beside.config.size), beside.mean, beside.std)
+    return _opened(pixel_size(beside.config.size, largest), beside.mean, beside.std)
 
 
-def pixel_size(size: tuple[int, int]) -> tuple[int, int]:
+def pixel_size(size: tuple[int, int], largest: int = LARGEST) -> tuple[int, int]:
     """(height, width) of plain `pixels` beside an encoder of images of this size."""
-    shrink = min(1.0, LARGEST / max(size))
+    shrink = min(1.0, largest / max(size))
     height, width = (max(round(side * shrink), 1) for side in size)
     return height, width
 

@@ -27,6 +27,7 @@ from prelude.data.loader import one_pass
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import ShardIndex
 from prelude.data.waiting import wait_at_most
+from prelude.data.workers import start_workers_by
 from prelude.evaluators.features.labels import class_numbers
 from prelude.evaluators.features.low_label import low_label
 from prelude.evaluators.finetuning.classifier import Classifier
@@ -108,6 +109,7 @@ def prepare(
     config = validate_config(values, str(recipe), options_for)
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
+    start_workers_by(config.data.start_method)
     return _with_labels(source, config, opened, labelled)
 
 

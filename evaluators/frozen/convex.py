@@ -61,6 +61,12 @@ class Heads:
         one = slice(h, h + 1)
         return Heads(self.weights[one], self.biases[one], self.mean, self.scale, self.passes[one], self.gaps[one])
 
+    def part(self, problem: int, num_outputs: int) -> "Heads":
+        """The heads of one problem, where each has `num_outputs` outputs."""
+        one, own = slice(problem, problem + 1), slice(problem * num_outputs, (problem + 1) * num_outputs)
+        found = self.weights[:, own], self.biases[:, own]
+        return Heads(*found, self.mean, self.scale, self.passes[:, one], self.gaps[:, one])
+
     def logits_of(self, values: Tensor, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(places n, logits (H, n, C)) over `rows` of the values (default: all), as many at a time as memory allows."""
         for places, piece in pieces(values, rows, max(self.biases.numel(), values.shape[1])):
@@ -99,6 +105,39 @@ class ClassLoss:
         felt = (residual.sum(0) - residual.square().sum(0)) / len(self)
         residual[own] -= 1
         return residual.div_(len(self)), loss / len(self), felt
+
+
+class FoldLoss:
+    """Mean cross-entropy of N samples with classes (N,) in 0..C-1, over each of several parts of them: one problem a
+    part, so that the parts of a cross-validation share their passes.
+
+    parts: (N, P) bool. A head has P * C outputs, part by part.
+    """
+
+    def __init__(self, classes: Tensor, num_classes: int, parts: Tensor):
+        self.classes, self.num_outputs, self.num_problems = classes, num_classes, parts.shape[1]
+        self.parts, self.counts = parts, parts.sum(0)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def curvature(self) -> Tensor:
+        """(P,): what a part's samples vary by is spread over fewer."""
+        return 0.5 * len(self) / self.counts
+
+    def solvable(self) -> Tensor:
+        """(P,)"""
+        return torch.ones(self.num_problems, dtype=torch.bool)
+
+    def __call__(self, logits: Tensor, places: slice, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        labels = self.classes[places]
+        share = (self.parts[places] / self.counts)[:, which]  # (n, p)
+        own = (torch.arange(len(labels), device=labels.device), slice(None), labels)
+        residual = logits.softmax(2)  # (n, p, C)
+        loss = -(residual[own].clamp(min=1e-30).log() * share).sum(0)
+        felt = (residual * (1 - residual) * share[..., None]).sum(0)
+        residual[own] -= 1
+        return residual.mul_(share[..., None]), loss, felt
 
 
 class LabelLoss:
@@ -160,7 +199,7 @@ class Space:
 
     def fit(
         self,
-        loss: ClassLoss | LabelLoss,
+        loss: ClassLoss | FoldLoss | LabelLoss,
         weight_decays: Sequence[float],
         rows: Tensor | None = None,
         start: Heads | None = None,

@@ -18,7 +18,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen import ncm
-from prelude.evaluators.frozen.convex import ClassLoss, Space
+from prelude.evaluators.frozen.convex import ClassLoss, FoldLoss, Space
 from prelude.evaluators.frozen.linear_probe import score
 from prelude.evaluators.frozen.splits import contiguous_labels, edge_warnings, hold_out
 from prelude.evaluators.results import Outcome, Percent, by_frequency, mean_and_spread, percent
@@ -142,24 +142,26 @@ class _Task:
     def _tuned(self, space: Space, loss: ClassLoss, labels: Tensor) -> tuple[float, float]:
         """(accuracy in percent, weight decay) of the best head by cross-validation; (0, fixed) without one."""
         folds = _folds(labels)
-        correct, losses = torch.zeros(len(WEIGHT_DECAYS)), torch.zeros(len(WEIGHT_DECAYS))
-        for fit, held in folds:
-            counts, loss_of = score(space.fit(loss, WEIGHT_DECAYS, fit), space.values, loss.classes, held)
-            correct += torch.tensor([count["top1"] for count in counts])
-            losses += torch.tensor(loss_of) * len(held)
         if not folds:
             return 0.0, UNTUNED_DECAY
+        fit = torch.stack([~torch.isin(torch.arange(len(labels)), held) for held in folds], 1).to(self.device)
+        heads = space.fit(FoldLoss(loss.classes, self.num_classes, fit), WEIGHT_DECAYS)
+        correct, losses = torch.zeros(len(WEIGHT_DECAYS)), torch.zeros(len(WEIGHT_DECAYS))
+        for fold, held in enumerate(folds):
+            counts, loss_of = score(heads.part(fold, self.num_classes), space.values, loss.classes, held)
+            correct += torch.tensor([count["top1"] for count in counts])
+            losses += torch.tensor(loss_of) * len(held)
         best = max(range(len(WEIGHT_DECAYS)), key=lambda h: (correct[h].item(), -losses[h].item()))
-        return 100 * correct[best].item() / sum(len(held) for _, held in folds), WEIGHT_DECAYS[best]
+        return 100 * correct[best].item() / sum(map(len, folds)), WEIGHT_DECAYS[best]
 
 
-def _folds(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(fit, held out) places; every class of two images or more keeps one to learn from in each."""
+def _folds(labels: Tensor) -> list[Tensor]:
+    """The places that are held out, by fold; every class of two images or more keeps one to learn from in each."""
     counts = torch.bincount(labels)
     if not (counts > 1).any():
         return []
     if len(labels) >= ONE_FOLD_FROM:
-        return [hold_out(labels, 0)]
+        return [hold_out(labels, 0)[1]]
     place = torch.arange(len(labels))  # samples of a draw come in the order of the shards
     by_class = labels.argsort(stable=True)
     first = (counts.cumsum(0) - counts)[labels[by_class]]
@@ -167,7 +169,7 @@ def _folds(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     turn[by_class] = (place - first) % FOLDS
     spare = counts[labels] > 1
     held = [place[(turn == fold) & spare] for fold in range(FOLDS)]
-    return [(place[~torch.isin(place, part)], part) for part in held if len(part)]
+    return [part for part in held if len(part)]
 
 
 def _edge(draws: Sequence[dict], amount: Amount) -> list[str]:

@@ -7,21 +7,20 @@ the k training images that are nearest by cosine s vote for their class with wei
   beforehand. Other k, unweighted votes and uncentred features are reported beside it, and never chosen from.
 - Where several k or T are asked for, the choice among them is made on a tenth of the train set, as is the choice
   between several kinds of feature; never on the test set.
-- The search is exact: every test image is compared with every train image.
-- Features are read in pieces, as `evaluators.frozen.convex` reads them; nothing of their size is kept beside them.
+- The search is exact, see `evaluators.frozen.exact_search`, and there is one for each centring: weighted and unweighted
+  votes, all k and all temperatures are counted from it.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prelude.data.errors import UserError
 from prelude.evaluators.defaults import TEMPERATURE, K
 from prelude.evaluators.features.extraction import Features
-from prelude.evaluators.frozen.convex import pieces, resident
+from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
 from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out
 from prelude.evaluators.results import Outcome, Percent, hits, percent
 
@@ -33,7 +32,6 @@ VARIANTS = {  # name: (votes weighted, features centred)
     "cosW": (True, False),
     "cos": (False, False),
 }
-QUERIES = 1024  # searched at once
 
 
 def knn(
@@ -60,19 +58,20 @@ def knn(
         values, queries = train[kind].values, test[kind].values
         if len(train) * len(ks) * len(temperatures) > 1:
             fit, held = hold_out(labels, seed)
-            bank = Neighbours(values, labels, num_classes, rows=fit, device=device)
-            found = bank.search(values[held], labels[held], ks, temperatures, always=ks)
+            bank = Neighbours(values, labels, rows=fit, device=device)
+            found = classify(bank, values[held], labels[held], num_classes, ks, temperatures, always=ks)
             sweep += [
                 {"features": kind, "k": k, "temperature": t, "held_out_top1": number["top1"].value}
                 for (k, t), number in found.items()
             ]
         by_features[kind] = {}
         for centred in (True, False):
-            bank = Neighbours(values, labels, num_classes, centred=centred, device=device)
+            bank = Neighbours(values, labels, centred=centred, device=device)
+            wanted = (*temperatures, None)  # the neighbours are the same, however they vote
+            found = classify(bank, queries, test_labels, num_classes, reported, wanted, always=(K, *ks))
             for name, (weighted, of_centred) in VARIANTS.items():
                 if of_centred == centred:
-                    wanted = temperatures if weighted else (None,)
-                    by_features[kind][name] = bank.search(queries, test_labels, reported, wanted, always=(K, *ks))
+                    by_features[kind][name] = {key: n for key, n in found.items() if (key[1] is not None) == weighted}
             del bank
     alone = {"features": next(iter(train)), "k": ks[0], "temperature": temperatures[0]}
     best = max(sweep, key=lambda row: row["held_out_top1"]) if sweep else alone
@@ -112,85 +111,48 @@ def search(
     bank: (N, D) with labels (N,) in 0..C-1. queries: (Q, D) with query_labels (Q,), -1 where the bank lacks the
     class. A k above N means all N; of `ks`, those above N are left out, except the headline's.
     """
-    neighbours = Neighbours(bank, labels, num_classes, centred=centred, device=bank.device)
-    found = neighbours.search(queries, query_labels, ks, (temperature if weighted else None,), always=(K,))
+    neighbours = Neighbours(bank, labels, centred=centred, device=bank.device)
+    temperatures = (temperature if weighted else None,)
+    found = classify(neighbours, queries, query_labels, num_classes, ks, temperatures, always=(K,))
     return {k: numbers for (k, _), numbers in found.items()}
 
 
-class Neighbours:
-    """The train samples, ready to be searched."""
+def classify(
+    bank: Neighbours,
+    queries: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float | None],
+    always: Sequence[int] = (),
+) -> dict[tuple[int, float | None], dict[str, Percent]]:
+    """Accuracy by (k, temperature), of one search; a temperature None gives every neighbour one vote.
 
-    def __init__(
-        self,
-        values: Tensor,
-        labels: Tensor,
-        num_classes: int,
-        *,
-        rows: Tensor | None = None,
-        centred: bool = True,
-        device: torch.device | str = "cpu",
-    ):
-        """values: (N, D), labels (N,) in 0..C-1, of which `rows` are taken (default: all)."""
-        self.device, self.num_classes = torch.device(device), num_classes
-        self.values = resident(values, self.device)
-        self.rows = None if rows is None else rows.to(self.values.device)
-        self.labels = (labels if rows is None else labels[rows]).to(self.device)
-        self.mean = torch.zeros(values.shape[1], dtype=torch.float64, device=self.device)
-        if centred:
-            for _, piece in pieces(self.values, self.rows, values.shape[1]):
-                self.mean += piece.to(self.device).double().sum(0) / len(self.labels)
-        self.mean = self.mean.float()
+    A k above N means all N; such are left out unless they are `always` wanted.
+    """
+    ks = [k for k in sorted(ks) if k <= len(bank) or k in always]
+    counts = {(k, t): Counter() for k in ks for t in temperatures}
+    query_labels = query_labels.to(bank.device)
+    for chunk, chunk_labels in zip(queries.split(QUERIES), query_labels.split(QUERIES), strict=True):
+        similar, classes = bank.nearest(chunk, max(ks))
+        for temperature in temperatures:
+            _vote(similar, classes, chunk_labels, num_classes, temperature, ks, counts)
+    return {key: {name: percent(count[name], len(queries)) for name in count} for key, count in counts.items()}
 
-    def search(
-        self,
-        queries: Tensor,
-        query_labels: Tensor,
-        ks: Sequence[int],
-        temperatures: Sequence[float | None],
-        always: Sequence[int] = (),
-    ) -> dict[tuple[int, float | None], dict[str, Percent]]:
-        """Accuracy by (k, temperature); a temperature None gives every neighbour one vote.
 
-        A k above N means all N; such are left out unless they are `always` wanted.
-        """
-        ks = [k for k in sorted(ks) if k <= len(self.labels) or k in always]
-        counts = {(k, t): Counter() for k in ks for t in temperatures}
-        query_labels = query_labels.to(self.device)
-        for chunk, chunk_labels in zip(queries.split(QUERIES), query_labels.split(QUERIES), strict=True):
-            similar, classes = self.nearest(chunk, max(ks))
-            for temperature in temperatures:
-                self._vote(similar, classes, chunk_labels, temperature, ks, counts)
-        return {key: {name: percent(count[name], len(queries)) for name in count} for key, count in counts.items()}
-
-    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(q, k) cosines, largest first, and the classes of these neighbours; fewer than k where there are fewer."""
-        queries = self._normalised(queries)
-        similar = queries.new_zeros(len(queries), 0)
-        classes = self.labels.new_zeros(len(queries), 0)
-        for places, piece in pieces(self.values, self.rows, max(len(queries), self.values.shape[1])):
-            # The nearest of all are among the nearest so far and those of this piece.
-            together = torch.cat([similar, queries @ self._normalised(piece).T], 1)
-            labels = torch.cat([classes, self.labels[places].expand(len(queries), -1)], 1)
-            similar, order = together.topk(min(k, together.shape[1]), dim=1)
-            classes = labels.gather(1, order)
-        return similar, classes
-
-    def _normalised(self, values: Tensor) -> Tensor:
-        return F.normalize(values.to(self.device) - self.mean, dim=1)
-
-    def _vote(self, similar: Tensor, classes: Tensor, labels: Tensor, temperature, ks, counts: dict) -> None:
-        """Adds to `counts`. similar, classes: (q, max k), nearest first; each k adds to the votes of the one before."""
-        plain = temperature is None
-        # Less the largest, or small temperatures overflow; all of a query's votes shrink alike.
-        weights = (similar if plain else (similar - similar[:, :1]) / temperature).double()
-        weights = torch.ones_like(weights) if plain else weights.exp()
-        votes, voted = weights.new_zeros(2, len(similar), self.num_classes)
-        counted = 0
-        for k in ks:
-            votes.scatter_add_(1, classes[:, counted:k], weights[:, counted:k])
-            voted.scatter_(1, classes[:, counted:k], 1)
-            counted = k
-            counts[k, temperature].update(hits(votes.masked_fill(voted == 0, -torch.inf), labels))
+def _vote(similar: Tensor, classes: Tensor, labels: Tensor, num_classes: int, temperature, ks, counts: dict) -> None:
+    """Adds to `counts`. similar, classes: (q, max k), nearest first; each k adds to the votes of the one before."""
+    plain = temperature is None
+    # Less the largest, or small temperatures overflow; all of a query's votes shrink alike.
+    weights = (similar if plain else (similar - similar[:, :1]) / temperature).double()
+    weights = torch.ones_like(weights) if plain else weights.exp()
+    votes, voted = weights.new_zeros(2, len(similar), num_classes)
+    counted = 0
+    for k in ks:
+        votes.scatter_add_(1, classes[:, counted:k], weights[:, counted:k])
+        voted.scatter_(1, classes[:, counted:k], 1)
+        counted = k
+        counts[k, temperature].update(hits(votes.masked_fill(voted == 0, -torch.inf), labels))
 
 
 def _nested(found: dict[str, dict]) -> dict:

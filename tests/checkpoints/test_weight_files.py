@@ -56,6 +56,10 @@ def test_safetensors_by_another_name_are_read(tmp_path):
     assert "30 of 30 tensors loaded" in open_encoder(f"{path}{METHODS['timm ViT']().words}").loaded
 
 
+def test_a_pickle_named_safetensors_is_read(tmp_path):
+    assert "30 of 30 tensors loaded" in opened(state(), tmp_path / "weights.safetensors").loaded
+
+
 def test_a_wrapped_encoder_alone_is_not_taken_for_a_fine_tuned_one(tmp_path):
     encoder = {name: tensor for name, tensor in state().items() if not name.startswith("head.")}
     assert opened({"model": encoder, "epoch": 3}, tmp_path / "weights.pth").origin["format"] == "ViT, timm layout"

@@ -223,8 +223,10 @@ import json, os, sys
 from prelude.data import source
 from prelude.data.batch import View, ViewPlan
 from prelude.data.loader import build_loader
-shards, out = sys.argv[1:]
-loader = build_loader(shards, ViewPlan((View((6, 6)),)), seed=5, micro_batch=4, num_workers=3)
+from prelude.data.workers import start_workers_by
+shards, out, method, num_workers = [*sys.argv[1:], "auto", "3"][:4]
+start_workers_by(method)
+loader = build_loader(shards, ViewPlan((View((6, 6)),)), seed=5, micro_batch=4, num_workers=int(num_workers))
 for batch in loader:
     with open(out + "/seen.jsonl", "a") as seen:
         seen.write(json.dumps([batch.positions.tolist(), batch.sample_ids.tolist()]) + "\\n")
@@ -241,13 +243,17 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-def test_killed_without_warning_and_resumed_there_is_no_repeat_and_no_gap(write_shards, tmp_path, run_python):
+@pytest.mark.parametrize("method, num_workers, num_others", [("auto", 3, 0), ("forkserver", 1, 2), ("spawn", 1, 1)])
+def test_killed_without_warning_and_resumed_there_is_no_repeat_and_no_gap(
+    method, num_workers, num_others, write_shards, tmp_path, run_python
+):
+    """num_others: that Python starts beside the workers."""
     pattern = os.path.dirname(write_shards([20, 30, 40])[0]) + "/*.tar"
-    process = run_python(TRAIN, pattern, tmp_path)
+    process = run_python(TRAIN, pattern, tmp_path, method, num_workers)
     seen = tmp_path / "seen.jsonl"
     wait_for(lambda: process.poll() is not None or seen.exists() and len(seen.read_text().splitlines()) >= 9)
-    workers = psutil.Process(process.pid).children()
-    process.kill()  # while three workers prefetch
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # while workers prefetch
     process.wait()
 
     state = json.loads((tmp_path / "state.json").read_text())
@@ -260,7 +266,7 @@ def test_killed_without_warning_and_resumed_there_is_no_repeat_and_no_gap(write_
     assert positions == list(range(len(positions)))
     epochs = [sorted(ids[n : n + 90]) for n in range(0, len(ids) - 89, 90)]
     assert all(epoch == list(range(90)) for epoch in epochs)
-    assert len(workers) == 3
+    assert len(workers) == num_workers + num_others
     wait_for(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), 20)
 
 

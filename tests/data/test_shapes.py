@@ -10,7 +10,7 @@ from PIL import Image
 
 from prelude.data import shapes
 from prelude.data.errors import UserError
-from prelude.data.shapes import CLASSES, paint, write_shards
+from prelude.data.shapes import CLASSES, MASKED, paint, paint_with_masks, write_shards
 
 
 def test_a_sample_depends_on_its_index_alone():
@@ -41,7 +41,7 @@ def test_ten_consecutive_samples_hold_each_class_once():
 
 def test_every_class_has_a_pattern_of_its_own():
     """The same draws under each label: a class whose pattern was another's would give the same picture."""
-    draws = [shapes._Draws(0, 0, np.array([5])) for _ in CLASSES]
+    draws = [shapes.Draws(0, 0, np.array([5])) for _ in CLASSES]
     axis = np.linspace(-0.5, 0.5, 32, dtype=np.float32)
     x, y = np.broadcast_arrays(axis[None, None, :], axis[None, :, None])
     cloths = [shapes._pattern(d, np.array([label]), x, y, 32)[0] for label, d in enumerate(draws)]
@@ -67,14 +67,39 @@ def test_the_picture_is_the_same_at_every_size():
     assert np.abs(averaged - small).mean() < 4
 
 
+def test_masks_are_told_by_the_pictures():
+    """Away from edges the ground is smooth, the cloth patterned, the bar of one colour, two strewn shapes of two."""
+    pictures, labels, masks = paint_with_masks("train", np.arange(60), image_size=96)
+    assert set(np.unique(masks)) == set(range(len(MASKED)))
+    strewn, bar = MASKED.index("strewn"), MASKED.index("bar")
+    for picture, label, mask in zip(pictures.astype(int), labels, masks, strict=True):
+        assert set(np.unique(mask)) <= {0, label + 1, strewn, bar}
+        near = np.lib.stride_tricks.sliding_window_view(np.pad(mask, 2, mode="edge"), (5, 5))
+        inside = (near == mask[:, :, None, None]).all((2, 3))
+        for number, most in ((bar, 1), (strewn, 2)):
+            assert len(np.unique(picture[inside & (mask == number)], axis=0)) <= most
+        steps = np.abs(np.diff(picture, axis=1)).max(-1)
+        assert steps[(inside & (mask == 0))[:, 1:] & inside[:, :-1]].max(initial=0) <= 4
+        assert np.ptp(picture[inside & (mask == label + 1)].mean(-1)) > 25
+
+
+def test_a_mask_is_the_same_at_every_size():
+    _, _, large = paint_with_masks("test", np.arange(20), image_size=160)
+    _, _, small = paint_with_masks("test", np.arange(20), image_size=32)
+    shares = np.stack([(large == number).reshape(20, 32, 5, 32, 5).mean((2, 4)) for number in range(len(MASKED))])
+    clear = shares.max(0) > 0.6
+    assert (shares.argmax(0) == small)[clear].mean() > 0.999 and clear.mean() > 0.95
+
+
 def test_shards_hold_what_was_painted(tmp_path):
     shards = write_shards(tmp_path, "train", 25, samples_per_shard=10)
     assert [shard.name for shard in shards] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
-    pictures, labels = paint("train", np.arange(25))
+    pictures, labels, masks = paint_with_masks("train", np.arange(25))
     samples = list(webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False, empty_check=False))
     assert [sample["__key__"] for sample in samples] == [f"train-{index:06d}" for index in range(25)]
-    for sample, picture, label in zip(samples, pictures, labels, strict=True):
+    for sample, picture, label, mask in zip(samples, pictures, labels, masks, strict=True):
         assert int(sample["cls"]) == label
+        assert (np.asarray(Image.open(io.BytesIO(sample["png"]))) == mask).all()
         decoded = np.asarray(Image.open(io.BytesIO(sample["jpg"])), dtype=float)
         assert np.abs(decoded - picture).mean() < 6  # what JPEG costs
 

@@ -147,9 +147,11 @@ def test_testing_on_the_training_shards_is_told(shapes):
         ("knn", "knn", ["--k", "5", "20"]),
         ("probe", "linear_probe", ["--norm", "batch", "none"]),
         ("probe", "linear_probe_barlow_twins", ["--protocol", "barlow_twins", "--epochs", "1", "--global-batch", "60"]),
-        ("ncm", "ncm", []),
+        ("ncm", "ncm", ["--tasks", "3"]),
         ("fewshot", "fewshot", ["--per-class", "2", "--draws", "2"]),
         ("anomaly", "anomaly", ["--normal", "3"]),
+        ("retrieve", "retrieval", ["--k", "1", "20"]),
+        ("svm", "svm", ["--c", "1", "10", "--crops", "3"]),
     ],
 )
 def test_the_doors(command, evaluator, settings, shapes, tmp_path, capsys):
@@ -163,6 +165,18 @@ def test_the_doors(command, evaluator, settings, shapes, tmp_path, capsys):
     assert "pixels 4x4" in capsys.readouterr().out
     assert prelude.main(["bank", str(tmp_path / "bank"), "--clear"]) == 0
     assert "2 entries" in capsys.readouterr().out and not list((tmp_path / "bank").iterdir())
+
+
+def test_test_images_are_looked_for_among_themselves(shapes, tmp_path, capsys):
+    argv = ["retrieve", "pixels:4", "--test", shapes.test, "--num-workers", "0", "--out", str(tmp_path)]
+    assert prelude.main([*argv, "--leave-one-out"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert found["recipe"]["leave_one_out"] and found["data"]["train"] == found["data"]["test"]
+    assert found["warnings"] == [] and found["numbers"]["recall@1"]["value"] < 60
+    for wrong, told in ((["--train", shapes.train, "--leave-one-out"], "leave --train out"), ([], "write --train")):
+        assert door(lambda wrong=wrong: prelude.main([*argv, *wrong])) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_the_door_to_several_findings(tmp_path, capsys):

@@ -159,3 +159,12 @@ class CoarseToFine(SmallConvNet):
 
 def coarse_to_fine(image_size):
     return CoarseToFine(8)
+
+
+_built = []
+
+
+def another_each_time(image_size):
+    """One channel wider at each call."""
+    _built.append(image_size)
+    return SmallConvNet(4 + len(_built))

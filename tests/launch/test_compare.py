@@ -40,6 +40,8 @@ def folder(recipe, tmp_path_factory):
         "objective": {"name": "rotation", "crop_scale": None},
         "encoder": {"name": "resnet18", "image_size": 32, "kwargs": kwargs},
     }
+    parts = {"one": {"shards": "replaced.tar", "weight": 2}, "other": {"shards": "replaced.tar"}}
+    rotation["data"] = {key: value for key, value in mae["data"].items() if key != "shards"} | {"mix": parts}
     (folder / "turning.yaml").write_text(yaml.safe_dump(rotation))
     return folder
 
@@ -259,7 +261,7 @@ def test_several_findings_an_image_are_gone_on_to_from_images_of_one_class_each(
 
 
 def test_a_source_that_is_gone_leaves_a_gap_and_one_that_was_moved_is_found_by_its_weights(
-    gone_on, folder, monkeypatch
+    gone_on, folder, monkeypatch, capsys
 ):
     monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
     source, moved, further = folder / "out" / "runs" / "filling", folder / "moved", f"{folder}/further/runs/further"
@@ -268,6 +270,7 @@ def test_a_source_that_is_gone_leaves_a_gap_and_one_that_was_moved_is_found_by_i
         code, entries = judged(folder, further)
         untouched = entries["untouched filling"]
         assert code == INCOMPLETE and untouched["results"] == untouched["kept"] == {}
+        assert f"untouched filling will not be judged: {untouched['problem']}" in capsys.readouterr().err
         assert untouched["problem"].startswith(f"What {further} started from cannot be opened any more: There is no")
         assert entries["further"]["kept"]["knn"]["numbers"]
         code, entries = judged(folder, further, str(moved))

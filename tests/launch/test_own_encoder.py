@@ -134,6 +134,8 @@ def test_the_door_says_what_it_can_serve(capsys):
     assert "mae encoder.name=own_networks:small_convnet has no forward_tokens" in words
     with pytest.raises(UserError, match="returns a dict"):
         check_encoder.main(["own_networks:no_network", *small])
+    with pytest.raises(UserError, match=r"another encoder each time: .* is first \(\d+, .*; let encoder.kwargs alone"):
+        check_encoder.main(["own_networks:another_each_time", *small])
 
 
 def test_what_the_network_lacks_is_asked_for_before_anything_is_built(recipe, tmp_path):

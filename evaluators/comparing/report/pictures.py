@@ -5,7 +5,6 @@
 - What colour says, thickness and a sign say as well.
 """
 
-import io
 from collections import Counter
 
 import numpy as np
@@ -14,20 +13,20 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing.comparison import Picture
-from prelude.evaluators.comparing.report import attention
+from prelude.evaluators.dense import attention
+from prelude.evaluators.dense.correspondence import rows_of, see
+from prelude.evaluators.dense.drawing import GAP, PAPER, TILE, heat, tile, to_png
+from prelude.evaluators.features.dense import default_dense_kind
 from prelude.evaluators.features.extraction import Features, evaluation_plan
-from prelude.evaluators.frozen.knn import Neighbours
+from prelude.evaluators.frozen.exact_search import Neighbours
 from prelude.pretrain.images import normalise, shown
 
 NUM_IMAGES, NUM_NEIGHBOURS = 6, 6
-TILE, GAP = 96, 6  # pixels
-MAX_BYTES = 150_000  # of a PNG; above, it gets a palette, and smaller if need be
-SAME, OTHER, PAPER = (0, 128, 92), (204, 79, 20), (255, 255, 255)
-# From dark to bright evenly, for those who see few colours too: close to matplotlib's inferno.
-HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
+SAME, OTHER = (0, 128, 92), (204, 79, 20)
 
 
 def pictures_of(
@@ -45,8 +44,7 @@ def pictures_of(
     rows = spread_over_classes(test.labels, NUM_IMAGES, seed)
     queries = read(opened, indexes[1], test.sample_ids[rows])
     pictures = [neighbours(opened, indexes[0], train, test, rows, queries)]
-    looked_at = heat_maps(opened, queries)
-    return pictures + ([looked_at] if looked_at else [])
+    return [*pictures, *filter(None, (heat_maps(opened, queries), alike(opened, queries)))]
 
 
 def neighbours(
@@ -61,10 +59,10 @@ def neighbours(
     side = TILE + 2 * GAP
     page = Image.new("RGB", (side * (1 + near.shape[1]) + 2 * GAP, side * len(rows)), PAPER)
     for row in range(len(rows)):
-        page.paste(_tile(queries[row]), (GAP, row * side + GAP))
+        page.paste(tile(queries[row]), (GAP, row * side + GAP))
         for column in range(near.shape[1]):
             corner = ((column + 1) * side + 3 * GAP, row * side + GAP)
-            page.paste(_tile(found[row, column]), corner)
+            page.paste(tile(found[row, column]), corner)
             _frame(page, corner, bool(same[row, column]))
     return Picture(
         "Nearest neighbours",
@@ -85,13 +83,37 @@ def heat_maps(opened: OpenedEncoder, queries: Tensor) -> Picture | None:
     side = TILE + 2 * GAP
     page = Image.new("RGB", (side * len(queries), 2 * side - GAP), PAPER)
     for column, (pixels, values) in enumerate(zip(shown(queries, plan), found.values.float().cpu(), strict=True)):
-        place, tile = column * side + GAP, _tile(pixels)
-        page.paste(tile, (place, GAP))
-        page.paste(_heat(tile, values), (place, side))
+        place = column * side + GAP
+        page.paste(tile(pixels), (place, GAP))
+        page.paste(heat(pixels, values), (place, side))
     return Picture(
         "Where it looks",
         f"Above: test images. Below: {found.what}; bright is much, each image on its own scale from its least to its "
         "most.",
+        to_png(page),
+    )
+
+
+def alike(opened: OpenedEncoder, queries: Tensor) -> Picture | None:
+    """The same of places: which an encoder takes for alike. None for an encoder without tokens and maps."""
+    try:
+        kind = default_dense_kind(opened.model, opened.name)
+    except UserError:
+        return None
+    plan = evaluation_plan(opened)
+    seen = see(opened, queries, plan, kind=kind)
+    rows = rows_of(queries, plan, seen, with_attention=False)
+    side = TILE + 2 * GAP
+    page = Image.new("RGB", (side * len(queries), len(rows) * (TILE + GAP) + GAP), PAPER)
+    for number, (_, tiles) in enumerate(rows):
+        for column, one in enumerate(tiles):
+            page.paste(one, (column * side + GAP, number * (TILE + GAP) + GAP))
+    height, width = seen.grid
+    return Picture(
+        "What it takes for alike",
+        f"Above: test images. Middle: the first three principal components of the “{kind}” features of all their "
+        f"{height} x {width} places as red, green and blue; like colours are like features. Below: the cosine with the "
+        "framed place, centred, from 0 (dark) to 1 (bright).",
         to_png(page),
     )
 
@@ -111,9 +133,7 @@ def spread_over_classes(labels: Tensor, count: int, seed: int) -> Tensor:
 
 def nearest(train: Tensor, queries: Tensor, k: int) -> Tensor:
     """(Q, k) places in train (N, D), nearest first, by cosine after the mean of train is subtracted."""
-    places = torch.arange(len(train))
-    # Each image is a class of its own here, so that what comes back is the images themselves.
-    return Neighbours(train, places, len(train)).nearest(queries, k)[1]
+    return Neighbours(train).nearest(queries, k)[1]
 
 
 def same_label(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -131,28 +151,6 @@ def read(opened: OpenedEncoder, index: ShardIndex, sample_ids: Tensor) -> Tensor
     return torch.stack([by_id[sample] for sample in sample_ids.tolist()])
 
 
-def to_png(page: Image.Image) -> bytes:
-    """With a palette where it would be large otherwise, and at half the size if that is not enough."""
-    for attempt in (page, page.quantize(256), page.reduce(2).quantize(256)):
-        file = io.BytesIO()
-        attempt.save(file, "PNG", optimize=True)
-        if len(file.getvalue()) <= MAX_BYTES:
-            break
-    return file.getvalue()
-
-
-def _tile(pixels: Tensor) -> Image.Image:
-    """(3, H, W) uint8 within a square of TILE pixels."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    enlarge = max(image.size) <= TILE
-    scale = TILE // max(image.size) if enlarge and TILE % max(image.size) == 0 else TILE / max(image.size)
-    size = tuple(max(round(side * scale), 1) for side in image.size)
-    resized = image.resize(size, Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (TILE, TILE), PAPER)
-    square.paste(resized, ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
-    return square
-
-
 def _frame(page: Image.Image, corner: tuple[int, int], same: bool) -> None:
     """Around a tile, with a sign in its lower right corner."""
     draw, (left, top) = ImageDraw.Draw(page), corner
@@ -165,13 +163,3 @@ def _frame(page: Image.Image, corner: tuple[int, int], same: bool) -> None:
     else:
         draw.line((x + 6, y + 6, x + 16, y + 16), PAPER, 3)
         draw.line((x + 16, y + 6, x + 6, y + 16), PAPER, 3)
-
-
-def _heat(tile: Image.Image, values: Tensor) -> Image.Image:
-    """values: (h, w), shown in colour over the tile in grey."""
-    low, high = values.min(), values.max()
-    scaled = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
-    stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(scaled, stops, [stop[c] for stop in HEAT]) for c in range(3)], -1)
-    heat = Image.fromarray(colours.round().astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST)
-    return Image.blend(tile.convert("L").convert("RGB"), heat, 0.65)

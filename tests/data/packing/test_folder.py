@@ -114,7 +114,7 @@ def content_of(index: ShardIndex) -> set:
     """(image, label) of every sample, read as training reads them."""
     files = OpenFiles(index.paths)
     shards = [index.paths.index(index.shard_of(n)) for n in range(index.num_samples)]
-    rows = zip(shards, index.images.tolist(), index.labels.tolist(), strict=True)
+    rows = zip(shards, index.images[:].tolist(), index.labels[:].tolist(), strict=True)
     return {(files.read(s, *image), files.read(s, *label)) for s, image, label in rows}
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from prelude.checkpoints.sources import OpenedEncoder, fingerprint
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.comparing.report import attention, pictures
+from prelude.evaluators.comparing.report import pictures
 from prelude.evaluators.comparing.report.pictures import pictures_of
+from prelude.evaluators.dense import attention, drawing
 from prelude.evaluators.features.extraction import extract
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.pretrain.config import EncoderConfig
@@ -139,7 +140,7 @@ def shards(tmp_path_factory):
 def test_the_sheet_shows_each_query_beside_its_neighbours_framed_by_their_class(shards):
     encoder = opened(vit())
     train, test = (extract(encoder, index, batch_size=20)["mean"] for index in shards)
-    near_sheet, looked_at = pictures_of(encoder, shards, train, test, seed=1)
+    near_sheet, looked_at, correspond = pictures_of(encoder, shards, train, test, seed=1)
     rows = pictures.spread_over_classes(test.labels, pictures.NUM_IMAGES, 1)
     near = brute_force(train.values, test.values[rows], pictures.NUM_NEIGHBOURS)
     images = pictures.read(encoder, shards[0], train.sample_ids)  # (N, 3, 16, 16)
@@ -151,13 +152,15 @@ def test_the_sheet_shows_each_query_beside_its_neighbours_framed_by_their_class(
             alike = bool(train.labels[place] == test.labels[row])
             same += alike
             assert page[top + 40, left - 1].tolist() == list(pictures.SAME if alike else pictures.OTHER)
-            assert page[top + 40, left - 4].tolist() == list(pictures.SAME if alike else pictures.PAPER)  # thickness
+            assert page[top + 40, left - 4].tolist() == list(pictures.SAME if alike else drawing.PAPER)  # thickness
             middle = page[top + 3 : top + pictures.TILE : 6, left + 3 : left + pictures.TILE : 6]  # of enlarged pixels
             shown = images[place].permute(1, 2, 0).numpy()
             assert np.array_equal(middle[:12], shown[:12])
     assert f"({same} of {pictures.NUM_IMAGES * pictures.NUM_NEIGHBOURS})" in near_sheet.caption
     assert 0 < same < 36 and looked_at.title == "Where it looks"
     assert Image.open(io.BytesIO(looked_at.png)).size == (SIDE * 6, 2 * SIDE - pictures.GAP)
+    assert correspond.title == "What it takes for alike" and "4 x 4 places" in correspond.caption
+    assert Image.open(io.BytesIO(correspond.png)).size == (SIDE * 6, 3 * (pictures.TILE + pictures.GAP) + pictures.GAP)
 
 
 def test_raw_pixels_have_neighbours_and_no_map(shards):
@@ -168,5 +171,5 @@ def test_raw_pixels_have_neighbours_and_no_map(shards):
 
 def test_a_picture_stays_small_even_of_noise():
     noise = torch.randint(0, 256, (660, 760, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    written = pictures.to_png(Image.fromarray(noise.numpy()))
-    assert len(written) <= pictures.MAX_BYTES
+    written = drawing.to_png(Image.fromarray(noise.numpy()))
+    assert len(written) <= drawing.MAX_BYTES

@@ -9,7 +9,7 @@ import pytest
 from prelude.data.errors import UserError
 from prelude.data.shapes import paint, write_shards
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.labels import VectorFormat, class_numbers, label_vectors
+from prelude.evaluators.features.labels import VectorFormat, class_numbers, group_numbers, label_vectors
 
 
 def shard(path, contents, extension):
@@ -66,6 +66,18 @@ def test_ways_to_write_findings(tmp_path, content, expected):
         labels = label_vectors(shard(tmp_path / f"{form.field}.tar", contents, "json"), form)
         assert [None if math.isnan(v) else v for v in labels.values[0].tolist()] == expected
         assert labels.known.all() and labels.groups is None
+
+
+def test_groups_are_numbered_alike_in_train_and_test_and_who_has_none_is_alone(tmp_path):
+    contents = [{"patient": "x"}, {"patient": 7}, {}, {"patient": "x"}], [{"patient": "7"}, {"patient": "y"}, None]
+    indexes = [
+        shard(tmp_path / f"{i}.tar", [None if c is None else json.dumps(c).encode() for c in part], "json")
+        for i, part in enumerate(contents)
+    ]
+    train, test = (groups.tolist() for groups in group_numbers(indexes, "json:patient"))
+    assert train[0] == train[3] and train[1] == test[0] and len({*train, *test}) == 5
+    with pytest.raises(UserError, match="has a .txt member"):
+        group_numbers(indexes, "txt")
 
 
 def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from prelude.data.errors import UserError
-from prelude.evaluators.frozen.convex import ClassLoss, Space
+from prelude.evaluators.frozen.convex import ClassLoss, FoldLoss, Space
 from prelude.evaluators.frozen.linear_probe import WEIGHT_DECAYS, linear_probe
 
 
@@ -45,6 +45,19 @@ def test_fitting_some_rows_is_fitting_a_set_of_these_rows(classes):
     oracle.fit(standardised(values, values)[::2], labels[rows].numpy())
     ours = space.fit(ClassLoss(labels, 4), (1e-2,), rows).logits(values)[0].softmax(-1).numpy()
     assert abs(ours - oracle.predict_proba(standardised(values, values))).max() < 0.01
+
+
+def test_folds_trained_together_are_the_optima_of_their_own_samples(classes):
+    values, labels = classes(300, 10, 4, seed=1)
+    parts = torch.stack([torch.arange(300) % 5 != fold for fold in range(5)], 1)
+    parts[:, 4] &= torch.arange(300) < 200  # folds may be of any size
+    heads = Space.of(values).fit(FoldLoss(labels, 4, parts), (1e-2, 1e-1))
+    for fold in range(5):
+        rows, ours = parts[:, fold], heads.part(fold, 4).logits(values).softmax(-1).numpy()
+        for h, decay in enumerate((1e-2, 1e-1)):
+            oracle = LogisticRegression(C=1 / (int(rows.sum()) * decay), max_iter=10_000, tol=1e-8)
+            oracle.fit(standardised(values, values)[rows.numpy()], labels[rows].numpy())
+            assert abs(ours[h] - oracle.predict_proba(standardised(values, values))).max() < 0.01
 
 
 def test_heads_trained_together_are_those_trained_alone(classes):

@@ -1,0 +1,68 @@
+"""Locks on files, which the kernel lets go of when their holder ends, however it ends."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+
+from prelude.data.waiting import moved, while_it_moves
+
+_LOOK_SECONDS = 0.05
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def lock(fd: int) -> bool:
+    """Whether an open file could be had for this process alone."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_at(fd: int, path: str) -> bool:
+    """Whether an open file still has this path."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def alone(path: str) -> Iterator[None]:
+    """Nobody else is within the same `path`, which is a file as long as somebody is. Progress of who is within is
+    progress of those who wait. A file system without locks lets everybody in.
+
+    Raises OSError where the file cannot be written.
+    """
+    fd = _locked(path)
+    try:
+        with while_it_moves(lambda: os.utime(fd)):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if is_at(fd, path):
+                os.unlink(path)
+        os.close(fd)
+
+
+def _locked(path: str) -> int:
+    before = 0
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if lock(fd) and is_at(fd, path):
+                return fd
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return fd
+            os.close(fd)
+            raise
+        now = os.fstat(fd).st_mtime_ns
+        os.close(fd)
+        if now != before:
+            moved()
+        before = now
+        time.sleep(_LOOK_SECONDS)

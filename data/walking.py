@@ -1,0 +1,100 @@
+"""Many shards walked once, by as many processes as there are cores, with a progress bar.
+
+- What a shard holds is kept by whoever walks it. A process that dies, or a shard that it could not read, costs nothing
+  but time: whoever asked walks what is not there yet, and says what is wrong.
+- A few shards are walked here: processes are started when that has taken a second.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prelude.data.errors import RunStopped, UserError
+from prelude.data.waiting import end_with_parent, moved, while_it_moves
+
+ALONE_SECONDS = 1.0
+_DONE, _GOING_ON = b".", b" "
+_START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # they import nothing anew, and use neither GPU nor pool
+
+
+def walk_all(shards: Sequence, walk: Callable) -> None:
+    """`walk(shard)` of every shard, here or in another process. Raises what `walk` does where it is called here."""
+    began = time.monotonic()
+    with _progress_bar(len(shards)) as advance:
+        for number, shard in enumerate(shards):
+            left = shards[number:]
+            processes = 0 if multiprocessing.current_process().daemon else min(num_cores(), len(left))
+            if processes > 1 and time.monotonic() - began > ALONE_SECONDS:
+                _in_processes(left, walk, processes, advance)
+                return
+            walk(shard)
+            moved()
+            advance(1)
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_processes(shards: Sequence, walk: Callable, count: int, advance: Callable[[int], None]) -> None:
+    context = multiprocessing.get_context(_START_METHOD)
+    reading, writing = context.Pipe(duplex=False)
+    started = [
+        context.Process(target=_walk_some, args=(shards[number::count], walk, writing), daemon=True)
+        for number in range(count)
+    ]
+    try:
+        for process in started:
+            process.start()
+        writing.close()  # the pipe ends with the last of them
+        while told := os.read(reading.fileno(), 1):
+            moved()
+            if told == _DONE:
+                advance(1)
+    finally:
+        for process in started:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+        reading.close()
+
+
+def _walk_some(shards: Sequence, walk: Callable, writing) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    with while_it_moves(lambda: os.write(writing.fileno(), _GOING_ON)):  # a shard may take long
+        for shard in shards:
+            with contextlib.suppress(OSError, UserError, RunStopped):
+                walk(shard)
+            os.write(writing.fileno(), _DONE)
+
+
+@contextlib.contextmanager
+def _progress_bar(count: int) -> Iterator[Callable[[int], None]]:
+    """On a terminal, once it has taken a second."""
+    columns = TextColumn("indexing shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task, began, shown, done = bar.add_task("", total=count), time.monotonic(), False, 0
+
+    def advance(more: int) -> None:
+        nonlocal shown, done
+        done += more
+        if not shown and bar.console.is_terminal and time.monotonic() - began > ALONE_SECONDS:
+            bar.start()
+            shown = True
+        bar.update(task, completed=done)
+
+    try:
+        yield advance
+    finally:
+        if shown:
+            bar.stop()

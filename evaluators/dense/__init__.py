@@ -1,0 +1,1 @@
+"""What an encoder says of single places of an image."""

@@ -1,0 +1,147 @@
+"""Retrieval: how well the images nearest to one are of its class.
+
+A query is compared with every image of a gallery by the cosine of their features, centred by the gallery's mean as for
+k-NN. What is relevant to it are the gallery's images of its class.
+
+- recall@k: the share of queries with a relevant image among the k nearest (Jegou et al., "Product Quantization for
+  Nearest Neighbor Search", 2011, and the metric learning literature; not the share of relevant images found).
+- mAP: the mean over queries of the average precision over the whole gallery. R-precision: the share of relevant images
+  among the R nearest, R being how many there are.
+- An image is never an answer to itself: where gallery and queries are the same images, each is left out in turn. Where
+  groups are known (a patient, a camera), all images of the query's group are left out of its gallery.
+- A query without a relevant image has no answer; it is left out, counted and told of.
+- Between several kinds of feature the choice is made on a tenth of the gallery; in leaving one out nothing may be
+  chosen, and the first kind is the headline. Uncentred features stand beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.evaluators.features.extraction import Features
+from prelude.evaluators.frozen.exact_search import Neighbours
+from prelude.evaluators.frozen.ranking import bootstrap, standard_error
+from prelude.evaluators.frozen.splits import HELD_OUT, hold_out
+from prelude.evaluators.results import Outcome, Percent
+
+KS = (1, 5, 10)
+ELEMENTS = 2**23  # cosines that are ranked at once
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What was found for Q queries that have something to be found."""
+
+    numbers: dict[str, Tensor]  # (Q,) float64 in 0..1 by the name of a number
+    groups: Tensor | None  # (Q,)
+    num_without: int  # queries that were left out
+
+
+def retrieval(
+    train: dict[str, Features],
+    test: dict[str, Features],
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    ks: Sequence[int] = KS,
+) -> Outcome:
+    """recall@k, mAP and R-precision of the test images as queries, train being the gallery, by kind of feature.
+
+    seed: of the part that is held out where a kind is chosen, and of the bootstrap behind the standard errors.
+    Raises UserError where no query has anything to be found.
+    """
+    same = _same_images(train, test)
+    gallery, by_kind, details, held_out, without = next(iter(train.values())), {}, {}, {}, 0
+    ks = sorted(set(ks))
+    for kind in train:
+        if len(train) > 1 and not same:
+            fit, held = hold_out(gallery.labels.unique(return_inverse=True)[1], seed)
+            found = ranked(train[kind], train[kind], device=device, rows=fit, queries=held, ks=ks)
+            held_out[kind] = found.numbers["map"].mean().item()
+        found = {centred: ranked(train[kind], test[kind], device=device, centred=centred, ks=ks) for centred in (1, 0)}
+        by_kind[kind] = {name: _percent(values, found[1].groups, seed) for name, values in found[1].numbers.items()}
+        details[kind] = {name: 100 * values.mean().item() for name, values in found[0].numbers.items()}
+        without = found[1].num_without
+    chosen = max(held_out, key=held_out.get) if held_out else next(iter(train))
+    return Outcome(
+        evaluator="retrieval",
+        numbers=by_kind[chosen],
+        chosen={"features": chosen},
+        recipe={
+            "ks": ks,
+            "features": list(train),
+            "held_out": HELD_OUT if held_out else None,
+            "leave_one_out": same,
+            "grouped": gallery.groups is not None,
+            "seed": seed,
+        },
+        details={"held_out_map": held_out, "by_features": by_kind, "uncentred": details, "num_without": without},
+        by_kind=by_kind,
+        warnings=[f"{without} queries have no image of their class to be found, and are left out."] if without else [],
+    )
+
+
+def ranked(
+    gallery: Features,
+    queried: Features,
+    *,
+    device: torch.device | str = "cpu",
+    rows: Tensor | None = None,
+    queries: Tensor | None = None,
+    centred: bool = True,
+    ks: Sequence[int] = KS,
+) -> Ranked:
+    """How `queries` (rows of `queried`, default: all) fare in the gallery (its `rows`, default: all).
+
+    Equal cosines rank in the order of the gallery. Raises UserError where no query has anything to be found.
+    """
+    bank = Neighbours(gallery.values, rows=rows, centred=bool(centred), device=device)
+    rows = torch.arange(len(gallery)) if rows is None else rows
+    queries = torch.arange(len(queried)) if queries is None else queries
+    same = gallery.data_fingerprint == queried.data_fingerprint
+    found: dict[str, list[Tensor]] = {}
+    kept = []
+    for some in queries.split(max(ELEMENTS // len(rows), 1)):
+        cosines = bank.cosines(queried.values[some]).cpu()
+        relevant = queried.labels[some][:, None] == gallery.labels[rows]  # (q, N)
+        out = torch.zeros_like(relevant)
+        if same:
+            out |= queried.sample_ids[some][:, None] == gallery.sample_ids[rows]
+        if gallery.groups is not None:
+            out |= queried.groups[some][:, None] == gallery.groups[rows]
+        has = (relevant & ~out).any(1)
+        order = cosines.masked_fill(out, -torch.inf)[has].argsort(dim=1, descending=True, stable=True)
+        for name, values in _numbers((relevant & ~out)[has].gather(1, order), ks).items():
+            found.setdefault(name, []).append(values)
+        kept.append(some[has])
+    kept = torch.cat(kept)
+    if not len(kept):
+        raise UserError(
+            "No test image has another of its class to be found in the gallery; write shards with classes in common."
+        )
+    groups = None if queried.groups is None else queried.groups[kept]
+    return Ranked({name: torch.cat(values) for name, values in found.items()}, groups, len(queries) - len(kept))
+
+
+def _numbers(hit: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """hit: (q, N) bool, whether the nth nearest is relevant, at least one in each row. Returns (q,) by name."""
+    so_far = hit.cumsum(1)
+    total = so_far[:, -1:]  # R
+    precision = so_far.double() / torch.arange(1, hit.shape[1] + 1)
+    numbers = {f"recall@{k}": hit[:, :k].any(1).double() for k in ks}
+    numbers["map"] = (precision * hit).sum(1) / total[:, 0]
+    numbers["r_precision"] = precision.gather(1, total - 1)[:, 0]
+    return numbers
+
+
+def _percent(values: Tensor, groups: Tensor | None, seed: int) -> Percent:
+    """The mean, and its standard error by bootstrap over queries, or over groups of them."""
+    draws = bootstrap(lambda weights: (weights @ values) / weights.sum(1), len(values), seed, groups)
+    return Percent(100 * values.mean().item(), standard_error(100 * draws))
+
+
+def _same_images(train: dict[str, Features], test: dict[str, Features]) -> bool:
+    return next(iter(train.values())).data_fingerprint == next(iter(test.values())).data_fingerprint

@@ -1,0 +1,150 @@
+"""Linear support vector machines on frozen features: one against the rest for each class or finding.
+
+- Razavian et al., "CNN Features off-the-shelf", 2014, and the protocol of VOC07 in Barlow Twins: features brought to
+  length 1, squared hinge loss, 1/2 |w|^2 + C * sum(max(0, 1 - y f)^2), as liblinear has it; the bias is free.
+- Features of several crops of an image are averaged before (`crops` of the judging).
+- C is chosen among powers of ten on a tenth of train, by accuracy of classes or mAP of findings, and so is the kind of
+  feature; then the machines are fit on all of train, and test is read once for each kind.
+- The problem is convex and trained to its optimum by `evaluators.frozen.convex`; nothing else is random.
+- mAP is the mean over classes of the area under the plain precision-recall curve, not VOC's 11 points.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.evaluators.features.extraction import Features
+from prelude.evaluators.frozen.convex import MAX_PASSES, Heads, LabelLoss, Space
+from prelude.evaluators.frozen.ranking import MIN_POSITIVES, average_precision, bootstrap, standard_error
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
+from prelude.evaluators.results import Outcome, Percent, hits, percent
+
+CS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+
+
+class HingeLoss(LabelLoss):
+    """Mean squared hinge of N samples with labels (N, L) of 1, 0 and NaN, each label a problem of its own."""
+
+    def curvature(self) -> Tensor:
+        """(L,)"""
+        return 2.0 * len(self) / self.num_known
+
+    def take(self, rows: Tensor) -> "HingeLoss":
+        return HingeLoss(self.labels[rows])
+
+    def __call__(self, logits: Tensor, places: slice, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        labels = self.labels[places][:, which, None]  # (n, p, 1)
+        share = labels.isfinite() / self.num_known[which, None]
+        side = 2 * labels.nan_to_num(0.0) - 1
+        short = (1 - side * logits).clamp(min=0)  # by how much a sample is on the wrong side of its margin
+        return -2 * side * short * share, (short.square() * share).sum((0, 2)), (2 * (short > 0) * share).sum(0)
+
+
+def svm(
+    train: dict[str, Features],
+    test: dict[str, Features],
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    cs: Sequence[float] = CS,
+) -> Outcome:
+    """Accuracy and mAP by kind of feature; of findings mAP alone.
+
+    seed: of the held-out part and of the bootstrap behind mAP's error. Raises UserError for a C that is not above 0,
+    and where no finding of test is frequent enough.
+    """
+    if min(cs) <= 0:
+        raise UserError(f"--c {' '.join(f'{c:g}' for c in cs)} must be above 0; write powers of ten, such as 0.1 1 10.")
+    labels, test_labels, classes = _labels(train, test)
+    fit, held = hold_out(labels.argmax(1) if classes else torch.zeros(len(labels), dtype=torch.long), seed)
+    loss, found, grid = HingeLoss(labels.to(device)), {}, []
+    for kind in train:
+        space = Space.of(F.normalize(train[kind].values, dim=1), "none", device)
+        rows = []
+        for c, head in _each(space, loss, cs, fit):
+            scores = _scores(head, space.values, held)
+            score = _quality(scores, labels[held], classes)
+            rows.append({"features": kind, "c": c, "held_out": score, "converged": head.converged[0]})
+        best = max(rows, key=lambda row: row["held_out"])
+        ((_, head),) = _each(space, loss, (best["c"],), None)
+        scores = _scores(head, F.normalize(test[kind].values, dim=1), None)
+        found[kind] = {**best, "converged": head.converged[0], "numbers": _numbers(scores, test_labels, classes, seed)}
+        grid += rows
+    chosen = max(found, key=lambda kind: found[kind]["held_out"])
+    told = [] if found[chosen]["converged"] else [f"It was stopped after {MAX_PASSES} passes, before its optimum."]
+    return Outcome(
+        evaluator="svm",
+        numbers=found[chosen]["numbers"],
+        chosen={"features": chosen, "c": found[chosen]["c"]},
+        recipe={"cs": list(cs), "features": list(train), "held_out": HELD_OUT, "length": 1, "seed": seed},
+        details={"grid": grid},
+        by_kind={kind: one["numbers"] for kind, one in found.items()},
+        warnings=told + edge_warnings("C", found[chosen]["c"], cs),
+    )
+
+
+def _labels(train: dict[str, Features], test: dict[str, Features]) -> tuple[Tensor, Tensor, int]:
+    """(N, L) of 1, 0 and NaN of train and of test, and the number of classes, 0 where labels are findings."""
+    own = next(iter(train.values())).labels
+    if own.ndim == 2:
+        return own, next(iter(test.values())).labels, 0
+    numbers, test_numbers, count = contiguous_labels(train, test)
+    both = (torch.arange(count) == part[:, None] for part in (numbers, test_numbers))  # a class of its own: no label
+    return *(part.float() for part in both), count
+
+
+def _each(space: Space, loss: HingeLoss, cs: Sequence[float], rows: Tensor | None):
+    """(C, its machines) in liblinear's terms: the space divides features by one number, and takes a mean."""
+    count, unit = len(loss) if rows is None else len(rows), space.scale.max().item()  # 1 / that number
+    decays = [unit**2 / (c * count) for c in cs]
+    heads = space.fit(loss, decays, rows)
+    return [(c, heads.only(h)) for h, c in enumerate(cs)]
+
+
+def _scores(head: Heads, values: Tensor, rows: Tensor | None) -> Tensor:
+    """(n, L) on the CPU."""
+    return torch.cat([logits[0].cpu() for _, logits in head.logits_of(values, rows)])
+
+
+def _frequent(labels: Tensor) -> list[int]:
+    """Labels that enough samples have and lack."""
+    counts = [((labels == value).sum(0)) for value in (1, 0)]
+    return [i for i in range(labels.shape[1]) if min(count[i] for count in counts) >= MIN_POSITIVES]
+
+
+def _average_precisions(scores: Tensor, labels: Tensor, which: Sequence[int], weights: Tensor | None) -> Tensor:
+    """(B, len(which))"""
+    found = []
+    for i in which:
+        known = labels[:, i].isfinite()
+        of_known = None if weights is None else weights[:, known]
+        found.append(average_precision(scores[known, i], labels[known, i] == 1, of_known))
+    return torch.stack(found, 1)
+
+
+def _quality(scores: Tensor, labels: Tensor, classes: int) -> float:
+    if classes:
+        return percent(hits(scores, labels.argmax(1))["top1"], len(labels)).value
+    which = [i for i in range(labels.shape[1]) if (labels[:, i] == 1).any()]
+    return 100 * _average_precisions(scores, labels, which, None).mean().item() if which else 0.0
+
+
+def _numbers(scores: Tensor, labels: Tensor, classes: int, seed: int) -> dict[str, Percent]:
+    numbers = {}
+    if classes:
+        known = torch.where(labels.any(1), labels.argmax(1), -1)
+        numbers = {name: percent(count, len(labels)) for name, count in hits(scores, known).items()}
+    which = _frequent(labels)
+    if which:
+        mean = lambda weights: _average_precisions(scores, labels, which, weights).mean(1)  # noqa: E731
+        draws = bootstrap(mean, len(labels), seed)
+        numbers["map"] = Percent(100 * mean(None).item(), standard_error(100 * draws))
+    if not numbers:
+        raise UserError(
+            f"No finding has {MIN_POSITIVES} test images with it and as many without, so there is no mAP; write more "
+            "test shards."
+        )
+    return numbers

@@ -1,0 +1,78 @@
+"""Segmentation by frozen encoders: a linear head, and the nearest patches.
+
+    prelude segment runs/mae random:runs/mae pixels \\
+        --train 'train-{0..9}.tar' --test test-0.tar
+    prelude segment runs/mae --label mask.png --ignore 0 --features tokens4
+
+Masks are members beside the images, such as a .png beside a .jpg: a class
+number for each pixel, 255 for what counts for nothing. Several sources give one
+table; each result is also written as JSON.
+docs/evaluators.md says how it is measured.
+"""
+
+if __name__ == "__main__" and not __package__:
+    import as_script  # noqa: F401  a launched script's folder would hide the package `prelude`
+
+import argparse
+from functools import partial
+
+from prelude.evaluators.defaults import TEMPERATURE, K
+from prelude.launch.arguments import door_parser, finite, parse, whole
+from prelude.launch.exit_codes import door
+
+LABEL = "png"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(parser(), argv)
+    from prelude.evaluators.dense.judging import DenseJudging
+    from prelude.evaluators.dense.segmentation import segment_knn, segment_linear
+    from prelude.evaluators.judging import judge_all
+    from prelude.evaluators.results import print_table
+    from prelude.launch.frozen import common, labelled_of
+    from prelude.pretrain import distributed
+
+    args.label = args.label or LABEL
+    labelled = labelled_of(args)
+    named = {"names": labelled.classes}
+    nearest = partial(segment_knn, k=args.k, temperature=args.temperature, **named)
+    judged = {"linear": partial(segment_linear, **named), "knn": nearest}
+    judging = DenseJudging(
+        [judged[name] for name in dict.fromkeys(args.heads)],
+        labelled,
+        kinds=args.features,
+        bank=args.bank,
+        ignored=args.ignore,
+        **common(args, "segment", argv),
+    )
+    results = judge_all(args.sources, judging)
+    if results:
+        print_table(results)
+    distributed.stop()
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    label = f"extension of the masks (default: {LABEL})"
+    features = "tokens, tokens4 of a vision transformer; map, map2 of others (default: tokens or map)"
+    parser = door_parser(__doc__, label=label, features=features)
+    parser.add_argument(
+        "--heads", nargs="+", choices=("linear", "knn"), default=["linear", "knn"], help="(default: linear knn)"
+    )
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        type=whole(0, 255),
+        default=[],
+        metavar="CLASS",
+        help="classes that count for nothing, beside 255",
+    )
+    parser.add_argument("--k", type=whole(1), default=K, metavar="K", help=f"nearest patches (default: {K})")
+    parser.add_argument(
+        "--temperature", type=finite, default=TEMPERATURE, metavar="T", help=f"(default: {TEMPERATURE})"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(door(main))

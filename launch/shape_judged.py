@@ -1,0 +1,52 @@
+"""The work of `prelude shape` for one source: images, features, a result where it belongs."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
+from prelude.evaluators.dense.global_shape import TILES, global_shape
+from prelude.evaluators.embedding.embed import index_as_seen
+from prelude.evaluators.features.dense import dense_plan
+from prelude.evaluators.features.extraction import Extractor, evaluation_plan, pool
+from prelude.evaluators.judging import described, first_section, keep, open_source
+from prelude.evaluators.results import Result, versions
+from prelude.pretrain import distributed
+from prelude.pretrain.images import images as device_images
+
+BATCH = 64
+
+
+def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Callable[[str], None]) -> Result:
+    """Raises UserError for a source or shards that cannot be used."""
+    section = first_section(args.sources)
+    shards = args.test or (section and section.test_shards)
+    if not shards:
+        raise UserError(f"There are no images to judge {source} on; write --test SHARDS.")
+    encoder = open_source(source, args.sources, args.seed)
+    index = index_as_seen(source, shards, value_range=args.range, image=args.image or "")
+    plan, started = dense_plan(evaluation_plan(encoder)), time.monotonic()
+    extractor = Extractor(encoder, args.features, distributed.device(), plan)
+    size = encoder.config.size
+    tiles = args.tiles or [n for n in TILES if not any(side % n or side // n < 2 for side in size)]
+    if not tiles:
+        raise UserError(f"No grid of {TILES} cuts images of {size[0]}x{size[1]} pixels evenly; write --tiles K.")
+    samples = np.linspace(0, index.num_samples - 1, min(args.num_images, index.num_samples)).round().astype(np.int64)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in one_pass(index, plan, batch_size=BATCH, samples=samples):
+            (pixels,) = device_images(batch.to(extractor.device), plan)
+            yield pixels, batch.sample_ids.to(extractor.device)
+
+    with torch.no_grad():
+        outcome = global_shape(batches(), lambda images: pool(extractor.model, images, extractor.kinds), tiles=tiles)
+    data = {"test": {"shards": shards, "fingerprint": index.fingerprint, "num_samples": outcome.details["num_images"]}}
+    seconds = round(time.monotonic() - started, 3)
+    result = Result(source, described(encoder), data, extractor.recipe, outcome, command, seconds, versions())
+    keep(result, args.sources, args.out, say)
+    return result

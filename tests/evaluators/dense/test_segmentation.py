@@ -1,0 +1,172 @@
+"""Segmentation of frozen features against scikit-learn and loops."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, jaccard_score
+
+from prelude.data.errors import UserError
+from prelude.evaluators.dense import places as module
+from prelude.evaluators.dense import segmentation
+from prelude.evaluators.dense.overlap import Overlap
+from prelude.evaluators.dense.places import predicted, shares
+from prelude.evaluators.dense.segmentation import Classes, segment_knn, segment_linear
+from prelude.evaluators.dense.share_loss import ShareLoss
+from prelude.evaluators.frozen.convex import Space
+
+
+def shares_by_hand(masks, grid, num_classes):
+    number, height, width = masks.shape
+    found = np.zeros((number, *grid, num_classes))
+    total = np.zeros(grid)
+    for y in range(height):
+        for x in range(width):
+            row, column = int((y + 0.5) / height * grid[0]), int((x + 0.5) / width * grid[1])
+            total[row, column] += 1
+            for i in range(number):
+                if masks[i, y, x] != 255:
+                    found[i, row, column, int(masks[i, y, x])] += 1
+    return (found / total[:, :, None]).reshape(-1, num_classes)
+
+
+def test_shares_are_those_of_a_loop(monkeypatch):
+    monkeypatch.setattr(module, "ELEMENTS", 2 * 10 * 13 * 8)  # several chunks
+    masks = torch.randint(4, (5, 10, 13), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    masks[0, 3:7, 2:9], masks[4] = 255, 255
+    assert np.allclose(shares(masks, (3, 4), 4).numpy(), shares_by_hand(masks.numpy(), (3, 4), 4))
+
+
+def test_overlap_is_that_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randint(4, (6, 5, 7), generator=generator).to(torch.uint8)
+    found = torch.where(torch.rand(6, 5, 7, generator=generator) < 0.6, true, torch.randint(5, (6, 5, 7)))
+    true[2, :2] = 255
+    counted = (true != 255).numpy()
+    y, guess = true.numpy()[counted], found.numpy()[counted]
+    overlap = Overlap.joined([Overlap.of(found[:4], true[:4], 5), Overlap.of(found[4:], true[4:], 5)])
+    expected = jaccard_score(y, guess, average=None, labels=[0, 1, 2, 3])
+    numbers = overlap.numbers(seed=0)
+    assert overlap.iou()[0, :4].numpy() == pytest.approx(expected) and overlap.iou()[0, 4].isnan()  # true nowhere
+    assert numbers["miou"].value == pytest.approx(100 * expected.mean())
+    assert numbers["pixel_accuracy"].value == pytest.approx(100 * accuracy_score(y, guess))
+    low, high = numbers["miou"].interval
+    assert low < numbers["miou"].value < high and 2 < numbers["miou"].se < 8
+
+
+def test_intervals_are_of_images_and_not_of_pixels():
+    """Half of the images wholly right, half wholly wrong: as uncertain as a share of 40 coins."""
+    true = torch.zeros(40, 8, 8, dtype=torch.uint8)
+    true[:, :4] = 1
+    found = torch.where(torch.arange(40)[:, None, None] % 2 == 0, true, 1 - true)
+    number = Overlap.of(found, true, 2).numbers(seed=0)["pixel_accuracy"]
+    assert number.value == 50 and number.se == pytest.approx(100 * (0.25 / 40) ** 0.5, rel=0.1)
+
+
+def test_the_head_is_the_optimum_that_scikit_learn_finds(places):
+    train = places(30, seed=1)
+    wanted = shares(train.labels, train.grid, 3)
+    wanted[:7] *= 0.25  # places with few pixels that count
+    space = Space.of(train.each)
+    for decay in (1e-3, 0.1):
+        head = space.fit(ShareLoss(wanted), (decay,))
+        assert head.converged == [True]
+        standardised = ((train.each - train.each.mean(0)) / train.each.std(0, correction=0)).double().numpy()
+        total = wanted.sum().item()
+        oracle = LogisticRegression(C=1 / (decay * total), tol=1e-10, max_iter=5000).fit(
+            np.concatenate([standardised] * 3),
+            np.repeat([0, 1, 2], len(standardised)),
+            sample_weight=wanted.double().T.flatten().numpy(),
+        )
+        expected = oracle.predict_proba(standardised)
+        assert np.abs(head.logits(train.each)[0].softmax(1).numpy() - expected).max() < 0.01
+
+
+def test_masks_are_predicted_from_logits_that_are_enlarged_bilinearly(places, monkeypatch):
+    monkeypatch.setattr(module, "ELEMENTS", 3 * 9 * 16 * 2)
+    test = places(5, seed=2)
+    weights = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    rows, found = zip(*predicted(lambda values: values @ weights, test, torch.tensor([4, 0, 2]), 3), strict=True)
+    assert torch.cat(rows).tolist() == [4, 0, 2] and len(rows) > 1
+    for row, mask in zip((4, 0, 2), torch.cat(found), strict=True):
+        logits = (test.values[row].view(3, 4, 6) @ weights).permute(2, 0, 1)
+        assert torch.equal(mask, F.interpolate(logits[None], (9, 16), mode="bilinear")[0].argmax(0))
+
+
+def knn_by_hand(train, test, k, temperature):
+    bank, queries = train.each.double().numpy(), test.each.double().numpy()
+    bank, queries = (x - train.each.double().numpy().mean(0) for x in (bank, queries))
+    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
+    wanted = shares_by_hand(train.labels.numpy(), train.grid, 3)
+    scores = []
+    for query in queries:
+        similar = bank @ query
+        near = np.argsort(-similar)[:k]
+        votes = np.exp(similar[near] / temperature)
+        scores.append((votes[:, None] * wanted[near]).sum(0) / votes.sum())
+    return torch.tensor(np.array(scores)).float()
+
+
+def test_patches_vote_as_in_a_loop(places):
+    train, test = places(20, seed=1), places(8, seed=2)
+    outcome = segment_knn({"tokens": train}, {"tokens": test}, k=7)
+    scores = knn_by_hand(train, test, 7, 0.07)
+    parts = [mask for _, mask in predicted(lambda values: scores, test, torch.arange(8), 3)]
+    expected = Overlap.of(torch.cat(parts), test.labels, 3).numbers(0)
+    for name, number in outcome.numbers.items():
+        assert number.value == pytest.approx(expected[name].value, abs=0.2)
+    assert outcome.evaluator == "segment_knn" and 40 < expected["miou"].value < 95
+    fewer = segment_knn({"tokens": train}, {"tokens": test}, k=7, num_patches=30)
+    assert fewer.numbers["miou"].value < outcome.numbers["miou"].value + 5
+
+
+@pytest.mark.parametrize("judge", [segment_linear, segment_knn])
+def test_the_kind_is_chosen_without_test_masks(places, as_places, judge):
+    train, test = ({"tokens": places(count, seed)} for count, seed in ((40, 1), (10, 2)))
+    for part in (train, test):
+        noise = torch.randn(len(part["tokens"]), 12, 6, generator=torch.Generator().manual_seed(5))
+        part["map"] = as_places(noise, part["tokens"].labels, (3, 4))
+    outcome = judge(train, test)
+    assert outcome.chosen["features"] == "tokens" and set(outcome.by_kind) == {"tokens", "map"}
+    assert outcome.numbers["miou"].value > outcome.by_kind["map"]["miou"].value + 15
+    mixed = {kind: dataclasses.replace(part, labels=part.labels.roll(3, 0)) for kind, part in test.items()}
+    assert judge(train, mixed).chosen == outcome.chosen
+
+
+def test_classes_have_any_numbers_and_those_that_train_lacks_are_missed(places):
+    train, test = places(30, seed=1), places(10, seed=2)
+    plain = segment_linear({"tokens": train}, {"tokens": test})
+    table = torch.arange(256, dtype=torch.uint8)
+    table[:3] = torch.tensor([7, 254, 0], dtype=torch.uint8)
+    other = [dataclasses.replace(part, labels=table[part.labels.long()]) for part in (train, test)]
+    renamed = segment_linear({"tokens": other[0]}, {"tokens": other[1]}, names=("zero",))
+    assert renamed.numbers["miou"].value == pytest.approx(plain.numbers["miou"].value, abs=0.5)
+    assert set(renamed.details["by_features"]["tokens"]["by_class"]) == {"zero", "7", "254"}
+    table[2] = 9
+    unseen = dataclasses.replace(test, labels=table[test.labels.long()])
+    outcome = segment_linear({"tokens": other[0]}, {"tokens": unseen})
+    assert outcome.details["by_features"]["tokens"]["by_class"]["9"]["iou"] == 0
+    assert Classes(other[0], unseen).numbers == [0, 7, 254, 9]
+
+
+def test_what_cannot_be_segmented_is_refused(places):
+    train = places(10, seed=1)
+    one = dataclasses.replace(train, labels=torch.zeros_like(train.labels))
+    with pytest.raises(UserError, match="one class only"):
+        segment_linear({"tokens": one}, {"tokens": train})
+    with pytest.raises(UserError, match="no pixel that counts"):
+        segment_knn({"tokens": train}, {"tokens": dataclasses.replace(train, labels=one.labels + 255)})
+    alone = dataclasses.replace(train, values=train.values[:1], labels=train.labels[:1])
+    with pytest.raises(UserError, match="one image with a mask"):
+        segment_linear({"tokens": alone}, {"tokens": train})
+
+
+def test_more_patches_than_decays_are_compared_on_change_the_choice_only(places, monkeypatch):
+    train, test = places(40, seed=1), places(10, seed=2)
+    whole = segment_linear({"tokens": train}, {"tokens": test}, weight_decays=(0.01,))
+    monkeypatch.setattr(segmentation, "CHOOSE_ON", 60)
+    few = segment_linear({"tokens": train}, {"tokens": test}, weight_decays=(0.01,))
+    assert few.numbers["miou"].value == pytest.approx(whole.numbers["miou"].value, abs=0.5)
