@@ -48,14 +48,16 @@ class Writer:
 
     def write(self, chunk: bytes) -> None:
         """Raises RunStopped where the disk takes no more."""
-        left = memoryview(chunk)
+        left, last_try = memoryview(chunk), False
         while left:
             try:
                 written = os.pwrite(self.fd, left, self.at)
             except OSError as error:
-                if error.errno in _FULL and self.make_room():
-                    continue
-                raise _unwritable(self.folder, error) from None
+                if error.errno not in _FULL or last_try:
+                    raise _unwritable(self.folder, error) from None
+                last_try = not self.make_room()  # where another process has just removed all that there was
+                continue
+            last_try = False
             self.digests.update(left[:written])
             self.at, left = self.at + written, left[written:]
 

@@ -170,6 +170,9 @@ class StreamSource(IterableDataset):
                 self._shard_failed(error)
                 continue
             with contextlib.closing(self.open):
+                if self.closed:  # while it was opened
+                    self.close()
+                    raise _NothingLeft
                 yield shard | {"stream": self.open}
             if not (self.come or self.failed):
                 self._shard_failed(ValueError("a tar without a single sample"))

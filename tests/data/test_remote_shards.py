@@ -312,8 +312,14 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing_half(server, cache, monkeyp
 def test_a_disk_smaller_than_the_limit_has_room_made(server, shards, cache, monkeypatch):
     real = os.pwrite
 
+    def size(path):
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:  # another thread has just made room
+            return 0
+
     def full(fd, content, offset):
-        if sum(path.stat().st_size for path in cached(cache)) > 40000:
+        if sum(map(size, cached(cache))) > 40000:
             raise OSError(28, "No space left on device")
         return real(fd, content, offset)
 
@@ -321,6 +327,24 @@ def test_a_disk_smaller_than_the_limit_has_room_made(server, shards, cache, monk
     assert_same(
         taken(build(urls(server), shuffle=Shuffle(1, 20, 20)), 20), taken(build(shards, shuffle=Shuffle(1, 20, 20)), 20)
     )
+
+
+def test_room_that_another_process_has_just_made_is_used(tmp_path, monkeypatch):
+    real, refusals = os.pwrite, [True]
+
+    def full_once(fd, content, offset):
+        if refusals and refusals.pop():
+            raise OSError(28, "No space left on device")
+        return real(fd, content, offset)
+
+    monkeypatch.setattr(node_cache.os, "pwrite", full_once)
+    with open(tmp_path / "file", "wb") as file:
+        writer = node_cache.Writer(file.fileno(), 4, lambda: False, str(tmp_path))
+        writer.write(b"here")
+        refusals += [True, True]
+        with pytest.raises(RunStopped, match="make room there"):
+            writer.write(b"gone")
+    assert (tmp_path / "file").read_bytes() == b"here"
 
 
 # ---- URLs

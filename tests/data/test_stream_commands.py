@@ -1,12 +1,15 @@
 """Streams against a server on this machine that stalls, hangs up, refuses or has nothing to give."""
 
+import contextlib
 import os
+import threading
 import time
 
 import psutil
 import pytest
 from servers import Server, serving
 
+from prelude.data import streaming
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, Stopped
 from prelude.data.streaming import StreamingLoader
@@ -31,7 +34,11 @@ def build(urls, **changes):
 
 
 def commands():
-    return [child for child in psutil.Process().children(recursive=True) if child.name() in COMMANDS]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [child] if child.name() in COMMANDS else []
+    return found
 
 
 def all_are_gone() -> None:
@@ -86,6 +93,23 @@ def test_a_stop_is_obeyed_while_a_server_stalls(num_workers, server, patience):
     with pytest.raises(Stopped, match=f"it reads {server}/silent"):
         next(loader)
     loader.close()
+    all_are_gone()
+
+
+def test_a_command_that_starts_while_the_loader_is_closed_is_ended(patience, monkeypatch):
+    loader, open_url, closed = build("pipe:exec sleep 1000"), streaming.open_url, threading.Event()
+
+    def opened(*arguments):
+        command = open_url(*arguments)
+        patience.should_stop = lambda: True
+        closed.wait()
+        return command
+
+    monkeypatch.setattr(streaming, "open_url", opened)
+    with pytest.raises(Stopped):
+        next(loader)
+    loader.close()
+    closed.set()
     all_are_gone()
 
 
