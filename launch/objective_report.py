@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
+from timm.layers import DropPath
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,8 +23,9 @@ from prelude.launch.children import run_door
 from prelude.launch.objective_checks import CHECKS, NUM_SAMPLES, NUM_STEPS, Broken, Subject, unlike
 from prelude.objectives import check_objective, objective_class, options_for
 from prelude.pretrain import overrides as setting
-from prelude.pretrain.config import Config
+from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.recipes import read_recipe, validate_config
 
 GLOBAL_BATCH = 8
@@ -55,6 +58,15 @@ def main(name: str, recipe: str, overrides: list[str], *, quick: bool) -> int:
     return 1 if failed else 0
 
 
+def _drops_paths(encoder: dict) -> bool:
+    """Whether an encoder with these settings drops paths. What is wrong with them is told by whoever builds it."""
+    try:
+        model = lay_out_encoder(EncoderConfig.model_validate(encoder))
+    except (UserError, ValidationError):
+        return False
+    return any(isinstance(layer, DropPath) and layer.drop_prob for layer in model.modules())
+
+
 def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
     """The recipe's encoder and the objective's options, in a run of a few small steps. Raises UserError."""
     values = read_recipe(recipe, [], options_for)
@@ -67,6 +79,8 @@ def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
     kwargs = encoder.get("kwargs") or {}
     # What draws from torch's generator by design (drop path) would hide what must not.
     encoder["kwargs"] = {key: value for key, value in kwargs.items() if not key.endswith("_rate")}
+    if _drops_paths(encoder):  # by timm's own default, as Swin does
+        encoder["kwargs"]["drop_path_rate"] = 0.0
     for key in ("weights", "weights_fingerprint", "own_parts"):
         encoder.pop(key, None)
     data = {key: value for key, value in (values.get("data") or {}).items() if key in ("channels", "mean", "std")}

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 OURS = {
     "barlow_twins": "prelude.objectives.barlow_twins:BarlowTwins",
     "dseqjepa": "prelude.objectives.dseqjepa:DSeqJEPA",
+    "fcmae": "prelude.objectives.fcmae:FCMAE",
     "ijepa": "prelude.objectives.ijepa:IJEPA",
+    "lejepa": "prelude.objectives.lejepa:LeJEPA",
     "mae": "prelude.objectives.mae:MAE",
     "rotation": "prelude.objectives.rotation:Rotation",
+    "simmim": "prelude.objectives.simmim:SimMIM",
     "spark": "prelude.objectives.spark:SparK",
+    "vicreg": "prelude.objectives.vicreg:VICReg",
 }
 ENTRY_POINTS = "prelude.objectives"
 
@@ -53,6 +57,11 @@ def check_objective(config: Config) -> None:
     cls, options = chosen(config)
     cls.check(options, config.encoder)
     _refuse_freezing_chance(config)
+    if not cls.accumulates and config.train.global_batch < 2:
+        raise UserError(
+            f"objective.name={config.objective['name']} compares the samples of a batch, and train.global_batch=1 has "
+            "one; write train.global_batch=256."
+        )
     if named_code.is_named(config.encoder.name):
         from prelude.pretrain import own_encoder  # torch
 

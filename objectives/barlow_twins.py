@@ -14,67 +14,24 @@ standardised over the batch, and the correlations between the two views are push
 """
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from prelude.data.batch import Batch, Photometric, View, ViewPlan
 from prelude.objectives.cross_correlation import barlow_loss
 from prelude.objectives.options import BarlowTwinsOptions
-from prelude.objectives.pictures import sheet
-from prelude.objectives.projector import projector
-from prelude.pretrain.batch_norm import normalise_columns, synchronise
-from prelude.pretrain.collectives import row_counts
-from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import pooled_width
-from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health, rank_share
-from prelude.pretrain.images import denormalise
-from prelude.pretrain.images import images as device_images
-from prelude.pretrain.objective import Loss, Objective
-from prelude.pretrain.photometric import refuse_colours
-from prelude.pretrain.schedules import Progress
+from prelude.objectives.several_views import TwoViews, full_precision, spread_of
+from prelude.pretrain.batch_norm import normalise_columns
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, rank_share
+from prelude.pretrain.objective import Loss
 
 _EPSILON = 1e-5  # added to the variance of a dimension
-_DEAD = 1e-3  # a dimension whose standard deviation over the batch is below this says nothing
-_NUM_PICTURES = 8
 
 
-class BarlowTwins(Objective):
+class BarlowTwins(TwoViews):
     Options = BarlowTwinsOptions
-    accumulates = False
     remedies = {
         "few_dimensions": "raise objective.off_diagonal_weight, or lower optimizer.lr",
         "trivial_loss": "weaken the augmentations (objective.crop_scale, objective.view_1), or lower optimizer.lr",
     }
-
-    def __init__(self, encoder: nn.Module, options: BarlowTwinsOptions, *, image_size, mean, std):
-        super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
-        views = tuple(
-            View(
-                size=image_size,
-                scale=options.crop_scale,
-                interpolation="bicubic",
-                flip=options.flip,
-                photometric=photometric,
-            )
-            for photometric in _photometric(options).values()
-        )
-        self.views = ViewPlan(views=views, mean=mean, std=std)
-        self.projector = projector(pooled_width(encoder), options.projector)
-        synchronise(self)
-
-    @classmethod
-    def check(cls, options: BarlowTwinsOptions, encoder: EncoderConfig) -> None:
-        super().check(options, encoder)
-        refuse_colours(encoder.in_chans, _photometric(options))
-
-    def forward(self, batch: Batch, progress: Progress) -> Loss:
-        counts = row_counts(len(batch))
-        pooled = [self.encoder(view) for view in device_images(batch, self.views)]  # each (n, D_encoder)
-        loss = self.loss(*map(self.projector, pooled), counts)
-        return Loss(loss.total, loss.parts | feature_health(pooled[0].detach()))
-
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self.encoder, self.projector]
 
     def loss(self, first: Tensor, second: Tensor, counts: list[int]) -> Loss:
         """first, second: (n, D) embeddings of this rank's samples; counts: each rank's n.
@@ -87,39 +44,24 @@ class BarlowTwins(Objective):
         correlations are 0 but for the chance of N samples: D + (D + weight * D * (D - 1)) / N.
         """
         with torch.autocast(first.device.type, enabled=False):
-            dtype = torch.promote_types(first.dtype, torch.float32)
-            both = torch.cat([first, second], dim=1).to(dtype)  # (n, 2 D): one message for both views
+            (both,) = full_precision(torch.cat([first, second], dim=1))  # (n, 2 D): one message for both views
             terms = barlow_loss(
                 *normalise_columns(both, _EPSILON).chunk(2, dim=1), self.options.off_diagonal_weight, counts
             )
-            spread = both.detach().std(dim=0)  # over this rank's samples
-        return Loss(
-            terms.total * self.options.loss_scale,
-            {
-                "on_diagonal": terms.on_diagonal,
-                "off_diagonal": terms.off_diagonal,
-                "diagonal": terms.diagonal,
-                "off_diagonal_rms": terms.off_diagonal_rms,
-                "effective_dimensions": terms.effective_dimensions,
-                "embedding_rank_share": rank_share(terms.effective_dimensions, sum(counts), first.shape[1]),
-                "embedding_std": spread.mean(),
-                "dead_dimensions": (spread < _DEAD).to(dtype).mean(),
-                TRIVIAL_LOSS: terms.total.new_full((), self._trivial_loss(sum(counts), first.shape[1])),
-            },
-        )
+            return Loss(
+                terms.total * self.options.loss_scale,
+                {
+                    "on_diagonal": terms.on_diagonal,
+                    "off_diagonal": terms.off_diagonal,
+                    "diagonal": terms.diagonal,
+                    "off_diagonal_rms": terms.off_diagonal_rms,
+                    "effective_dimensions": terms.effective_dimensions,
+                    "embedding_rank_share": rank_share(terms.effective_dimensions, sum(counts), first.shape[1]),
+                    TRIVIAL_LOSS: terms.total.new_full((), self._trivial_loss(sum(counts), first.shape[1])),
+                }
+                | spread_of(both),
+            )
 
     def _trivial_loss(self, count: int, width: int) -> float:
         by_chance = (1 + self.options.off_diagonal_weight * (width - 1)) / count
         return width * (1 + by_chance) * self.options.loss_scale
-
-    @torch.no_grad()
-    def pictures(self, batch: Batch) -> dict[str, Image.Image]:
-        """One row an image: its two views, as the encoder sees them but for the normalisation."""
-        views = [denormalise(view[:_NUM_PICTURES], self.views) for view in device_images(batch, self.views)]
-        return {"views": sheet(torch.stack(views, dim=1))}
-
-
-def _photometric(options: BarlowTwinsOptions) -> dict[str, Photometric]:
-    """What happens to the colours of each view, by its key."""
-    views = {"objective.view_1": options.view_1, "objective.view_2": options.view_2}
-    return {key: Photometric(**colours.model_dump()) for key, colours in views.items()}

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.objectives.blocks import step_draws
+from prelude.objectives.contrastive_term import ContrastiveTerm
 from prelude.objectives.ijepa import IJEPA, gather
 from prelude.objectives.options import DSeqJEPAOptions
 from prelude.objectives.patch_pictures import page, region_panels
 from prelude.objectives.regions import Regions, find_regions, normalised_saliency, with_rectangles
-from prelude.objectives.vicreg import VICReg
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.draws import uniform
 from prelude.pretrain.encoders import check_encoder, forward_tokens
@@ -65,14 +65,12 @@ class Prediction:
 
 class DSeqJEPA(IJEPA):
     Options = DSeqJEPAOptions
+    contrast = ContrastiveTerm
     host_waits = 1  # for the lengths that packing needs; once more for an image that all rounds of labelling leave open
 
     def __init__(self, encoder: nn.Module, options: DSeqJEPAOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
         self.saliency_block = _saliency_block(options, len(encoder.blocks))
-        self.accumulates = not options.contrastive_weight
-        if options.contrastive_weight:
-            self.vicreg = VICReg(encoder.embed_dim, options.contrastive_projector)
 
     @classmethod
     def check(cls, options: DSeqJEPAOptions, encoder: EncoderConfig) -> None:

@@ -12,6 +12,7 @@ From one large visible part of an image, predict what a slowly moving copy of th
 - The teacher sees the whole image; hidden pixels never reach the encoder; no gradient reaches the teacher.
 - Targets and loss are float32 at least, under any autocast.
 - What is evaluated and exported is the teacher.
+- `contrastive_weight` adds VICReg's terms on each block's mean prediction, as C-JEPA does (arXiv 2410.19560).
 """
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.objectives.blocks import BlockMasks, MultiBlock
+from prelude.objectives.contrastive_term import BlockTerm
 from prelude.objectives.momentum_teacher import follow, momentum_teacher
 from prelude.objectives.official_blocks import OfficialMultiBlock
 from prelude.objectives.options import IJEPAOptions
@@ -44,6 +46,7 @@ _USUAL_VALUES = 768  # of a patch of 16 x 16 x 3
 
 class IJEPA(Objective):
     Options = IJEPAOptions
+    contrast = BlockTerm  # made of the encoder's width and the projector's
     lengths_change = True
     max_zero_stage = 2  # the teacher follows whole weights, which stage 3 cuts up
     remedies = {
@@ -70,6 +73,9 @@ class IJEPA(Objective):
         self.blocks = _sampler(options, self.grid, self.salt)
         self._initialise()
         self.teacher = momentum_teacher(encoder)
+        self.accumulates = not options.contrastive_weight
+        if options.contrastive_weight:
+            self.vicreg = self.contrast(layout.width, options.contrastive_projector)
 
     @classmethod
     def check(cls, options: IJEPAOptions, encoder: EncoderConfig) -> None:
@@ -99,7 +105,13 @@ class IJEPA(Objective):
             "teacher_cosine": self.agreement(context, target, masks.context).mean(),
             "prediction_std": pooled.std(0, correction=0).mean(),
         }
-        return Loss(self.error(predicted, gather(target, masks.targets)).mean(), parts)
+        wanted = gather(target, masks.targets)  # (B, M, T, D)
+        total = self.error(predicted, wanted).mean()
+        if self.options.contrastive_weight:
+            contrastive = self.vicreg(predicted.mean(2), wanted.mean(2))
+            parts |= {"prediction": total.detach(), "contrastive": contrastive.detach()}
+            total = total + self.options.contrastive_weight * contrastive
+        return Loss(total, parts)
 
     def compiled_parts(self) -> list[nn.Module]:
         holders = (self.encoder, self.teacher, self.predictor)

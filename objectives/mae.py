@@ -10,6 +10,9 @@ predicts the pixels of the hidden ones:
 - The target is a patch's pixels, brought to mean 0 and variance 1 within the patch where `norm_pix_loss` is on.
 - Visible patches carry no loss and hidden pixels never reach the encoder.
 - Targets and loss are float32 at least, under any autocast.
+- Two switches by later papers: `mask_block` hides squares of patches (Pixio), and `decoder: cross` predicts each hidden
+  patch from the visible ones alone, a part of them if `predicted_share` says so (CrossMAE, see
+  `objectives/cross_blocks.py`).
 """
 
 from dataclasses import dataclass
@@ -21,12 +24,14 @@ from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
-from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from prelude.objectives.cross_blocks import CrossBlocks
+from prelude.objectives.masking import PatchMask, in_squares, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MAEOptions
+from prelude.objectives.patch_target import target_statistics
 from prelude.objectives.pictures import sheet
 from prelude.objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import check_encoder, forward_tokens, token_layout
+from prelude.pretrain.encoders import EncoderSummary, block_maps, check_encoder, forward_tokens, token_layout
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
@@ -36,17 +41,17 @@ from prelude.pretrain.position import sincos_table
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.warm_start import drawn_parts, is_warm
 
-_EPSILON = 1e-6  # added to a patch's variance, so that a flat patch has target 0
 _NUM_PICTURES = 8
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the decoder says of the R hidden patches of each image, and what they are."""
+    """What the decoder says of R hidden patches of each image, and what they are."""
 
     predicted: Tensor  # (B, R, p_h * p_w * C): a patch's values by row, column, channel, the channel fastest
     pixels: Tensor  # (B, R, p_h * p_w * C), the same order
     mask: PatchMask
+    ids: Tensor  # (B, R): which patches these are, among `mask.removed`
 
 
 class MAE(Objective):
@@ -59,12 +64,22 @@ class MAE(Objective):
         layout = token_layout(encoder)
         self.patch_size, self.grid = layout.patch_size, layout.grid  # (p_h, p_w), (rows, columns)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.num_keep = num_kept(self.num_patches, options.mask_ratio)
+        self.num_squares = self.num_patches // options.mask_block**2
+        self.num_keep = num_kept(self.num_squares, options.mask_ratio) * options.mask_block**2
+        hidden = self.num_patches - self.num_keep
+        share = options.predicted_share
+        self.num_predicted = hidden if share is None else min(max(round(self.num_patches * share), 1), hidden)
 
-        dim = options.decoder_dim
-        self.decoder_embed = nn.Linear(layout.width, dim)
+        dim, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_num_heads
+        self.crosses = options.decoder == "cross"
+        if not self.crosses:
+            self.decoder_embed = nn.Linear(layout.width, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_blocks = transformer_blocks(dim, options.decoder_depth, options.decoder_num_heads)
+        if self.crosses:
+            self.decoder_blocks = CrossBlocks(len(encoder.blocks) + 1, layout.width, dim, depth, heads)
+            encoder.norm.requires_grad_(False)  # the decoder reads maps before it: no gradient would ever come
+        else:
+            self.decoder_blocks = transformer_blocks(dim, depth, heads)
         self.decoder_norm = LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, self.patch_size[0] * self.patch_size[1] * self.views.channels)
         self.register_buffer("decoder_pos_embed", sincos_table(dim, self.grid), persistent=False)  # (L, dim)
@@ -73,7 +88,8 @@ class MAE(Objective):
     @classmethod
     def check(cls, options: MAEOptions, encoder: EncoderConfig) -> None:
         summary = check_encoder(encoder, tokens=True)
-        num_patches = summary.grid[0] * summary.grid[1]
+        _refuse_switches(options, encoder, summary)
+        num_patches = summary.grid[0] * summary.grid[1] // options.mask_block**2
         if not 0 < num_kept(num_patches, options.mask_ratio) < num_patches:
             raise UserError(
                 f"objective.mask_ratio={options.mask_ratio} of {num_patches} patches leaves none to "
@@ -88,23 +104,34 @@ class MAE(Objective):
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         (images,) = device_images(batch, self.views)  # (B, C, H, W)
-        mask = random_mask(mask_noise(batch.seeds, self.num_patches), self.num_keep)
-        latent = forward_tokens(self.encoder, images, mask.keep)  # (B, prefix + K, D)
-        loss = self.loss(self.decode(images, latent, mask))
-        return Loss(loss.total, loss.parts | feature_health(latent[:, -self.num_keep :].detach().float().mean(1)))
+        mask = self.mask(mask_noise(batch.seeds, self.num_squares))
+        latent = self.encode(images, mask)
+        loss = self.loss(self.decode(images, latent, mask, mask.removed[:, : self.num_predicted]))
+        last = latent[-1] if self.crosses else latent  # (B, prefix + K, D)
+        return Loss(loss.total, loss.parts | feature_health(last[:, -self.num_keep :].detach().float().mean(1)))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Predicts the hidden patches of normalised images.
 
-        images: (B, C, H, W) normalised. noise: (B, L); the patches with the smallest noise stay visible.
+        images: (B, C, H, W) normalised. noise: (B, L), or one a square; those with the smallest noise stay visible.
         """
-        mask = random_mask(noise, self.num_keep)
-        return self.decode(images, forward_tokens(self.encoder, images, mask.keep), mask)
+        mask = self.mask(noise)
+        return self.decode(images, self.encode(images, mask), mask, mask.removed)
 
-    def decode(self, images: Tensor, latent: Tensor, mask: PatchMask) -> Reconstruction:
-        """latent: (B, prefix + K, D), what the encoder makes of the visible patches."""
-        pixels = gather_patches(images, self.patch_size, mask.removed)  # (B, R, C, p_h, p_w)
-        return Reconstruction(self._decode(latent, mask), rearrange(pixels, "b r c h w -> b r (h w c)"), mask)
+    def mask(self, noise: Tensor) -> PatchMask:
+        """noise: one number a square, (B, L / mask_block^2), or one a patch, (B, L), which then are hidden singly."""
+        side = self.options.mask_block if noise.shape[1] == self.num_squares else 1
+        return in_squares(random_mask(noise, self.num_keep // side**2), side, self.grid[1])
+
+    def encode(self, images: Tensor, mask: PatchMask) -> Tensor | list[Tensor]:
+        """What the decoder reads: the features (B, prefix + K, D) of visible patches, or all maps of that shape."""
+        return (block_maps if self.crosses else forward_tokens)(self.encoder, images, mask.keep)
+
+    def decode(self, images: Tensor, latent: Tensor | list[Tensor], mask: PatchMask, ids: Tensor) -> Reconstruction:
+        """latent: what `encode` returns. ids: (B, R), the hidden patches that are predicted."""
+        pixels = gather_patches(images, self.patch_size, ids)  # (B, R, C, p_h, p_w)
+        predicted = self._cross(latent, ids) if self.crosses else self._decode(latent, mask)
+        return Reconstruction(predicted, rearrange(pixels, "b r c h w -> b r (h w c)"), mask, ids)
 
     def loss(self, reconstruction: Reconstruction) -> Loss:
         """Mean squared error on hidden patches.
@@ -114,7 +141,7 @@ class MAE(Objective):
         `norm_pix_loss`, n being the values of a patch, and less where patches are flat.
         """
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
-            mean, scale = self._target_statistics(reconstruction.pixels)
+            mean, scale = target_statistics(reconstruction.pixels, self.options.norm_pix_loss)
             target = (reconstruction.pixels - mean) / scale
             residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * C)
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
@@ -135,10 +162,10 @@ class MAE(Objective):
         """
         (images,) = device_images(batch, self.views)
         images = images[:_NUM_PICTURES]
-        result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_patches))
+        result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_squares))
         restored = self.restored(result).to(images.dtype)  # (B, R, P)
         original = patchify(images, self.patch_size)  # (B, L, P)
-        where = result.mask.removed[..., None].expand_as(restored)
+        where = result.ids[..., None].expand_as(restored)
         panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
         drawn = [denormalise(unpatchify(panel, self.patch_size, self.grid), self.views) for panel in panels]
         return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
@@ -146,7 +173,7 @@ class MAE(Objective):
     def restored(self, reconstruction: Reconstruction) -> Tensor:
         """(B, R, p_h * p_w * C) predictions as normalised pixels, with the true mean and deviation of each patch where
         the model was not taught them."""
-        mean, scale = self._target_statistics(reconstruction.pixels)
+        mean, scale = target_statistics(reconstruction.pixels, self.options.norm_pix_loss)
         return reconstruction.predicted.to(scale.dtype) * scale + mean
 
     def _decode(self, latent: Tensor, mask: PatchMask) -> Tensor:
@@ -170,12 +197,11 @@ class MAE(Objective):
         hidden = tokens[:, -mask.removed.shape[1] :]
         return self.decoder_pred(self.decoder_norm(hidden))
 
-    def _target_statistics(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, scale) of each patch, so that target = (pixels - mean) / scale. Each (B, R, 1)."""
-        if not self.options.norm_pix_loss:
-            return torch.zeros_like(pixels[..., :1]), torch.ones_like(pixels[..., :1])
-        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)  # unbiased, as in the official code
-        return mean, (variance + _EPSILON).sqrt()
+    def _cross(self, maps: list[Tensor], ids: Tensor) -> Tensor:
+        """CrossMAE's decoder. Returns (B, R, p_h * p_w * C)."""
+        queries = self.mask_token + self.decoder_pos_embed[ids]  # (B, R, dim)
+        decoded = self.decoder_blocks(queries, maps, checkpointing=self.encoder.grad_checkpointing)
+        return self.decoder_pred(self.decoder_norm(decoded))
 
     def _initialise(self) -> None:
         """As the official code starts; an encoder that comes with weights keeps them."""
@@ -193,6 +219,21 @@ class MAE(Objective):
         if projection.bias is not None:  # not zero: the official code leaves the convolution's default
             bound = projection.weight[0].numel() ** -0.5
             nn.init.uniform_(projection.bias, -bound, bound)
+
+
+def _refuse_switches(options: MAEOptions, encoder: EncoderConfig, summary: EncoderSummary) -> None:
+    side, (rows, columns) = options.mask_block, summary.grid
+    if rows % side or columns % side:
+        fits = [s for s in range(2, min(rows, columns)) if rows % s == columns % s == 0] or [1]
+        raise UserError(
+            f"objective.mask_block={side} does not cut {rows} x {columns} patches into whole squares; write "
+            f"objective.mask_block={min(fits, key=lambda fit: abs(fit - side))}."
+        )
+    if options.decoder == "cross" and summary.depth is None:
+        raise UserError(
+            f"objective.decoder=cross reads what leaves each of the encoder's blocks, which "
+            f"encoder.name={encoder.name} does not offer; write a timm VisionTransformer, or objective.decoder=self."
+        )
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

@@ -29,6 +29,29 @@ class PatchMask:
         return self.restore >= self.keep.shape[1]
 
 
+def in_squares(mask: PatchMask, side: int, columns: int) -> PatchMask:
+    """The mask of patches that `mask`, one of squares of side x side patches, stands for.
+
+    columns: of the grid of patches; `side` divides it, and the rows.
+    """
+    if side == 1:
+        return mask
+    places = torch.arange(side, device=mask.keep.device)
+    within = places[:, None] * columns + places  # (side, side), from a square's first patch
+
+    def patches(squares: Tensor) -> Tensor:
+        wide = columns // side
+        first = squares // wide * side * columns + squares % wide * side
+        return (first[..., None, None] + within).flatten(1)
+
+    keep, removed = patches(mask.keep), patches(mask.removed)
+    order = torch.cat([keep, removed], dim=1)
+    restore = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return PatchMask(keep, removed, restore)
+
+
 def num_kept(num_patches: int, mask_ratio: float) -> int:
     """K, the nearest whole number to L * (1 - mask_ratio).
 

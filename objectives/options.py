@@ -43,14 +43,9 @@ class SecondView(ColourOptions):
     solarise: float = Field(0.2, ge=0, le=1)
 
 
-class BarlowTwinsOptions(Options):
+class SeveralViewsOptions(Options):
     projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
-    off_diagonal_weight: float = Field(0.0051, ge=0)
-    loss_scale: float = Field(1.0, gt=0)  # multiplies loss and gradient; 1 / ranks gives the official gradient
-    crop_scale: AreaRange = (0.08, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.5, ge=0, le=1)  # probability
-    view_1: FirstView = FirstView()
-    view_2: SecondView = SecondView()
 
     @field_validator("projector")
     @classmethod
@@ -58,6 +53,51 @@ class BarlowTwinsOptions(Options):
         if not value or min(value) < 1 or value[-1] < 2:
             raise ValueError("write the widths of one or more layers, such as [8192, 8192, 8192]")
         return value
+
+
+class TwoViewsOptions(SeveralViewsOptions):
+    crop_scale: AreaRange = (0.08, 1.0)  # area of the random crop, as a share of the image
+    view_1: FirstView = FirstView()
+    view_2: SecondView = SecondView()
+
+
+class BarlowTwinsOptions(TwoViewsOptions):
+    off_diagonal_weight: float = Field(0.0051, ge=0)
+    loss_scale: float = Field(1.0, gt=0)  # multiplies loss and gradient; 1 / ranks gives the official gradient
+
+
+class VICRegOptions(TwoViewsOptions):
+    invariance_weight: float = Field(25.0, ge=0)
+    variance_weight: float = Field(25.0, ge=0)
+    covariance_weight: float = Field(1.0, ge=0)
+
+
+class LeJEPAColours(ColourOptions):
+    blur: float = Field(0.5, ge=0, le=1)
+    solarise: float = Field(0.2, ge=0, le=1)
+
+
+class LeJEPAOptions(SeveralViewsOptions):
+    projector: list[int] = [2048, 2048, 64]
+    num_global: int = Field(2, ge=1)  # views of the encoder's image size
+    num_local: int = Field(6, ge=0)  # smaller views
+    global_scale: AreaRange = (0.3, 1.0)  # area of a global view, as a share of the image
+    local_scale: AreaRange = (0.05, 0.3)
+    local_size: Count | Literal["auto"] = "auto"  # pixels; auto: 7/16 of the image's side, cut to whole patches
+    centre: Literal["global", "all"] = "global"  # the views whose mean all are drawn to
+    sigreg_weight: float = Field(0.05, ge=0, le=1)  # lambda
+    num_directions: int = Field(1024, ge=1)  # drawn anew in every step
+    num_knots: int = Field(17, ge=2)  # of the integral over t, from 0 to knot_max
+    knot_max: Positive = 3.0
+    colours: LeJEPAColours = LeJEPAColours()
+
+    @model_validator(mode="after")
+    def _views_are_several(self):
+        if self.num_global + self.num_local < 2:
+            raise ValueError("num_global and num_local make one view, which has nothing to agree with; write 2 and 6")
+        if not self.num_local and (self.local_size != "auto" or self.local_scale != (0.05, 0.3)):
+            raise ValueError("local_size and local_scale have no effect at num_local=0; leave them out")
+        return self
 
 
 class IJEPAOptions(Options):
@@ -78,6 +118,19 @@ class IJEPAOptions(Options):
     patch_init_std: Positive | Literal["balanced"] = 0.02
     crop_scale: AreaRange = (0.3, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
+    contrastive_weight: float = Field(0.0, ge=0)  # of VICReg's terms beside the prediction; C-JEPA: 0.001
+    contrastive_projector: list[int] = []  # widths of the layers before them; none: as they are
+
+    @model_validator(mode="after")
+    def _projector_is_read(self):
+        default = type(self).model_fields["contrastive_projector"].default
+        if not self.contrastive_weight and self.contrastive_projector != default:
+            raise ValueError(
+                "contrastive_projector has no effect at contrastive_weight=0; write 0.001, or leave it out"
+            )
+        if self.contrastive_projector and min(self.contrastive_projector) < 2:
+            raise ValueError("contrastive_projector wants the widths of its layers, such as [3072, 3072, 3072]")
+        return self
 
     @field_validator("target_aspect")
     @classmethod
@@ -98,28 +151,33 @@ class DSeqJEPAOptions(IJEPAOptions):
     lambda_end: float = Field(1.0, ge=0, le=1)  # at the end of the run; linear between
     lambda_granularity: Literal["step", "sample", "region"] = "step"
     loss_reduction: Literal["patch", "step"] = "patch"  # what counts the same within an image
-    contrastive_weight: float = Field(0.0, ge=0)  # of VICReg; the paper's variant: 0.001
-    contrastive_projector: list[int] = [3072, 3072, 3072]  # widths of its projector's layers
-
-    @model_validator(mode="after")
-    def _projector_is_read(self):
-        if not self.contrastive_weight and self.contrastive_projector != [3072, 3072, 3072]:
-            raise ValueError(
-                "contrastive_projector has no effect at contrastive_weight=0; write 0.001, or leave it out"
-            )
-        if not self.contrastive_projector or min(self.contrastive_projector) < 2:
-            raise ValueError("contrastive_projector wants the widths of one or more layers, such as [3072, 3072, 3072]")
-        return self
+    contrastive_projector: list[int] = [3072, 3072, 3072]
 
 
 class MAEOptions(Options):
     mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that is hidden
+    mask_block: int = Field(1, ge=1)  # patches are hidden in squares of so many a side; 4 in Pixio
+    decoder: Literal["self", "cross"] = "self"  # cross: CrossMAE's, whose queries see visible patches alone
+    predicted_share: float | None = Field(None, gt=0, lt=1)  # of all patches; None: all that are hidden
     norm_pix_loss: bool = True  # predict patches of mean 0 and variance 1 rather than plain pixels
     decoder_dim: int = Field(512, ge=4)
     decoder_depth: int = Field(8, ge=1)
     decoder_num_heads: int = Field(16, ge=1)
     crop_scale: AreaRange = (0.2, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.5, ge=0, le=1)  # probability
+
+    @model_validator(mode="after")
+    def _a_part_can_be_predicted(self):
+        if self.predicted_share is not None and self.decoder != "cross":
+            raise ValueError(
+                "predicted_share leaves out patches that decoder=self shows to the others; write decoder=cross"
+            )
+        if self.predicted_share is not None and self.predicted_share > self.mask_ratio:
+            raise ValueError(
+                f"predicted_share={self.predicted_share} is more than the mask_ratio={self.mask_ratio} that is hidden; "
+                "write 0.25, or leave it out"
+            )
+        return self
 
 
 class RotationOptions(Options):
@@ -137,19 +195,48 @@ class RotationOptions(Options):
         return value
 
 
-class SparKOptions(Options):
+class SimMIMOptions(Options):
     mask_ratio: float = Field(0.6, gt=0, lt=1)  # share of the cells that is hidden
+    mask_patch: int = Field(32, ge=1)  # side of a cell in pixels, a multiple of the encoder's patch
+    target_window: int | None = Field(None, ge=3)  # pixels; standardises the target locally, 47 in Swin V2
+    crop_scale: AreaRange = (0.67, 1.0)  # area of the random crop, as a share of the image
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+
+    @field_validator("target_window")
+    @classmethod
+    def _has_a_middle(cls, value):
+        if value is not None and value % 2 == 0:
+            raise ValueError("write an odd number of pixels, such as 47")
+        return value
+
+
+class MaskedCellsOptions(Options):
+    mask_ratio: float = Field(0.6, gt=0, lt=1)  # share of the cells that is hidden
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+
+
+class FCMAEOptions(MaskedCellsOptions):
+    norm_pix_loss: bool = True  # predict cells of mean 0 and variance 1 rather than plain pixels
+    decoder_dim: int = Field(512, ge=1)
+    decoder_depth: int = Field(1, ge=1)
+    crop_scale: AreaRange = (0.2, 1.0)  # area of the random crop, as a share of the image
+
+
+class SparKOptions(MaskedCellsOptions):
     mask_patch: int | None = Field(None, ge=1)  # side of a cell in pixels; None: the encoder's total stride
     decoder_dim: int = Field(768, ge=1)  # width of the decoder at the coarsest map; halved with every doubling
     crop_scale: AreaRange = (0.67, 1.0)  # area of the random crop, as a share of the image
-    flip: float = Field(0.5, ge=0, le=1)  # probability
 
 
 OPTIONS: dict[str, type[Options]] = {
     "barlow_twins": BarlowTwinsOptions,
     "dseqjepa": DSeqJEPAOptions,
+    "fcmae": FCMAEOptions,
     "ijepa": IJEPAOptions,
+    "lejepa": LeJEPAOptions,
     "mae": MAEOptions,
     "rotation": RotationOptions,
+    "simmim": SimMIMOptions,
     "spark": SparKOptions,
+    "vicreg": VICRegOptions,
 }

@@ -1,51 +1,72 @@
-"""VICReg (Bardes, Ponce and LeCun, arXiv 2105.04906) as a second term beside a joint-embedding prediction.
+"""VICReg (Bardes, Ponce and LeCun, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised
+Learning", arXiv 2105.04906).
 
-What is predicted and what was to be predicted, one vector an image each, go through one projector:
+Two views of every image go through the same encoder and projector ("expander"). Their embeddings are drawn together,
+while each view's dimensions are kept at a standard deviation of 1 or more over the batch, and uncorrelated:
 
-    loss = 25 * invariance + 25 * variance + covariance
-    invariance = mean square of z - z'
-    variance   = mean over dimensions of max(0, 1 - standard deviation), of both, halved
-    covariance = sum of squared off-diagonal covariances / D, of both
+    invariance = mean over N * D of (z - z')^2
+    variance   = (v(z) + v(z')) / 2       v(z) = mean over dimensions of max(0, 1 - standard deviation)
+    covariance = c(z) + c(z')             c(z) = sum of squared off-diagonal covariances / D
+    loss       = 25 * invariance + 25 * variance + covariance
 
-Means, variances, covariances and the projector's batch norm are those of the global batch: loss and gradient at any
-number of ranks are those of one process with the joined batch.
+- The batch is the global one: loss and gradient at any number of ranks are those of one process with the joined batch.
+- The views are two forward passes: every batch norm sees one view at a time, as in the official code.
+- Embeddings are not normalised. Statistics and loss are float32 at least, under any autocast.
+- The variance is halved and the covariance is not, as in the official code; the paper halves neither.
 """
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from prelude.objectives.projector import projector
-from prelude.pretrain.batch_norm import synchronise
+from prelude.objectives.covariance import spread
+from prelude.objectives.options import VICRegOptions
+from prelude.objectives.several_views import TwoViews, full_precision, spread_of, wide_share
 from prelude.pretrain.collectives import all_reduce
-from prelude.pretrain.distributed import world_size
-
-_INVARIANCE, _VARIANCE, _COVARIANCE = 25.0, 25.0, 1.0
-_EPSILON = 1e-4  # added to a variance before its root
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, rank_share
+from prelude.pretrain.objective import Loss
 
 
-class VICReg(nn.Module):
-    def __init__(self, width: int, widths: list[int]):
-        super().__init__()
-        self.projector = projector(width, widths)
-        synchronise(self)
+class VICReg(TwoViews):
+    Options = VICRegOptions
+    projector_bias = "hidden"
+    remedies = {
+        "same_features": "raise objective.variance_weight, or lower optimizer.lr",
+        "few_dimensions": "raise objective.covariance_weight, or lower optimizer.lr",
+        "redundant_embedding": "raise objective.covariance_weight and objective.variance_weight",
+        "trivial_loss": "weaken the augmentations (objective.crop_scale, objective.view_1), or lower optimizer.lr",
+    }
 
-    def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """predicted, target: (n, D), this rank's rows, as many on every rank. Returns the global scalar."""
-        first, second = self.projector(predicted), self.projector(target)
+    def loss(self, first: Tensor, second: Tensor, counts: list[int]) -> Loss:
+        """first, second: (n, D) embeddings of this rank's samples; counts: each rank's n.
+
+        The parts are the three terms without their weights, and what says whether the embedding collapses:
+        `effective_dimensions` counts the different things that view 1's dimensions say, from 1 to D,
+        `embedding_rank_share` puts that on a scale from 0 to what is attainable with this batch, less where hardly
+        anything varies (see `wide_share`); `embedding_std` and `dead_dimensions` are of both views. `trivial_loss`: see
+        `_trivial_loss`.
+        """
+        o, count, width = self.options, sum(counts), first.shape[1]
         with torch.autocast(first.device.type, enabled=False):
-            first, second = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (first, second))
-            invariance = all_reduce((first - second).square().mean()) / world_size()
-            spread = [self._spread(z) for z in (first, second)]
-            variance, covariance = (sum(terms) for terms in zip(*spread, strict=True))
-            return _INVARIANCE * invariance + _VARIANCE * variance / 2 + _COVARIANCE * covariance
+            first, second = full_precision(first, second)
+            invariance = all_reduce((first - second).square().sum()) / (count * width)
+            one, other = spread(first, counts), spread(second, counts)
+            variance, covariance = (one.variance + other.variance) / 2, one.covariance + other.covariance
+            total = o.invariance_weight * invariance + o.variance_weight * variance + o.covariance_weight * covariance
+            parts = {
+                "invariance": invariance,
+                "variance": variance,
+                "covariance": covariance,
+                "effective_dimensions": one.effective_dimensions,
+                "embedding_rank_share": wide_share(rank_share(one.effective_dimensions, count, width), one.std),
+                TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count, width)),
+            }
+            return Loss(total, {n: p.detach() for n, p in parts.items()} | spread_of(torch.cat([first, second], dim=1)))
 
-    @staticmethod
-    def _spread(z: Tensor) -> tuple[Tensor, Tensor]:
-        """(variance term, covariance term) of one side. z: (n, D)."""
-        count, width = len(z) * world_size(), z.shape[1]
-        centred = z - all_reduce(z.sum(0)) / count
-        covariance = all_reduce(centred.T @ centred) / (count - 1)  # (D, D)
-        variance = covariance.diagonal()
-        hinge = F.relu(1 - (variance + _EPSILON).sqrt()).mean()
-        return hinge, (covariance.square().sum() - variance.square().sum()) / width
+    def _trivial_loss(self, count: int, width: int) -> float:
+        """Of views that have nothing in common, embedded in independent dimensions of the standard deviation s that
+        costs least: invariance 2 s^2, variance 1 - s, and the covariances that N samples have by chance, of the square
+        s^4 / (N - 1). Constant embeddings (s = 0) cost the whole hinge."""
+        o = self.options
+        by_chance = 2 * o.covariance_weight * (width - 1) / (count - 1)
+        tried = (step / 1000 for step in range(1001))
+        return min(o.invariance_weight * 2 * s**2 + o.variance_weight * (1 - s) + by_chance * s**4 for s in tried)

@@ -7,7 +7,7 @@ evaluations:
 |---|---|
 | `same_features` | all images point the same way, or nothing varies at all |
 | `few_dimensions` | features vary along one line or little more |
-| `redundant_embedding` | the dimensions that Barlow Twins compares all say the same |
+| `redundant_embedding` | the dimensions by which views are compared all say the same |
 | `lost_teacher` | encoder and teacher no longer see an image alike |
 | `trivial_loss` | the loss is what a model would have that ignores the image |
 

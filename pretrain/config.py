@@ -268,7 +268,7 @@ class CollapseConfig(Section):
     max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
     min_std: float = Field(1e-4, ge=0)  # of a feature, over images
     min_rank: float = Field(0.0025, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
-    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # of what Barlow Twins compares, on the same scale
+    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # of what views are compared by, on the same scale
     min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
     trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it
 

@@ -179,6 +179,16 @@ def forward_tokens(vit: nn.Module, images: Tensor, keep: Tensor | None = None, v
     return token_features(vit, images, keep, visible)
 
 
+def block_maps(vit: nn.Module, images: Tensor, keep: Tensor) -> list[Tensor]:
+    """What enters the first block and what leaves each, depth + 1 tensors (B, prefix + K, D), of the kept patches.
+
+    The final norm takes no part. vit: a model of timm's that `check_encoder(tokens=True)` has accepted.
+    """
+    maps: list[Tensor] = []
+    token_features(vit, images, keep, maps=maps)
+    return maps
+
+
 def _create(config: EncoderConfig) -> nn.Module:
     name = config.name
     if not timm.is_model(name):

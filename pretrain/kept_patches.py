@@ -110,19 +110,24 @@ def hold_rotations(model: nn.Module) -> None:
 
 
 def token_features(
-    model: nn.Module, images: Tensor, keep: Tensor | None = None, visible: Tensor | None = None
+    model: nn.Module,
+    images: Tensor,
+    keep: Tensor | None = None,
+    visible: Tensor | None = None,
+    maps: list[Tensor] | None = None,
 ) -> Tensor:
     """Features of the prefix tokens and of the kept patches, after the final norm.
 
     images: (B, C, H, W). keep: (B, K) indices of patches in raster order, or None for all. visible: with `keep` only,
-    bool (B, prefix + K, prefix + K), True where a token (row) sees another (column). Returns (B, prefix + K, D).
+    bool (B, prefix + K, prefix + K), True where a token (row) sees another (column). maps: with `keep` only, a list
+    that takes what enters the first block and what leaves each. Returns (B, prefix + K, D).
     """
     if keep is None and not hasattr(model, "held_rotations"):
         return model.forward_features(images)
     tokens = model.pos_drop(_embedded(model, images, keep))
     visible = None if visible is None else visible[:, None]  # the same for all heads
     if isinstance(model, Beit):
-        tokens = _run_beit(model, tokens, keep, visible)
+        tokens = _run_beit(model, tokens, keep, visible, maps)
     else:
         tokens = run_blocks(
             model.blocks,
@@ -130,6 +135,7 @@ def token_features(
             checkpointing=model.grad_checkpointing,
             visible=visible,
             rotations=_rotations(model, keep),
+            maps=maps,
         )
     return model.norm(tokens)
 
@@ -158,20 +164,29 @@ def run_blocks(
     checkpointing: bool,
     visible: Tensor | None = None,
     rotations: Iterable[Tensor] | None = None,
+    maps: list[Tensor] | None = None,
 ) -> Tensor:
     """Blocks in order, activations recomputed in the backward pass where `checkpointing`. (B, N, D) to the same.
 
     visible: bool, broadcast to (B, heads, N, N), True where a token (row) sees another (column). rotations: for each
-    block, sines and cosines of every patch, as timm's EVA takes them.
+    block, sines and cosines of every patch, as timm's EVA takes them. maps: takes what enters the first block and what
+    leaves each.
     """
     options = {} if visible is None else {"attn_mask": visible}
+    _note(maps, tokens)
     for block, rotation in zip(blocks, rotations or (None for _ in blocks), strict=True):
         options |= {} if rotation is None else {"rope": rotation}
         if checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(block, tokens, use_reentrant=False, **options)
         else:
             tokens = block(tokens, **options)
+        _note(maps, tokens)
     return tokens
+
+
+def _note(maps: list[Tensor] | None, tokens: Tensor) -> None:
+    if maps is not None:
+        maps.append(tokens)
 
 
 # ---- what tells a token where its patch lies
@@ -231,18 +246,20 @@ def _has_biases(model: nn.Module) -> bool:
     return model.rel_pos_bias is not None or model.blocks[0].attn.relative_position_bias_table is not None
 
 
-def _run_beit(model: Beit, tokens: Tensor, keep: Tensor, visible: Tensor | None) -> Tensor:
+def _run_beit(model: Beit, tokens: Tensor, keep: Tensor, visible: Tensor | None, maps: list[Tensor] | None) -> Tensor:
     ids = F.pad(keep + 1, (1, 0))  # (B, 1 + K): the class token is the first of timm's pairs
     shared = []
     if visible is not None:
         shared.append(tokens.new_zeros(visible.shape).masked_fill(~visible, -torch.inf))
     if model.rel_pos_bias is not None:
         shared.append(_biases(model.rel_pos_bias, ids))
+    _note(maps, tokens)
     for block in model.blocks:
         if model.grad_checkpointing and torch.is_grad_enabled():
             tokens = checkpoint(_beit_block, block, tokens, ids, shared, use_reentrant=False)
         else:
             tokens = _beit_block(block, tokens, ids, shared)
+        _note(maps, tokens)
     return tokens
 
 

@@ -18,8 +18,9 @@ from prelude.pretrain.config import Config
 from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine
 
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
-# Biases and frequencies of positions, whose authors never decay them: at 0 they would say nothing.
-_POSITIONS = ("relative_position_bias_table", "freqs")
+# Biases and frequencies of positions and temperatures of attention, whose authors do not mean to decay them: at 0 they
+# would say nothing.
+_POSITIONS = ("relative_position_bias_table", "freqs", "logit_scale")
 
 
 def parameter_groups(

@@ -1,6 +1,7 @@
-"""Run through the real launcher: Barlow Twins, rotation prediction and SparK, trained by the engine for a few steps.
+"""Run through the real launcher: objectives that read whole images or maps, trained by the engine for a few steps.
 
-`deepspeed ... convnet_cases.py OUT` writes OUT/CASE.pt on rank 0: the weights and buffers, and what was logged.
+`deepspeed ... convnet_cases.py OUT` writes OUT/CASE.pt on rank 0: the weights and buffers, and what was logged. Cases
+in `RESUMED` run a second time from a checkpoint in their middle, into OUT/CASE resumed.pt.
 """
 
 import json
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from in_memory import MemoryLoader, NoStore, Recorder
 
+from prelude.checkpoints.store import Store
 from prelude.data.batch import Batch, ViewPlan
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
@@ -42,6 +44,21 @@ BARLOW = {
 }
 # A loss by samples where the batch is smaller than the embedding, by columns where it is not
 NARROW = BARLOW | {"projector": [24, 12]}
+VICREG = {"name": "vicreg", "projector": [24, 20], "view_1": {"blur": 0.5}}
+SWIN = {
+    "name": "swin_tiny_patch4_window7_224",
+    "image_size": 32,
+    "kwargs": {
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 4,
+        "drop_path_rate": 0.0,
+        "qkv_bias": False,
+    },
+}
+SIMMIM = {"name": "simmim", "mask_patch": 8}
+LEJEPA = {"name": "lejepa", "projector": [24, 12], "num_directions": 16, "num_local": 2, "local_size": 16}
 ROTATION = {"name": "rotation", "crop_scale": None, "shift": 4}
 SPARK = {"name": "spark", "decoder_dim": 16}
 # Cells of 8 pixels: 32 is no more than one of a plain ResNet's
@@ -52,6 +69,9 @@ CONVNEXT = {
     "patch_size": 1,
     "kwargs": {"depths": [1, 1, 1, 1], "dims": [4, 6, 8, 12]},
 }
+# With initial weights of 0.02 hardly a gradient would reach the first stage of narrower ones.
+WIDER = CONVNEXT | {"kwargs": {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 48]}}
+FCMAE = {"name": "fcmae", "decoder_dim": 32}
 LAMB = {"name": "lamb", "lr": 1e-2, "weight_decay": 0.04, "weight_decay_end": 0.2}
 SGD = {"name": "sgd", "lr": 0.005, "nesterov": True, "decay_vectors": True, "milestones": [0.4]}
 LARS = {"name": "lars", "lr": 1.0, "weight_decay": 1e-4, "spared_lr_ratio": 0.02}
@@ -71,7 +91,14 @@ CASES = {
     "rotation vit adamw zero3": (ROTATION, VIT, ADAMW, 3),
     "spark resnet adamw zero3": (SPARK, STRIDE_8, ADAMW, 3),
     "spark convnext adamw zero3": (SPARK, CONVNEXT, ADAMW, 3),
+    "vicreg resnet lars": (VICREG, RESNET, LARS, 0),
+    "vicreg vit adamw zero2": (VICREG | {"projector": [24, 12]}, VIT, ADAMW, 2),
+    "lejepa resnet adamw": (LEJEPA, RESNET, ADAMW, 0),
+    "fcmae convnext adamw": (FCMAE, WIDER, ADAMW, 0),
+    "simmim swin adamw": (SIMMIM | {"target_window": 7}, SWIN, ADAMW, 0),
+    "simmim vit adamw zero3": (SIMMIM | {"mask_patch": 16}, VIT, ADAMW, 3),
 }
+RESUMED = ("vicreg resnet lars", "lejepa resnet adamw", "simmim swin adamw", "fcmae convnext adamw")
 
 
 def config_of(case: str, out: Path) -> Config:
@@ -84,6 +111,7 @@ def config_of(case: str, out: Path) -> Config:
         "train": {"epochs": 1, "global_batch": GLOBAL_BATCH, "precision": "fp32", "zero_stage": stage},
         "optimizer": {"lr_rule": "absolute"} | optimizer,
         "log": {"every_steps": 1, "pictures_every_steps": 1},
+        "checkpoint": {"every_steps": 2},
     }
     if stage == 3:  # small parameters, which all of these are, would be kept whole
         values["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -98,9 +126,9 @@ def batch_at(positions: torch.Tensor, plan: ViewPlan) -> Batch:
     noise = torch.rand(size, generator=generator)
     pixels = (255 * (0.4 * colours + 0.3 * noise + torch.linspace(0.3, 0, size[2])[:, None])).to(torch.uint8)
     ids = positions % NUM_SAMPLES
-    num_views = len(plan.views)
+    sizes, num_views = [view.size for view in plan.views], len(plan.views)
     return Batch(
-        views=tuple(pixels[ids].roll(2 * v, -1) for v in range(num_views)),
+        views=tuple(pixels[ids].roll(2 * v, -1)[..., :height, :width] for v, (height, width) in enumerate(sizes)),
         boxes=torch.zeros(len(ids), num_views, 4, dtype=torch.int32),
         flips=(positions[:, None] + torch.arange(num_views)) % 3 == 0,
         seeds=positions * 31,
@@ -109,26 +137,30 @@ def batch_at(positions: torch.Tensor, plan: ViewPlan) -> Batch:
     )
 
 
-def run_case(name: str, out: Path) -> None:
+def run_case(name: str, out: Path, label: str, checkpoint: Path | None = None) -> None:
     import deepspeed  # after the start, which quiets it
 
     config = config_of(name, out)
+    if checkpoint:
+        config = config.model_copy(update={"resume": config.resume.model_copy(update={"checkpoint": str(checkpoint)})})
     objective = build_objective(config)
     # As in a run: only the main rank watches, and draws pictures.
     recorders = [Recorder()] if distributed.is_main() else []
     micro_batch, _ = config.batching(distributed.world_size())
     loader = MemoryLoader(micro_batch, NUM_SAMPLES, lambda positions: batch_at(positions, objective.views))
-    Engine(config, objective, loader, NoStore(), recorders).run()
+    store = Store(out / label / "checkpoints") if name in RESUMED else NoStore()
+    distributed.barrier()
+    Engine(config, objective, loader, store, recorders).run()
     gathered = distributed_buffers(objective)
     if config.train.zero_stage == 3:
         assert not any(parameter.numel() for parameter in objective.parameters())  # each rank keeps a part elsewhere
     with deepspeed.zero.GatheredParameters(list(objective.parameters())):
         weights = {key: value.clone() for key, value in objective.state_dict().items()}
     if distributed.is_main():
-        torch.save(weights, out / f"{name}.pt")
+        torch.save(weights, out / f"{label}.pt")
         records = [vars(record) for record in recorders[0].records]
         same = all(torch.equal(gathered[0], other) for other in gathered)
-        (out / f"{name}.json").write_text(json.dumps({"records": records, "same_buffers": same}))
+        (out / f"{label}.json").write_text(json.dumps({"records": records, "same_buffers": same}))
 
 
 def distributed_buffers(objective) -> list[torch.Tensor]:
@@ -143,7 +175,9 @@ def main() -> None:
     out = Path(sys.argv[-1])
     distributed.start()
     for name in CASES:
-        run_case(name, out)
+        run_case(name, out, name)
+        if name in RESUMED:
+            run_case(name, out, f"{name} resumed", out / name / "checkpoints" / "step-00000002")
     distributed.stop()
     distributed.leave(0)
 

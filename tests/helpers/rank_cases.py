@@ -16,10 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from prelude.objectives import cross_correlation
 from prelude.objectives.cross_correlation import barlow_loss
+from prelude.objectives.lejepa import LeJEPA
+from prelude.objectives.options import LeJEPAOptions, VICRegOptions
 from prelude.objectives.projector import projector
+from prelude.objectives.vicreg import VICReg
 from prelude.pretrain.batch_norm import normalise_columns, synchronise
 from prelude.pretrain.collectives import row_counts
 from prelude.pretrain.gradient_mean import GradientMean
+from prelude.pretrain.schedules import Progress
 
 WORLDS = {1: [8], 2: [5, 3], 4: [2, 2, 3, 1]}  # how the 8 samples are shared
 NUM = 8
@@ -76,6 +80,40 @@ def twins_of(rows: slice, samples_below: float) -> dict:
     return results(head, **{name: getattr(terms, name) for name in terms.__dataclass_fields__})
 
 
+class Flat(nn.Flatten):
+    """An encoder without weights, whose features are the pixels."""
+
+    head_hidden_size = 3 * 5 * 5
+
+
+def vicreg_of(rows: slice, samples_below: float) -> dict:
+    cross_correlation.SAMPLES_BELOW, cross_correlation.BLOCK_ELEMENTS = samples_below, 40
+    objective, pixels = objective_of(VICReg, VICRegOptions(projector=[12, 10])), images()[rows].flatten(1)
+    first, second = objective.projector(pixels), objective.projector(pixels.cos() * 2 + pixels)
+    return of_loss(objective, objective.loss(first, second, row_counts(len(pixels))))
+
+
+def lejepa_of(rows: slice) -> dict:
+    objective = objective_of(LeJEPA, LeJEPAOptions(projector=[12, 10], num_local=1, num_directions=6))
+    pixels = images()[rows].flatten(1)
+    views = torch.cat([pixels, pixels.cos() * 2 + pixels, pixels.sin() + pixels])
+    embeddings = objective.projector(views).unflatten(0, (3, -1))
+    along = objective.directions(embeddings, Progress(7, 9, 1.0))
+    return of_loss(objective, objective.loss(embeddings, along, row_counts(len(pixels)))) | {"along": along}
+
+
+def objective_of(cls, options):
+    torch.manual_seed(0)
+    return cls(Flat(), options, image_size=(5, 5), mean=(0.5,) * 3, std=(0.5,) * 3).double()
+
+
+def of_loss(objective, loss) -> dict:
+    loss.total.backward()
+    of_this_rank = ("embedding_std", "dead_dimensions", "embedding_rank_share")
+    parts = {name: value for name, value in loss.parts.items() if name not in of_this_rank}
+    return results(objective, total=loss.total, **parts)
+
+
 def results(model: nn.Module, **more: torch.Tensor) -> dict:
     grads = {f"grad {name}": p.grad for name, p in model.named_parameters()}
     return grads | model.state_dict() | {name: value.detach() for name, value in more.items()}
@@ -122,6 +160,9 @@ CASES = {
     "norms": norms_of,
     "twins by columns": lambda rows: twins_of(rows, samples_below=0.0),
     "twins by samples": lambda rows: twins_of(rows, samples_below=1e9),
+    "vicreg by columns": lambda rows: vicreg_of(rows, samples_below=0.0),
+    "vicreg by samples": lambda rows: vicreg_of(rows, samples_below=1e9),
+    "lejepa": lejepa_of,
 }
 
 

@@ -8,7 +8,23 @@ import sys
 from pathlib import Path
 
 import torch
-from convnet_cases import ADAMW, BARLOW, CONVNEXT, LAMB, LARS, RESNET, ROTATION, SGD, SPARK, STRIDE_8
+from convnet_cases import (
+    ADAMW,
+    BARLOW,
+    CONVNEXT,
+    FCMAE,
+    LAMB,
+    LARS,
+    LEJEPA,
+    RESNET,
+    ROTATION,
+    SGD,
+    SIMMIM,
+    SPARK,
+    STRIDE_8,
+    SWIN,
+    VICREG,
+)
 from in_memory import MemoryLoader, NoStore, Recorder
 
 from prelude.data.batch import Batch
@@ -48,6 +64,14 @@ CASES = {
     "dseqjepa contrastive": (DSEQ | {"contrastive_weight": 0.001, "contrastive_projector": [8]}, VIT, ADAMW, 0),
     **{f"barlow zero{stage}": (BARLOW, RESNET, ADAMW, stage) for stage in range(4)},
     "barlow lars": (BARLOW, RESNET, LARS, 0),
+    "vicreg": (VICREG, RESNET, LARS, 0),
+    "vicreg zero3": (VICREG | {"projector": [16, 4]}, RESNET, ADAMW, 3),
+    "lejepa": (LEJEPA, RESNET, ADAMW, 0),
+    "lejepa zero3": (LEJEPA, RESNET, ADAMW, 3),
+    "fcmae": (FCMAE, CONVNEXT, ADAMW, 0),
+    "fcmae zero3": (FCMAE, CONVNEXT, ADAMW, 3),
+    "simmim": (SIMMIM | {"target_window": 7}, SWIN, ADAMW, 0),
+    "simmim zero3": (SIMMIM, VIT, ADAMW, 3),
     "spark lamb": (SPARK, STRIDE_8, LAMB, 0),
     **{f"spark zero{stage}": (SPARK, CONVNEXT, ADAMW, stage) for stage in range(4)},
     "rotation sgd": (ROTATION, RESNET, SGD | {"milestones": []}, 0),
@@ -96,7 +120,7 @@ def batch_at(positions: torch.Tensor, views) -> Batch:
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)[positions % 64]
     count, num_views = len(positions), len(views.views)
     return Batch(
-        (pixels,) * num_views,
+        tuple(pixels[..., : view.size[0], : view.size[1]] for view in views.views),
         torch.zeros(count, num_views, 4, dtype=torch.int32),
         torch.zeros(count, num_views, dtype=torch.bool),
         seeds=positions * 31,

@@ -34,6 +34,12 @@ CONVNEXT = {
     "patch_size": 1,
     "kwargs": {"depths": [1, 1, 1, 1], "dims": [4, 6, 8, 12]},
 }
+SWIN = {
+    "name": "swin_tiny_patch4_window7_224",
+    "image_size": 16,
+    "patch_size": 2,
+    "kwargs": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
+}
 MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 SHIPPED = {
     "mae": (MAE, VIT),
@@ -43,6 +49,10 @@ SHIPPED = {
         WITH_CLASS_TOKEN,
     ),
     "barlow_twins": ({"name": "barlow_twins", "projector": [24, 12]}, RESNET),
+    "vicreg": ({"name": "vicreg", "projector": [24, 12]}, RESNET),
+    "fcmae": ({"name": "fcmae", "decoder_dim": 16}, CONVNEXT),
+    "simmim": ({"name": "simmim", "mask_patch": 4, "target_window": 7}, SWIN),
+    "lejepa": ({"name": "lejepa", "projector": [24, 12], "num_directions": 16, "num_local": 2}, RESNET),
     "rotation": ({"name": "rotation"}, RESNET),
     "spark": ({"name": "spark", "decoder_dim": 16}, CONVNEXT),
     "broken_objectives:Sound": ({"name": "broken_objectives:Sound"}, RESNET),

@@ -1,4 +1,4 @@
-"""Barlow Twins, rotation prediction and SparK through the real launcher, on two ranks, against plain torch.
+"""Objectives that read whole images or maps through the real launcher, on two ranks, against plain torch.
 
 Batch norm, LARS, ZeRO and the shares of the global batch are all in the way here; what is trained must be the same.
 """
@@ -68,6 +68,13 @@ def test_two_ranks_train_what_one_process_trains(runs, name):
             continue
         difference, moved = (ours[key] - value).abs().max(), (value - initial[key]).abs().max()
         assert difference <= 0.02 * moved + 1e-6, f"{key}: moved {moved:.2e}, apart {difference:.2e}"
+
+
+@pytest.mark.parametrize("name", cases.RESUMED)
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(runs, name):
+    whole, resumed = (torch.load(runs / f"{label}.pt", weights_only=True) for label in (name, f"{name} resumed"))
+    assert len(json.loads((runs / f"{name} resumed.json").read_text())["records"]) == 1  # the last step alone
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.parametrize("name", cases.CASES)

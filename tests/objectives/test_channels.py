@@ -16,6 +16,8 @@ VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 4}
 VIT["kwargs"] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "global_pool": "avg", "fc_norm": False}
 RESNET = {"name": "resnet10t", "image_size": 32, "kwargs": {"channels": [16, 32, 48, 64]}}
 CONVNEXT = {"name": "convnext_atto", "image_size": 32, "patch_size": 2, "kwargs": {"depths": [1, 1, 1, 1]}}
+SWIN = {"name": "swin_tiny_patch4_window7_224", "image_size": 32}
+SWIN["kwargs"] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 COLOURLESS = {"saturation": 0.0, "hue": 0.0, "grey": 0.0, "solarise": 0.5, "blur": 0.5}
 JEPA = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "target_scale": [0.1, 0.2]}
 CASES = {
@@ -26,7 +28,11 @@ CASES = {
     "ijepa": (VIT, JEPA),
     "dseqjepa": (VIT, JEPA | {"lambda_start": 1.0}),
     "spark": (CONVNEXT | {"image_size": 64}, {"decoder_dim": 32}),
+    "fcmae": (CONVNEXT | {"image_size": 64}, {"decoder_dim": 8}),
+    "simmim": (SWIN, {"mask_patch": 8, "target_window": 7}),
     "barlow_twins": (RESNET, {"projector": [8, 8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
+    "vicreg": (RESNET, {"projector": [8, 8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
+    "lejepa": (RESNET, {"projector": [8, 8], "num_directions": 8, "colours": COLOURLESS}),
     "rotation": (RESNET, {}),
 }  # fmt: skip
 

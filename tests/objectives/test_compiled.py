@@ -77,6 +77,9 @@ def test_compiled_kept_patches_have_the_same_features(name, kwargs):
         ("mae zero0", 1),
         ("rotation sgd", 1),
         ("barlow zero0", 2),
+        ("lejepa", 3),  # views of two sizes
+        ("simmim", 1),
+        ("fcmae", 1),
     ],
 )
 def test_what_a_run_compiles_is_compiled_once_and_is_the_same(case, graphs):

@@ -11,8 +11,8 @@ from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.objectives import check_objective, options_for
 from prelude.objectives.building import build_objective
+from prelude.objectives.masked_cells import Reconstruction
 from prelude.objectives.masking import mask_noise, random_mask
-from prelude.objectives.spark import Reconstruction
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress

@@ -1,0 +1,127 @@
+"""What objectives share that compare the embeddings of several views of an image.
+
+    z_v = projector(encoder(view v of every image))     (n, D), this rank's rows of the V views
+
+- Views belong to the view plan: crops and flips are drawn in the loader, colours on the device, by the sample's seed.
+- The batch is the global one: batch norm, in encoder and projector, is over all ranks, and a loss is told how many rows
+  each rank has, so that its statistics are too. Micro-batches would be another loss, and are refused.
+- `TwoViews` makes a forward pass of each view, so that every batch norm sees one view at a time.
+- Embeddings reach the loss in float32 at least, under any autocast.
+"""
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from prelude.data.batch import Batch, Photometric, View, ViewPlan
+from prelude.objectives.options import ColourOptions, SeveralViewsOptions, TwoViewsOptions
+from prelude.objectives.pictures import sheet
+from prelude.objectives.projector import projector
+from prelude.pretrain.batch_norm import synchronise
+from prelude.pretrain.collectives import row_counts
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import pooled_width
+from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import images as device_images
+from prelude.pretrain.objective import Loss, Objective
+from prelude.pretrain.photometric import refuse_colours
+from prelude.pretrain.schedules import Progress
+
+_NARROW = 0.2  # embeddings that are to have a standard deviation of 1 and have less than this are shrinking
+_DEAD = 1e-3  # a dimension whose standard deviation over the batch is below this says nothing
+_NUM_PICTURES = 8
+
+
+class SeveralViews(Objective):
+    """Views, projector, what is compiled and what is shown."""
+
+    accumulates = False
+    projector_bias = "none"  # which of the projector's linear layers have one: `none`, `hidden` or `all`
+
+    def __init__(self, encoder: nn.Module, options: SeveralViewsOptions, *, image_size, mean, std):
+        super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
+        self.views = ViewPlan(views=self.planned_views(image_size), mean=mean, std=std)
+        self.projector = projector(pooled_width(encoder), options.projector, bias=self.projector_bias)
+        synchronise(self)
+
+    @classmethod
+    def check(cls, options: SeveralViewsOptions, encoder: EncoderConfig) -> None:
+        super().check(options, encoder)
+        refuse_colours(encoder.in_chans, {key: photometric(c) for key, c in cls.colours(options).items()})
+
+    @classmethod
+    @abstractmethod
+    def colours(cls, options: SeveralViewsOptions) -> dict[str, ColourOptions]:
+        """The settings of colours, by their key in a config."""
+
+    @abstractmethod
+    def planned_views(self, image_size: tuple[int, int]) -> tuple[View, ...]: ...
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.encoder, self.projector]
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Image.Image]:
+        """One row an image: its views before normalisation, small ones enlarged."""
+        views = [denormalise(view[:_NUM_PICTURES], self.views) for view in device_images(batch, self.views)]
+        size = views[0].shape[-2:]
+        views = [view if view.shape[-2:] == size else F.interpolate(view, size, mode="nearest") for view in views]
+        return {"views": sheet(torch.stack(views, dim=1))}
+
+
+class TwoViews(SeveralViews):
+    """Two views of the whole image size that differ in their colours, each passed through by itself."""
+
+    @classmethod
+    def colours(cls, options: TwoViewsOptions) -> dict[str, ColourOptions]:
+        return {"objective.view_1": options.view_1, "objective.view_2": options.view_2}
+
+    def planned_views(self, image_size: tuple[int, int]) -> tuple[View, ...]:
+        o = self.options
+        return tuple(coloured_view(image_size, o.crop_scale, o.flip, colours) for colours in self.colours(o).values())
+
+    def forward(self, batch: Batch, progress: Progress) -> Loss:
+        counts = row_counts(len(batch))
+        pooled = [self.encoder(view) for view in device_images(batch, self.views)]  # each (n, D_encoder)
+        loss = self.loss(*map(self.projector, pooled), counts)
+        return Loss(loss.total, loss.parts | feature_health(pooled[0].detach()))
+
+    @abstractmethod
+    def loss(self, first: Tensor, second: Tensor, counts: list[int]) -> Loss:
+        """first, second: (n, D) embeddings of this rank's samples; counts: each rank's n."""
+
+
+def coloured_view(size: tuple[int, int], scale: tuple[float, float], flip: float, colours: ColourOptions) -> View:
+    """A bicubic random crop with these colours."""
+    return View(size=size, scale=scale, interpolation="bicubic", flip=flip, photometric=photometric(colours))
+
+
+def photometric(colours: ColourOptions) -> Photometric:
+    return Photometric(**colours.model_dump())
+
+
+def full_precision(*embeddings: Tensor) -> tuple[Tensor, ...]:
+    """In float32 at least."""
+    return tuple(z.to(torch.promote_types(z.dtype, torch.float32)) for z in embeddings)
+
+
+@torch.no_grad()
+def wide_share(share: Tensor, std: Tensor) -> Tensor:
+    """A share of attainable dimensions, less where embeddings that are to have a standard deviation of 1 have hardly
+    any: times (std / 0.2)^2 below 0.2."""
+    return share * (std / _NARROW).square().clamp(max=1)
+
+
+@torch.no_grad()
+def spread_of(embeddings: Tensor) -> dict[str, Tensor]:
+    """Of embeddings (n, D), over this rank's samples, before anything standardises them:
+
+    `embedding_std`: the standard deviation, averaged over dimensions.
+    `dead_dimensions`: the share of dimensions whose standard deviation is next to nothing.
+    """
+    spread = embeddings.detach().std(dim=0)
+    return {"embedding_std": spread.mean(), "dead_dimensions": (spread < _DEAD).to(embeddings.dtype).mean()}
