@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import starts
+import several_starts
 import timm
 import torch
 import yaml
@@ -99,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
     for name, (kind, small) in RECIPES.items():
         made_up = [f"run_dir={folder}/run_{name}", f"data.shards={folder}/{kind}/train-0.tar"]
         plan.append({"name": name, "argv": ["--config", name, *made_up, *SHORT, *small]})
-    for codes, told in starts.made([sys.executable], folder, plan).values():
+    for codes, told in several_starts.made([sys.executable], folder, plan).values():
         assert codes == [0], told
         assert "dark" not in told
     return folder

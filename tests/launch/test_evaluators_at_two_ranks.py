@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import starts
+import several_starts
 from runs import deepspeed
 
 from prelude.data.shapes import write_shards
@@ -46,7 +46,7 @@ def embedding_of(shards, path):
 def two(shards, tmp_path_factory):
     """The folder of what two ranks have written, and what they told, by door: one after another in one launch."""
     folder = tmp_path_factory.mktemp("two")
-    answers = starts.made(
+    answers = several_starts.made(
         deepspeed(2),
         folder,
         [

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-import starts
+import several_starts
 import torch
 import yaml
 from runs import Run, RunDir, deepspeed
@@ -72,7 +72,7 @@ def whole(folder) -> dict[str, RunDir]:
         {"name": name, "door": "finetune", "argv": [*given, f"run_dir={folder / name}", *more]}
         for name, more in {"uninterrupted": ["objective.drop_path=0.2"], "two_ranks": SHORT}.items()
     ]
-    answers = starts.made(deepspeed(2), folder, plan)
+    answers = several_starts.made(deepspeed(2), folder, plan)
     assert all(codes == [0, 0] for codes, _ in answers.values()), answers
     return {name: RunDir(folder / name) for name in answers}
 

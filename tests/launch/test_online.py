@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import starts
+import several_starts
 import torch
 from runs import RunDir, deepspeed
 
@@ -41,7 +41,7 @@ def runs(recipe, shards, tmp_path_factory) -> dict[str, tuple[RunDir, str]]:
         {"name": name, "argv": ["--config", str(recipe), f"run_dir={folder / name}", *SETTINGS, *settings]}
         for name, settings in more.items()
     ]
-    answers = starts.made(deepspeed(2), folder, plan)
+    answers = several_starts.made(deepspeed(2), folder, plan)
     assert {name: codes for name, (codes, _) in answers.items()} == {"judged": [0, 0], "stopped": [3, 3]}, answers
     return {name: (RunDir(folder / name), told) for name, (_, told) in answers.items()}
 

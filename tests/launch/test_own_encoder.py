@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import starts
+import several_starts
 import torch
 from own_networks import small_transformer
 from runs import BIN, ROOT, Run, deepspeed
@@ -36,7 +36,7 @@ def runs(recipe, tmp_path_factory):
         {"name": run.name, "argv": ["--config", str(recipe), f"run_dir={run}", *settings]}
         for run, settings in ((mae, TRANSFORMER), (spark, SPARK))
     ]
-    answers = starts.made([sys.executable], folder, plan)
+    answers = several_starts.made([sys.executable], folder, plan)
     assert all(codes == [0] for codes, _ in answers.values()), answers
     return {"mae": mae, "spark": spark}
 

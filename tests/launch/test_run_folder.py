@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import starts
+import several_starts
 from runs import Run, deepspeed
 
 from prelude.checkpoints.sources import open_encoder
@@ -47,7 +47,7 @@ def start(recipe, tmp_path_factory):
         plan = [
             {"name": name, "argv": ["--config", str(recipe), *given(each)], **more} for name, each in overrides.items()
         ]
-        answers = starts.made([sys.executable], folder, plan)
+        answers = several_starts.made([sys.executable], folder, plan)
         return {name: (code, told) for name, ((code,), told) in answers.items()}
 
     return start

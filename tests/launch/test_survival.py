@@ -9,6 +9,8 @@ import pytest
 import torch
 from runs import BIN, Run, deepspeed
 
+from prelude.launch import pretrain
+
 GOLDEN = Path(__file__).with_name("golden_mae.json")
 NUM_SAMPLES = 200
 NUM_STEPS = 38  # ceil(3 epochs x 200 samples / 16), so that epochs end in mid-batch
@@ -90,11 +92,11 @@ def test_retention_keeps_the_newest_checkpoints(uninterrupted):
     assert names == ["step-00000035", "step-00000038"]
 
 
-def test_a_finished_run_is_left_as_it_is(recipe, uninterrupted):
+def test_a_finished_run_is_left_as_it_is(recipe, uninterrupted, monkeypatch):
+    monkeypatch.setenv("RECORD_TO", str(uninterrupted.run_dir))
     before = uninterrupted.metrics()
-    again = Run([sys.executable], recipe, uninterrupted.run_dir, RECORDING)
-    assert again.wait() == 0
-    assert again.metrics() == before
+    assert pretrain.main(["--config", str(recipe), f"run_dir={uninterrupted.run_dir}", RECORDING]) == 0
+    assert uninterrupted.metrics() == before
 
 
 def test_the_first_ten_losses_are_the_golden_ones(uninterrupted):

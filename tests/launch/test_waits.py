@@ -5,8 +5,8 @@ from runs import Run, deepspeed
 
 
 def once(recipe, flags) -> list[str]:
-    """A stream that gives each rank one whole shard, and then nothing, for ever: 16 steps of three micro-batches, and
-    two micro-batches more."""
+    """A stream that gives each rank one whole shard, and then nothing, for ever: some steps of three micro-batches, and
+    a part of one, while the rest waits to be shuffled."""
     flags.mkdir()
     (shard,) = (recipe.parent / "shapes").glob("train-*.tar")
     command = f"mkdir {flags}/$RANK 2> /dev/null && exec cat {shard}; exec sleep 1000"
@@ -22,7 +22,9 @@ def stopped(recipe, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("runs")
     data = once(recipe, folder / "first")
     run = Run(deepspeed(2), recipe, folder / "stalled", *data, "data.timeout_seconds=30")
-    run.until_said("waiting for the next batch of data worker 0")
+    waiting = "waiting for the next batch of data worker 0"
+    said = run.at_step(1).output.read_text().count(waiting)  # a slow machine waits for the first batch too
+    run.until_said(waiting, said + 1)
     (run.run_dir / "STOP").touch()
     run.code = run.wait()
     return run

@@ -1,8 +1,8 @@
 """Several starts of doors, one after another in one process, or in the ranks of one launch: their imports take longer
 than what they do.
 
-`starts.py FILE` reads a JSON list of starts, {"name", "argv"} and, where it is no pretraining, {"door": "knn"}. What
-rank R tells is written to NAME.R.out beside it as it comes, its exit code to NAME.R.code.
+`several_starts.py FILE` reads a JSON list of starts, {"name", "argv"} and, where it is no pretraining, {"door": "knn"}.
+What rank R tells is written to NAME.R.out beside it as it comes, its exit code to NAME.R.code.
 """
 
 import importlib
