@@ -33,7 +33,7 @@ from prelude.data.locks import alone
 from prelude.data.node_cache import cache_folder
 from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
 from prelude.data.remote_shards import RemoteShard, shard_name
-from prelude.data.tar_index import MOST_LABELS, Problem, TarIndex, index_every_label, index_tar
+from prelude.data.tar_index import MOST_LABELS, Problem, TarIndex, index_every_label, index_tar, is_image
 from prelude.data.waiting import called, in_threads, moved
 from prelude.data.walking import walk_all
 
@@ -76,9 +76,9 @@ def load_all(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
     states = _states(paths)
     of_paths = _hash([CACHE_VERSION, [state[0] for state in states], list(images)])[:16]
     of_states = _hash([CACHE_VERSION, states, list(images), label == ARRAY_EXTENSION])
-    sought = _Sought(paths, states, images, label, f"{of_paths}-{of_states}")
+    sought = _Sought(paths, states, images, label, f"{of_paths}-{of_states}", [])
     try:
-        kept = _opened(sought) or called(lambda: _made(sought), f"the index of {paths[0]} and the rest")
+        kept = _opened(sought) or called(lambda: _made(sought), sought.waits_for)
     except OSError as error:
         _warn_unkept(str(_folder()), error.strerror or str(error))
         return _in_memory(paths, label, images)
@@ -119,6 +119,13 @@ class _Sought(NamedTuple):
     images: Sequence[str]  # names of image members
     label: str
     name: str
+    at: list[str]  # the shard that is being walked here, if one is
+
+    def walks(self, shard: tuple | None) -> None:
+        self.at[:] = [] if shard is None else [shard[0]]
+
+    def waits_for(self) -> str:
+        return f"the headers of {self.at[0]}" if self.at else f"the index of {self.paths[0]} and the rest"
 
     def path(self, label: str = "") -> str:
         of_label = f".{_hash(label)[:16]}.labels" if label else ".images"
@@ -195,7 +202,7 @@ def _know_each(sought: _Sought) -> None:
     remote_index.read_index_files([path for path, image in zip(sought.paths, sought.images, strict=True) if not image])
     shards = sought.shards()
     local = [shard for shard in shards if not isinstance(shard[0], RemoteShard) and not _kept_file(*shard).exists()]
-    walk_all(local, _know_local)
+    walk_all(local, _know_local, sought.walks)
     remote = [shard for shard in shards if isinstance(shard[0], RemoteShard)]
     for _ in in_threads(_entry, remote, lambda shard: f"the headers of {shard[0]}"):
         moved()
@@ -249,8 +256,10 @@ def _labelled(shard: tuple, label: str) -> TarIndex:
     """With the places of a label."""
     path, _, image = shard
     entry = _entry(shard)
-    told = label in entry.indexes or not ("." in label or label == ARRAY_EXTENSION or len(entry.indexes) > MOST_LABELS)
-    return entry.index(label) if told else index_tar(path, label, image)
+    known_to_lack = not (
+        "." in label or label == ARRAY_EXTENSION or is_image(label) or len(entry.indexes) > MOST_LABELS
+    )
+    return entry.index(label) if label in entry.indexes or known_to_lack else index_tar(path, label, image)
 
 
 def _entry(shard: tuple) -> Entry:

@@ -120,7 +120,7 @@ class _Images:
 
 def _label_extensions(samples: dict[str, dict[str, _Place]]) -> list[str]:
     """Of members that are no images, `cls` for those of `left.cls`, too; the most frequent of many."""
-    counts = Counter(ext for files in samples.values() for ext in files if not _is_image(ext))
+    counts = Counter(ext for files in samples.values() for ext in files if not is_image(ext))
     for ext, count in list(counts.items()):
         if "." in ext:
             counts[ext.rpartition(".")[2]] += count
@@ -148,7 +148,7 @@ def image_extension(extensions, arrays: bool = False) -> str | None:
     for extension in known:
         if extension in extensions:
             return extension
-    return next((ext for ext in extensions if _is_image(ext, known)), None)
+    return next((ext for ext in extensions if is_image(ext, known)), None)
 
 
 def passed_over(name: str) -> bool:
@@ -175,7 +175,7 @@ def _named(walk: Walk, problems: list[Problem]) -> Iterable[tuple[str, str, str,
         extension = extension.lower()
         if member.is_file:
             yield key, extension, member.name, _Place(member.offset, member.size, zlib.crc32(member.tail))
-        elif _is_image(extension):
+        elif is_image(extension):
             problems.append(Problem("a link and not a file", member.name))
 
 
@@ -191,7 +191,7 @@ def _samples(members: Iterable, problems: list[Problem]) -> dict[str, dict[str, 
             else:
                 files[extension] = place
         known = samples.setdefault(key, {})
-        if known.keys() & files.keys() or (_has_image(known) and _has_image(files) and not all(map(_is_image, files))):
+        if known.keys() & files.keys() or (_has_image(known) and _has_image(files) and not all(map(is_image, files))):
             problems.append(Problem("duplicate key", key))
         else:
             known.update(files)
@@ -207,7 +207,7 @@ def _with_image(
     known = (ARRAY_EXTENSION,) if arrays else IMAGE_EXTENSIONS
     for key, files in samples.items():
         extension = (named if named in files else None) if named else image_extension(files, arrays)
-        images = 1 if named else sum(_is_image(ext, known) for ext in files)
+        images = 1 if named else sum(is_image(ext, known) for ext in files)
         if extension is None:
             problems.append(Problem(f"no .{named} member" if named else "no image", key))
         elif "." in extension and images > 1:  # `photo.1.jpg`, `photo.2.jpg`
@@ -227,10 +227,10 @@ def _label_of(files: dict, image: str, label: str) -> _Place:
 
 
 def _has_image(extensions) -> bool:
-    return any(map(_is_image, extensions))
+    return any(map(is_image, extensions))
 
 
-def _is_image(extension: str, known: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+def is_image(extension: str, known: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
     return extension.rpartition(".")[2] in known
 
 

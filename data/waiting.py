@@ -158,9 +158,9 @@ def _keep(future: Future, function: Callable, *arguments) -> None:
         future.set_exception(error)
 
 
-def called(function: Callable, what: str):
-    """`function()`, waited for."""
-    (result,) = in_threads(lambda _: function(), [None], lambda _: what, 1)
+def called(function: Callable, what: str | Callable[[], str]):
+    """`function()`, waited for. what: for, asked when it is told where it changes."""
+    (result,) = in_threads(lambda _: function(), [None], lambda _: what if isinstance(what, str) else what(), 1)
     return result
 
 

@@ -24,19 +24,25 @@ _DONE, _GOING_ON = b".", b" "
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"  # they import nothing anew, and use neither GPU nor pool
 
 
-def walk_all(shards: Sequence, walk: Callable) -> None:
-    """`walk(shard)` of every shard, here or in another process. Raises what `walk` does where it is called here."""
+def walk_all(shards: Sequence, walk: Callable, tell: Callable) -> None:
+    """`walk(shard)` of every shard, here or in another process. Raises what `walk` does where it is called here.
+
+    tell: gets the shard that is walked here from now on, None when that is over.
+    """
     began = time.monotonic()
     with _progress_bar(len(shards)) as advance:
         for number, shard in enumerate(shards):
             left = shards[number:]
             processes = 0 if multiprocessing.current_process().daemon else min(num_cores(), len(left))
             if processes > 1 and time.monotonic() - began > ALONE_SECONDS:
+                tell(None)
                 _in_processes(left, walk, processes, advance)
                 return
+            tell(shard)
             walk(shard)
             moved()
             advance(1)
+        tell(None)
 
 
 def num_cores() -> int:

@@ -205,13 +205,13 @@ def _format(container: _Container, layout: Layout) -> str:
 
 
 def _prefix_rows(layout: Layout) -> int:
-    """Rows of prefix tokens in the table. By its length: what leaves a square of patches, and as timm's models where
-    both do."""
+    """Rows of prefix tokens in the table. Beside registers, by its length: mostly timm gives them none."""
     prefix, rows = prefix_tokens(layout.tensors), _table_rows(layout.tensors)
     if layout.table_has_prefix is not None:
         return prefix if layout.table_has_prefix else 0
-    usual = (0, prefix) if "reg_token" in layout.tensors else (prefix, 0)
-    return next((count for count in usual if rows is not None and _square(rows - count)), prefix)
+    if "reg_token" not in layout.tensors or rows is None:
+        return prefix
+    return 0 if _square(rows) or not _square(rows - prefix) else prefix
 
 
 def _refuse_lost_class_token(layout: Layout, where: str) -> None:

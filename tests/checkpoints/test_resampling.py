@@ -123,7 +123,7 @@ def test_a_grid_that_is_no_square_is_asked_for(tmp_path):
     with torch.no_grad():
         assert (opened.model.double()(images) - fair_tokens(model, images)[:, 0]).abs().max() <= 1e-6
     with pytest.raises(UserError, match="table of 8 positions, whose grid it does not tell"):
-        open_encoder(f"{tmp_path}/weights.pth{words},grid=3x3")
+        open_encoder(f"{tmp_path}/weights.pth{words},grid=3x4")
 
 
 @pytest.mark.parametrize("method", ["MAE", "torchvision ViT", "DINOv2", "I-JEPA"])

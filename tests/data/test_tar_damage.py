@@ -34,12 +34,12 @@ def shard(tmp_path, write_tar):
 
 def found(path, index):
     whole = path.read_bytes()
-    return [whole[offset : offset + size] for offset, size in index.images.tolist()]
+    return [whole[offset : offset + size] for offset, size in index.images[:].tolist()]
 
 
 def labels_of(path, index):
     whole = path.read_bytes()
-    return [whole[offset : offset + size] if offset >= 0 else None for offset, size in index.labels.tolist()]
+    return [whole[offset : offset + size] if offset >= 0 else None for offset, size in index.labels[:].tolist()]
 
 
 def with_size(tar: bytearray, header: int, size: int) -> None:

@@ -95,10 +95,10 @@ def check_tar(seed: int, folder: Path) -> None:
     path = folder / "x.tar"
     path.write_bytes(tar)
     index = index_tar(str(path), "cls")
-    places = [*index.images.tolist(), *[place for place in index.labels.tolist() if place[0] >= 0]]
+    places = [*index.images[:].tolist(), *[place for place in index.labels[:].tolist() if place[0] >= 0]]
     assert all(0 <= offset and offset + size <= len(tar) for offset, size in places), "beyond the file"
     _pairs_are_right(tar, images, index)
-    found = {tar[offset : offset + size] for offset, size in index.images.tolist()}
+    found = {tar[offset : offset + size] for offset, size in index.images[:].tolist()}
     missing = len(set(images) - found)
     told = sum(problem.lost for problem in index.problems)
     spoilt = len(found - set(images))  # their bytes were changed, which decoding finds out
@@ -115,7 +115,7 @@ def check_tar(seed: int, folder: Path) -> None:
 
 def _pairs_are_right(tar: bytes, images: list[bytes], index: TarIndex) -> None:
     """An image and a label that both are as they were written carry one number."""
-    for (offset, size), (label, label_size) in zip(index.images.tolist(), index.labels.tolist(), strict=True):
+    for (offset, size), (label, label_size) in zip(index.images[:].tolist(), index.labels[:].tolist(), strict=True):
         content, number = tar[offset : offset + size], tar[label : label + label_size] if label >= 0 else b""
         if content in images and number in {image[:6] for image in images}:
             assert content[:6] == number, f"{number!r} as the label of {content[:6]!r}"
@@ -146,7 +146,7 @@ def _agrees(tar: bytes, members: list[tarfile.TarInfo], index: TarIndex) -> None
     expected = {(files["jpg"], files.get("cls")) for files in by_key.values() if files.get("jpg")}
     found = {
         (tar[offset : offset + size], tar[label : label + length] if label >= 0 else None)
-        for (offset, size), (label, length) in zip(index.images.tolist(), index.labels.tolist(), strict=True)
+        for (offset, size), (label, length) in zip(index.images[:].tolist(), index.labels[:].tolist(), strict=True)
     }
     assert found == expected, "other samples than tarfile's"
 

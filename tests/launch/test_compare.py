@@ -101,6 +101,7 @@ def test_each_stands_beside_its_floors_with_results_of_every_evaluator(first, fo
         "reconstruction",
         "Nearest neighbours",
         "Where it looks",
+        "What it takes for alike",
     ]
     assert entries["filling"]["cost"]["peak_memory"] > 2**26
     assert list((folder / "out" / "runs" / "filling" / "evaluations").glob("ncm-filling*.json"))

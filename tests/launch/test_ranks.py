@@ -51,6 +51,13 @@ class Ranks:
             time.sleep(0.02)
         return self
 
+    def saved(self) -> "Ranks":
+        """Once there is a checkpoint, which is written while the run goes on."""
+        while not list((self.run_dir / "checkpoints").glob("step-*")):
+            assert self.processes[0].poll() is None, self.output(0)
+            time.sleep(0.02)
+        return self
+
     def output(self, rank: int) -> str:
         return Path(f"{self.run_dir}-{rank}.out").read_text()
 
@@ -82,7 +89,7 @@ def without_one(recipe, tmp_path_factory):
     try:
         for victim, number in SIGNALS:
             ranks = Ranks(recipe, folder / f"{number.name}-{victim}", [limit], [limit])
-            found[victim, number] = ranks.at_step(7)
+            found[victim, number] = ranks.at_step(7).saved()
             ranks.processes[victim].send_signal(number)
         for trouble in TROUBLES:
             settings = [limit, "objective.name=troubled:TroubledMAE"]
