@@ -13,7 +13,6 @@ bytes: 2 M (W - 1) / W; gathering or scattering M bytes in all: M (W - 1) / W), 
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhere
@@ -256,12 +257,6 @@ def rendezvous(ranks: int) -> str:
     if failed:
         raise failed[0]
     return f"{ranks} ranks have met after {max(took.values()):.1f} s (the first after {min(took.values()):.1f} s)"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -29,31 +29,23 @@ def main(argv: list[str] | None = None) -> int:
         if not args.pictures.lower().endswith(".png"):
             raise UserError(f"--pictures {args.pictures} does not end in .png; write {args.pictures}.png.")
         refuse_to_overwrite(args.pictures, "--pictures")
-    from prelude.evaluators.judging import judge_all
-    from prelude.evaluators.results import print_table
     from prelude.launch.defect_maps import DefectJudging
-    from prelude.launch.frozen import common, labelled_of
+    from prelude.launch.frozen import judge_by, labelled_of, settings_of
     from prelude.launch.neighbours import keep
-    from prelude.pretrain import distributed
 
     args.label = args.label or LABEL
     judging = DefectJudging(
         (),
         labelled_of(args),
-        kinds=args.features,
-        bank=args.bank,
         of_defects=True,
         num_masks=args.masks,
         num_shown=SHOWN if args.pictures else 0,
-        **common(args, "defects", argv),
+        **settings_of(args, "defects", argv),
     )
-    results = judge_all(args.sources, judging)
-    if results:
-        print_table(results)
+    code = judge_by(args, judging)
     if picture := judging.picture():
         keep(args.pictures, picture)
-    distributed.stop()
-    return 0
+    return code
 
 
 def parser() -> argparse.ArgumentParser:

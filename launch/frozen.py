@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from prelude.data.errors import UserError
 from prelude.data.waiting import wait_at_most
-from prelude.evaluators.judging import Evaluator, evaluate, labelled_shards
+from prelude.evaluators.judging import Evaluator, Judging, evaluate, judge_all, labelled_shards
 from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import chosen
@@ -30,7 +30,12 @@ def judge(
     settings: of `Judging`, beside those that all doors have. changes: to how the labels are read, see
     `labelled_shards`.
     """
-    results = results_of(args, evaluators, name, argv, labelled_of(args, **changes), **(settings or {}))
+    told = {**(settings or {}), **settings_of(args, name, argv)}
+    return judge_by(args, Judging(evaluators, labelled_of(args, **changes), **told))
+
+
+def judge_by(args: argparse.Namespace, judging: Judging) -> int:
+    results = judge_all(args.sources, judging)
     if results:
         print_table(results)
     distributed.stop()
@@ -56,8 +61,12 @@ def results_of(
     labelled: Labelled,
     **settings,
 ) -> list[Result]:
-    settings |= {"kinds": args.features, "bank": args.bank, **common(args, name, argv)}
-    return evaluate(args.sources, evaluators, labelled, **settings)
+    return evaluate(args.sources, evaluators, labelled, **{**settings, **settings_of(args, name, argv)})
+
+
+def settings_of(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:
+    """Of `Judging`, those that doors of frozen features have in common. Joins the other ranks, if there are any."""
+    return {"kinds": args.features, "bank": args.bank, **common(args, name, argv)}
 
 
 def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:

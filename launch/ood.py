@@ -24,25 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     from prelude.evaluators.frozen.outlier_judging import OutlierJudging
     from prelude.evaluators.frozen.outliers import COMPONENTS, SCORES, K, outliers
-    from prelude.evaluators.judging import judge_all
-    from prelude.evaluators.results import print_table
-    from prelude.launch.frozen import common, labelled_of
-    from prelude.pretrain import distributed
+    from prelude.launch.frozen import judge_by, labelled_of, settings_of
 
     settings = {"unknown": args.unknown, "k": args.k or K, "components": args.components or COMPONENTS}
     judging = OutlierJudging(
         [partial(outliers, score=score, **settings) for score in SCORES],
         labelled_of(args),
-        kinds=args.features,
-        bank=args.bank,
         others=args.others,
-        **common(args, "ood", argv),
+        **settings_of(args, "ood", argv),
     )
-    results = judge_all(args.sources, judging)
-    if results:
-        print_table(results)
-    distributed.stop()
-    return 0
+    return judge_by(args, judging)
 
 
 def parser() -> argparse.ArgumentParser:

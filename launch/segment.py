@@ -27,10 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     from prelude.evaluators.dense.judging import DenseJudging
     from prelude.evaluators.dense.segmentation import segment_knn, segment_linear
-    from prelude.evaluators.judging import judge_all
-    from prelude.evaluators.results import print_table
-    from prelude.launch.frozen import common, labelled_of
-    from prelude.pretrain import distributed
+    from prelude.launch.frozen import judge_by, labelled_of, settings_of
 
     args.label = args.label or LABEL
     labelled = labelled_of(args)
@@ -40,16 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     judging = DenseJudging(
         [judged[name] for name in dict.fromkeys(args.heads)],
         labelled,
-        kinds=args.features,
-        bank=args.bank,
         ignored=args.ignore,
-        **common(args, "segment", argv),
+        **settings_of(args, "segment", argv),
     )
-    results = judge_all(args.sources, judging)
-    if results:
-        print_table(results)
-    distributed.stop()
-    return 0
+    return judge_by(args, judging)
 
 
 def parser() -> argparse.ArgumentParser:
