@@ -18,7 +18,7 @@ from prelude.checkpoints.description import Description
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import seeded
+from prelude.pretrain.encoders import of_timm, seeded
 
 TIMM, HUB, FOLDER = "timm:", "hf-hub:", "local-dir:"
 
@@ -77,7 +77,7 @@ def _learned(name: str, arguments: dict) -> dict:
     """The table of positions is part of the weights; where there is none, the key keeps its default."""
     with torch.device("meta"):
         try:
-            model = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+            model = of_timm(name, num_classes=0, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError, KeyError):
             return {}  # building it for real says why
     return {"pos_embed": "learned"} if isinstance(getattr(model, "pos_embed", None), nn.Parameter) else {}

@@ -93,21 +93,27 @@ def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
     the identity is ""."""
     if not identity:
         return compute()
-    path = _folder() / f"{_hash([CACHE_VERSION, identity, what])}.hash"
-    with contextlib.suppress(OSError):
-        if len(found := path.read_text()) == 32:
-            return found
+    of = _hash([CACHE_VERSION, identity, what])
+    path = _folder() / f"{of}.hash"
+    if known := _signed(path, of):
+        return known
     try:
         with alone(f"{path}.lock"):
-            with contextlib.suppress(OSError):
-                if len(found := path.read_text()) == 32:
-                    return found
-            found = compute()
-            _write_whole(path, found.encode())
+            found = _signed(path, of) or compute()
+            _write_whole(path, f"{found} {_hash([of, found])}".encode())
             return found
     except OSError as error:
         _warn_unkept(str(_folder()), error.strerror or str(error))
         return compute()
+
+
+def _signed(path: Path, of: str) -> str:
+    """What a file says with its own checksum; "" where there is none, or it is spoilt."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found, _, checksum = path.read_text(encoding="ascii").partition(" ")
+        if checksum == _hash([of, found]):
+            return found
+    return ""
 
 
 # ---- all shards

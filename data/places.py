@@ -4,6 +4,8 @@
 - The file is mapped: ranks and workers share one copy, which the kernel may drop and read again.
 - Numbers have as many bytes as the largest of a column needs: mostly 8 for an image, 3 or 4 for its label.
 - What travels to another process is the file's path.
+- Damage is found by checksums: of the header always, of the numbers where they take `_CHECKED` bytes at most, since
+  looking at all would be what mapping avoids. Files of any size are compared with the length that they should have.
 """
 
 import contextlib
@@ -11,6 +13,8 @@ import json
 import mmap
 import os
 import secrets
+import shutil
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +23,9 @@ import numpy as np
 Tables = Callable[[], Iterable[np.ndarray]]
 """Yields (n, 2) int64 of shard after shard, from the first one each time that it is called."""
 
-_MAGIC = b"prelude places 1\n"
+_MAGIC = b"prelude places 2\n"
+_CHECKED = 2**28
+_PIECE = 2**24
 _BLOCK = 512  # of a tar: members begin at multiples of it, unless it is damaged
 _NARROW = "<u1", "<u2", "<u4", "<i8"
 _OFFSETS = ("<u4", _BLOCK), ("<u4", 1), ("<i8", 1)
@@ -71,6 +77,8 @@ class Mapped(Places):
             whole = begin + self._count * sum(np.dtype(dtype).itemsize for dtype, _ in header["columns"])
             if size != whole:
                 raise ValueError(f"{size} bytes where there should be {whole}")
+            if whole - begin <= _CHECKED and _checksum(file) != header["checksum"]:
+                raise ValueError("numbers that are not those that were written")
             self._fd = os.dup(file.fileno())  # the file may be removed, and is still there for whoever has it open
             memory = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
         self._columns = []
@@ -194,11 +202,14 @@ def _write_as(path: str, tables: Tables, about: Callable[[], Any], forms: list[t
                 file.write(_encoded(table[:, number], dtype, unit, number))
         aside.append(f"{unique}.tmp")
         with open(aside[-1], "wb") as whole:
-            whole.write(_header({"count": count, "columns": forms, "about": about()}))
+            checksum = 0
             for file in columns:
                 file.seek(0)
-                while chunk := file.read(2**24):
-                    whole.write(chunk)
+                checksum = _checksum(file, checksum)
+            whole.write(_header({"count": count, "columns": forms, "checksum": checksum, "about": about()}))
+            for file in columns:
+                file.seek(0)
+                shutil.copyfileobj(file, whole, _PIECE)
             whole.flush()
             os.fsync(whole.fileno())
         os.replace(aside[-1], path)
@@ -220,22 +231,29 @@ def _encoded(values: np.ndarray, dtype: str, unit: int, column: int) -> bytes:
 
 def _header(content: dict) -> bytes:
     text = json.dumps(content).encode()
-    text += b" " * (-(len(_MAGIC) + 8 + len(text)) % 8)  # so that numbers of 8 bytes begin where processors like it
-    return _MAGIC + len(text).to_bytes(8, "little") + text
+    text += b" " * (-(len(_MAGIC) + 12 + len(text)) % 8)  # so that numbers of 8 bytes begin where processors like it
+    return _MAGIC + len(text).to_bytes(8, "little") + zlib.crc32(text).to_bytes(4, "little") + text
 
 
 def _read_header(file) -> tuple[dict, int]:
     """(what it says, where the columns begin)"""
-    start = file.read(len(_MAGIC) + 8)
-    if not start.startswith(_MAGIC) or len(start) < len(_MAGIC) + 8:
+    start = file.read(len(_MAGIC) + 12)
+    if not start.startswith(_MAGIC) or len(start) < len(_MAGIC) + 12:
         raise ValueError("no file of places")
-    size = int.from_bytes(start[len(_MAGIC) :], "little")
+    size = int.from_bytes(start[-12:-4], "little")
     if size > os.fstat(file.fileno()).st_size:
         raise ValueError("a header longer than its file")
-    header = json.loads(file.read(size))
-    if not isinstance(header, dict) or not {"about", "count", "columns"} <= header.keys():
-        raise ValueError("a header without what it should say")
-    return header, len(start) + size
+    text = file.read(size)
+    if zlib.crc32(text) != int.from_bytes(start[-4:], "little"):
+        raise ValueError("a header that is not the one that was written")
+    return json.loads(text), len(start) + size
+
+
+def _checksum(file, start: int = 0) -> int:
+    """Of the rest of a file."""
+    while piece := file.read(_PIECE):
+        start = zlib.crc32(piece, start)
+    return start
 
 
 def _opened(path: str, images: Places | None, opened: str) -> Mapped:

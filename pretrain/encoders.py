@@ -206,14 +206,14 @@ def _create(config: EncoderConfig) -> nn.Module:
         kwargs["in_chans"] = config.in_chans
     try:
         try:
-            model = _sound(timm.create_model(name, pretrained=False, num_classes=0, img_size=config.size, **kwargs))
+            model = _sound(of_timm(name, num_classes=0, img_size=config.size, **kwargs))
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-            model = _sound(timm.create_model(name, pretrained=False, num_classes=0, **kwargs))  # takes any size
+            model = _sound(of_timm(name, num_classes=0, **kwargs))  # takes any size
     except REFUSALS as error:
         _refuse_two_sides(config)
-        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        if unknown := re.search(r"unexpected keyword argument '([^']+)'", str(error)):
             raise _no_setting(unknown[1], config) from error
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         given = ", ".join(f"{key}={value}" for key, value in {"image_size": config.image_size, **kwargs}.items())
@@ -226,6 +226,15 @@ def _create(config: EncoderConfig) -> nn.Module:
     if config.norm_eps is not None:
         _set_norm_eps(model, config)
     return model
+
+
+def of_timm(name: str, **kwargs) -> nn.Module:
+    """With random weights. `timm.create_model` would drop what is null, be it a setting that turns a part off or one
+    that the model does not have."""
+    if None not in kwargs.values():
+        return timm.create_model(name, pretrained=False, **kwargs)
+    architecture, tag = timm.models.split_model_name_tag(name)
+    return timm.models.model_entrypoint(architecture)(pretrained=False, pretrained_cfg=tag or None, **kwargs)
 
 
 def _refuse_two_sides(config: EncoderConfig) -> None:

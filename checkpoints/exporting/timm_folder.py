@@ -15,7 +15,7 @@ from prelude.checkpoints.exporting.parity import DTYPES, Proof, rounded
 from prelude.checkpoints.own_export import own_config, own_reloaded
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
 from prelude.data.errors import RunStopped
-from prelude.pretrain.encoders import seeded
+from prelude.pretrain.encoders import of_timm, seeded
 from prelude.pretrain.files import save_file
 from prelude.pretrain.own_encoder import gives, is_own
 
@@ -85,7 +85,7 @@ def takes_image_size(name: str, size: tuple[int, int], arguments: dict) -> bool:
     """Whether the architecture is built for one size (its table of positions) or takes any."""
     try:
         with torch.device("meta"):
-            timm.create_model(name, pretrained=False, num_classes=0, img_size=size, **arguments)
+            of_timm(name, num_classes=0, img_size=size, **arguments)
     except TypeError as error:
         if "img_size" not in str(error):
             raise

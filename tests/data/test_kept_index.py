@@ -218,6 +218,36 @@ def test_a_shard_that_other_processes_cannot_read_is_named(write_shards, monkeyp
         ShardIndex(paths)
 
 
+DAMAGE = {
+    "a bit of the numbers": lambda content: content[:-20] + bytes([content[-20] ^ 4]) + content[-19:],
+    "a bit in the middle": lambda content: (
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+    ),
+    "lost": lambda content: bytes(len(content)),
+    "random": lambda content: np.random.default_rng(len(content)).bytes(len(content)),
+    "cut": lambda content: content[: len(content) // 2],
+    "grown": lambda content: content + b"x",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_kept_file_that_is_spoilt_is_made_anew(damage, write_shards, cache):
+    paths = write_shards([3, 4])
+    whole = ShardIndex(paths, "cls")
+    images, labels, prints = whole.images[:], whole.labels[:], (whole.fingerprint, whole.label_fingerprint())
+    files = [path for path in (cache / "index").iterdir() if path.is_file()]
+    assert {path.suffix for path in files} == {".images", ".labels", ".hash"}
+    for path in files:
+        content = path.read_bytes()
+        aside = path.with_name("aside")  # who has the file open keeps it
+        aside.write_bytes(DAMAGE[damage](content))
+        aside.replace(path)
+    for _ in range(2):
+        index = ShardIndex(paths, "cls")
+        assert np.array_equal(index.images, images) and np.array_equal(index.labels, labels)
+        assert (index.fingerprint, index.label_fingerprint()) == prints
+
+
 def test_the_cache_may_be_deleted_while_it_is_read(write_shards, cache):
     index = ShardIndex(write_shards([3, 4]), "cls")
     images, labels = index.images[:], index.labels[:]

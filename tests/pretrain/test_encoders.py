@@ -181,6 +181,15 @@ def test_a_summary_is_right_without_building_weights(name, width, grid, millions
     assert round(summary.num_parameters / 1e6, 2) == millions
 
 
+def test_a_setting_that_is_null_turns_off_what_the_architecture_has():
+    kwargs = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    scaled, plain = (
+        build_encoder(EncoderConfig(name="vit_small_patch16_dinov3", image_size=32, kwargs=kwargs | more), seed=0)
+        for more in ({}, {"init_values": None})
+    )
+    assert "blocks.0.gamma_1" in scaled.state_dict() and "blocks.0.gamma_1" not in plain.state_dict()
+
+
 REFUSED = [
     (config("vit_bse_patch16_224"), r"not an architecture of timm .*did you mean vit_base_patch16_224"),
     (config(image_size=225, patch_size=16), r"image_size=225 is not a whole number.*image_size=224 or 240\."),
@@ -188,6 +197,8 @@ REFUSED = [
     (config(image_size=4), r"write encoder.image_size=8\."),
     (config(img_size=32), r"kwargs.img_size has its own key; write encoder.image_size"),
     (config(num_classes=10), r"kwargs.num_classes is the same for every encoder"),
+    (config(dpeth=None), r"encoder.kwargs.dpeth is no setting of .*leave it out"),
+    (config(**{"depth:3": None}), r"encoder.kwargs.depth:3 is no setting of .*leave it out"),
     (config(num_heads=5), r"timm cannot build .*divisible by num_heads"),
     (config(dpeth=3), r"encoder.kwargs.dpeth is no setting of .*leave it out"),
     (config("resnet18", image_size=64), r"encoder.patch_size is no setting of encoder.name=resnet18"),
