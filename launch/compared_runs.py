@@ -66,7 +66,8 @@ def pretrained(
         overrides = last_of_each([*overrides, *within(config, args.images, index.num_samples)])
         config = load_config(recipe, overrides, options_for)
     index = index.with_range(config.data.range, config.data.max_pixels)
-    if is_finished(config, (index.fingerprint, index.layout_fingerprint())):
+    options = options_for(config.objective["name"])
+    if is_finished(config, options, (index.fingerprint, index.layout_fingerprint())):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None
     return run_door("pretrain", ["--config", str(recipe), *overrides], num_ranks=num_ranks(args), name=run_dir.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from prelude.checkpoints.store import Store, read_meta, refuse_incomplete
 from prelude.data.errors import UserError
 from prelude.launch.run_folder import not_written, through_a_link
+from prelude.objectives import options_for
 from prelude.pretrain import distributed, precision
 from prelude.pretrain.config import Config
 from prelude.pretrain.resume import changed_settings, is_own, progress_after, refuse_changed_config, starting_point
@@ -29,7 +30,8 @@ def outlook(config: Config, loader) -> str:
     refuse_incomplete(checkpoint)
     meta = read_meta(checkpoint)
     if not config.resume.allow_changed_config:
-        refuse_changed_config(changed_settings(meta["config"], config), checkpoint)
+        options = options_for(config.objective["name"])
+        refuse_changed_config(changed_settings(meta["config"], config, options), checkpoint)
     loader.load_state_dict(meta["loader"], allow_changed_data=config.resume.allow_changed_data)
     progress, notices = progress_after(meta, config, beginning(config, loader.num_samples), checkpoint)
     if progress.step == progress.num_steps:

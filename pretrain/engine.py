@@ -357,7 +357,7 @@ class Engine:
         attendance.reach("loading a checkpoint")
         meta = self.store.load(path, self.deepspeed)
         if not self.config.resume.allow_changed_config:
-            refuse_changed_config(changed_settings(meta["config"], self.config), path)
+            refuse_changed_config(changed_settings(meta["config"], self.config, type(self.objective.options)), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
         changes = named_code.changes(meta.get("own_code", {}), self.own_code)

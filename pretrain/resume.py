@@ -11,7 +11,7 @@ import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from prelude.data.errors import UserError
 from prelude.pretrain import attendance, distributed
@@ -134,15 +134,13 @@ def _jump_of_learning_rate(meta: dict, config: Config, progress: Progress) -> st
     return f"the learning rate jumps here: {then:.3g} -> {now:.3g}"
 
 
-def changed_settings(saved: dict, config: Config) -> list[str]:
-    """`key: then -> now` for every setting that differs and must not."""
-    then, now = flat(_with_defaults(saved)), flat(config.model_dump(mode="json"))
-    keys = sorted(set(then) | set(now))
+def changed_settings(saved: dict, config: Config, options: type[BaseModel]) -> list[str]:
+    """`key: then -> now` for every setting that differs and must not. options: what the objective's own are read by."""
+    then, now = flat(_with_defaults(saved, options)), flat(config.model_dump(mode="json"))
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
-        for key in keys
-        if then.get(key) != now.get(key)
-        and not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in _FREE)
+        for key in sorted(set(then) | set(now))
+        if then.get(key) != now.get(key) and not _may_change(key)
     ]
 
 
@@ -158,12 +156,15 @@ def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
         )
 
 
-def _with_defaults(saved: dict) -> dict:
+def _with_defaults(saved: dict, options: type[BaseModel]) -> dict:
     """With the keys that did not exist when the checkpoint was saved, at what they do when they are left out."""
     try:
-        return Config.model_validate(saved).model_dump(mode="json")
-    except ValidationError:
+        known = Config.model_validate(saved).model_dump(mode="json")
+        given = {key: value for key, value in known["objective"].items() if key != "name"}
+        own = options.model_validate(given).model_dump(mode="json")
+    except ValidationError:  # of another objective, or a version that had other settings
         return saved
+    return known | {"objective": known["objective"] | own}
 
 
 def flat(values: dict, prefix: str = "") -> dict:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel
 
 from prelude.checkpoints.manifest import STATE
 from prelude.checkpoints.store import Store, recorded_config
@@ -94,14 +95,17 @@ def recipe_of(run: Path) -> str | None:
     return yaml.safe_dump(settings, sort_keys=False) if settings else None
 
 
-def is_finished(config: Config, data: Collection[str]) -> bool:
-    """Whether the run of this config has come to its end, with these settings, on data with such a fingerprint."""
+def is_finished(config: Config, options: type[BaseModel], data: Collection[str]) -> bool:
+    """Whether the run of this config has come to its end, with these settings, on data with such a fingerprint.
+
+    options: what the objective's own settings are read by.
+    """
     newest = Store(Path(config.run_dir) / "checkpoints").newest()
     if newest is None:
         return False
     saved = json.loads((newest / STATE).read_text())
     meta = saved["meta"]
-    same = meta["loader"]["fingerprint"] in data and not changed_settings(meta["config"], config)
+    same = meta["loader"]["fingerprint"] in data and not changed_settings(meta["config"], config, options)
     return same and saved["step"] == meta["num_steps"]
 
 

@@ -20,6 +20,7 @@ GOOD = {
 
 class ToyOptions(Options):
     mask_ratio: float = Field(0.5, gt=0, lt=1)
+    registers: int = 0
 
 
 def options_for(name):
@@ -93,7 +94,7 @@ def test_overrides_reach_nested_keys_and_read_as_yaml(tmp_path):
     assert config.optimizer.lr == 1e-3
     assert config.encoder.size == (32, 64)
     assert config.data.shuffle.window == 7
-    assert config.objective == {"name": "toy", "mask_ratio": 0.6}
+    assert config.objective == {"name": "toy", "mask_ratio": 0.6, "registers": 0}
     assert config.encoder.kwargs == {"depth": 3}
     with pytest.raises(UserError, match="is not an override"):
         load_config(recipe, ["train.epochs"], options_for)
@@ -136,9 +137,12 @@ def test_what_changes_the_run_is_told_from_what_does_not():
     config = validate_config(GOOD, "x", options_for)
     saved = config.model_dump(mode="json")
     saved["data"]["num_workers"], saved["train"]["zero_stage"], saved["data"]["shards"] = 7, 2, "elsewhere.tar"
-    assert changed_settings(saved, config) == []
+    assert changed_settings(saved, config, ToyOptions) == []
     saved["optimizer"]["lr"], saved["encoder"]["kwargs"] = 1.0, {"depth": 3}
-    assert changed_settings(saved, config) == ["encoder.kwargs.depth: 3 -> None", "optimizer.lr: 1.0 -> 0.00015"]
+    assert changed_settings(saved, config, ToyOptions) == [
+        "encoder.kwargs.depth: 3 -> None",
+        "optimizer.lr: 1.0 -> 0.00015",
+    ]
 
 
 def test_a_range_of_values_is_two_growing_numbers_or_auto():
@@ -149,10 +153,13 @@ def test_a_range_of_values_is_two_growing_numbers_or_auto():
         assert "data.range" in refused({"data.range": wrong})
 
 
-def test_a_run_from_before_there_were_ranges_and_commands_goes_on():
+def test_a_run_from_before_there_were_some_settings_goes_on():
     config = validate_config(GOOD, "x", options_for)
     saved = config.model_dump(mode="json")
     del saved["data"]["range"]
-    assert changed_settings(saved, config) == []
+    del saved["objective"]["registers"]
+    assert changed_settings(saved, config, ToyOptions) == []
     ranged = validate_config(GOOD | {"data": GOOD["data"] | {"range": [0, 4095]}}, "x", options_for)
-    assert len(changed_settings(saved, ranged)) == 1
+    assert len(changed_settings(saved, ranged, ToyOptions)) == 1
+    other = validate_config(GOOD | {"objective": GOOD["objective"] | {"registers": 4}}, "x", options_for)
+    assert changed_settings(saved, other, ToyOptions) == ["objective.registers: 0 -> 4"]

@@ -6,6 +6,7 @@ from prelude.data.errors import UserError
 from prelude.launch.training import data_of, seen_as
 from prelude.pretrain import overrides
 from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.objective import Options
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.resume import changed_settings
 
@@ -90,10 +91,10 @@ def test_a_resume_knows_the_data_by_their_content_and_the_mix_by_its_weights():
         config_of(*MIX),
         config_of(*MIX, "data.mix.photos.shards=elsewhere/a.tar", "data.mix.x-ray.select.seed=3"),
     )
-    assert changed_settings(then.model_dump(mode="json"), moved) == []
+    assert changed_settings(then.model_dump(mode="json"), moved, Options) == []
     heavier = config_of(*MIX, "data.mix.photos.weight=3")
-    assert changed_settings(then.model_dump(mode="json"), heavier) == ["data.mix.photos.weight: 2.0 -> 3.0"]
+    assert changed_settings(then.model_dump(mode="json"), heavier, Options) == ["data.mix.photos.weight: 2.0 -> 3.0"]
     before = config_of("data.shards=a").model_dump(mode="json")
     for key in ("mix", "select", "image"):
         del before["data"][key]
-    assert changed_settings(before, config_of("data.shards=a")) == []
+    assert changed_settings(before, config_of("data.shards=a"), Options) == []

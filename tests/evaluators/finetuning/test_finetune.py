@@ -13,6 +13,7 @@ from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.labels import class_numbers
 from prelude.evaluators.finetuning import finetune
+from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.monitors import StepRecord
@@ -138,7 +139,7 @@ def test_another_start_is_another_run(prepared, monkeypatch):
 
     before = prepared().config
     monkeypatch.setattr(finetune, "open_encoder", lambda source, *, seed=0: opened(VIT, seed=5))
-    changes = changed_settings(before.model_dump(mode="json"), prepared().config)
+    changes = changed_settings(before.model_dump(mode="json"), prepared().config, FineTuneOptions)
     assert len(changes) == 1 and changes[0].startswith("objective.weights: ")
 
 
