@@ -179,8 +179,8 @@ def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    with contextlib.suppress(OSError):
-        os.utime(sought.path())
+    with contextlib.suppress(OSError):  # the time of change stays: who has it open looks at that
+        os.utime(sought.path(), ns=(time.time_ns(), os.stat(sought.path()).st_mtime_ns))
     return Kept(images, labels, shards, contents, sought.name)
 
 
@@ -251,8 +251,13 @@ def _remove_superseded(sought: _Sought) -> None:
     of_paths = sought.name.partition("-")[0]
     for path in _folder().glob(f"{of_paths}-*"):
         with contextlib.suppress(OSError):
-            if not path.name.startswith(sought.name) and time.time() - path.stat().st_mtime > _UNUSED_SECONDS:
+            if not path.name.startswith(sought.name) and time.time() - _used_at(path) > _UNUSED_SECONDS:
                 path.unlink()
+
+
+def _used_at(path: Path) -> float:
+    status = path.stat()
+    return max(status.st_atime, status.st_mtime)
 
 
 # ---- one shard
