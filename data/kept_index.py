@@ -32,7 +32,7 @@ from prelude.data.index_file import Entry
 from prelude.data.locks import alone
 from prelude.data.node_cache import cache_folder
 from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
-from prelude.data.remote_shards import RemoteShard, shard_name
+from prelude.data.remote_shards import RemoteShard, named, shard_name
 from prelude.data.tar_index import MOST_LABELS, Problem, TarIndex, index_every_label, index_tar, is_image
 from prelude.data.waiting import called, in_threads, moved
 from prelude.data.walking import walk_all
@@ -131,7 +131,7 @@ class _Sought(NamedTuple):
         self.at[:] = [] if shard is None else [shard[0]]
 
     def waits_for(self) -> str:
-        return f"the headers of {self.at[0]}" if self.at else f"the index of {self.paths[0]} and the rest"
+        return f"the headers of {self.at[0]}" if self.at else f"the index of {named(self.paths)}"
 
     def path(self, label: str = "") -> str:
         of_label = f".{_hash(label)[:16]}.labels" if label else ".images"

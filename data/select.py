@@ -74,10 +74,7 @@ def _with_label(index: ShardIndex, ids: np.ndarray, selection: Selection, where:
         taken[i] = value in wanted
         found |= {value} if taken[i] else set()
     if missing := sorted(wanted - found):
-        raise UserError(
-            f"No sample of {index.paths[0]} and the rest has the label {', '.join(missing)} of {where}.values; correct "
-            f"it."
-        )
+        raise UserError(f"No sample of {index.named} has the label {', '.join(missing)} of {where}.values; correct it.")
     return there[taken]
 
 
@@ -97,7 +94,7 @@ def _with_keys(index: ShardIndex, wanted: Sequence[str], where: str) -> np.ndarr
         begin = end
     if missing := [line for line in wanted if line not in places]:
         raise UserError(
-            f"{len(missing)} keys of {where} are not in {index.paths[0]} and the rest (the first: {missing[0]!r}); "
+            f"{len(missing)} keys of {where} are not in {index.named} (the first: {missing[0]!r}); "
             f"write the keys of samples that are there."
         )
     if twice := next((line for line in wanted if len(places[line]) > 1), None):

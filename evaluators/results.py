@@ -206,9 +206,9 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
 
     console = console or Console()
     print_whole(console, build, [name for row in names for name in row])
-    for result in results:
-        for warning in result.outcome.warnings:
-            console.print(f"{result.encoder['name']}: {warning}", highlight=False, markup=False)
+    told = [f"{result.encoder['name']}: {warning}" for result in results for warning in result.outcome.warnings]
+    for text in dict.fromkeys(told):  # several evaluators say the same of their images
+        console.print(text, highlight=False, markup=False)
 
 
 def _cell(number: Percent | None) -> str:

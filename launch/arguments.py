@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
+from prelude.data.absent import refuse_absent
 from prelude.data.errors import UserError
 from prelude.pretrain import overrides
 from prelude.pretrain.config import DataConfig, SelectConfig
@@ -49,6 +50,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     settings = [word for word in words if _OVERRIDE.match(word)]
     args = parser.parse_intermixed_args([word for word in words if not _OVERRIDE.match(word)])
     args.overrides = [*args.overrides, *_gathered(settings)]
+    return args
+
+
+def parse_present(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The same, of a door that takes shards. Raises UserError for such that plainly are not there."""
+    args = parse(parser, argv)
+    for action in parser._actions:
+        if isinstance(action, Shards) and (given := getattr(args, action.dest)):
+            refuse_absent(given, f"{action.option_strings[0]} ")
     return args
 
 

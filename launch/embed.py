@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from prelude.data.absent import refuse_absent
 from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
 from prelude.launch.arguments import (
     SOURCES,
@@ -33,6 +34,7 @@ from prelude.launch.exit_codes import INCOMPLETE, door
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     format_of(args.to)
+    refuse_absent(args.shards, "")
     refuse_to_overwrite(args.to, "--to")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

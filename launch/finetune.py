@@ -24,7 +24,7 @@ from prelude.launch.arguments import (
     add_config,
     add_labelled,
     documented_parser,
-    parse,
+    parse_present,
     refuse_without_dry_run,
     source,
 )
@@ -32,7 +32,7 @@ from prelude.launch.exit_codes import door, leave
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     refuse_without_dry_run(args)
     check_recipe(args.config, args.overrides)
     from prelude.evaluators.finetuning import finetune

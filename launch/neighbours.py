@@ -24,7 +24,7 @@ from prelude.launch.arguments import (
     add_range,
     add_reading,
     documented_parser,
-    parse,
+    parse_present,
     path,
     seed,
     source,
@@ -36,7 +36,7 @@ COLUMNS = ("query", "rank", "cosine", "key", "label", "shard")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     for option, place, ending in (("--sheet", args.sheet, ".png"), ("--out", args.out, ".csv")):
         if place and Path(place).suffix.lower() != ending:
             raise UserError(f"{option} {place} does not end in {ending}; write {Path(place).stem}{ending}.")

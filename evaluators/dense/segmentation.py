@@ -23,7 +23,8 @@ from prelude.evaluators.dense.places import Places, predicted, shares
 from prelude.evaluators.dense.share_loss import ShareLoss
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, Space
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
-from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings
+from prelude.evaluators.frozen.knn import few_warnings
+from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings, listed
 from prelude.evaluators.results import Outcome
 
 WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -36,19 +37,30 @@ class Classes:
 
     def __init__(self, train: Places, test: Places):
         of_train, of_test = (part.labels[part.labels != IGNORED].unique().tolist() for part in (train, test))
+        for name, found in (("train", of_train), ("test", of_test)):
+            if not found:
+                raise UserError(
+                    f"The {name} masks hold no pixel that counts ({IGNORED} does not, nor what --ignore names); write "
+                    f"other masks, or leave --ignore out."
+                )
         if len(of_train) < 2:
             raise UserError(
-                f"The train masks hold one class only ({of_train}), so there is nothing to tell apart; write masks "
-                "with two classes or more, and leave out of --ignore what is one of them."
+                f"The train masks hold class {of_train[0]} only, so there is nothing to tell apart; write masks with "
+                f"two classes or more, and leave out of --ignore what is one of them."
             )
-        if not of_test:
-            raise UserError("The test masks hold no pixel that counts; write other masks, or leave --ignore out.")
         self.numbers = [*of_train, *sorted(set(of_test) - set(of_train))]
         self.num_known, self._table = len(of_train), torch.full((256,), IGNORED, dtype=torch.uint8)
         self._table[torch.tensor(self.numbers)] = torch.arange(len(self.numbers), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def warnings(self) -> list[str]:
+        """Where test has classes that train lacks."""
+        strange = self.numbers[self.num_known :]
+        if not strange:
+            return []
+        return [f"Test masks hold classes that train lacks ({listed(strange)}), and each counts with an IoU of 0."]
 
     def of(self, masks: Tensor) -> Tensor:
         return self._table[masks.long()]
@@ -97,7 +109,9 @@ def segment_linear(
         {"grid": grid},
         by_kind,
         seed,
-        warnings=told + edge_warnings("weight decay", heads[chosen]["weight_decay"], weight_decays),
+        warnings=classes.warnings()
+        + told
+        + edge_warnings("weight decay", heads[chosen]["weight_decay"], weight_decays),
     )
 
 
@@ -119,13 +133,14 @@ def segment_knn(
         if len(train) > 1:
             scores = _voting(places, classes, fit, k, temperature, num_patches, seed, device)
             held_out[kind] = 100 * _overlap(scores, places, held, classes).iou().nanmean().item()
-        everything = torch.arange(len(places))
+        everything, count = torch.arange(len(places)), min(len(places.each), num_patches)
         scores = _voting(places, classes, everything, k, temperature, num_patches, seed, device)
         by_kind[kind] = _tested(scores, test[kind], classes, seed, names)
     chosen = max(held_out, key=held_out.get) if held_out else next(iter(train))
+    told = classes.warnings() + few_warnings([k], count, "train patches")
     recipe = {"k": k, "temperature": temperature, "num_patches": num_patches, "features": list(train)}
     details = {"held_out_miou": held_out}
-    return _outcome("segment_knn", {"features": chosen}, recipe, details, by_kind, seed)
+    return _outcome("segment_knn", {"features": chosen}, recipe, details, by_kind, seed, warnings=told)
 
 
 def _logits(head) -> Scores:

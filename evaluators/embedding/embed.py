@@ -97,7 +97,7 @@ def embed(embedding: Embedding) -> Written | None:
         pieces = [(start, rows) for start, rows in pieces if rows]
         if not pieces:
             _clear(embedding.kept)
-            raise NothingReadable()
+            raise NothingReadable(index.named)
         about = _about(embedding, encoder, index, pieces[0][1])
         written = _write(embedding, Table(index, pieces, labels, embedding.dtype, about))
         _clear(embedding.kept)

@@ -149,7 +149,7 @@ def index_of(embedded: Embedded, shards: str | Sequence[str] | None = None) -> S
     index = _index(embedded, shards if isinstance(shards, str) else list(shards or embedded.about["data"]["shards"]))
     if index.fingerprint != embedded.about["data"]["fingerprint"]:
         raise UserError(
-            f"The images in {index.paths[0]} and the rest are not those that {embedded.name} was made of; write "
+            f"The images in {index.named} are not those that {embedded.name} was made of; write "
             f"--shards with those, or leave --sheet out."
         )
     return index

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, hits, percent
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-5 + i / 2):.3g}") for i in range(12))  # 1e-5 .. 3.16
@@ -67,7 +67,7 @@ def linear_probe(
         },
         details={"grid": grid, "by_features": by_features},
         by_kind={kind: found["test"] for kind, found in by_features.items()},
-        warnings=_warnings(chosen, weight_decays),
+        warnings=lacking_warnings(train, test) + _warnings(chosen, weight_decays),
     )
 
 

@@ -12,12 +12,13 @@ from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 
 HELD_OUT = 0.1  # share of each class
+MOST_LISTED = 10  # classes in a sentence
 
 
 def contiguous_labels(train: dict[str, Features], test: dict[str, Features]) -> tuple[Tensor, Tensor, int]:
     """Train and test labels as 0..C-1 in the order of the class numbers of train, and C.
 
-    A test sample of a class that train does not have gets -1, which no prediction can match.
+    A test sample of a class that train does not have gets -1, which no prediction can match; see `lacking_warnings`.
     Raises UserError where train has fewer than two classes.
     """
     raw, test_raw = next(iter(train.values())).labels, next(iter(test.values())).labels
@@ -28,6 +29,23 @@ def contiguous_labels(train: dict[str, Features], test: dict[str, Features]) -> 
         )
     place = torch.searchsorted(classes, test_raw).clamp(max=len(classes) - 1)
     return labels, torch.where(classes[place] == test_raw, place, -1), len(classes)
+
+
+def lacking_warnings(train: dict[str, Features], test: dict[str, Features]) -> list[str]:
+    """A warning where test has class numbers that train lacks."""
+    known, found = (next(iter(part.values())).labels for part in (train, test))
+    strange = ~torch.isin(found, known)
+    if not strange.any():
+        return []
+    return [
+        f"{int(strange.sum())} of {len(found)} test images are of classes that train lacks "
+        f"({listed(found[strange].unique().tolist())}), and count as missed."
+    ]
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """The first few."""
+    return ", ".join([*map(str, numbers[:MOST_LISTED]), *(["…"] if len(numbers) > MOST_LISTED else [])])
 
 
 def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
