@@ -7,7 +7,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -32,6 +32,10 @@ class Selection:
     values: tuple[int | str, ...] = ()
     share: float | None = None
     seed: int = 0  # of the share
+
+    def said(self) -> dict:
+        """What was chosen, for the record; `Selection(**said)` is the same."""
+        return {key: value for key, value in asdict(self).items() if value}
 
 
 def selected(index: ShardIndex, selection: Selection | None, where: str) -> ShardIndex:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -52,7 +52,7 @@ class Labelled:
     def described(self, name: str, index: ShardIndex) -> dict:
         """Of train or test, for the record."""
         select = getattr(self, f"{name}_select")
-        chosen = {"select": {key: value for key, value in asdict(select).items() if value}} if select else {}
+        chosen = {"select": select.said()} if select else {}
         return {"shards": getattr(self, name), **chosen, "fingerprint": index.fingerprint}
 
     def described_labels(self, index: ShardIndex) -> dict:

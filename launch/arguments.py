@@ -152,14 +152,19 @@ def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: s
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """Which images and classes of the labelled shards."""
     for name in ("train", "test"):
-        parser.add_argument(
-            f"--{name}-select",
-            action="append",
-            metavar="KEY=VALUE",
-            help=f"a part of {name}: keys=FILE, label=NAME with values=[...], share=0.1, seed=N",
-        )
+        add_select(parser, f"--{name}-select", name)
     parser.add_argument("--classes", type=path, metavar="FILE", help="names in the order of their numbers, one a line")
     add_image(parser)
+
+
+def add_select(parser: argparse.ArgumentParser, option: str, whole: str) -> None:
+    """whole: what a part is taken of, in a word."""
+    parser.add_argument(
+        option,
+        action="append",
+        metavar="KEY=VALUE",
+        help=f"a part of {whole}: keys=FILE, label=NAME with values=[...], share=0.1, seed=N",
+    )
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:

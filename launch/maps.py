@@ -22,6 +22,7 @@ from prelude.launch.arguments import (
     Shards,
     add_image,
     add_range,
+    add_select,
     documented_parser,
     parse_present,
     path,
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.features.dense import dense_plan
     from prelude.evaluators.features.extraction import evaluation_plan
     from prelude.evaluators.judging import refuse_unknown
+    from prelude.launch.frozen import part_of
     from prelude.launch.neighbours import keep
 
     refuse_pixels(args.sources)
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     blocks, told = [], []
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
-        index = index_as_seen(name, shards_of(args), value_range=args.range, image=args.image or "")
+        seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
+        index = index_as_seen(name, shards_of(args), **seen_as)
         samples = chosen_samples(index, args.of, args.count, opened.config.in_chans)
         plan = dense_plan(evaluation_plan(opened))
         pixels = read_samples(index, plan, samples.ids)
@@ -119,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--features", metavar="KIND", help="tokens, tokens4 or map, map2 (default: tokens or map)")
     parser.add_argument("--to", required=True, type=path, metavar="FILE.png", help="a file that is not there")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
+    add_select(parser, "--select", "the images")
     add_image(parser)
     add_range(parser)
     return parser

@@ -20,6 +20,7 @@ from prelude.launch.arguments import (
     Shards,
     add_image,
     add_range,
+    add_select,
     documented_parser,
     parse_present,
     path,
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-images", type=whole(1), metavar="N", help="from all over (default: 500)")
     parser.add_argument("--out", type=path, metavar="DIR", help=OUT)
     parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of random: (default: 0)")
+    add_select(parser, "--test-select", "test")
     add_image(parser)
     add_range(parser)
     return parser

@@ -11,27 +11,27 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.progress import progress_bar
+from prelude.data.shards import ShardIndex
 from prelude.evaluators.dense.global_shape import TILES, global_shape
 from prelude.evaluators.dense.samples import all_over
 from prelude.evaluators.embedding.embed import index_as_seen
 from prelude.evaluators.features.dense import dense_plan
 from prelude.evaluators.features.extraction import Extractor, evaluation_plan, pool
 from prelude.evaluators.judging import described, first_section, keep, open_source
+from prelude.evaluators.labelled import selection
 from prelude.evaluators.results import Result, versions
+from prelude.launch.frozen import part_of
 from prelude.pretrain import distributed
 from prelude.pretrain.images import images as device_images
 
 BATCH, NUM_IMAGES = 64, 500
+TEST_SELECT = "--test-select"
 
 
 def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Callable[[str], None]) -> Result:
     """Raises UserError for a source or shards that cannot be used."""
-    section = first_section(args.sources)
-    shards = args.test or (section and section.test_shards)
-    if not shards:
-        raise UserError(f"There are no images to judge {source} on; write --test SHARDS.")
     encoder = open_source(source, args.sources, args.seed)
-    index = index_as_seen(source, shards, value_range=args.range, image=args.image or "")
+    index, data = _images(source, args)
     plan, started = dense_plan(evaluation_plan(encoder)), time.monotonic()
     extractor = Extractor(encoder, args.features, distributed.device(), plan)
     size = encoder.config.size
@@ -58,8 +58,21 @@ def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Cal
     if args.num_images and args.num_images > index.num_samples:
         warnings.append(f"The shards hold {index.num_samples} images, fewer than --num-images {args.num_images}.")
     outcome = replace(outcome, warnings=warnings + outcome.warnings)
-    data = {"test": {"shards": shards, "fingerprint": index.fingerprint, "num_samples": read}}
+    data = {"test": {**data, "fingerprint": index.fingerprint, "num_samples": read}}
     seconds = round(time.monotonic() - started, 3)
     result = Result(source, described(encoder), data, extractor.recipe, outcome, command, seconds, versions())
     keep(result, args.sources, args.out, say)
     return result
+
+
+def _images(source: str, args: argparse.Namespace) -> tuple[ShardIndex, dict]:
+    """What is looked at, and what is recorded of it: as given, or as the run's evaluate section has it."""
+    section = first_section(args.sources)
+    shards = args.test or (section and section.test_shards)
+    if not shards:
+        raise UserError(f"There are no images to judge {source} on; write --test SHARDS.")
+    of_section = None if args.test or not section else selection(section.test_select)
+    part = part_of(args.test_select, TEST_SELECT) or of_section
+    image = args.image or (section and section.image) or ""
+    index = index_as_seen(source, shards, "", args.range, image, part, TEST_SELECT)
+    return index, {"shards": shards, **({"select": part.said()} if part else {})}
