@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="heads on features of variance 1, as BatchNorm without affine makes them (default), or on plain ones",
     )
     parser.add_argument(
-        "--weight-decays", nargs="+", type=finite, metavar="WD", help="(default: 12, or the protocol's)"
+        "--weight-decays", nargs="+", type=finite, metavar="WD", help="(default: 16, or the protocol's)"
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="train heads as in a paper, on augmented images")
     parser.add_argument("--learning-rates", nargs="+", type=finite, metavar="LR", help="(default: the protocol's)")

@@ -27,7 +27,7 @@ from prelude.evaluators.frozen.knn import few_warnings
 from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings, listed
 from prelude.evaluators.results import Outcome
 
-WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+WEIGHT_DECAYS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CHOOSE_ON, HELD_IMAGES = 50_000, 200  # patches that decays are compared on, and images that compare them, at most
 NUM_PATCHES = 20_000
 
@@ -93,7 +93,7 @@ def segment_linear(
             miou = _overlap(_logits(found.only(h)), places, held, classes).iou().nanmean().item()
             converged = found.converged[h]
             grid.append({"features": kind, "weight_decay": decay, "held_out_miou": 100 * miou, "converged": converged})
-        best = max(grid[-len(weight_decays) :], key=lambda row: row["held_out_miou"])
+        best = max(grid[-len(weight_decays) :], key=lambda row: (row["held_out_miou"], row["weight_decay"]))
         start = found.only(list(weight_decays).index(best["weight_decay"]))
         head = space.fit(loss, (best["weight_decay"],), start=start)
         heads[kind] = {**best, "converged": head.converged[0]}
@@ -109,10 +109,13 @@ def segment_linear(
         {"grid": grid},
         by_kind,
         seed,
-        warnings=classes.warnings()
-        + told
-        + edge_warnings("weight decay", heads[chosen]["weight_decay"], weight_decays),
+        warnings=classes.warnings() + told + _edge(heads[chosen], grid, weight_decays),
     )
+
+
+def _edge(head: dict, grid: Sequence[dict], weight_decays: Sequence[float]) -> list[str]:
+    scores = [row["held_out_miou"] for row in grid if row["features"] == head["features"]]
+    return edge_warnings("weight decay", head["weight_decay"], weight_decays, scores=scores)
 
 
 def segment_knn(

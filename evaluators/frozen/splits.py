@@ -12,6 +12,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 
 HELD_OUT = 0.1  # share of each class
+LEVEL = 0.1  # points, by which neighbours in a grid are told apart
 MOST_LISTED = 10  # classes in a sentence
 
 
@@ -66,10 +67,21 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return by_class[~held].sort().values, by_class[held].sort().values
 
 
-def edge_warnings(setting: str, value: float, grid: Sequence[float], how_often: str = "") -> list[str]:
-    """A warning where `value`, which was chosen for `setting`, is the least or the largest of a grid of several."""
+def edge_warnings(
+    setting: str, value: float, grid: Sequence[float], how_often: str = "", scores: Sequence[float] = ()
+) -> list[str]:
+    """A warning where `value`, which was chosen for `setting`, is the least or the largest of a grid of several.
+
+    scores: held-out, in percent, of the grid's values. What a weight decay does vanishes with it: where the least one
+    is `LEVEL` or less above the next, no lesser one can be better by much, and there is none.
+    """
     if len(set(grid)) < 2 or value not in (min(grid), max(grid)):
         return []
+    if scores and value == min(grid):
+        by_value = dict(sorted(zip(grid, scores, strict=True)))
+        least, following, *_ = by_value.values()
+        if least - following <= LEVEL:
+            return []
     return [
         f"The chosen {setting} {value:g} is at the edge of the grid ({min(grid):g} to {max(grid):g}){how_often}, so a "
         f"better one may lie outside."
