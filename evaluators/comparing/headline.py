@@ -33,7 +33,8 @@ class Headline:
     value: float
     low: float  # ends of the 95 % interval; over several pretraining seeds, of their mean too
     high: float
-    text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]; 63.1 ± 0.7, seeds ± 1.2
+    text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
+    seeds: str = ""  # seeds ± 1.2: the deviation over pretrainings, where there are several
     kind: str = ""  # of feature; where draws or seeds differ, the one chosen most often. "": there is no choice of one
 
 
@@ -57,11 +58,12 @@ def number(name: str, found: dict) -> Headline:
         text += f" [{low:.1f}, {high:.1f}]"
     elif doubt is not None:
         text += f" ± {doubt:.1f}"
+    seeds = ""
     if "seeds" in found:
-        text += f", seeds ± {found['seeds']:.1f}"
+        seeds = f"seeds ± {found['seeds']:.1f}"
         more = _quantile(found["num_seeds"] - 1) * found["seeds"] / math.sqrt(found["num_seeds"])
         low, high = value - math.hypot(value - low, more), value + math.hypot(high - value, more)
-    return Headline(name, value, low, high, text)
+    return Headline(name, value, low, high, text, seeds)
 
 
 def _quantile(freedom: int) -> float:

@@ -72,7 +72,8 @@ def cells(comparison: Comparison, entry: Entry) -> list[Cell]:
             found.append(Cell(NOTHING, "", "", False))
             continue
         leads = entry.kind == "pretrained" and number.value == headline(best(comparison, evaluator), evaluator).value
-        found.append(Cell(number.text, number.kind, "" if more is None else f"{more:+.1f}", leads))
+        text = ", ".join(filter(None, (number.text, number.seeds)))
+        found.append(Cell(text, number.kind, "" if more is None else f"{more:+.1f}", leads))
     return found
 
 

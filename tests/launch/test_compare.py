@@ -14,7 +14,7 @@ from runs import BIN, ROOT, deepspeed
 
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
-from prelude.evaluators.frozen import exact_search, ncm
+from prelude.evaluators.frozen import knn, ncm
 from prelude.evaluators.frozen.multilabel import multilabel
 from prelude.evaluators.labelled import Labelled
 from prelude.launch import compare, compared_runs, comparing, prelude
@@ -128,7 +128,7 @@ def test_the_same_command_trains_nothing_and_finds_the_same_numbers(first, comma
 
     monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
     monkeypatch.setattr(compared_runs, "run_door", refuse)
-    monkeypatch.setattr(exact_search.Neighbours, "nearest", refuse)  # nor is anything fitted
+    monkeypatch.setattr(knn, "classify", refuse)  # nor is anything fitted
     monkeypatch.setattr(ncm, "class_means", refuse)
     assert prelude.main(["compare", *command]) == INCOMPLETE
     again = json.loads((folder / "out" / "comparison.json").read_text())

@@ -104,7 +104,9 @@ def test_repeated_pretrainings_are_one_row_with_the_spread_of_seeds_apart_from_t
     assert (found["value"], found["seeds"], found["num_seeds"]) == (pytest.approx(56), pytest.approx(6), 3)
     assert found["se"] == pytest.approx(4.94, abs=0.03)  # of 100 images, however many the seeds
     shown = headline(entry, "knn")
-    assert shown.text == "56.0 ± 4.9, seeds ± 6.0"
+    assert (shown.text, shown.seeds) == ("56.0 ± 4.9", "seeds ± 6.0")
+    comparison = comparison_of(entry)
+    assert "56.0 ± 4.9, seeds ± 6.0" in markdown(comparison) and "seeds ± 6.0, pool" in page(comparison)
     half = np.hypot(1.96 * found["se"], stats.t.ppf(0.975, 2) * 6 / np.sqrt(3))
     assert (shown.low, shown.high) == (pytest.approx(56 - half), pytest.approx(56 + half))
     assert [each.numbers["knn"]["top1"]["value"] for each in entry.repeats] == pytest.approx([50, 56, 62])
