@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.launch import finetuning
     from prelude.launch.planning import dry_run
     from prelude.pretrain import distributed
+    from prelude.pretrain.trackers import tracker
 
     task = finetune.prepare(
         args.source,
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         from_scratch=args.from_scratch,
     )
     finetune.check(task, args.ranks or distributed.launched_world_size())
+    tracker.check(task.config.log)
     if args.dry_run:
         return dry_run(args, task.config, lambda config, asked: finetuning.dry_run(task, asked))
     command = shlex.join(["prelude", "finetune", *(sys.argv[1:] if argv is None else argv)])

@@ -39,7 +39,7 @@ def run(task: finetune.Task, command: str) -> int:
         curve = finetune.TestCurve(test, task.options.test_every_epochs, folder.path / "test.jsonl")
         monitors = [
             *folder.monitors,
-            *logs_of(folder.path, loader.num_workers),
+            *logs_of(config, loader.num_workers),
             *([curve] if curve.every_epochs else []),
         ]
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
