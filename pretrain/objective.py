@@ -76,6 +76,15 @@ class Objective(nn.Module, ABC):
         change nothing here either. Reading it would make the host wait; multiply by it.
         """
 
+    def has_ended(self, progress: Progress) -> bool:
+        """Whether the run is over before its last step, as where held-out images say so; on all ranks alike.
+
+        Asked before the first step of a start and after each one; what it is decided by must be in the module's
+        tensors, so that a run that goes on ends where it would have. May raise Stopped on all ranks, and is then
+        asked again at the same step by the next start.
+        """
+        return False
+
     def lr_scales(self) -> dict[str, float]:
         """Multipliers of the learning rate by parameter name, such as a decay by layers; 1 where a name is absent."""
         return {}
