@@ -110,8 +110,9 @@ def test_attention_gets_no_gradient_from_the_labels(batch):
     assert all(parameter.grad is not None for parameter in classifier.parameters())
 
 
+WITHOUT_TOKEN = {"kwargs": POOLED.kwargs | {"class_token": False}}
 MISTAKES = {
-    "no class token": ({"attention_labels": "transmix"}, {"kwargs": POOLED.kwargs | {"class_token": False}}, {}, "does not tell"),
+    "no class token": ({"attention_labels": "transmix"}, WITHOUT_TOKEN, {}, "does not tell; leave it out"),
     "compiled": ({"attention_labels": "transmix"}, {}, {"compile": True}, "write train.compile=false."),
     "cells that do not fit the image": ({"cutmix_cell": 5}, {}, {}, "does not divide an image of 16x16 pixels"),
     "cells that do not fit patches": (
