@@ -130,7 +130,7 @@ def test_two_ranks_train_what_plain_torch_trains(folder, whole):
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = build_optimizer(model, config, model.lr_scales())
     shuffle = Shuffle(**config.data.shuffle.model_dump())
-    loader = Loader(task.train, model.views, seed=config.seed, micro_batch=16, shuffle=shuffle, label="cls")
+    loader = Loader(task.samples.train, model.views, seed=config.seed, micro_batch=16, shuffle=shuffle, label="cls")
     losses = []
     for step in range(4):
         progress = Progress(step, 4, 120 / 16)

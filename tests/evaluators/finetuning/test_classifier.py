@@ -167,3 +167,43 @@ def test_the_train_view_is_what_the_options_say():
     assert (view.crop, view.shift, view.flip, view.augment.magnitude) == ("center", 2, 0.0, 5)
     assert view.augment.fill == (128, 128, 128)
     assert classifier(crop_scale=(0.3, 1.0)).views.views[0].scale == (0.3, 1.0)
+
+
+def test_trivial_augment_fills_with_black_and_rand_augment_with_the_mean():
+    for policy, fill in {"trivial": (0, 0, 0), "rand": (128, 128, 128)}.items():
+        assert classifier(augment={"policy": policy}).views.views[0].augment.fill == fill
+
+
+def test_crops_of_training_and_test_are_resized_alike():
+    for interpolation in ("bicubic", "bilinear"):
+        model = classifier(interpolation=interpolation)
+        views = model.views.views + model.test_views.views
+        assert [view.interpolation for view in views] == [interpolation, interpolation]
+
+
+@pytest.mark.parametrize("std", [2e-5, 0.01, 0.0])
+def test_the_head_starts_as_large_as_the_recipe_says(std):
+    head = classifier(head_std=std).head
+    assert head.bias.abs().max() == 0
+    assert head.weight.std().item() == pytest.approx(std, rel=0.3)
+
+
+def test_a_uniform_head_is_torch_s_own_layer():
+    ours, bound = classifier(head_std="uniform").head, 1 / 16**0.5
+    drawn = torch.cat([ours.weight.flatten(), ours.bias]).detach() / bound
+    assert stats.kstest(drawn.numpy(), "uniform", args=(-1, 2)).pvalue > 0.01
+
+
+def test_under_lamb_a_head_of_almost_nothing_stands_still():
+    """What the setting is for: a step of LAMB is as large as the weight."""
+    moved = {}
+    for std in (2e-5, "uniform"):
+        model = classifier(head_std=std)
+        before = model.head.weight.detach().clone()
+        optimizer = build_optimizer(model, config(name="lamb", lr=1e-3), model.lr_scales())
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(labelled_batch(model, [2, 3, 7, 11]), Progress(0, 10, 1.0)).total.backward()
+            optimizer.step()
+        moved[std] = (model.head.weight.detach() - before).norm().item()
+    assert moved[2e-5] < 1e-6 and moved["uniform"] > 1e-3
