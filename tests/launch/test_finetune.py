@@ -1,5 +1,5 @@
-"""Fine-tuning through the real launcher: killed and resumed, and two ranks against plain torch; several findings an image,
-stopped early, by two ranks, one rank, and what goes on from them."""
+"""Fine-tuning through the real launcher: killed and resumed, and two ranks against plain torch. Several findings an
+image, stopped early: two ranks, one rank, and what goes on from them."""
 
 import json
 import shutil
