@@ -35,12 +35,12 @@ def run(task: finetune.Task, command: str) -> int:
         classifier = finetune.build(task, loaded.append)
         loader = _loader_of(task, classifier, config)
         test = _testing(task, classifier, task.samples.test, loader.num_workers)
-        if classifier.held_out is not None:
-            classifier.held_out.test = _testing(task, classifier, task.samples.held_out, loader.num_workers)
         curves = _curves(task, classifier, test, folder.path)
         monitors = [*folder.monitors, *curves, *logs_of(folder.path, loader.num_workers)]
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         engine = Engine(config, classifier, loader, store, monitors, peak_flops)
+        if classifier.held_out is not None:  # now that the engine has copied the objective, to see what a step costs
+            classifier.held_out.test = _testing(task, classifier, task.samples.held_out, loader.num_workers)
         stop_when(engine.stop_wanted)
         folder.note(precision=str(engine.precision))
         introduce(config, engine, loader, device)

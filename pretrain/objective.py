@@ -40,6 +40,9 @@ class Objective(nn.Module, ABC):
     # as a momentum teacher that follows them, says 2.
     max_zero_stage: ClassVar[int] = 3
 
+    # Of a sample's label, where an objective reads any: () for a class number.
+    label_shape: tuple[int, ...] = ()
+
     # How often a step makes the host wait for the device, where the method cannot do without; each time costs speed.
     host_waits: ClassVar[int] = 0
 

@@ -55,7 +55,7 @@ class Classifier(Objective):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
         self.views = ViewPlan((_train_view(options, image_size, mean),), mean, std)
         self.test_views = ViewPlan((_test_view(options, image_size),), mean, std)
-        self.findings = findings
+        self.findings, self.label_shape = findings, (len(classes),) if findings else ()
         self.register_buffer("classes", classes)
         self.register_buffer("weights", weights, persistent=False)
         self.head = _head(pooled_width(encoder), len(classes), options.head_std)

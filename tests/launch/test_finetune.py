@@ -277,3 +277,9 @@ def test_one_rank_goes_on_from_two(two, arguments, tmp_path):
     assert last_step(again) == last_step(two) and result_of(again)["chosen"]["step"] == result_of(two)["chosen"]["step"]
     expected = [line["loss"] for line in two.metrics() if line["step"] > GONE_ON]
     assert [line["loss"] for line in again.metrics()] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_dry_run_tells_what_is_held_out(arguments, tmp_path, capsys):
+    assert door.main([*arguments, f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "63 images of 3 findings" in told and "held out 27 images" in told and not (tmp_path / "run").exists()
