@@ -13,7 +13,7 @@ NAMES = ["odd", "small", "rare"]
 def answers(number: int, sample: int) -> dict:
     """Of the class `number`: some uncertain, some not told."""
     small = -1 if sample % 7 == 3 else None if sample % 11 == 5 else int(number < 5)
-    return {"odd": number % 2, "small": small, "rare": int(number == 0)}
+    return {"odd": number % 2, "small": small, "rare": int(number == 0 and sample % 4 == 0)}
 
 
 def write_findings(folder: Path, name: str, num_samples: int, *, image_size: int = 16, first_patient: int = 0) -> str:
