@@ -63,7 +63,7 @@ class FineTuneOptions(Options):
     # balanced: N / (C x images of the class); of findings, of presence and absence. Or numbers by class or finding.
     class_weights: Literal["equal", "balanced"] | dict[int | str, Positive] = "equal"
     # Standard deviation of the head's first weights; uniform: torch's own, within 1 / sqrt(width), biases too.
-    head_std: Annotated[float, Field(ge=0)] | Literal["uniform"] = 2e-5
+    head_std: Annotated[float, Field(gt=0)] | Literal["uniform"] = 2e-5
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the average of the weights; 0: none
     test_crop_share: float | None = Field(None, gt=0, le=1)  # None: 0.875 from 128 to 224 pixels, else all of it
     test_every_epochs: float | None = Field(None, gt=0)  # a curve to look at; only the last weights are reported
