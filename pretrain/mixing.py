@@ -63,7 +63,6 @@ class Mixed:
     partners: Tensor  # (B, C) of the other image
     share: Tensor  # (B,) of the own image, by area
     own: Tensor  # (B, H, W) of each pixel, how much is the own image's
-    pasted: Tensor  # (B,) bool: pixels are of one image or the other, and none is a blend
 
     def mixed_targets(self, share: Tensor | None = None) -> Tensor:
         """share: (B,) of the own image; None: by area."""
@@ -101,7 +100,7 @@ class Mixing(nn.Module):
             own = torch.where(cuts[:, None, None], stays, own)
             share = torch.where(cuts, stays.mean((1, 2)), share)
         mixed = torch.lerp(partners(images), images, own[:, None])
-        return Mixed(mixed, targets, partners(targets), share, own, cuts)
+        return Mixed(mixed, targets, partners(targets), share, own)
 
     def _stays(self, share: Tensor, u: Tensor, seeds: Tensor, height: int, width: int) -> Tensor:
         """(B, H, W) bool: True where the own image stays."""

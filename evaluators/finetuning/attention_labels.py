@@ -5,7 +5,7 @@
 
 - a is the attention to patches that the own image keeps, of that to all patches: the class token's, in the last block,
   mean over heads. Published code draws one box, or share, for each batch; here each image has its own.
-- s is the own image's share in the targets. Only images of which pixels were pasted (CutMix, MaskMix) are relabelled.
+- s is the own image's share in the targets. A blend (mixup) has it in each patch, so that a = s and nothing changes.
 - Neither attention nor c carries a gradient: targets are not trained.
 """
 
@@ -61,5 +61,4 @@ def relabelled(mixed: Mixed, paid: Tensor, grid: tuple[int, int], logits: Tensor
         weight = torch.full_like(by_attention, 0.5)
     else:
         weight = F.cosine_similarity(mixed.mixed_targets(), logits.float().softmax(1), dim=1)
-    share = torch.where(mixed.pasted, torch.lerp(mixed.share, by_attention, weight), mixed.share)
-    return mixed.mixed_targets(share)
+    return mixed.mixed_targets(torch.lerp(mixed.share, by_attention, weight))

@@ -65,7 +65,7 @@ def loss_by_loop(classifier, batch, how) -> float:
     for i in range(B):
         j = i + 1 if i % 2 == 0 else i - 1
         share = mixed.share[i].item()
-        if mixed.pasted[i]:
+        if set(mixed.own[i].unique().tolist()) <= {0.0, 1.0}:  # pasted, and no blend
             kept = all_patches = 0.0
             for row in range(GRID):
                 for column in range(GRID):
