@@ -36,6 +36,7 @@ TOP5_FROM = 10  # classes; below, five guesses say little
 TITLES = {
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "balanced": "mean of classes %",
     "auc": "macro AUC %",
     "map": "mAP %",
     "auroc": "AUROC %",
