@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,6 +105,35 @@ def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
     except OSError as error:
         _warn_unkept(str(_folder()), error.strerror or str(error))
         return compute()
+
+
+def kept_numbers(
+    identity: str, what: str, compute: Callable[[], tuple[np.ndarray, Any]]
+) -> tuple[Places | np.ndarray, Any]:
+    """As `remembered`, an (N, 2) table of whole numbers of 0 or more, which is mapped, and what is said of it, JSON."""
+    if not identity:
+        return compute()
+    path = str(_folder() / f"{identity.partition(' ')[0]}.{_hash([CACHE_VERSION, identity, what])}.numbers")
+    try:
+        if (table := _mapped(path)) is None:
+            with alone(f"{path}.lock"):
+                if (table := _mapped(path)) is None:
+                    computed, about = compute()
+                    write_images(path, lambda: [computed], lambda: about)
+                    table = Mapped(path)
+        return table, table.about
+    except OSError as error:
+        _warn_unkept(str(_folder()), error.strerror or str(error))
+        return compute()
+
+
+def _mapped(path: str) -> Mapped | None:
+    """None where it is not there yet, or spoilt."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        table = Mapped(path)
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return table
 
 
 def _signed(path: Path, of: str) -> str:

@@ -131,6 +131,11 @@ class ShardIndex:
         return len(self.images)
 
     @property
+    def identity(self) -> str:
+        """Changes with what is in the index; "" where it is not kept, so that nothing made of it is either."""
+        return self._identity
+
+    @property
     def num_shards(self) -> int:
         return len(self.paths)
 

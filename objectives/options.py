@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prelude.pretrain.options import AreaRange, Count, Options, Positive
+from prelude.pretrain.options import AreaRange, Count, Options, Positive, Text
 
 Strategy = Literal["otsu_components", "quantiles"]  # how DSeq-JEPA cuts regions, see `regions`
 
@@ -46,6 +46,9 @@ class SecondView(ColourOptions):
 class SeveralViewsOptions(Options):
     projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
     flip: float = Field(0.5, ge=0, le=1)  # probability
+    # Field that images of one group (a patient, a place, a track) have in common, such as json:patient: every second
+    # view is then of another image of the group. None: all views are of one image.
+    pair_by: Text | None = None
 
     @field_validator("projector")
     @classmethod

@@ -5,11 +5,13 @@
 - Views belong to the view plan: crops and flips are drawn in the loader, colours on the device, by the sample's seed.
 - The batch is the global one: batch norm, in encoder and projector, is over all ranks, and a loss is told how many rows
   each rank has, so that its statistics are too. Micro-batches would be another loss, and are refused.
+- With `pair_by` the second view, and every second one of more, is of another image of the same group.
 - `TwoViews` makes a forward pass of each view, so that every batch norm sees one view at a time.
 - Embeddings reach the loss in float32 at least, under any autocast.
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,9 @@ class SeveralViews(Objective):
 
     def __init__(self, encoder: nn.Module, options: SeveralViewsOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
-        self.views = ViewPlan(views=self.planned_views(image_size), mean=mean, std=std)
+        views, group = self.planned_views(image_size), options.pair_by or ""
+        views = tuple(replace(view, partner=bool(group) and number % 2 == 1) for number, view in enumerate(views))
+        self.views = ViewPlan(views=views, mean=mean, std=std, group=group)
         self.projector = projector(pooled_width(encoder), options.projector, bias=self.projector_bias)
         synchronise(self)
 
