@@ -33,6 +33,7 @@ CASES = {
     "barlow_twins": (RESNET, {"projector": [8, 8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
     "vicreg": (RESNET, {"projector": [8, 8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
     "lejepa": (RESNET, {"projector": [8, 8], "num_directions": 8, "colours": COLOURLESS}),
+    "msbreg": (RESNET, {"projector": [8, 8], "predictor": [8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
     "rotation": (RESNET, {}),
 }  # fmt: skip
 

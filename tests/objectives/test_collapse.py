@@ -46,6 +46,7 @@ OBJECTIVES = {
     "simmim": ({"mask_patch": 8, "mask_ratio": 0.5}, VIT | {"kwargs": SHAPE}),
     "vicreg": ({"projector": [64, 64]} | PEACEFUL, RESNET),
     "lejepa": ({"projector": [64, 16], "num_directions": 64, "num_local": 0, "colours": {"blur": 0.0}}, RESNET),
+    "msbreg": ({"projector": [64, 32], "predictor": [64], "momentum": 0.95} | PEACEFUL, RESNET),
     "rotation": ({"crop_scale": None}, RESNET),
     "spark": ({"decoder_dim": 32, "mask_ratio": 0.5}, RESNET | {"kwargs": RESNET["kwargs"] | {"output_stride": 8}}),
 }
@@ -179,6 +180,16 @@ def test_barlow_twins_whose_views_have_nothing_in_common():
 def test_vicreg_without_variance_and_covariance():
     objective = built("vicreg", variance_weight=0.0, covariance_weight=0.0)
     assert causes("vicreg", objective, lr=1e-2) == {"redundant_embedding"}, numbers[-1]
+
+
+def test_msbreg_without_its_singular_values_or_a_teacher_of_its_own():
+    objective = built("msbreg", singular_value_weight=0.0, brownian_weight=0.0, momentum=0.0, momentum_end=0.0)
+    objective.predictor = torch.nn.Identity()  # what keeps BYOL from a constant is gone too
+    assert causes("msbreg", objective, lr=1e-2) & {"redundant_embedding", "few_dimensions"}, numbers[-1]
+
+
+def test_msbreg_whose_teacher_does_not_follow():
+    assert "lost_teacher" in causes("msbreg", built("msbreg", momentum=1.0), lr=1e-2), numbers[-1]
 
 
 def test_lejepa_without_its_regulariser():
