@@ -1,5 +1,5 @@
-"""MSBReg ("An Embedding-Dynamic Approach to Self-supervised Learning", first called BMWReg), by its description: no
-official code is known.
+"""MSBReg (Moon et al., "An Embedding-Dynamic Approach to Self-supervised Learning", arXiv 2207.03552),
+by its description: no official code is known.
 
 Several views of every image go through an encoder, a projector and a predictor, and through a momentum teacher of
 encoder and projector. Embeddings have length 1. All views of an image are drawn to the centroid of what the teacher

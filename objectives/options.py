@@ -182,6 +182,7 @@ class MAEOptions(Options):
     mask_block: int = Field(1, ge=1)  # patches are hidden in squares of so many a side; 4 in Pixio
     decoder: Literal["self", "cross"] = "self"  # cross: CrossMAE's, whose queries see visible patches alone
     predicted_share: float | None = Field(None, gt=0, lt=1)  # of all patches; None: all that are hidden
+    gradient_weight: float = Field(0.0, ge=0)  # of the gradient map as a second target, with a decoder of its own
     norm_pix_loss: bool = True  # predict patches of mean 0 and variance 1 rather than plain pixels
     decoder_dim: int = Field(512, ge=4)
     decoder_depth: int = Field(8, ge=1)

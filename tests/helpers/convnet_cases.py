@@ -45,6 +45,14 @@ BARLOW = {
 # A loss by samples where the batch is smaller than the embedding, by columns where it is not
 NARROW = BARLOW | {"projector": [24, 12]}
 VICREG = {"name": "vicreg", "projector": [24, 20], "view_1": {"blur": 0.5}}
+MAE_GRADIENT = {
+    "name": "mae",
+    "gradient_weight": 1.0,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "mask_ratio": 0.5,
+}
 MSBREG = {
     "name": "msbreg",
     "projector": [24, 12],
@@ -102,6 +110,7 @@ CASES = {
     "vicreg resnet lars": (VICREG, RESNET, LARS, 0),
     "vicreg vit adamw zero2": (VICREG | {"projector": [24, 12]}, VIT, ADAMW, 2),
     "lejepa resnet adamw": (LEJEPA, RESNET, ADAMW, 0),
+    "mae gradient vit adamw": (MAE_GRADIENT, VIT | {"patch_size": 8}, ADAMW, 0),
     "msbreg resnet lars": (MSBREG, RESNET, LARS, 0),
     "msbreg vit adamw zero2": (MSBREG | {"centroid": "mean"}, VIT, ADAMW, 2),
     "vicreg with dynamics adamw": (VICREG | {"singular_value_weight": 0.1, "brownian_weight": 0.1}, RESNET, ADAMW, 0),
@@ -113,6 +122,7 @@ RESUMED = (
     "vicreg resnet lars",
     "lejepa resnet adamw",
     "msbreg resnet lars",
+    "mae gradient vit adamw",
     "simmim swin adamw",
     "fcmae convnext adamw",
 )

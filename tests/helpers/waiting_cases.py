@@ -60,6 +60,7 @@ IJEPA = {"name": "ijepa", "predictor_dim": 16, "predictor_depth": 1}
 DSEQ = IJEPA | {"name": "dseqjepa", "lambda_start": 1.0}
 CASES = {
     **{f"mae zero{stage}": (MAE, VIT, ADAMW, stage) for stage in range(4)},
+    "mae gradient": (MAE | {"gradient_weight": 1.0}, VIT, ADAMW, 0),
     **{f"ijepa zero{stage}": (IJEPA, VIT, ADAMW, stage) for stage in range(3)},
     **{f"dseqjepa zero{stage}": (DSEQ, VIT, ADAMW, stage) for stage in range(3)},
     "ijepa rotary": (IJEPA, EVA, ADAMW, 0),

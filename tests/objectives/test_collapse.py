@@ -30,11 +30,9 @@ RESNET = {
 }
 PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "momentum": 0.95}
 PEACEFUL = {"view_1": {"blur": 0.0}, "view_2": {"blur": 0.0}, "crop_scale": [0.6, 1.0]}
+SMALL_MAE = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5}
 OBJECTIVES = {
-    "mae": (
-        {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5},
-        VIT | {"kwargs": SHAPE},
-    ),
+    "mae": (SMALL_MAE, VIT | {"kwargs": SHAPE}),
     "ijepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
     "dseqjepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
     "barlow_twins": ({"projector": [64, 64], "off_diagonal_weight": 0.02} | PEACEFUL, RESNET),
@@ -119,6 +117,13 @@ def test_a_healthy_run_is_left_in_peace(name):
 def test_mae_whose_encoder_says_nothing_of_images_that_have_no_mean():
     mae = built("mae")
     mae.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
+    assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
+
+
+def test_mae_with_gradients_is_left_in_peace_and_not_when_its_encoder_says_nothing():
+    assert causes("mae", built("mae", gradient_weight=1.0)) == set(), numbers[-1]
+    mae = built("mae", gradient_weight=1.0)
+    mae.encoder.norm.requires_grad_(False).weight.zero_()
     assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
 
 
