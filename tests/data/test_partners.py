@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import random
 import struct
 from collections import Counter, defaultdict
@@ -299,6 +300,8 @@ def test_groups_are_found_once_and_mapped(shards, cache, monkeypatch):
     again = Partners(ShardIndex(paths), "json:who.patient", SEED)
     assert again.table.path == first.table.path and again.told() == first.told()
     assert again.fingerprint == first.fingerprint and not reads
+    sent = pickle.loads(pickle.dumps(again))  # to a worker that is not forked
+    assert sent.first(np.arange(30), range(30)).tolist() == first.first(np.arange(30), range(30)).tolist()
 
 
 def test_groups_whose_file_is_spoilt_are_found_again(shards, cache):

@@ -99,8 +99,8 @@ def test_the_reference_loss_of_both_targets():
     assert mask.removed.tolist() == [[0, 2, 3]]
     pixels, ids = image(8, 8), mask.removed
     i = ids[0][:, None].double()
-    predicted = (0.5 + 0.1 * torch.sin(i + 0.3 * torch.arange(48)))[None].requires_grad_()
-    of_map = (0.1 * torch.cos(i + 0.3 * torch.arange(16)))[None].requires_grad_()
+    predicted = (0.5 + 0.1 * torch.sin(i + 0.3 * torch.arange(48, dtype=torch.float64)))[None].requires_grad_()
+    of_map = (0.1 * torch.cos(i + 0.3 * torch.arange(16, dtype=torch.float64)))[None].requires_grad_()
     gradient = Gradients(of_map, mae._values(mae.gradient_of(pixels), ids))
     loss = mae.loss(Reconstruction(predicted, mae._values(pixels, ids), mask, ids, gradient))
     loss.total.backward()
