@@ -29,7 +29,7 @@ from prelude.objectives.projector import projector
 from prelude.objectives.several_views import SeveralViews, coloured_view, full_precision, spread_of, wide_share
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.collectives import all_reduce, row_counts
-from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
+from prelude.pretrain.feature_health import feature_health
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss
 from prelude.pretrain.schedules import Progress, cosine
@@ -43,7 +43,6 @@ class MSBReg(SeveralViews):
         "same_features": "raise objective.singular_value_weight, or lower optimizer.lr",
         "few_dimensions": "raise objective.singular_value_weight, or lower optimizer.lr",
         "redundant_embedding": "raise objective.singular_value_weight",
-        "trivial_loss": "weaken the augmentations (objective.crop_scale, objective.view_1), or lower optimizer.lr",
     }
 
     def __init__(self, encoder: nn.Module, options: MSBRegOptions, *, image_size, mean, std):
@@ -81,8 +80,8 @@ class MSBReg(SeveralViews):
 
         The parts are the three terms without their weights, and of this rank's first view the effective number of
         dimensions as a share of what is attainable, less where all point nearly the same way (`embedding_rank_share`),
-        and what `spread_of` sees. `trivial_loss`: see `_trivial_loss`; the centroids of views that have nothing in
-        common agree all the same.
+        and what `spread_of` sees. No loss is trivial: the teacher sees the same views, so that a student that knows
+        each view, and nothing that they have in common, is not far from the centroid.
         """
         with torch.autocast(predicted.device.type, enabled=False):
             q, t = (unit(rows) for rows in full_precision(predicted, target))
@@ -91,8 +90,6 @@ class MSBReg(SeveralViews):
             rank_share = feature_health(q[0].detach())["feature_rank_share"]
             apart = (1 - q[0].detach().mean(0).square().sum()).clamp(min=0).sqrt()  # 1 where they point everywhere
             parts |= {"centroid": centroid.detach(), "embedding_rank_share": wide_share(rank_share, apart)}
-            if self.options.centroid == "views":
-                parts[TRIVIAL_LOSS] = total.new_full((), self._trivial_loss(sum(counts), q.shape[-1]))
             return Loss(total, parts | spread_of(q[0]))
 
     def _centroid_term(self, q: Tensor, t: Tensor, counts: list[int]) -> Tensor:
@@ -101,19 +98,6 @@ class MSBReg(SeveralViews):
             return all_reduce((1 - alike).sum()) / sum(counts)
         centre = unit(t.mean(0))  # (n, D)
         return all_reduce((2 - 2 * (q * centre).sum(-1)).sum()) / (len(q) * sum(counts))
-
-    def _trivial_loss(self, count: int, width: int) -> float:
-        """Of views that have nothing in common, whose embeddings share the part r of their length that costs least:
-        r = 1 are constant embeddings. The teacher's embedding of a view is part of the centroid, and known."""
-        o, num_views = self.options, self.options.num_views
-        by_chance = (width - 1) / (num_views * count)
-
-        def cost(r: float) -> float:
-            length = (r**2 + (1 - r**2) / num_views) ** 0.5  # of a mean of views
-            unequal = (width - 1) * r**4 + by_chance * (1 - r**2) ** 2
-            return 2 - 2 * length + o.singular_value_weight * unequal
-
-        return min(cost(step / 1000) for step in range(1001))
 
     def after_step(self, progress: Progress, applied: Tensor) -> None:
         done = progress.step - 1  # steps before the one that was just applied
