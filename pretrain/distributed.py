@@ -212,6 +212,24 @@ def _hosts() -> dist.ProcessGroup:
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
+class Aside:
+    """The ranks among themselves, for a thread: what it says meets nothing of what the main threads say meanwhile.
+
+    Collective when it is made. Raises RuntimeError where a rank is lost.
+    """
+
+    def __init__(self):
+        self.rank, self.world_size = rank(), world_size()
+        # A disk may take its time; who is gone is found out by `attendance`.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+    def told_to_first(self, value) -> list | None:
+        """Each rank's value (any picklable object), on rank 0; None elsewhere."""
+        values = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values
+
+
 def of_all(value) -> list:
     """Each rank's value (any picklable object), on every rank."""
     if world_size() == 1:
