@@ -13,7 +13,6 @@ from starts import Start
 
 NUM_STEPS = 24
 CRASHED_AT = 18  # steps, of the run whose checkpoints are damaged
-_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class Wrong(Exception):
@@ -26,18 +25,18 @@ def require(fact: bool, otherwise: str, started: Start | None = None) -> None:
 
 
 class Bench:
-    """The data, the recipe, and the weights of a run that nobody disturbed, in `folder`."""
+    """The data, the recipe, and the weights of a run that nobody disturbed, in `folder`. ranks: of each start."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, ranks: int = 1):
         starts.import_everything()
         from prelude.data.shapes import write_shards
 
-        self.folder = folder
+        self.folder, self.ranks = folder, ranks
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)  # some starts are made without the rights of root
         shards = write_shards(folder / "shapes", "train", num_samples=64, seed=0, image_size=16)
         self.recipe = folder / "recipe.yaml"
-        self.recipe.write_text(yaml.safe_dump(_recipe(folder, str(shards[0]))))
+        self.recipe.write_text(yaml.safe_dump(_recipe(folder, str(shards[0]), ranks)))
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         shutil.rmtree(folder / "unbroken", ignore_errors=True)
         self.seconds = 10.0
@@ -52,7 +51,7 @@ class Bench:
 
     def start(self, run: Path, *overrides: str, **more) -> Start:
         run.parent.mkdir(parents=True, exist_ok=True)
-        return starts.start(self.words(run, *overrides), self.folder / f"{run.name}.out", **more)
+        return starts.start(self.words(run, *overrides), self.folder / f"{run.name}.out", self.ranks, **more)
 
     def newest(self, run: Path) -> int:
         """The step of the newest complete checkpoint, 0 where none was ever saved. Wrong where all are lost."""
@@ -81,10 +80,13 @@ class Bench:
         return started
 
     def is_the_same(self, run: Path) -> None:
-        last = f"checkpoints/step-{NUM_STEPS:08d}"
-        for name in _FILES:
-            ours, theirs = ((place / last / name).read_bytes() for place in (run, self.folder / "unbroken"))
-            require(ours == theirs, f"{name} differs from that of the unbroken run")
+        ours, theirs = (place / f"checkpoints/step-{NUM_STEPS:08d}" for place in (run, self.folder / "unbroken"))
+        names = sorted(path.name for path in theirs.iterdir())
+        require(names == sorted(path.name for path in ours.iterdir()), "its last checkpoint has other files")
+        for name in names:
+            if name not in ("state.json", "manifest.json"):  # which have the folder's name, and how often it was saved
+                same = (ours / name).read_bytes() == (theirs / name).read_bytes()
+                require(same, f"{name} differs from that of the unbroken run")
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         require(steps == list(range(1, NUM_STEPS + 1)), f"metrics.jsonl has the steps {steps}")
 
@@ -105,7 +107,8 @@ class Bench:
         return run
 
 
-def _recipe(folder: Path, shards: str) -> dict:
+def _recipe(folder: Path, shards: str, ranks: int) -> dict:
+    more = {"zero_stage": 1, "rank_timeout_seconds": 20} if ranks > 1 else {}
     return {
         "run_dir": str(folder / "run"),
         "data": {"shards": shards, "num_workers": 0, "shuffle": {"window": 16}},
@@ -116,7 +119,7 @@ def _recipe(folder: Path, shards: str) -> dict:
             "kwargs": {"depth": 1, "embed_dim": 32, "num_heads": 2},
         },
         "objective": {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-        "train": {"epochs": NUM_STEPS / 8, "global_batch": 8, "micro_batch": 4, "precision": "fp32"},
+        "train": {"epochs": NUM_STEPS / 8, "global_batch": 8, "micro_batch": 4, "precision": "fp32"} | more,
         "optimizer": {"lr": 0.01, "warmup_epochs": 0.5},
         "checkpoint": {"every_steps": 4, "keep": 2},
         "log": {"every_steps": 1, "pictures_every_steps": 10},
