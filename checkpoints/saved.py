@@ -20,7 +20,7 @@ from prelude.checkpoints.manifest import (
     ranks_of,
     read_manifest,
 )
-from prelude.checkpoints.state.inventory import Inventory, Spec
+from prelude.checkpoints.state.inventory import Inventory, Pieces, Spec
 from prelude.checkpoints.state.scalars import Number
 from prelude.checkpoints.tensor_files import DTYPES, NAMES, Laid, TensorFiles
 from prelude.data.errors import UserError
@@ -86,16 +86,13 @@ def open_tensors(path: Path, content: str = MODEL) -> TensorFiles:
     listed = json.loads((path / PIECES).read_bytes())[content]
     return TensorFiles(
         {
-            name: Laid(
-                Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]]),
-                tuple((files[rank], start, stop) for rank, start, stop in entry["pieces"]),
-            )
+            name: Laid(Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]]), files, entry["pieces"])
             for name, entry in listed.items()
         }
     )
 
 
-def listed_pieces(laid: dict[str, tuple[Spec, list[tuple[int, int, int]]]]) -> dict:
+def listed_pieces(laid: dict[str, tuple[Spec, Pieces]]) -> dict:
     """What `open_tensors` reads of a content's pieces, in JSON's values."""
     return {
         name: {"shape": list(spec.shape), "dtype": NAMES[spec.dtype], "pieces": pieces}

@@ -17,7 +17,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from prelude.checkpoints.state.inventory import Spec
+from prelude.checkpoints.state.inventory import Pieces, Spec
 from prelude.pretrain.files import created
 
 DTYPES = {
@@ -66,19 +66,39 @@ def _write(path: Path, contents: Iterable[Sequence]) -> dict:
 
 @dataclass(frozen=True)
 class Laid:
-    """A tensor, and where it lies: `pieces` are (path, start, stop) of its flattened elements, in order."""
+    """A tensor, and where its pieces lie: a rank's in its file. Raises ValueError where they leave something out."""
 
     spec: Spec
-    pieces: tuple[tuple[Path, int, int], ...]
+    files: Sequence[Path]
+    pieces: Pieces
 
     def __post_init__(self):
-        at = 0
-        for _, start, stop in self.pieces:
-            if start != at or stop < start:
-                raise ValueError(f"pieces of a tensor leave elements {at} to {start} out")
-            at = stop
-        if at != math.prod(self.spec.shape):
-            raise ValueError(f"pieces of a tensor end at element {at} of {math.prod(self.spec.shape)}")
+        size, at = self.size, 0
+        if isinstance(self.pieces, int):
+            at = min(self.pieces * len(self.files), size)
+        else:
+            for rank, start, stop in self.pieces:
+                if start != at or stop < start or not 0 <= rank < len(self.files):
+                    raise ValueError(f"the piece of rank {rank} has elements {start} to {stop} and not from {at} on")
+                at = stop
+        if at != size:
+            raise ValueError(f"the pieces of a tensor end at element {at} of {size}")
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.spec.shape)
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
+        """(file, first, last) of the pieces that have any of these elements."""
+        if start == stop:
+            return
+        if isinstance(self.pieces, int):
+            for rank in range(start // self.pieces, -(-stop // self.pieces)):
+                yield self.files[rank], rank * self.pieces, min((rank + 1) * self.pieces, self.size)
+        else:
+            for rank, first, last in self.pieces:
+                if first < stop and start < last:
+                    yield self.files[rank], first, last
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -96,25 +116,25 @@ class TensorFiles(Mapping[str, Tensor]):
             for name in file.keys():
                 stored = file.get_slice(name)
                 spec = Spec(tuple(stored.get_shape()), DTYPES[stored.get_dtype()])
-                laid[name] = Laid(spec, ((path, 0, math.prod(spec.shape)),))
+                laid[name] = Laid(spec, (path,), [(0, 0, math.prod(spec.shape))])
         return cls(laid)
 
     def spec(self, name: str) -> Spec:
         return self.laid[name].spec
 
     def __getitem__(self, name: str) -> Tensor:
-        spec, pieces = self.laid[name].spec, self.laid[name].pieces
+        laid = self.laid[name]
+        pieces = list(laid.within(0, laid.size))
         if len(pieces) == 1:
-            return self._open(pieces[0][0]).get_tensor(name).view(spec.shape)
-        return self.stretch(name, 0, math.prod(spec.shape)).view(spec.shape)
+            return self._open(pieces[0][0]).get_tensor(name).view(laid.spec.shape)
+        return self.stretch(name, 0, laid.size).view(laid.spec.shape)
 
     def stretch(self, name: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened tensor, (stop - start,)."""
         found = torch.empty(stop - start, dtype=self.laid[name].spec.dtype)
-        for path, first, last in self.laid[name].pieces:
+        for path, first, last in self.laid[name].within(start, stop):
             a, b = max(start, first), min(stop, last)
-            if a < b:
-                found[a - start : b - start] = _elements(self._open(path), name, a - first, b - first)
+            found[a - start : b - start] = _elements(self._open(path), name, a - first, b - first)
         return found
 
     def __iter__(self) -> Iterator[str]:

@@ -7,7 +7,7 @@ bf16 and fp16 being autocast formats.
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Holder:
     members: dict[str, torch.Size]
     span: Callable[[str, int], tuple[int, int, int]]
     partitioned: bool
+    equal: dict[str, int] = field(default_factory=dict)  # of members cut equally: the elements of each rank's part
 
     def put(self, target: Tensor, name: str, value: Tensor) -> None:
         """Copies this rank's part of a full `value` into `target`, which has the holder's layout."""
@@ -96,7 +97,7 @@ def _sharded_holders(zero, names: dict[Tensor, str]) -> Iterator[Holder]:
             return min(rank * part, size), min((rank + 1) * part, size), places[name]
 
         group = zero.optimizer.param_groups[zero.sub_group_to_group_id[index]]
-        yield Holder(flat, group, members, span, partitioned=True)
+        yield Holder(flat, group, members, span, partitioned=True, equal=parts)
 
 
 def optimizer_of(engine) -> torch.optim.Optimizer:

@@ -8,6 +8,10 @@ import torch
 
 from prelude.checkpoints.state.scalars import Number
 
+# (rank, start, stop) of each piece of a flattened tensor, in order; or how many elements each rank's has, where they
+# are equal: under ZeRO 3 there would be as many entries as tensors times ranks.
+Pieces = list[tuple[int, int, int]] | int
+
 
 class Spec(NamedTuple):
     """A tensor without its values."""

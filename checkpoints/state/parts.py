@@ -20,7 +20,7 @@ from prelude.checkpoints.state.holders import (
     sharded_part,
     sharded_span,
 )
-from prelude.checkpoints.state.inventory import Spec
+from prelude.checkpoints.state.inventory import Pieces, Spec
 from prelude.checkpoints.state.misfits import refuse_half_precision
 from prelude.checkpoints.state.portable import loss_scale_of, on_host
 from prelude.checkpoints.state.scalars import Number, is_moment, scalars_by_name
@@ -38,6 +38,7 @@ class Source:
     spec: Spec
     values: Tensor
     span: Span | None = None  # None: all ranks have it alike
+    equal: int = 0  # elements of each rank's piece, where all but the last are equal
 
     @property
     def size(self) -> int:
@@ -54,12 +55,13 @@ class Part:
     scalars: dict[str, dict[str, Number | dict]] = field(default_factory=dict)
     loss_scaler: dict[str, Number] | None = None
 
-    def laid(self, ranks: int) -> dict[str, dict[str, tuple[Spec, list[tuple[int, int, int]]]]]:
-        """content -> name -> the tensor, and (rank, start, stop) of each piece. Takes a while for many ranks."""
+    def laid(self, ranks: int) -> dict[str, dict[str, tuple[Spec, Pieces]]]:
+        """content -> name -> the tensor, and its pieces."""
         found = {"model": {}, "optimizer": {}}
         for source in self.sources:
-            spans = ((rank, *source.span(rank)[:2]) for rank in range(ranks))
-            found[source.content][source.name] = (source.spec, [piece for piece in spans if piece[1] < piece[2]])
+            spans = () if source.equal else ((rank, *source.span(rank)[:2]) for rank in range(ranks))
+            pieces = source.equal or [piece for piece in spans if piece[1] < piece[2]]
+            found[source.content][source.name] = (source.spec, pieces)
         return found
 
 
@@ -90,17 +92,18 @@ def _sources(engine, holders, optimizer: torch.optim.Optimizer) -> Iterator[Sour
         for name, shape in holder.members.items():
             held.add(name)
             span = (lambda rank, h=holder, n=name: h.span(n, rank)) if holder.partitioned else None
-            yield Source("model", name, Spec(shape, holder.tensor.dtype), holder.tensor, span)
+            equal = holder.equal.get(name, 0)
+            yield Source("model", name, Spec(shape, holder.tensor.dtype), holder.tensor, span, equal)
             for key, values in moments.items():
                 spec = Spec(shape if holder.partitioned else values.shape, values.dtype)
-                yield Source("optimizer", f"{name}/{key}", spec, values, span)
+                yield Source("optimizer", f"{name}/{key}", spec, values, span, equal)
     parameters = dict(engine.module.named_parameters())
     for name, tensor in named_tensors(engine.module):
         if name in held:
             continue
         spec = Spec(shape_of(tensor), tensor.dtype)
         if hasattr(tensor, "ds_id"):
-            yield Source("model", name, spec, sharded_part(tensor), sharded_span(tensor))
+            yield Source("model", name, spec, sharded_part(tensor), sharded_span(tensor), tensor.partition_numel())
         elif name in parameters:
             yield Source("model", name, spec, tensor)
         else:
