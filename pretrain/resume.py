@@ -136,7 +136,7 @@ def _jump_of_learning_rate(meta: dict, config: Config, progress: Progress) -> st
 
 def changed_settings(saved: dict, config: Config, options: type[BaseModel]) -> list[str]:
     """`key: then -> now` for every setting that differs and must not. options: what the objective's own are read by."""
-    then, now = flat(_with_defaults(saved, options)), flat(config.model_dump(mode="json"))
+    then, now = (flat(_with_defaults(each, options)) for each in (saved, config.model_dump(mode="json")))
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(set(then) | set(now))
@@ -156,14 +156,14 @@ def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
         )
 
 
-def _with_defaults(saved: dict, options: type[BaseModel]) -> dict:
-    """With the keys that did not exist when the checkpoint was saved, at what they do when they are left out."""
+def _with_defaults(settings: dict, options: type[BaseModel]) -> dict:
+    """With the keys that are left out, or did not exist when a checkpoint was saved, at what they do then."""
     try:
-        known = Config.model_validate(saved).model_dump(mode="json")
+        known = Config.model_validate(settings).model_dump(mode="json")
         given = {key: value for key, value in known["objective"].items() if key != "name"}
         own = options.model_validate(given).model_dump(mode="json")
     except ValidationError:  # of another objective, or a version that had other settings
-        return saved
+        return settings
     return known | {"objective": known["objective"] | own}
 
 

@@ -116,7 +116,7 @@ OUTLOOKS = {
     "other data": ("run", ["data.shuffle.window=3"], 2, "a start would be refused.*shuffle.window"),
     "unread": ("foreign", [], 2, "error: .*it is of format 4"),
     "in use": ("held", [], 2, "would be refused.*is in use by process"),
-    "no folder": ("precious", [], 2, "would be refused.*Not a directory.*; write another run_dir"),
+    "no folder": ("taken", [], 2, "would be refused.*Not a directory.*; write another run_dir"),
     "from nowhere": ("anew", ["resume.checkpoint=/nowhere/step-00000005"], 2, "/nowhere/step-00000005 is no complete"),
 }
 
@@ -126,7 +126,7 @@ def foreseen(start, folder) -> dict[str, tuple]:
     """Each run folder looked at by --dry-run, and whether it is as it was."""
     shutil.copytree(folder / "run", folder / "half")
     shutil.rmtree(folder / "half" / "checkpoints" / "step-00000007")
-    (folder / "precious").touch()
+    (folder / "taken").touch()
     lock = RunLock(folder / "held")
     lock.hold()
     before = snapshot(folder)
@@ -138,7 +138,7 @@ def foreseen(start, folder) -> dict[str, tuple]:
         },
     )
     lock.release()
-    (folder / "precious").unlink()
+    (folder / "taken").unlink()
     after = snapshot(folder)
     ours = {path for path in after if path.endswith((".json", ".out", ".code")) and "/" not in path}
     changed = {path for path, content in after.items() if path not in ours and before.get(path) != content}
