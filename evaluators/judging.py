@@ -24,6 +24,7 @@ from prelude.evaluators.features.bank import Bank, Rows
 from prelude.evaluators.features.extraction import Features, crops_plan
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
+from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
 from prelude.evaluators.labelled import Labelled, describe_data, selection
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
@@ -48,6 +49,7 @@ class Judging:
     num_workers: int = 0
     crops: int = 1  # of an image whose features are averaged
     bank: str | Path | None = None  # the folder of features; None: that of the source's run
+    keep_fits: bool = False  # with the features, so that none is made twice
     out: str | Path | None = None  # folder of results
     command: str = ""
     say: Callable[[str], None] = lambda text: None  # is told what was done, a line at a time
@@ -104,14 +106,30 @@ class Judging:
             if train is None or is_random(source):
                 train, test = self._taken(source, sources, encoder)
             judged = judged or encoder
-            for i, evaluator in enumerate(self.evaluators):
-                started = time.monotonic()
-                outcomes[i].append(evaluator(train, test, seed=seed, device=distributed.device()))
-                seconds[i] += time.monotonic() - started
+            fitted = self._fitted(source, sources, train, test, seed)
+            for i, (outcome, taken) in enumerate(fitted):
+                outcomes[i].append(outcome)
+                seconds[i] += taken
         results = self.told(source, judged, train, test, outcomes, seconds)
         for result in results:
             keep(result, sources, self.out, self.say)
         return results
+
+    def _fitted(
+        self, source: str, sources: Sequence[str], train: dict[str, Features], test: dict[str, Features], seed: int
+    ) -> Iterator[tuple[Outcome, float]]:
+        """What each evaluator found, and the seconds that it took; out of the bank, where fits are kept there."""
+        fits = KeptFits(Bank(self.bank or bank_folder(source, sources)).folder) if self.keep_fits else None
+        content = content_of(train, test) if fits else ""
+        for evaluator in self.evaluators:
+            key = key_of(evaluator, content, seed, distributed.device())
+            if fits and (found := fits.found(key)):
+                yield found
+                continue
+            started = time.monotonic()
+            outcome = evaluator(train, test, seed=seed, device=distributed.device())
+            taken = time.monotonic() - started
+            yield (fits.keep(key, outcome, taken) if fits else outcome), taken
 
     def told(
         self,

@@ -34,11 +34,14 @@ from prelude.launch.exit_codes import door, leave
 def main(argv: list[str] | None = None) -> int:
     args = parse_present(parser(), argv)
     refuse_without_dry_run(args)
+    if args.balanced:
+        args.overrides.insert(0, "objective.class_weights=balanced")
     check_recipe(args.config, args.overrides)
     from prelude.evaluators.finetuning import finetune
     from prelude.launch import finetuning
     from prelude.launch.planning import dry_run
     from prelude.pretrain import distributed
+    from prelude.pretrain.trackers import tracker
 
     task = finetune.prepare(
         args.source,
@@ -50,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         from_scratch=args.from_scratch,
     )
     finetune.check(task, args.ranks or distributed.launched_world_size())
+    tracker.check(task.config.log)
     if args.dry_run:
         return dry_run(args, task.config, lambda config, asked: finetuning.dry_run(task, asked))
     command = shlex.join(["prelude", "finetune", *(sys.argv[1:] if argv is None else argv)])
@@ -69,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "--from-scratch",
         action="store_true",
         help="the same recipe on the same architecture untrained, in RUN_DIR_from_scratch",
+    )
+    parser.add_argument(
+        "--balanced", action="store_true", help="classes, or presence and absence of a finding, weigh alike in the loss"
     )
     add_config(parser)
     return parser

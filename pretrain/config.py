@@ -5,15 +5,12 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
-from prelude.pretrain.options import Count, FilePath, Index, Positive, Share, Strict, Text, Texts, number
-
-
-class Section(Strict):
-    model_config = ConfigDict(validate_default=True)
+from prelude.pretrain.log_config import LogConfig
+from prelude.pretrain.options import Count, FilePath, Index, Positive, Section, Share, Text, Texts, number
 
 
 class ShuffleConfig(Section):
@@ -169,6 +166,7 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
     milestones: list[float] = []  # epochs at which the rate is multiplied by milestone_factor; replaces the cosine
     milestone_factor: float = Field(0.1, gt=0, lt=1)
+    reach_end: bool = False  # whether the last update has the schedules' last values, as in SparK's code
     first_step: Literal[0, 1] = 0  # the first update's number in the schedules: 0 in MAE's code, 1 in I-JEPA's
 
     @model_validator(mode="after")
@@ -226,11 +224,6 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
     keep: int = Field(3, ge=1)
-
-
-class LogConfig(Section):
-    every_steps: int = Field(10, ge=1)
-    pictures_every_steps: int = Field(500, ge=0)  # 0: none
 
 
 class ResumeConfig(Section):

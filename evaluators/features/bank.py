@@ -43,6 +43,7 @@ from prelude.pretrain.sameness import refuse_differences
 FORMAT = 2
 VALUES, SAMPLE_IDS, ABOUT = "values.f32", "sample_ids.i64", "about.json"
 UNFINISHED = ".unfinished-"
+FITS = "fits"  # folder of what was found on them, see `evaluators.kept_fits`
 COPY_BYTES = 2**24
 _ENTRY = re.compile(rf"[0-9a-f]{{24}}|{re.escape(UNFINISHED)}[0-9a-f]+")  # nothing else is ours
 
@@ -108,11 +109,13 @@ class Bank:
         return [Entry(path, _about(path) or {}, _num_bytes(path)) for path in ours]
 
     def clear(self) -> int:
-        """Removes every entry, and what was never finished; returns the bytes that this gave back."""
-        entries = self.entries()
-        for entry in entries:
-            shutil.rmtree(entry.folder)
-        return sum(entry.num_bytes for entry in entries)
+        """Removes every entry, what was never finished, and what was found on them; returns the bytes that this gave
+        back."""
+        entries, fits = self.entries(), self.folder / FITS
+        num_bytes = sum(entry.num_bytes for entry in entries) + _num_bytes(fits)
+        for folder in (*(entry.folder for entry in entries), fits):
+            shutil.rmtree(folder, ignore_errors=folder == fits)
+        return num_bytes
 
     def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size, num_workers, told) -> None:
         refuse_differences({"features": identities})

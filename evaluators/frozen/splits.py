@@ -49,13 +49,13 @@ def listed(numbers: Sequence[int]) -> str:
     return ", ".join([*map(str, numbers[:MOST_LISTED]), *(["…"] if len(numbers) > MOST_LISTED else [])])
 
 
-def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (fit, held out) of a seeded split that takes a tenth of each class.
+def hold_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Indices (fit, held out) of a seeded split that takes `share` of each class.
 
     A class of at least two samples gives at least one and keeps at least one; a class of one keeps it.
     """
     count = torch.bincount(labels)
-    wanted = torch.where(count > 1, (count * HELD_OUT).round().long().clamp(min=1), 0)
+    wanted = torch.where(count > 1, (count * share).round().long().clamp(min=1), 0)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     first = count.cumsum(0) - count
@@ -65,6 +65,21 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     if not held.any():
         raise UserError("The train shards hold one sample a class, so nothing can be held out; write more of them.")
     return by_class[~held].sort().values, by_class[held].sort().values
+
+
+def hold_out_groups(groups: Tensor, seed: int, share: float) -> tuple[Tensor, Tensor]:
+    """The same of whole groups, without regard to classes: in a seeded order, until they have `share` of the samples.
+
+    groups: (N,) int64. Raises UserError for a single group.
+    """
+    group, size = groups.unique(return_inverse=True, return_counts=True)[1:]
+    if len(size) < 2:
+        raise UserError("The train shards hold one group only, so nothing can be held out; write more of them.")
+    turn = torch.randperm(len(size), generator=torch.Generator().manual_seed(seed))
+    before = size[turn].cumsum(0) - size[turn]
+    taken = int((before < share * len(groups)).sum())
+    is_held = torch.isin(group, turn[: min(taken, len(size) - 1)])
+    return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
 
 
 def edge_warnings(
