@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from prelude.data.locks import alone
+from prelude.data.node_cache import cache_folder
 from prelude.data.places import Mapped, Places, write_images
 
 log = logging.getLogger(__name__)
