@@ -32,7 +32,7 @@ from prelude.objectives.building import build_objective  # noqa: E402
 from prelude.pretrain import distributed, optimizers  # noqa: E402
 from prelude.pretrain.collapse import CollapseWatch  # noqa: E402
 from prelude.pretrain.engine import Engine  # noqa: E402
-from prelude.pretrain.monitors import JsonlMonitor, TensorBoardMonitor  # noqa: E402
+from prelude.pretrain.monitors import CurvesMonitor, JsonlMonitor  # noqa: E402
 from prelude.pretrain.recipes import validate_config  # noqa: E402
 
 TINY = {
@@ -161,7 +161,7 @@ def monitors(config, folder: Path, store: Store) -> list:
     if not distributed.is_main():
         return []
     watch = CollapseWatch(config.collapse, store, {}, 0.0, folder)
-    return [watch, JsonlMonitor(folder / "metrics.jsonl"), TensorBoardMonitor(folder)]
+    return [watch, JsonlMonitor(folder / "metrics.jsonl"), CurvesMonitor(folder)]
 
 
 def report(args, taken: list) -> None:

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from prelude.checkpoints.description import has_folder, path_of
-from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.checkpoints.description import RANDOM, has_folder, path_of
+from prelude.checkpoints.sources import OpenedEncoder, describe, open_encoder
 from prelude.checkpoints.store import recorded_config
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
@@ -24,7 +24,8 @@ from prelude.evaluators.features.bank import Bank, Rows
 from prelude.evaluators.features.extraction import Features, crops_plan
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
-from prelude.evaluators.labelled import Labelled, selection
+from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
+from prelude.evaluators.labelled import Labelled, describe_data, selection
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
 from prelude.pretrain.config import EvaluateConfig
@@ -48,6 +49,7 @@ class Judging:
     num_workers: int = 0
     crops: int = 1  # of an image whose features are averaged
     bank: str | Path | None = None  # the folder of features; None: that of the source's run
+    keep_fits: bool = False  # with the features, so that none is made twice
     out: str | Path | None = None  # folder of results
     command: str = ""
     say: Callable[[str], None] = lambda text: None  # is told what was done, a line at a time
@@ -104,14 +106,30 @@ class Judging:
             if train is None or is_random(source):
                 train, test = self._taken(source, sources, encoder)
             judged = judged or encoder
-            for i, evaluator in enumerate(self.evaluators):
-                started = time.monotonic()
-                outcomes[i].append(evaluator(train, test, seed=seed, device=distributed.device()))
-                seconds[i] += time.monotonic() - started
+            fitted = self._fitted(source, sources, train, test, seed)
+            for i, (outcome, taken) in enumerate(fitted):
+                outcomes[i].append(outcome)
+                seconds[i] += taken
         results = self.told(source, judged, train, test, outcomes, seconds)
         for result in results:
             keep(result, sources, self.out, self.say)
         return results
+
+    def _fitted(
+        self, source: str, sources: Sequence[str], train: dict[str, Features], test: dict[str, Features], seed: int
+    ) -> Iterator[tuple[Outcome, float]]:
+        """What each evaluator found, and the seconds that it took; out of the bank, where fits are kept there."""
+        fits = KeptFits(Bank(self.bank or bank_folder(source, sources)).folder) if self.keep_fits else None
+        content = content_of(train, test) if fits else ""
+        for evaluator in self.evaluators:
+            key = key_of(evaluator, content, seed, distributed.device())
+            if fits and (found := fits.found(key)):
+                yield found
+                continue
+            started = time.monotonic()
+            outcome = evaluator(train, test, seed=seed, device=distributed.device())
+            taken = time.monotonic() - started
+            yield (fits.keep(key, outcome, taken) if fits else outcome), taken
 
     def told(
         self,
@@ -123,7 +141,7 @@ class Judging:
         seconds: Sequence[float],
     ) -> list[Result]:
         """A result of each evaluator, out of its outcomes by seed and the time that it took."""
-        data, warnings = describe_data(self.labelled, self.indexes, self.labels, train, test)
+        data, warnings = self.described_data(train, test)
         merged = [over_seeds(found, self.seeds) for found in outcomes]
         return [
             Result(
@@ -138,6 +156,10 @@ class Judging:
             )
             for outcome, taken in zip(merged, seconds, strict=True)
         ]
+
+    def described_data(self, train: dict[str, Features], test: dict[str, Features]) -> tuple[dict, list[str]]:
+        """What the images were, for the record, and what to be told about them."""
+        return describe_data(self.labelled, self.indexes, self.labels, train, test)
 
     def _taken(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
         """The features, and a word on what they took."""
@@ -164,8 +186,9 @@ def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: 
 def judge_all(sources: Sequence[str], judging: Judging) -> list[Result]:
     """All ranks compute features; the first one alone evaluates and gets the results, others get none.
 
-    Raises UserError for a source or shards that cannot be used.
+    Raises UserError for a source or shards that cannot be used, before any work as far as a look at them tells.
     """
+    refuse_unknown(sources)
     judging.check()
     if distributed.world_size() > 1:
         for source in sources:
@@ -175,6 +198,17 @@ def judge_all(sources: Sequence[str], judging: Judging) -> list[Result]:
         # The work of several ranks is done, and all is in the bank; nobody waits for what one rank does with it.
         distributed.stop()
     return [result for source in sources for result in judging.results(source, sources)]
+
+
+def refuse_unknown(sources: Sequence[str]) -> None:
+    """Looks at each of several sources, so that none is judged for nothing. Raises UserError for one that is none."""
+    if len(sources) < 2:
+        return  # it is opened at once
+    for source in dict.fromkeys(sources):
+        if not is_pixels(source):
+            describe(source.removeprefix(RANDOM))
+        elif ":" in source:
+            open_pixels(source)
 
 
 def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:
@@ -300,7 +334,7 @@ def is_recipe(source: str) -> bool:
 
 def is_random(source: str) -> bool:
     """Whether another seed gives another encoder."""
-    return source.startswith("random:")
+    return source.startswith(RANDOM)
 
 
 def by_seed(
@@ -344,38 +378,3 @@ def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path
 
 def described(encoder: OpenedEncoder) -> dict:
     return {"name": encoder.name, "fingerprint": encoder.fingerprint, "origin": encoder.origin}
-
-
-def describe_data(
-    labelled: Labelled,
-    indexes: Sequence[ShardIndex],
-    labels: Sequence[Labels],
-    train: dict[str, Features],
-    test: dict[str, Features],
-) -> tuple[dict, list[str]]:
-    """What the images were, for the record, and what to be told about them."""
-    data, warnings = labelled.described_labels(indexes[0]), []
-    if labelled.group:
-        data["group"] = labelled.group
-    if labelled.value_range:
-        data["range"] = indexes[0].value_range
-    for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
-        one = next(iter(features.values()))
-        unlabelled = int((~label.known).sum())
-        unreadable = index.num_samples - unlabelled - len(one)
-        if unlabelled:
-            warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
-        if index.num_lost:
-            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
-        if unreadable:
-            warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
-        data[name] = {
-            **labelled.described(name, index),
-            "fingerprint": one.data_fingerprint,
-            "num_samples": len(one),
-            "num_unreadable": unreadable,
-            "num_unlabelled": unlabelled,
-        }
-    if indexes[0].fingerprint == indexes[1].fingerprint and not labelled.one_set:
-        warnings.append("Train and test are the same shards, so this says nothing about new images.")
-    return data, warnings

@@ -6,6 +6,7 @@
 - The same evaluation overwrites its own file; a different one (other weights, data, recipe) gets its own.
 """
 
+import base64
 import hashlib
 import json
 import math
@@ -15,10 +16,11 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console
@@ -69,6 +71,8 @@ class Outcome:
     details: dict  # everything else that was computed
     warnings: list[str] = field(default_factory=list)
     by_kind: dict[str, dict[str, Percent]] = field(default_factory=dict)  # the headline of each kind of feature
+    # (N,) bool of each draw or seed: which test images the chosen setting's first guess is right for, for paired tests
+    right: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ class Result:
 
     def to_json(self) -> dict:
         """A flat dictionary, the outcome's fields first."""
-        rest = asdict(self, dict_factory=_without_none)
-        return {**rest.pop("outcome"), **rest}
+        right = [packed(each) for each in self.outcome.right]
+        rest = asdict(replace(self, outcome=replace(self.outcome, right=())), dict_factory=without_none)
+        return {**rest.pop("outcome"), "right": right, **rest}
 
     @property
     def file_name(self) -> str:
@@ -119,16 +124,29 @@ def hits(scores: Tensor, labels: Tensor) -> dict[str, int]:
     scores: (N, C), -inf for a class that was not guessed at all. labels: (N,), -1 for a class that is none of
     the C. Equal scores rank in the order of the classes. `top5` is there from ten classes on.
     """
-    known = labels >= 0
+    counts = {"top1": int(among_first(1, scores, labels).sum())}
+    if scores.shape[1] >= TOP5_FROM:
+        counts["top5"] = int(among_first(5, scores, labels).sum())
+    return counts
+
+
+def among_first(count: int, scores: Tensor, labels: Tensor) -> Tensor:
+    """(N,) bool: which samples have their class among the first `count`, as `hits` ranks them."""
     place = labels.clamp(min=0)[:, None]
     own = scores.gather(1, place)  # (N, 1)
     before = torch.arange(scores.shape[1], device=scores.device) < place
     rank = ((scores > own) | (before & (scores == own))).sum(1)
-    guessed = known & own[:, 0].isfinite()
-    counts = {"top1": int((guessed & (rank < 1)).sum())}
-    if scores.shape[1] >= TOP5_FROM:
-        counts["top5"] = int((guessed & (rank < 5)).sum())
-    return counts
+    return (labels >= 0) & own[:, 0].isfinite() & (rank < count)
+
+
+def packed(right: Tensor) -> str:
+    """(N,) bool as text: a bit an image, in base64."""
+    return base64.b64encode(np.packbits(right.cpu().numpy()).tobytes()).decode()
+
+
+def unpacked(text: str, count: int) -> np.ndarray:
+    """(N,) bool of `packed`."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
 
 
 def over_seeds(outcomes: list[Outcome], seeds: list[int]) -> Outcome:
@@ -153,6 +171,7 @@ def over_seeds(outcomes: list[Outcome], seeds: list[int]) -> Outcome:
         details={**first.details, "by_seed": by_seed},
         warnings=list(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings)),
         by_kind={kind: _mean_numbers([outcome.by_kind[kind] for outcome in outcomes]) for kind in first.by_kind},
+        right=[each for outcome in outcomes for each in outcome.right],
     )
 
 
@@ -207,9 +226,9 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
 
     console = console or Console()
     print_whole(console, build, [name for row in names for name in row])
-    for result in results:
-        for warning in result.outcome.warnings:
-            console.print(f"{result.encoder['name']}: {warning}", highlight=False, markup=False)
+    told = [f"{result.encoder['name']}: {warning}" for result in results for warning in result.outcome.warnings]
+    for text in dict.fromkeys(told):  # several evaluators say the same of their images
+        console.print(text, highlight=False, markup=False)
 
 
 def _cell(number: Percent | None) -> str:
@@ -221,5 +240,5 @@ def _cell(number: Percent | None) -> str:
     return f"{number.value:.1f}" if doubt is None else f"{number.value:.1f} ± {doubt:.1f}"
 
 
-def _without_none(pairs: list[tuple]) -> dict:
+def without_none(pairs: list[tuple]) -> dict:
     return {key: value for key, value in pairs if value is not None}

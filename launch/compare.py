@@ -4,7 +4,7 @@
         --train 'train-{0..9}.tar' --test test-0.tar
     prelude compare runs/mine --keep 'old/train-*.tar' 'old/test-*.tar'
     prelude compare mae_cifar10 barlow_cifar10 --images 200000 \\
-        --train 'train-{0..9}.tar' --test test-0.tar
+        --pretraining-seeds 3 --train 'train-{0..9}.tar' --test test-0.tar
     deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow
 
 A recipe among the sources is pretrained first, into OUT/runs; ranks of a
@@ -20,12 +20,12 @@ if __name__ == "__main__" and not __package__:
 import argparse
 
 from prelude.evaluators.defaults import COMPARABLE, COMPARED
-from prelude.launch.arguments import SOURCES, Shards, door_parser, parse
+from prelude.launch.arguments import SOURCES, Shards, door_parser, parse_present, whole
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.launch.comparing import compare
 
     return compare(args, argv)
@@ -59,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
         "--shards", action=Shards, metavar="SHARDS", help="without labels, for all (default: those of --train)"
     )
     recipes.add_argument("--set", nargs="+", default=[], metavar="key.sub=value", help="settings, for all of them")
+    recipes.add_argument(
+        "--pretraining-seeds",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="pretrain each with N seeds: means, and the deviation between pretrainings apart (default: 1)",
+    )
     recipes.add_argument(
         "--ranks", type=int, metavar="N", help="processes that train (default: one for each GPU, else one)"
     )

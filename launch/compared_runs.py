@@ -39,28 +39,40 @@ def recipe_of(source: str) -> Path | None:
         return None
 
 
-def named_source(
+def named_runs(
     args: argparse.Namespace, source: str, recipe: Path | None, labelled: Labelled, index: ShardIndex | None
-) -> Named:
-    """The source itself, or the run that a recipe has become."""
+) -> list[Named]:
+    """The source itself, or the runs that a recipe has become, one for each seed of pretraining."""
     if recipe is None:
-        return Named(source)
-    run_dir = Path(args.out) / "runs" / recipe.stem
-    try:
-        problem = pretrained(args, recipe, run_dir, labelled, index)
-    except UserError as error:
-        problem = str(error)
+        return [Named(source)]
     objective = (read_recipe(recipe).get("objective") or {}).get("name")
-    return Named(str(run_dir), recipe.stem, problem and f"Pretraining failed: {problem}", objective)
+    named = []
+    for number in range(args.pretraining_seeds):
+        run_dir, problem = Path(args.out) / "runs" / recipe.stem, None
+        try:
+            seed = seed_of(args, recipe) + number
+            run_dir = run_dir.with_name(f"{recipe.stem}-seed{seed}") if number else run_dir
+            problem = pretrained(args, recipe, run_dir, labelled, index, seed)
+        except UserError as error:
+            problem = str(error)
+        named.append(Named(str(run_dir), run_dir.name, problem and f"Pretraining failed: {problem}", objective))
+    return named
+
+
+def seed_of(args: argparse.Namespace, recipe: Path) -> int:
+    """Of a recipe's first pretraining; the others count on from it."""
+    seed = read_recipe(recipe, args.set, options_for).get("seed", 0)
+    return seed if isinstance(seed, int) else 0  # another kind is refused with the rest of the config
 
 
 def pretrained(
-    args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, index: ShardIndex
+    args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, index: ShardIndex, seed: int
 ) -> str | None:
     """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
     overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
     own = ["data.num_samples=null", "data.mix={}", "data.select=null"]  # what a recipe says of other images
-    overrides = last_of_each([*overrides, *own, *shared_settings(labelled), *args.set])
+    seeds = [f"seed={seed}"] if args.pretraining_seeds > 1 else []
+    overrides = last_of_each([*overrides, *own, *shared_settings(labelled), *args.set, *seeds])
     config = load_config(recipe, overrides, options_for)
     if args.images:
         overrides = last_of_each([*overrides, *within(config, args.images, index.num_samples)])

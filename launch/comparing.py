@@ -16,6 +16,7 @@ from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing import gathering
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.gathering import Contestant
+from prelude.evaluators.comparing.repeats import as_one
 from prelude.evaluators.comparing.report.page import page
 from prelude.evaluators.comparing.table import markdown, print_comparison, to_json
 from prelude.evaluators.defaults import COMPARED
@@ -28,7 +29,7 @@ from prelude.evaluators.frozen.ncm import ncm
 from prelude.evaluators.judging import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
 from prelude.evaluators.results import versions
 from prelude.launch.children import Preempted
-from prelude.launch.compared_runs import named_source, recipe_of, with_fine_tuning
+from prelude.launch.compared_runs import named_runs, recipe_of, with_fine_tuning
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
@@ -53,15 +54,14 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         )
     refuse_without_effect(args, recipes)
     labelled, evaluators = task_of(args, [str(recipes.get(source, source)) for source in args.sources])
-    judging = Judging(
-        evaluators, labelled, kinds=gathering.kinds_of(args.features), bank=args.bank, **settings | {"out": None}
-    )
+    kinds, settings["out"] = gathering.kinds_of(args.features), None
+    judging = Judging(evaluators, labelled, kinds=kinds, bank=args.bank, keep_fits=True, **settings)
     judging.check()
     keeping = keeping_of(args, judging)
     index = ShardIndex(args.shards or labelled.train) if recipes else None
     try:
-        named = [named_source(args, source, recipes.get(source), labelled, index) for source in unlike(args.sources)]
-        contestants = gathering.line_up(named, floors=not args.no_floors, starts=keeping is not None)
+        runs = [named_runs(args, each, recipes.get(each), labelled, index) for each in unlike(args.sources)]
+        contestants = gathering.line_up(sum(runs, []), floors=not args.no_floors, starts=keeping is not None)
         if keeping and not recipes:
             refuse_nothing_kept(contestants)
         if distributed.is_main():
@@ -74,6 +74,8 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             distributed.stop()  # all is in the bank; nobody waits for what one rank does with it
         entries = [gathering.gather(contestant, judging, keeping) for contestant in contestants]
         entries, warnings = with_fine_tuning(args, entries, labelled)
+        entries, failed = as_one(entries, {named[0].name: [each.source for each in named] for named in runs})
+        warnings += failed
         if keeping and not any(entry.started for entry in entries):
             warnings.append(NOTHING_KEPT)
     except Preempted:
@@ -94,6 +96,7 @@ def unlike(sources: Sequence[str]) -> list[str]:
 
 def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
     given = [f"--{name}" for name in ("images", "shards", "set", "ranks") if getattr(args, name)]
+    given += ["--pretraining-seeds"] if args.pretraining_seeds > 1 else []
     if args.finetune:
         given = [name for name in given if name != "--ranks"]
     if given and not recipes:
@@ -198,6 +201,7 @@ def compared(
     unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
     shards = args.shards or labelled.train
     budget = f"{args.images:,} images each" if args.images else "each recipe's own number of images"
+    budget += f" with {args.pretraining_seeds} seeds" if args.pretraining_seeds > 1 else ""
     what = "without labels" if args.shards else "the labelled train shards, without their labels"
     return Comparison(
         title=" and ".join(filter(None, (", ".join(objectives[:-1]), *objectives[-1:]))) or "Floors",

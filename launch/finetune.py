@@ -24,7 +24,7 @@ from prelude.launch.arguments import (
     add_config,
     add_labelled,
     documented_parser,
-    parse,
+    parse_present,
     refuse_without_dry_run,
     source,
 )
@@ -32,7 +32,7 @@ from prelude.launch.exit_codes import door, leave
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     refuse_without_dry_run(args)
     if args.balanced:
         args.overrides.insert(0, "objective.class_weights=balanced")
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.launch import finetuning
     from prelude.launch.planning import dry_run
     from prelude.pretrain import distributed
+    from prelude.pretrain.trackers import tracker
 
     task = finetune.prepare(
         args.source,
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         from_scratch=args.from_scratch,
     )
     finetune.check(task, args.ranks or distributed.launched_world_size())
+    tracker.check(task.config.log)
     if args.dry_run:
         return dry_run(args, task.config, lambda config, asked: finetuning.dry_run(task, asked))
     command = shlex.join(["prelude", "finetune", *(sys.argv[1:] if argv is None else argv)])

@@ -36,7 +36,7 @@ def run(task: finetune.Task, command: str) -> int:
         loader = _loader_of(task, classifier, config)
         test = _testing(task, classifier, task.samples.test, loader.num_workers)
         curves = _curves(task, classifier, test, folder.path)
-        monitors = [*folder.monitors, *curves, *logs_of(folder.path, loader.num_workers)]
+        monitors = [*folder.monitors, *curves, *logs_of(config, loader.num_workers)]
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         engine = Engine(config, classifier, loader, store, monitors, peak_flops)
         if classifier.held_out is not None:  # now that the engine has copied the objective, to see what a step costs

@@ -17,6 +17,7 @@ from prelude.pretrain import stopping
 COMMANDS = {
     "quickstart": ("quickstart", "pretrain, probe and export on a small data set made here"),
     "pretrain": ("pretrain", "train an encoder on unlabelled shards"),
+    "sweep": ("sweep", "pretrain with every combination of some settings"),
     "probe": ("linear_probe", "linear probe of a frozen encoder"),
     "knn": ("knn", "k-nearest-neighbour accuracy of a frozen encoder"),
     "finetune": ("finetune", "train an encoder on with labels, and test it"),

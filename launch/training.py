@@ -30,13 +30,16 @@ from prelude.pretrain.data_wait import DataWaitWatch
 from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.files import Tolerant
-from prelude.pretrain.monitors import ConsoleMonitor, JsonlMonitor, Monitor, ReportsMonitor, TensorBoardMonitor
+from prelude.pretrain.monitors import ConsoleMonitor, CurvesMonitor, JsonlMonitor, Monitor, ReportsMonitor
 from prelude.pretrain.stopping import PREEMPTED
+from prelude.pretrain.trackers import tracker
+from prelude.pretrain.trackers.tracker import trackers_of
 
 
 def check(config: Config, world_size: int | None = None) -> None:
     """Refuses, before anything is built, what cannot work here, or with that number of ranks. Raises UserError."""
     check_objective(config)
+    tracker.check(config.log)
     config.batching(world_size or distributed.launched_world_size())
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
@@ -122,15 +125,16 @@ def monitors_of(config: Config, run_dir: Path, store: Store, num_workers: int) -
     momentum = config.objective.get("momentum", 1.0)  # at 1 a teacher does not follow at all, so no lag excuses it
     teacher_steps = 1 / (1 - momentum) if momentum < 1 else 0.0
     watch = CollapseWatch(config.collapse, store, remedies, teacher_steps, run_dir)
-    return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(run_dir, num_workers)]
+    return [*probes, watch, ReportsMonitor(run_dir / "online.jsonl"), *logs_of(config, num_workers)]
 
 
-def logs_of(run_dir: Path, num_workers: int) -> list[Monitor]:
+def logs_of(config: Config, num_workers: int) -> list[Monitor]:
     """num_workers: of a rank's loader."""
     if not distributed.is_main():
         return []
-    waiting = DataWaitWatch(num_workers, distributed.cores_per_rank())
-    return [waiting, ConsoleMonitor(), JsonlMonitor(run_dir / "metrics.jsonl"), TensorBoardMonitor(run_dir)]
+    run_dir, waiting = Path(config.run_dir), DataWaitWatch(num_workers, distributed.cores_per_rank())
+    curves = CurvesMonitor(run_dir, trackers_of(config))
+    return [waiting, ConsoleMonitor(), JsonlMonitor(run_dir / "metrics.jsonl"), curves]
 
 
 def introduce(config: Config, engine: Engine, loader, device) -> None:

@@ -5,15 +5,12 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
-from prelude.pretrain.options import Count, FilePath, Index, Positive, Share, Strict, Text, Texts, number
-
-
-class Section(Strict):
-    model_config = ConfigDict(validate_default=True)
+from prelude.pretrain.log_config import LogConfig
+from prelude.pretrain.options import Count, FilePath, Index, Positive, Section, Share, Text, Texts, number
 
 
 class ShuffleConfig(Section):
@@ -227,11 +224,6 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
     keep: int = Field(3, ge=1)
-
-
-class LogConfig(Section):
-    every_steps: int = Field(10, ge=1)
-    pictures_every_steps: int = Field(500, ge=0)  # 0: none
 
 
 class ResumeConfig(Section):

@@ -45,6 +45,9 @@ class EventFile(Growing):
         pixels = np.asarray(picture.convert("RGB"))
         self._append(_event(step, summary.image(name, pixels, dataformats="HWC")), keep=False)
 
+    def close(self) -> None:
+        self.sync()
+
     def _append(self, *events, keep: bool = True) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -16,10 +16,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import safetensors.torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,10 @@ def whole(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
     sync_to_disk(path.parent)
 
 
-def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_file(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
     """safetensors' own, whose files only their owner may read, with the permissions that `open` gives a new file."""
+    import safetensors.torch  # here, so that who writes no tensors starts without torch
+
     remove(path)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666))
     permissions = stat.S_IMODE(path.stat().st_mode)

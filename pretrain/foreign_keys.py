@@ -38,6 +38,11 @@ _SAME = {
     "checkpoint.keep": "save_total_limit save_top_k keep_last num_checkpoints",
     "log.every_steps": "log_every log_freq logging_steps log_interval print_freq log_every_n_steps",
     "resume.checkpoint": "resume_from ckpt ckpt_path resume_from_checkpoint checkpoint_path resume_path",
+    "log.wandb.project": "wandb use_wandb wandb_project project",
+    "log.wandb.entity": "wandb_entity entity",
+    "log.wandb.mode": "wandb_mode",
+    "log.mlflow.experiment": "mlflow use_mlflow mlflow_experiment experiment experiment_name",
+    "log.mlflow.tracking_uri": "mlflow_tracking_uri tracking_uri",
     "evaluate.every_steps": "eval_every eval_freq eval_steps eval_interval",
     "seed": "seed random_seed manual_seed",
 }
@@ -48,8 +53,9 @@ _OTHERWISE = {
     "warmup_ratio",
     "a run starts from random weights, or from its own checkpoint; `prelude finetune` trains pretrained ones": ""
     "pretrained checkpoint_dir weights init_weights init_from pretrained_weights load_from",
-    "a run writes metrics.jsonl and tensorboard/ into run_dir and talks to no service; leave it out": "wandb use_wandb "
-    "wandb_project mlflow neptune comet logger report_to tensorboard project entity",
+    "a run writes metrics.jsonl and tensorboard/ into run_dir, and to Weights & Biases or MLflow where "
+    "log.wandb.project or log.mlflow.experiment is set; write one of these, or leave it out": "neptune comet clearml "
+    "aim logger loggers report_to tensorboard",
     "an encoder has no classifier here, and `prelude finetune` counts the classes; leave it out": "num_classes "
     "nb_classes num_labels n_classes",
     "the launcher says on how many devices a run is; write deepspeed --num_gpus N launch/pretrain.py": "gpus num_gpus "

@@ -1,4 +1,4 @@
-"""What watches a run: the console, metrics.jsonl and TensorBoard.
+"""What watches a run: the console, metrics.jsonl, TensorBoard and experiment trackers.
 
 Monitors live on rank 0 and are handed to the engine; none of them can change what is computed: they are handed
 records, pictures and copies of weights. What one of them finds out is passed on to all. Nor can one end a run because
@@ -7,6 +7,7 @@ it cannot write: that is told once, and whether the run can go on is for the nex
 
 import io
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from torch import Tensor
 from prelude.pretrain.event_file import EventFile
 from prelude.pretrain.files import Lines, Tolerant, make_folder, write_whole
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.trackers.tracker import Tracker
 
 _LEGIBLE_WIDTH = 480  # pixels
 _SCALARS = (
@@ -218,27 +220,33 @@ class ReportsMonitor(Monitor):
         self.lines.sync()
 
 
-class TensorBoardMonitor(Monitor):
-    """Scalars and pictures; pictures are kept as PNG files too, for who has no TensorBoard at hand."""
+class CurvesMonitor(Monitor):
+    """Scalars and pictures, to TensorBoard and to the trackers that the config names; pictures are kept as PNG files
+    too, for who has none of these at hand."""
 
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, trackers: Sequence[Tracker] = ()):
+        self.run_dir, self.trackers, self.finished = run_dir, trackers, False
         self.tolerant = Tolerant(run_dir / "pictures")
 
     def start(self, progress: Progress) -> None:
-        self.events = EventFile(self.run_dir / "tensorboard", purge_step=progress.step + 1)
+        for tracker in self.trackers:
+            tracker.start()
+        self.keepers = [EventFile(self.run_dir / "tensorboard", purge_step=progress.step + 1), *self.trackers]
 
     def record(self, record: StepRecord) -> None:
         values = asdict(record)
         scalars = {f"parts/{name}": value for name, value in values.pop("parts").items()}
         scalars |= {f"train/{name}": values[name] for name in _SCALARS if values[name] is not None}
-        self.events.add_scalars(record.step, scalars)
+        for keeper in self.keepers:
+            keeper.add_scalars(record.step, scalars)
 
     def report(self, report: Report) -> None:
-        if tag := {"evaluation": "online", "validation": "held_out"}.get(report.kind):
-            self.events.add_scalars(report.step, {f"{tag}/{name}": value for name, value in report.numbers.items()})
-        else:
-            self.events.add_text(report.step, report.kind, report.text)
+        tag = {"evaluation": "online", "validation": "held_out"}.get(report.kind)
+        for keeper in self.keepers:
+            if tag:
+                keeper.add_scalars(report.step, {f"{tag}/{name}": value for name, value in report.numbers.items()})
+            else:
+                keeper.add_text(report.step, report.kind, report.text)
 
     def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         folder = self.run_dir / "pictures"
@@ -248,13 +256,21 @@ class TensorBoardMonitor(Monitor):
             with self.tolerant:
                 make_folder(folder)
                 write_whole(folder / f"{name}-{step:08d}.png", png.getvalue())
-            self.events.add_picture(step, name, picture)
+            for keeper in self.keepers:
+                keeper.add_picture(step, name, picture)
 
     def saving(self, step: int) -> None:
-        self.events.sync()
+        for keeper in self.keepers:
+            keeper.sync()
+
+    def finish(self) -> None:
+        self.finished = True
 
     def close(self) -> None:
-        self.events.sync()
+        for tracker in self.trackers:
+            tracker.end(self.finished)
+        for keeper in self.keepers:
+            keeper.close()
 
 
 def _legible(picture: Image.Image) -> Image.Image:

@@ -24,6 +24,12 @@ class Strict(BaseModel):
         return value
 
 
+class Section(Strict):
+    """A section of a config, whose defaults are as strict as what is written."""
+
+    model_config = ConfigDict(validate_default=True)
+
+
 class Options(Strict):
     """Base of an objective's settings."""
 

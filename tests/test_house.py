@@ -21,6 +21,7 @@ ROOMS = [
     "defaults",
     "results",
     "features",
+    "kept_fits",
     "labelled",
     "judging",
     "frozen",

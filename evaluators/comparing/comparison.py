@@ -38,6 +38,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """One of several pretrainings that an entry's numbers are means over."""
+
+    name: str
+    source: str
+    numbers: dict[str, dict]  # by evaluator
+
+
+@dataclass(frozen=True)
 class Entry:
     """One encoder. Results are those of `Result.to_json`, by the evaluator's name."""
 
@@ -57,6 +66,7 @@ class Entry:
     problem: str | None = None  # why there are no results, in one sentence
     started: str | None = None  # name of the entry whose weights it started from
     kept: dict[str, dict] = field(default_factory=dict)  # results on the old images, where there are such
+    repeats: list[Repeat] = field(default_factory=list)  # where it was pretrained with several seeds
 
 
 @dataclass(frozen=True)

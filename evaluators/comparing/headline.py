@@ -1,17 +1,17 @@
 """The number that stands for a result wherever encoders are compared, its uncertainty, and what things are called.
 
-- Of few-shot it is that of 1 % of the labels; else of the largest number of images a class, as single images are mostly
-  luck. Of any other evaluator it is the first.
+- Of few-shot it is that of `headline_amount`. Of any other evaluator it is the first.
 - What a number is given with is its 95 % interval where it has one, else its deviation over seeds or draws, else the
-  standard error of the test sample.
+  standard error of the test sample. The deviation over pretraining seeds stands behind that, apart.
 - A gain is over the same architecture untrained, by the same kind of feature: the one that the pretrained encoder's
   number is of, whatever kind the untrained encoder chose for its own.
 """
 
-import re
+import math
 from dataclasses import dataclass, replace
 
 from prelude.evaluators.comparing.comparison import Comparison, Entry
+from prelude.evaluators.frozen.fewshot import headline_amount
 from prelude.evaluators.results import TITLES, by_frequency
 
 NAMES = {
@@ -31,9 +31,10 @@ class Headline:
 
     number: str  # its key among the result's numbers
     value: float
-    low: float  # ends of the 95 % interval
+    low: float  # ends of the 95 % interval; over several pretraining seeds, of their mean too
     high: float
     text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
+    seeds: str = ""  # seeds ± 1.2: the deviation over pretrainings, where there are several
     kind: str = ""  # of feature; where draws or seeds differ, the one chosen most often. "": there is no choice of one
 
 
@@ -47,7 +48,8 @@ def headline(entry: Entry, evaluator: str) -> Headline | None:
 
 
 def number(name: str, found: dict) -> Headline:
-    """found: a number as results hold it: value, and se, interval and spread where known."""
+    """found: a number as results hold it: value, and se, interval and spread where known; seeds and num_seeds where it
+    is a mean over pretrainings."""
     value, interval = found["value"], found.get("interval")
     doubt = found.get("se") if found.get("spread") is None else found["spread"]
     low, high = interval or (value - Z95 * (doubt or 0), value + Z95 * (doubt or 0))
@@ -56,7 +58,19 @@ def number(name: str, found: dict) -> Headline:
         text += f" [{low:.1f}, {high:.1f}]"
     elif doubt is not None:
         text += f" ± {doubt:.1f}"
-    return Headline(name, value, low, high, text)
+    seeds = ""
+    if "seeds" in found:
+        seeds = f"seeds ± {found['seeds']:.1f}"
+        more = _quantile(found["num_seeds"] - 1) * found["seeds"] / math.sqrt(found["num_seeds"])
+        low, high = value - math.hypot(value - low, more), value + math.hypot(high - value, more)
+    return Headline(name, value, low, high, text, seeds)
+
+
+def _quantile(freedom: int) -> float:
+    """Of Student's t, for a 95 % interval."""
+    from scipy import stats  # here, as it takes a second that no other command needs
+
+    return float(stats.t.ppf(0.975, freedom))
 
 
 def gain(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
@@ -116,7 +130,4 @@ def _kind(result: dict, number: str) -> str:
 
 
 def _headline_name(evaluator: str, names: list[str]) -> str:
-    if evaluator != "fewshot" or "1 %" in names:
-        return "1 %" if evaluator == "fewshot" else names[0]
-    amounts = {int(match[1]): name for name in names if (match := re.fullmatch(r"(\d+) a class", name))}
-    return amounts[max(amounts)] if amounts else names[-1]
+    return headline_amount(names) if evaluator == "fewshot" else names[0]

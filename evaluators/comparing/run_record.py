@@ -100,13 +100,29 @@ def is_finished(config: Config, options: type[BaseModel], data: Collection[str])
 
     options: what the objective's own settings are read by.
     """
+    saved = _saved(config)
+    return _has_ended(saved, config, options) and saved["meta"]["loader"]["fingerprint"] in data
+
+
+def is_finished_as(config: Config, options: type[BaseModel]) -> bool:
+    """`is_finished` by the names of the shards, where nobody has opened them."""
+    saved = _saved(config)
+    named = config.model_dump(mode="json")["data"]
+    return _has_ended(saved, config, options) and all(
+        saved["meta"]["config"]["data"].get(key) == named[key] for key in ("shards", "mix", "image", "select")
+    )
+
+
+def _saved(config: Config) -> dict | None:
     newest = Store(Path(config.run_dir) / "checkpoints").newest()
-    if newest is None:
+    return json.loads((newest / STATE).read_text()) if newest else None
+
+
+def _has_ended(saved: dict | None, config: Config, options: type[BaseModel]) -> bool:
+    if saved is None:
         return False
-    saved = json.loads((newest / STATE).read_text())
     meta = saved["meta"]
-    same = meta["loader"]["fingerprint"] in data and not changed_settings(meta["config"], config, options)
-    return same and saved["step"] == meta["num_steps"]
+    return saved["step"] == meta["num_steps"] and not changed_settings(meta["config"], config, options)
 
 
 def _records(path: Path, step: int | None, kind: str | None = None) -> list[dict]:

@@ -24,6 +24,7 @@ from rich.text import Text
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, number_name
 from prelude.evaluators.comparing.label_table import positives
+from prelude.evaluators.comparing.paired import pairs, sentences, unlike_encoders
 from prelude.evaluators.comparing.retention import SIDES, Change, Side, changes, evaluators_of, gone_on, seen
 from prelude.evaluators.table_text import fits, folded, print_whole
 
@@ -31,6 +32,9 @@ NOTHING = "–"
 CHANGES = (
     "Won, lost: the 95 % interval of the change from the untouched encoder, by the same kind of feature, leaves out 0; "
     "else level on the new images and kept on the old. ± behind a change is half of that interval."
+)
+SEEDS = (
+    "Behind “seeds” stands the deviation over pretrainings that differ in their seed, of which the number is the mean."
 )
 _MARKUP = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[-+#=]|(?<=^\d)[.)]")
 
@@ -68,7 +72,8 @@ def cells(comparison: Comparison, entry: Entry) -> list[Cell]:
             found.append(Cell(NOTHING, "", "", False))
             continue
         leads = entry.kind == "pretrained" and number.value == headline(best(comparison, evaluator), evaluator).value
-        found.append(Cell(number.text, number.kind, "" if more is None else f"{more:+.1f}", leads))
+        text = ", ".join(filter(None, (number.text, number.seeds)))
+        found.append(Cell(text, number.kind, "" if more is None else f"{more:+.1f}", leads))
     return found
 
 
@@ -83,7 +88,8 @@ def notes(comparison: Comparison) -> list[str]:
                     told.setdefault(warning, []).append(f"{entry.name} ({name.replace('_', ' ')}{place})")
     warnings = [f"{', '.join(where) if len(where) < 4 else 'All or most'}: {text}" for text, where in told.items()]
     findings = [entry.results["multilabel"] for entry in comparison.entries if "multilabel" in entry.results]
-    return [*problems, *map(positives, findings[:1]), *comparison.warnings, *warnings]
+    said = [*unlike_encoders(comparison), *map(positives, findings[:1]), *comparison.warnings]
+    return [*problems, *said, *warnings]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -93,10 +99,15 @@ def markdown(comparison: Comparison) -> str:
         lines += ["", "On the old images:", "", *_rows(seen(comparison, "old")), "", *_rows_of_changes(comparison)]
     encoders = {entry.name: entry.encoder for entry in in_order(comparison) if entry.kind == "pretrained"}
     fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+|$", comparison.command)))
-    lines += ["", f"{_explanation(comparison)}", "", fence, comparison.command, fence]
+    lines += ["", f"{_explanation(comparison)}", *_in_paragraphs(comparison), "", fence, comparison.command, fence]
     lines += ["", *(f"- {plain(name)}: {plain(encoder)}" for name, encoder in encoders.items() if encoder)]
     lines += ["", *(f"- {plain(note)}" for note in notes(comparison))] if notes(comparison) else []
     return "\n".join(lines) + "\n"
+
+
+def _in_paragraphs(comparison: Comparison) -> list[str]:
+    found = sentences(comparison)
+    return ["", *(f"- {plain(sentence)}" for sentence in found)] if found else []
 
 
 def _rows(comparison: Comparison) -> list[str]:
@@ -162,7 +173,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     if comparison.old_data:
         _print_entries(replace(seen(comparison, "old"), title="On the old images"), console)
         _print_changes(comparison, console)
-    for line in (_explanation(comparison), *notes(comparison)):
+    for line in (_explanation(comparison), *sentences(comparison), *notes(comparison)):
         console.print(line, highlight=False, markup=False)
 
 
@@ -236,7 +247,7 @@ def _group(entry: Entry) -> tuple[str, str | None]:
 
 def to_json(comparison: Comparison) -> str:
     """Everything but the pictures themselves."""
-    values = asdict(comparison)
+    values = asdict(comparison) | {"pairs": [asdict(pair) for pair in pairs(comparison)]}
     for entry in values["entries"]:
         for picture in entry["pictures"]:
             picture["num_bytes"] = len(picture.pop("png"))
@@ -255,6 +266,8 @@ def _explanation(comparison: Comparison) -> str:
         f"number stand its kind of feature and the gain over the untrained encoder by that kind; the best pretrained "
         f"encoder is bold."
     )
+    if any(entry.repeats for entry in comparison.entries):
+        text += f" {SEEDS}"
     if not gone_on(comparison):
         return text
     train, test = (comparison.old_data.get(name, {}).get("num_samples") for name in ("train", "test"))

@@ -90,12 +90,12 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
     if not any(known):
         where = f"the field {form.field!r} of .{index.label} members" if form.field else f".{index.label} members"
         raise UserError(
-            f"No sample in {index.paths[0]} and the rest has labels in {where}; write lists of names, or objects from "
+            f"No sample in {index.named} has labels in {where}; write lists of names, or objects from "
             f"names to 1, 0 and -1."
         )
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     labels = torch.tensor(values)
     if not (labels == 1).any():
-        raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.paths[0]} and the rest; correct names.")
+        raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names.")
     by_group = torch.tensor([numbers[group] for group in groups]) if form.group_field else None
     return Labels(labels, torch.tensor(known), by_group)

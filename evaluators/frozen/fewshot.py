@@ -8,6 +8,7 @@
 - All draws are tested on the whole test set. The spread is the standard deviation over draws.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from prelude.data.errors import UserError
+from prelude.data.progress import progress_bar
 from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen import ncm
 from prelude.evaluators.frozen.convex import ClassLoss, FoldLoss, Space
-from prelude.evaluators.frozen.linear_probe import score
-from prelude.evaluators.frozen.splits import contiguous_labels, edge_warnings, hold_out
+from prelude.evaluators.frozen.linear_probe import right, score
+from prelude.evaluators.frozen.splits import contiguous_labels, edge_warnings, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, Percent, by_frequency, mean_and_spread, percent
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-4 + i / 2):.3g}") for i in range(10))  # 1e-4 .. 3.16
@@ -64,11 +66,11 @@ def fewshot(
         raise UserError("Few-shot needs one draw or more, of 1 image a class or more, or of 0 to 100 %; write others.")
     labels, test_labels, num_classes = contiguous_labels(train, test)
     task = _Task(train, test, labels, test_labels.to(device), num_classes, device)
-    numbers, details, kinds, warnings = {}, {}, [], []
+    numbers, details, kinds, warnings, guessed = {}, {}, [], [], {}
     by_kind: dict[str, dict[str, Percent]] = {kind: {} for kind in train}
-    for amount in amounts:
-        found = [task.judge(draw_rows(labels, amount, seed, number)) for number in range(draws)]
+    for amount, found in task.judge_all(amounts, draws, seed).items():
         numbers[amount.name] = mean_and_spread([each["top1"] for each in found])
+        guessed[amount.name] = [each.pop("right") for each in found]
         details[amount.name] = {
             "num_labels": len(draw_rows(labels, amount, seed, 0)),
             "draws": found,
@@ -91,9 +93,19 @@ def fewshot(
             "seed": seed,
         },
         details={"by_amount": details},
-        warnings=_warnings(amounts, torch.bincount(labels)) + list(dict.fromkeys(warnings)),
+        warnings=lacking_warnings(train, test)
+        + _warnings(amounts, torch.bincount(labels))
+        + list(dict.fromkeys(warnings)),
         by_kind=by_kind,
+        right=guessed[headline_amount(list(numbers))],
     )
+
+
+def headline_amount(names: Sequence[str]) -> str:
+    """The amount that stands for all, by name: 1 % of the labels; else the largest number of images a class, as single
+    images are mostly luck; else the last."""
+    amounts = {int(match[1]): name for name in names if (match := re.fullmatch(r"(\d+) a class", name))}
+    return "1 %" if "1 %" in names else amounts[max(amounts)] if amounts else names[-1]
 
 
 def draw_rows(labels: Tensor, amount: Amount, seed: int, number: int) -> Tensor:
@@ -115,6 +127,15 @@ class _Task:
     num_classes: int
     device: torch.device | str
 
+    def judge_all(self, amounts: Sequence[Amount], draws: int, seed: int) -> dict[Amount, list[dict]]:
+        found: dict[Amount, list[dict]] = {amount: [] for amount in amounts}
+        with progress_bar("few-shot draws", len(found) * draws) as advance:
+            for amount in found:
+                for number in range(draws):
+                    found[amount].append(self.judge(draw_rows(self.labels, amount, seed, number)))
+                    advance(1)
+        return found
+
     def judge(self, rows: Tensor) -> dict:
         """One draw: what was chosen inside of it, and the test accuracy."""
         labels = self.labels[rows]
@@ -125,7 +146,10 @@ class _Task:
             top1, decay = self._tuned(space, loss, labels)
             if best is None or top1 > best[0]:
                 best = (top1, decay, kind)
-            (counts,), _ = score(space.fit(loss, (decay,)), self.test[kind].values, self.test_labels)
+            head = space.fit(loss, (decay,))
+            if best[2] == kind:
+                guessed = right(head, self.test[kind].values, self.test_labels)
+            (counts,), _ = score(head, self.test[kind].values, self.test_labels)
             by_kind[kind] = percent(counts["top1"], len(self.test_labels))
             means = ncm.class_means(values, labels, self.num_classes, device=self.device)
             ncm_top1[kind] = ncm.accuracy(means, self.test[kind].values, self.test_labels.cpu())["top1"]
@@ -137,6 +161,7 @@ class _Task:
             "weight_decay": decay,
             "cross_validated_top1": top1,
             "ncm_top1": ncm_top1,
+            "right": guessed,
         }
 
     def _tuned(self, space: Space, loss: ClassLoss, labels: Tensor) -> tuple[float, float]:

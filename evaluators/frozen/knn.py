@@ -21,8 +21,8 @@ from prelude.data.errors import UserError
 from prelude.evaluators.defaults import TEMPERATURE, K
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out
-from prelude.evaluators.results import Outcome, Percent, hits, percent
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out, lacking_warnings
+from prelude.evaluators.results import Outcome, Percent, among_first, hits, percent
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 HEADLINE = "cosW, centred"
@@ -53,7 +53,7 @@ def knn(
     labels, test_labels, num_classes = contiguous_labels(train, test)
     ks, temperatures = sorted(set(ks)), sorted(set(temperatures))
     reported = tuple(sorted({*KS, *ks}))
-    sweep, by_features = [], {}
+    sweep, by_features, right = [], {}, {}
     for kind in train:
         values, queries = train[kind].values, test[kind].values
         if len(train) * len(ks) * len(temperatures) > 1:
@@ -68,7 +68,8 @@ def knn(
         for centred in (True, False):
             bank = Neighbours(values, labels, centred=centred, device=device)
             wanted = (*temperatures, None)  # the neighbours are the same, however they vote
-            found = classify(bank, queries, test_labels, num_classes, reported, wanted, always=(K, *ks))
+            guessed = right.setdefault(kind, {}) if centred else None  # of the headline's variant
+            found = classify(bank, queries, test_labels, num_classes, reported, wanted, always=(K, *ks), right=guessed)
             for name, (weighted, of_centred) in VARIANTS.items():
                 if of_centred == centred:
                     by_features[kind][name] = {key: n for key, n in found.items() if (key[1] is not None) == weighted}
@@ -91,7 +92,15 @@ def knn(
         },
         details={"held_out": sweep, "by_features": {kind: _nested(found) for kind, found in by_features.items()}},
         by_kind=by_kind,
+        warnings=lacking_warnings(train, test) + few_warnings(ks, len(labels), "train images"),
+        right=[torch.cat(right[chosen["features"]][chosen["k"], chosen["temperature"]])],
     )
+
+
+def few_warnings(ks: Sequence[int], count: int, of_what: str) -> list[str]:
+    """A warning where there are not as many neighbours as are asked for."""
+    beyond = [k for k in ks if k > count]
+    return [f"k={max(beyond)} asks for more than the {count} {of_what}, so that all of them vote."] if beyond else []
 
 
 def search(
@@ -125,10 +134,12 @@ def classify(
     ks: Sequence[int],
     temperatures: Sequence[float | None],
     always: Sequence[int] = (),
+    right: dict | None = None,
 ) -> dict[tuple[int, float | None], dict[str, Percent]]:
     """Accuracy by (k, temperature), of one search; a temperature None gives every neighbour one vote.
 
-    A k above N means all N; such are left out unless they are `always` wanted.
+    A k above N means all N; such are left out unless they are `always` wanted. right: gets, by (k, temperature), which
+    queries are right, in pieces.
     """
     ks = [k for k in sorted(ks) if k <= len(bank) or k in always]
     counts = {(k, t): Counter() for k in ks for t in temperatures}
@@ -136,12 +147,13 @@ def classify(
     for chunk, chunk_labels in zip(queries.split(QUERIES), query_labels.split(QUERIES), strict=True):
         similar, classes = bank.nearest(chunk, max(ks))
         for temperature in temperatures:
-            _vote(similar, classes, chunk_labels, num_classes, temperature, ks, counts)
+            _vote(similar, classes, chunk_labels, num_classes, temperature, ks, counts, right)
     return {key: {name: percent(count[name], len(queries)) for name in count} for key, count in counts.items()}
 
 
-def _vote(similar: Tensor, classes: Tensor, labels: Tensor, num_classes: int, temperature, ks, counts: dict) -> None:
-    """Adds to `counts`. similar, classes: (q, max k), nearest first; each k adds to the votes of the one before."""
+def _vote(similar: Tensor, classes: Tensor, labels: Tensor, num_classes: int, temperature, ks, counts, right) -> None:
+    """Adds to `counts` and `right`. similar, classes: (q, max k), nearest first; each k adds to the votes of the one
+    before."""
     plain = temperature is None
     # Less the largest, or small temperatures overflow; all of a query's votes shrink alike.
     weights = (similar if plain else (similar - similar[:, :1]) / temperature).double()
@@ -152,7 +164,10 @@ def _vote(similar: Tensor, classes: Tensor, labels: Tensor, num_classes: int, te
         votes.scatter_add_(1, classes[:, counted:k], weights[:, counted:k])
         voted.scatter_(1, classes[:, counted:k], 1)
         counted = k
-        counts[k, temperature].update(hits(votes.masked_fill(voted == 0, -torch.inf), labels))
+        scores = votes.masked_fill(voted == 0, -torch.inf)
+        counts[k, temperature].update(hits(scores, labels))
+        if right is not None and not plain:
+            right.setdefault((k, temperature), []).append(among_first(1, scores, labels).cpu())
 
 
 def _nested(found: dict[str, dict]) -> dict:

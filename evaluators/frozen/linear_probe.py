@@ -17,10 +17,10 @@ from torch import Tensor
 
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
-from prelude.evaluators.results import Outcome, hits, percent
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
+from prelude.evaluators.results import Outcome, among_first, hits, percent
 
-WEIGHT_DECAYS = tuple(float(f"{10 ** (-5 + i / 2):.3g}") for i in range(12))  # 1e-5 .. 3.16
+WEIGHT_DECAYS = tuple(float(f"{10 ** (-7 + i / 2):.3g}") for i in range(16))  # 1e-7 .. 3.16
 
 
 def linear_probe(
@@ -39,7 +39,7 @@ def linear_probe(
     labels, test_labels, num_classes = contiguous_labels(train, test)
     fit_rows, held_rows = hold_out(labels, seed)
     loss, test_labels = ClassLoss(labels.to(device), num_classes), test_labels.to(device)
-    grid, by_features = [], {}
+    grid, by_features, finals = [], {}, {}
     for kind in train:
         for norm in norms:
             space = Space.of(train[kind].values, norm, device)
@@ -51,7 +51,9 @@ def linear_probe(
                 start = heads.only(found.index(best))
                 final = space.fit(loss, (best["weight_decay"],), start=start)
                 by_features[kind] = {**best, **_final(final, test[kind].values, test_labels)}
+                finals[kind] = final
     chosen = max(by_features.values(), key=_preference)
+    kind = chosen["features"]
     return Outcome(
         evaluator="linear_probe",
         numbers=chosen["test"],
@@ -67,7 +69,8 @@ def linear_probe(
         },
         details={"grid": grid, "by_features": by_features},
         by_kind={kind: found["test"] for kind, found in by_features.items()},
-        warnings=_warnings(chosen, weight_decays),
+        right=[right(finals[kind], test[kind].values, test_labels)],
+        warnings=lacking_warnings(train, test) + _warnings(chosen, grid, weight_decays),
     )
 
 
@@ -124,13 +127,23 @@ def score(
     return counts, (losses / total).tolist()
 
 
+def right(head: Heads, values: Tensor, labels: Tensor) -> Tensor:
+    """(N,) bool, on the CPU: which samples the first of the heads gives their class. Labels: on its device."""
+    found = torch.empty(len(labels), dtype=torch.bool)
+    for places, logits in head.logits_of(values):
+        found[places] = among_first(1, logits[0], labels[places]).cpu()
+    return found
+
+
 def _preference(row: dict) -> tuple[float, float]:
     """Accuracy decides, and between equals the cross-entropy."""
     return row["held_out_top1"], -row["held_out_loss"]
 
 
-def _warnings(chosen: dict, weight_decays: Sequence[float]) -> list[str]:
+def _warnings(chosen: dict, grid: Sequence[dict], weight_decays: Sequence[float]) -> list[str]:
     warnings = []
     if not chosen["converged"]:
         warnings.append(f"The probe was stopped after {MAX_PASSES} passes, before its optimum.")
-    return warnings + edge_warnings("weight decay", chosen["weight_decay"], weight_decays)
+    beside = [row for row in grid if all(row[key] == chosen[key] for key in ("features", "norm"))]
+    scores = [row["held_out_top1"] for row in beside]
+    return warnings + edge_warnings("weight decay", chosen["weight_decay"], weight_decays, scores=scores)

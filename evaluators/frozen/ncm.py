@@ -18,8 +18,8 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.ranking import bootstrap, standard_error
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out
-from prelude.evaluators.results import Outcome, Percent, hits, percent
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out, lacking_warnings
+from prelude.evaluators.results import Outcome, Percent, among_first, hits, percent
 
 PIECE = 4096  # samples
 
@@ -53,6 +53,7 @@ def ncm(
             curves[kind], number = incremental(means, test[kind].values, test_labels, num_tasks, seed)
             by_features[kind]["incremental"] = number
     chosen = max(held_out_top1, key=held_out_top1.get) if held_out_top1 else next(iter(train))
+    best = class_means(train[chosen].values, labels, num_classes, device=device)
     return Outcome(
         evaluator="ncm",
         numbers=by_features[chosen],
@@ -60,6 +61,8 @@ def ncm(
         recipe={"features": list(train), "held_out": HELD_OUT, "num_tasks": num_tasks, "seed": seed},
         details={"held_out_top1": held_out_top1, "by_features": by_features, "after_each_task": curves},
         by_kind=by_features,
+        warnings=lacking_warnings(train, test),
+        right=[right(best, test[chosen].values, test_labels)],
     )
 
 
@@ -110,6 +113,12 @@ def _distances(means: Tensor, values: Tensor) -> Tensor:
     """(n, C) squared, without the length of the queries, which all classes share."""
     queries = F.normalize(values.to(means.device).double(), dim=1)
     return means.square().sum(1) - 2 * (queries @ means.nan_to_num(posinf=0.0).T)
+
+
+def right(means: Tensor, values: Tensor, labels: Tensor) -> Tensor:
+    """(N,) bool, on the CPU: which samples are nearest to the mean of their class."""
+    pieces = zip(values.split(PIECE), labels.to(means.device).split(PIECE), strict=True)
+    return torch.cat([among_first(1, -_distances(means, piece), own).cpu() for piece, own in pieces])
 
 
 def accuracy(means: Tensor, values: Tensor, labels: Tensor, rows: Tensor | None = None) -> dict[str, Percent]:

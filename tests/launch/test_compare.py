@@ -14,6 +14,7 @@ from runs import BIN, ROOT, deepspeed
 
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
+from prelude.evaluators.frozen import knn, ncm
 from prelude.evaluators.frozen.multilabel import multilabel
 from prelude.evaluators.labelled import Labelled
 from prelude.launch import compare, compared_runs, comparing, prelude
@@ -127,6 +128,8 @@ def test_the_same_command_trains_nothing_and_finds_the_same_numbers(first, comma
 
     monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
     monkeypatch.setattr(compared_runs, "run_door", refuse)
+    monkeypatch.setattr(knn, "classify", refuse)  # nor is anything fitted
+    monkeypatch.setattr(ncm, "class_means", refuse)
     assert prelude.main(["compare", *command]) == INCOMPLETE
     again = json.loads((folder / "out" / "comparison.json").read_text())
 
@@ -153,6 +156,38 @@ def test_another_budget_is_not_mistaken_for_the_finished_run(first, command, fol
     assert asked == [("pretrain", "filling", 3, True), ("pretrain", "turning", 3, True)] and code == INCOMPLETE
     assert len(comparison["entries"]) == 3  # without floors
     assert comparison["entries"][0]["problem"] == "Pretraining failed: it has other settings."
+
+
+def test_a_recipe_is_pretrained_with_several_seeds_and_what_is_finished_counts(first, folder, monkeypatch):
+    monkeypatch.setenv("PRELUDE_CACHE", str(folder / "cache"))
+    out = folder / "seeds"
+    shutil.copytree(folder / "out" / "runs" / "filling", out / "runs" / "filling")
+    argv = [*argv_of(folder, str(folder / "filling.yaml"), f"{folder}/out/runs/turning"), "--no-floors"]
+    argv += ["--images", str(NUM_IMAGES), "--pretraining-seeds", "2", "--out", str(out)]
+    asked, run_door = [], compared_runs.run_door
+
+    def train(*arguments, name, **settings):
+        asked.append(name)
+        return run_door(*arguments, name=name, **settings)
+
+    monkeypatch.setattr(compared_runs, "run_door", train)
+    assert prelude.main(["compare", *argv]) == 0 and asked == ["filling-seed1"]
+    comparison = json.loads((out / "comparison.json").read_text())
+    filling, turning = comparison["entries"]
+    assert filling["name"] == "filling"
+    assert [each["name"] for each in filling["repeats"]] == ["filling", "filling-seed1"]
+    each = [repeat["numbers"]["knn"]["top1"]["value"] for repeat in filling["repeats"]]
+    found = filling["results"]["knn"]["numbers"]["top1"]
+    assert found["value"] == pytest.approx(sum(each) / 2) and found["seeds"] == pytest.approx(
+        abs(each[0] - each[1]) / 2**0.5
+    )
+    assert [(pair["evaluator"], pair["num_images"], pair["num_seeds"]) for pair in comparison["pairs"]] == [
+        ("knn", 60, [2, 1]), ("ncm", 60, [2, 1])]  # fmt: skip
+    assert found["value"] - turning["results"]["knn"]["numbers"]["top1"]["value"] == pytest.approx(
+        comparison["pairs"][0]["points"]
+    )
+    table = (out / "table.md").read_text()
+    assert ", seeds ± " in table and "told apart" in table and "The encoders differ" in table
 
 
 # ---- what going on from weights has won and lost
@@ -322,6 +357,7 @@ def test_findings_are_judged_as_findings():
     ("wrong", "told"),
     [
         (["--images", "100"], "--images has no effect"),
+        (["--pretraining-seeds", "2"], "--pretraining-seeds has no effect without a recipe among the sources"),
         (["--names", "a", "--evaluators", "knn"], "--evaluators and --finetune are for class numbers"),
         (["--train", "/nowhere.tar"], "/nowhere.tar"),
         (["--keep", "{0}/old/train-*.tar", "{0}/old/test-*.tar"], "none of these started from any. Leave it out"),

@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from prelude.pretrain.monitors import (
     ConsoleMonitor,
+    CurvesMonitor,
     JsonlMonitor,
     Report,
     ReportsMonitor,
     StepRecord,
-    TensorBoardMonitor,
 )
 from prelude.pretrain.schedules import Progress
 
@@ -61,7 +61,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume_even_a_torn_line(tmp
 
 
 def test_tensorboard_has_the_scalars_and_the_pictures(tmp_path):
-    monitor = TensorBoardMonitor(tmp_path)
+    monitor = CurvesMonitor(tmp_path)
     monitor.start(Progress(0, 100, 10.0))
     monitor.record(RECORD)
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
@@ -146,7 +146,7 @@ def test_the_console_tells_reports_and_repeats_the_newest_evaluation():
 
 
 def test_tensorboard_has_online_numbers_and_warnings(tmp_path):
-    monitor = TensorBoardMonitor(tmp_path)
+    monitor = CurvesMonitor(tmp_path)
     monitor.start(Progress(0, 100, 10.0))
     for report in (EVALUATION, COLLAPSE):
         monitor.report(report)
@@ -159,7 +159,7 @@ def test_tensorboard_has_online_numbers_and_warnings(tmp_path):
 
 def test_no_log_ends_a_run_on_a_full_disk_and_none_loses_a_number(tmp_path, monkeypatch, caplog):
     monitors = [JsonlMonitor(tmp_path / "metrics.jsonl"), ReportsMonitor(tmp_path / "online.jsonl")]
-    monitors.append(TensorBoardMonitor(tmp_path))
+    monitors.append(CurvesMonitor(tmp_path))
     for monitor in monitors:
         monitor.start(Progress(0, 100, 10.0))
 
@@ -217,7 +217,7 @@ def test_tensorboard_events_are_those_of_torch(tmp_path):
     theirs = SummaryWriter(tmp_path / "theirs", purge_step=3)
     theirs.add_scalar("train/loss", 0.75, 5)
     theirs.close()
-    monitor = TensorBoardMonitor(tmp_path)
+    monitor = CurvesMonitor(tmp_path)
     monitor.start(Progress(2, 100, 10.0))
     monitor.record(RECORD)
     monitor.close()

@@ -15,9 +15,10 @@ import yaml
 from prelude.evaluators.comparing.comparison import Comparison, Entry, Picture
 from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, number, number_name
 from prelude.evaluators.comparing.label_table import positives
+from prelude.evaluators.comparing.paired import sentences, unlike_encoders
 from prelude.evaluators.comparing.report import charts, figures, words
 from prelude.evaluators.comparing.retention import SIDES, gone_on, seen
-from prelude.evaluators.comparing.table import CHANGES, columns_of_changes
+from prelude.evaluators.comparing.table import CHANGES, SEEDS, columns_of_changes
 
 GROUPS = {
     "pretrained": "Pretrained",
@@ -33,6 +34,8 @@ def page(comparison: Comparison) -> str:
     return _template().render(
         comparison=comparison,
         about_changes=CHANGES,
+        about_seeds=SEEDS if any(entry.repeats for entry in comparison.entries) else "",
+        told_apart=sentences(comparison),
         summary=words.summary(comparison),
         sides=[_side(seen(comparison, side)) for side in (SIDES if comparison.old_data else SIDES[:1])],
         changes=_changes(comparison),
@@ -146,7 +149,7 @@ def _protocols(comparison: Comparison) -> list[tuple[str, str, dict]]:
 
 def _warnings(comparison: Comparison) -> list[str]:
     findings = [entry.results["multilabel"] for entry in comparison.entries if "multilabel" in entry.results]
-    found = [*comparison.warnings, *map(positives, findings[:1])]
+    found = [*unlike_encoders(comparison), *comparison.warnings, *map(positives, findings[:1])]
     for entry in comparison.entries:
         for place, results in (("", entry.results), (", old images", entry.kept)):
             for evaluator, result in results.items():

@@ -2,8 +2,9 @@
 
 from datetime import datetime
 
-from prelude.evaluators.comparing.comparison import Comparison
+from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, pretrained
+from prelude.evaluators.comparing.paired import pair
 from prelude.evaluators.comparing.retention import SIDES, changes, evaluators_of, gone_on
 
 ABOUT = {
@@ -22,7 +23,7 @@ ABOUT = {
 def summary(comparison: Comparison) -> str:
     """A paragraph: which pretrained encoder is best by which evaluator, by how much, and whether that is settled."""
     leads: dict[str, list[str]] = {}  # what each leader is best by
-    rivals: dict[str, list[str]] = {}  # by what the interval of another overlaps with the leader's
+    rivals: dict[str, list[str]] = {}  # by what another is not told apart from the leader
     beaten: list[str] = []  # by what a floor is no worse
     for evaluator in comparison.evaluators:
         first, name = best(comparison, evaluator), evaluator_name(evaluator)
@@ -35,7 +36,7 @@ def summary(comparison: Comparison) -> str:
             theirs = headline(other, evaluator)
             if theirs and other.kind == "floor" and theirs.value >= mine.value:
                 beaten.append(f"{other.name} is no worse by {name} ({theirs.value:.1f} %)")
-            elif theirs and other.kind == "pretrained" and other is not first and theirs.high >= mine.low:
+            elif theirs and other.kind == "pretrained" and other is not first and _close(first, other, evaluator):
                 rivals.setdefault(other.name, []).append(f"{name}, {theirs.value:.1f} %")
     if not leads:
         return "No pretrained encoder has a result."
@@ -45,10 +46,16 @@ def summary(comparison: Comparison) -> str:
     text = of + "; ".join(f"{name} {verb} {_listed(by)}" for name, by in leads.items()) + "."
     if rivals:
         close = [f"{name} ({'; '.join(by)})" for name, by in rivals.items()]
-        text += f" The leader's 95 % interval overlaps with that of {_listed(close)}, so their order is not settled."
+        text += f" The leader is not told apart from {_listed(close)}, so their order is not settled."
     elif len(compared) > 1:
-        text += " No other encoder's 95 % interval overlaps with a leader's."
+        text += " Every leader is told apart from all others on these test images."
     return text + "".join(f" The floor {each}." for each in beaten) + _gone_on(comparison)
+
+
+def _close(first: Entry, other: Entry, evaluator: str) -> bool:
+    """Whether the two are not told apart: by a paired test where there is one, else as their intervals overlap."""
+    found = pair(first, other, evaluator)
+    return not found.told_apart if found else headline(other, evaluator).high >= headline(first, evaluator).low
 
 
 def _gone_on(comparison: Comparison) -> str:

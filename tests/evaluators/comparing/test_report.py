@@ -161,12 +161,12 @@ def test_the_recipes_differences_are_listed(document):
 def test_the_summary_says_who_is_best_and_whether_that_is_settled():
     clear = words.summary(comparison(mae=63.12, barlow=55.04))
     assert "mae is best by linear probe (63.1 %, +21.2 over its untrained self)" in clear
-    assert "No other encoder's 95 % interval overlaps with a leader's." in clear
+    assert "Every leader is told apart from all others on these test images." in clear
     assert "The floor pixels is no worse by k-NN (48.4 %)." in clear
     # 1.96 x 0.7 on each side: 2.74 points apart just overlap, 2.76 do not
     close = words.summary(comparison(mae=63.12, barlow=63.12 - 2.74))
-    assert "interval overlaps" in close and "(linear probe, 60.4 %), so their order is not settled" in close
-    assert "No other" in words.summary(comparison(mae=63.12, barlow=63.12 - 2.76))
+    assert "is not told apart from " in close and "(linear probe, 60.4 %), so their order is not settled" in close
+    assert "Every leader" in words.summary(comparison(mae=63.12, barlow=63.12 - 2.76))
     assert "order is not settled" in "".join(Document(page(comparison(barlow=62.0))).text)
 
 

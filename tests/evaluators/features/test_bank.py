@@ -1,8 +1,12 @@
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +74,23 @@ def test_features_from_the_bank_are_those_without_it_first_and_later(index, enco
         for rows in (first[kind], again[kind]):
             assert rows.values.equal(features.values) and rows.sample_ids.equal(features.sample_ids)
             assert rows.recipe == features.recipe
+
+
+def test_an_entry_is_read_by_numpy_alone_as_the_documentation_says(index, encoder, tmp_path):
+    """By the lines that stand there, in a process without our packages."""
+    bank = Bank(tmp_path / "bank")
+    rows = bank.rows(encoder, index, ["cls"])["cls"]
+    text = (Path(__file__).parents[3] / "docs" / "evaluators.md").read_text()
+    (lines,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sample_ids.i64" in part]
+    (entry,) = bank.entries()
+    known = f"import json, numpy, zlib\nentry = {str(entry.folder)!r}\n"
+    told = "numpy.savez('read.npz', values=values, places=places)\n"
+    told += (
+        "crc = zlib.crc32(open(f'{entry}/values.f32', 'rb').read())\nassert about['checksums']['values.f32'] == crc\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", known + lines + told], cwd=tmp_path, check=True)
+    read = np.load(tmp_path / "read.npz")
+    assert np.array_equal(read["values"], rows.values.numpy()) and read["places"].tolist() == list(range(50))
 
 
 def test_only_missing_kinds_are_computed(index, encoder, tmp_path, computed):

@@ -1,0 +1,111 @@
+"""Which runs a sweep is made of: every combination of the values that its settings go through.
+
+- `key=[a, b]` is two values; where a key takes a list, `key=[[a, b], [c, d]]` is, and `key=[a, b]` is one.
+- A run's folder is named by its own values, so that a sweep can be widened and keeps what it has.
+- Every run's config is read before any is started. Nothing here imports torch.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prelude.data.errors import UserError
+from prelude.objectives import options_for
+from prelude.pretrain import recipe_yaml
+from prelude.pretrain.annotations import takes
+from prelude.pretrain.config import Config
+from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.recipes import find_recipe, load_config, read_recipe
+
+LONGEST_NAME = 120  # characters of a folder
+
+
+@dataclass(frozen=True)
+class Combination:
+    name: str  # lr=0.001,mask_ratio=0.6
+    values: dict[str, Any]  # of the settings that the sweep goes through, by their keys
+    recipe: Path
+    overrides: list[str]  # all that pretraining is told
+    config: Config
+
+
+def combinations_of(recipe: str, overrides: Sequence[str], out: str | None) -> list[Combination]:
+    """In the order of the lists, the last one's values fastest. Raises UserError for what cannot be trained."""
+    path = find_recipe(recipe)
+    folder = Path(out or f"runs/sweep_{path.stem}")
+    fixed, swept = [], {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        values = _values(key, text, path) if equals else None
+        if key == "run_dir":
+            raise UserError("run_dir is each run's own in a sweep; write --out DIR for the folder of all.")
+        if values is None:
+            fixed.append(override)
+        else:
+            swept[key] = values
+    if not swept:
+        raise UserError(
+            "There is nothing to go through; write a list for a setting, such as 'optimizer.lr=[1e-3, 3e-3]', or use "
+            "`prelude pretrain`."
+        )
+    found = []
+    for chosen in product(*swept.values()):
+        values = dict(zip(swept, chosen, strict=True))
+        name = _name(values)
+        own = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+        told = [f"run_dir={folder / name}", *fixed, *own]
+        found.append(Combination(name, values, path, told, load_config(path, told, options_for)))
+    return found
+
+
+def _values(key: str, text: str, recipe: Path) -> list | None:
+    """What a setting goes through; None where it has one value. Raises UserError for a list without values, or with one
+    twice."""
+    text = text.strip()
+    if not text.startswith("["):
+        return None
+    try:
+        values = recipe_yaml.load(text)
+    except yaml.YAMLError:
+        return None  # a pattern such as [ab]*.tar
+    if not isinstance(values, list) or (_takes_list(key, recipe) and not (values and all(map(_is_list, values)))):
+        return None
+    if not values:
+        raise UserError(f"{key}=[] has no value to go through; write one or more, or leave it out.")
+    written = [json.dumps(value) for value in values]
+    if twice := next((value for value in written if written.count(value) > 1), None):
+        raise UserError(
+            f"{key} is to go through {twice} twice; write each value once, and a value that is a list itself in two "
+            f"pairs of brackets, {key}=[{text}]."
+        )
+    return values
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _takes_list(key: str, recipe: Path) -> bool:
+    name = (read_recipe(recipe).get("objective") or {}).get("name")
+    field = Keys(options_for(name) if isinstance(name, str) else None).field(key.split("."))
+    return field is not None and takes(field.annotation, list)
+
+
+def _name(values: dict[str, Any]) -> str:
+    leaves = [key.rpartition(".")[2] for key in values]
+    parts = []
+    for key, leaf, value in zip(values, leaves, values.values(), strict=True):
+        word = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f"{leaf if leaves.count(leaf) == 1 else key}={word}")
+    name = ",".join(parts)
+    plain = re.sub(r"[^\w.=,+-]+", "_", name).strip("_.")
+    if plain == name and len(name) <= LONGEST_NAME:
+        return name
+    return f"{plain[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"

@@ -1,0 +1,33 @@
+"""The `log` section of a config: how often, and where to beside the run folder."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from prelude.pretrain.options import Section, Text, Texts
+
+
+class WandbConfig(Section):
+    """Weights & Biases, by its own package. What is null is as its environment variables say."""
+
+    project: Text
+    entity: Text | None = None
+    name: Text | None = None  # of the run there; null: that of the run folder
+    group: Text | None = None
+    tags: Texts | None = None
+    mode: Literal["online", "offline"] | None = None  # offline: kept in RUN/wandb, for `wandb sync`
+
+
+class MlflowConfig(Section):
+    """MLflow, by its own package. What is null is as its environment variables say."""
+
+    experiment: Text
+    tracking_uri: Text | None = None  # a server, sqlite:///FILE, or file:FOLDER
+    name: Text | None = None  # of the run there; null: that of the run folder
+
+
+class LogConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    pictures_every_steps: int = Field(500, ge=0)  # 0: none
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None

@@ -1,0 +1,1 @@
+"""Experiment trackers: a run's curves, pictures and config in Weights & Biases and MLflow."""
