@@ -56,13 +56,13 @@ def with_class_names(indexes: Sequence[ShardIndex], given: Sequence[str] = ()) -
         elif not reader.is_text:
             named = indexes[[reader.is_text for reader in readers].index(True)]
             raise UserError(
-                f"The {in_words(index.label)}s of {index.paths[0]} and the rest hold numbers, those of "
-                f"{named.paths[0]} names; write both alike."
+                f"The {in_words(index.label)}s of {index.named} hold numbers, those of {named.named} names; write both "
+                f"alike."
             )
         elif not given and len(values) == count > _MANY:
             raise UserError(
-                f"The {count} {in_words(index.label)}s of {index.paths[0]} and the rest are all different, so they "
-                f"name no classes; write another label."
+                f"The {count} {in_words(index.label)}s of {index.named} are all different, so they name no classes; "
+                f"write another label."
             )
         else:
             found |= values
@@ -78,8 +78,8 @@ def with_class_names(indexes: Sequence[ShardIndex], given: Sequence[str] = ()) -
 def _refuse_beyond(index: ShardIndex, numbers: set, given: Sequence[str]) -> None:
     if beyond := [number for number in numbers if not 0 <= number < len(given)]:
         raise UserError(
-            f"{index.paths[0]} and the rest hold class {max(beyond, key=abs)}, and {len(given)} classes are given, "
-            f"numbered from 0; correct either."
+            f"The {in_words(index.label)}s of {index.named} hold class {max(beyond, key=abs)}, and {len(given)} "
+            f"classes are given, numbered from 0; correct either."
         )
 
 

@@ -32,7 +32,7 @@ from prelude.data.index_file import Entry
 from prelude.data.locks import alone
 from prelude.data.node_cache import cache_folder
 from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
-from prelude.data.remote_shards import RemoteShard, shard_name
+from prelude.data.remote_shards import RemoteShard, named, shard_name
 from prelude.data.tar_index import MOST_LABELS, Problem, TarIndex, index_every_label, index_tar, is_image
 from prelude.data.waiting import called, in_threads, moved
 from prelude.data.walking import walk_all
@@ -131,7 +131,7 @@ class _Sought(NamedTuple):
         self.at[:] = [] if shard is None else [shard[0]]
 
     def waits_for(self) -> str:
-        return f"the headers of {self.at[0]}" if self.at else f"the index of {self.paths[0]} and the rest"
+        return f"the headers of {self.at[0]}" if self.at else f"the index of {named(self.paths)}"
 
     def path(self, label: str = "") -> str:
         of_label = f".{_hash(label)[:16]}.labels" if label else ".images"
@@ -179,8 +179,8 @@ def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    with contextlib.suppress(OSError):
-        os.utime(sought.path())
+    with contextlib.suppress(OSError):  # the time of change stays: who has it open looks at that
+        os.utime(sought.path(), ns=(time.time_ns(), os.stat(sought.path()).st_mtime_ns))
     return Kept(images, labels, shards, contents, sought.name)
 
 
@@ -251,8 +251,13 @@ def _remove_superseded(sought: _Sought) -> None:
     of_paths = sought.name.partition("-")[0]
     for path in _folder().glob(f"{of_paths}-*"):
         with contextlib.suppress(OSError):
-            if not path.name.startswith(sought.name) and time.time() - path.stat().st_mtime > _UNUSED_SECONDS:
+            if not path.name.startswith(sought.name) and time.time() - _used_at(path) > _UNUSED_SECONDS:
                 path.unlink()
+
+
+def _used_at(path: Path) -> float:
+    status = path.stat()
+    return max(status.st_atime, status.st_mtime)
 
 
 # ---- one shard

@@ -182,7 +182,7 @@ def some(sample_ids: np.ndarray) -> list[int]:
 def no_label(index) -> UserError:
     """Where no sample of an index has the label."""
     return UserError(
-        f"No sample in {index.paths[0]} and the rest has a .{extension_of(index.label)} member; write another label, "
+        f"No sample in {index.named} has a .{extension_of(index.label)} member; write another label, "
         f"or name members so that image and label are the same up to the first dot of the file's name."
     )
 

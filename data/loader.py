@@ -24,6 +24,7 @@ from prelude.data.class_names import label_reader
 from prelude.data.data_sets import Data, found, index_of
 from prelude.data.errors import UserError
 from prelude.data.fetching import check_room, fetch_ahead
+from prelude.data.findings import FindingsReader, VectorFormat
 from prelude.data.mixed_order import order_of, passes
 from prelude.data.order import DEFAULT_SHUFFLE, Shuffle
 from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
@@ -88,9 +89,10 @@ def _of_stream(urls: list[str], of_index: dict) -> dict:
 class Loader(EndlessLoader):
     """Endless batches of the samples of an index.
 
-    label: extension of the member with a sample's label (`cls`), or "" for batches without labels.
-    bad_samples_log: where unreadable samples are listed. Raises UserError if there is a `label` and no such member,
-    and where no image can be read as `plan` and index ask for.
+    label: extension of the member with a sample's label (`cls`), or "" for batches without labels. findings: how that
+    member says which of several there are, where it holds no class. bad_samples_log: where unreadable samples are
+    listed. Raises UserError if there is a `label` and no such member, and where no image can be read as `plan` and
+    index ask for.
     """
 
     def __init__(
@@ -105,13 +107,15 @@ class Loader(EndlessLoader):
         num_workers: int = 0,
         shuffle: Shuffle = DEFAULT_SHUFFLE,
         label: str = "",
+        findings: VectorFormat | None = None,
         bad_samples_log: str | Path | None = None,
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         self.index, self.shuffle = index.with_label(label), shuffle
         self.num_samples = index.num_samples
         self.fingerprint = index.fingerprint + (f"_{self.index.label_fingerprint()}" if label else "")
-        self.reader = _reader(self.index, plan, seed, label, "substitute", num_workers)
+        self.findings = findings
+        self.reader = _reader(self.index, plan, seed, label, findings, "substitute", num_workers)
         if rank == 0:
             self.bad.add_unindexed(index.problems)
             self.bad.add_unended(index.unended)
@@ -142,6 +146,7 @@ class Loader(EndlessLoader):
             "window": self.shuffle.window,
             "span": self.shuffle.span,
             "views": self.plan.fingerprint(),
+            **({"findings": [self.findings.field, *self.findings.names]} if self.findings else {}),
             **self._identity_of_parts(),
         }
 
@@ -180,9 +185,9 @@ class OnePass:
     most, and the last batch may be short: ranks need not have the same number of batches.
     """
 
-    def __init__(self, index, plan, batch_size, rank, world_size, num_workers, label, seed, samples):
+    def __init__(self, index, plan, batch_size, rank, world_size, num_workers, label, findings, seed, samples):
         self.index, self.num_workers = index.with_label(label), num_workers
-        self.reader = _reader(self.index, plan, seed, label, "skip", num_workers)
+        self.reader = _reader(self.index, plan, seed, label, findings, "skip", num_workers)
         self.source = OnePassSource(index.num_samples, batch_size, rank, world_size, samples)
         self.bad = BadSamples()
 
@@ -208,6 +213,7 @@ def one_pass(
     world_size: int = 1,
     num_workers: int = 0,
     label: str = "",
+    findings: VectorFormat | None = None,
     seed: int = 0,
     samples: np.ndarray | None = None,
 ) -> OnePass:
@@ -216,7 +222,7 @@ def one_pass(
     samples: ids of those to read, in that order; None for all N. A sample's position is its id, and `seed` decides its
     crop where the plan draws one. Errors as in `Loader`.
     """
-    return OnePass(index, plan, batch_size, rank, world_size, num_workers, label, seed, samples)
+    return OnePass(index, plan, batch_size, rank, world_size, num_workers, label, findings, seed, samples)
 
 
 def _stages(source, reader: MicroBatchReader) -> list:
@@ -224,7 +230,8 @@ def _stages(source, reader: MicroBatchReader) -> list:
     return [source, ahead, functools.partial(announce, reader=reader), wds.map(reader)]
 
 
-def _reader(index, plan, seed, label, on_bad, num_workers) -> MicroBatchReader:
+def _reader(index, plan, seed, label, findings, on_bad, num_workers) -> MicroBatchReader:
     refuse_other_images(index, plan.channels)
     threads = 1 if num_workers else min(torch.get_num_threads(), 8)
-    return MicroBatchReader(index, plan, seed, label_reader(index, label), on_bad, threads)
+    read_label = FindingsReader(label, findings) if findings else label_reader(index, label)
+    return MicroBatchReader(index, plan, seed, read_label, on_bad, threads)

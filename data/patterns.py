@@ -4,22 +4,17 @@ import glob
 import math
 import os
 import re
-import socket
 import stat
 
 from webdataset.shardlists import expand_urls
 
+from prelude.data.absent import is_remote, missing, no_match
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder, open_folder
 from prelude.data.remote_shards import RemoteShard, is_pattern, matching
 from prelude.data.stores import is_stored
 
-_URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 _MOST_NAMED = 10**7  # by the ranges of a pattern
-
-
-def is_remote(url: str) -> bool:
-    return bool(_URL.match(url))
 
 
 def expand(pattern: str) -> list[str]:
@@ -61,10 +56,10 @@ def _local(url: str, pattern: str) -> list[str]:
         if matches:
             found = {match: _as_path(match, pattern) for match in matches}
             for match in (match for match, path in found.items() if path is None):
-                raise _missing(match, pattern)
+                raise missing(match, pattern)
             return list(found.values())
-        raise UserError(f"No file matches {path!r} on {socket.gethostname()}; correct data.shards={pattern!r}.")
-    raise _missing(path, pattern)
+        raise no_match(path, pattern)
+    raise missing(path, pattern)
 
 
 def _as_path(path: str, pattern: str) -> str | None:
@@ -82,9 +77,3 @@ def _as_path(path: str, pattern: str) -> str | None:
             f"disk."
         )
     return path
-
-
-def _missing(path: str, pattern: str) -> UserError:
-    return UserError(
-        f"{path} does not exist on {socket.gethostname()}; correct data.shards={pattern!r}, or copy the shard there."
-    )

@@ -6,6 +6,7 @@
 - What travels to another process is the file's path.
 - Damage is found by checksums: of the header always, of the numbers where they take `_CHECKED` bytes at most, since
   looking at all would be what mapping avoids. Files of any size are compared with the length that they should have.
+- A file that is written into while it is mapped is noticed at the next look, before its numbers are believed.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+from prelude.data.errors import RunStopped
 
 Tables = Callable[[], Iterable[np.ndarray]]
 """Yields (n, 2) int64 of shard after shard, from the first one each time that it is called."""
@@ -64,7 +67,7 @@ class Mapped(Places):
     """The table in a file that `write_images` or `write_labels` wrote. images: those that the labels belong to.
 
     `about` is what was written with it. Raises OSError where the file cannot be read, ValueError where it is no such
-    file, or not whole.
+    file, or not whole. Indexed, it raises RunStopped for a file that has changed since.
     """
 
     def __init__(self, path: str, images: Places | None = None, opened: str = ""):
@@ -72,12 +75,12 @@ class Mapped(Places):
         self.path, self.images = path, images
         with open(opened or path, "rb") as file:
             header, begin = _read_header(file)
-            self.about, self._count = header["about"], int(header["count"])
-            size = os.fstat(file.fileno()).st_size
+            self.about, self._count, self._begin = header["about"], int(header["count"]), begin
+            self._checksum, self._state = header["checksum"], _state(file.fileno())
             whole = begin + self._count * sum(np.dtype(dtype).itemsize for dtype, _ in header["columns"])
-            if size != whole:
-                raise ValueError(f"{size} bytes where there should be {whole}")
-            if whole - begin <= _CHECKED and _checksum(file) != header["checksum"]:
+            if self._state[0] != whole:
+                raise ValueError(f"{self._state[0]} bytes where there should be {whole}")
+            if whole - begin <= _CHECKED and _checksum(file.fileno(), begin) != self._checksum:
                 raise ValueError("numbers that are not those that were written")
             self._fd = os.dup(file.fileno())  # the file may be removed, and is still there for whoever has it open
             memory = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
@@ -90,11 +93,29 @@ class Mapped(Places):
         return self._count
 
     def _rows(self, rows) -> np.ndarray:
+        self._refuse_if_changed()
         (first, unit), (second, _) = self._columns
         found = np.stack([first[rows].astype(np.int64) * unit, second[rows].astype(np.int64)], -1)
         return found if self.images is None else _absolute(found, self.images[rows])
 
+    def _refuse_if_changed(self) -> None:
+        """Beyond the end of a file that was cut a look would kill the process, or find zeros."""
+        state = _state(self._fd)
+        if state == self._state:
+            return
+        (size, _), (whole, _) = state, self._state
+        reason = f"{size} bytes where there were {whole}" if size != whole else ""
+        if not reason and whole - self._begin <= _CHECKED and _checksum(self._fd, self._begin) != self._checksum:
+            reason = "its numbers are not those that were written"
+        if reason:
+            raise RunStopped(
+                f"{self.path}, the kept index of the shards, was written into while it was in use ({reason}); run the "
+                f"same command again, which makes it anew. The shards are as they were."
+            )
+        self._state = state
+
     def __reduce__(self):
+        self._refuse_if_changed()
         # The other place is the same file on Linux, also when it was removed, as long as this process lives.
         return _opened, (self.path, self.images, f"/proc/{os.getpid()}/fd/{self._fd}")
 
@@ -204,8 +225,8 @@ def _write_as(path: str, tables: Tables, about: Callable[[], Any], forms: list[t
         with open(aside[-1], "wb") as whole:
             checksum = 0
             for file in columns:
-                file.seek(0)
-                checksum = _checksum(file, checksum)
+                file.flush()
+                checksum = _checksum(file.fileno(), 0, checksum)
             whole.write(_header({"count": count, "columns": forms, "checksum": checksum, "about": about()}))
             for file in columns:
                 file.seek(0)
@@ -249,10 +270,16 @@ def _read_header(file) -> tuple[dict, int]:
     return json.loads(text), len(start) + size
 
 
-def _checksum(file, start: int = 0) -> int:
-    """Of the rest of a file."""
-    while piece := file.read(_PIECE):
-        start = zlib.crc32(piece, start)
+def _state(fd: int) -> tuple[int, int]:
+    """Of a file: what changes when it is written into."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
+
+
+def _checksum(fd: int, begin: int = 0, start: int = 0) -> int:
+    """Of a file from a byte on. By offset: processes that were forked share one place in it."""
+    while piece := os.pread(fd, _PIECE, begin):
+        start, begin = zlib.crc32(piece, start), begin + len(piece)
     return start
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from urllib.parse import urlsplit
@@ -274,6 +274,11 @@ _caches: dict[tuple[str, int], NodeCache] = {}
 def shard_name(path: str) -> str:
     """The name of its file."""
     return path.name if isinstance(path, RemoteShard) else os.path.basename(path)
+
+
+def named(paths: Sequence[str]) -> str:
+    """Shards, in a sentence."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and the rest"
 
 
 def open_shard(path: str) -> int:

@@ -7,7 +7,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -32,6 +32,10 @@ class Selection:
     values: tuple[int | str, ...] = ()
     share: float | None = None
     seed: int = 0  # of the share
+
+    def said(self) -> dict:
+        """What was chosen, for the record; `Selection(**said)` is the same."""
+        return {key: value for key, value in asdict(self).items() if value}
 
 
 def selected(index: ShardIndex, selection: Selection | None, where: str) -> ShardIndex:
@@ -74,10 +78,7 @@ def _with_label(index: ShardIndex, ids: np.ndarray, selection: Selection, where:
         taken[i] = value in wanted
         found |= {value} if taken[i] else set()
     if missing := sorted(wanted - found):
-        raise UserError(
-            f"No sample of {index.paths[0]} and the rest has the label {', '.join(missing)} of {where}.values; correct "
-            f"it."
-        )
+        raise UserError(f"No sample of {index.named} has the label {', '.join(missing)} of {where}.values; correct it.")
     return there[taken]
 
 
@@ -97,7 +98,7 @@ def _with_keys(index: ShardIndex, wanted: Sequence[str], where: str) -> np.ndarr
         begin = end
     if missing := [line for line in wanted if line not in places]:
         raise UserError(
-            f"{len(missing)} keys of {where} are not in {index.paths[0]} and the rest (the first: {missing[0]!r}); "
+            f"{len(missing)} keys of {where} are not in {index.named} (the first: {missing[0]!r}); "
             f"write the keys of samples that are there."
         )
     if twice := next((line for line in wanted if len(places[line]) > 1), None):

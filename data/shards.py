@@ -29,7 +29,7 @@ from prelude.data.kept_index import Shard, load_all, remembered
 from prelude.data.labels import extension_of, label_name
 from prelude.data.patterns import expand, is_remote
 from prelude.data.places import Chained, Places, Taken
-from prelude.data.remote_shards import RemoteShard, remote_shards, shard_name
+from prelude.data.remote_shards import RemoteShard, named, remote_shards, shard_name
 from prelude.data.tar_index import keys_by_offset
 from prelude.data.value_range import resolved
 from prelude.data.waiting import called, moved
@@ -133,6 +133,11 @@ class ShardIndex:
     @property
     def num_shards(self) -> int:
         return len(self.paths)
+
+    @property
+    def named(self) -> str:
+        """Its shards, in a sentence."""
+        return named(self.paths)
 
     @property
     def num_problems(self) -> int:

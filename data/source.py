@@ -9,6 +9,7 @@
   is a short read, where a memory map would kill the worker.
 """
 
+import contextlib
 import functools
 import os
 import resource
@@ -178,8 +179,9 @@ class MicroBatchReader:
         }
 
     def will_read(self, sample_ids: np.ndarray) -> None:
-        for place in self._places(sample_ids, self.index.images):
-            self.files.will_read(*place)
+        with contextlib.suppress(RunStopped):  # the read itself says what is wrong
+            for place in self._places(sample_ids, self.index.images):
+                self.files.will_read(*place)
 
     def _fill(self, buffers: "MicroBatchBuffers", positions, seeds, sample_ids, rows: range) -> list[tuple[list, bool]]:
         """Reads some rows; writes the ids that were delivered into `sample_ids`.

@@ -29,7 +29,12 @@ _FAILURES = {  # what libraries raise beside OSError
     "http": ("aiohttp.ClientError", "aiohttp.InvalidURL"),
     "s3": ("botocore.exceptions.BotoCoreError", "botocore.exceptions.ClientError", "aiohttp.ClientError"),
     "gs": ("gcsfs.retry.HttpError", "google.auth.exceptions.GoogleAuthError", "aiohttp.ClientError"),
-    "hf": ("huggingface_hub.errors.HfHubHTTPError", "httpx.HTTPError", "requests.RequestException"),
+    "hf": (
+        "huggingface_hub.errors.HfHubHTTPError",
+        "httpx2.HTTPError",  # of huggingface_hub 2, the next of 1, the last of 0
+        "httpx.HTTPError",
+        "requests.RequestException",
+    ),
 }
 
 
@@ -221,7 +226,9 @@ class _told:
         status = next((code for one in chain if (code := _status_of(one))), None)
         if status is None and isinstance(error, PermissionError | FileNotFoundError) and len(chain) == 1:
             status = 403 if isinstance(error, PermissionError) else 404
+        served = [text for one in chain if (text := getattr(one, "server_message", None))]  # the hub's own words
         words = next((text for one in reversed(chain) if (text := _words(one, self.url))), _phrase(status, error))
+        words = " ".join(served[0].split()).rstrip(".") if served else words
         told = words if status is None or str(status) in words else f"{status} {words}"
         lacks = next((one for one in chain if "Credentials" in type(one).__name__ or "DefaultCreds" in str(one)), None)
         if lacks is not None:

@@ -39,7 +39,7 @@ def resolved(index, value_range: ValueRange | Literal["auto"] | None) -> ValueRa
     if all(kind == "f" for _, _, kind in found) and 0 <= lowest and highest <= 1:
         return 0.0, 1.0
     raise UserError(
-        f"data.range=auto cannot be found: values in {index.paths[0]} and the rest go from {lowest:g} to {highest:g}, "
+        f"data.range=auto cannot be found: values in {index.named} go from {lowest:g} to {highest:g}, "
         f"and may go further; write data.range=[{lowest:g},{highest:g}], or the range that is meant."
     )
 
@@ -51,9 +51,9 @@ def tell_if_dark(index) -> None:
     highest = max((int(high) for _, high, kind in _extremes(index) if kind == "u"), default=None)
     if highest is not None and highest < _DARK * 65535:
         log.warning(
-            "images in %s and the rest have 16 bits and values up to %d only, so all stay dark (at most %d of 255); "
+            "images in %s have 16 bits and values up to %d only, so all stay dark (at most %d of 255); "
             "write data.range=[0,%.0f], or data.range=auto",
-            index.paths[0], highest, highest // 256, _whole_bits(highest),
+            index.named, highest, highest // 256, _whole_bits(highest),
         )  # fmt: skip
 
 
@@ -74,14 +74,14 @@ def refuse_other_images(index, channels: int) -> None:
     if refused:
         there = f"{refused.there} channel{'s' * (refused.there > 1)}"
         raise UserError(
-            f"Images in {index.paths[0]} have {there}, and {channels} are "
+            f"Images in {index.named} have {there}, and {channels} are "
             f"asked for; write data.channels={refused.there} with data.mean and data.std of as many values, or take an "
             f"encoder of as many."
         )
     if values:
         dtype, found = values
         raise UserError(
-            f"Images in {index.paths[0]} hold {dtype} values (one from {np.nanmin(found):g} to {np.nanmax(found):g}), "
+            f"Images in {index.named} hold {dtype} values (one from {np.nanmin(found):g} to {np.nanmax(found):g}), "
             f"and nothing says which are black and white; write data.range=[LOW,HIGH]."
         )
 

@@ -11,12 +11,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from collections.abc import Callable, Sequence
 
 from prelude.data.errors import RunStopped, UserError
+from prelude.data.progress import progress_bar
 from prelude.data.waiting import end_with_parent, moved, while_it_moves
 
 ALONE_SECONDS = 1.0
@@ -30,7 +28,7 @@ def walk_all(shards: Sequence, walk: Callable, tell: Callable) -> None:
     tell: gets the shard that is walked here from now on, None when that is over.
     """
     began = time.monotonic()
-    with _progress_bar(len(shards)) as advance:
+    with progress_bar("indexing shards", len(shards)) as advance:
         for number, shard in enumerate(shards):
             left = shards[number:]
             processes = 0 if multiprocessing.current_process().daemon else min(num_cores(), len(left))
@@ -82,25 +80,3 @@ def _walk_some(shards: Sequence, walk: Callable, writing) -> None:
             with contextlib.suppress(OSError, UserError, RunStopped):
                 walk(shard)
             os.write(writing.fileno(), _DONE)
-
-
-@contextlib.contextmanager
-def _progress_bar(count: int) -> Iterator[Callable[[int], None]]:
-    """On a terminal, once it has taken a second."""
-    columns = TextColumn("indexing shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, began, shown, done = bar.add_task("", total=count), time.monotonic(), False, 0
-
-    def advance(more: int) -> None:
-        nonlocal shown, done
-        done += more
-        if not shown and bar.console.is_terminal and time.monotonic() - began > ALONE_SECONDS:
-            bar.start()
-            shown = True
-        bar.update(task, completed=done)
-
-    try:
-        yield advance
-    finally:
-        if shown:
-            bar.stop()

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from prelude.checkpoints.description import has_folder, path_of
-from prelude.checkpoints.sources import OpenedEncoder, open_encoder
+from prelude.checkpoints.description import RANDOM, has_folder, path_of
+from prelude.checkpoints.sources import OpenedEncoder, describe, open_encoder
 from prelude.checkpoints.store import recorded_config
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
@@ -25,7 +25,7 @@ from prelude.evaluators.features.extraction import Features, crops_plan
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
-from prelude.evaluators.labelled import Labelled, selection
+from prelude.evaluators.labelled import Labelled, describe_data, selection
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
 from prelude.pretrain.config import EvaluateConfig
@@ -141,7 +141,7 @@ class Judging:
         seconds: Sequence[float],
     ) -> list[Result]:
         """A result of each evaluator, out of its outcomes by seed and the time that it took."""
-        data, warnings = describe_data(self.labelled, self.indexes, self.labels, train, test)
+        data, warnings = self.described_data(train, test)
         merged = [over_seeds(found, self.seeds) for found in outcomes]
         return [
             Result(
@@ -156,6 +156,10 @@ class Judging:
             )
             for outcome, taken in zip(merged, seconds, strict=True)
         ]
+
+    def described_data(self, train: dict[str, Features], test: dict[str, Features]) -> tuple[dict, list[str]]:
+        """What the images were, for the record, and what to be told about them."""
+        return describe_data(self.labelled, self.indexes, self.labels, train, test)
 
     def _taken(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> list[dict[str, Features]]:
         """The features, and a word on what they took."""
@@ -182,8 +186,9 @@ def evaluate(sources: Sequence[str], evaluators: Sequence[Evaluator], labelled: 
 def judge_all(sources: Sequence[str], judging: Judging) -> list[Result]:
     """All ranks compute features; the first one alone evaluates and gets the results, others get none.
 
-    Raises UserError for a source or shards that cannot be used.
+    Raises UserError for a source or shards that cannot be used, before any work as far as a look at them tells.
     """
+    refuse_unknown(sources)
     judging.check()
     if distributed.world_size() > 1:
         for source in sources:
@@ -193,6 +198,17 @@ def judge_all(sources: Sequence[str], judging: Judging) -> list[Result]:
         # The work of several ranks is done, and all is in the bank; nobody waits for what one rank does with it.
         distributed.stop()
     return [result for source in sources for result in judging.results(source, sources)]
+
+
+def refuse_unknown(sources: Sequence[str]) -> None:
+    """Looks at each of several sources, so that none is judged for nothing. Raises UserError for one that is none."""
+    if len(sources) < 2:
+        return  # it is opened at once
+    for source in dict.fromkeys(sources):
+        if not is_pixels(source):
+            describe(source.removeprefix(RANDOM))
+        elif ":" in source:
+            open_pixels(source)
 
 
 def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Callable[[str], None]) -> None:
@@ -318,7 +334,7 @@ def is_recipe(source: str) -> bool:
 
 def is_random(source: str) -> bool:
     """Whether another seed gives another encoder."""
-    return source.startswith("random:")
+    return source.startswith(RANDOM)
 
 
 def by_seed(
@@ -362,38 +378,3 @@ def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path
 
 def described(encoder: OpenedEncoder) -> dict:
     return {"name": encoder.name, "fingerprint": encoder.fingerprint, "origin": encoder.origin}
-
-
-def describe_data(
-    labelled: Labelled,
-    indexes: Sequence[ShardIndex],
-    labels: Sequence[Labels],
-    train: dict[str, Features],
-    test: dict[str, Features],
-) -> tuple[dict, list[str]]:
-    """What the images were, for the record, and what to be told about them."""
-    data, warnings = labelled.described_labels(indexes[0]), []
-    if labelled.group:
-        data["group"] = labelled.group
-    if labelled.value_range:
-        data["range"] = indexes[0].value_range
-    for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
-        one = next(iter(features.values()))
-        unlabelled = int((~label.known).sum())
-        unreadable = index.num_samples - unlabelled - len(one)
-        if unlabelled:
-            warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
-        if index.num_lost:
-            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
-        if unreadable:
-            warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
-        data[name] = {
-            **labelled.described(name, index),
-            "fingerprint": one.data_fingerprint,
-            "num_samples": len(one),
-            "num_unreadable": unreadable,
-            "num_unlabelled": unlabelled,
-        }
-    if indexes[0].fingerprint == indexes[1].fingerprint and not labelled.one_set:
-        warnings.append("Train and test are the same shards, so this says nothing about new images.")
-    return data, warnings

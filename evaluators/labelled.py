@@ -1,15 +1,22 @@
 """The labelled shards that encoders are judged on: which, which part of them, and what their labels are."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from prelude.data.class_names import with_class_names
 from prelude.data.decode import MAX_PIXELS, ValueRange
+from prelude.data.remote_shards import RemoteShard
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.labels import VectorFormat
+from prelude.evaluators.features.extraction import Features
+from prelude.evaluators.features.labels import Labels, VectorFormat
 from prelude.pretrain.config import EvaluateConfig, SelectConfig
+
+FEW = 20  # images: of fewer, one alone is 5 points or more
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Labelled:
     def described(self, name: str, index: ShardIndex) -> dict:
         """Of train or test, for the record."""
         select = getattr(self, f"{name}_select")
-        chosen = {"select": {key: value for key, value in asdict(select).items() if value}} if select else {}
+        chosen = {"select": select.said()} if select else {}
         return {"shards": getattr(self, name), **chosen, "fingerprint": index.fingerprint}
 
     def described_labels(self, index: ShardIndex) -> dict:
@@ -68,3 +75,68 @@ def labelled_section(section: EvaluateConfig, value_range=None, max_pixels: int 
 
 def selection(section: SelectConfig | None) -> Selection | None:
     return Selection(**section.model_dump()) if section else None
+
+
+def describe_data(
+    labelled: Labelled,
+    indexes: Sequence[ShardIndex],
+    labels: Sequence[Labels],
+    train: dict[str, Features],
+    test: dict[str, Features],
+) -> tuple[dict, list[str]]:
+    """What the images were, for the record, and what to be told about them."""
+    data, warnings = labelled.described_labels(indexes[0]), []
+    if labelled.group:
+        data["group"] = labelled.group
+    if labelled.value_range:
+        data["range"] = indexes[0].value_range
+    for name, index, label, features in zip(("train", "test"), indexes, labels, (train, test), strict=True):
+        one = next(iter(features.values()))
+        unlabelled = int((~label.known).sum())
+        unreadable = index.num_samples - unlabelled - len(one)
+        if unlabelled:
+            warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
+        if index.num_lost:
+            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
+        if unreadable:
+            warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
+        data[name] = {
+            **labelled.described(name, index),
+            "fingerprint": one.data_fingerprint,
+            "num_samples": len(one),
+            "num_unreadable": unreadable,
+            "num_unlabelled": unlabelled,
+        }
+    return data, warnings + few_warnings(data["test"]["num_samples"]) + ([] if labelled.one_set else _leaks(*indexes))
+
+
+def few_warnings(num_test: int) -> list[str]:
+    if num_test >= FEW:
+        return []
+    return [f"{num_test} test images are few: one of them alone is {100 / max(num_test, 1):.0f} points."]
+
+
+def num_in_both(first: ShardIndex, second: ShardIndex) -> int:
+    """How many samples of the first are in the second, by where they lie: a copy of a shard is another one."""
+    (of_first, of_second), found = (_by_file(index) for index in (first, second)), 0
+    for file in of_first.keys() & of_second.keys():
+        found += len(np.intersect1d(_offsets(first, of_first[file]), _offsets(second, of_second[file])))
+    return found
+
+
+def _by_file(index: ShardIndex) -> dict[str, int]:
+    """The numbers of its shards."""
+    real = lambda path: path if isinstance(path, RemoteShard) else os.path.realpath(path)  # noqa: E731
+    return {real(path): number for number, path in enumerate(index.paths)}
+
+
+def _offsets(index: ShardIndex, shard: int) -> np.ndarray:
+    end = int(index.ends[shard])
+    return index.images[end - int(index.counts[shard]) : end][:, 0]
+
+
+def _leaks(train: ShardIndex, test: ShardIndex) -> list[str]:
+    if train.fingerprint == test.fingerprint:
+        return ["Train and test are the same shards, so this says nothing about new images."]
+    both = num_in_both(test, train)
+    return [f"{both} of {test.num_samples} test images are train images too, and nothing new."] if both else []

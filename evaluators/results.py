@@ -36,6 +36,7 @@ TOP5_FROM = 10  # classes; below, five guesses say little
 TITLES = {
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "balanced": "mean of classes %",
     "auc": "macro AUC %",
     "map": "mAP %",
     "auroc": "AUROC %",
@@ -225,9 +226,9 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
 
     console = console or Console()
     print_whole(console, build, [name for row in names for name in row])
-    for result in results:
-        for warning in result.outcome.warnings:
-            console.print(f"{result.encoder['name']}: {warning}", highlight=False, markup=False)
+    told = [f"{result.encoder['name']}: {warning}" for result in results for warning in result.outcome.warnings]
+    for text in dict.fromkeys(told):  # several evaluators say the same of their images
+        console.print(text, highlight=False, markup=False)
 
 
 def _cell(number: Percent | None) -> str:

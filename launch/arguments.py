@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
+from prelude.data.absent import refuse_absent
 from prelude.data.errors import UserError
 from prelude.pretrain import overrides
 from prelude.pretrain.config import DataConfig, SelectConfig
@@ -49,6 +50,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     settings = [word for word in words if _OVERRIDE.match(word)]
     args = parser.parse_intermixed_args([word for word in words if not _OVERRIDE.match(word)])
     args.overrides = [*args.overrides, *_gathered(settings)]
+    return args
+
+
+def parse_present(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The same, of a door that takes shards. Raises UserError for such that plainly are not there."""
+    args = parse(parser, argv)
+    for action in parser._actions:
+        if isinstance(action, Shards) and (given := getattr(args, action.dest)):
+            refuse_absent(given, f"{action.option_strings[0]} ")
     return args
 
 
@@ -142,14 +152,19 @@ def add_labelled(parser: argparse.ArgumentParser, *, label: str = "", default: s
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """Which images and classes of the labelled shards."""
     for name in ("train", "test"):
-        parser.add_argument(
-            f"--{name}-select",
-            action="append",
-            metavar="KEY=VALUE",
-            help=f"a part of {name}: keys=FILE, label=NAME with values=[...], share=0.1, seed=N",
-        )
+        add_select(parser, f"--{name}-select", name)
     parser.add_argument("--classes", type=path, metavar="FILE", help="names in the order of their numbers, one a line")
     add_image(parser)
+
+
+def add_select(parser: argparse.ArgumentParser, option: str, whole: str) -> None:
+    """whole: what a part is taken of, in a word."""
+    parser.add_argument(
+        option,
+        action="append",
+        metavar="KEY=VALUE",
+        help=f"a part of {whole}: keys=FILE, label=NAME with values=[...], share=0.1, seed=N",
+    )
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:

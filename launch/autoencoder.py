@@ -11,6 +11,7 @@ from prelude.checkpoints.store import Store
 from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
+from prelude.data.progress import progress_bar
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.dense.hidden_errors import errors_by_patch
 from prelude.evaluators.judging import run_of
@@ -52,7 +53,9 @@ def hidden_errors(
         return found.mask.removed, (model.restored(found) - found.pixels).square().mean(2)
 
     found = []
-    for batch in one_pass(index, plan, batch_size=BATCH, samples=sample_ids.numpy()):
-        (images,) = device_images(batch.to(device), plan)
-        found.append(errors_by_patch(fill, images, batch.sample_ids.to(device), model.num_patches, num_masks).cpu())
+    with progress_bar("filling in images", len(sample_ids)) as advance:
+        for batch in one_pass(index, plan, batch_size=BATCH, samples=sample_ids.numpy()):
+            (images,) = device_images(batch.to(device), plan)
+            found.append(errors_by_patch(fill, images, batch.sample_ids.to(device), model.num_patches, num_masks).cpu())
+            advance(len(batch))
     return torch.cat(found).unflatten(1, model.grid)

@@ -17,12 +17,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import documented_parser, parse, path
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
+    refuse_ranks("bank")
     from prelude.evaluators.features.bank import Bank
     from prelude.evaluators.judging import BANK, run_of
 

@@ -14,12 +14,14 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import documented_parser, parse
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
+    refuse_ranks("check-encoder")
     from prelude.launch import encoder_report
 
     return encoder_report.main(args.encoder, args.overrides)

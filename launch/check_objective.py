@@ -16,12 +16,14 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import documented_parser, parse, path
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
+    refuse_ranks("check-objective")
     from prelude.launch import objective_report
 
     return objective_report.main(args.objective, args.config, args.overrides, quick=args.quick)

@@ -20,12 +20,12 @@ if __name__ == "__main__" and not __package__:
 import argparse
 
 from prelude.evaluators.defaults import COMPARABLE, COMPARED
-from prelude.launch.arguments import SOURCES, Shards, door_parser, parse, whole
+from prelude.launch.arguments import SOURCES, Shards, door_parser, parse_present, whole
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.launch.comparing import compare
 
     return compare(args, argv)

@@ -17,14 +17,14 @@ import argparse
 
 from prelude.data.errors import UserError
 from prelude.evaluators.embedding.formats import refuse_to_overwrite
-from prelude.launch.arguments import door_parser, parse, path, whole
+from prelude.launch.arguments import door_parser, parse_present, path, whole
 from prelude.launch.exit_codes import door
 
 LABEL, MASKS, SHOWN = "png", 16, 8
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     if args.pictures:
         if not args.pictures.lower().endswith(".png"):
             raise UserError(f"--pictures {args.pictures} does not end in .png; write {args.pictures}.png.")

@@ -15,12 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from prelude.data.absent import refuse_absent
 from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
 from prelude.launch.arguments import (
     SOURCES,
     add_image,
     add_range,
     add_reading,
+    add_select,
     documented_parser,
     parse,
     path,
@@ -33,12 +35,13 @@ from prelude.launch.exit_codes import INCOMPLETE, door
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     format_of(args.to)
+    refuse_absent(args.shards, "")
     refuse_to_overwrite(args.to, "--to")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from prelude.evaluators.embedding.embed import Embedding, embed
-    from prelude.launch.frozen import reading, say
+    from prelude.launch.frozen import part_of, reading, say
     from prelude.pretrain import distributed
 
     common = reading(args, argv)
@@ -60,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                 dtype=args.dtype,
                 label=args.label or "",
                 image=args.image or "",
+                select=part_of(args.select),
                 value_range=args.range,
                 bank=args.bank,
                 seed=args.seed,
@@ -106,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
         "--bank", type=path, metavar="DIR", help="where features are kept until FILE is there (default: beside it)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
+    add_select(parser, "--select", "the shards")
     add_image(parser)
     add_range(parser)
     add_reading(parser)

@@ -16,12 +16,14 @@ from typing import get_args
 
 from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.data.errors import UserError
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import documented_parser, parse, path, source
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
+    refuse_ranks("export")
     source, formats = _source_and_formats(args)
     from prelude.checkpoints.export import export_formats
 

@@ -15,12 +15,12 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
-from prelude.launch.arguments import door_parser, finite, parse
+from prelude.launch.arguments import door_parser, finite, parse_present
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.evaluators.frozen.fewshot import fewshot
     from prelude.launch.frozen import judge
 

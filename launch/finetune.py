@@ -24,7 +24,7 @@ from prelude.launch.arguments import (
     add_config,
     add_labelled,
     documented_parser,
-    parse,
+    parse_present,
     refuse_without_dry_run,
     source,
 )
@@ -32,8 +32,10 @@ from prelude.launch.exit_codes import door, leave
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     refuse_without_dry_run(args)
+    if args.balanced:
+        args.overrides.insert(0, "objective.class_weights=balanced")
     check_recipe(args.config, args.overrides)
     from prelude.evaluators.finetuning import finetune
     from prelude.launch import finetuning
@@ -71,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "--from-scratch",
         action="store_true",
         help="the same recipe on the same architecture untrained, in RUN_DIR_from_scratch",
+    )
+    parser.add_argument(
+        "--balanced", action="store_true", help="classes, or presence and absence of a finding, weigh alike in the loss"
     )
     add_config(parser)
     return parser

@@ -1,13 +1,18 @@
 """Fine-tuning from its task to its result: the parts are built, handed to each other, and told on the console."""
 
-import functools
 import sys
 import time
+from pathlib import Path
 
 from prelude.checkpoints.store import Store
 from prelude.data.loader import Loader
 from prelude.data.waiting import stop_when
+from prelude.evaluators.comparing.label_table import print_labels
 from prelude.evaluators.finetuning import finetune
+from prelude.evaluators.finetuning.classifier import Classifier
+from prelude.evaluators.finetuning.early_stopping import HeldOutCurve
+from prelude.evaluators.finetuning.samples import Part
+from prelude.evaluators.finetuning.testing import TestCurve, Testing
 from prelude.evaluators.results import print_table, write
 from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
@@ -16,6 +21,8 @@ from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
+from prelude.pretrain.files import read_lines
+from prelude.pretrain.monitors import Monitor
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.stopping import PREEMPTED
 
@@ -27,23 +34,13 @@ def run(task: finetune.Task, command: str) -> int:
         loaded: list[str] = []
         classifier = finetune.build(task, loaded.append)
         loader = _loader_of(task, classifier, config)
-        micro_batch, _ = config.batching(distributed.world_size())
-        test = functools.partial(
-            finetune.tested,
-            classifier,
-            task.test,
-            config.evaluate.label,
-            batch_size=max(micro_batch, 64),
-            num_workers=loader.num_workers,
-        )
-        curve = finetune.TestCurve(test, task.options.test_every_epochs, folder.path / "test.jsonl")
-        monitors = [
-            *folder.monitors,
-            *logs_of(config, loader.num_workers),
-            *([curve] if curve.every_epochs else []),
-        ]
+        test = _testing(task, classifier, task.samples.test, loader.num_workers)
+        curves = _curves(task, classifier, test, folder.path)
+        monitors = [*folder.monitors, *curves, *logs_of(config, loader.num_workers)]
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         engine = Engine(config, classifier, loader, store, monitors, peak_flops)
+        if classifier.held_out is not None:  # now that the engine has copied the objective, to see what a step costs
+            classifier.held_out.test = _testing(task, classifier, task.samples.held_out, loader.num_workers)
         stop_when(engine.stop_wanted)
         folder.note(precision=str(engine.precision))
         introduce(config, engine, loader, device)
@@ -53,23 +50,32 @@ def run(task: finetune.Task, command: str) -> int:
         if outcome.reason != "finished":
             distributed.stop()
             return PREEMPTED
-        counts = test()
+        found = test(intervals=True)
         if distributed.is_main():
             seconds = time.monotonic() - started
-            result = finetune.result_of(task, classifier, counts, curve.lines.read(), command, seconds)
+            read = {name: read_lines(folder.path / file) for name, file in _FILES.items()}
+            result = finetune.result_of(task, classifier, found, read, command, seconds)
             print_table([result])  # first: a full disk is no reason not to tell
+            if task.samples.findings:
+                print_labels([result])
             print(f"written to {write(result, folder.path / 'evaluations')}", file=sys.stderr)
         distributed.stop()
         return 0
 
 
+_FILES = {"curve": "test.jsonl", "held_out_curve": "validation.jsonl"}
+
+
 def dry_run(task: finetune.Task, asked: Asked) -> int:
-    config, loaded = task.config, []
+    config, loaded, samples = task.config, [], task.samples
     classifier = finetune.build(task, loaded.append)
-    planned = plan(config, classifier, task.train.num_samples, asked)
+    planned = plan(config, classifier, samples.train.num_samples, asked)
     planned.add_row("weights", *loaded)
-    planned.add_row("labels", f"{task.train.num_samples} images of {len(task.classes)} classes")
-    planned.add_row("test", f"{task.test.num_samples} images")
+    what = "findings" if samples.findings else "classes"
+    planned.add_row("labels", f"{samples.train.num_samples} images of {len(samples.classes)} {what}")
+    if samples.held_out:
+        planned.add_row("held out", f"{samples.held_out.index.num_samples} images")
+    planned.add_row("test", f"{samples.test.index.num_samples} images")
     planned.print()
     if asked.measure:
         tell_measured(config, classifier, lambda config: _loader_of(task, classifier, config), planned)
@@ -77,4 +83,20 @@ def dry_run(task: finetune.Task, asked: Asked) -> int:
 
 
 def _loader_of(task: finetune.Task, classifier: Objective, config: Config) -> Loader:
-    return Loader(task.train, classifier.views, label=config.evaluate.label, **loader_settings(config))
+    samples = task.samples
+    labels = {"label": samples.label, "findings": samples.findings}
+    return Loader(samples.train, classifier.views, **labels, **loader_settings(config))
+
+
+def _testing(task: finetune.Task, classifier: Classifier, part: Part, num_workers: int) -> Testing:
+    micro_batch, _ = task.config.batching(distributed.world_size())
+    labels = task.samples.label, task.samples.findings
+    return Testing(classifier, part, *labels, max(micro_batch, 64), num_workers, task.config.seed)
+
+
+def _curves(task: finetune.Task, classifier: Classifier, test: Testing, run_dir: Path) -> list[Monitor]:
+    every = task.options.test_every_epochs
+    curves = [TestCurve(test, every, run_dir / _FILES["curve"])] if every else []
+    if classifier.held_out is not None and distributed.is_main():
+        curves.append(HeldOutCurve(classifier.held_out, run_dir / _FILES["held_out_curve"]))
+    return curves

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from prelude.data.errors import UserError
+from prelude.data.select import Selection
 from prelude.data.waiting import wait_at_most
 from prelude.evaluators.judging import Evaluator, Judging, evaluate, judge_all, labelled_shards
 from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Result, print_table
-from prelude.launch.arguments import chosen
+from prelude.launch.arguments import chosen, select_section
 from prelude.launch.caching import use_cache
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code
@@ -51,6 +52,11 @@ def labelled_of(args: argparse.Namespace, **changes) -> Labelled:
 def chosen_of(args: argparse.Namespace) -> dict:
     found = chosen(args)
     return found | {name: selection(found[name]) for name in ("train_select", "test_select")}
+
+
+def part_of(words: Sequence[str] | None, option: str = "--select") -> Selection | None:
+    """What an option like `--select` takes of the shards. Raises UserError."""
+    return selection(select_section(words, option))
 
 
 def results_of(

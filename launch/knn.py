@@ -16,12 +16,12 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import TEMPERATURE, K
-from prelude.launch.arguments import door_parser, finite, parse
+from prelude.launch.arguments import door_parser, finite, parse_present
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.evaluators.frozen.knn import knn
     from prelude.launch.frozen import judge
 

@@ -19,14 +19,14 @@ from functools import partial
 
 from prelude.data.errors import UserError
 from prelude.evaluators.defaults import PROTOCOLS
-from prelude.launch.arguments import door_parser, finite, parse
+from prelude.launch.arguments import door_parser, finite, parse_present
 from prelude.launch.exit_codes import door
 
 OF_PROTOCOLS = ("learning_rates", "epochs", "global_batch")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     if args.protocol:
         return by_protocol(args, argv)
     without_effect = [f"--{name.replace('_', '-')}" for name in OF_PROTOCOLS if getattr(args, name) is not None]
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="heads on features of variance 1, as BatchNorm without affine makes them (default), or on plain ones",
     )
     parser.add_argument(
-        "--weight-decays", nargs="+", type=finite, metavar="WD", help="(default: 12, or the protocol's)"
+        "--weight-decays", nargs="+", type=finite, metavar="WD", help="(default: 16, or the protocol's)"
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="train heads as in a paper, on augmented images")
     parser.add_argument("--learning-rates", nargs="+", type=finite, metavar="LR", help="(default: the protocol's)")

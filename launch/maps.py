@@ -16,13 +16,15 @@ from collections.abc import Sequence
 
 from prelude.data.errors import UserError
 from prelude.evaluators.embedding.formats import refuse_to_overwrite
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import (
     ENCODERS,
     Shards,
     add_image,
     add_range,
+    add_select,
     documented_parser,
-    parse,
+    parse_present,
     path,
     seed,
     source,
@@ -34,7 +36,8 @@ COUNT, MOST = 6, 24
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
+    refuse_ranks("maps")
     if not args.to.lower().endswith(".png"):
         raise UserError(f"--to {args.to} does not end in .png; write {args.to.rpartition('.')[0] or args.to}.png.")
     refuse_to_overwrite(args.to, "--to")
@@ -46,13 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.embedding.embed import index_as_seen
     from prelude.evaluators.features.dense import dense_plan
     from prelude.evaluators.features.extraction import evaluation_plan
+    from prelude.evaluators.judging import refuse_unknown
+    from prelude.launch.frozen import part_of
     from prelude.launch.neighbours import keep
 
+    refuse_pixels(args.sources)
+    refuse_unknown(args.sources)
     blocks, told = [], []
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
-        index = index_as_seen(name, shards_of(args), value_range=args.range, image=args.image or "")
-        samples = chosen_samples(index, args.of, args.count)
+        seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
+        index = index_as_seen(name, shards_of(args), **seen_as)
+        samples = chosen_samples(index, args.of, args.count, opened.config.in_chans)
         plan = dense_plan(evaluation_plan(opened))
         pixels = read_samples(index, plan, samples.ids)
         seen = see(opened, pixels, plan, point=args.point, kind=args.features or "")
@@ -66,6 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     keep(args.to, to_png(sheet(blocks)))
     print("\n".join([f"images: {', '.join(samples.keys)}", *told]))
     return 0
+
+
+def refuse_pixels(sources: Sequence[str]) -> None:
+    from prelude.evaluators.features.pixels import is_pixels
+
+    if any(map(is_pixels, sources)):
+        raise UserError("pixels has no encoder whose places could be compared, or that looks anywhere; leave it out.")
 
 
 def shards_of(args: argparse.Namespace) -> str | Sequence[str]:
@@ -107,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--features", metavar="KIND", help="tokens, tokens4 or map, map2 (default: tokens or map)")
     parser.add_argument("--to", required=True, type=path, metavar="FILE.png", help="a file that is not there")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
+    add_select(parser, "--select", "the images")
     add_image(parser)
     add_range(parser)
     return parser

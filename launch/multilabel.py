@@ -14,12 +14,12 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.launch.arguments import door_parser, parse
+from prelude.launch.arguments import door_parser, parse_present
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.evaluators.comparing.label_table import print_labels
     from prelude.evaluators.frozen.multilabel import multilabel
     from prelude.evaluators.judging import vector_format

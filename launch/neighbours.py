@@ -23,8 +23,9 @@ from prelude.launch.arguments import (
     Shards,
     add_range,
     add_reading,
+    add_select,
     documented_parser,
-    parse,
+    parse_present,
     path,
     seed,
     source,
@@ -36,7 +37,7 @@ COLUMNS = ("query", "rank", "cosine", "key", "label", "shard")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     for option, place, ending in (("--sheet", args.sheet, ".png"), ("--out", args.out, ".csv")):
         if place and Path(place).suffix.lower() != ending:
             raise UserError(f"{option} {place} does not end in {ending}; write {Path(place).stem}{ending}.")
@@ -70,10 +71,12 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
     from prelude.evaluators.embedding.neighbours import embedded_of
     from prelude.evaluators.embedding.reading import is_embedding, read
     from prelude.evaluators.judging import bank_folder, open_source
-    from prelude.launch.frozen import reading
+    from prelude.launch.frozen import part_of, reading
 
     common = reading(args, argv)
     if is_embedding(args.features):
+        if args.select:
+            raise UserError("--select has no effect beside a file, which has its images; leave it out.")
         return read(args.features, args.kind), None
     if not args.shards:
         raise UserError(
@@ -84,7 +87,7 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
         raise UserError(f"--encoder has no effect beside {args.features}, which is one; leave it out.")
     encoder = open_source(args.features, [args.features], args.seed)
     bank = args.bank or bank_folder(args.features, [args.features])
-    images = {"kind": args.kind, "value_range": args.range, **common}
+    images = {"kind": args.kind, "value_range": args.range, "select": part_of(args.select), **common}
     return embedded_of(encoder, args.features, args.shards, bank, **images), encoder
 
 
@@ -157,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARDS",
         help="the images: those that a source is to see, or where those of a file are now",
     )
+    add_select(parser, "--select", "the shards that a source is to see")
     parser.add_argument("--k", type=whole(1), default=8, metavar="K", help="neighbours (default: 8)")
     parser.add_argument("--kind", metavar="KIND", help="of feature (default: the first)")
     parser.add_argument("--sheet", type=path, metavar="FILE.png", help="a contact sheet of the images")

@@ -35,6 +35,10 @@ class Broken(Exception):
     """A promise that is not kept."""
 
 
+class Unusable(Broken):
+    """There is no pass that other checks could look at."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """An objective under check."""
@@ -106,24 +110,30 @@ def unlike(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 
 def forward(subject: Subject) -> str:
     objective = subject.fresh()
     if not isinstance(getattr(objective, "views", None), ViewPlan):
-        raise Broken("self.views is no ViewPlan; __init__ says there which crops of an image it wants.")
+        raise Unusable("self.views is no ViewPlan; __init__ says there which crops of an image it wants.")
     batch = subject.batch(objective.views)
     before = copy.deepcopy(batch)
     loss = objective(batch, subject.progress())
     if not isinstance(loss, Loss):
-        raise Broken(f"forward returns a {type(loss).__name__}; return prelude.pretrain.objective.Loss(total, parts).")
+        raise Unusable(
+            f"forward returns a {type(loss).__name__}; return prelude.pretrain.objective.Loss(total, parts)."
+        )
     if loss.total.ndim or not loss.total.isfinite():
-        raise Broken(f"The loss is {loss.total.tolist()}; it is one finite number, the mean over the batch.")
+        raise Unusable(f"The loss is {loss.total.tolist()}; it is one finite number, the mean over the batch.")
     if not loss.total.requires_grad:
-        raise Broken("The loss has no gradient; look for a no_grad, or a detach(), on its way.")
-    for name, part in loss.parts.items():
-        if not isinstance(part, Tensor) or part.ndim or part.requires_grad:
-            raise Broken(
-                f"The part {name} of the loss is no detached scalar tensor; write .detach().mean() or the like."
-            )
-    for name in ("views", "seeds", "flips", "boxes"):
-        if any(not torch.equal(a, b) for a, b in zip(_tensors(batch, name), _tensors(before, name), strict=True)):
-            raise Broken(f"forward changes batch.{name} in place; work on a copy.")
+        raise Unusable("The loss has no gradient; look for a no_grad, or a detach(), on its way.")
+    wrong = [
+        f"The part {name} of the loss is no detached scalar tensor; write .detach().mean() or the like."
+        for name, part in loss.parts.items()
+        if not isinstance(part, Tensor) or part.ndim or part.requires_grad
+    ]
+    wrong += [
+        f"forward changes batch.{name} in place; work on a copy."
+        for name in ("views", "seeds", "flips", "boxes")
+        if any(not torch.equal(a, b) for a, b in zip(_tensors(batch, name), _tensors(before, name), strict=True))
+    ]
+    if wrong:
+        raise Broken(" ".join(wrong))
     return f"the loss is {loss.total.item():.4g} at the start, with {len(loss.parts)} parts for the log"
 
 
@@ -308,6 +318,9 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "bf16": bf16,
     "pictures": pictures,
 }
+
+
+WITHOUT_A_PASS = ("exported encoder",)  # what can be asked of an objective whose forward fails
 
 
 # ---- what several use

@@ -20,7 +20,16 @@ from prelude.checkpoints.export import export_encoder
 from prelude.data.errors import RunStopped, UserError
 from prelude.launch import objective_ranks as ranks
 from prelude.launch.children import run_door
-from prelude.launch.objective_checks import CHECKS, NUM_SAMPLES, NUM_STEPS, Broken, Subject, unlike
+from prelude.launch.objective_checks import (
+    CHECKS,
+    NUM_SAMPLES,
+    NUM_STEPS,
+    WITHOUT_A_PASS,
+    Broken,
+    Subject,
+    Unusable,
+    unlike,
+)
 from prelude.objectives import check_objective, objective_class, options_for
 from prelude.pretrain import overrides as setting
 from prelude.pretrain.config import Config, EncoderConfig
@@ -34,14 +43,18 @@ _RATE = 0.1  # of SGD with gradients clipped to a norm of 1
 _DRIFT = 1e-2  # of how far a tensor moved, between runs that sum in another order
 
 
+_WORDS = {True: "pass", False: "FAIL", None: "skip"}
+
+
 @dataclass(frozen=True)
 class Verdict:
     name: str
-    passed: bool
+    passed: bool | None  # None: it could not be run
     sentence: str
+    usable: bool = True  # whether there is a pass that others could look at
 
     def __str__(self) -> str:
-        head = f"{'pass' if self.passed else 'FAIL'}  {self.name + ':':<18}"
+        head = f"{_WORDS[self.passed]}  {self.name + ':':<18}"
         return textwrap.fill(self.sentence, 110, initial_indent=head, subsequent_indent=" " * len(head))
 
 
@@ -50,12 +63,16 @@ def main(name: str, recipe: str, overrides: list[str], *, quick: bool) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on any machine, and the same numbers on all
     subject = Subject(checked_config(name, recipe, overrides))
     check_objective(subject.config)
-    failed = 0
+    found = {True: 0, False: 0, None: 0}
     for verdict in verdicts(subject, quick=quick):
         print(verdict, flush=True)
-        failed += not verdict.passed
-    print(f"{name}: {failed} checks failed" if failed else f"{name} keeps the contract")
-    return 1 if failed else 0
+        found[verdict.passed] += 1
+    if not found[False]:
+        print(f"{name} keeps the contract")
+        return 0
+    skipped = f", {found[None]} could not be run" if found[None] else ""
+    print(f"{name}: {found[False]} {'check' if found[False] == 1 else 'checks'} failed{skipped}")
+    return 1
 
 
 def _drops_paths(encoder: dict) -> bool:
@@ -111,14 +128,21 @@ def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
 
 
 def verdicts(subject: Subject, *, quick: bool = False) -> Iterator[Verdict]:
-    """One for each check, as it is done. Without an objective that runs at all, that alone."""
+    """One for each check, as it is done. Where the first one finds no pass to look at, the others say that they were
+    not run, but for those that need none."""
     first, *others = CHECKS
     verdict = _verdict(first, lambda: CHECKS[first](subject))
     yield verdict
-    if not verdict.passed:
-        return
-    yield from (_verdict(name, lambda name=name: CHECKS[name](subject)) for name in others)
+    for name in others:
+        found = None
+        if verdict.usable or name in WITHOUT_A_PASS:
+            found = _verdict(name, lambda name=name: CHECKS[name](subject))
+        same = found and not verdict.passed and found.sentence == verdict.sentence
+        yield _not_run(name, first) if found is None or same else found
     if quick:
+        return
+    if not verdict.usable:
+        yield from (_not_run(name, first) for name in RUN_CHECKS)
         return
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(subject, Path(folder))
@@ -127,13 +151,18 @@ def verdicts(subject: Subject, *, quick: bool = False) -> Iterator[Verdict]:
                 yield _verdict(name, lambda check=check: check(runs))
 
 
+def _not_run(name: str, first: str) -> Verdict:
+    return Verdict(name, None, f"not run, as there is nothing to look at before {first} passes")
+
+
 def _verdict(name: str, check: Callable[[], str]) -> Verdict:
     try:
         return Verdict(name, True, check())
     except Broken as broken:
-        return Verdict(name, False, str(broken))
+        return Verdict(name, False, str(broken), not isinstance(broken, Unusable))
     except Exception as error:  # whatever somebody else's code raises is what is looked for here
-        return Verdict(name, False, f"It raises {type(error).__name__}{_place(error)}: {' '.join(str(error).split())}")
+        what = f"It raises {type(error).__name__}{_place(error)}: {' '.join(str(error).split())}"
+        return Verdict(name, False, what, False)
 
 
 def _place(error: Exception) -> str:

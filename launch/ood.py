@@ -16,17 +16,17 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.launch.arguments import Shards, door_parser, parse, whole
+from prelude.launch.arguments import Shards, door_parser, parse_present, whole
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.evaluators.frozen.outlier_judging import OutlierJudging
-    from prelude.evaluators.frozen.outliers import COMPONENTS, SCORES, K, outliers
+    from prelude.evaluators.frozen.outliers import COMPONENTS, SCORES, outliers
     from prelude.launch.frozen import judge_by, labelled_of, settings_of
 
-    settings = {"unknown": args.unknown, "k": args.k or K, "components": args.components or COMPONENTS}
+    settings = {"unknown": args.unknown, "k": args.k, "components": args.components or COMPONENTS}
     judging = OutlierJudging(
         [partial(outliers, score=score, **settings) for score in SCORES],
         labelled_of(args),
@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unknown", nargs="+", type=int, default=[], metavar="CLASS", help="classes that train is to go without"
     )
-    parser.add_argument("--k", type=whole(1), metavar="K", help="the nearest neighbour that is meant (default: 50)")
+    parser.add_argument(
+        "--k", type=whole(1), metavar="K", help="which of the nearest is meant (default: 50, or the last of fewer)"
+    )
     parser.add_argument("--components", type=whole(1, 100), metavar="M", help="Gaussians a class (default: 4)")
     return parser
 

@@ -14,9 +14,11 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
+from prelude.data.absent import refuse_absent
 from prelude.launch.arguments import add_config, documented_parser, parse, refuse_without_dry_run
 from prelude.launch.exit_codes import door, leave
 from prelude.objectives import options_for
+from prelude.pretrain.config import Config
 from prelude.pretrain.recipes import load_config
 
 
@@ -24,11 +26,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     refuse_without_dry_run(args)
     config = load_config(args.config, args.overrides, options_for)
+    refuse_absent_data(config)
     from prelude.launch import training
     from prelude.launch.planning import dry_run
 
     training.check(config, args.ranks)
     return dry_run(args, config, training.dry_run) if args.dry_run else training.train(config)
+
+
+def refuse_absent_data(config: Config) -> None:
+    """Before torch is imported, what plainly is not there; `training.check` looks at the rest. Raises UserError."""
+    named = {"data.shards=": config.data.shards}
+    named |= {f"data.mix.{name}.shards=": part.shards for name, part in config.data.mix.items()}
+    if config.evaluate and config.evaluate.every_steps:
+        named |= {f"evaluate.{name}=": getattr(config.evaluate, name) for name in ("train_shards", "test_shards")}
+    for name, shards in named.items():
+        refuse_absent(shards or (), name)
 
 
 def parser() -> argparse.ArgumentParser:

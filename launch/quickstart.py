@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from prelude.launch import pretrain
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import documented_parser, parse, path
 from prelude.launch.exit_codes import door
 
@@ -25,6 +26,7 @@ NUM_TRAIN, NUM_TEST = 5000, 1000
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
+    refuse_ranks("quickstart")
     from prelude.checkpoints.export import export_encoder
     from prelude.data.shapes import write_shards
     from prelude.evaluators.frozen.knn import knn

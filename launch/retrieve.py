@@ -18,20 +18,20 @@ import argparse
 from functools import partial
 
 from prelude.data.errors import UserError
-from prelude.launch.arguments import door_parser, parse, whole
+from prelude.launch.arguments import door_parser, parse_present, whole
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     if args.leave_one_out and (args.train or args.train_select):
         raise UserError("--leave-one-out looks for test images among themselves; leave --train out.")
-    from prelude.evaluators.frozen.retrieval import KS, retrieval
+    from prelude.evaluators.frozen.retrieval import retrieval
     from prelude.launch.frozen import judge
 
     return judge(
         args,
-        [partial(retrieval, ks=args.k or KS)],
+        [partial(retrieval, ks=args.k)],
         "retrieve",
         argv,
         group=args.group or "",
@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = door_parser(__doc__)
-    parser.add_argument("--k", nargs="+", type=whole(1), metavar="K", help="of recall@k (default: 1 5 10)")
+    parser.add_argument(
+        "--k", nargs="+", type=whole(1), metavar="K", help="of recall@k (default: of 1 5 10 what the gallery has)"
+    )
     parser.add_argument("--leave-one-out", action="store_true", help="look for each test image among the others")
     parser.add_argument(
         "--group",

@@ -17,14 +17,14 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import TEMPERATURE, K
-from prelude.launch.arguments import door_parser, finite, parse, whole
+from prelude.launch.arguments import door_parser, finite, parse_present, whole
 from prelude.launch.exit_codes import door
 
 LABEL = "png"
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.evaluators.dense.judging import DenseJudging
     from prelude.evaluators.dense.segmentation import segment_knn, segment_linear
     from prelude.launch.frozen import judge_by, labelled_of, settings_of

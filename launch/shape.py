@@ -13,14 +13,16 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import (
     OUT,
     SOURCES,
     Shards,
     add_image,
     add_range,
+    add_select,
     documented_parser,
-    parse,
+    parse_present,
     path,
     source,
     whole,
@@ -28,15 +30,16 @@ from prelude.launch.arguments import (
 from prelude.launch.arguments import seed as seed_number
 from prelude.launch.exit_codes import door
 
-NUM_IMAGES = 500
-
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
+    refuse_ranks("shape")
+    from prelude.evaluators.judging import refuse_unknown
     from prelude.evaluators.results import print_table
     from prelude.launch.frozen import given_words, say
     from prelude.launch.shape_judged import judge_shape
 
+    refuse_unknown(args.sources)
     results = [judge_shape(name, args, command=f"prelude shape {given_words(argv)}", say=say) for name in args.sources]
     print_table(results)
     return 0
@@ -59,11 +62,10 @@ def parser() -> argparse.ArgumentParser:
         help="sides of the grid (default: of 2 4 8 16 those that fit)",
     )
     parser.add_argument("--features", nargs="+", metavar="KIND", help="(default: those that suit each encoder)")
-    parser.add_argument(
-        "--num-images", type=whole(1), default=NUM_IMAGES, metavar="N", help=f"from all over (default: {NUM_IMAGES})"
-    )
+    parser.add_argument("--num-images", type=whole(1), metavar="N", help="from all over (default: 500)")
     parser.add_argument("--out", type=path, metavar="DIR", help=OUT)
     parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of random: (default: 0)")
+    add_select(parser, "--test-select", "test")
     add_image(parser)
     add_range(parser)
     return parser

@@ -19,12 +19,16 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
+from prelude.data.absent import refuse_absent
+from prelude.launch.alone import refuse_ranks
 from prelude.launch.exit_codes import door
 from prelude.launch.shards_arguments import shards_parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    refuse_ranks("shards")
+    refuse_absent(getattr(args, "shards", ()), "")
     if args.action == "pack":
         from prelude.launch.packing import main as action
     elif args.action == "peek":

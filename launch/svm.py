@@ -15,12 +15,12 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.launch.arguments import door_parser, finite, parse, whole
+from prelude.launch.arguments import door_parser, finite, parse_present, whole
 from prelude.launch.exit_codes import door
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(parser(), argv)
+    args = parse_present(parser(), argv)
     from prelude.evaluators.frozen.svm import CS, svm
     from prelude.evaluators.judging import vector_format
     from prelude.launch.frozen import judge

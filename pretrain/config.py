@@ -166,6 +166,7 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
     milestones: list[float] = []  # epochs at which the rate is multiplied by milestone_factor; replaces the cosine
     milestone_factor: float = Field(0.1, gt=0, lt=1)
+    reach_end: bool = False  # whether the last update has the schedules' last values, as in SparK's code
     first_step: Literal[0, 1] = 0  # the first update's number in the schedules: 0 in MAE's code, 1 in I-JEPA's
 
     @model_validator(mode="after")

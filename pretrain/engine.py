@@ -45,7 +45,7 @@ from prelude.pretrain.profiling import StepProfile
 from prelude.pretrain.resume import changed_settings, found_checkpoint, progress_after, refuse_changed_config
 from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress, beginning
-from prelude.pretrain.transfers import Later
+from prelude.pretrain.transfers import Later, on_host
 from prelude.pretrain.utilisation import Utilisation
 
 
@@ -93,9 +93,8 @@ class Engine:
         self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), clipping, bucket)
         self.applied = Later()
         self.stop_reason = ""  # of a monitor, on rank 0
-        self.nonfinite_in_a_row = 0
-        self.skipped_steps = 0
-        self.peak_memory = 0
+        self.has_ended = False  # says the objective, before the last step
+        self.nonfinite_in_a_row = self.skipped_steps = self.peak_memory = 0
 
     def run(self) -> Outcome:
         """Trains to the end, or until asked to stop. Collective. Raises RunStopped when it cannot go on."""
@@ -118,6 +117,7 @@ class Engine:
         profile = StepProfile(self.run_dir, self.config.train.profile_steps if distributed.is_main() else 0)
         batches = iter(self.loader)
         self._fetch_first(batches, meter)
+        self._ask_for_end()
         agreed = self._agree()
         while not (self._is_finished() or agreed.stop or agreed.no_data):
             with profile:
@@ -171,7 +171,15 @@ class Engine:
         if self._is_logged():
             self._count_refusal(self.applied.read(), step)
         self._fetch_ahead(batches, meter)
+        self._ask_for_end()
         return self._agree()
+
+    def _ask_for_end(self) -> None:
+        """Whether the objective is done. Being asked to stop meanwhile is agreed on with all else that ends a step."""
+        try:
+            self.has_ended = self.objective.has_ended(self.progress)
+        except Stopped:
+            self.stopped_waiting = True
 
     def _fetch_first(self, batches, meter: Meter) -> None:
         self._begin_to_fetch(self.progress.step + 1)
@@ -243,7 +251,7 @@ class Engine:
         return stopping.requested() or os.path.exists(self.stop_file)
 
     def _is_finished(self) -> bool:
-        return self.progress.step == self.progress.num_steps
+        return self.has_ended or self.progress.step == self.progress.num_steps
 
     def _seed_step(self) -> None:
         """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
@@ -269,7 +277,7 @@ class Engine:
                 num_steps=self.progress.num_steps,
                 epoch=self.progress.epoch,
                 loss=loss,
-                parts=_on_host(self.parts),
+                parts=on_host(self.parts),
                 lr=self.lr,
                 weight_decay=self.weight_decay,
                 grad_norm=self.guarded_step.norm.item(),
@@ -390,9 +398,3 @@ class _Agreed:
     bad_samples: int
     no_data: str  # why some rank has no batch for the next step
     saved: bool  # whether the checkpoint under way has been written, or could not be
-
-
-def _on_host(parts: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scalars in one copy."""
-    values = torch.stack([part.double() for part in parts.values()]).tolist() if parts else []
-    return dict(zip(parts, values, strict=True))

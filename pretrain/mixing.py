@@ -5,13 +5,17 @@
              s is then the share of x_i that is left
     targets: y_i <- s y_i + (1 - s) y_j
 
-- What happens to a sample is a function of its seed and of its partner's image; where both methods are on, each is
-  chosen half of the time.
+- With `cell`, what comes from x_j is not a box but cells of a grid, of whose n cells ceil(s n) stay: MaskMix (MixPro,
+  arXiv 2304.12043).
+- What happens to a sample is a function of its seed and of its partner's image; where both methods are on, CutMix is
+  chosen for `cutmix_share` of the images.
 - Partners are neighbours in the global batch (`collectives.partners`), wherever they lie: neither the number of
   ranks nor accumulation changes a mixed image.
 - s is drawn for each sample. Official code draws it for each device's share of the batch, so that its value depends
   on the number of devices.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 from prelude.pretrain.collectives import partners
 from prelude.pretrain.draws import uniform
 
-MIX_STREAM = 181  # of pretrain.draws
+MIX_STREAM, CELL_STREAM = 181, 182  # of pretrain.draws
 _KNOTS = 1025
 
 
@@ -50,36 +54,76 @@ class BetaQuantile(nn.Module):
         return torch.where(share < 0.5, x, 1 - x)
 
 
-class Mixing(nn.Module):
-    """mixup, cutmix: alpha of each one's Beta distribution; 0 switches it off. At least one is on."""
+@dataclass(frozen=True)
+class Mixed:
+    """A batch, and what it was mixed from."""
 
-    def __init__(self, mixup: float, cutmix: float):
+    images: Tensor  # (B, C, H, W)
+    targets: Tensor  # (B, C) own, as they were given
+    partners: Tensor  # (B, C) of the other image
+    share: Tensor  # (B,) of the own image, by area
+    own: Tensor  # (B, H, W) of each pixel, how much is the own image's
+
+    def mixed_targets(self, share: Tensor | None = None) -> Tensor:
+        """share: (B,) of the own image; None: by area."""
+        share = self.share if share is None else share
+        return torch.lerp(self.partners, self.targets, share[:, None])
+
+
+class Mixing(nn.Module):
+    """mixup, cutmix: alpha of each one's Beta distribution; 0 switches it off. At least one is on. cutmix_share: how
+    often it is CutMix where both are. cell: pixels of a side of MaskMix's cells, which then take the place of boxes."""
+
+    def __init__(self, mixup: float, cutmix: float, cutmix_share: float = 0.5, cell: int | None = None):
         super().__init__()
+        self.cutmix_share, self.cell = cutmix_share, cell
         self.mixup = BetaQuantile(mixup) if mixup else None
         self.cutmix = BetaQuantile(cutmix) if cutmix else None
 
-    @torch.no_grad()
     def forward(self, images: Tensor, targets: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """images: (B, 3, H, W) float32. targets: (B, C) float32. seeds: (B,). Collective; returns both mixed."""
+        mixed = self.mixed(images, targets, seeds)
+        return mixed.images, mixed.mixed_targets()
+
+    @torch.no_grad()
+    def mixed(self, images: Tensor, targets: Tensor, seeds: Tensor) -> Mixed:
+        """The same parameters. Collective."""
         height, width = images.shape[-2:]
         u = uniform(seeds, 4, MIX_STREAM).T  # (4, B): which, s, centre of the box
         cuts = self.cuts(u[0])
         share = torch.zeros_like(u[1])
         if self.mixup is not None:
             share = torch.where(cuts, share, self.mixup(u[1]))
-        own = share[:, None, None].expand(-1, height, width)  # (B, H, W) how much of each pixel stays
+        own = share[:, None, None].expand(-1, height, width)
         if self.cutmix is not None:
-            outside = ~cut_boxes(self.cutmix(u[1]), u[2], u[3], height, width)
-            own = torch.where(cuts[:, None, None], outside.float(), own)
-            share = torch.where(cuts, outside.float().mean((1, 2)), share)
+            stays = self._stays(self.cutmix(u[1]), u, seeds, height, width).float()
+            own = torch.where(cuts[:, None, None], stays, own)
+            share = torch.where(cuts, stays.mean((1, 2)), share)
         mixed = torch.lerp(partners(images), images, own[:, None])
-        return mixed, torch.lerp(partners(targets), targets, share[:, None])
+        return Mixed(mixed, targets, partners(targets), share, own)
+
+    def _stays(self, share: Tensor, u: Tensor, seeds: Tensor, height: int, width: int) -> Tensor:
+        """(B, H, W) bool: True where the own image stays."""
+        if self.cell is None:
+            return ~cut_boxes(share, u[2], u[3], height, width)
+        return (
+            kept_cells(share, seeds, height // self.cell, width // self.cell)
+            .repeat_interleave(self.cell, 1)
+            .repeat_interleave(self.cell, 2)
+        )
 
     def cuts(self, which: Tensor) -> Tensor:
         """(B,) bool: CutMix, and not mixup."""
         if self.mixup is None or self.cutmix is None:
             return torch.full_like(which, self.mixup is None, dtype=torch.bool)
-        return which < 0.5
+        return which < self.cutmix_share
+
+
+def kept_cells(share: Tensor, seeds: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, rows, columns) bool: True in ceil(share x cells) cells of each sample, drawn without replacement."""
+    count = (share * rows * columns).ceil()
+    order = uniform(seeds, rows * columns, CELL_STREAM).argsort(1).argsort(1)  # ranks of draws: (B, cells)
+    return (order < count[:, None]).unflatten(1, (rows, columns))
 
 
 def cut_boxes(share: Tensor, row: Tensor, column: Tensor, height: int, width: int) -> Tensor:

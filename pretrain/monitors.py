@@ -69,7 +69,7 @@ class Report:
     """What a monitor found out beside the logged steps: how good the encoder is, or that something is wrong."""
 
     step: int
-    kind: Literal["evaluation", "collapse", "notice", "verdict"]  # verdict: on collapse, at the run's end
+    kind: Literal["evaluation", "validation", "collapse", "notice", "verdict"]  # verdict: on collapse, at the end
     text: str  # for a person
     numbers: dict[str, float] = field(default_factory=dict)
     cause: str = ""  # of a collapse; of a verdict, what it is
@@ -241,9 +241,10 @@ class CurvesMonitor(Monitor):
             keeper.add_scalars(record.step, scalars)
 
     def report(self, report: Report) -> None:
+        tag = {"evaluation": "online", "validation": "held_out"}.get(report.kind)
         for keeper in self.keepers:
-            if report.kind == "evaluation":
-                keeper.add_scalars(report.step, {f"online/{name}": value for name, value in report.numbers.items()})
+            if tag:
+                keeper.add_scalars(report.step, {f"{tag}/{name}": value for name, value in report.numbers.items()})
             else:
                 keeper.add_text(report.step, report.kind, report.text)
 

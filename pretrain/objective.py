@@ -40,6 +40,9 @@ class Objective(nn.Module, ABC):
     # as a momentum teacher that follows them, says 2.
     max_zero_stage: ClassVar[int] = 3
 
+    # Of a sample's label, where an objective reads any: () for a class number.
+    label_shape: tuple[int, ...] = ()
+
     # How often a step makes the host wait for the device, where the method cannot do without; each time costs speed.
     host_waits: ClassVar[int] = 0
 
@@ -75,6 +78,15 @@ class Objective(nn.Module, ABC):
         applied: a scalar on the device, 1.0 where the weights moved and 0.0 where the step was refused, which must then
         change nothing here either. Reading it would make the host wait; multiply by it.
         """
+
+    def has_ended(self, progress: Progress) -> bool:
+        """Whether the run is over before its last step, as where held-out images say so; on all ranks alike.
+
+        Asked before the first step of a start and after each one; what it is decided by must be in the module's
+        tensors, so that a run that goes on ends where it would have. May raise Stopped on all ranks, and is then
+        asked again at the same step by the next start.
+        """
+        return False
 
     def lr_scales(self) -> dict[str, float]:
         """Multipliers of the learning rate by parameter name, such as a decay by layers; 1 where a name is absent."""

@@ -94,7 +94,7 @@ def build_optimizer(
 def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
     """(learning rate, weight decay) of the next optimizer step."""
     o = config.optimizer
-    step = progress.step + o.first_step
+    step, total = progress.step + o.first_step, max(progress.num_steps - o.reach_end, 1)
     warmup, start = o.warmup_epochs * progress.steps_per_epoch, o.warmup_lr * config.lr_factor
     if o.milestones:
         passed = sum(step / progress.steps_per_epoch >= epoch for epoch in o.milestones)
@@ -102,10 +102,10 @@ def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
         lr = linear(start, peak, step / warmup) if step < warmup else peak
     else:
         end = o.min_lr * config.lr_factor
-        lr = warmup_cosine(step, warmup=warmup, total=progress.num_steps, start=start, peak=config.peak_lr, end=end)
+        lr = warmup_cosine(step, warmup=warmup, total=total, start=start, peak=config.peak_lr, end=end)
     end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
     shape = {"cosine": cosine, "linear": linear}[o.weight_decay_schedule]
-    return lr, shape(o.weight_decay, end, step / progress.num_steps)
+    return lr, shape(o.weight_decay, end, step / total)
 
 
 def apply_schedule(groups: Iterable[dict], config: Config, progress: Progress) -> tuple[float, float]:

@@ -138,7 +138,8 @@ class Ledger(Flops):
         self._held -= self._made.pop(reference)[0]
 
 
-def blank_batch(plan: ViewPlan, size: int) -> Batch:
+def blank_batch(plan: ViewPlan, size: int, label_shape: tuple[int, ...] = ()) -> Batch:
+    """label_shape: of a sample's label; () for a class number."""
     return Batch(
         views=tuple(torch.zeros(size, plan.channels, *view.size, dtype=torch.uint8) for view in plan.views),
         boxes=torch.zeros(size, len(plan.views), 4, dtype=torch.int32),
@@ -146,7 +147,7 @@ def blank_batch(plan: ViewPlan, size: int) -> Batch:
         seeds=torch.arange(size),
         sample_ids=torch.arange(size),
         positions=torch.arange(size),
-        labels=torch.zeros(size, dtype=torch.int64),
+        labels=torch.zeros(size, *label_shape, dtype=torch.float32 if label_shape else torch.int64),
     )
 
 
@@ -157,7 +158,7 @@ def _watched(objective: Objective, size: int, precision: str, checkpointing: boo
         objective.encoder.set_grad_checkpointing(checkpointing)
     device = next(objective.parameters()).device
     batch, ledger = (
-        blank_batch(objective.views, size).to(device),
+        blank_batch(objective.views, size, objective.label_shape).to(device),
         Ledger([*objective.parameters(), *objective.buffers()]),
     )
     autocast = torch.autocast(device.type, _AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()

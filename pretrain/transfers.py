@@ -7,7 +7,7 @@ Reading a tensor (`item`, `tolist`, `float`, `if`) makes the host wait until the
 nothing new is queued, and the device then waits in its turn. Logged steps may do so, others may not; a test counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Whole numbers, (n,) int64 on the device."""
     on_host = torch.tensor(values, dtype=torch.int64)
     return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
+
+
+def on_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """In one copy, which waits for the device."""
+    values = torch.stack([scalar.double() for scalar in scalars.values()]).tolist() if scalars else []
+    return dict(zip(scalars, values, strict=True))
 
 
 class Later:

@@ -13,6 +13,7 @@ from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PassedOver
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
+from prelude.data.remote_shards import named
 from prelude.data.shards import expand_shards, is_remote
 from prelude.data.tar_index import image_extension, samples_of
 
@@ -85,7 +86,7 @@ class TarSource(Source):
         field = options.label[0].partition(":")[2]
         values = [self._field(number, extension, field) for number in range(len(self.names))]
         if all(value is None for value in values):
-            raise UserError(f"No sample of {self.paths[0]} and the rest has a label in {options.label[0]}; correct it.")
+            raise UserError(f"No sample of {named(self.paths)} has a label in {options.label[0]}; correct it.")
         self.labels = class_labels(values, options.classes, f"The label {options.label[0]} of {self.paths[0]}")
         self.replaced = True
 

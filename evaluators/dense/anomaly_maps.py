@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prelude.data.errors import UserError
+from prelude.data.progress import progress_bar
 from prelude.evaluators.dense.masks import IGNORED
 from prelude.evaluators.dense.places import Places
 from prelude.evaluators.frozen.anomaly import fit_gaussian, mahalanobis
@@ -26,6 +27,7 @@ from prelude.evaluators.results import Outcome, Percent
 
 WIDTH = 100  # features of a place that a Gaussian is fitted to
 SIGMA = 4 / 224  # of the smoothing, in image heights: PaDiM's 4 pixels
+FEW_NORMAL = 10
 BINS = 4096  # of scores, for the intervals of pixels
 
 Drawn = Callable[[str, Tensor], None]  # (what they are, maps (N, H, W) of the test images)
@@ -58,6 +60,7 @@ def gaussian_maps(
         chosen={"features": " + ".join(train)},
         recipe={"features": list(train), "covariance": "Ledoit-Wolf", "width": WIDTH, "sigma": SIGMA, "seed": seed},
         details={"by_features": alone, "num_normal_train": len(normal)},
+        warnings=_warnings(first.labels, len(normal)),
     )
 
 
@@ -83,7 +86,18 @@ def reconstruction_maps(
         chosen={"features": "reconstruction"},
         recipe={"num_masks": num_masks, "sigma": SIGMA, "seed": seed},
         details={},
+        warnings=_warnings(places.labels),
     )
+
+
+def _warnings(masks: Tensor, num_normal: int | None = None) -> list[str]:
+    warnings = []
+    if num_normal is not None and num_normal < FEW_NORMAL:
+        warnings.append(f"{num_normal} normal train images are few to learn from how they vary.")
+    defective = (masks == 1).flatten(1).any(1)
+    if defective.all():
+        warnings.append("Every test image has a defect, so there is no image AUROC.")
+    return warnings
 
 
 def level_maps(train: Places, test: Places, normal: Tensor, seed: int, device) -> Tensor:
@@ -93,9 +107,11 @@ def level_maps(train: Places, test: Places, normal: Tensor, seed: int, device) -
     drawn = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:WIDTH].sort().values
     scores = torch.empty(len(test), rows * columns, dtype=torch.float64)
     of_train, of_test = (part.values.view(len(part), part.num_places, width) for part in (train, test))
-    for place in range(rows * columns):
-        mean, covariance, _ = fit_gaussian(of_train[normal, place][:, drawn].to(device))
-        scores[:, place] = mahalanobis(of_test[:, place][:, drawn], mean, covariance).cpu()
+    with progress_bar("fitting places", rows * columns) as advance:
+        for place in range(rows * columns):
+            mean, covariance, _ = fit_gaussian(of_train[normal, place][:, drawn].to(device))
+            scores[:, place] = mahalanobis(of_test[:, place][:, drawn], mean, covariance).cpu()
+            advance(1)
     return enlarged(scores.view(-1, rows, columns), test.labels.shape[1:])
 
 
@@ -103,9 +119,10 @@ def normal_images(train: dict[str, Places]) -> Tensor:
     """Rows of train without a defect. Raises UserError where there are fewer than two."""
     rows = (~(next(iter(train.values())).labels == 1).flatten(1).any(1)).nonzero()[:, 0]
     if len(rows) < 2:
+        there = "One train image only is" if len(rows) else "No train image is"
         raise UserError(
-            f"{len(rows)} train images have no defect, and what is normal is learned from such; write other --train "
-            "shards, or --label with the extension of masks of defects."
+            f"{there} without a defect, and what is normal is learned from two or more; write other --train shards, or "
+            "--label with the extension of masks of defects."
         )
     return rows
 

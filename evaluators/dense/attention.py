@@ -33,7 +33,7 @@ def maps(model: nn.Module, pixels: Tensor) -> Maps | None:
     Plain ViTs, EVA and BEiT: attention that the class token, or else the mean patch token, pays to each patch in the
     last block, mean over heads. All others: the norm of activations.
     """
-    if _has_attention(model):
+    if has_attention(model):
         prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
         weights = attention(model, pixels).mean(1)[:, :, prefix:]  # (B, N, patches)
         of_class = getattr(model, "cls_token", None) is not None
@@ -53,16 +53,13 @@ def maps(model: nn.Module, pixels: Tensor) -> Maps | None:
 
 def attention(model: nn.Module, pixels: Tensor) -> Tensor:
     """(B, heads, N, N) weights of the last block, each row with sum 1, prefix tokens first."""
-    with _FusedAttention() as last:
+    with FusedAttention() as last:
         model.forward_features(pixels)
-    queries, keys = last.queries, last.keys  # (B, heads, N, d); fewer heads of keys where several queries share one
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
-    return (scores if last.biases is None else scores + last.biases).float().softmax(3)
+    return last.weights()
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Keeps what the latest call was given."""
+class FusedAttention(TorchFunctionMode):
+    """Keeps what the latest call was given, while a model runs in its context."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,8 +67,19 @@ class _FusedAttention(TorchFunctionMode):
             (self.queries, self.keys, _), self.biases = args, kwargs.get("attn_mask")
         return function(*args, **kwargs)
 
+    @torch.no_grad()
+    def weights(self, rows: slice = slice(None)) -> Tensor:
+        """(B, heads, rows, N) of that call, each row with sum 1, float32. rows: of the queries."""
+        queries, keys, biases = self.queries[:, :, rows], self.keys, self.biases  # (B, heads, N, d)
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)  # where several queries share a head
+        scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+        if biases is not None:
+            scores = scores + (biases if biases.shape[-2] == 1 else biases[..., rows, :])
+        return scores.float().softmax(3)
 
-def _has_attention(model: nn.Module) -> bool:
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether the last block hands its queries and keys to torch's fused attention."""
     blocks = None if gives(model) else getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         return False

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from prelude.data.errors import UserError
 from prelude.evaluators.features.disrupted import triplets
+from prelude.evaluators.features.extraction import NothingReadable
+from prelude.evaluators.labelled import few_warnings
 from prelude.evaluators.results import Outcome, percent
 
 TILES = (2, 4, 8, 16)
@@ -37,8 +39,10 @@ def global_shape(
     features: Callable[[Tensor], dict[str, Tensor]],
     *,
     tiles: Sequence[int] = TILES,
+    shards: str = "the shards",
 ) -> Outcome:
     """batches: (images (B, C, H, W) normalised, seeds (B,)). features: of images, (B, D) by kind.
+    shards: in a sentence.
 
     Raises UserError for tiles that do not cut the images evenly, or into less than 2 x 2 pixels, and without an image.
     """
@@ -54,7 +58,7 @@ def global_shape(
                 of_kind[count] += hits
         total += len(images)
     if not total:
-        raise UserError("The shards hold no readable sample; write another pattern.")
+        raise NothingReadable(shards)
     by_kind = {kind: {f"{n} x {n}": percent(found[n], total) for n in tiles} for kind, found in right.items()}
     first = next(iter(by_kind))
     return Outcome(
@@ -64,6 +68,7 @@ def global_shape(
         recipe={"tiles": list(tiles), "features": list(by_kind), "chance": 100 / 3},
         details={"by_features": by_kind, "num_images": total},
         by_kind=by_kind,
+        warnings=few_warnings(total),
     )
 
 

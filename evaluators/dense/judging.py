@@ -58,9 +58,7 @@ class DenseJudging(Judging):
             ids = next(iter(part.values())).sample_ids
             masks, unreadable = masks_of(index, ids, plan.views[0], self.ignored, channels, self.of_defects)
             if unreadable:
-                self.say(
-                    f"{unreadable} masks of {index.paths[0]} and the rest could not be read and count for nothing."
-                )
+                self.say(f"{unreadable} masks of {index.named} could not be read and count for nothing.")
             found.append({kind: _places(of_kind, masks, grids[kind]) for kind, of_kind in part.items()})
         return found
 

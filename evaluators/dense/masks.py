@@ -34,7 +34,7 @@ def mask_labels(index: ShardIndex) -> Labels:
     known = torch.from_numpy(index.labels[:, 0] >= 0)
     if not known.any():
         raise UserError(
-            f"No sample in {index.paths[0]} and the rest has a .{index.label} member with a mask; write --label with "
+            f"No sample in {index.named} has a .{index.label} member with a mask; write --label with "
             "the extension of the masks, such as png beside .jpg images, or mask.png."
         )
     return Labels(torch.zeros(index.num_samples, dtype=torch.uint8), known)
@@ -89,7 +89,7 @@ def masks_of(
         found[row] = torch.from_numpy(seen.astype(np.uint8))
     if unreadable == len(ids):
         raise UserError(
-            f"None of the {len(ids)} .{index.label} members of {index.paths[0]} and the rest is an image; write "
+            f"None of the {len(ids)} .{index.label} members of {index.named} is an image; write "
             "--label with the extension of the masks, such as png."
         )
     return found, unreadable
@@ -120,7 +120,7 @@ def _as_seen(mask: np.ndarray, view: View) -> np.ndarray:
 def _refuse_images(index: ShardIndex) -> None:
     if (index.labels[:, 0] == index.images[:, 0]).any():
         raise UserError(
-            f"The .{index.label} members of {index.paths[0]} and the rest are the images themselves; write --label "
+            f"The .{index.label} members of {index.named} are the images themselves; write --label "
             f"with the extension of the masks, such as mask.{index.label}, or --image with that of the images."
         )
 

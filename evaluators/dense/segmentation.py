@@ -23,10 +23,11 @@ from prelude.evaluators.dense.places import Places, predicted, shares
 from prelude.evaluators.dense.share_loss import ShareLoss
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, Space
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
-from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings
+from prelude.evaluators.frozen.knn import few_warnings
+from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings, listed
 from prelude.evaluators.results import Outcome
 
-WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+WEIGHT_DECAYS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CHOOSE_ON, HELD_IMAGES = 50_000, 200  # patches that decays are compared on, and images that compare them, at most
 NUM_PATCHES = 20_000
 
@@ -36,19 +37,30 @@ class Classes:
 
     def __init__(self, train: Places, test: Places):
         of_train, of_test = (part.labels[part.labels != IGNORED].unique().tolist() for part in (train, test))
+        for name, found in (("train", of_train), ("test", of_test)):
+            if not found:
+                raise UserError(
+                    f"The {name} masks hold no pixel that counts ({IGNORED} does not, nor what --ignore names); write "
+                    f"other masks, or leave --ignore out."
+                )
         if len(of_train) < 2:
             raise UserError(
-                f"The train masks hold one class only ({of_train}), so there is nothing to tell apart; write masks "
-                "with two classes or more, and leave out of --ignore what is one of them."
+                f"The train masks hold class {of_train[0]} only, so there is nothing to tell apart; write masks with "
+                f"two classes or more, and leave out of --ignore what is one of them."
             )
-        if not of_test:
-            raise UserError("The test masks hold no pixel that counts; write other masks, or leave --ignore out.")
         self.numbers = [*of_train, *sorted(set(of_test) - set(of_train))]
         self.num_known, self._table = len(of_train), torch.full((256,), IGNORED, dtype=torch.uint8)
         self._table[torch.tensor(self.numbers)] = torch.arange(len(self.numbers), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def warnings(self) -> list[str]:
+        """Where test has classes that train lacks."""
+        strange = self.numbers[self.num_known :]
+        if not strange:
+            return []
+        return [f"Test masks hold classes that train lacks ({listed(strange)}), and each counts with an IoU of 0."]
 
     def of(self, masks: Tensor) -> Tensor:
         return self._table[masks.long()]
@@ -81,7 +93,7 @@ def segment_linear(
             miou = _overlap(_logits(found.only(h)), places, held, classes).iou().nanmean().item()
             converged = found.converged[h]
             grid.append({"features": kind, "weight_decay": decay, "held_out_miou": 100 * miou, "converged": converged})
-        best = max(grid[-len(weight_decays) :], key=lambda row: row["held_out_miou"])
+        best = max(grid[-len(weight_decays) :], key=lambda row: (row["held_out_miou"], row["weight_decay"]))
         start = found.only(list(weight_decays).index(best["weight_decay"]))
         head = space.fit(loss, (best["weight_decay"],), start=start)
         heads[kind] = {**best, "converged": head.converged[0]}
@@ -97,8 +109,13 @@ def segment_linear(
         {"grid": grid},
         by_kind,
         seed,
-        warnings=told + edge_warnings("weight decay", heads[chosen]["weight_decay"], weight_decays),
+        warnings=classes.warnings() + told + _edge(heads[chosen], grid, weight_decays),
     )
+
+
+def _edge(head: dict, grid: Sequence[dict], weight_decays: Sequence[float]) -> list[str]:
+    scores = [row["held_out_miou"] for row in grid if row["features"] == head["features"]]
+    return edge_warnings("weight decay", head["weight_decay"], weight_decays, scores=scores)
 
 
 def segment_knn(
@@ -119,13 +136,14 @@ def segment_knn(
         if len(train) > 1:
             scores = _voting(places, classes, fit, k, temperature, num_patches, seed, device)
             held_out[kind] = 100 * _overlap(scores, places, held, classes).iou().nanmean().item()
-        everything = torch.arange(len(places))
+        everything, count = torch.arange(len(places)), min(len(places.each), num_patches)
         scores = _voting(places, classes, everything, k, temperature, num_patches, seed, device)
         by_kind[kind] = _tested(scores, test[kind], classes, seed, names)
     chosen = max(held_out, key=held_out.get) if held_out else next(iter(train))
+    told = classes.warnings() + few_warnings([k], count, "train patches")
     recipe = {"k": k, "temperature": temperature, "num_patches": num_patches, "features": list(train)}
     details = {"held_out_miou": held_out}
-    return _outcome("segment_knn", {"features": chosen}, recipe, details, by_kind, seed)
+    return _outcome("segment_knn", {"features": chosen}, recipe, details, by_kind, seed, warnings=told)
 
 
 def _logits(head) -> Scores:

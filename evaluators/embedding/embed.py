@@ -22,6 +22,7 @@ from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.class_names import with_class_names
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
+from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.embedding.formats import beside, format_of, refuse_to_overwrite
 from prelude.evaluators.embedding.samples import Keys, pixels_of, place_of, places_of
@@ -40,6 +41,7 @@ from prelude.pretrain.run_lock import RunLock
 LABEL = "cls"  # looked for unless told otherwise
 LEFT_OUT_ENDING = ".left_out.jsonl"
 PIECE = 8192  # samples a rank, which is what a kill costs at most
+SELECT = "--select"
 _PLAN = "plan.json"
 
 
@@ -55,6 +57,7 @@ class Embedding:
     dtype: str = "float32"
     label: str = ""  # where the class is, such as txt or json:FIELD; "": `cls`, where there are such
     image: str = ""  # extension of the image's member; "": any
+    select: Selection | None = None  # a part of the shards
     value_range: ValueRange | Literal["auto"] | None = None  # None: that of the source's run
     bank: str | Path | None = None  # where pieces are kept meanwhile; None: beside the file
     seed: int = 0  # of `random:` sources
@@ -97,7 +100,7 @@ def embed(embedding: Embedding) -> Written | None:
         pieces = [(start, rows) for start, rows in pieces if rows]
         if not pieces:
             _clear(embedding.kept)
-            raise NothingReadable()
+            raise NothingReadable(index.named)
         about = _about(embedding, encoder, index, pieces[0][1])
         written = _write(embedding, Table(index, pieces, labels, embedding.dtype, about))
         _clear(embedding.kept)
@@ -107,7 +110,8 @@ def embed(embedding: Embedding) -> Written | None:
 def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
     """Raises UserError for labels that were asked for and are none."""
     label = embedding.label or LABEL
-    index = index_as_seen(embedding.source, embedding.shards, label, embedding.value_range, embedding.image)
+    seen_as = embedding.value_range, embedding.image
+    index = index_as_seen(embedding.source, embedding.shards, label, *seen_as, select=embedding.select)
     if embedding.label:
         (index,) = with_class_names([index])
         return index, class_numbers(index)
@@ -127,19 +131,24 @@ def index_as_seen(
     label: str = "",
     value_range: ValueRange | Literal["auto"] | None = None,
     image: str = "",
+    select: Selection | None = None,
+    option: str = SELECT,
 ) -> ShardIndex:
-    """With `data.range` and `data.max_pixels` of the source's run, unless a range is given."""
+    """With `data.range` and `data.max_pixels` of the source's run, unless a range is given. option: which says
+    `select`."""
     said = {}
     for key in ("range", "max_pixels"):
         said[key] = next(filter(None, (data.get(key) for data in sections_of([source], "data"))), None)
     shards = shards if isinstance(shards, str) else list(shards)
-    return ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS, image)
+    index = ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS, image)
+    return selected(index, select, option)
 
 
-def data_of(index: ShardIndex, encoder: OpenedEncoder) -> dict:
+def data_of(index: ShardIndex, encoder: OpenedEncoder, select: Selection | None = None) -> dict:
     """What it takes to find the images again, and to see others in the same way."""
     image = next(filter(None, index.images_named), "")
     named = {"image": image} if image else {}
+    named |= {"select": select.said()} if select else {}
     named |= {"classes": list(index.classes)} if index.classes else {}
     return {
         **named,
@@ -224,7 +233,7 @@ def _about(embedding: Embedding, encoder: OpenedEncoder, index: ShardIndex, rows
         "source": embedding.source,
         "seed": embedding.seed,
         "encoder": described(encoder),
-        "data": data_of(index, encoder),
+        "data": data_of(index, encoder, embedding.select),
         "kinds": list(rows),
         "features": next(iter(rows.values())).recipe,
         "dtype": embedding.dtype,

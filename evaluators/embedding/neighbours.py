@@ -20,8 +20,9 @@ from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.decode import BadImage, ValueRange, decode
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
+from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.embedding.embed import data_of, index_as_seen
+from prelude.evaluators.embedding.embed import SELECT, data_of, index_as_seen
 from prelude.evaluators.embedding.reading import Embedded
 from prelude.evaluators.embedding.samples import Keys
 from prelude.evaluators.features.bank import Bank
@@ -131,25 +132,27 @@ def embedded_of(
     *,
     kind: str | None = None,
     value_range: ValueRange | None = None,
+    select: Selection | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> Embedded:
     """The features of shards out of a bank, which makes those that it lacks. source: of the encoder."""
-    index = index_as_seen(source, shards, "", value_range)
+    index = index_as_seen(source, shards, "", value_range, select=select)
     kind = kind or default_kinds(encoder.model)[0]
     rows = Bank(bank).rows(encoder, index, [kind], batch_size=batch_size, num_workers=num_workers)[kind]
     ids, keys = rows.sample_ids.numpy(), Keys(index)
-    about = {"encoder": described(encoder), "data": data_of(index, encoder), "kinds": [kind]}
+    about = {"encoder": described(encoder), "data": data_of(index, encoder, select), "kinds": [kind]}
     places = about["data"]["shards"], keys.shards(ids)
     return Embedded(encoder.name, kind, rows.values, keys.of(ids), *places, ids, None, about)
 
 
 def index_of(embedded: Embedded, shards: str | Sequence[str] | None = None) -> ShardIndex:
     """Of the images themselves. shards: where they are now. Raises UserError where they are gone, or others."""
-    index = _index(embedded, shards if isinstance(shards, str) else list(shards or embedded.about["data"]["shards"]))
+    there = shards if isinstance(shards, str) else list(shards or embedded.about["data"]["shards"])
+    index = _part(_index(embedded, there), embedded)
     if index.fingerprint != embedded.about["data"]["fingerprint"]:
         raise UserError(
-            f"The images in {index.paths[0]} and the rest are not those that {embedded.name} was made of; write "
+            f"The images in {index.named} are not those that {embedded.name} was made of; write "
             f"--shards with those, or leave --sheet out."
         )
     return index
@@ -166,6 +169,12 @@ def _index(embedded: Embedded, shards: str | list[str]) -> ShardIndex:
     data = embedded.about["data"]
     value_range = tuple(data["value_range"]) if data["value_range"] else None
     return ShardIndex(shards, "", value_range, data["max_pixels"], data.get("image", ""))
+
+
+def _part(index: ShardIndex, embedded: Embedded) -> ShardIndex:
+    """What the file was made of. What it names by a file of keys is where that lies now."""
+    select = embedded.about["data"].get("select")
+    return selected(index, Selection(**select), SELECT) if select else index
 
 
 def _query(embedded: Embedded, short: Sequence[str], name: str, rows: list[int]) -> Query:

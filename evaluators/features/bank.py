@@ -19,8 +19,8 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.node_cache import cache_folder
+from prelude.data.progress import progress_bar
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Extractor, NothingReadable
 from prelude.pretrain import distributed
@@ -80,14 +81,14 @@ class Bank:
         batch_size: int = 256,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
-        told: Callable[[int], None] = lambda count: None,
+        told: Callable[[int], None] | None = None,
         plan: ViewPlan | None = None,
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
         encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
-        told: hears, after each batch, how many images this rank has encoded. plan: of the one view to look at; by
-        default the evaluation's.
+        told: hears, after each batch, how many images this rank has encoded; by default a progress bar. plan: of the
+        one view to look at; by default the evaluation's.
         Raises NothingReadable on all ranks, UserError as `extract` does, where the folder cannot be written, and where
         a rank does not see it.
         """
@@ -122,10 +123,11 @@ class Bank:
         try:
             self._refuse_unless_shared(unfinished)
             part = _Part(unfinished, index, distributed.rank(), distributed.world_size())
-            part.write(extractor, batch_size, num_workers, told)
+            with encoding(index.num_samples, told) as heard:
+                part.write(extractor, batch_size, num_workers, heard)
             counts = row_counts(part.count)  # every rank has written when this returns
             if not sum(counts):
-                raise NothingReadable()
+                raise NothingReadable(index.named)
             if distributed.is_main():
                 for kind, identity in identities.items():
                     self._finish(unfinished / kind, part.starts, counts, identity)
@@ -177,6 +179,16 @@ class Bank:
                     raise
                 raise FileExistsError from error
         sync_to_disk(self.folder)
+
+
+@contextmanager
+def encoding(num_images: int, told: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
+    """Who is told of the images of this rank: a progress bar of the first one's, unless somebody else."""
+    if told is not None or not distributed.is_main():
+        yield told or (lambda count: None)
+        return
+    with progress_bar("encoding images", num_images) as advance:
+        yield lambda count: advance(count * distributed.world_size())
 
 
 class _Part:

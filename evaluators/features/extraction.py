@@ -151,7 +151,8 @@ def extract(
         num_workers=num_workers,
         label=label,
     )
-    return encode(encoder, batches, index.num_samples, index.fingerprint, label, kinds=kinds, device=device)
+    told = {"kinds": kinds, "device": device, "shards": index.named}
+    return encode(encoder, batches, index.num_samples, index.fingerprint, label, **told)
 
 
 def encode(
@@ -163,8 +164,9 @@ def encode(
     *,
     kinds: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
+    shards: str = "the shards",
 ) -> dict[str, Features]:
-    """`extract` for batches that are at hand; `num_samples` is how many there are at most."""
+    """`extract` for batches that are at hand; `num_samples` is how many there are at most. shards: in a sentence."""
     extractor = Extractor(encoder, kinds, device)
     values: dict[str, Tensor] = {}
     labels, sample_ids, seen = [], [], 0
@@ -177,7 +179,7 @@ def encode(
         sample_ids.append(batch.sample_ids)
         seen += len(batch)
     if not seen:
-        raise NothingReadable()
+        raise NothingReadable(shards)
     together = torch.cat(labels).cpu(), torch.cat(sample_ids).cpu(), fingerprint
     return {kind: Features(bank[:seen], *together, kind, extractor.recipe) for kind, bank in values.items()}
 
@@ -220,8 +222,9 @@ class Extractor:
 
 
 class NothingReadable(UserError):
-    def __init__(self):
-        super().__init__("The shards hold no readable sample; write another pattern.")
+    def __init__(self, images: str):
+        """images: which, in a sentence."""
+        super().__init__(f"None of the images in {images} can be read; write other shards.")
 
 
 def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from prelude.data.class_names import label_reader, plain_reader
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
+from prelude.data.findings import VectorFormat
 from prelude.data.labels import in_words
 from prelude.data.members import label_members
 from prelude.data.shards import ShardIndex
@@ -27,36 +28,6 @@ class Labels:
     values: Tensor  # (N,) int64 class numbers, or (N, L) float32 of 1, 0 and NaN for unknown
     known: Tensor  # (N,) bool: whether the sample has a label at all
     groups: Tensor | None = None  # (N,) int64: samples of one group (a patient) must not be told apart as independent
-
-
-@dataclass(frozen=True)
-class VectorFormat:
-    """How a JSON member says which of several findings an image shows.
-
-    The member, or its `field`, is a list of the names that are present (the others are absent), an object from names
-    to 1, 0 and -1 or null for unknown, or a list of such numbers in the order of `names`.
-    """
-
-    names: tuple[str, ...]
-    field: str = ""  # of the JSON object; "": the whole member
-    group_field: str = ""  # whose values group the samples, such as `patient`; "": every sample on its own
-
-    def vector(self, content: dict | list) -> list[float] | None:
-        """L values of 1, 0 and NaN; None where there is no such thing in `content`."""
-        found = content
-        if self.field:
-            found = content.get(self.field) if isinstance(content, dict) else None
-        if isinstance(found, dict):
-            values = [found.get(name) for name in self.names]
-        elif isinstance(found, list) and all(isinstance(item, str) for item in found):
-            return [float(name in found) for name in self.names]
-        elif isinstance(found, list) and len(found) == len(self.names):
-            values = found
-        else:
-            return None
-        if any(value not in (0, 1, -1, None) for value in values):
-            return None
-        return [math.nan if value in (-1, None) else float(value) for value in values]
 
 
 def class_numbers(index: ShardIndex) -> Labels:
@@ -119,12 +90,12 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
     if not any(known):
         where = f"the field {form.field!r} of .{index.label} members" if form.field else f".{index.label} members"
         raise UserError(
-            f"No sample in {index.paths[0]} and the rest has labels in {where}; write lists of names, or objects from "
+            f"No sample in {index.named} has labels in {where}; write lists of names, or objects from "
             f"names to 1, 0 and -1."
         )
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     labels = torch.tensor(values)
     if not (labels == 1).any():
-        raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.paths[0]} and the rest; correct names.")
+        raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names.")
     by_group = torch.tensor([numbers[group] for group in groups]) if form.group_field else None
     return Labels(labels, torch.tensor(known), by_group)

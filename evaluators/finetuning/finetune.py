@@ -3,49 +3,38 @@
 - The encoder starts from a run, a checkpoint, an export, timm's weights, or from nothing (`random:`); everything
   else is the same, so that the difference is what pretraining was worth.
 - The test shards are read for a curve if asked for, and at the end; nothing is chosen by them. What is reported are
-  the last weights.
-- Every test image is scored once, whatever the number of ranks.
+  the last weights, or with `patience` those that were best on images held out of the training shards.
 """
 
-import logging
-import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from prelude.checkpoints.convert.fit import fit
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
-from prelude.data.batch import Batch
-from prelude.data.errors import Stopped, UserError
-from prelude.data.loader import one_pass
+from prelude.data.errors import UserError
+from prelude.data.findings import VectorFormat
 from prelude.data.remote_shards import keep_remote_shards
-from prelude.data.shards import ShardIndex
 from prelude.data.waiting import wait_at_most
 from prelude.data.workers import start_workers_by
-from prelude.evaluators.features.labels import class_numbers
-from prelude.evaluators.features.low_label import low_label
+from prelude.evaluators.finetuning import attention_labels
 from prelude.evaluators.finetuning.classifier import Classifier
 from prelude.evaluators.finetuning.recipe import NAME, FineTuneOptions, check_recipe, completed, options_for
+from prelude.evaluators.finetuning.samples import Samples, image_labels, labelled_samples
+from prelude.evaluators.finetuning.testing import Found
+from prelude.evaluators.frozen.multilabel import label_warnings
 from prelude.evaluators.judging import labelled_shards
-from prelude.evaluators.labelled import Labelled, labelled_section, selection
-from prelude.evaluators.results import Outcome, Result, hits, percent, versions
+from prelude.evaluators.labelled import labelled_section, selection
+from prelude.evaluators.results import Outcome, Result, versions
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig, SelectConfig
 from prelude.pretrain.encoders import build_encoder, seeded
-from prelude.pretrain.files import Lines
 from prelude.pretrain.kept_patches import is_transformer
-from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.recipes import read_recipe, validate_config
-from prelude.pretrain.schedules import Progress
-
-log = logging.getLogger(__name__)
 
 _NORMS = ("fc_norm", "final_norm", "use_fc_norm", "use_post_transformer_norm")  # arguments that place the last norm
 _FROM_SCRATCH = "_from_scratch"
@@ -59,16 +48,15 @@ class Task:
     source: str
     config: Config
     opened: OpenedEncoder
-    train: ShardIndex  # the labelled samples that are trained on
-    test: ShardIndex
-    classes: Tensor  # (C,) int64, growing
-    warnings: tuple[str, ...]
+    samples: Samples
 
     @property
     def options(self) -> FineTuneOptions:
-        given = dict(self.config.objective)
-        given.pop("name")
-        return FineTuneOptions.model_validate(given)
+        return task_options(self.config)
+
+
+def task_options(config: Config) -> FineTuneOptions:
+    return FineTuneOptions.model_validate({key: value for key, value in config.objective.items() if key != "name"})
 
 
 def prepare(
@@ -92,6 +80,7 @@ def prepare(
         train or section.get("train_shards"),
         test or section.get("test_shards"),
         label or section.get("label"),
+        _findings(section),
         **_of_recipe(section, train, test),
     )
     values = completed(values, labelled)
@@ -110,18 +99,20 @@ def prepare(
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     start_workers_by(config.data.start_method)
-    return _with_labels(source, config, opened, labelled)
+    labelled = image_labels(labelled, config.data.range, config.data.max_pixels)
+    return Task(source, config, opened, labelled_samples(labelled, config.evaluate, task_options(config), config.seed))
 
 
 def check(task: Task, world_size: int) -> None:
     """Refuses, before anything is built, what cannot work. Raises UserError."""
     options, train = task.options, task.config.train
     Classifier.check(options, task.config.encoder)
+    attention_labels.check(options, task.config, task.opened.model)
     channels = task.config.encoder.in_chans
-    if options.augment is not None and (channels != 3 or task.train.value_range is not None):
+    if options.augment is not None and (channels != 3 or task.samples.train.value_range is not None):
         raise UserError(
             f"objective.augment works on RGB of 8 bits, and images have data.channels={channels}"
-            f"{'' if task.train.value_range is None else ' and a data.range'}; write objective.augment=null."
+            f"{'' if task.samples.train.value_range is None else ' and a data.range'}; write objective.augment=null."
         )
     micro_batch, _ = task.config.batching(world_size)
     if (options.mixup or options.cutmix) and micro_batch * world_size % 2:
@@ -147,10 +138,12 @@ def build(task: Task, say: Callable[[str], None] = lambda sentence: None) -> Cla
         return Classifier(
             encoder,
             task.options,
-            task.classes,
+            task.samples.classes,
             image_size=config.encoder.size,
             mean=config.data.mean,
             std=config.data.std,
+            findings=task.samples.findings is not None,
+            weights=task.samples.weights,
         )
 
 
@@ -186,96 +179,44 @@ def pretrained(
     return encoder
 
 
-# ---- testing
+# ---- the result
 
 
-def tested(classifier: Classifier, index: ShardIndex, label: str, *, batch_size: int, num_workers: int) -> dict:
-    """Hits (`top1`, and `top5` from ten classes on), `total` samples and `unreadable` ones. Collective; raises Stopped
-    on all ranks when one of them is asked to stop while its images do not come."""
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    batches = one_pass(
-        index, classifier.test_views, batch_size=batch_size, num_workers=num_workers, label=label, **ranks
-    )
-    counts = {"top1": 0, "total": 0}
-    training = classifier.training
-    classifier.eval()
-    device, stopped = distributed.device(), ""
-    try:
-        for batch in batches:
-            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-                scores = classifier.scores(batch.to(device))
-            found = hits(scores, _places(classifier.classes, batch).to(device)) | {"total": len(batch)}
-            counts = {name: counts.get(name, 0) + count for name, count in found.items()}
-    except Stopped as stop:
-        stopped = str(stop)
-    finally:
-        classifier.train(training)
-    if why := next(filter(None, distributed.of_all(stopped)), ""):
-        raise Stopped(why)
-    if len(classifier.classes) >= 10:
-        counts.setdefault("top5", 0)  # a rank may have had nothing to score
-    names = sorted(counts)
-    counts = {name: int(value) for name, value in zip(names, distributed.total(*map(counts.get, names)), strict=True)}
-    return counts | {"unreadable": index.num_samples - counts["total"]}
-
-
-class TestCurve(Monitor):
-    """test.jsonl: accuracy on the test shards every so many epochs, at the next logged step. On every rank."""
-
-    __test__ = False  # no test of pytest's
-
-    def __init__(self, test, every_epochs: float, path: Path):
-        self.test, self.every_epochs, self.lines = test, every_epochs, Lines(path)
-
-    def start(self, progress: Progress) -> None:
-        self.done = math.floor(progress.epoch / self.every_epochs)
-        if distributed.is_main():
-            self.lines.start(progress.step)
-
-    def record(self, record: StepRecord) -> None:
-        due = math.floor(record.epoch / self.every_epochs)
-        if due <= self.done:
-            return
-        self.done = due
-        try:
-            counts = self.test()
-        except Stopped as stop:
-            log.warning("the test of step %d is left out: the run is stopped %s", record.step, stop)
-            return  # the engine ends the run at its next step, and saves
-        if distributed.is_main():
-            accuracy = {
-                name: percent(counts[name], counts["total"]).value for name in ("top1", "top5") if name in counts
-            }
-            self.lines.add({"step": record.step, "epoch": record.epoch, **accuracy})
-
-    def saving(self, step: int) -> None:
-        if distributed.is_main():
-            self.lines.sync()
-
-
-def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict], command: str, seconds: float):
-    """What was found, in the shape of every evaluator."""
-    config, options = task.config, task.options
-    warnings = list(task.warnings)
-    if counts["unreadable"]:
-        warnings.append(f"{counts['unreadable']} test images could not be read and are left out.")
+def result_of(
+    task: Task, classifier: Classifier, found: Found, curves: dict[str, list], command: str, seconds: float
+) -> Result:
+    """What was found, in the shape of every evaluator. curves: by their names, such as `curve` on the test shards."""
+    config, options, samples = task.config, task.options, task.samples
+    warnings = list(samples.warnings)
+    if found.unreadable:
+        warnings.append(f"{found.unreadable} test images could not be read and are left out.")
     recipe = {
         "seed": config.seed,
         "objective": options.model_dump(mode="json", exclude={"weights", "test_every_epochs"}),
         "train": config.train.model_dump(mode="json", include={"epochs", "global_batch", "gradient_clipping"}),
         "optimizer": config.optimizer.model_dump(mode="json"),
     }
-    numbers = {name: percent(counts[name], counts["total"]) for name in ("top1", "top5") if name in counts}
-    outcome = Outcome(
-        NAME, numbers, {"features": "all weights"}, recipe, {"num_classes": len(task.classes), "curve": curve}, warnings
-    )
+    chosen = {"features": "all weights"}
+    if classifier.held_out is not None:
+        chosen |= classifier.held_out.told()
+    details = {"num_classes": len(samples.classes), **curves}
+    if samples.findings:
+        recipe["names"] = list(samples.findings.names)
+        warnings += label_warnings(samples.findings.names, samples.answers, found.by_label)
+        details["by_features"] = {chosen["features"]: {"by_label": _with_train(found.by_label, samples.answers)}}
+    outcome = Outcome(NAME, found.numbers, chosen, recipe, details, warnings)
     labelled = labelled_section(config.evaluate)
-    data = labelled.described_labels(task.train)
-    for name, index in (("train", task.train), ("test", task.test)):
+    data = labelled.described_labels(samples.train)
+    if config.evaluate.label_group:
+        data["group"] = config.evaluate.label_group
+    for name, index in (("train", samples.train), ("test", samples.test.index)):
         data[name] = {
             **labelled.described(name, index),
-            "num_samples": counts["total"] if name == "test" else index.num_samples,
+            "num_samples": found.total if name == "test" else index.num_samples,
         }
+    if samples.held_out:
+        index = samples.held_out.index
+        data["held_out"] = {"fingerprint": index.fingerprint, "num_samples": index.num_samples}
     features = {
         "view": asdict(classifier.test_views.views[0]),
         "mean": list(config.data.mean),
@@ -290,28 +231,11 @@ def result_of(task: Task, classifier: Classifier, counts: dict, curve: list[dict
 # ---- what has to be known beforehand
 
 
-def _with_labels(source: str, config: Config, opened: OpenedEncoder, labelled: Labelled) -> Task:
-    value_range = config.data.range or labelled.value_range
-    labelled = replace(labelled, value_range=value_range, max_pixels=config.data.max_pixels)
-    whole, test = labelled.indexes()
-    labels = class_numbers(whole)
-    numbers, labelled_ids = labels.values.numpy(), np.flatnonzero(labels.known.numpy())
-    if numbers.min() < 0:
-        raise UserError(f"Members .{labelled.label} hold the class number {numbers.min()}; write 0 or more.")
-    warnings = []
-    if len(labelled_ids) < len(numbers):
-        warnings.append(f"{len(numbers) - len(labelled_ids)} training images have no sound label and are left out.")
-    if whole.fingerprint == test.fingerprint:
-        warnings.append("Train and test are the same shards, so this says nothing about new images.")
-    objective = config.objective
-    known = numbers[labelled_ids]
-    chosen = low_label(known, per_class=objective["per_class"], fraction=objective["fraction"], seed=config.seed)
-    classes = np.unique(known)
-    if len(classes) < 2:
-        raise UserError(f"The train shards hold one class only ({classes.tolist()}); write shards with two or more.")
-    taken = labelled_ids[chosen]
-    train = whole if len(taken) == whole.num_samples else whole.subset(taken)
-    return Task(source, config, opened, train, test, torch.from_numpy(classes), tuple(warnings))
+def _findings(section: dict) -> VectorFormat | None:
+    """Where the recipe's own section says that images show several findings."""
+    if not section.get("label_names"):
+        return None
+    return VectorFormat(tuple(section["label_names"]), section.get("label_field", ""), section.get("label_group", ""))
 
 
 def _of_recipe(section: dict, train, test) -> dict:
@@ -323,8 +247,9 @@ def _of_recipe(section: dict, train, test) -> dict:
     return found
 
 
-def _places(classes: Tensor, batch: Batch) -> Tensor:
-    """(B,) the place of each label among the classes, -1 for a class that was not trained on."""
-    classes, labels = classes.cpu(), batch.labels.cpu()
-    place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
-    return torch.where(classes[place] == labels, place, -1)
+def _with_train(by_label: dict[str, dict], answers: Tensor) -> dict[str, dict]:
+    present = (answers == 1).sum(0).tolist()
+    return {
+        name: found | {"num_present_train": count}
+        for (name, found), count in zip(by_label.items(), present, strict=True)
+    }

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from prelude.data.errors import UserError
-from prelude.pretrain.options import AreaRange, Options
+from prelude.pretrain.options import AreaRange, Options, Positive
 from prelude.pretrain.recipes import read_recipe, validate_config
 
 NAME = "fine_tune"
@@ -34,7 +34,11 @@ class AugmentOptions(Options):
 class FineTuneOptions(Options):
     weights: str = ""  # fingerprint of the weights that training starts from; filled in by the command
     per_class: int | None = Field(None, ge=1)  # labelled images of each class; None: all
-    fraction: float | None = Field(None, gt=0, le=1)  # of each class's labelled images
+    fraction: float | None = Field(None, gt=0, le=1)  # of each class's labelled images; of all, with several findings
+    hold_out: float = Field(0.0, ge=0, le=0.5)  # share of them that is not trained on and judges the weights; 0: none
+    validate_every_epochs: float = Field(1.0, gt=0)  # on what is held out
+    # Validations in a row without a better one that end the run, whose best weights are then the result. None: no end.
+    patience: int | None = Field(None, ge=1)
     # mean: of the patch tokens, then a new norm (MAE). own: what the encoder itself pools. ViTs only; convnets pool.
     pooling: Literal["mean", "own"] = "mean"
     image_size: int | None = Field(None, ge=1)  # pixels; None: the size of pretraining
@@ -44,11 +48,22 @@ class FineTuneOptions(Options):
     crop_scale: AreaRange = (0.08, 1.0)  # share of the image's area; [1, 1]: the whole image
     flip: float = Field(0.5, ge=0, le=1)
     shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, as is usual on CIFAR
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops, in training and test
     augment: AugmentOptions | None = None
     mixup: float = Field(0.0, ge=0)  # alpha; 0: off
     cutmix: float = Field(0.0, ge=0)
+    cutmix_share: float = Field(0.5, ge=0, le=1)  # of the images, where both are on
+    cutmix_cell: int | None = Field(None, ge=1)  # pixels; random cells of a grid instead of a box (MaskMix)
+    attention_labels: Literal["transmix", "mixpro"] | None = None  # of pasted images; see `attention_labels`
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: binary cross-entropy, averaged over the classes
+    # What an uncertain finding (-1) is in training: nothing, absent, present, or present by a share drawn from
+    # [0.55, 0.85] (CheXpert's policies, arXiv 1911.06475). Tests never count it.
+    uncertain: Literal["ignore", "zeros", "ones", "smoothed"] = "ignore"
+    # balanced: N / (C x images of the class); of findings, of presence and absence. Or numbers by class or finding.
+    class_weights: Literal["equal", "balanced"] | dict[int | str, Positive] = "equal"
+    # Standard deviation of the head's first weights; uniform: torch's own, within 1 / sqrt(width), biases too.
+    head_std: Annotated[float, Field(gt=0)] | Literal["uniform"] = 2e-5
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the average of the weights; 0: none
     test_crop_share: float | None = Field(None, gt=0, le=1)  # None: 0.875 from 128 to 224 pixels, else all of it
     test_every_epochs: float | None = Field(None, gt=0)  # a curve to look at; only the last weights are reported
@@ -58,6 +73,25 @@ class FineTuneOptions(Options):
         if self.per_class is not None and self.fraction is not None:
             raise ValueError("objective.per_class and objective.fraction both say how many labels there are; write one")
         return self
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self):
+        for key in ("patience", "validate_every_epochs"):
+            if not self.hold_out and self._is_set(key):
+                raise ValueError(
+                    f"objective.{key} has no effect where nothing is held out; write objective.hold_out=0.1"
+                )
+        if self._is_set("cutmix_share") and not (self.mixup and self.cutmix):
+            raise ValueError("objective.cutmix_share has no effect without both mixup and cutmix; leave it out")
+        for key in ("cutmix_cell", "attention_labels"):
+            if self._is_set(key) and not self.cutmix:
+                raise ValueError(f"objective.{key} has no effect without cutmix; write objective.cutmix=1.0")
+        if self.attention_labels == "mixpro" and self.loss == "sigmoid":
+            raise ValueError("objective.attention_labels=mixpro is of a softmax; write transmix, or loss=softmax")
+        return self
+
+    def _is_set(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
 
 
 def check_recipe(recipe: str | Path, overrides: list[str] = ()) -> None:

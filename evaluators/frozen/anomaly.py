@@ -19,6 +19,7 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.ranking import MIN_POSITIVES, auc, bootstrap, standard_error
+from prelude.evaluators.frozen.splits import listed
 from prelude.evaluators.results import Outcome, Percent
 
 PIECE = 4096  # samples
@@ -35,17 +36,17 @@ def anomaly(
     """AUROC of one class against the rest, the mean over the classes `normal` (default: all that both sets have, and
     test `MIN_POSITIVES` times; all of them where none is there so often).
 
-    seed: of the bootstrap behind the standard error. Raises UserError for a class that train or test lacks, and where
-    test has nothing else.
+    seed: of the bootstrap behind the standard error. Raises UserError for a class that train or test lacks, or of which
+    train has a single image, which varies in nothing, and where test has nothing else.
     """
     labels, test_labels = next(iter(train.values())).labels, next(iter(test.values())).labels
-    shared = sorted(set(labels.tolist()) & set(test_labels.tolist()))
+    numbers, counts = labels.unique(return_counts=True)
+    shared = sorted(set(numbers[counts > 1].tolist()) & set(test_labels.tolist()))
     frequent = [number for number in shared if (test_labels == number).sum() >= MIN_POSITIVES] or shared
     classes = frequent if normal is None else list(dict.fromkeys(normal))
     unknown = [number for number in classes if number not in shared]
     if unknown or not classes:
-        raise UserError(f"Class {', '.join(map(str, unknown)) or 'of any number'} is not in train and test; write "
-                        f"one of {', '.join(map(str, shared[:10]))}.")  # fmt: skip
+        _refuse(unknown, numbers[counts == 1].tolist(), shared)
     if len(test_labels.unique()) < 2:
         raise UserError("The test shards hold one class only, so nothing in them is an anomaly; write others.")
     distances = {number: _distances(train, test, labels == number, device) for number in classes}  # by class and kind
@@ -74,6 +75,13 @@ def anomaly(
         details={"by_class": by_class},
         warnings=_warnings(shared, classes, test_labels) if normal is None else [],
     )
+
+
+def _refuse(unknown: list[int], single: list[int], shared: list[int]) -> None:
+    what = f"Class {listed(unknown) or 'of any number'} is not in train and test"
+    if alone := [number for number in unknown if number in single]:
+        what = f"Class {listed(alone)} has one train image, which says nothing of how normal ones vary"
+    raise UserError(f"{what}; write {f'one of {listed(shared)}' if shared else 'shards with classes in common'}.")
 
 
 def _warnings(shared: list[int], classes: list[int], test_labels: Tensor) -> list[str]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from prelude.data.errors import UserError
+from prelude.data.progress import progress_bar
 from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen import ncm
 from prelude.evaluators.frozen.convex import ClassLoss, FoldLoss, Space
 from prelude.evaluators.frozen.linear_probe import right, score
-from prelude.evaluators.frozen.splits import contiguous_labels, edge_warnings, hold_out
+from prelude.evaluators.frozen.splits import contiguous_labels, edge_warnings, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, Percent, by_frequency, mean_and_spread, percent
 
 WEIGHT_DECAYS = tuple(float(f"{10 ** (-4 + i / 2):.3g}") for i in range(10))  # 1e-4 .. 3.16
@@ -67,8 +68,7 @@ def fewshot(
     task = _Task(train, test, labels, test_labels.to(device), num_classes, device)
     numbers, details, kinds, warnings, guessed = {}, {}, [], [], {}
     by_kind: dict[str, dict[str, Percent]] = {kind: {} for kind in train}
-    for amount in amounts:
-        found = [task.judge(draw_rows(labels, amount, seed, number)) for number in range(draws)]
+    for amount, found in task.judge_all(amounts, draws, seed).items():
         numbers[amount.name] = mean_and_spread([each["top1"] for each in found])
         guessed[amount.name] = [each.pop("right") for each in found]
         details[amount.name] = {
@@ -93,7 +93,9 @@ def fewshot(
             "seed": seed,
         },
         details={"by_amount": details},
-        warnings=_warnings(amounts, torch.bincount(labels)) + list(dict.fromkeys(warnings)),
+        warnings=lacking_warnings(train, test)
+        + _warnings(amounts, torch.bincount(labels))
+        + list(dict.fromkeys(warnings)),
         by_kind=by_kind,
         right=guessed[headline_amount(list(numbers))],
     )
@@ -124,6 +126,15 @@ class _Task:
     test_labels: Tensor
     num_classes: int
     device: torch.device | str
+
+    def judge_all(self, amounts: Sequence[Amount], draws: int, seed: int) -> dict[Amount, list[dict]]:
+        found: dict[Amount, list[dict]] = {amount: [] for amount in amounts}
+        with progress_bar("few-shot draws", len(found) * draws) as advance:
+            for amount in found:
+                for number in range(draws):
+                    found[amount].append(self.judge(draw_rows(self.labels, amount, seed, number)))
+                    advance(1)
+        return found
 
     def judge(self, rows: Tensor) -> dict:
         """One draw: what was chosen inside of it, and the test accuracy."""

@@ -21,7 +21,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.defaults import TEMPERATURE, K
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, Percent, among_first, hits, percent
 
 KS = (1, 5, 10, 20, 50, 100, 200)
@@ -92,8 +92,15 @@ def knn(
         },
         details={"held_out": sweep, "by_features": {kind: _nested(found) for kind, found in by_features.items()}},
         by_kind=by_kind,
+        warnings=lacking_warnings(train, test) + few_warnings(ks, len(labels), "train images"),
         right=[torch.cat(right[chosen["features"]][chosen["k"], chosen["temperature"]])],
     )
+
+
+def few_warnings(ks: Sequence[int], count: int, of_what: str) -> list[str]:
+    """A warning where there are not as many neighbours as are asked for."""
+    beyond = [k for k in ks if k > count]
+    return [f"k={max(beyond)} asks for more than the {count} {of_what}, so that all of them vote."] if beyond else []
 
 
 def search(

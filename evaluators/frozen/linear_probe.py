@@ -17,10 +17,10 @@ from torch import Tensor
 
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, among_first, hits, percent
 
-WEIGHT_DECAYS = tuple(float(f"{10 ** (-5 + i / 2):.3g}") for i in range(12))  # 1e-5 .. 3.16
+WEIGHT_DECAYS = tuple(float(f"{10 ** (-7 + i / 2):.3g}") for i in range(16))  # 1e-7 .. 3.16
 
 
 def linear_probe(
@@ -70,7 +70,7 @@ def linear_probe(
         details={"grid": grid, "by_features": by_features},
         by_kind={kind: found["test"] for kind, found in by_features.items()},
         right=[right(finals[kind], test[kind].values, test_labels)],
-        warnings=_warnings(chosen, weight_decays),
+        warnings=lacking_warnings(train, test) + _warnings(chosen, grid, weight_decays),
     )
 
 
@@ -140,8 +140,10 @@ def _preference(row: dict) -> tuple[float, float]:
     return row["held_out_top1"], -row["held_out_loss"]
 
 
-def _warnings(chosen: dict, weight_decays: Sequence[float]) -> list[str]:
+def _warnings(chosen: dict, grid: Sequence[dict], weight_decays: Sequence[float]) -> list[str]:
     warnings = []
     if not chosen["converged"]:
         warnings.append(f"The probe was stopped after {MAX_PASSES} passes, before its optimum.")
-    return warnings + edge_warnings("weight decay", chosen["weight_decay"], weight_decays)
+    beside = [row for row in grid if all(row[key] == chosen[key] for key in ("features", "norm"))]
+    scores = [row["held_out_top1"] for row in beside]
+    return warnings + edge_warnings("weight decay", chosen["weight_decay"], weight_decays, scores=scores)

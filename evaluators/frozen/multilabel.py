@@ -11,7 +11,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def multilabel(
     """
     first, first_test = next(iter(train.values())), next(iter(test.values()))
     labels, wanted = first.labels, first_test.labels
-    if not _both(wanted).any():
+    if not both_there(wanted).any():
         raise UserError("The test shards have no label that is present in some images and absent in others.")
     loss, folds = LabelLoss(labels.to(device)), group_folds(len(first), first.groups, seed)
     grid, by_features = [], {}
@@ -96,7 +96,7 @@ def multilabel(
             "seed": seed,
         },
         details={"grid": grid, "by_features": by_features},
-        warnings=_warnings(names, labels, chosen)
+        warnings=label_warnings(names, labels, chosen["by_label"])
         + edge_warnings("weight decay", chosen["weight_decay"], weight_decays),
         by_kind={kind: found["test"] for kind, found in by_features.items()},
     )
@@ -110,23 +110,14 @@ def judge(
     The macro numbers are over the labels that are `counted`: those with `MIN_POSITIVES` images (or groups of them) with
     and without; where there is none, all that are there both with and without.
     """
-    counted = _counted(labels, groups)
-
-    def by_label(metric, weights: Tensor | None) -> Tensor:
-        """(b, L), NaN where it is undefined."""
-        columns = []
-        for of_label, truth in zip(scores.unbind(1), labels.unbind(1), strict=True):
-            known = truth.isfinite()
-            taken = None if weights is None else weights[:, known]
-            empty = torch.full((1 if weights is None else len(weights),), torch.nan, dtype=torch.float64)
-            columns.append(metric(of_label[known], truth[known] > 0, taken) if known.any() else empty)
-        return torch.stack(columns, 1)
+    counted = is_counted(labels, groups)
 
     def of_draws(weights: Tensor) -> Tensor:
         """(b, 2) macro metrics of a bootstrap draw, NaN where it lacks one of the labels."""
-        return torch.stack([by_label(metric, weights)[:, counted].mean(1) for metric in METRICS.values()], 1)
+        of_each = [_by_label(metric, scores, labels, weights) for metric in METRICS.values()]
+        return torch.stack([values[:, counted].mean(1) for values in of_each], 1)
 
-    single = {name: by_label(metric, None)[0] for name, metric in METRICS.items()}
+    single = {name: _by_label(metric, scores, labels)[0] for name, metric in METRICS.items()}
     draws = 100 * bootstrap(of_draws, len(labels), seed, groups)
     draws[~draws.isfinite().all(1)] = torch.nan  # both numbers are of the same draws
     numbers = {}
@@ -144,6 +135,24 @@ def judge(
             "counted": bool(counted[i]),
         }
     return numbers, details
+
+
+def macro(scores: Tensor, labels: Tensor, groups: Tensor | None = None) -> dict[str, float]:
+    """The macro numbers alone, in percent."""
+    counted = is_counted(labels, groups)
+    of_each = {name: _by_label(metric, scores, labels)[0] for name, metric in METRICS.items()}
+    return {name: 100 * values[counted].mean().item() for name, values in of_each.items()}
+
+
+def _by_label(metric: Callable, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(b, L) of one row a set of weights, NaN where it is undefined."""
+    columns = []
+    for of_label, truth in zip(scores.unbind(1), labels.unbind(1), strict=True):
+        known = truth.isfinite()
+        taken = None if weights is None else weights[:, known]
+        empty = torch.full((1 if weights is None else len(weights),), torch.nan, dtype=torch.float64)
+        columns.append(metric(of_label[known], truth[known] > 0, taken) if known.any() else empty)
+    return torch.stack(columns, 1)
 
 
 def group_folds(num_samples: int, groups: Tensor | None, seed: int) -> Tensor:
@@ -164,7 +173,7 @@ def _cross_validated(
         held = (folds == fold).nonzero()[:, 0]
         heads = space.fit(loss, decays, (folds != fold).nonzero()[:, 0])
         converged &= torch.tensor(heads.converged)
-        judged[held] &= _both(labels[folds != fold])
+        judged[held] &= both_there(labels[folds != fold])
         for places, logits in heads.logits_of(space.values, held.to(space.values.device)):
             scores[:, held[places]] = logits.cpu()
     rows = []
@@ -196,12 +205,12 @@ def loss_of(scores: Tensor, labels: Tensor) -> float:
     return (each * known / known.sum(0).clamp(min=1)).sum().item()
 
 
-def _both(labels: Tensor) -> Tensor:
+def both_there(labels: Tensor) -> Tensor:
     """(L,) whether a label is there in some samples and not in others."""
     return (labels == 1).any(0) & (labels == 0).any(0)
 
 
-def _counted(labels: Tensor, groups: Tensor | None) -> Tensor:
+def is_counted(labels: Tensor, groups: Tensor | None) -> Tensor:
     """(L,) whether a label is part of the macro numbers."""
     groups = torch.arange(len(labels)) if groups is None else groups
     frequent = torch.tensor(
@@ -210,7 +219,7 @@ def _counted(labels: Tensor, groups: Tensor | None) -> Tensor:
             for of_label in labels.unbind(1)
         ]
     )
-    return frequent if frequent.any() else _both(labels)
+    return frequent if frequent.any() else both_there(labels)
 
 
 def _of_train(head: Heads, labels: Tensor) -> list[dict]:
@@ -229,8 +238,9 @@ def _preference(row: dict) -> tuple[float, float]:
     return row["held_out_auc"], -row["held_out_loss"]
 
 
-def _warnings(names: Sequence[str], labels: Tensor, chosen: dict) -> list[str]:
-    warnings, of_label = [], chosen["by_label"]
+def label_warnings(names: Sequence[str], labels: Tensor, of_label: dict[str, dict]) -> list[str]:
+    """What a reader should know of the macro numbers. labels: (N, L) of train. of_label: as `judge` finds it."""
+    warnings = []
     never = [name for name in names if not (of_label[name]["num_present"] and of_label[name]["num_absent"])]
     if never:
         warnings.append(f"Always or never present in test, so left out of macro AUC: {', '.join(never)}.")
@@ -242,10 +252,10 @@ def _warnings(names: Sequence[str], labels: Tensor, chosen: dict) -> list[str]:
     counted = [of_label[name] for name in names if of_label[name]["counted"]]
     if all(min(found["num_present"], found["num_absent"]) < MIN_POSITIVES for found in counted):
         warnings.append(f"Every label is present or absent {few}, so macro AUC and mAP say little.")
-    lacking = [name for name, there in zip(names, _both(labels).tolist(), strict=True) if not there]
+    lacking = [name for name, there in zip(names, both_there(labels).tolist(), strict=True) if not there]
     if lacking:
         warnings.append(f"Always or never present in train, so learned nothing from: {', '.join(lacking)}.")
-    early = [name for name in names if not of_label[name]["converged"]]
+    early = [name for name in names if not of_label[name].get("converged", True)]
     if early:
         warnings.append(f"Heads were stopped after {MAX_PASSES} passes, before their optimum: {', '.join(early)}.")
     return warnings

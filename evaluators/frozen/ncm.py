@@ -18,7 +18,7 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.ranking import bootstrap, standard_error
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, Percent, among_first, hits, percent
 
 PIECE = 4096  # samples
@@ -61,6 +61,7 @@ def ncm(
         recipe={"features": list(train), "held_out": HELD_OUT, "num_tasks": num_tasks, "seed": seed},
         details={"held_out_top1": held_out_top1, "by_features": by_features, "after_each_task": curves},
         by_kind=by_features,
+        warnings=lacking_warnings(train, test),
         right=[right(best, test[chosen].values, test_labels)],
     )
 

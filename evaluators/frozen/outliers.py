@@ -26,9 +26,10 @@ from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.anomaly import PIECE, fit_gaussian
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
 from prelude.evaluators.frozen.ranking import auc, bootstrap, standard_error
+from prelude.evaluators.frozen.splits import listed
 from prelude.evaluators.results import Outcome, Percent
 
-OTHER = -1  # the label of an image of another data set
+OTHER = torch.iinfo(torch.int64).min  # the label of an image of another data set; no class has it
 K, COMPONENTS, ROUNDS = 50, 4, 50  # neighbours; Gaussians a class, and rounds of k-means at most
 PASS = 0.95  # of the known
 
@@ -43,23 +44,34 @@ def outliers(
     seed: int = 0,
     device: torch.device | str = "cpu",
     unknown: Sequence[int] = (),
-    k: int = K,
+    k: int | None = None,
     components: int = COMPONENTS,
 ) -> Outcome:
     """AUROC and FPR at 95 % of one score (`SCORES`). unknown: classes that are taken out of train, so that those of
-    test are others.
+    test are others. k: by default `K`, or the number of known train images where they are fewer.
 
     seed: of k-means and the bootstrap. Raises UserError where train has no class left, or test nothing known, or no
-    others.
+    others, for a class that is nowhere, for a k above the number of known train images, and where no class of train has
+    a second image, whose spread two of the scores are made of.
     """
-    numbers, settings = {}, {"k": k} if score == "knn" else {"components": components} if score == "mixture" else {}
-    for kind in train:
-        known = without(train[kind], unknown)
-        other = ~torch.isin(test[kind].labels, known.labels)
-        _refuse(known, other, unknown)
-        found = SCORES[score](known, test[kind], seed=seed, device=device, **settings)
-        numbers[kind] = _numbers(found, other, seed)
     first = next(iter(train))
+    known = without(train[first], unknown)
+    other = ~torch.isin(test[first].labels, known.labels)
+    _refuse(train[first], test[first], known, other, unknown)
+    warnings, settings = _strangers(test[first].labels, other, unknown), {}
+    if score == "knn":
+        settings, told = _neighbour(k, len(known))
+        warnings += told
+    else:
+        _refuse_single_images(known)
+    if score == "mixture":
+        settings = {"components": components}
+        warnings += _fewer_centres(known, components)
+    numbers = {}
+    for kind in train:
+        of_kind = without(train[kind], unknown)
+        found = SCORES[score](of_kind, test[kind], seed=seed, device=device, **settings)
+        numbers[kind] = _numbers(found, other, seed)
     return Outcome(
         evaluator=f"ood_{score}",
         numbers=numbers[first],
@@ -67,6 +79,7 @@ def outliers(
         recipe={"features": list(train), "unknown": list(unknown), **settings, "seed": seed},
         details={"by_features": numbers, "num_others": int(other.sum()), "num_known": int((~other).sum())},
         by_kind=numbers,
+        warnings=warnings,
     )
 
 
@@ -193,7 +206,10 @@ def fpr_at_95(scores: Tensor, other: Tensor, weights: Tensor | None = None) -> T
     return (passed.gather(1, place) / passed[:, -1:])[:, 0]
 
 
-def _refuse(known: Features, other: Tensor, unknown: Sequence[int]) -> None:
+def _refuse(train: Features, test: Features, known: Features, other: Tensor, unknown: Sequence[int]) -> None:
+    nowhere = sorted(set(unknown) - {*train.labels.tolist(), *test.labels.tolist()})
+    if nowhere:
+        raise UserError(f"--unknown {listed(nowhere)} is no class of train or test; correct it, or leave it out.")
     if not len(known):
         raise UserError(f"--unknown {' '.join(map(str, unknown))} leaves no class to know; name fewer.")
     if other.all():
@@ -205,3 +221,39 @@ def _refuse(known: Features, other: Tensor, unknown: Sequence[int]) -> None:
             "The test shards hold known classes only; write --others SHARDS of another data set, or --unknown with "
             "classes that train is to go without."
         )
+
+
+def _refuse_single_images(known: Features) -> None:
+    if len(known.labels.unique()) == len(known):
+        raise UserError(
+            "Every class of train has one image only, so there is no spread within classes to measure distances by; "
+            "write more train shards."
+        )
+
+
+def _strangers(labels: Tensor, other: Tensor, unknown: Sequence[int]) -> list[str]:
+    """A warning where test has others that nobody has named as such."""
+    unnamed = other & (labels != OTHER) & ~torch.isin(labels, torch.tensor(list(unknown), dtype=torch.long))
+    if not unnamed.any():
+        return []
+    return [
+        f"{int(unnamed.sum())} test images are of classes that train lacks "
+        f"({listed(labels[unnamed].unique().tolist())}), and count as others."
+    ]
+
+
+def _neighbour(k: int | None, count: int) -> tuple[dict, list[str]]:
+    """Which one is meant, and a warning where the default is not there."""
+    if k is not None and k > count:
+        raise UserError(f"--k {k} is more than the {count} known train images; write {count} or less.")
+    if k is None and count < K:
+        return {"k": count}, [f"Train has {count} known images, so the last one is meant and not neighbour {K}."]
+    return {"k": k or K}, []
+
+
+def _fewer_centres(known: Features, components: int) -> list[str]:
+    sizes = known.labels.unique(return_counts=True)[1]
+    few = int((sizes < components).sum())
+    if not few:
+        return []
+    return [f"{few} classes have fewer than {components} train images, and as many Gaussians as images at most."]

@@ -9,7 +9,8 @@ k-NN. What is relevant to it are the gallery's images of its class.
   among the R nearest, R being how many there are.
 - An image is never an answer to itself: where gallery and queries are the same images, each is left out in turn. Where
   groups are known (a patient, a camera), all images of the query's group are left out of its gallery.
-- A query without a relevant image has no answer; it is left out, counted and told of.
+- A query without a relevant image has no answer; it is left out, counted and told of. One that has nothing else to be
+  found is always right; it is told of, and refused where all are. So is a k that reaches the whole gallery.
 - Between several kinds of feature the choice is made on a tenth of the gallery; in leaving one out nothing may be
   chosen, and the first kind is the headline. Uncentred features stand beside it.
 """
@@ -38,6 +39,7 @@ class Ranked:
     numbers: dict[str, Tensor]  # (Q,) float64 in 0..1 by the name of a number
     groups: Tensor | None  # (Q,)
     num_without: int  # queries that were left out
+    num_sure: int  # queries that have nothing irrelevant to be found
 
 
 def retrieval(
@@ -46,25 +48,26 @@ def retrieval(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] | None = None,
 ) -> Outcome:
     """recall@k, mAP and R-precision of the test images as queries, train being the gallery, by kind of feature.
 
-    seed: of the part that is held out where a kind is chosen, and of the bootstrap behind the standard errors.
-    Raises UserError where no query has anything to be found.
+    ks: by default those of `KS` that the gallery has room for. seed: of the part that is held out where a kind is
+    chosen, and of the bootstrap behind the standard errors. Raises UserError where no query has anything to be found,
+    or nothing else, and for a k that is no choice.
     """
     same = _same_images(train, test)
-    gallery, by_kind, details, held_out, without = next(iter(train.values())), {}, {}, {}, 0
-    ks = sorted(set(ks))
+    gallery, by_kind, details, held_out = next(iter(train.values())), {}, {}, {}
+    ks = _ks(ks, _most_answers(gallery, next(iter(test.values()))))
     for kind in train:
         if len(train) > 1 and not same:
             fit, held = hold_out(gallery.labels.unique(return_inverse=True)[1], seed)
-            found = ranked(train[kind], train[kind], device=device, rows=fit, queries=held, ks=ks)
+            found = ranked(train[kind], train[kind], device=device, rows=fit, queries=held, ks=())
             held_out[kind] = found.numbers["map"].mean().item()
         found = {centred: ranked(train[kind], test[kind], device=device, centred=centred, ks=ks) for centred in (1, 0)}
         by_kind[kind] = {name: _percent(values, found[1].groups, seed) for name, values in found[1].numbers.items()}
         details[kind] = {name: 100 * values.mean().item() for name, values in found[0].numbers.items()}
-        without = found[1].num_without
+        refuse_one_class(found[1])
     chosen = max(held_out, key=held_out.get) if held_out else next(iter(train))
     return Outcome(
         evaluator="retrieval",
@@ -78,10 +81,53 @@ def retrieval(
             "grouped": gallery.groups is not None,
             "seed": seed,
         },
-        details={"held_out_map": held_out, "by_features": by_kind, "uncentred": details, "num_without": without},
+        details={
+            "held_out_map": held_out,
+            "by_features": by_kind,
+            "uncentred": details,
+            "num_without": found[1].num_without,
+        },
         by_kind=by_kind,
-        warnings=[f"{without} queries have no image of their class to be found, and are left out."] if without else [],
+        warnings=_warnings(found[1]),
     )
+
+
+def _most_answers(gallery: Features, queried: Features) -> int:
+    """That any query has to choose from."""
+    if gallery.groups is not None:
+        sizes = torch.bincount(gallery.groups, minlength=int(queried.groups.max()) + 1)
+        return len(gallery) - int(sizes[queried.groups].min())
+    return len(gallery) - (gallery.data_fingerprint == queried.data_fingerprint)
+
+
+def _ks(wanted: Sequence[int] | None, most: int) -> list[int]:
+    """Growing. Where k is all that can be found, every query is right."""
+    if wanted is None:
+        return [k for k in KS if k < most] or [1]
+    if max(wanted) >= most:
+        raise UserError(
+            f"--k {max(wanted)} is the whole gallery, in which a query finds {most} images, so that each is right; "
+            f"write less."
+        )
+    return sorted(set(wanted))
+
+
+def refuse_one_class(found: Ranked) -> None:
+    """Raises UserError where no answer could have been wrong."""
+    if found.num_sure == len(next(iter(found.numbers.values()))):
+        raise UserError(
+            "Every query has images of its own class only to be found, so that each answer is right; write a gallery "
+            "of two classes or more."
+        )
+
+
+def _warnings(found: Ranked) -> list[str]:
+    warnings = []
+    if found.num_without:
+        warnings.append(f"{found.num_without} queries have no image of their class to be found, and are left out.")
+    if found.num_sure:
+        warnings.append(f"{found.num_sure} queries have images of their own class only to be found, and are right.")
+    return warnings
 
 
 def ranked(
@@ -103,7 +149,7 @@ def ranked(
     queries = torch.arange(len(queried)) if queries is None else queries
     same = gallery.data_fingerprint == queried.data_fingerprint
     found: dict[str, list[Tensor]] = {}
-    kept = []
+    kept, num_sure = [], 0
     for some in queries.split(max(ELEMENTS // len(rows), 1)):
         cosines = bank.cosines(queried.values[some]).cpu()
         relevant = queried.labels[some][:, None] == gallery.labels[rows]  # (q, N)
@@ -113,6 +159,7 @@ def ranked(
         if gallery.groups is not None:
             out |= queried.groups[some][:, None] == gallery.groups[rows]
         has = (relevant & ~out).any(1)
+        num_sure += int((has & (relevant | out).all(1)).sum())
         order = cosines.masked_fill(out, -torch.inf)[has].argsort(dim=1, descending=True, stable=True)
         for name, values in _numbers((relevant & ~out)[has].gather(1, order), ks).items():
             found.setdefault(name, []).append(values)
@@ -123,7 +170,8 @@ def ranked(
             "No test image has another of its class to be found in the gallery; write shards with classes in common."
         )
     groups = None if queried.groups is None else queried.groups[kept]
-    return Ranked({name: torch.cat(values) for name, values in found.items()}, groups, len(queries) - len(kept))
+    numbers = {name: torch.cat(values) for name, values in found.items()}
+    return Ranked(numbers, groups, len(queries) - len(kept), num_sure)
 
 
 def _numbers(hit: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:

@@ -12,12 +12,14 @@ from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 
 HELD_OUT = 0.1  # share of each class
+LEVEL = 0.1  # points, by which neighbours in a grid are told apart
+MOST_LISTED = 10  # classes in a sentence
 
 
 def contiguous_labels(train: dict[str, Features], test: dict[str, Features]) -> tuple[Tensor, Tensor, int]:
     """Train and test labels as 0..C-1 in the order of the class numbers of train, and C.
 
-    A test sample of a class that train does not have gets -1, which no prediction can match.
+    A test sample of a class that train does not have gets -1, which no prediction can match; see `lacking_warnings`.
     Raises UserError where train has fewer than two classes.
     """
     raw, test_raw = next(iter(train.values())).labels, next(iter(test.values())).labels
@@ -30,13 +32,30 @@ def contiguous_labels(train: dict[str, Features], test: dict[str, Features]) -> 
     return labels, torch.where(classes[place] == test_raw, place, -1), len(classes)
 
 
-def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (fit, held out) of a seeded split that takes a tenth of each class.
+def lacking_warnings(train: dict[str, Features], test: dict[str, Features]) -> list[str]:
+    """A warning where test has class numbers that train lacks."""
+    known, found = (next(iter(part.values())).labels for part in (train, test))
+    strange = ~torch.isin(found, known)
+    if not strange.any():
+        return []
+    return [
+        f"{int(strange.sum())} of {len(found)} test images are of classes that train lacks "
+        f"({listed(found[strange].unique().tolist())}), and count as missed."
+    ]
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """The first few."""
+    return ", ".join([*map(str, numbers[:MOST_LISTED]), *(["…"] if len(numbers) > MOST_LISTED else [])])
+
+
+def hold_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Indices (fit, held out) of a seeded split that takes `share` of each class.
 
     A class of at least two samples gives at least one and keeps at least one; a class of one keeps it.
     """
     count = torch.bincount(labels)
-    wanted = torch.where(count > 1, (count * HELD_OUT).round().long().clamp(min=1), 0)
+    wanted = torch.where(count > 1, (count * share).round().long().clamp(min=1), 0)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     first = count.cumsum(0) - count
@@ -48,10 +67,36 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return by_class[~held].sort().values, by_class[held].sort().values
 
 
-def edge_warnings(setting: str, value: float, grid: Sequence[float], how_often: str = "") -> list[str]:
-    """A warning where `value`, which was chosen for `setting`, is the least or the largest of a grid of several."""
+def hold_out_groups(groups: Tensor, seed: int, share: float) -> tuple[Tensor, Tensor]:
+    """The same of whole groups, without regard to classes: in a seeded order, until they have `share` of the samples.
+
+    groups: (N,) int64. Raises UserError for a single group.
+    """
+    group, size = groups.unique(return_inverse=True, return_counts=True)[1:]
+    if len(size) < 2:
+        raise UserError("The train shards hold one group only, so nothing can be held out; write more of them.")
+    turn = torch.randperm(len(size), generator=torch.Generator().manual_seed(seed))
+    before = size[turn].cumsum(0) - size[turn]
+    taken = int((before < share * len(groups)).sum())
+    is_held = torch.isin(group, turn[: min(taken, len(size) - 1)])
+    return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
+
+
+def edge_warnings(
+    setting: str, value: float, grid: Sequence[float], how_often: str = "", scores: Sequence[float] = ()
+) -> list[str]:
+    """A warning where `value`, which was chosen for `setting`, is the least or the largest of a grid of several.
+
+    scores: held-out, in percent, of the grid's values. What a weight decay does vanishes with it: where the least one
+    is `LEVEL` or less above the next, no lesser one can be better by much, and there is none.
+    """
     if len(set(grid)) < 2 or value not in (min(grid), max(grid)):
         return []
+    if scores and value == min(grid):
+        by_value = dict(sorted(zip(grid, scores, strict=True)))
+        least, following, *_ = by_value.values()
+        if least - following <= LEVEL:
+            return []
     return [
         f"The chosen {setting} {value:g} is at the edge of the grid ({min(grid):g} to {max(grid):g}){how_often}, so a "
         f"better one may lie outside."

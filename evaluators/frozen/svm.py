@@ -19,7 +19,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, Heads, LabelLoss, Space
 from prelude.evaluators.frozen.ranking import MIN_POSITIVES, average_precision, bootstrap, standard_error
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, Percent, hits, percent
 
 CS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -74,6 +74,7 @@ def svm(
         found[kind] = {**best, "converged": head.converged[0], "numbers": _numbers(scores, test_labels, classes, seed)}
         grid += rows
     chosen = max(found, key=lambda kind: found[kind]["held_out"])
+    strange = lacking_warnings(train, test) if classes else []
     told = [] if found[chosen]["converged"] else [f"It was stopped after {MAX_PASSES} passes, before its optimum."]
     return Outcome(
         evaluator="svm",
@@ -82,7 +83,7 @@ def svm(
         recipe={"cs": list(cs), "features": list(train), "held_out": HELD_OUT, "length": 1, "seed": seed},
         details={"grid": grid},
         by_kind={kind: one["numbers"] for kind, one in found.items()},
-        warnings=told + edge_warnings("C", found[chosen]["c"], cs),
+        warnings=strange + told + edge_warnings("C", found[chosen]["c"], cs),
     )
 
 

@@ -58,7 +58,7 @@ class Judge:
         """knn, linear: percent, with their standard errors; the health of the train images' features."""
         started = time.monotonic()
         self.model.load_state_dict(weights, strict=True)
-        train, test = (self._features(batches, fingerprint) for batches, fingerprint in self.parts)
+        train, test = (self._features(*part) for part in self.parts)
         seed, device = self.config.seed, self.device
         numbers = {}
         for name, evaluator in (("knn", knn), ("linear", linear_probe)):
@@ -68,15 +68,17 @@ class Judge:
         numbers |= {name: value.item() for name, value in feature_health(pooled).items()}
         return numbers | {"seconds": round(time.monotonic() - started, 3)}
 
-    def _images(self, index: ShardIndex, count: int) -> tuple[list[Batch], str]:
+    def _images(self, index: ShardIndex, count: int) -> tuple[list[Batch], str, str]:
         label = self.section.label
         samples = balanced_subset(index, label, count, self.config.seed)
         plan = evaluation_plan(self._encoder())
-        return list(one_pass(index, plan, batch_size=BATCH_SIZE, label=label, samples=samples)), index.fingerprint
+        batches = list(one_pass(index, plan, batch_size=BATCH_SIZE, label=label, samples=samples))
+        return batches, index.fingerprint, index.named
 
-    def _features(self, batches: list[Batch], fingerprint: str) -> dict[str, Features]:
+    def _features(self, batches: list[Batch], fingerprint: str, shards: str) -> dict[str, Features]:
         num_samples = sum(map(len, batches))
-        found = encode(self._encoder(), batches, num_samples, fingerprint, self.section.label, device=self.device)
+        about = num_samples, fingerprint, self.section.label
+        found = encode(self._encoder(), batches, *about, device=self.device, shards=shards)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the run beside us may need it before the next evaluation
         return found

@@ -24,8 +24,8 @@ from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Extractor, Features
 from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.frozen.linear_probe import score
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out
-from prelude.evaluators.judging import Judging, Labelled, by_seed, keep
+from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
+from prelude.evaluators.judging import Judging, Labelled, by_seed, keep, refuse_unknown
 from prelude.evaluators.protocols.papers import Protocol
 from prelude.evaluators.protocols.sgd_heads import SGDHeads
 from prelude.evaluators.results import Outcome, Result, percent
@@ -44,11 +44,12 @@ def evaluate_protocol(
     **settings,
 ) -> list[Result]:
     """The protocol's result on every source. settings: of `evaluators.judging.Judging`. Every rank takes part to
-    the end, and the first one alone writes; all get the results."""
+    the end, and the first one alone writes; all get the results. Raises UserError as `judge_all`."""
 
     def chosen(encoder: OpenedEncoder) -> Sequence[str]:
         return protocol.kinds_of(encoder) if kinds is None or is_pixels(encoder.config.name) else kinds
 
+    refuse_unknown(sources)
     judging, results = Judging((), labelled, kinds=chosen, **settings), []
     reading = {"batch_size": judging.batch_size, "num_workers": judging.num_workers}
     for source in sources:
@@ -122,7 +123,7 @@ def stream_probe(
             "seed": seed,
         },
         details={"grid": grid},
-        warnings=_warnings(num_steps, chosen, protocol),
+        warnings=lacking_warnings(train, test) + _warnings(num_steps, chosen, protocol),
     )
 
 

@@ -3,8 +3,9 @@ that nobody disturbed, or be refused in a sentence.
 
     python tests/campaign/kills.py --kills 100 --faults 40 --damaged 60 --seed 0
 
-Each start is a real `prelude pretrain` of a small encoder on the embedded shapes, one process on the CPU. What is drawn
-depends on --seed alone; where a signal meets the run depends on the machine too. With --folder, cases that were right
+Each start is a real `prelude pretrain` of a small encoder on the embedded shapes, one process on the CPU. Runs that are
+killed take turns with the objectives (--objectives), faults and damage meet the first of them. What is drawn depends on
+--seed alone; where a signal meets the run depends on the machine too. With --folder, cases that were right
 before are not repeated, so that a campaign can be cut short and taken up again. Exit code 1 where anything was wrong.
 """
 
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import damage
 import disk
-from runs_of_campaign import NUM_STEPS, Bench, Wrong, require
+from runs_of_campaign import NUM_STEPS, OBJECTIVES, Bench, Wrong, require
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("at any time", "after a step", "in a save")
@@ -77,35 +78,48 @@ def _wait_for(moment: str, draw: random.Random, bench: Bench, run: Path, started
 class Campaign:
     """Cases by name, and what became of them."""
 
-    def __init__(self, bench: Bench, seed: int):
-        self.bench, self.seed, self.counts, self.wrong = bench, seed, Counter(), []
-        self.record = bench.folder / f"right-{seed}.jsonl"
+    def __init__(self, folder: Path, objectives: Sequence[str], seed: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)  # some starts are made without the rights of root
+        self.folder, self.objectives, self.benches = folder, objectives, {}
+        self.seed, self.counts, self.wrong = seed, Counter(), []
+        self.record = folder / f"right-{seed}.jsonl"
         lines = self.record.read_text().splitlines() if self.record.exists() else []
         self.right = {case["name"]: case["counts"] for case in map(json.loads, lines)}
 
-    def case(self, name: str, act: Callable[[Bench, random.Random, str, int, Counter], None], number: int) -> None:
+    def case(
+        self, name: str, act: Callable[[Bench, random.Random, str, int, Counter], None], number: int, turn: int = 0
+    ) -> None:
+        """turn: whose among the objectives it is."""
+        objective = self.objectives[turn % len(self.objectives)]
+        name = f"{objective}-{name}"
         if name not in self.right:
-            counts = Counter()
-            shutil.rmtree(self.bench.folder / name, ignore_errors=True)
+            bench, counts = self._bench(objective), Counter()
+            shutil.rmtree(bench.folder / name, ignore_errors=True)
             try:
-                act(self.bench, random.Random(f"{self.seed} {name}"), name, number, counts)
+                act(bench, random.Random(f"{self.seed} {name}"), name, number, counts)
             except Wrong as error:
                 self.wrong.append(f"{name}: {error}")
                 print(f"WRONG {name}: {error}", flush=True)
                 return
             finally:
-                disk.unmount(self.bench.folder / name)
-            shutil.rmtree(self.bench.folder / name, ignore_errors=True)
+                disk.unmount(bench.folder / name)
+            shutil.rmtree(bench.folder / name, ignore_errors=True)
             self.right[name] = dict(counts)
             with self.record.open("a") as file:
                 file.write(json.dumps({"name": name, "counts": counts}) + "\n")
         self.counts.update(self.right[name])
 
+    def _bench(self, objective: str) -> Bench:
+        if objective not in self.benches:
+            self.benches[objective] = Bench(self.folder / objective, objective)
+        return self.benches[objective]
+
     def run(self, kills: int, faults: int, damaged: int) -> None:
         for number in range(kills):  # a run may be over before it has had all of its kills
             left = kills - sum(count for what, count in self.counts.items() if what.startswith("SIG"))
             if left > 0:
-                self.case(f"kills-{number}", killed_run, min(KILLS_OF_A_RUN, left))
+                self.case(f"kills-{number}", killed_run, min(KILLS_OF_A_RUN, left), turn=number)
         for number in range(faults):
             self.case(f"fault-{number}", disk.fault, number)
         for number in range(damaged):
@@ -124,11 +138,15 @@ def main() -> int:
         ("seed", 0, "of all draws"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME",
+        help="that runs take turns with (default: all that ship)",
+    )  # fmt: skip
     parser.add_argument("--folder", type=Path, help="where runs and the record lie (default: a temporary one)")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="prelude-campaign-"))
     started = time.monotonic()
-    campaign = Campaign(Bench(folder.resolve()), args.seed)
+    campaign = Campaign(folder.resolve(), args.objectives, args.seed)
     campaign.run(args.kills, args.faults, args.damaged)
     for what, count in sorted(campaign.counts.items()):
         print(f"{count:5}  {what}")

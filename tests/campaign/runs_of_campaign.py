@@ -11,6 +11,35 @@ import starts
 import yaml
 from starts import Start
 
+VIT = {
+    "name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4,
+    "kwargs": {"depth": 1, "embed_dim": 32, "num_heads": 2},
+}  # fmt: skip
+WITH_CLASS_TOKEN = VIT | {"kwargs": VIT["kwargs"] | {"class_token": True, "global_pool": "avg", "fc_norm": False}}
+RESNET = {
+    "name": "resnet10t", "image_size": 32,
+    "kwargs": {"channels": [4, 6, 8, 12], "stem_width": 8, "layers": [1, 1, 1, 1], "output_stride": 8},
+}  # fmt: skip
+CONVNEXT = {
+    "name": "convnextv2_atto", "image_size": 32, "patch_size": 1,
+    "kwargs": {"depths": [1, 1, 1, 1], "dims": [4, 6, 8, 12]},
+}  # fmt: skip
+SWIN = {
+    "name": "swin_tiny_patch4_window7_224", "image_size": 16, "patch_size": 2,
+    "kwargs": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
+}  # fmt: skip
+OBJECTIVES = {
+    "mae": ({"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}, VIT),
+    "lejepa": ({"projector": [24, 12], "num_directions": 16, "num_local": 2}, RESNET),
+    "simmim": ({"mask_patch": 4, "target_window": 7}, SWIN),
+    "fcmae": ({"decoder_dim": 16}, CONVNEXT),
+    "vicreg": ({"projector": [24, 12]}, RESNET),
+    "ijepa": ({"predictor_dim": 16, "predictor_depth": 1}, VIT),
+    "dseqjepa": ({"predictor_dim": 16, "predictor_depth": 1, "lambda_start": 1.0}, WITH_CLASS_TOKEN),
+    "barlow_twins": ({"projector": [24, 12]}, RESNET),
+    "spark": ({"decoder_dim": 16}, CONVNEXT),
+    "rotation": ({}, RESNET),
+}
 NUM_STEPS = 24
 CRASHED_AT = 18  # steps, of the run whose checkpoints are damaged
 _FILES = ("model.safetensors", "optimizer.safetensors")
@@ -26,25 +55,25 @@ def require(fact: bool, otherwise: str, started: Start | None = None) -> None:
 
 
 class Bench:
-    """The data, the recipe, and the weights of a run that nobody disturbed, in `folder`."""
+    """The data, the recipe of an objective, and the weights of its run that nobody disturbed, in `folder`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, objective: str = "mae"):
         starts.import_everything()
         from prelude.data.shapes import write_shards
 
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)  # some starts are made without the rights of root
+        folder.chmod(0o755)  # for those who are not root
         shards = write_shards(folder / "shapes", "train", num_samples=64, seed=0, image_size=16)
         self.recipe = folder / "recipe.yaml"
-        self.recipe.write_text(yaml.safe_dump(_recipe(folder, str(shards[0]))))
+        self.recipe.write_text(yaml.safe_dump(_recipe(folder, str(shards[0]), objective)))
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         shutil.rmtree(folder / "unbroken", ignore_errors=True)
         self.seconds = 10.0
         began = time.monotonic()
         unbroken = self.start(folder / "unbroken")
         if unbroken.wait() != 0:
-            sys.exit(f"the run that nobody disturbs fails:\n{unbroken.told}")
+            sys.exit(f"the run of {objective} that nobody disturbs fails:\n{unbroken.told}")
         self.seconds = time.monotonic() - began  # of a whole run
 
     def words(self, run: Path, *overrides: str) -> list[str]:
@@ -105,18 +134,17 @@ class Bench:
         return run
 
 
-def _recipe(folder: Path, shards: str) -> dict:
+def _recipe(folder: Path, shards: str, objective: str) -> dict:
+    from prelude.objectives import objective_class
+
+    options, encoder = OBJECTIVES[objective]
+    parts = 2 if objective_class(objective).accumulates else 1
     return {
         "run_dir": str(folder / "run"),
         "data": {"shards": shards, "num_workers": 0, "shuffle": {"window": 16}},
-        "encoder": {
-            "name": "vit_tiny_patch16_224",
-            "image_size": 16,
-            "patch_size": 4,
-            "kwargs": {"depth": 1, "embed_dim": 32, "num_heads": 2},
-        },
-        "objective": {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-        "train": {"epochs": NUM_STEPS / 8, "global_batch": 8, "micro_batch": 4, "precision": "fp32"},
+        "encoder": encoder,
+        "objective": {"name": objective, **options},
+        "train": {"epochs": NUM_STEPS / 8, "global_batch": 8, "micro_batch": 8 // parts, "precision": "fp32"},
         "optimizer": {"lr": 0.01, "warmup_epochs": 0.5},
         "checkpoint": {"every_steps": 4, "keep": 2},
         "log": {"every_steps": 1, "pictures_every_steps": 10},

@@ -17,7 +17,7 @@ import webdataset as wds
 
 from prelude.data import index_file, kept_index, waiting, walking
 from prelude.data.batch import View, ViewPlan
-from prelude.data.errors import UserError
+from prelude.data.errors import RunStopped, UserError
 from prelude.data.index_file import Entry
 from prelude.data.loader import Loader
 from prelude.data.locks import alone
@@ -246,6 +246,46 @@ def test_a_kept_file_that_is_spoilt_is_made_anew(damage, write_shards, cache):
         index = ShardIndex(paths, "cls")
         assert np.array_equal(index.images, images) and np.array_equal(index.labels, labels)
         assert (index.fingerprint, index.label_fingerprint()) == prints
+
+
+def written_into(path: Path, damage: str) -> None:
+    """In the place where it is mapped, as a copy that overwrites, or a disk that loses blocks, would."""
+    content = DAMAGE[damage](path.read_bytes())
+    with open(path, "r+b") as file:
+        file.write(content)
+        file.truncate(len(content))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("suffix", [".images", ".labels"])
+def test_a_kept_file_that_is_spoilt_while_it_is_read_is_named_and_no_shard_is(damage, suffix, write_shards, cache):
+    index = ShardIndex(write_shards([30, 40]), "cls")
+    loader = Loader(index, PLAN, seed=0, micro_batch=4, label="cls")
+    next(loader)
+    (path,) = (cache / "index").glob(f"*{suffix}")
+    os.utime(path)  # a look at it is no harm
+    next(loader)
+    written_into(path, damage)
+    with pytest.raises(RunStopped, match=f"{path}, the kept index of the shards, .* run the same command again"):
+        next(loader)
+    assert not loader.bad.num_bad
+    loader.close()
+    with pytest.raises(RunStopped, match=str(path)):
+        pickle.dumps(index)
+    assert np.array_equal(ShardIndex(index.paths, "cls").images[:], np.concatenate([
+        index_every_label(shard)[""].images for shard in index.paths
+    ]))  # fmt: skip
+
+
+def test_a_worker_that_finds_the_kept_index_spoilt_says_so(write_shards, cache):
+    loader = Loader(ShardIndex(write_shards([30, 40])), PLAN, seed=0, micro_batch=4, num_workers=1)
+    next(loader)
+    (path,) = (cache / "index").glob("*.images")
+    written_into(path, "cut")
+    with pytest.raises(RunStopped, match=f"{path}, the kept index"):
+        for _ in range(8):  # some are made ahead
+            next(loader)
+    loader.close()
 
 
 def test_the_cache_may_be_deleted_while_it_is_read(write_shards, cache):

@@ -199,6 +199,12 @@ def test_the_door_to_several_findings(tmp_path, capsys):
     assert found["recipe"]["names"] == ["bright", "dark"] and found["recipe"]["grouped"]
     assert found["numbers"]["auc"]["value"] > 95 and len(found["numbers"]["auc"]["interval"]) == 2
     assert "macro AUC %" in capsys.readouterr().out
+    machines = [word for word in argv if word not in ("--group", "patient")] + ["--names", "bright", "dark", "--c", "1"]
+    assert prelude.main(["svm", *machines]) == 0
+    (path,) = (tmp_path / "out").glob("svm-*.json")
+    found = json.loads(path.read_text())
+    assert set(found["numbers"]) == {"map"} and found["numbers"]["map"]["value"] > 90
+    assert found["data"]["label"] == "json" and found["data"]["test"]["num_samples"] == 40
     assert door(lambda: prelude.main(["multilabel", *argv])) == 2
     assert "--names" in capsys.readouterr().err
 

@@ -242,6 +242,22 @@ class RaisesInForward(Sound):
         return Loss((predicted - target[:, :2]).mean())
 
 
+# ---- several at once
+
+
+class FailsTwice(LogsWithAGradient, CountsRefusedSteps, ExportsACopy):
+    pass
+
+
+class RaisesAtTheStart(Sound):
+    def __init__(self, encoder, options, **given):
+        raise ValueError("no such thing")
+
+
+class ReturnsANumberOfACopy(ReturnsANumber, ExportsACopy):
+    pass
+
+
 # ---- what only ranks and engines show
 
 

@@ -151,11 +151,44 @@ def test_a_broken_promise_is_caught_by_its_check(name, tmp_path, monkeypatch):
     assert not found[check].passed and re.search(words, found[check].sentence), found[check].sentence
 
 
+@pytest.mark.parametrize(
+    ("name", "failing"),
+    [
+        ("LogsWithAGradient", {"forward"}),  # a pass that other checks can look at
+        ("FailsTwice", {"forward", "refused step", "exported encoder"}),
+        ("RaisesInForward", {"forward"}),
+        ("HasNoViews", {"forward"}),
+        ("RaisesAtTheStart", {"forward"}),
+        ("ReturnsANumberOfACopy", {"forward", "exported encoder"}),
+    ],
+)
+def test_what_can_still_be_asked_after_a_failure_is_asked(name, failing, tmp_path):
+    found = quick(tmp_path, f"broken_objectives:{name}")
+    assert list(found) == list(CHECKS)
+    assert {check for check, verdict in found.items() if verdict.passed is False} == failing
+    skipped = {check for check, verdict in found.items() if verdict.passed is None}
+    needs_a_pass = set(CHECKS) - {"forward", "exported encoder"}
+    expected = set() if name in ("LogsWithAGradient", "FailsTwice") else needs_a_pass
+    assert skipped - {"exported encoder"} == expected
+    assert ("exported encoder" in skipped) == (name == "RaisesAtTheStart")
+    assert all(str(found[check]).startswith("skip") for check in skipped)
+
+
+def test_what_was_not_run_is_counted(tmp_path, door):
+    code, said = door("broken_objectives:RaisesInForward", "--config", recipe_of(tmp_path, MAE, VIT))
+    assert code == 1 and len(re.findall("^skip", said, re.MULTILINE)) == len(CHECKS) - 2 + 5
+    assert (
+        said.splitlines()[-1]
+        == f"broken_objectives:RaisesInForward: 1 check failed, {len(CHECKS) + 3} could not be run"
+    )
+
+
 def test_every_broken_objective_is_looked_at():
     classes = {
         n for n, c in vars(broken_objectives).items() if inspect.isclass(c) and issubclass(c, broken_objectives.Sound)
     }
-    assert classes == {*CAUGHT, "Sound", "KeepsStatisticsOfARank"}
+    several = {"FailsTwice", "RaisesAtTheStart", "ReturnsANumberOfACopy"}
+    assert classes == {*CAUGHT, *several, "Sound", "KeepsStatisticsOfARank"}
     assert {check for check, _ in CAUGHT.values()} == set(CHECKS)
 
 

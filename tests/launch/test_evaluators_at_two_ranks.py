@@ -7,11 +7,13 @@ import pytest
 import several_starts
 from runs import deepspeed
 
+from prelude.data.shape_defects import MASK, write_defects
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.launch import embed as embed_door
 from prelude.launch import knn as knn_door
 from prelude.launch import linear_probe as probe_door
+from prelude.launch import prelude
 
 PROTOCOL = ["--protocol", "vissl", "--epochs", "3", "--global-batch", "20", "--learning-rates", "0.03", "0.3"]
 
@@ -22,6 +24,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     write_shards(folder, "train", 101, image_size=16, samples_per_shard=60)
     write_shards(folder, "test", 40, image_size=16)
+    write_defects(folder, "test", 40, image_size=16)
     index = ShardIndex(f"{folder}/train-*.tar", "cls")
     for sample in (3, 77):
         offset, size = index.images[sample].tolist()
@@ -35,6 +38,34 @@ def places(folder):
     return ["--bank", str(folder / "bank"), "--out", str(folder / "out"), "--num-workers", "0", "--batch-size", "16"]
 
 
+OTHERS = ["ncm", "retrieve", "svm", "ood", "segment", "defects"]
+REFUSED = ["shape", "maps", "bank", "shards", "export", "check_encoder", "check_objective", "quickstart"]
+
+
+def argv_of(door, shards, folder) -> list[str]:
+    """Of evaluations whose judging is one process' work, after all ranks have taken the features."""
+    more = {
+        "ncm": ["--tasks", "3"],
+        "retrieve": ["--k", "1", "5"],
+        "svm": ["--c", "1", "10", "--crops", "2"],
+        "ood": ["--unknown", "3", "4"],
+        "segment": [],
+        "defects": ["--label", MASK, "--test", str(shards[3]).replace("test-*", "defects-test")],
+    }[door]
+    given = shards[:2] if door == "defects" else shards
+    return ["pixels:8", *given, *places(folder / door), *more]
+
+
+REFUSED_WORDS = {
+    "shape": ["pixels:8"],
+    "maps": ["runs/x", "--to", "a.png"],
+    "bank": [],
+    "shards": ["shapes", "--to", "nowhere"],
+    "export": ["runs/x"],
+    "check_encoder": ["resnet18"],
+    "check_objective": ["mae", "--config", "mae_cifar10"],
+    "quickstart": [],
+}
 SOURCES = ["pixels:8", "random:timm:test_vit.r160_in1k"]
 
 
@@ -54,12 +85,16 @@ def two(shards, tmp_path_factory):
             {"name": "file", "door": "embed", "argv": embedding_of(shards, folder / "two.npz")},
             {"name": "heads", "door": "linear_probe",
              "argv": ["pixels:8", *shards, *places(folder / "heads"), *PROTOCOL]},
+            *({"name": door, "door": door, "argv": argv_of(door, shards, folder)} for door in OTHERS),
+            *({"name": door, "door": door, "argv": REFUSED_WORDS[door]} for door in REFUSED),
         ],
     )  # fmt: skip
     assert {name: codes for name, (codes, _) in answers.items()} == {
         "features": [0, 0],
         "file": [4, 0],
         "heads": [0, 0],
+        **{door: [0, 0] for door in OTHERS},
+        **{door: [2, 2] for door in REFUSED},
     }
     return folder, {name: told for name, (_, told) in answers.items()}
 
@@ -116,3 +151,22 @@ def test_heads_on_augmented_images_do_not_depend_on_ranks(two, shards, tmp_path)
     assert ours["recipe"]["num_steps"] == 13
     for row, other in zip(ours["details"]["grid"], theirs["details"]["grid"], strict=True):
         assert other["held_out_loss"] == pytest.approx(row["held_out_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("door", OTHERS)
+def test_other_judges_find_what_they_do_alone(door, two, shards, tmp_path):
+    folder, told = two
+    assert prelude.main([door, *argv_of(door, shards, tmp_path)]) == 0
+    one, two = results(tmp_path / door), results(folder / door)
+    assert one.keys() == two.keys() and one
+    for key, result in one.items():
+        assert two[key]["numbers"] == result["numbers"] and two[key]["data"] == result["data"]
+        assert two[key]["warnings"] == result["warnings"]
+    assert told[door].count(", written to") == len(one)  # one rank writes
+
+
+@pytest.mark.parametrize("door", REFUSED)
+def test_what_one_process_does_is_refused_under_a_launcher(door, two):
+    _, told = two
+    words = f"prelude {door.replace('_', '-')} is the work of one process, and 2 were started"
+    assert told[door].count(words) == 2 and "Traceback" not in told[door]

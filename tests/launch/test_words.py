@@ -44,6 +44,19 @@ REFUSALS = [
     ["finetune", "runs/x", "--config", "finetune_vit_cifar10", "objective.mixup=-1"],
     ["finetune", "runs/x", "--config", "finetune_vit_cifar10", "encoder.name=resnet18"],
     ["knn"],
+    *(["pretrain", "--config", "mae_cifar10", f"data.shards={absent}"] for absent in (
+        "/nowhere/{000..003}.tar", "pyproject.toml::nowhere.tar", "configs/*.tar", '["configs", "~/nowhere.tar"]',
+    )),
+    ["pretrain", "--config", "mae_cifar10", "data.shards=null", "data.mix.a.shards=pyproject.toml",
+     "data.mix.b.shards=nowhere"],
+    ["pretrain", "--config", "mae_cifar10", "data.shards=pyproject.toml", "evaluate.test_shards=no-?.tar",
+     "evaluate.train_shards=pyproject.toml", "evaluate.every_steps=1"],
+    ["knn", "pixels:8", "--train", "nowhere.tar"],
+    ["ood", "pixels:8", "--others", "pyproject.toml", "nowhere.tar"],
+    ["finetune", "runs/x", "--config", "finetune_vit_cifar10", "--test", "nowhere-{0..9}.tar"],
+    ["maps", "runs/x", "--images", "nowhere/", "--to", "a.png"],
+    ["embed", "runs/x", "nowhere/*.tar", "--to", "a.npz"],
+    ["shards", "info", "nowhere.tar"],
     ["probe", "runs/x", "--protocol", "moco"],
 ]  # fmt: skip
 
@@ -66,6 +79,22 @@ def test_help_is_given_without_torch():
 
 def test_a_refusal_is_given_without_torch():
     assert without_torch(REFUSALS) == ["2"] * len(REFUSALS)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["knn", "pixels:8", "--test", "no-{4..5}.tar"],
+            "no-4.tar does not exist on .*; correct --test 'no-{4..5}.tar'",
+        ),
+        (["shards", "verify", "no?.tar"], r"No file matches 'no\?.tar' on .*; correct 'no\?.tar'."),
+        (["pretrain", "--config", "mae_cifar10", "data.shards=no"], "no does not exist .* correct data.shards='no'"),
+    ],
+)
+def test_absent_shards_are_told_as_they_were_given(words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prelude.main(words)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in prelude.COMMANDS), ["shards", "info"]])

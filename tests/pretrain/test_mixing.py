@@ -8,7 +8,7 @@ from timm.data import mixup as timms
 
 from prelude.pretrain import collectives
 from prelude.pretrain.draws import uniform
-from prelude.pretrain.mixing import MIX_STREAM, BetaQuantile, Mixing, cut_boxes
+from prelude.pretrain.mixing import MIX_STREAM, BetaQuantile, Mixing, cut_boxes, kept_cells
 
 B, H, W, C = 8, 20, 28, 5
 
@@ -114,3 +114,37 @@ def test_partners_are_neighbours_in_the_global_batch_at_any_number_of_ranks(worl
         run(rank)  # posts
     for rank in range(world):
         assert torch.equal(run(rank), expected[:, rank])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_cells_of_a_grid_stay_in_the_number_that_the_share_asks_for(share):
+    seeds = torch.arange(64) * 7919
+    stays = kept_cells(torch.full((64,), share), seeds, 3, 4)
+    assert stays.sum((1, 2)).tolist() == [int(np.ceil(np.float32(share) * 12))] * 64
+    assert torch.equal(stays[7:9], kept_cells(torch.full((2,), share), seeds[7:9], 3, 4))
+    if 0 < share < 1:  # any cell, in other images
+        assert 0 < stays.float().mean(0).min() and stays.float().mean(0).max() < 1
+
+
+def test_images_are_mixed_by_whole_cells_and_targets_by_their_number():
+    images, targets, seeds = batch()
+    mixed = Mixing(0.0, 1.0, cell=4).mixed(images, targets, seeds)
+    partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    for i in range(B):
+        own = 0
+        for row in range(0, H, 4):
+            for column in range(0, W, 4):
+                place = i, slice(None), slice(row, row + 4), slice(column, column + 4)
+                is_own = torch.equal(mixed.images[place], images[place])
+                assert is_own or torch.equal(mixed.images[place], partner[place])
+                own += is_own
+        assert mixed.share[i].item() == pytest.approx(own / 35)
+    assert len(set(mixed.share.tolist())) > 4
+
+
+def test_how_often_pixels_are_pasted_is_what_cutmix_share_says():
+    seeds = torch.arange(4000) * 7919
+    images, targets = torch.zeros(4000, 1, 2, 2), torch.ones(4000, 1)
+    for share in (0.0, 0.2, 0.8):
+        own = Mixing(0.8, 1.0, share).mixed(images, targets, seeds).own
+        assert ((own == 0) | (own == 1)).all((1, 2)).float().mean().item() == pytest.approx(share, abs=0.03)

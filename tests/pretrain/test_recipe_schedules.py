@@ -1,5 +1,7 @@
 """Learning rates and parameter groups that particular papers want, and that each key changes something."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -229,3 +231,24 @@ def test_lamb_clips_nothing_by_itself():
             optimizer.step()
         weights.append(layer.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=0)
+
+
+def test_spark_s_schedules_reach_their_ends_with_the_last_update():
+    """The official code divides by steps - 1, for the rate and for the decay."""
+    steps, warmup, peak = 313 * 1600, 313 * 40, 3.2e-3
+    settings = config(
+        {"epochs": 1600, "global_batch": 4096}, lr=2e-4, warmup_epochs=40, warmup_lr=1e-6, min_lr=2e-7,
+        weight_decay=0.04, weight_decay_end=0.2, reach_end=True,
+    )  # fmt: skip
+    for step in (0, 1, warmup - 1, warmup, warmup + 1, 300_000, steps - 2, steps - 1):
+        if step < warmup:
+            rate = 0.005 * peak + 0.995 * peak * step / warmup
+        else:
+            rate = 0.001 * peak + 0.999 * peak * (
+                0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - 1 - warmup))
+            )
+        decay = 0.2 + (0.04 - 0.2) * (0.5 + 0.5 * math.cos(math.pi * step / (steps - 1)))
+        found = scheduled(settings, Progress(step, steps, 313.0))
+        assert found == pytest.approx((rate, decay), rel=1e-9)
+    without = config({"epochs": 10}, min_lr=0.01)
+    assert scheduled(without, Progress(9, 10, 1.0))[0] > 1.01 * without.lr_factor * 0.01

@@ -103,7 +103,7 @@ def test_the_door_draws_a_block_for_each_encoder(shards, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--of", "nobody"], "have no key 'nobody'"),
+        (["--of", "nobody"], "there is no key 'nobody'"),
         (["--features", "map"], "write tokens"),
         (["--to", "maps.jpg"], "write maps.png"),
         (["--images", "nowhere.tar"], "nowhere.tar"),

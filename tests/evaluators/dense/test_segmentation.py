@@ -155,7 +155,7 @@ def test_classes_have_any_numbers_and_those_that_train_lacks_are_missed(places):
 def test_what_cannot_be_segmented_is_refused(places):
     train = places(10, seed=1)
     one = dataclasses.replace(train, labels=torch.zeros_like(train.labels))
-    with pytest.raises(UserError, match="one class only"):
+    with pytest.raises(UserError, match="hold class 0 only"):
         segment_linear({"tokens": one}, {"tokens": train})
     with pytest.raises(UserError, match="no pixel that counts"):
         segment_knn({"tokens": train}, {"tokens": dataclasses.replace(train, labels=one.labels + 255)})

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from prelude.data.decode import decode
+from prelude.data.select import Selection, selected
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.embedding import embed as module
@@ -280,3 +281,53 @@ def test_mistakes_about_neighbours_are_sentences(shards, encoder, tmp_path, caps
         except SystemExit as stop:  # of argparse
             code, told = stop.code, capsys.readouterr().err
         assert code == 2 and expected in told and "Traceback" not in told, (name, told)
+
+
+def test_a_part_of_the_shards_is_taken_by_every_door_alike(shards, tmp_path, capsys):
+    """embed, neighbours, maps and shape, as evaluations do by --test-select."""
+    three = ["--select", "label=cls", "--select", "values=[2]", "--select", "share=0.5"]
+    taken = selected(ShardIndex(shards), Selection(label="cls", values=(2,), share=0.5), "x")
+    argv = ["pixels:4", shards, "--num-workers", "0", "--to", str(tmp_path / "a.npz")]
+    assert prelude.main(["embed", *argv, *three]) in (0, 4)
+    whole = np.load(tmp_path / "a.npz")
+    assert set(whole["label"].tolist()) == {2} and 0 < len(whole["key"]) <= taken.num_samples < 10
+    assert json.loads(str(whole["about"]))["data"]["select"] == {"label": "cls", "values": [2], "share": 0.5}
+    known = whole["key"].tolist()
+    assert set(known) <= {taken.key(i) for i in range(taken.num_samples)}
+    sheet = ["--of", known[0], "--k", "2", "--sheet", str(tmp_path / "near.png")]
+    assert prelude.main(["neighbours", str(tmp_path / "a.npz"), *sheet]) == 0
+    of_source = [
+        "pixels:4",
+        "--shards",
+        shards,
+        "--num-workers",
+        "0",
+        "--bank",
+        str(tmp_path / "bank"),
+        "--of",
+        known[0],
+    ]
+    capsys.readouterr()
+    assert prelude.main(["neighbours", *of_source, "--k", "50", *three]) == 0
+    told = capsys.readouterr().out
+    assert f"nearest of {len(known)} images" in told
+    encoder = "random:timm:test_vit.r160_in1k"
+    to = str(tmp_path / "maps.png")
+    assert prelude.main(["maps", encoder, "--images", shards, "--count", "24", "--to", to, *three]) == 0
+    assert f"images: {', '.join(known)}" in capsys.readouterr().out
+    part = [word.replace("--select", "--test-select") for word in three]
+    out = tmp_path / "out"
+    assert prelude.main(["shape", "pixels:16", "--test", shards, "--tiles", "2", "--out", str(out), *part]) == 0
+    (found,) = (json.loads(path.read_text()) for path in out.glob("*.json"))
+    assert found["data"]["test"]["num_samples"] == len(known)
+    assert found["data"]["test"]["fingerprint"] == taken.fingerprint
+    for mistake, words in (
+        (["embed", *argv[:-1], str(tmp_path / "b.npz"), "--select", "share=2"], "--select.share=2 is refused"),
+        (
+            ["shape", "pixels:16", "--test", shards, "--test-select", "keys=none"],
+            "--test-select.keys=none cannot be read",
+        ),
+        (["neighbours", str(tmp_path / "a.npz"), "--of", known[0], *three], "--select has no effect beside a file"),
+    ):
+        assert door(lambda mistake=mistake: prelude.main(mistake)) == 2
+        assert words in capsys.readouterr().err

@@ -4,7 +4,9 @@ from scipy import stats
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
-from prelude.evaluators.finetuning.classifier import Classifier, FineTuneOptions
+from prelude.evaluators.finetuning.classifier import Classifier
+from prelude.evaluators.finetuning.recipe import FineTuneOptions
+from prelude.evaluators.finetuning.targets import class_targets
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
@@ -68,10 +70,9 @@ def test_the_head_starts_at_almost_nothing_and_the_loss_at_that_of_guessing():
 
 
 def test_targets_are_timms_smoothed_ones():
-    model = classifier(label_smoothing=0.1)
     labels = torch.tensor([7, 2, 11, 3])
     expected = mixup_target(torch.tensor([2, 0, 3, 1]), 4, smoothing=0.1)
-    torch.testing.assert_close(model.smoothed(labels), expected)
+    torch.testing.assert_close(class_targets(labels, CLASSES, 0.1), expected)
 
 
 def test_losses_are_timms():
@@ -166,3 +167,43 @@ def test_the_train_view_is_what_the_options_say():
     assert (view.crop, view.shift, view.flip, view.augment.magnitude) == ("center", 2, 0.0, 5)
     assert view.augment.fill == (128, 128, 128)
     assert classifier(crop_scale=(0.3, 1.0)).views.views[0].scale == (0.3, 1.0)
+
+
+def test_trivial_augment_fills_with_black_and_rand_augment_with_the_mean():
+    for policy, fill in {"trivial": (0, 0, 0), "rand": (128, 128, 128)}.items():
+        assert classifier(augment={"policy": policy}).views.views[0].augment.fill == fill
+
+
+def test_crops_of_training_and_test_are_resized_alike():
+    for interpolation in ("bicubic", "bilinear"):
+        model = classifier(interpolation=interpolation)
+        views = model.views.views + model.test_views.views
+        assert [view.interpolation for view in views] == [interpolation, interpolation]
+
+
+@pytest.mark.parametrize("std", [2e-5, 0.01])
+def test_the_head_starts_as_large_as_the_recipe_says(std):
+    head = classifier(head_std=std).head
+    assert head.bias.abs().max() == 0
+    assert head.weight.std().item() == pytest.approx(std, rel=0.3)
+
+
+def test_a_uniform_head_is_torch_s_own_layer():
+    ours, bound = classifier(head_std="uniform").head, 1 / 16**0.5
+    drawn = torch.cat([ours.weight.flatten(), ours.bias]).detach() / bound
+    assert stats.kstest(drawn.numpy(), "uniform", args=(-1, 2)).pvalue > 0.01
+
+
+def test_under_lamb_a_head_of_almost_nothing_stands_still():
+    """What the setting is for: a step of LAMB is as large as the weight."""
+    moved = {}
+    for std in (2e-5, "uniform"):
+        model = classifier(head_std=std)
+        before = model.head.weight.detach().clone()
+        optimizer = build_optimizer(model, config(name="lamb", lr=1e-3), model.lr_scales())
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(labelled_batch(model, [2, 3, 7, 11]), Progress(0, 10, 1.0)).total.backward()
+            optimizer.step()
+        moved[std] = (model.head.weight.detach() - before).norm().item()
+    assert moved[2e-5] < 1e-6 and moved["uniform"] > 1e-3

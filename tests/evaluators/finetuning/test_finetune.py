@@ -5,77 +5,22 @@ import pytest
 import timm
 import torch
 import yaml
+from findings import NAMES
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from tuned import MEAN, VIT, opened
 
-from prelude.checkpoints.sources import OpenedEncoder, fingerprint
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
-from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.labels import class_numbers
 from prelude.evaluators.finetuning import finetune
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
-from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import build_encoder
+from prelude.evaluators.finetuning.testing import Found, TestCurve, Testing
+from prelude.evaluators.results import percent
 from prelude.pretrain.monitors import StepRecord
 from prelude.pretrain.schedules import Progress
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs").glob("finetune_*.yaml"))
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
-VIT = EncoderConfig(
-    name="vit_tiny_patch16_224", image_size=16, patch_size=4, kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2}
-)
-RESNET = EncoderConfig(
-    name="resnet10t", image_size=16, kwargs={"channels": [4, 6, 8, 12], "stem_width": 8, "layers": [1, 1, 1, 1]}
-)
-SHAPE = {"depth": 2, "embed_dim": 32, "num_heads": 2}
-NORMED = {"use_fc_norm": False, "use_post_transformer_norm": True}
-SOURCES = {
-    "resnet": RESNET,
-    "dinov3": EncoderConfig(name="vit_small_patch16_dinov3", image_size=16, patch_size=4, kwargs=SHAPE),
-    "eva02": EncoderConfig(name="eva02_base_patch14_224", image_size=16, patch_size=4, kwargs=SHAPE | NORMED),
-    "beit": EncoderConfig(
-        name="beit_base_patch16_224", image_size=16, patch_size=4, kwargs=SHAPE | {"global_pool": "token"}
-    ),
-    "siglip": EncoderConfig(name="vit_base_patch16_siglip_224", image_size=16, patch_size=4, kwargs=SHAPE),
-}
-RECIPE = {
-    "run_dir": "tuned",
-    "train": {"epochs": 2, "global_batch": 16, "precision": "fp32"},
-    "optimizer": {"lr": 0.01},
-}
-
-
-def opened(config: EncoderConfig, seed: int = 0, name: str = "run") -> OpenedEncoder:
-    model = build_encoder(config, seed=seed)
-    return OpenedEncoder(model, config, MEAN, STD, name, fingerprint(model))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    write_shards(folder, "train", 100, image_size=16)
-    write_shards(folder, "test", 45, image_size=16)
-    return {"train": f"{folder}/train-*.tar", "test": f"{folder}/test-*.tar"}
-
-
-@pytest.fixture
-def prepared(monkeypatch, tmp_path, shards):
-    """Prepares a task from the recipe, with changes; a source is one of SOURCES or the same small ViT."""
-
-    def open_encoder(source, *, seed=0):
-        config = next((config for name, config in SOURCES.items() if name in source), VIT)
-        return opened(config, seed, source)
-
-    monkeypatch.setattr(finetune, "open_encoder", open_encoder)
-
-    def prepare(*overrides, source="somewhere", recipe=RECIPE, **arguments):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        task = finetune.prepare(source, path, list(overrides), **({**shards, "label": "cls"} | arguments))
-        finetune.check(task, 1)
-        return task
-
-    return prepare
 
 
 def test_every_weight_that_has_a_place_is_the_sources(prepared):
@@ -145,12 +90,12 @@ def test_another_start_is_another_run(prepared, monkeypatch):
 
 def test_few_labels_are_those_of_the_seed(prepared):
     task = prepared("objective.per_class=3")
-    numbers = class_numbers(task.train).values.numpy()
+    numbers = class_numbers(task.samples.train).values.numpy()
     assert torch.bincount(torch.from_numpy(numbers)).tolist() == [3] * 10
-    assert task.classes.tolist() == list(range(10))
-    assert prepared("objective.fraction=0.5").train.num_samples == 50
-    assert prepared("objective.per_class=3", "seed=1").train.fingerprint != task.train.fingerprint
-    assert prepared().train.num_samples == 100
+    assert task.samples.classes.tolist() == list(range(10))
+    assert prepared("objective.fraction=0.5").samples.train.num_samples == 50
+    assert prepared("objective.per_class=3", "seed=1").samples.train.fingerprint != task.samples.train.fingerprint
+    assert prepared().samples.train.num_samples == 100
 
 
 def test_pixels_are_normalised_as_in_pretraining_unless_the_recipe_says_otherwise(prepared):
@@ -159,11 +104,16 @@ def test_pixels_are_normalised_as_in_pretraining_unless_the_recipe_says_otherwis
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_sound_and_opens_with_four_lines(path, prepared):
+def test_every_recipe_is_sound_and_opens_with_four_lines(path, prepared, findings):
     recipe = yaml.safe_load(path.read_text())
-    source = "somewhere" if "vit" in path.stem or "ijepa" in path.stem else "resnet"
+    source = "somewhere" if any(word in path.stem for word in ("vit", "ijepa", "cxr")) else "resnet"
     few = {"fraction": None} if "1percent" in path.stem else {}  # of ten images a class
-    task = prepared(source=source, recipe=recipe | {"objective": recipe["objective"] | few})
+    recipe["objective"] |= few
+    labels = {}
+    if "evaluate" in recipe:
+        recipe["evaluate"] |= {"label_names": NAMES, "label_field": "findings"}
+        labels = findings
+    task = prepared(source=source, recipe=recipe, **labels)
     assert task.config.run_dir == f"runs/{path.stem}"
     heads = [line.split(":")[0] for line in path.read_text().splitlines()[:4]]
     assert heads == ["# Trains", "# Takes", "# Reaches", "# Command"]
@@ -201,29 +151,37 @@ def test_a_mistake_is_one_sentence(mistake, prepared):
     assert len(message.splitlines()) <= 2  # the sentence, below a line that counts the errors of a config
 
 
+def scoring(task, classifier) -> Testing:
+    samples = task.samples
+    return Testing(classifier, samples.test, samples.label, samples.findings, batch_size=16, num_workers=0)
+
+
 def test_every_test_image_is_scored_once_and_labels_unknown_to_train_are_missed(prepared, shards):
-    task = prepared("objective.per_class=2")
+    task = prepared("objective.per_class=2", "objective.class_weights=balanced")
     classifier = finetune.build(task)
     with torch.no_grad():
         classifier.head.weight.normal_(generator=torch.Generator().manual_seed(0))
     classifier.train()
-    counts = finetune.tested(classifier, task.test, "cls", batch_size=16, num_workers=0)
+    found = scoring(task, classifier)()
     assert classifier.training
     classifier.eval()
-    right = five = 0
+    truth, guessed, five = [], [], 0
     for batch in one_pass(ShardIndex(shards["test"], "cls"), classifier.test_views, batch_size=1, label="cls"):
         order = classifier.scores(batch)[0].argsort(descending=True)
-        right += int(order[0] == batch.labels[0])
+        truth.append(int(batch.labels[0]))
+        guessed.append(int(order[0]))
         five += int(batch.labels[0] in order[:5])
-    assert counts == {"top1": right, "top5": five, "total": 45, "unreadable": 0}
+    assert found.values["top1"] == pytest.approx(100 * accuracy_score(truth, guessed))
+    assert found.values["balanced"] == pytest.approx(100 * balanced_accuracy_score(truth, guessed))
+    assert found.values["top5"] == pytest.approx(100 * five / 45) and (found.total, found.unreadable) == (45, 0)
     classifier.classes = classifier.classes + 100
-    assert finetune.tested(classifier, task.test, "cls", batch_size=16, num_workers=0)["top5"] == 0
+    assert scoring(task, classifier)().values["top5"] == 0
 
 
 def test_the_result_has_what_is_needed_to_redo_it(prepared):
     task = prepared("objective.per_class=2")
-    counts = {"top1": 9, "top5": 27, "total": 45, "unreadable": 0}
-    result = finetune.result_of(task, finetune.build(task), counts, [], "prelude finetune", 1.0).to_json()
+    found = Found({"top1": percent(9, 45), "top5": percent(27, 45)}, total=45, unreadable=0)
+    result = finetune.result_of(task, finetune.build(task), found, {"curve": []}, "prelude finetune", 1.0).to_json()
     assert result["numbers"]["top1"]["value"] == 20.0
     assert result["numbers"]["top1"]["se"] == pytest.approx(100 * math.sqrt(0.2 * 0.8 / 45))
     assert result["data"]["train"]["num_samples"] == 20 and result["data"]["test"]["num_samples"] == 45
@@ -233,20 +191,21 @@ def test_the_result_has_what_is_needed_to_redo_it(prepared):
 def test_the_curve_is_tested_once_an_epoch_and_forgets_what_a_checkpoint_does_not_know(tmp_path):
     calls = []
 
-    def test():
+    def test(current):
+        assert current  # a curve is of the weights as they are
         calls.append(1)
-        return {"top1": len(calls), "total": 10}
+        return Found({"top1": percent(len(calls), 10)}, total=10, unreadable=0)
 
     def record(step):
         return StepRecord(step, 20, step / 4, 0, {}, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
     path = tmp_path / "test.jsonl"
-    curve = finetune.TestCurve(test, 1.0, path)
+    curve = TestCurve(test, 1.0, path)
     curve.start(Progress(0, 20, 4.0))
     for step in range(1, 11):
         curve.record(record(step))
     assert [line["step"] for line in curve.lines.read()] == [4, 8]
-    curve = finetune.TestCurve(test, 1.0, path)
+    curve = TestCurve(test, 1.0, path)
     curve.start(Progress(5, 20, 4.0))
     for step in range(6, 13):
         curve.record(record(step))

@@ -174,7 +174,7 @@ def test_one_class_is_refused(classes, features):
         linear_probe(one, one)
 
 
-def test_twelve_heads_on_5000_images_take_tens_of_passes(classes):
+def test_a_grid_of_heads_on_5000_images_takes_tens_of_passes(classes):
     values, labels = classes(5000, 192, 10, seed=1, noise=4.0)
     heads = Space.of(values).fit(ClassLoss(labels, 10), WEIGHT_DECAYS)
     assert all(heads.converged)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prelude.data.errors import UserError
-from prelude.evaluators.frozen.splits import hold_out
+from prelude.evaluators.frozen.splits import edge_warnings, hold_out
 
 
 def test_the_split_is_a_tenth_of_each_class_and_a_partition():
@@ -28,3 +28,12 @@ def test_the_split_depends_on_the_seed_alone():
 def test_one_sample_a_class_is_refused():
     with pytest.raises(UserError, match="nothing can be held out"):
         hold_out(torch.arange(5), 0)
+
+
+def test_a_choice_at_the_edge_is_told_unless_nothing_lies_below():
+    grid = (1e-3, 1e-2, 1e-1)
+    told = lambda value, scores=(): bool(edge_warnings("weight decay", value, grid, scores=scores))  # noqa: E731
+    assert told(1e-3) and told(1e-1) and not told(1e-2)
+    assert told(1e-3, (50.0, 49.0, 20.0)) and not told(1e-3, (50.0, 49.95, 20.0))
+    assert told(1e-1, (50.0, 50.0, 50.0))  # what a decay does grows without end
+    assert not edge_warnings("weight decay", 1.0, (1.0,))

@@ -1,0 +1,170 @@
+"""Which labelled samples are trained on, which are held out, and which are tested; and what their labels are.
+
+- Few labels are drawn first (`per_class`, `fraction`); of those, `hold_out` are kept apart.
+- Where groups are known (`evaluate.label_group`), a group is held out whole; else a share of each class is.
+- Test shards are never part of a choice. That they share groups with the training shards is told.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prelude.data.errors import UserError
+from prelude.data.findings import VectorFormat
+from prelude.data.labels import extension_of
+from prelude.data.shards import ShardIndex
+from prelude.evaluators.features.labels import class_numbers, group_numbers, label_vectors
+from prelude.evaluators.features.low_label import low_label
+from prelude.evaluators.finetuning.recipe import FineTuneOptions
+from prelude.evaluators.finetuning.targets import weights_of_classes, weights_of_findings
+from prelude.evaluators.frozen.multilabel import both_there
+from prelude.evaluators.frozen.splits import hold_out, hold_out_groups
+from prelude.evaluators.labelled import Labelled
+from prelude.pretrain.config import EvaluateConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples that are scored."""
+
+    index: ShardIndex
+    groups: Tensor | None = None  # (N,) int64: samples of one group must not be told apart as independent
+
+
+@dataclass(frozen=True)
+class Samples:
+    train: ShardIndex  # that are trained on
+    held_out: Part | None
+    test: Part
+    label: str
+    classes: Tensor  # (C,) int64, growing: the class numbers; of findings, their places
+    weights: Tensor | None  # of the loss: (C,), or (2, L) of absence and presence
+    findings: VectorFormat | None  # where an image may show several
+    answers: Tensor | None  # (N, L) of the training images, NaN where a finding is not known
+    warnings: tuple[str, ...]
+
+
+def label_group(section: EvaluateConfig) -> str:
+    """The label whose values group the samples; a field's name alone is of the member that holds the labels."""
+    group = section.label_group
+    return group if ":" in group or not group else f"{extension_of(section.label)}:{group}"
+
+
+def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineTuneOptions, seed: int) -> Samples:
+    """section: of the config. seed: of the draws. Raises UserError for shards, or labels, that cannot be used."""
+    whole, test = labelled.indexes()
+    groups = (None, None)
+    if group := label_group(section):
+        groups = group_numbers([whole, test], group)
+    found = _of_findings(labelled, whole, test, options) if labelled.vectors else _of_classes(labelled, whole, options)
+    warnings = [_alike(whole, test, groups)]
+    ids = found.known[low_label(found.strata, per_class=options.per_class, fraction=options.fraction, seed=seed)]
+    if len(found.known) < whole.num_samples:
+        missing = whole.num_samples - len(found.known)
+        warnings.append(f"{missing} training images have no sound label and are left out.")
+    fit, held = ids, None
+    if options.hold_out:
+        fit, held = _held_out(ids, found.values, groups[0], options.hold_out, seed)
+    values = found.values[fit]
+    classes = torch.arange(values.shape[1]) if labelled.vectors else values.unique()
+    if not labelled.vectors and len(classes) < 2:
+        raise UserError(f"The train shards hold one class only ({classes.tolist()}); write shards with two or more.")
+    return Samples(
+        train=_subset(whole, fit),
+        held_out=None if held is None else Part(_subset(whole, held), None if groups[0] is None else groups[0][held]),
+        test=Part(test, groups[1]),
+        label=labelled.label,
+        classes=classes,
+        weights=_weights(options, values, classes, labelled.vectors, whole.classes),
+        findings=labelled.vectors,
+        answers=values if labelled.vectors else None,
+        warnings=tuple(filter(None, warnings)),
+    )
+
+
+def image_labels(labelled: Labelled, value_range, max_pixels: int) -> Labelled:
+    """With how images are read, where a config says it."""
+    return replace(labelled, value_range=value_range or labelled.value_range, max_pixels=max_pixels)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    values: Tensor  # of all samples of the shards
+    known: np.ndarray  # ids of those that have any
+    strata: np.ndarray  # of the known ones: what few labels take the same share of
+
+
+def _of_classes(labelled: Labelled, whole: ShardIndex, options: FineTuneOptions) -> _Labels:
+    if options.uncertain != "ignore":
+        raise UserError(
+            f"objective.uncertain={options.uncertain} is of several findings an image; name them in "
+            f"evaluate.label_names, or leave it out."
+        )
+    labels = class_numbers(whole)
+    if labels.values.min() < 0:
+        raise UserError(
+            f"Members .{labelled.label} hold the class number {labels.values.min().item()}; write 0 or more."
+        )
+    known = np.flatnonzero(labels.known.numpy())
+    return _Labels(labels.values, known, labels.values.numpy()[known])
+
+
+def _of_findings(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options: FineTuneOptions) -> _Labels:
+    if options.loss != "sigmoid":
+        raise UserError(
+            f"objective.loss={options.loss} learns one class an image, and evaluate.label_names says that there are "
+            f"several findings; write objective.loss=sigmoid."
+        )
+    if options.per_class is not None:
+        raise UserError(
+            "objective.per_class takes images of each class, and evaluate.label_names says that they show several "
+            "findings; write objective.fraction."
+        )
+    labels = label_vectors(whole, labelled.vectors)
+    if not both_there(label_vectors(test, labelled.vectors).values).any():
+        raise UserError("The test shards have no label that is present in some images and absent in others.")
+    known = np.flatnonzero(labels.known.numpy())
+    return _Labels(labels.values, known, np.zeros(len(known), np.int64))
+
+
+def _held_out(ids: np.ndarray, values: Tensor, groups: Tensor | None, share: float, seed: int):
+    """Ids of those that are trained on, and of those that are held out."""
+    if groups is not None or values.ndim == 2:  # of several findings, each sample is a group without a known one
+        own = torch.arange(len(ids)) if groups is None else groups[ids]
+        fit, held = hold_out_groups(own, seed, share)
+    else:
+        fit, held = hold_out(values[ids].unique(return_inverse=True)[1], seed, share)
+    if values.ndim == 2 and not both_there(values[ids[held.numpy()]]).any():
+        raise UserError(
+            f"objective.hold_out={share} leaves {len(held)} images, in which every finding is always there or never; "
+            f"write a larger one."
+        )
+    return ids[fit.numpy()], ids[held.numpy()]
+
+
+def _weights(options: FineTuneOptions, values: Tensor, classes: Tensor, findings, names) -> Tensor | None:
+    if findings:
+        return weights_of_findings(options.class_weights, values, findings.names)
+    weights = weights_of_classes(options.class_weights, values, classes, names)
+    if weights is not None and options.loss == "sigmoid":
+        return torch.stack([torch.ones_like(weights), weights])
+    return weights
+
+
+def _alike(whole: ShardIndex, test: ShardIndex, groups: tuple) -> str:
+    """What train and test have in common, and must not."""
+    if whole.fingerprint == test.fingerprint:
+        return "Train and test are the same shards, so this says nothing about new images."
+    if groups[0] is None:
+        return ""
+    shared = np.intersect1d(groups[0], groups[1])
+    if not len(shared):
+        return ""
+    count = int(torch.isin(groups[1], torch.from_numpy(shared)).sum())
+    return f"{count} test images are of groups that are in the train shards too, so they say little about new ones."
+
+
+def _subset(index: ShardIndex, ids: np.ndarray) -> ShardIndex:
+    return index if len(ids) == index.num_samples else index.subset(ids)
