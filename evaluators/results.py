@@ -72,7 +72,7 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
     by_kind: dict[str, dict[str, Percent]] = field(default_factory=dict)  # the headline of each kind of feature
     # (N,) bool of each draw or seed: which test images the chosen setting's first guess is right for, for paired tests
-    right: Sequence[Tensor] = ()
+    right: Sequence[Tensor] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
