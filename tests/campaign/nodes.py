@@ -186,7 +186,8 @@ def drill(nodes: Nodes, launcher: str, how: str, compare: bool) -> list[str]:
         nodes.say(f"node {node}: {nodes.in_short(command)}")
     first, second = (nodes.start(node, both[node], f"run.node{node}") for node in (0, 1))
     until = time.monotonic() + 240
-    while len(metrics(folder, "run")) < CUT_AT:
+    saved = folder / "run" / "checkpoints" / "step-00000008"  # which a node that is lost before would cost
+    while len(metrics(folder, "run")) < CUT_AT or not saved.exists():
         if first.poll() is not None or time.monotonic() > until:
             return ["the run never came to the step of the cut"]
         time.sleep(0.01)
