@@ -1,4 +1,4 @@
-"""One recipe with every combination of some settings, and a table of what came of each.
+"""One recipe with every combination of some settings, and what came of each.
 
     prelude sweep mae_cifar10 'optimizer.lr=[1e-3,3e-3]' \\
         'objective.mask_ratio=[0.6,0.75]' 'data.shards=train-*.tar'

@@ -38,6 +38,7 @@ OBJECTIVES = {
     "dseqjepa": ({"predictor_dim": 16, "predictor_depth": 1, "lambda_start": 1.0}, WITH_CLASS_TOKEN),
     "barlow_twins": ({"projector": [24, 12]}, RESNET),
     "spark": ({"decoder_dim": 16}, CONVNEXT),
+    "msbreg": ({"projector": [24, 12], "predictor": [16]}, RESNET),
     "rotation": ({}, RESNET),
 }
 NUM_STEPS = 24

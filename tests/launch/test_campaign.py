@@ -1,10 +1,13 @@
 """A small part of the campaign of kills and faults, which finds what is wrong where something is."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 from runs import ROOT
+
+from prelude.objectives import OURS
 
 CAMPAIGN = ROOT / "tests" / "campaign" / "kills.py"
 
@@ -16,3 +19,8 @@ def test_a_few_kills_faults_and_damaged_checkpoints_end_right(tmp_path):
     done = subprocess.run([sys.executable, str(CAMPAIGN), *words], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert ", 0 wrong" in done.stdout and "SIG" in done.stdout and ", 2 ranks" in done.stdout
+
+
+def test_no_objective_that_ships_is_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(CAMPAIGN.parent))
+    assert set(importlib.import_module("runs_of_campaign").OBJECTIVES) == set(OURS)
