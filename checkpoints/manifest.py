@@ -1,4 +1,8 @@
-"""A checkpoint's manifest: what vouches for its files, and what keeps a folder from being a complete checkpoint."""
+"""A checkpoint's manifest: what vouches for its files, and what keeps a folder from being a complete checkpoint.
+
+A checkpoint has three contents: the model's tensors, the optimizer's, and a state in JSON. Each is one file; or tensors
+lie in one file a rank, and `pieces.json` says which elements of which tensor are where.
+"""
 
 import hashlib
 import json
@@ -11,12 +15,15 @@ import xxhash
 from prelude.pretrain.files import reason
 
 FORMAT = 2  # 1 has other checksums, which a version of before would take for damage
-_READABLE = (1, 2)
+FORMAT_OF_PARTS = 3
+_READABLE = (1, FORMAT, FORMAT_OF_PARTS)
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FILES = (MODEL, OPTIMIZER, STATE)
+PIECES = "pieces.json"
+FILES = (MODEL, OPTIMIZER, STATE)  # of a checkpoint without parts, and by which its contents are called
 
 # Against accidents, not against forgers: the fastest there is. Checkpoints of before have the other.
 _CHECKSUMS = {"xxh3_128": xxhash.xxh3_128, "blake2b": hashlib.blake2b}
+_NAMED = 5  # of however many files that are wrong
 
 
 @dataclass(frozen=True)
@@ -27,51 +34,81 @@ class Fault:
     lost: bool  # whether it was read, and is not what was written. Else it may be whole for another reader
 
 
-def fault_of(path: str | Path, files: tuple[str, ...] = FILES, *, checksums: bool = True) -> Fault | None:
-    """None for a complete checkpoint. Opens `files`, and checks their sizes and, if asked to, their checksums."""
+def part_name(content: str, rank: int, ranks: int) -> str:
+    """content: MODEL or OPTIMIZER."""
+    return content.replace(".", f"-{rank:05d}-of-{ranks:05d}.", 1)
+
+
+def ranks_of(manifest: dict) -> int:
+    """How many ranks wrote parts; 0 for a checkpoint without parts. Raises KeyError, ValueError or TypeError."""
+    if manifest["format"] != FORMAT_OF_PARTS:
+        return 0
+    if (ranks := int(manifest["ranks"])) < 1:
+        raise ValueError(f"parts of {ranks} ranks")
+    return ranks
+
+
+def files_of(contents: tuple[str, ...], ranks: int) -> list[str]:
+    """The files that hold these contents, of as many ranks as `ranks_of` says."""
+    if not ranks:
+        return list(contents)
+    tensors = [content for content in contents if content != STATE]
+    names = [part_name(content, rank, ranks) for content in tensors for rank in range(ranks)]
+    return names + [PIECES] * bool(tensors) + [STATE] * (STATE in contents)
+
+
+def read_manifest(path: str | Path) -> dict:
+    """Raises OSError or ValueError."""
+    return json.loads((Path(path) / MANIFEST).read_bytes())
+
+
+def fault_of(path: str | Path, contents: tuple[str, ...] = FILES, *, checksums: bool = True) -> Fault | None:
+    """None for a complete checkpoint. Opens the files of `contents`, and checks their sizes and, if asked to, their
+    checksums; every file that is wrong is named."""
     path = Path(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = read_manifest(path)
         if (found := manifest.get("format", "unknown")) not in _READABLE:
-            return Fault(f"it is of format {found}, and this version reads formats up to {FORMAT}", lost=False)
-        listed = {name: (manifest["files"][name]["bytes"], *_checksum_in(manifest["files"][name])) for name in FILES}
+            return Fault(f"it is of format {found}, and this version reads formats up to {_READABLE[-1]}", lost=False)
+        listed, ranks = manifest["files"], ranks_of(manifest)
+        listed = {name: (listed[name]["bytes"], *_checksum_in(listed[name])) for name in files_of(FILES, ranks)}
     except OSError as error:
         if not path.is_dir():
             return Fault("there is no such folder", lost=False)
         return Fault(f"{MANIFEST} cannot be read ({reason(error)})", lost=False)
     except (ValueError, KeyError, TypeError, AttributeError):
         return Fault(f"{MANIFEST} is damaged", lost=True)
+    faults = [
+        fault for name in files_of(contents, ranks) if (fault := _fault_of(path / name, *listed[name], checksums))
+    ]
+    if not faults:
+        return None
+    more = f"; and {len(faults) - _NAMED} more files" if len(faults) > _NAMED else ""
+    return Fault("; ".join(fault.why for fault in faults[:_NAMED]) + more, all(fault.lost for fault in faults))
+
+
+def _fault_of(path: Path, size: int, kind: str, digest: str, checksums: bool) -> Fault | None:
     try:
-        for name in files:
-            size, kind, digest = listed[name]
-            with open(path / name, "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != size:
-                    return Fault(f"{name} has {found} bytes instead of {size}", lost=True)
-                if checksums and _digest(file, kind) != digest:
-                    return Fault(f"{name} does not match its checksum", lost=True)
-    except FileNotFoundError as error:
-        return Fault(f"{name} cannot be read ({reason(error)})", lost=True)
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                return Fault(f"{path.name} has {found} bytes instead of {size}", lost=True)
+            if checksums and _digest(file, kind) != digest:
+                return Fault(f"{path.name} does not match its checksum", lost=True)
     except OSError as error:
-        return Fault(f"{name} cannot be read ({reason(error)})", lost=False)
+        return Fault(f"{path.name} cannot be read ({reason(error)})", lost=isinstance(error, FileNotFoundError))
     return None
 
 
-def problem(path: str | Path, files: tuple[str, ...] = FILES) -> str | None:
+def problem(path: str | Path, contents: tuple[str, ...] = FILES) -> str | None:
     """What keeps `path` from being a complete checkpoint, in words, or None."""
-    fault = fault_of(path, files)
+    fault = fault_of(path, contents)
     return fault and fault.why
 
 
 def obvious_fault(path: Path) -> Fault | None:
     """The cheap part of `fault_of`."""
     return fault_of(path, checksums=False)
-
-
-def described(path: Path) -> dict:
-    """What a manifest says of a file."""
-    with path.open("rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "xxh3_128": _digest(file, "xxh3_128")}
 
 
 def _digest(file, kind: str) -> str:

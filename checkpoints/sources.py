@@ -12,10 +12,10 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
-from prelude.checkpoints import manifest, store
+from prelude.checkpoints import manifest, saved, store
 from prelude.checkpoints.convert import weights as convert
 from prelude.checkpoints.convert.fit import facts, fit, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.round_trip import as_it_was
@@ -23,6 +23,7 @@ from prelude.checkpoints.convert.weights import Weights
 from prelude.checkpoints.description import RANDOM, START, Description, has_folder, path_of
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
+from prelude.checkpoints.tensor_files import TensorFiles
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder, lay_out_encoder
@@ -140,10 +141,10 @@ def is_export(folder: Path) -> bool:
 
 def _describe_checkpoint(folder: Path, network: str = "") -> Description:
     """network: "teacher" or "student", or nothing for what the objective's paper evaluates."""
-    if why := manifest.problem(folder, files=(manifest.MODEL, manifest.STATE)):
+    if why := manifest.problem(folder, (manifest.MODEL, manifest.STATE)):
         raise UserError(f"{folder} is no complete checkpoint: {why}; write the run's folder to take its newest one.")
-    saved = json.loads((folder / manifest.STATE).read_text())
-    meta = saved["meta"]
+    state = json.loads((folder / manifest.STATE).read_text())
+    meta = state["meta"]
     objective = meta.get("config", {}).get("objective", {}).get("name")
     data = meta.get("loader", {}).get("fingerprint")
     exported = _chosen(network, meta["exported"], folder)
@@ -157,8 +158,8 @@ def _describe_checkpoint(folder: Path, network: str = "") -> Description:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         name=name,
-        read=lambda: _read_ours(folder / manifest.MODEL, config, objective, exported),
-        origin={"objective": objective, "step": saved["step"], "data": data} | started,
+        read=lambda: _read_ours(folder, config, objective, exported),
+        origin={"objective": objective, "step": state["step"], "data": data} | started,
     )
 
 
@@ -239,23 +240,23 @@ def _read_converted(path: Path, config: EncoderConfig, objective: str | None) ->
 def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exported: str = "") -> Weights:
     """The tensors below `exported`, under their names without it; those of the objective's own parts besides.
 
-    A student whose teacher is exported is left out.
+    A student whose teacher is exported is left out. path: a checkpoint's folder, or an export's file.
     """
     tensors, own, student = {}, {}, 0
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name.startswith(exported):
-                    tensors[name.removeprefix(exported)] = file.get_tensor(name)
-                elif name.startswith("encoder."):
-                    student += 1
-                else:
-                    own[name] = file.get_tensor(name)
+        found = saved.open_tensors(path) if path.is_dir() else TensorFiles.of_file(path)
+        for name in found:
+            if name.startswith(exported):
+                tensors[name.removeprefix(exported)] = found[name]
+            elif name.startswith("encoder."):
+                student += 1
+            else:
+                own[name] = found[name]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); export or save it again.") from None
     model = lay_out_encoder(config)
     return Weights(
-        where=str(path.parent),
+        where=str(path if path.is_dir() else path.parent),
         format=config.name,
         tensors=tensors,
         resampling=_RESAMPLING.get(objective, "timm"),

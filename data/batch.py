@@ -69,6 +69,7 @@ class View:
     shift: int = 0  # pixels; on the device, a random move by at most that much, black moving in (pad, then crop)
     photometric: Photometric | None = None  # on the device; None leaves the colours as they are
     augment: AutoAugment | None = None  # in the loader, after the crop and before the flip
+    partner: bool = False  # of another image of the sample's group, see `ViewPlan.group`
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ViewPlan:
     mean: tuple[float, ...] = IMAGENET_MEAN  # of each channel
     std: tuple[float, ...] = IMAGENET_STD
     shown: tuple[int, ...] = ()  # channels that pictures show as red, green and blue; (): see pretrain/images.py
+    group: str = ""  # field that images of partner views have in common with the sample, such as json:patient
 
     @property
     def channels(self) -> int:
@@ -87,6 +89,10 @@ class ViewPlan:
     def fingerprint(self) -> str:
         """A short hash of everything that changes a pixel; part of the loader's state."""
         decisive = {name: value for name, value in asdict(self).items() if name != "shown"}
+        if not self.group:  # as plans were written that knew of no partners
+            del decisive["group"]
+            for view in decisive["views"]:
+                del view["partner"]
         return hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=8).hexdigest()
 
 
@@ -107,6 +113,7 @@ class Batch:
     sample_ids: Tensor  # (B,) int64, place in the data set's index, stable across runs
     positions: Tensor  # (B,) int64, place in the endless order: epoch = position // num_samples
     labels: Tensor | None = None  # (B, ...)
+    partner_ids: Tensor | None = None  # (B,) int64, of the images that partner views are of; a sample's own if alone
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -123,14 +123,20 @@ class _Ahead:
 # ---- room
 
 
-def check_room(index: ShardIndex, shuffle: Shuffle, seed: int, tell: bool) -> None:
+def check_room(index: ShardIndex, shuffle: Shuffle, seed: int, tell: bool, anywhere: bool = False) -> None:
     """Raises UserError where the order would fetch shards again and again, saying which order or cache would not.
-    tell: how much is fetched an epoch where the cache cannot hold everything."""
+    tell: how much is fetched an epoch where the cache cannot hold everything. anywhere: samples are read out of order
+    too."""
     remote = [path for path in index.paths if isinstance(path, RemoteShard)]
     sizes = np.array([path.size if isinstance(path, RemoteShard) else 0 for path in index.paths], np.int64)
     total = sum(shard.size for shard in set(remote))
     if not remote or total <= (limit := remote[0].cache.limit):
         return
+    if anywhere:
+        raise UserError(
+            f"objective.pair_by reads images out of order, from any of {total / GIB:.3g} GiB of remote shards, and "
+            f"data.cache_gib={limit / GIB:.3g} cannot hold them; write data.cache_gib={1.01 * total / GIB:.3g} or more."
+        )
     at_once, fetched = _demand(index, sizes, shuffle, seed)
     if at_once > limit:
         raise UserError(

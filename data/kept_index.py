@@ -9,14 +9,11 @@
 """
 
 import contextlib
-import functools
-import hashlib
-import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,8 +26,8 @@ from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
 from prelude.data.index_file import Entry
+from prelude.data.kept_files import CACHE_VERSION, folder, hash_of, warn_unkept, write_whole
 from prelude.data.locks import alone
-from prelude.data.node_cache import cache_folder
 from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
 from prelude.data.remote_shards import RemoteShard, named, shard_name
 from prelude.data.tar_index import MOST_LABELS, Problem, TarIndex, index_every_label, index_tar, is_image
@@ -39,7 +36,6 @@ from prelude.data.walking import walk_all
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 4
 _STATED_AT_ONCE = 256
 _UNUSED_SECONDS = 30 * 86400  # after which the table of shards as they were before makes room
 
@@ -74,46 +70,18 @@ def load_all(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
     if any(isinstance(path, ImageFolder) for path in paths):
         return _with_folders(paths, label, images)
     states = _states(paths)
-    of_paths = _hash([CACHE_VERSION, [state[0] for state in states], list(images)])[:16]
-    of_states = _hash([CACHE_VERSION, states, list(images), label == ARRAY_EXTENSION])
+    of_paths = hash_of([CACHE_VERSION, [state[0] for state in states], list(images)])[:16]
+    of_states = hash_of([CACHE_VERSION, states, list(images), label == ARRAY_EXTENSION])
     sought = _Sought(paths, states, images, label, f"{of_paths}-{of_states}", [])
     try:
         kept = _opened(sought) or called(lambda: _made(sought), sought.waits_for)
     except OSError as error:
-        _warn_unkept(str(_folder()), error.strerror or str(error))
+        warn_unkept(str(folder()), error.strerror or str(error))
         return _in_memory(paths, label, images)
     for path, shard in zip(paths, kept.shards, strict=True):
         if shard.sha256:
             path.checksums["sha256"] = shard.sha256
     return kept
-
-
-def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
-    """`compute()`, a hash over all of an index; `what` says over which part. Computed once on a node; each time if
-    the identity is ""."""
-    if not identity:
-        return compute()
-    of = _hash([CACHE_VERSION, identity, what])
-    path = _folder() / f"{of}.hash"
-    if known := _signed(path, of):
-        return known
-    try:
-        with alone(f"{path}.lock"):
-            found = _signed(path, of) or compute()
-            _write_whole(path, f"{found} {_hash([of, found])}".encode())
-            return found
-    except OSError as error:
-        _warn_unkept(str(_folder()), error.strerror or str(error))
-        return compute()
-
-
-def _signed(path: Path, of: str) -> str:
-    """What a file says with its own checksum; "" where there is none, or it is spoilt."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        found, _, checksum = path.read_text(encoding="ascii").partition(" ")
-        if checksum == _hash([of, found]):
-            return found
-    return ""
 
 
 # ---- all shards
@@ -134,8 +102,8 @@ class _Sought(NamedTuple):
         return f"the headers of {self.at[0]}" if self.at else f"the index of {named(self.paths)}"
 
     def path(self, label: str = "") -> str:
-        of_label = f".{_hash(label)[:16]}.labels" if label else ".images"
-        return str(_folder() / f"{self.name}{of_label}")
+        of_label = f".{hash_of(label)[:16]}.labels" if label else ".images"
+        return str(folder() / f"{self.name}{of_label}")
 
     def shards(self) -> list[tuple]:
         return list(zip(self.paths, self.states, self.images, strict=True))
@@ -186,8 +154,8 @@ def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
 
 def _made(sought: _Sought) -> Kept:
     """By one process of a node. Raises OSError where it cannot be kept."""
-    _folder().mkdir(parents=True, exist_ok=True)
-    with alone(f"{_folder() / sought.name}.lock"):
+    folder().mkdir(parents=True, exist_ok=True)
+    with alone(f"{folder() / sought.name}.lock"):
         kept = _opened(sought)
         if kept is not None:
             return kept
@@ -249,7 +217,7 @@ def _write_labels(sought: _Sought) -> None:
 def _remove_superseded(sought: _Sought) -> None:
     """Tables of these shards as they were before, which nobody has opened for long."""
     of_paths = sought.name.partition("-")[0]
-    for path in _folder().glob(f"{of_paths}-*"):
+    for path in folder().glob(f"{of_paths}-*"):
         with contextlib.suppress(OSError):
             if not path.name.startswith(sought.name) and time.time() - _used_at(path) > _UNUSED_SECONDS:
                 path.unlink()
@@ -289,12 +257,12 @@ def _know_local(shard: tuple) -> Entry:
         entry = Entry(state[1], "", index_every_label(path, image))
     except OSError as error:
         raise _unreadable(path, error) from None
-    _write_whole(_kept_file(path, state, image), index_file.write({shard_name(path): entry}))
+    write_whole(_kept_file(path, state, image), index_file.write({shard_name(path): entry}))
     return entry
 
 
 def _kept_file(path: str, state: list, image: str) -> Path:
-    return _folder() / "shards" / f"{_hash([CACHE_VERSION, state, *([image] if image else [])])}.npz"
+    return folder() / "shards" / f"{hash_of([CACHE_VERSION, state, *([image] if image else [])])}.npz"
 
 
 def _with_folders(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
@@ -348,29 +316,3 @@ def _unreadable(path: str, error: OSError) -> UserError:
         f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}); mend it, or leave it out of "
         f"data.shards."
     )
-
-
-# ---- files
-
-
-def _folder() -> Path:
-    return cache_folder() / "index"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _hash(content) -> str:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-@functools.cache  # once for a folder
-def _warn_unkept(folder: str, reason: str) -> None:
-    log.warning("indexes of shards are not kept, because %s cannot be written: %s", folder, reason)

@@ -22,8 +22,8 @@ from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 
 FOLDERS = ("parent", "top")  # of an image in a folder of folders: the one that it lies in, and the first one
-_TEXTS = ("cls", "cls2", "index", "inx", "id", "txt", "text", *FOLDERS)
-_JSON = ("json", "jsn")
+TEXTS = ("cls", "cls2", "index", "inx", "id", "txt", "text", *FOLDERS)
+JSON = ("json", "jsn")
 _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
 _SHORT, _MOST_KNOWN = 32, 4096  # bytes of a label, and labels, that are remembered
 _LOOKED_AT = 64  # labels, to find out what a label is
@@ -59,9 +59,9 @@ class LabelReader:
         self.label, self._number_of = label, {}
         self.extension, _, self.field = label.partition(":")
         self._kind = self.extension.rpartition(".")[2]
-        if self._kind not in (*_TEXTS, *_JSON, "npy"):
+        if self._kind not in (*TEXTS, *JSON, "npy"):
             raise UserError(f"Labels cannot be read from .{self.extension} members; write them as {_FORMATS}.")
-        if ":" in label and (self._kind not in _JSON or not self.field):
+        if ":" in label and (self._kind not in JSON or not self.field):
             raise UserError(f"{label} names no field; write json:FIELD, or {self.extension} for the whole member.")
         found = [value for value in map(self._value, examples) if value is not None]
         if not found:
@@ -138,12 +138,12 @@ class LabelReader:
     def _raw(self, content: bytes):
         """What is written there: text, or what the format makes of it; None where it makes nothing."""
         try:
-            if self._kind in _TEXTS:
+            if self._kind in TEXTS:
                 return content.decode()
             if self._kind == "npy":
                 return basichandlers(".npy", content) if _is_whole_npy(content) else None
             raw = json.loads(content)
-            return _field_of(raw, self.field) if self.field else raw
+            return field_of(raw, self.field) if self.field else raw
         except (ValueError, TypeError, EOFError, OverflowError, RecursionError, MemoryError):
             return None
 
@@ -154,12 +154,12 @@ class LabelReader:
             return None
 
 
-def _field_of(raw, field: str):
+def field_of(raw, field: str):
     """`a.b` is the field b of a, unless there is one of that very name."""
     if not isinstance(raw, dict) or field in raw or "." not in field:
         return raw.get(field) if isinstance(raw, dict) else None
     first, _, rest = field.partition(".")
-    return _field_of(raw.get(first), rest)
+    return field_of(raw.get(first), rest)
 
 
 def _form(value: np.ndarray | str) -> tuple[bool, tuple[int, ...], np.dtype]:

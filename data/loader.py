@@ -27,7 +27,8 @@ from prelude.data.fetching import check_room, fetch_ahead
 from prelude.data.findings import FindingsReader, VectorFormat
 from prelude.data.mixed_order import order_of, passes
 from prelude.data.order import DEFAULT_SHUFFLE, Shuffle
-from prelude.data.pipeline import EndlessLoader, run_pipeline, to_batch
+from prelude.data.partners import Partners
+from prelude.data.pipeline import EndlessLoader, images_read, run_pipeline, to_batch
 from prelude.data.remote_shards import shard_name
 from prelude.data.shards import ShardIndex, expand_shards, is_stream
 from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
@@ -65,22 +66,24 @@ def build_loader(
     if not isinstance(data, Mapping):
         urls = expand_shards(data, allow_commands)
         if any(map(is_stream, urls)):
-            return StreamingLoader(urls, plan, num_samples=num_samples, **_of_stream(urls, of_index), **common)
+            of_stream = _of_stream(urls, of_index, plan)
+            return StreamingLoader(urls, plan, num_samples=num_samples, **of_stream, **common)
         data = found(data, urls)
     if num_samples is not None:
         raise UserError(
             f"data.num_samples={num_samples} has no effect on shards that are files, which are counted; leave it out."
         )
     index = index_of(data, label=label, **of_index)
-    check_room(index, shuffle, seed, tell=rank == 0)
+    check_room(index, shuffle, seed, tell=rank == 0, anywhere=bool(plan.group))
     return Loader(index, plan, shuffle=shuffle, **common)
 
 
-def _of_stream(urls: list[str], of_index: dict) -> dict:
-    for key in ("select", "image"):
-        if of_index.get(key):
+def _of_stream(urls: list[str], of_index: dict, plan: ViewPlan) -> dict:
+    needs = {f"data.{key}": of_index.get(key) for key in ("select", "image")} | {"objective.pair_by": plan.group}
+    for key, given in needs.items():
+        if given:
             raise UserError(
-                f"data.{key} needs an index, and {next(filter(is_stream, urls))} is a stream; copy the shards to a "
+                f"{key} needs an index, and {next(filter(is_stream, urls))} is a stream; copy the shards to a "
                 f"disk, or leave it out."
             )
     return {key: of_index[key] for key in ("value_range", "max_pixels") if key in of_index}
@@ -115,7 +118,8 @@ class Loader(EndlessLoader):
         self.num_samples = index.num_samples
         self.fingerprint = index.fingerprint + (f"_{self.index.label_fingerprint()}" if label else "")
         self.findings = findings
-        self.reader = _reader(self.index, plan, seed, label, findings, "substitute", num_workers)
+        self.partners = Partners(index, plan.group, seed) if plan.group else None
+        self.reader = _reader(self.index, plan, seed, label, findings, "substitute", num_workers, self.partners)
         if rank == 0:
             self.bad.add_unindexed(index.problems)
             self.bad.add_unended(index.unended)
@@ -147,6 +151,7 @@ class Loader(EndlessLoader):
             "span": self.shuffle.span,
             "views": self.plan.fingerprint(),
             **({"findings": [self.findings.field, *self.findings.names]} if self.findings else {}),
+            **({"groups": self.partners.fingerprint} if self.partners else {}),
             **self._identity_of_parts(),
         }
 
@@ -156,6 +161,10 @@ class Loader(EndlessLoader):
             told = {"weight": part.weight, "num_samples": part.num_samples, "fingerprint": part.fingerprint}
             about |= {f"mix.{part.name}.{key}": value for key, value in told.items()}
         return about
+
+    def pairing(self) -> list[str]:
+        """Who may be whose partner, in a few words."""
+        return [self.partners.told()] if self.partners else []
 
     def mixture(self) -> list[str]:
         """What is drawn from each of several data sets, in a few words."""
@@ -187,7 +196,8 @@ class OnePass:
 
     def __init__(self, index, plan, batch_size, rank, world_size, num_workers, label, findings, seed, samples):
         self.index, self.num_workers = index.with_label(label), num_workers
-        self.reader = _reader(self.index, plan, seed, label, findings, "skip", num_workers)
+        partners = Partners(index, plan.group, seed) if plan.group else None
+        self.reader = _reader(self.index, plan, seed, label, findings, "skip", num_workers, partners)
         self.source = OnePassSource(index.num_samples, batch_size, rank, world_size, samples)
         self.bad = BadSamples()
 
@@ -197,7 +207,7 @@ class OnePass:
             for arrays in running:
                 for position, sample_id, reason in arrays["bad"]:
                     self.bad.add(self.index.shard_of(sample_id), reason, position, lambda: "")
-                self.bad.add_read(len(arrays["positions"]))
+                self.bad.add_read(images_read(arrays))
                 if len(arrays["positions"]):
                     yield to_batch(arrays)
         finally:
@@ -230,8 +240,8 @@ def _stages(source, reader: MicroBatchReader) -> list:
     return [source, ahead, functools.partial(announce, reader=reader), wds.map(reader)]
 
 
-def _reader(index, plan, seed, label, findings, on_bad, num_workers) -> MicroBatchReader:
+def _reader(index, plan, seed, label, findings, on_bad, num_workers, partners: Partners | None) -> MicroBatchReader:
     refuse_other_images(index, plan.channels)
     threads = 1 if num_workers else min(torch.get_num_threads(), 8)
     read_label = FindingsReader(label, findings) if findings else label_reader(index, label)
-    return MicroBatchReader(index, plan, seed, read_label, on_bad, threads)
+    return MicroBatchReader(index, plan, seed, read_label, on_bad, threads, partners)

@@ -83,7 +83,7 @@ class EndlessLoader(ABC):
             )
         self.close()
         self.samples = state["samples"]
-        if set(changed) - {"views"}:
+        if set(changed) - {"views", "groups"}:  # these leave the order of samples as it is
             self.samples = -(-self.samples // self.num_samples) * self.num_samples
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class EndlessLoader(ABC):
                 f"The sample at position {arrays['lost'][0]} cannot be read, and nor can {MAX_ATTEMPTS} others in its "
                 f"place; one of them is {find_key()} in {shard} ({reason}). Mend or replace data.shards."
             )
-        self.bad.add_read(len(arrays["positions"]))
+        self.bad.add_read(images_read(arrays))
 
 
 def run_pipeline(stages: list, num_workers: int) -> Iterator[dict]:
@@ -118,9 +118,15 @@ def run_pipeline(stages: list, num_workers: int) -> Iterator[dict]:
             yield arrays
 
 
+def images_read(arrays: dict) -> int:
+    """How many images a batch was made of: partners count, too."""
+    partner_ids = arrays.get("partner_ids")
+    return len(arrays["positions"]) + (0 if partner_ids is None else int((partner_ids != arrays["sample_ids"]).sum()))
+
+
 def to_batch(arrays: dict) -> Batch:
     """In page-locked memory where there is a GPU, so that the copy to it overlaps with the step."""
-    labels = arrays["labels"]
+    labels, partner_ids = arrays["labels"], arrays.get("partner_ids")
     batch = Batch(
         views=tuple(view.permute(0, 3, 1, 2) for view in arrays["views"]),
         boxes=torch.from_numpy(arrays["boxes"]),
@@ -129,6 +135,7 @@ def to_batch(arrays: dict) -> Batch:
         sample_ids=torch.from_numpy(arrays["sample_ids"]),
         positions=torch.from_numpy(arrays["positions"]),
         labels=None if labels is None else torch.from_numpy(labels),
+        partner_ids=None if partner_ids is None else torch.from_numpy(partner_ids),
     )
     return batch.pin_memory() if torch.cuda.is_available() else batch
 

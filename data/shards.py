@@ -25,7 +25,8 @@ import numpy as np
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder
-from prelude.data.kept_index import Shard, load_all, remembered
+from prelude.data.kept_files import remembered
+from prelude.data.kept_index import Shard, load_all
 from prelude.data.labels import extension_of, label_name
 from prelude.data.patterns import expand, is_remote
 from prelude.data.places import Chained, Places, Taken
@@ -129,6 +130,11 @@ class ShardIndex:
     @property
     def num_samples(self) -> int:
         return len(self.images)
+
+    @property
+    def identity(self) -> str:
+        """Changes with what is in the index; "" where it is not kept, so that nothing made of it is either."""
+        return self._identity
 
     @property
     def num_shards(self) -> int:

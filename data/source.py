@@ -4,7 +4,7 @@
   Worker w of n makes the micro-batches w, w + n, w + 2n, ..., so that a DataLoader hands them over in order.
 - `MicroBatchReader` (a `wds.map` stage) reads and decodes them into one buffer a view.
 - What comes out depends on positions alone. An unreadable sample is replaced by one that its position determines, so
-  that the micro-batch stays full and nobody else's samples move.
+  that the micro-batch stays full and nobody else's samples move. So is an unreadable partner, by another of its group.
 - Bytes are read by offset (pread): file positions are shared by forked processes, and a shard that has become shorter
   is a short read, where a memory map would kill the worker.
 """
@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import count
 from multiprocessing.pool import ThreadPool
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex
 from prelude.data.views import write_views
 from prelude.data.waiting import doing, moved, open_file
+
+if TYPE_CHECKING:
+    from prelude.data.partners import Partners
 
 MAX_ATTEMPTS = 16
 _LOOKED_AHEAD = 4096  # positions
@@ -115,7 +118,7 @@ def announce(steps, reader: "MicroBatchReader"):
     """Tells the operating system of each micro-batch's bytes one micro-batch early."""
     waiting = None
     for step in steps:
-        reader.will_read(step["sample_ids"])
+        reader.will_read(step["sample_ids"], step["positions"])
         if waiting is not None:
             yield waiting
         waiting = step
@@ -127,7 +130,8 @@ class MicroBatchReader:
     """Reads and decodes micro-batches.
 
     on_bad: "substitute" reads another sample in its place, at most 16 times; "skip" leaves the row out.
-    threads: decoding threads of this process; 1 in workers, whose number is the parallelism.
+    threads: decoding threads of this process; 1 in workers, whose number is the parallelism. partners: whom the plan's
+    partner views are of; None where it has none.
     """
 
     def __init__(
@@ -138,18 +142,19 @@ class MicroBatchReader:
         read_label: LabelReader | None,
         on_bad: Literal["substitute", "skip"],
         threads: int = 1,
+        partners: "Partners | None" = None,
     ):
         self.index, self.plan, self.seed, self.read_label, self.on_bad = index, plan, seed, read_label, on_bad
-        self.threads = threads
+        self.threads, self.partners = threads, partners
         self.files = OpenFiles(index.paths)
 
     def __call__(self, step: dict) -> dict:
         """Fills the arrays of one micro-batch.
 
-        Returns views (V tensors, each (B, H, W, C)), boxes, flips, seeds, sample_ids, positions and labels as in
-        `Batch` but numpy, `bad`: (position, sample id, reason) of each failed attempt, and `lost`: the positions for
-        which every attempt failed. Where the run cannot go on, `stopped` alone says why: an error would come out of a
-        worker as a traceback.
+        Returns views (V tensors, each (B, H, W, C)), boxes, flips, seeds, sample_ids, positions, labels and partner_ids
+        as in `Batch` but numpy, `bad`: (position, sample id, reason) of each failed attempt, and `lost`: the positions
+        for which every attempt failed. Where the run cannot go on, `stopped` alone says why: an error would come out of
+        a worker as a traceback.
         """
         try:
             return self._read_all(step)
@@ -161,6 +166,7 @@ class MicroBatchReader:
         seeds = [sample_seed(self.seed, position) for position in positions.tolist()]
         seen_as = self.index.value_range, self.index.max_pixels
         rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, *seen_as)
+        rows.partner_ids = None if self.partners is None else sample_ids.copy()
         fill = functools.partial(self._fill, rows, positions.tolist(), seeds, sample_ids)
         some = _in_runs(len(positions), self.threads)
         failures = [row for run in self._map(fill, some) for row in run]  # the failed attempts, and whether all failed
@@ -178,8 +184,10 @@ class MicroBatchReader:
             "lost": positions[lost].tolist(),
         }
 
-    def will_read(self, sample_ids: np.ndarray) -> None:
+    def will_read(self, sample_ids: np.ndarray, positions: np.ndarray) -> None:
         with contextlib.suppress(RunStopped):  # the read itself says what is wrong
+            if self.partners is not None:
+                sample_ids = np.concatenate([sample_ids, self.partners.first(sample_ids, positions.tolist())])
             for place in self._places(sample_ids, self.index.images):
                 self.files.will_read(*place)
 
@@ -194,8 +202,11 @@ class MicroBatchReader:
             pixels, failed = self._read_one(buffers, row, place, positions[row], sample_ids)
             tried.append((failed, pixels is None))
             if pixels is not None:
-                waiting.append((row, pixels))
-                held += pixels.nbytes
+                partner = pixels
+                if self.partners is not None:
+                    partner = self._read_partner(buffers, row, positions[row], int(sample_ids[row]), pixels, failed)
+                waiting.append((row, pixels, partner))
+                held += pixels.nbytes + (partner.nbytes if partner is not pixels else 0)
             if held > _HELD_BYTES:
                 buffers.write(waiting, seeds)
                 waiting, held = [], 0
@@ -218,6 +229,23 @@ class MicroBatchReader:
             if self.on_bad == "skip":
                 break
         return None, failed
+
+    def _read_partner(
+        self, buffers, row: int, position: int, sample_id: int, pixels: np.ndarray, failed: list
+    ) -> np.ndarray:
+        """The pixels of a sample's partner, or of those that come in its place, and at last the sample's own `pixels`.
+        Adds to the failed attempts."""
+        for partner in self.partners.in_turn(sample_id, position):
+            (place,) = self._places(np.array([partner]), self.index.images)
+            try:
+                found = buffers.decode(self.files.read(*place))
+            except BadImage as error:
+                failed.append((position, partner, str(error)))
+                continue
+            buffers.partner_ids[row] = partner
+            return found
+        buffers.partner_ids[row] = sample_id
+        return pixels
 
     def _label(self, sample_id: int, shard: int) -> np.ndarray | None:
         if self.read_label is None:
@@ -264,17 +292,19 @@ class MicroBatchBuffers:
         self.boxes = np.zeros((size, num_views, 4), np.int32)
         self.flips = np.zeros((size, num_views), bool)
         self.labels = None if read_label is None else np.zeros((size, *read_label.shape), read_label.dtype)
+        self.partner_ids: np.ndarray | None = None  # (size,) int64, where the plan has partner views
 
     def decode(self, image: bytes) -> np.ndarray:
         """(H, W, C). Raises BadImage."""
         return decode(image, value_range=self.value_range, channels=self.plan.channels, max_pixels=self.max_pixels)
 
-    def write(self, decoded: Sequence[tuple[int, np.ndarray]], seeds: Sequence[int]) -> None:
-        """The views of decoded images into their rows. decoded: (row, pixels); seeds: of every row."""
-        rows, images = [row for row, _ in decoded], [pixels for _, pixels in decoded]
-        if rows:
+    def write(self, decoded: Sequence[tuple[int, np.ndarray, np.ndarray]], seeds: Sequence[int]) -> None:
+        """The views of decoded images into their rows. decoded: (row, pixels, those of its partner); seeds: of every
+        row."""
+        if decoded:
+            rows, images, partners = map(list, zip(*decoded, strict=True))
             seeds = [seeds[row] for row in rows]
-            self.boxes[rows], self.flips[rows] = write_views(images, self.plan, seeds, self.pixels, rows)
+            self.boxes[rows], self.flips[rows] = write_views(images, self.plan, seeds, self.pixels, rows, partners)
 
     def write_label(self, row: int, label: np.ndarray | None) -> None:
         if label is not None:
@@ -285,9 +315,11 @@ class MicroBatchBuffers:
         self.views = tuple(view[torch.from_numpy(rows)] for view in self.views)
         self.boxes, self.flips = self.boxes[rows], self.flips[rows]
         self.labels = None if self.labels is None else self.labels[rows]
+        self.partner_ids = None if self.partner_ids is None else self.partner_ids[rows]
 
     def arrays(self) -> dict:
-        return {"views": self.views, "boxes": self.boxes, "flips": self.flips, "labels": self.labels}
+        arrays = {"views": self.views, "boxes": self.boxes, "flips": self.flips, "labels": self.labels}
+        return arrays | {"partner_ids": self.partner_ids}
 
 
 class OpenFiles:

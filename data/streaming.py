@@ -213,7 +213,8 @@ class StreamSource(IterableDataset):
                 extension = image_extension(members) or image_extension(members, arrays=True)
                 if extension is None:
                     raise BadImage("no image")
-                rows.write([(row, rows.decode(sample[extension]))], seeds)
+                pixels = rows.decode(sample[extension])
+                rows.write([(row, pixels, pixels)], seeds)
                 return int.from_bytes(hashlib.blake2b(f"{url}\0{key}".encode(), digest_size=8).digest(), "little") >> 1
             except BadImage as error:
                 self.bad.append((self.position, (url, key), str(error)))

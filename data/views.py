@@ -52,21 +52,21 @@ def write_views(
     seeds: Sequence[int],
     out: Sequence[Sequence[np.ndarray]],
     rows: Sequence[int],
+    partners: Sequence[np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write the views of N decoded images, that of image n and view v into `out[v][rows[n]]`; `out` as above.
 
+    partners: N decoded images that the plan's partner views are cut from; None where it has none.
     Returns boxes (N, V, 4) int32 and flips (N, V) bool.
     """
     generator = random.Random(0)  # seeded anew for each view: making one costs as much as two views' draws
-    drawn = []
-    for image, seed in zip(images, seeds, strict=True):
-        height, width, _ = image.shape
+    drawn, places = [], []
+    for image, partner, seed, row in zip(images, partners or images, seeds, rows, strict=True):
         for v, view in enumerate(plan.views):
+            source = partner if view.partner else image
             generator.seed(_view_seed(seed, v))
-            drawn.append(draw(view, height, width, generator))
-    places = [
-        (image, seed, row, v) for image, seed, row in zip(images, seeds, rows, strict=True) for v in range(len(out))
-    ]
+            drawn.append(draw(view, *source.shape[:2], generator))
+            places.append((source, seed, row, v))
     for (image, seed, row, v), (box, _) in zip(places, drawn, strict=True):
         view, target = plan.views[v], out[v][row]
         _write_crop(image, box, view.interpolation, target)

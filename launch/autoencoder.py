@@ -3,10 +3,11 @@
 import json
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from prelude.checkpoints import manifest
+from prelude.checkpoints.saved import open_tensors
 from prelude.checkpoints.store import Store
 from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
@@ -35,8 +36,8 @@ def open_autoencoder(source: str) -> MAE | None:
         return None
     model = build_objective(validate_config(config, f"the config of {run}", options_for))
     try:
-        model.load_state_dict(load_file(newest / manifest.MODEL))
-    except (OSError, RuntimeError) as error:
+        model.load_state_dict(dict(open_tensors(newest)))
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{newest} does not hold the autoencoder of its config ({error}); write another run.") from None
     return model.eval().requires_grad_(False)
 

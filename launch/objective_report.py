@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.checkpoints.export import export_encoder
+from prelude.checkpoints.saved import open_tensors
 from prelude.data.errors import RunStopped, UserError
 from prelude.launch import objective_ranks as ranks
 from prelude.launch.children import run_door
@@ -198,7 +199,7 @@ class Runs:
         return {name: value.double() - self.start[name].double() for name, value in self.weights(world, case).items()}
 
     def weights(self, world: int, case: str) -> dict[str, Tensor]:
-        return load_file(self._done(world, case) / "checkpoints" / f"step-{NUM_STEPS:08d}" / "model.safetensors")
+        return dict(open_tensors(self._done(world, case) / "checkpoints" / f"step-{NUM_STEPS:08d}"))
 
     def folder_of(self, world: int, case: str) -> Path:
         return self._done(world, case)

@@ -4,7 +4,8 @@ import errno
 import os
 from pathlib import Path
 
-from prelude.checkpoints.store import Store, read_meta, refuse_incomplete
+from prelude.checkpoints.saved import read_meta, refuse_incomplete
+from prelude.checkpoints.store import Store
 from prelude.data.errors import UserError
 from prelude.launch.run_folder import not_written, through_a_link
 from prelude.objectives import options_for

@@ -19,11 +19,15 @@ import argparse
 from prelude.launch.arguments import documented_parser, parse, path, whole
 from prelude.launch.combinations import combinations_of
 from prelude.launch.exit_codes import door
+from prelude.launch.pretrain import refuse_absent_data
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     combinations = combinations_of(args.recipe, args.overrides, args.out)
+    if not (args.slurm or args.table):  # which need no data here
+        for combination in combinations:
+            refuse_absent_data(combination.config)
     from prelude.launch.sweeping import sweep
 
     return sweep(args, combinations)

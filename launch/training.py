@@ -156,9 +156,9 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
 
 
 def mixture_of(loader) -> list[str]:
-    """One line, where several data sets are mixed."""
-    found = loader.mixture() if isinstance(loader, Loader) else []
-    return [f"mixed: {'; '.join(found)}"] if found else []
+    """A line where several data sets are mixed, and one where images have partners."""
+    found = {"mixed": loader.mixture(), "pairs": loader.pairing()} if isinstance(loader, Loader) else {}
+    return [f"{what}: {'; '.join(told)}" for what, told in found.items() if told]
 
 
 def tell_weights(sentence: str) -> None:
@@ -178,7 +178,7 @@ def dry_run(config: Config, asked: Asked) -> int:
         planned.add_row("weights", start.sentence)
     planned.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
     for line in mixture_of(loader):
-        planned.add_row("mixed", line.removeprefix("mixed: "))
+        planned.add_row(*line.split(": ", 1))
     planned.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     try:
         planned.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))

@@ -29,6 +29,7 @@ OURS = {
     "ijepa": "prelude.objectives.ijepa:IJEPA",
     "lejepa": "prelude.objectives.lejepa:LeJEPA",
     "mae": "prelude.objectives.mae:MAE",
+    "msbreg": "prelude.objectives.msbreg:MSBReg",
     "rotation": "prelude.objectives.rotation:Rotation",
     "simmim": "prelude.objectives.simmim:SimMIM",
     "spark": "prelude.objectives.spark:SparK",

@@ -79,6 +79,7 @@ class LeJEPA(SeveralViews):
         pooled = torch.cat(pooled)  # (V * n, D_encoder), view after view
         embeddings = self.projector(pooled).unflatten(0, (len(views), -1))  # (V, n, D)
         loss = self.loss(embeddings, self.directions(embeddings, progress), counts)
+        loss = self.with_dynamics(loss, embeddings, batch, counts)
         return Loss(loss.total, loss.parts | feature_health(pooled[: len(batch)].detach()))
 
     def directions(self, embeddings: Tensor, progress: Progress) -> Tensor:

@@ -13,6 +13,8 @@ predicts the pixels of the hidden ones:
 - Two switches by later papers: `mask_block` hides squares of patches (Pixio), and `decoder: cross` predicts each hidden
   patch from the visible ones alone, a part of them if `predicted_share` says so (CrossMAE, see
   `objectives/cross_blocks.py`).
+- A second target by a third one: with `gradient_weight` a decoder of its own predicts the gradient map of the hidden
+  patches from the same features (Uni4Eye, see `objectives/gradient_map.py`).
 """
 
 from dataclasses import dataclass
@@ -24,20 +26,20 @@ from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
-from prelude.objectives.cross_blocks import CrossBlocks
+from prelude.objectives.gradient_map import gradient_map
 from prelude.objectives.masking import PatchMask, in_squares, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MAEOptions
+from prelude.objectives.patch_decoder import DecodesPatches, PatchDecoder
 from prelude.objectives.patch_target import target_statistics
 from prelude.objectives.pictures import sheet
-from prelude.objectives.token_blocks import LayerNorm, transformer_blocks, xavier_init
+from prelude.objectives.token_blocks import xavier_init
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import EncoderSummary, block_maps, check_encoder, forward_tokens, token_layout
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
-from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import denormalise, unit_pixels
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.kept_patches import gather_patches, prefix_tokens, run_blocks
+from prelude.pretrain.kept_patches import gather_patches, prefix_tokens
 from prelude.pretrain.objective import Loss, Objective
-from prelude.pretrain.position import sincos_table
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.warm_start import drawn_parts, is_warm
 
@@ -52,9 +54,18 @@ class Reconstruction:
     pixels: Tensor  # (B, R, p_h * p_w * C), the same order
     mask: PatchMask
     ids: Tensor  # (B, R): which patches these are, among `mask.removed`
+    gradient: "Gradients | None" = None  # where the gradient map is a target
 
 
-class MAE(Objective):
+@dataclass(frozen=True)
+class Gradients:
+    """The same of the gradient map; each (B, R, p_h * p_w)."""
+
+    predicted: Tensor
+    target: Tensor
+
+
+class MAE(DecodesPatches, Objective):
     Options = MAEOptions
 
     def __init__(self, encoder: nn.Module, options: MAEOptions, *, image_size, mean, std):
@@ -70,19 +81,11 @@ class MAE(Objective):
         share = options.predicted_share
         self.num_predicted = hidden if share is None else min(max(round(self.num_patches * share), 1), hidden)
 
-        dim, depth, heads = options.decoder_dim, options.decoder_depth, options.decoder_num_heads
-        self.crosses = options.decoder == "cross"
-        if not self.crosses:
-            self.decoder_embed = nn.Linear(layout.width, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        area = self.patch_size[0] * self.patch_size[1]  # pixels
+        self.add_decoder(encoder, layout, options, area * self.views.channels)
         if self.crosses:
-            self.decoder_blocks = CrossBlocks(len(encoder.blocks) + 1, layout.width, dim, depth, heads)
             encoder.norm.requires_grad_(False)  # the decoder reads maps before it: no gradient would ever come
-        else:
-            self.decoder_blocks = transformer_blocks(dim, depth, heads)
-        self.decoder_norm = LayerNorm(dim)
-        self.decoder_pred = nn.Linear(dim, self.patch_size[0] * self.patch_size[1] * self.views.channels)
-        self.register_buffer("decoder_pos_embed", sincos_table(dim, self.grid), persistent=False)  # (L, dim)
+        self.gradient_decoder = PatchDecoder(encoder, layout, options, area) if options.gradient_weight else None
         self._initialise()
 
     @classmethod
@@ -129,9 +132,21 @@ class MAE(Objective):
 
     def decode(self, images: Tensor, latent: Tensor | list[Tensor], mask: PatchMask, ids: Tensor) -> Reconstruction:
         """latent: what `encode` returns. ids: (B, R), the hidden patches that are predicted."""
-        pixels = gather_patches(images, self.patch_size, ids)  # (B, R, C, p_h, p_w)
-        predicted = self._cross(latent, ids) if self.crosses else self._decode(latent, mask)
-        return Reconstruction(predicted, rearrange(pixels, "b r c h w -> b r (h w c)"), mask, ids)
+        checkpointing, gradient = self.encoder.grad_checkpointing, None
+        if self.gradient_decoder is not None:
+            predicted = self.gradient_decoder.predict(latent, mask, ids, checkpointing=checkpointing)
+            gradient = Gradients(predicted, self._values(self.gradient_of(images), ids))
+        predicted = self.predict(latent, mask, ids, checkpointing=checkpointing)
+        return Reconstruction(predicted, self._values(images, ids), mask, ids, gradient)
+
+    def gradient_of(self, images: Tensor) -> Tensor:
+        """The gradient map of normalised images, (B, C, H, W) to (B, 1, H, W), in float32 at least."""
+        with torch.autocast(images.device.type, enabled=False):
+            return gradient_map(unit_pixels(images, self.views))
+
+    def _values(self, images: Tensor, ids: Tensor) -> Tensor:
+        """(B, R, p_h * p_w * C) of patches ids."""
+        return rearrange(gather_patches(images, self.patch_size, ids), "b r c h w -> b r (h w c)")
 
     def loss(self, reconstruction: Reconstruction) -> Loss:
         """Mean squared error on hidden patches.
@@ -141,17 +156,25 @@ class MAE(Objective):
         `norm_pix_loss`, n being the values of a patch, and less where patches are flat.
         """
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
+            gradient = self._gradient_loss(reconstruction.gradient)
             mean, scale = target_statistics(reconstruction.pixels, self.options.norm_pix_loss)
             target = (reconstruction.pixels - mean) / scale
             residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * C)
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
-            return Loss(
-                error.mean(),
-                {
-                    "pixel_mse": (error.detach() * scale.square()).mean(),
-                    TRIVIAL_LOSS: target.detach().square().mean(),
-                },
-            )
+            parts = {
+                "pixel_mse": (error.detach() * scale.square()).mean(),
+                TRIVIAL_LOSS: target.detach().square().mean() + gradient.parts.pop(TRIVIAL_LOSS, 0.0),
+            }
+            return Loss(error.mean() + gradient.total, parts | gradient.parts)
+
+    def _gradient_loss(self, gradient: Gradients | None) -> Loss:
+        """The weighted mean squared error on the gradient maps of hidden patches; trivial is their mean everywhere."""
+        if gradient is None:
+            return Loss(0.0, {})
+        weight, target = self.options.gradient_weight, gradient.target
+        error = (gradient.predicted.to(target.dtype) - target).square().mean()
+        trivial = weight * target.var(correction=0)
+        return Loss(weight * error, {"gradient_mse": error.detach(), TRIVIAL_LOSS: trivial})
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:
@@ -168,7 +191,20 @@ class MAE(Objective):
         where = result.ids[..., None].expand_as(restored)
         panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
         drawn = [denormalise(unpatchify(panel, self.patch_size, self.grid), self.views) for panel in panels]
-        return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
+        pictures = {"reconstruction": sheet(torch.stack(drawn, dim=1))}
+        if result.gradient is not None:
+            pictures["gradient"] = self._gradient_picture(self.gradient_of(images), result)
+        return pictures
+
+    def _gradient_picture(self, maps: Tensor, result: Reconstruction) -> Image.Image:
+        """Hidden, predicted and true gradient maps, (B, 1, H, W), each image's as bright as its true one allows."""
+        brightest = maps.amax((1, 2, 3)).clamp(min=1e-6)[:, None, None]
+        original = patchify(maps, self.patch_size) / brightest  # (B, L, P)
+        where = result.ids[..., None].expand_as(result.gradient.predicted)
+        restored = result.gradient.predicted.to(original.dtype) / brightest
+        panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
+        drawn = [255 * unpatchify(panel, self.patch_size, self.grid).expand(-1, 3, -1, -1) for panel in panels]
+        return sheet(torch.stack(drawn, dim=1).round().clamp(0, 255).to(torch.uint8))
 
     def restored(self, reconstruction: Reconstruction) -> Tensor:
         """(B, R, p_h * p_w * C) predictions as normalised pixels, with the true mean and deviation of each patch where
@@ -176,41 +212,17 @@ class MAE(Objective):
         mean, scale = target_statistics(reconstruction.pixels, self.options.norm_pix_loss)
         return reconstruction.predicted.to(scale.dtype) * scale + mean
 
-    def _decode(self, latent: Tensor, mask: PatchMask) -> Tensor:
-        """Decoder over the whole image, read out at the hidden patches. Returns (B, R, p_h * p_w * C).
-
-        Tokens stay in the order prefix, visible, hidden, each with the position of its own patch. Attention
-        does not see the order, so the result is that of the paper's raster order without unshuffling.
-        """
-        prefix = latent.shape[1] - mask.keep.shape[1]  # prefix tokens have no place in the image: position zero
-        tokens = self.decoder_embed(latent)  # (B, prefix + K, dim)
-        positions = self.decoder_pos_embed
-        tokens = torch.cat(
-            [
-                tokens[:, :prefix].to(positions.dtype),
-                tokens[:, prefix:] + positions[mask.keep],
-                self.mask_token + positions[mask.removed],
-            ],
-            dim=1,
-        )  # (B, prefix + L, dim)
-        tokens = run_blocks(self.decoder_blocks, tokens, checkpointing=self.encoder.grad_checkpointing)
-        hidden = tokens[:, -mask.removed.shape[1] :]
-        return self.decoder_pred(self.decoder_norm(hidden))
-
-    def _cross(self, maps: list[Tensor], ids: Tensor) -> Tensor:
-        """CrossMAE's decoder. Returns (B, R, p_h * p_w * C)."""
-        queries = self.mask_token + self.decoder_pos_embed[ids]  # (B, R, dim)
-        decoded = self.decoder_blocks(queries, maps, checkpointing=self.encoder.grad_checkpointing)
-        return self.decoder_pred(self.decoder_norm(decoded))
-
     def _initialise(self) -> None:
         """As the official code starts; an encoder that comes with weights keeps them."""
         for part in drawn_parts(self, *self.children()):
             xavier_init(part)
-        tokens = [self.mask_token]
+        of_decoders = [self.mask_token]
+        if self.gradient_decoder is not None:
+            of_decoders.append(self.gradient_decoder.mask_token)
+        tokens = of_decoders
         if not is_warm(self.encoder):
             self._initialise_patches(self.encoder.patch_embed.proj)
-            tokens = [*prefix_tokens(self.encoder), self.mask_token]
+            tokens = [*prefix_tokens(self.encoder), *of_decoders]
         for token in tokens:
             nn.init.normal_(token, std=0.02)
 

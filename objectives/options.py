@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prelude.pretrain.options import AreaRange, Count, Options, Positive
+from prelude.pretrain.options import AreaRange, Count, Options, Positive, Text
 
 Strategy = Literal["otsu_components", "quantiles"]  # how DSeq-JEPA cuts regions, see `regions`
 
@@ -46,6 +46,11 @@ class SecondView(ColourOptions):
 class SeveralViewsOptions(Options):
     projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
     flip: float = Field(0.5, ge=0, le=1)  # probability
+    # Field that images of one group (a patient, a place, a track) have in common, such as json:patient: every second
+    # view is then of another image of the group. None: all views are of one image.
+    pair_by: Text | None = None
+    singular_value_weight: float = Field(0.0, ge=0)  # of MSBReg's terms beside the loss, see `embedding_dynamics`
+    brownian_weight: float = Field(0.0, ge=0)
 
     @field_validator("projector")
     @classmethod
@@ -70,6 +75,24 @@ class VICRegOptions(TwoViewsOptions):
     invariance_weight: float = Field(25.0, ge=0)
     variance_weight: float = Field(25.0, ge=0)
     covariance_weight: float = Field(1.0, ge=0)
+
+
+class MSBRegOptions(TwoViewsOptions):
+    projector: list[int] = [4096, 256]
+    predictor: list[int] = [4096]  # widths of its hidden layers; its last layer is as wide as the projector's
+    num_views: int = Field(2, ge=2)  # with the colours of view_1 and view_2 in turn
+    centroid: Literal["views", "mean"] = "views"  # what is drawn to the teacher's centroid: each view, or their mean
+    singular_value_weight: float = Field(0.04, ge=0)
+    brownian_weight: float = Field(0.1, ge=0)
+    momentum: float = Field(0.99, ge=0, le=1)  # of the teacher, at the start
+    momentum_end: float = Field(1.0, ge=0, le=1)  # at the end; half a cosine over the run
+
+    @field_validator("predictor")
+    @classmethod
+    def _predictor_has_layers(cls, value):
+        if not value or min(value) < 1:
+            raise ValueError("write the widths of its hidden layers, such as [4096]")
+        return value
 
 
 class LeJEPAColours(ColourOptions):
@@ -159,6 +182,7 @@ class MAEOptions(Options):
     mask_block: int = Field(1, ge=1)  # patches are hidden in squares of so many a side; 4 in Pixio
     decoder: Literal["self", "cross"] = "self"  # cross: CrossMAE's, whose queries see visible patches alone
     predicted_share: float | None = Field(None, gt=0, lt=1)  # of all patches; None: all that are hidden
+    gradient_weight: float = Field(0.0, ge=0)  # of the gradient map as a second target, with a decoder of its own
     norm_pix_loss: bool = True  # predict patches of mean 0 and variance 1 rather than plain pixels
     decoder_dim: int = Field(512, ge=4)
     decoder_depth: int = Field(8, ge=1)
@@ -235,6 +259,7 @@ OPTIONS: dict[str, type[Options]] = {
     "ijepa": IJEPAOptions,
     "lejepa": LeJEPAOptions,
     "mae": MAEOptions,
+    "msbreg": MSBRegOptions,
     "rotation": RotationOptions,
     "simmim": SimMIMOptions,
     "spark": SparKOptions,

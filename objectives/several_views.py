@@ -5,11 +5,14 @@
 - Views belong to the view plan: crops and flips are drawn in the loader, colours on the device, by the sample's seed.
 - The batch is the global one: batch norm, in encoder and projector, is over all ranks, and a loss is told how many rows
   each rank has, so that its statistics are too. Micro-batches would be another loss, and are refused.
+- With `pair_by` the second view, and every second one of more, is of another image of the same group.
 - `TwoViews` makes a forward pass of each view, so that every batch norm sees one view at a time.
+- MSBReg's two terms (`objectives/embedding_dynamics.py`) can stand beside any of these losses.
 - Embeddings reach the loss in float32 at least, under any autocast.
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, Photometric, View, ViewPlan
+from prelude.objectives.embedding_dynamics import brownian, kicks, singular_values, unit
 from prelude.objectives.options import ColourOptions, SeveralViewsOptions, TwoViewsOptions
 from prelude.objectives.pictures import sheet
 from prelude.objectives.projector import projector
@@ -24,7 +28,7 @@ from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.collectives import row_counts
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import pooled_width
-from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss, Objective
@@ -44,7 +48,9 @@ class SeveralViews(Objective):
 
     def __init__(self, encoder: nn.Module, options: SeveralViewsOptions, *, image_size, mean, std):
         super().__init__(encoder, options, image_size=image_size, mean=mean, std=std)
-        self.views = ViewPlan(views=self.planned_views(image_size), mean=mean, std=std)
+        views, group = self.planned_views(image_size), options.pair_by or ""
+        views = tuple(replace(view, partner=bool(group) and number % 2 == 1) for number, view in enumerate(views))
+        self.views = ViewPlan(views=views, mean=mean, std=std, group=group)
         self.projector = projector(pooled_width(encoder), options.projector, bias=self.projector_bias)
         synchronise(self)
 
@@ -60,6 +66,34 @@ class SeveralViews(Objective):
 
     @abstractmethod
     def planned_views(self, image_size: tuple[int, int]) -> tuple[View, ...]: ...
+
+    def regularised(self, total: Tensor, rows: Tensor, directions: Tensor, counts: list[int]) -> Loss:
+        """`total` with the weighted terms of `embedding_dynamics`, and as parts what they are without their weights.
+
+        rows: (V, n, D) embeddings of length 1; directions: (n, D) of length 1; counts: each rank's n.
+        """
+        o, parts = self.options, {}
+        if o.singular_value_weight:
+            parts["singular_values"] = singular_values(rows, counts)
+            total = total + o.singular_value_weight * parts["singular_values"]
+        if o.brownian_weight:
+            parts["brownian"] = brownian(rows, directions, counts)
+            total = total + o.brownian_weight * parts["brownian"]
+        return Loss(total, {name: part.detach() for name, part in parts.items()})
+
+    def with_dynamics(self, loss: Loss, embeddings: Tensor, batch: Batch, counts: list[int]) -> Loss:
+        """A loss of this kind with MSBReg's terms beside it, where they are switched on. embeddings: (V, n, D).
+
+        Views that have nothing in common have the singular values of V * N random directions.
+        """
+        o, width = self.options, embeddings.shape[-1]
+        if not (o.singular_value_weight or o.brownian_weight):
+            return loss
+        with torch.autocast(embeddings.device.type, enabled=False):
+            (rows,) = full_precision(embeddings)
+            total, parts = self.regularised(loss.total, unit(rows), kicks(batch.seeds, width), counts)
+        by_chance = o.singular_value_weight * (width - 1) / (len(embeddings) * sum(counts))
+        return Loss(total, loss.parts | parts | {TRIVIAL_LOSS: loss.parts[TRIVIAL_LOSS] + by_chance})
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self.encoder, self.projector]
@@ -87,7 +121,8 @@ class TwoViews(SeveralViews):
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         counts = row_counts(len(batch))
         pooled = [self.encoder(view) for view in device_images(batch, self.views)]  # each (n, D_encoder)
-        loss = self.loss(*map(self.projector, pooled), counts)
+        embeddings = [self.projector(features) for features in pooled]  # each (n, D)
+        loss = self.with_dynamics(self.loss(*embeddings, counts), torch.stack(embeddings), batch, counts)
         return Loss(loss.total, loss.parts | feature_health(pooled[0].detach()))
 
     @abstractmethod

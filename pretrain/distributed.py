@@ -11,6 +11,8 @@ import logging
 import os
 import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -26,6 +28,7 @@ from prelude.pretrain.meeting import meet
 
 RANK_TIMEOUT = 600.0  # seconds, where no config says otherwise
 _WARN_AFTER = 60.0
+_LEAVING = 60.0  # more than a thread takes that ends this process
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -122,6 +125,7 @@ def _binding(backend: str) -> dict:
 
 class _Watching:
     watch: attendance.Watch | None = None
+    ended_by_a_thread = False  # which tells the others so first
 
 
 def stop() -> None:
@@ -136,6 +140,7 @@ def stop() -> None:
 
 def left(code: int, why: str = "") -> None:
     """Tells the other ranks that this one ends, and how; what they wait for from now on they need not wait for."""
+    _Watching.ended_by_a_thread = threading.current_thread() is not threading.main_thread()
     watch, _Watching.watch = _Watching.watch, None
     if watch:
         watch.leave(code, why)
@@ -147,6 +152,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if _Watching.ended_by_a_thread:
+            time.sleep(_LEAVING)  # who heard that this rank leaves may close connections before it has left
         stopped = _Watching.watch and _Watching.watch.explain(error)
         if not stopped:
             raise
@@ -210,6 +217,24 @@ def total(*values: float) -> list[float]:
 def _hosts() -> dist.ProcessGroup:
     """All ranks, by a backend for tensors in host memory. Collective when first called."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+class Aside:
+    """The ranks among themselves, for a thread: what it says meets nothing of what the main threads say meanwhile.
+
+    Collective when it is made. Raises RuntimeError where a rank is lost.
+    """
+
+    def __init__(self):
+        self.rank, self.world_size = rank(), world_size()
+        # A disk may take its time; who is gone is found out by `attendance`.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+    def told_to_first(self, value) -> list | None:
+        """Each rank's value (any picklable object), on rank 0; None elsewhere."""
+        values = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values
 
 
 def of_all(value) -> list:

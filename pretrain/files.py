@@ -40,17 +40,24 @@ def whole(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
     draft = draft or path.with_name(f".tmp-{path.name}")
     remove(draft)
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666)
-        with open(descriptor, "wb") as file:
+        with created(draft) as file:  # synced: the replaced file could else come up empty after a power cut
             yield file
-            file.flush()
-            os.fsync(descriptor)  # or the replaced file could come up empty after a power cut
         os.replace(draft, path)
     except BaseException:
         with suppress(OSError):
             remove(draft)
         raise
     sync_to_disk(path.parent)
+
+
+@contextmanager
+def created(path: Path) -> Iterator[BinaryIO]:
+    """A new file, whose bytes are on the disk when the context ends. Raises OSError where something has its name."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666)
+    with open(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(descriptor)
 
 
 def save_file(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:

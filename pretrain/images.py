@@ -27,8 +27,13 @@ def denormalise(images: Tensor, plan: ViewPlan) -> Tensor:
     Red, green and blue are the first three channels, or those of `plan.shown`; one alone is grey, and of two the blue
     is black.
     """
+    return shown(unit_pixels(images.float(), plan) * 255, plan)
+
+
+def unit_pixels(images: Tensor, plan: ViewPlan) -> Tensor:
+    """The inverse of `normalise` in floating point: (B, C, H, W) to the same in [0, 1]."""
     mean, std = _statistics(plan, images.device)
-    return shown(((images.float() * std + mean) * 255), plan)
+    return images * std + mean
 
 
 def shown(pixels: Tensor, plan: ViewPlan) -> Tensor:

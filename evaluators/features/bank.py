@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prelude.checkpoints.store import sync_to_disk
 from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
@@ -38,6 +37,7 @@ from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Extractor, NothingReadable
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts
+from prelude.pretrain.files import sync_to_disk
 from prelude.pretrain.sameness import refuse_differences
 
 FORMAT = 2

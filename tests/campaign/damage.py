@@ -8,20 +8,20 @@ from pathlib import Path
 
 from runs_of_campaign import Bench, require
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
-WAYS = ("cut", "emptied", "zeroed", "a byte changed", "missing", "a folder", "garbage")
+WAYS = ("cut", "emptied", "zeroed", "a byte changed", "missing", "a folder", "garbage", "of another run")
 
 
 def case(bench: Bench, draw: random.Random, name: str, number: int, counts: Counter) -> None:
     """Number tells which file and how, so that a campaign meets all; the draw tells where, and how many checkpoints."""
     run = bench.folder / name
     shutil.copytree(bench.crashed(), run)
-    file, way = FILES[number % len(FILES)], WAYS[number // len(FILES) % len(WAYS)]
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    files = sorted(path.name for path in checkpoints[0].iterdir())
+    file, way = files[number % len(files)], WAYS[number // len(files) % len(WAYS)]
     all_of_them = draw.random() < 0.4
     spoilt = checkpoints if all_of_them else checkpoints[-1:]
     for checkpoint in spoilt:
-        spoil(checkpoint / file, way, draw)
+        spoil(checkpoint / file, way, draw, bench.folder / "unbroken" / "checkpoints" / "step-00000024" / file)
     if draw.random() < 0.3:
         spoil(run / "checkpoints" / "latest", draw.choice(WAYS[:5]), draw)
     counts[f"{file} {way}, in {'every checkpoint' if all_of_them else 'the newest checkpoint'}"] += 1
@@ -37,7 +37,8 @@ def case(bench: Bench, draw: random.Random, name: str, number: int, counts: Coun
     require(snapshot(run) == before, "a refused start changed the run folder", started)
 
 
-def spoil(path: Path, way: str, draw: random.Random) -> None:
+def spoil(path: Path, way: str, draw: random.Random, other: Path | None = None) -> None:
+    """other: what has its name in another run."""
     content = bytearray(path.read_bytes())
     path.unlink()
     match way:
@@ -54,6 +55,8 @@ def spoil(path: Path, way: str, draw: random.Random) -> None:
             path.mkdir()
         case "garbage":
             path.write_bytes(draw.randbytes(len(content)))
+        case "of another run":
+            shutil.copy(other, path)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

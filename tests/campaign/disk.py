@@ -15,18 +15,21 @@ from runs_of_campaign import NUM_STEPS, Bench, require
 def fault(bench: Bench, draw: random.Random, name: str, number: int, counts: Counter) -> None:
     """Number tells the kind, so that a campaign meets all."""
     kinds = (small_files, full_disk, full_from_the_start, read_only, in_the_way, unreadable, logs_that_cannot_be)
+    kinds = kinds[:2] if bench.ranks > 1 else kinds  # the others are met by rank 0 alone
     kind = kinds[number % len(kinds)]
     counts[kind(bench, draw, bench.folder / name)] += 1
 
 
 def small_files(bench: Bench, draw: random.Random, run: Path) -> str:
-    """No file may be longer than some bytes, as under `ulimit -f`."""
-    largest = max(path.stat().st_size for path in (bench.folder / "unbroken").rglob("*.safetensors"))
-    started = bench.start(run, file_limit=draw.randrange(512, largest))
+    """No file may be longer than some bytes, as under `ulimit -f`; of several ranks, of one's."""
+    rank = draw.randrange(bench.ranks)
+    mine = f"*-{rank:05d}-of-*.safetensors" if bench.ranks > 1 else "*.safetensors"
+    largest = max(path.stat().st_size for path in (bench.folder / "unbroken").rglob(mine))
+    started = bench.start(run, file_limit={rank: draw.randrange(512, largest)})
     started.wait()
-    require(started.refused_in_words(2, 3), f"exit code {started.code}", started)
+    require(started.refused_in_words(2, 3), f"exit codes {started.codes}", started)
     bench.finishes(run, resumed_at=bench.newest(run))
-    return "files that may not grow"
+    return "files that may not grow" + (f", of rank {rank}" if bench.ranks > 1 else "")
 
 
 def full_disk(bench: Bench, draw: random.Random, run: Path) -> str:

@@ -3,10 +3,13 @@ that nobody disturbed, or be refused in a sentence.
 
     python tests/campaign/kills.py --kills 100 --faults 40 --damaged 60 --seed 0
 
-Each start is a real `prelude pretrain` of a small encoder on the embedded shapes, one process on the CPU. Runs that are
+Each start is a real `prelude pretrain` of a small encoder on the embedded shapes, on the CPU. Runs that are
 killed take turns with the objectives (--objectives), faults and damage meet the first of them. What is drawn depends on
---seed alone; where a signal meets the run depends on the machine too. With --folder, cases that were right
-before are not repeated, so that a campaign can be cut short and taken up again. Exit code 1 where anything was wrong.
+--seed alone; where a signal meets the run depends on the machine too. With --folder, cases that were right before are
+not repeated, so that a campaign can be cut short and taken up again. Exit code 1 where anything was wrong.
+
+With --ranks 2 (or both, --ranks 1 2, where two ranks have a third of the cases) each start has two ranks, which write
+their parts of a checkpoint: one of them is killed, or both, or one finds its disk full.
 """
 
 import argparse
@@ -29,7 +32,9 @@ import disk
 from runs_of_campaign import NUM_STEPS, OBJECTIVES, Bench, Wrong, require
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-MOMENTS = ("at any time", "after a step", "in a save")
+AT_A_FILE = "at a file operation"
+MOMENTS = ("at any time", "after a step", "in a save", AT_A_FILE)
+FILE_OPERATIONS = (240, 90)  # of rank 0, and of another, in a run: some more than there are
 KILLS_OF_A_RUN = 5
 
 
@@ -38,19 +43,22 @@ def killed_run(bench: Bench, draw: random.Random, name: str, kills: int, counts:
     run, best = bench.folder / name, 0
     for _ in range(kills):
         number, moment = draw.choice(SIGNALS), draw.choice(MOMENTS)
-        started = bench.start(run, f"data.num_workers={draw.choice((0, 0, 0, 1))}")
+        met = draw.choice(([0], [1], [0, 1]) if bench.ranks > 1 else ([0],))
+        killed_at = {}
+        if moment == AT_A_FILE:
+            number, killed_at = signal.SIGKILL, {rank: draw.randrange(FILE_OPERATIONS[rank]) for rank in met}
+        started = bench.start(run, f"data.num_workers={draw.choice((0, 0, 0, 1))}", killed_at=killed_at)
         _wait_for(moment, draw, bench, run, started)
-        over = started.poll() is not None
-        started.send(number)
-        code = started.wait()
+        over = started.poll() == 0
+        if not killed_at:
+            started.send(number, met)
+        started.wait()
         if over:
-            require(code == 0, f"{moment}: ended by itself with {code}", started)
             counts["ended before the signal"] += 1
         else:
-            codes = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (75, 0), signal.SIGINT: (75, 130, 0)}[number]
-            require(code in codes, f"{signal.Signals(number).name} {moment}: exit code {code}", started)
-            require("Traceback" not in started.told, "a traceback", started)
-            counts[f"{signal.Signals(number).name} {moment}"] += 1
+            name = signal.Signals(number).name
+            _ended_well(started, number, met, f"{name} {moment}")
+            counts[f"{name} {moment}" + (f" to rank {' and '.join(map(str, met))}" if bench.ranks > 1 else "")] += 1
         saved = bench.newest(run)
         require(saved >= best, f"step {best} was saved, and after {moment} step {saved} is the newest", started)
         best = saved
@@ -59,8 +67,21 @@ def killed_run(bench: Bench, draw: random.Random, name: str, kills: int, counts:
     bench.finishes(run, resumed_at=best)
 
 
+def _ended_well(started, number: signal.Signals, met: list[int], what: str) -> None:
+    """A rank that lives on when another is killed says so and leaves; a stop is all ranks'."""
+    asked = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (75, 0), signal.SIGINT: (75, 130, 0)}[number]
+    others = (3, 0) if number == signal.SIGKILL else asked
+    for rank, code in started.codes.items():
+        allowed = asked + others if rank in met else others  # who is to be killed may hear of the other's death before
+        require(code in allowed, f"{what}: exit code {code} of rank {rank}", started)
+    require("Traceback" not in started.told, f"{what}: a traceback", started)
+
+
 def _wait_for(moment: str, draw: random.Random, bench: Bench, run: Path, started) -> None:
     """Returns at the moment, or once the start is over."""
+    if moment == AT_A_FILE:
+        started.wait()
+        return
     until = time.monotonic() + draw.uniform(0, bench.seconds)
     if moment == "at any time":
         while time.monotonic() < until and started.poll() is None:
@@ -76,12 +97,12 @@ def _wait_for(moment: str, draw: random.Random, bench: Bench, run: Path, started
 
 
 class Campaign:
-    """Cases by name, and what became of them."""
+    """Cases by name, and what became of them. ranks: of each start."""
 
-    def __init__(self, folder: Path, objectives: Sequence[str], seed: int):
+    def __init__(self, folder: Path, objectives: Sequence[str], seed: int, ranks: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)  # some starts are made without the rights of root
-        self.folder, self.objectives, self.benches = folder, objectives, {}
+        self.folder, self.objectives, self.ranks, self.benches = folder, objectives, ranks, {}
         self.seed, self.counts, self.wrong = seed, Counter(), []
         self.record = folder / f"right-{seed}.jsonl"
         lines = self.record.read_text().splitlines() if self.record.exists() else []
@@ -112,7 +133,7 @@ class Campaign:
 
     def _bench(self, objective: str) -> Bench:
         if objective not in self.benches:
-            self.benches[objective] = Bench(self.folder / objective, objective)
+            self.benches[objective] = Bench(self.folder / objective, objective, self.ranks)
         return self.benches[objective]
 
     def run(self, kills: int, faults: int, damaged: int) -> None:
@@ -142,20 +163,25 @@ def main() -> int:
         "--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME",
         help="that runs take turns with (default: all that ship)",
     )  # fmt: skip
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], choices=(1, 2), help="of a start (default: 1)")
     parser.add_argument("--folder", type=Path, help="where runs and the record lie (default: a temporary one)")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="prelude-campaign-"))
     started = time.monotonic()
-    campaign = Campaign(folder.resolve(), args.objectives, args.seed)
-    campaign.run(args.kills, args.faults, args.damaged)
-    for what, count in sorted(campaign.counts.items()):
-        print(f"{count:5}  {what}")
-    print(f"{len(campaign.right)} cases right, {len(campaign.wrong)} wrong, {time.monotonic() - started:.0f} s")
-    if not args.folder and not campaign.wrong:
+    right, wrong = 0, 0
+    for ranks in args.ranks:
+        campaign = Campaign(folder.resolve() / f"ranks-{ranks}", args.objectives, args.seed, ranks)
+        share = 1 if ranks == 1 or len(args.ranks) == 1 else 3
+        campaign.run(args.kills // share, args.faults // share, args.damaged // share)
+        for what, count in sorted(campaign.counts.items()):
+            print(f"{count:5}  {what}{f', {ranks} ranks' if ranks > 1 else ''}")
+        right, wrong = right + len(campaign.right), wrong + len(campaign.wrong)
+    print(f"{right} cases right, {wrong} wrong, {time.monotonic() - started:.0f} s")
+    if not args.folder and not wrong:
         shutil.rmtree(folder)
-    elif campaign.wrong:
+    elif wrong:
         print(f"what the wrong ones left is in {folder}")
-    return 1 if campaign.wrong else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ OBJECTIVES = {
 }
 NUM_STEPS = 24
 CRASHED_AT = 18  # steps, of the run whose checkpoints are damaged
-_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class Wrong(Exception):
@@ -55,18 +54,21 @@ def require(fact: bool, otherwise: str, started: Start | None = None) -> None:
 
 
 class Bench:
-    """The data, the recipe of an objective, and the weights of its run that nobody disturbed, in `folder`."""
+    """The data, the recipe of an objective, and the weights of its run that nobody disturbed, in `folder`.
 
-    def __init__(self, folder: Path, objective: str = "mae"):
+    ranks: of each start.
+    """
+
+    def __init__(self, folder: Path, objective: str = "mae", ranks: int = 1):
         starts.import_everything()
         from prelude.data.shapes import write_shards
 
-        self.folder = folder
+        self.folder, self.ranks = folder, ranks
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)  # for those who are not root
         shards = write_shards(folder / "shapes", "train", num_samples=64, seed=0, image_size=16)
         self.recipe = folder / "recipe.yaml"
-        self.recipe.write_text(yaml.safe_dump(_recipe(folder, str(shards[0]), objective)))
+        self.recipe.write_text(yaml.safe_dump(_recipe(folder, str(shards[0]), objective, ranks)))
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         shutil.rmtree(folder / "unbroken", ignore_errors=True)
         self.seconds = 10.0
@@ -81,7 +83,7 @@ class Bench:
 
     def start(self, run: Path, *overrides: str, **more) -> Start:
         run.parent.mkdir(parents=True, exist_ok=True)
-        return starts.start(self.words(run, *overrides), self.folder / f"{run.name}.out", **more)
+        return starts.start(self.words(run, *overrides), self.folder / f"{run.name}.out", self.ranks, **more)
 
     def newest(self, run: Path) -> int:
         """The step of the newest complete checkpoint, 0 where none was ever saved. Wrong where all are lost."""
@@ -110,10 +112,13 @@ class Bench:
         return started
 
     def is_the_same(self, run: Path) -> None:
-        last = f"checkpoints/step-{NUM_STEPS:08d}"
-        for name in _FILES:
-            ours, theirs = ((place / last / name).read_bytes() for place in (run, self.folder / "unbroken"))
-            require(ours == theirs, f"{name} differs from that of the unbroken run")
+        ours, theirs = (place / f"checkpoints/step-{NUM_STEPS:08d}" for place in (run, self.folder / "unbroken"))
+        names = sorted(path.name for path in theirs.iterdir())
+        require(names == sorted(path.name for path in ours.iterdir()), "its last checkpoint has other files")
+        for name in names:
+            if name not in ("state.json", "manifest.json"):  # which have the folder's name, and how often it was saved
+                same = (ours / name).read_bytes() == (theirs / name).read_bytes()
+                require(same, f"{name} differs from that of the unbroken run")
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         require(steps == list(range(1, NUM_STEPS + 1)), f"metrics.jsonl has the steps {steps}")
 
@@ -134,17 +139,18 @@ class Bench:
         return run
 
 
-def _recipe(folder: Path, shards: str, objective: str) -> dict:
+def _recipe(folder: Path, shards: str, objective: str, ranks: int) -> dict:
     from prelude.objectives import objective_class
 
     options, encoder = OBJECTIVES[objective]
-    parts = 2 if objective_class(objective).accumulates else 1
+    parts = max(ranks, 2 if objective_class(objective).accumulates else 1)
+    more = {"zero_stage": 1, "rank_timeout_seconds": 20} if ranks > 1 else {}
     return {
         "run_dir": str(folder / "run"),
         "data": {"shards": shards, "num_workers": 0, "shuffle": {"window": 16}},
         "encoder": encoder,
         "objective": {"name": objective, **options},
-        "train": {"epochs": NUM_STEPS / 8, "global_batch": 8, "micro_batch": 8 // parts, "precision": "fp32"},
+        "train": {"epochs": NUM_STEPS / 8, "global_batch": 8, "micro_batch": 8 // parts, "precision": "fp32"} | more,
         "optimizer": {"lr": 0.01, "warmup_epochs": 0.5},
         "checkpoint": {"every_steps": 4, "keep": 2},
         "log": {"every_steps": 1, "pictures_every_steps": 10},

@@ -18,7 +18,7 @@ from timm.optim import Lamb, Lars, Lion  # noqa: E402
 from torch import nn  # noqa: E402
 
 from prelude.checkpoints import store as stores  # noqa: E402
-from prelude.checkpoints.portable import gather_state  # noqa: E402
+from prelude.checkpoints.state.portable import gather_state  # noqa: E402
 from prelude.data.errors import RunStopped, UserError  # noqa: E402
 from prelude.pretrain import distributed  # noqa: E402
 
@@ -119,7 +119,7 @@ def dump(engine, to: Path, facts: dict) -> None:
     if distributed.is_main():
         to.mkdir(parents=True)
         save_file(state.tensors, to / "tensors")
-        save_file({f"{n}/{k}": t for n, held in state.moments.items() for k, t in held.items()}, to / "moments")
+        save_file(state.moments, to / "moments")
         facts |= {"scalars": state.scalars, "loss_scaler": state.loss_scaler, "buffers": buffers}
         (to / "facts.json").write_text(json.dumps(facts))
 
@@ -130,7 +130,7 @@ def fail_to_sync(*_):
 
 def run(job: dict) -> None:
     facts: dict = {"rank_errors": None}
-    error, step = None, 0
+    error, step, full, apart = None, 0, False, False
     engine = build(job)
     store = stores.Store(job["folder"], keep=job.get("keep", 3)) if "folder" in job else None
     try:
@@ -141,8 +141,12 @@ def run(job: dict) -> None:
             dump(engine, Path(job["dump_loaded"]), dict(facts))
         train(engine, step, job.get("steps", 0))
         step += job.get("steps", 0)
-        if job.get("disk_full") and distributed.is_main():
+        if full := job.get("disk_full") == distributed.rank():
             stores.os.fsync, sync = fail_to_sync, os.fsync
+        if apart := job.get("apart") == distributed.rank():
+            stores.os.access, access = lambda *_: False, os.access
+        if job.get("dump_saved"):
+            dump(engine, Path(job["dump_saved"]), {})
         if job.get("save"):
             store.save(step, engine, {"step": step, "note": job.get("note")})
             if not job.get("more_steps"):
@@ -154,8 +158,10 @@ def run(job: dict) -> None:
             dump(engine, Path(job["dump"]), facts)
     except (UserError, RunStopped) as caught:
         error = f"{type(caught).__name__}: {caught}"
-    if job.get("disk_full") and distributed.is_main():
+    if full:
         stores.os.fsync = sync
+    if apart:
+        stores.os.access = access
     if job.get("errors"):
         errors = [error]
         if distributed.world_size() > 1:

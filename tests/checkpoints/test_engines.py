@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prelude.checkpoints.saved import open_checkpoint
+
 SCRIPT = Path(__file__).with_name("script.py")
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 # (stage, optimizer): every stage with Adam; the others where they may be used.
@@ -27,6 +29,10 @@ CROSSINGS = [
     ((2, 2), (0, 1)),
     ((3, 2), (2, 1)),
     ((0, 1), (3, 2)),
+    ((3, 2), (1, 3)),
+    ((1, 2), (3, 3)),
+    ((0, 2), (0, 3)),
+    ((3, 2), (2, 3)),
 ]
 
 
@@ -71,7 +77,8 @@ def runs(tmp_path_factory) -> Path:
     def saved_and_resumed(stage, world, optimizer, **more):
         own = dict(stage=stage, optimizer=optimizer, folder=store(stage, world, optimizer), **more)
         name = f"{stage}on{world}-{optimizer}"
-        yield own | dict(steps=3, save=True, more_steps=2, note="ü", dump=dump(f"{name}-uninterrupted"))
+        ends = dict(dump_saved=dump(f"{name}-saved"), dump=dump(f"{name}-uninterrupted"))
+        yield own | dict(steps=3, save=True, more_steps=2, note="ü", **ends)
         yield own | dict(
             seed=9, load="step-00000003", dump_loaded=dump(f"{name}-loaded"), steps=2, dump=dump(f"{name}-resumed")
         )
@@ -90,11 +97,14 @@ def runs(tmp_path_factory) -> Path:
         refused("optimizer", load="step-00000003", optimizer="sgd", stage=2),
         refused("half", save=True, precision="bf16.enabled"),
         refused("loss-scale", save=True, precision="float16", stage=1),
-        refused("full", load="step-00000003", steps=1, save=True, disk_full=True),
+        refused("full", load="step-00000003", steps=1, save=True, disk_full=0),
+        refused("full-elsewhere", load="step-00000003", steps=1, save=True, disk_full=1),
     ]
     pairs = [job for stage, optimizer in PAIRS for job in saved_and_resumed(stage, 2, optimizer)]
-    launch([*pairs, *crossings(2), *refusals], folder, world=2)
+    apart = dict(stage=2, steps=3, save=True, apart=1, folder=store(2, 2, "apart"))
+    launch([*pairs, apart, *crossings(2), *refusals], folder, world=2)
     launch(crossings(1), folder, world=1)
+    launch(crossings(3), folder, world=3)
     return folder
 
 
@@ -105,9 +115,8 @@ def read(folder: Path) -> tuple[dict, dict]:
 
 
 def saved_by(runs: Path, stage: int, world: int, optimizer: str = "adamw") -> tuple[dict, dict]:
-    folder = runs / f"store-{stage}on{world}-{optimizer}" / "step-00000003"
-    tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
-    return tensors, json.loads((folder / "state.json").read_text())
+    saved = open_checkpoint(runs / f"store-{stage}on{world}-{optimizer}" / "step-00000003")
+    return dict(saved.tensors) | dict(saved.moments), {"scalars": saved.scalars}
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -174,11 +183,35 @@ def test_the_loss_scale_of_fp16_goes_on_where_it_was(runs):
         ("optimizer", "state of AdamW, this run uses SGD"),
         ("half", "float32 weights, which deepspeed.bf16"),
         ("loss-scale", "each rank has its own fp16 loss scale"),
-        ("full", "step-00000004 could not be saved .*No space left.*goes on from step-00000003"),
+        ("full", "step-00000004 could not be saved .*rank 0 on .*No space left.*goes on from step-00000003"),
+        ("full-elsewhere", "step-00000004 could not be saved .*rank 1 on .*No space left.*goes on from step-00000003"),
     ],
 )
 def test_every_rank_hears_the_same_refusal(runs, name, sentence):
     mine, other = json.loads((runs / name).read_text())
     assert mine == other
     assert re.search(sentence, mine), mine
-    assert mine.startswith("RunStopped" if name == "full" else "UserError")
+    assert mine.startswith("RunStopped" if "full" in name else "UserError")
+
+
+def test_a_checkpoint_that_one_rank_could_not_write_leaves_nothing(runs):
+    assert sorted(path.name for path in (runs / "store-0on1-adamw").iterdir()) == ["latest", "step-00000003"]
+
+
+@pytest.mark.parametrize("stage, optimizer", PAIRS)
+def test_ranks_write_in_parts_what_rank_0_would_gather(runs, stage, optimizer):
+    gathered, facts = read(runs / f"{stage}on2-{optimizer}-saved")
+    saved, saved_facts = saved_by(runs, stage, 2, optimizer)
+    assert_same(gathered, saved)
+    assert facts["scalars"] == saved_facts["scalars"]
+    folder = runs / f"store-{stage}on2-{optimizer}" / "step-00000003"
+    sizes = [(folder / f"model-0000{rank}-of-00002.safetensors").stat().st_size for rank in (0, 1)]
+    assert max(sizes) < 0.7 * sum(sizes) and not (folder / "model.safetensors").exists()
+
+
+def test_where_a_rank_does_not_see_the_folder_rank_0_writes_the_whole(runs):
+    apart, together = (saved_by(runs, 2, 2, name)[0] for name in ("apart", "adamw"))
+    assert_same(apart, together)
+    files = sorted(path.name for path in (runs / "store-2on2-apart" / "step-00000003").iterdir())
+    assert files == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert not list((runs / "store-2on2-apart").glob(".tmp-*"))

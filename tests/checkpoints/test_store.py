@@ -10,21 +10,26 @@ import signal
 import threading
 
 import pytest
+import safetensors.torch
 import torch
+import xxhash
 from forked import is_killed
-from safetensors import SafetensorError
 
 from prelude.checkpoints import manifest as manifests
+from prelude.checkpoints import saving as savings
+from prelude.checkpoints import shelf as shelves
 from prelude.checkpoints import store as stores
-from prelude.checkpoints.store import Store, read_checkpoint
+from prelude.checkpoints.saved import open_checkpoint
+from prelude.checkpoints.store import Store
+from prelude.checkpoints.tensor_files import TensorFiles, write_tensors
 from prelude.data.errors import RunStopped, UserError
 
 
 def value_of(path) -> float:
     """What was saved, having passed every checksum, and the same in all files."""
-    state, meta = read_checkpoint(path)
-    value = state.tensors["encoder.weight"][0, 0].item()
-    assert state.moments["encoder.weight"]["exp_avg"][0, 0].item() == -value
+    state = open_checkpoint(path)
+    (value,) = state.tensors["encoder.weight"].unique().tolist()
+    assert torch.equal(state.moments["encoder.weight/exp_avg"], torch.full((3, 2), -value))
     assert state.scalars["encoder.weight"]["step"]["value"] == value
     return value
 
@@ -37,8 +42,8 @@ def test_what_was_saved_is_read_back(tmp_path, save):
     store = Store(tmp_path / "checkpoints")
     path = save(store, 1000, 5.5, meta={"step": 1000, "mean": [0.1, 0.2, 0.3], "name": "é"})
     assert path == store.newest() == tmp_path / "checkpoints" / "step-00001000"
-    state, meta = read_checkpoint(path)
-    assert meta == {"step": 1000, "mean": [0.1, 0.2, 0.3], "name": "é"}
+    state = open_checkpoint(path)
+    assert state.meta == {"step": 1000, "mean": [0.1, 0.2, 0.3], "name": "é"}
     assert value_of(path) == 5.5 and state.optimizer == "AdamW" and state.loss_scaler is None
     assert state.tensors["center"].dtype == torch.int64 and state.tensors["center"].shape == ()
     assert names(store) == ["latest", "step-00001000"]
@@ -51,13 +56,12 @@ def test_a_save_lets_training_go_on_and_the_next_one_waits_for_it(tmp_path, make
         begun.append(weight[0].item())
         return make_state(weight[0].item())
 
-    def held_up(tensors, path):
+    def held_up(path, tensors):
         assert may_write.wait(60)
-        save_file(tensors, path)
+        return write_tensors(path, tensors)
 
-    save_file = stores.save_file
     monkeypatch.setattr(stores, "gather_state", copied)
-    monkeypatch.setattr(stores, "save_file", held_up)
+    monkeypatch.setattr(savings, "write_tensors", held_up)
     store = Store(tmp_path)
     store.save(1, None, {"step": 1})
     weight += 7  # training goes on
@@ -86,14 +90,21 @@ def test_what_ends_a_run_by_an_error_waits_for_the_checkpoint_under_way(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["xxh3_128", "blake2b"])
-def test_checkpoints_of_before_are_read_and_their_damage_is_seen(tmp_path, save, kind):
-    path = save(Store(tmp_path), 1)
-    if kind == "blake2b":
-        files = {name: (path / name).read_bytes() for name in manifests.FILES}
-        listed = {name: {"bytes": len(b), "blake2b": hashlib.blake2b(b).hexdigest()} for name, b in files.items()}
-        (path / stores.MANIFEST).write_text(json.dumps({"format": 1, "serial": 1, "files": listed}))
+def test_checkpoints_of_before_are_read_and_their_damage_is_seen(tmp_path, make_state, kind):
+    """Written as earlier versions wrote them, by the libraries alone."""
+    path, state = tmp_path / "step-00000001", make_state(1.0)
+    path.mkdir()
+    safetensors.torch.save_file(state.tensors, path / "model.safetensors")
+    safetensors.torch.save_file(state.moments, path / "optimizer.safetensors")
+    rest = {"format": 2 if kind == "xxh3_128" else 1, "step": 1, "meta": {"step": 1}, "optimizer": "AdamW"}
+    (path / "state.json").write_text(json.dumps(rest | {"scalars": state.scalars, "loss_scaler": None}))
+    digest = {"xxh3_128": xxhash.xxh3_128, "blake2b": hashlib.blake2b}[kind]
+    listed = {file.name: {"bytes": file.stat().st_size, kind: digest(file.read_bytes()).hexdigest()}
+              for file in path.iterdir()}  # fmt: skip
+    manifest = {"format": rest["format"], "serial": 1, "files": listed}
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
     assert Store(tmp_path).newest() == path and value_of(path) == 1
-    flip_a_byte(path / stores.MODEL)
+    flip_a_byte(path / manifests.MODEL)
     with pytest.raises(UserError, match="model.safetensors does not match its checksum"):
         Store(tmp_path).newest()
 
@@ -101,7 +112,7 @@ def test_checkpoints_of_before_are_read_and_their_damage_is_seen(tmp_path, save,
 def test_a_resume_reads_every_byte_once_to_check_it(tmp_path, save, monkeypatch):
     store, digested = Store(tmp_path), []
     path = save(store, 1)
-    monkeypatch.setattr(stores, "scatter_state", lambda engine, state: None)
+    monkeypatch.setattr(stores, "restore_state", lambda *_: None)
     real = manifests._digest
     monkeypatch.setattr(manifests, "_digest", lambda file, kind: digested.append(file.name) or real(file, kind))
     assert store.load(store.newest(), None) == {"step": 1}
@@ -126,13 +137,14 @@ def test_an_empty_or_missing_folder_has_no_newest(tmp_path):
 @pytest.mark.parametrize("key", ["scalars", "optimizer", "meta"])
 def test_a_state_with_a_sound_checksum_that_lacks_something_is_refused_in_a_sentence(tmp_path, save, key):
     path = save(Store(tmp_path), 1)
-    state, manifest = (json.loads((path / name).read_text()) for name in (stores.STATE, stores.MANIFEST))
+    state, manifest = (json.loads((path / name).read_text()) for name in (manifests.STATE, manifests.MANIFEST))
     del state[key]
-    (path / stores.STATE).write_text(json.dumps(state))
-    manifest["files"][stores.STATE] = stores.described(path / stores.STATE)
-    (path / stores.MANIFEST).write_text(json.dumps(manifest))
+    (path / manifests.STATE).write_text(json.dumps(state))
+    content = (path / manifests.STATE).read_bytes()
+    manifest["files"][manifests.STATE] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
+    (path / manifests.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=f"state.json is not what this version writes .*{key}"):
-        read_checkpoint(path)
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("latest", [None, "", "step-00000099\n", "../../etc\n", "\x00\xff"])
@@ -164,19 +176,80 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, empty, remove])
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, save, caplog, damage, file):
-    store = Store(tmp_path)
-    for step in (1, 2):
-        save(store, step)
-    damage(tmp_path / "step-00000002" / file)
-    with caplog.at_level(logging.WARNING):
-        assert store.newest().name == "step-00000001"
-    (warning,) = caplog.messages
-    assert "step-00000002" in warning and file in warning
-    with pytest.raises(UserError, match=f"step-00000002 is no complete checkpoint: {file}"):
-        read_checkpoint(tmp_path / "step-00000002")
+def of_another_run(path):
+    """Whole and readable, and not what was saved here."""
+    if path.suffix == ".safetensors":
+        tensors = {name: tensor + 1 for name, tensor in safetensors.torch.load_file(path).items()}
+        safetensors.torch.save_file(tensors, path)
+    else:
+        path.write_text(path.read_text().replace("1", "3").replace("2", "1"))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, empty, remove, of_another_run])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, saving, caplog, damage):
+    save, files = saving
+    for file in files:
+        caplog.clear()
+        store = Store(tmp_path / file)
+        for step in (1, 2):
+            save(store, step)
+        spoilt = tmp_path / file / "step-00000002"
+        damage(spoilt / file)
+        with caplog.at_level(logging.WARNING):
+            assert store.newest().name == "step-00000001"
+        (warning,) = caplog.messages
+        assert "step-00000002" in warning and file in warning
+        with pytest.raises(UserError, match=f"step-00000002 is no complete checkpoint: {file}"):
+            open_checkpoint(spoilt)
+
+
+def test_every_part_that_is_wrong_is_named(tmp_path, save_parts):
+    path = save_parts(Store(tmp_path), 1)
+    first, second = (f"{name}-00001-of-00002.safetensors" for name in ("model", "optimizer"))
+    flip_a_byte(path / first)
+    remove(path / second)
+    with pytest.raises(UserError, match=f"{first} does not match its checksum; {second} cannot be read"):
+        Store(tmp_path).newest()
+
+
+def test_parts_say_what_one_file_says(tmp_path, save_whole, save_parts):
+    """Tensors of no dimension, of integers, in one piece and in two; any stretch of them."""
+    encoder = {
+        "encoder.weight": torch.arange(12.0).view(3, 2, 2), "center": torch.tensor(7), "none": torch.zeros(0, 3),
+        "half": torch.arange(5).bfloat16(),
+    }  # fmt: skip
+    whole, parts = (
+        open_checkpoint(save(Store(tmp_path / name), 1, 2.0, encoder=encoder))
+        for name, save in (("whole", save_whole), ("parts", save_parts))
+    )
+    for ours, theirs in ((parts.tensors, whole.tensors), (parts.moments, whole.moments)):
+        assert ours.keys() == theirs.keys() and len(ours) == len(theirs)
+        for name in ours:
+            assert ours.spec(name) == theirs.spec(name) and torch.equal(ours[name], theirs[name])
+            size = ours[name].numel()
+            for start in range(size):
+                for stop in range(start, size + 1):
+                    expected = theirs[name].reshape(-1)[start:stop]
+                    assert torch.equal(ours.stretch(name, start, stop), expected)
+                    assert torch.equal(theirs.stretch(name, start, stop), expected)
+    assert parts.inventory() == whole.inventory() and whole.tensors.keys() == encoder.keys()
+
+
+def test_our_files_are_those_of_safetensors(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5), "a": torch.arange(4), "ü/m": torch.tensor(1.5), "empty": torch.zeros(0),
+        "bits": torch.tensor([True, False, True]), "half": torch.randn(7).bfloat16(),
+    }  # fmt: skip
+    entry = write_tensors(tmp_path / "ours", tensors)
+    content = (tmp_path / "ours").read_bytes()
+    assert entry == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
+    found = safetensors.torch.load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "theirs")
+    theirs = TensorFiles.of_file(tmp_path / "theirs")
+    assert all(torch.equal(theirs[name], tensors[name]) for name in tensors) and len(theirs) == len(tensors)
+    with pytest.raises(FileExistsError):
+        write_tensors(tmp_path / "ours", tensors)
 
 
 def test_a_damaged_checkpoint_is_never_counted_among_the_kept(tmp_path, save):
@@ -212,16 +285,15 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path, s
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("os error 28")])
-def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path, save, monkeypatch, operation, error):
+def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path, save, monkeypatch, operation):
     store = Store(tmp_path)
     save(store, 1)
 
     def fail(*_):
-        raise error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     if operation == "write":
-        monkeypatch.setattr(stores, "save_file", fail)
+        monkeypatch.setattr(savings, "write_tensors", fail)
     else:
         monkeypatch.setattr(stores.os, operation, fail)
     with pytest.raises(RunStopped, match="step-00000002 could not be saved .*goes on from step-00000001"):
@@ -231,9 +303,9 @@ def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path, save, monke
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])
-def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_path, save, caplog, again):
+def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_path, saving, caplog, again):
     """A child is killed before and in the middle of every operation that changes the disk, one child for each."""
-    found = []
+    found, (save, _) = [], saving
     for moment in range(100):
         folder = tmp_path / str(moment)
         store = Store(folder, keep=1)
@@ -273,13 +345,17 @@ def kill_at(moment: int) -> None:
 
         return call
 
-    def half_a_file(tensors, path):
+    def half_a_file(path, tensors):
         path.write_bytes(b"\x10\x00")
 
     def half_a_folder(path):
         next(p for p in path.iterdir() if p.is_file()).unlink()
 
-    stores.save_file = guarded(stores.save_file, half_a_file)
+    def written_anew(path, tensors):
+        path.unlink(missing_ok=True)
+        return write_tensors(path, tensors)
+
+    savings.write_tensors = guarded(written_anew, half_a_file)
     shutil.rmtree = guarded(shutil.rmtree, half_a_folder)
     for name in ("fsync", "rename", "replace"):
         setattr(os, name, guarded(getattr(os, name), lambda *_: None))
@@ -313,7 +389,7 @@ def test_one_checkpoint_is_held_at_a_time_and_no_damaged_one(tmp_path, save):
     for step in (10, 20, 30):
         save(store, step)
     assert store.hold(30).name == "step-00000030"
-    (tmp_path / "step-00000020" / stores.MODEL).unlink()
+    (tmp_path / "step-00000020" / manifests.MODEL).unlink()
     assert store.hold(25).name == "step-00000010"
     assert (tmp_path / "held").read_text() == "step-00000010\n"
 
@@ -338,7 +414,7 @@ def refuse_to_open(monkeypatch, number: int, *names: str) -> None:
 
 
 def of_a_newer_format(path):
-    (path / stores.MANIFEST).write_text(json.dumps({"format": 3, "serial": 7, "parts": ["elsewhere"]}))
+    (path / manifests.MANIFEST).write_text(json.dumps({"format": 4, "serial": 7, "parts": ["elsewhere"]}))
 
 
 def a_folder_in_place_of(name):
@@ -350,12 +426,12 @@ def a_folder_in_place_of(name):
 
 
 UNREADABLE = {
-    "a newer format": (of_a_newer_format, "it is of format 3, and this version reads formats up to 2"),
-    "no format that is known": (lambda path: (path / stores.MANIFEST).write_text("{}"), "it is of format unknown"),
-    "no manifest": (lambda path: (path / stores.MANIFEST).unlink(), "manifest.json cannot be read"),
-    "a folder as manifest": (a_folder_in_place_of(stores.MANIFEST), "manifest.json cannot be read"),
-    "a folder as model": (a_folder_in_place_of(stores.MODEL), "model.safetensors cannot be read"),
-    "a folder as state": (a_folder_in_place_of(stores.STATE), "state.json cannot be read"),
+    "a newer format": (of_a_newer_format, "it is of format 4, and this version reads formats up to 3"),
+    "no format that is known": (lambda path: (path / manifests.MANIFEST).write_text("{}"), "it is of format unknown"),
+    "no manifest": (lambda path: (path / manifests.MANIFEST).unlink(), "manifest.json cannot be read"),
+    "a folder as manifest": (a_folder_in_place_of(manifests.MANIFEST), "manifest.json cannot be read"),
+    "a folder as model": (a_folder_in_place_of(manifests.MODEL), "model.safetensors cannot be read"),
+    "a folder as state": (a_folder_in_place_of(manifests.STATE), "state.json cannot be read"),
 }
 
 
@@ -375,7 +451,7 @@ def test_where_none_can_be_used_each_is_named_and_nothing_is_begun(tmp_path, sav
 def test_a_disk_that_does_not_answer_is_no_empty_run(tmp_path, save, monkeypatch, number):
     save(Store(tmp_path), 1)
     with monkeypatch.context() as patch:
-        refuse_to_open(patch, number, stores.OPTIMIZER)
+        refuse_to_open(patch, number, manifests.OPTIMIZER)
         with pytest.raises(UserError, match=re.escape(os.strerror(number))):
             Store(tmp_path).newest()
     with monkeypatch.context() as patch:
@@ -387,7 +463,7 @@ def test_a_disk_that_does_not_answer_is_no_empty_run(tmp_path, save, monkeypatch
 
 def test_damaged_ones_alone_are_no_empty_run_either(tmp_path, save):
     for path in [save(Store(tmp_path), step) for step in (1, 2)]:
-        truncate(path / stores.MODEL)
+        truncate(path / manifests.MODEL)
     with pytest.raises(UserError, match="step-00000002: model.safetensors has .*step-00000001: model.safetensors has"):
         Store(tmp_path).newest()
 
@@ -415,10 +491,10 @@ def test_one_that_can_be_read_again_is_older_than_what_was_saved_meanwhile(tmp_p
     store = Store(tmp_path)
     for step in (1, 2):
         save(store, step)
-    aside = (tmp_path / "step-00000002" / stores.MANIFEST).rename(tmp_path / "aside")
+    aside = (tmp_path / "step-00000002" / manifests.MANIFEST).rename(tmp_path / "aside")
     assert store.newest().name == "step-00000001"
     save(store, 3)
-    aside.rename(tmp_path / "step-00000002" / stores.MANIFEST)
+    aside.rename(tmp_path / "step-00000002" / manifests.MANIFEST)
     assert store.newest().name == "step-00000003"
 
 
@@ -429,7 +505,7 @@ def test_a_full_disk_after_the_checkpoint_is_there_ends_nothing(tmp_path, save, 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stores, "write_whole", full)
+    monkeypatch.setattr(shelves, "write_whole", full)
     save(store, 2)
     assert store.hold(2).name == "step-00000002"
     save(store, 3)

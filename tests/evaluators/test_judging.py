@@ -49,6 +49,7 @@ def any_encoder(monkeypatch):
         return OpenedEncoder(small.model, small.config, small.mean, small.std, f"encoder {source}", f"{source} {seed}")
 
     monkeypatch.setattr(frozen, "open_encoder", opened)
+    monkeypatch.setattr(frozen, "describe", lambda source: None)
 
 
 def test_one_table_of_every_source_by_every_evaluator(shapes):

@@ -45,6 +45,22 @@ BARLOW = {
 # A loss by samples where the batch is smaller than the embedding, by columns where it is not
 NARROW = BARLOW | {"projector": [24, 12]}
 VICREG = {"name": "vicreg", "projector": [24, 20], "view_1": {"blur": 0.5}}
+MAE_GRADIENT = {
+    "name": "mae",
+    "gradient_weight": 1.0,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "mask_ratio": 0.5,
+}
+MSBREG = {
+    "name": "msbreg",
+    "projector": [24, 12],
+    "predictor": [16],
+    "num_views": 3,
+    "momentum": 0.9,
+    "view_1": {"blur": 0.5},
+}
 SWIN = {
     "name": "swin_tiny_patch4_window7_224",
     "image_size": 32,
@@ -94,11 +110,22 @@ CASES = {
     "vicreg resnet lars": (VICREG, RESNET, LARS, 0),
     "vicreg vit adamw zero2": (VICREG | {"projector": [24, 12]}, VIT, ADAMW, 2),
     "lejepa resnet adamw": (LEJEPA, RESNET, ADAMW, 0),
+    "mae gradient vit adamw": (MAE_GRADIENT, VIT | {"patch_size": 8}, ADAMW, 0),
+    "msbreg resnet lars": (MSBREG, RESNET, LARS, 0),
+    "msbreg vit adamw zero2": (MSBREG | {"centroid": "mean"}, VIT, ADAMW, 2),
+    "vicreg with dynamics adamw": (VICREG | {"singular_value_weight": 0.1, "brownian_weight": 0.1}, RESNET, ADAMW, 0),
     "fcmae convnext adamw": (FCMAE, WIDER, ADAMW, 0),
     "simmim swin adamw": (SIMMIM | {"target_window": 7}, SWIN, ADAMW, 0),
     "simmim vit adamw zero3": (SIMMIM | {"mask_patch": 16}, VIT, ADAMW, 3),
 }
-RESUMED = ("vicreg resnet lars", "lejepa resnet adamw", "simmim swin adamw", "fcmae convnext adamw")
+RESUMED = (
+    "vicreg resnet lars",
+    "lejepa resnet adamw",
+    "msbreg resnet lars",
+    "mae gradient vit adamw",
+    "simmim swin adamw",
+    "fcmae convnext adamw",
+)
 
 
 def config_of(case: str, out: Path) -> Config:

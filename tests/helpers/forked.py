@@ -8,6 +8,11 @@ import torch
 
 def is_killed(action: Callable[[], None]) -> bool:
     """Whether a signal ended the copy before `action` did."""
+    return code_of(action) < 0
+
+
+def code_of(action: Callable[[], None]) -> int:
+    """With which the copy ended: minus the signal, what `action` left with, or 0."""
     child = os.fork()
     if child == 0:
         try:
@@ -15,7 +20,7 @@ def is_killed(action: Callable[[], None]) -> bool:
             action()
         finally:
             os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def alone() -> None:

@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from prelude.objectives import cross_correlation
 from prelude.objectives.cross_correlation import barlow_loss
+from prelude.objectives.embedding_dynamics import kicks
 from prelude.objectives.lejepa import LeJEPA
-from prelude.objectives.options import LeJEPAOptions, VICRegOptions
+from prelude.objectives.msbreg import MSBReg
+from prelude.objectives.options import LeJEPAOptions, MSBRegOptions, VICRegOptions
 from prelude.objectives.projector import projector
 from prelude.objectives.vicreg import VICReg
 from prelude.pretrain.batch_norm import normalise_columns, synchronise
@@ -102,6 +104,18 @@ def lejepa_of(rows: slice) -> dict:
     return of_loss(objective, objective.loss(embeddings, along, row_counts(len(pixels)))) | {"along": along}
 
 
+def msbreg_of(rows: slice, samples_below: float) -> dict:
+    """Directions are functions of the samples' seeds, whatever rank they are on."""
+    cross_correlation.SAMPLES_BELOW, cross_correlation.BLOCK_ELEMENTS = samples_below, 40
+    objective = objective_of(MSBReg, MSBRegOptions(projector=[12, 10], predictor=[12], num_views=3))
+    pixels = images()[rows].flatten(1)
+    views = [pixels, pixels.cos() * 2 + pixels, pixels.sin() + pixels]
+    predicted = torch.stack([objective.predictor(objective.projector(view)) for view in views])
+    target = torch.stack([objective.teacher_projector(view) for view in views])
+    along = kicks(torch.arange(NUM)[rows] * 7919, 10)
+    return of_loss(objective, objective.loss(predicted, target, along, row_counts(len(pixels))))
+
+
 def objective_of(cls, options):
     torch.manual_seed(0)
     return cls(Flat(), options, image_size=(5, 5), mean=(0.5,) * 3, std=(0.5,) * 3).double()
@@ -115,7 +129,7 @@ def of_loss(objective, loss) -> dict:
 
 
 def results(model: nn.Module, **more: torch.Tensor) -> dict:
-    grads = {f"grad {name}": p.grad for name, p in model.named_parameters()}
+    grads = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.requires_grad}
     return grads | model.state_dict() | {name: value.detach() for name, value in more.items()}
 
 
@@ -163,6 +177,8 @@ CASES = {
     "vicreg by columns": lambda rows: vicreg_of(rows, samples_below=0.0),
     "vicreg by samples": lambda rows: vicreg_of(rows, samples_below=1e9),
     "lejepa": lejepa_of,
+    "msbreg by columns": lambda rows: msbreg_of(rows, samples_below=0.0),
+    "msbreg by samples": lambda rows: msbreg_of(rows, samples_below=1e9),
 }
 
 

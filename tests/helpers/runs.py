@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
@@ -28,7 +26,9 @@ class RunDir:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def weights(self, step: int) -> dict:
-        return load_file(self.run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+        from prelude.checkpoints.saved import open_tensors
+
+        return dict(open_tensors(self.run_dir / "checkpoints" / f"step-{step:08d}"))
 
     def records(self) -> dict[int, dict]:
         """What was drawn for each position, over all ranks and all starts; a position drawn twice must agree."""

@@ -17,6 +17,7 @@ from convnet_cases import (
     LAMB,
     LARS,
     LEJEPA,
+    MSBREG,
     RESNET,
     ROTATION,
     SGD,
@@ -59,6 +60,7 @@ IJEPA = {"name": "ijepa", "predictor_dim": 16, "predictor_depth": 1}
 DSEQ = IJEPA | {"name": "dseqjepa", "lambda_start": 1.0}
 CASES = {
     **{f"mae zero{stage}": (MAE, VIT, ADAMW, stage) for stage in range(4)},
+    "mae gradient": (MAE | {"gradient_weight": 1.0}, VIT, ADAMW, 0),
     **{f"ijepa zero{stage}": (IJEPA, VIT, ADAMW, stage) for stage in range(3)},
     **{f"dseqjepa zero{stage}": (DSEQ, VIT, ADAMW, stage) for stage in range(3)},
     "ijepa rotary": (IJEPA, EVA, ADAMW, 0),
@@ -70,6 +72,9 @@ CASES = {
     "vicreg zero3": (VICREG | {"projector": [16, 4]}, RESNET, ADAMW, 3),
     "lejepa": (LEJEPA, RESNET, ADAMW, 0),
     "lejepa zero3": (LEJEPA, RESNET, ADAMW, 3),
+    "msbreg": (MSBREG, RESNET, ADAMW, 0),
+    "msbreg zero2": (MSBREG, RESNET, ADAMW, 2),
+    "barlow with dynamics": (BARLOW | {"singular_value_weight": 0.1, "brownian_weight": 0.1}, RESNET, ADAMW, 0),
     "fcmae": (FCMAE, CONVNEXT, ADAMW, 0),
     "fcmae zero3": (FCMAE, CONVNEXT, ADAMW, 3),
     "simmim": (SIMMIM | {"target_window": 7}, SWIN, ADAMW, 0),

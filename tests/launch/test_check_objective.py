@@ -53,6 +53,7 @@ SHIPPED = {
     "fcmae": ({"name": "fcmae", "decoder_dim": 16}, CONVNEXT),
     "simmim": ({"name": "simmim", "mask_patch": 4, "target_window": 7}, SWIN),
     "lejepa": ({"name": "lejepa", "projector": [24, 12], "num_directions": 16, "num_local": 2}, RESNET),
+    "msbreg": ({"name": "msbreg", "projector": [24, 12], "predictor": [16]}, RESNET),
     "rotation": ({"name": "rotation"}, RESNET),
     "spark": ({"name": "spark", "decoder_dim": 16}, CONVNEXT),
     "broken_objectives:Sound": ({"name": "broken_objectives:Sound"}, RESNET),

@@ -281,5 +281,5 @@ def test_one_rank_goes_on_from_two(two, arguments, tmp_path):
 
 def test_a_dry_run_tells_what_is_held_out(arguments, tmp_path, capsys):
     assert door.main([*arguments, f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "63 images of 3 findings" in told and "held out 27 images" in told and not (tmp_path / "run").exists()

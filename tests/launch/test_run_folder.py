@@ -13,8 +13,9 @@ import pytest
 import several_starts
 from runs import Run, deepspeed
 
+from prelude.checkpoints.manifest import MANIFEST
 from prelude.checkpoints.sources import open_encoder
-from prelude.checkpoints.store import MANIFEST, Store
+from prelude.checkpoints.store import Store
 from prelude.evaluators.judging import first_section
 from prelude.launch.run_folder import not_written
 from prelude.pretrain.run_lock import NAME, RunLock
@@ -61,7 +62,7 @@ def folder(start, tmp_path_factory) -> Path:
     assert code == 0, told
     for name in ("changed", "foreign", "batch"):
         shutil.copytree(folder / "run", folder / name)
-    in_format(3, folder / "foreign")
+    in_format(4, folder / "foreign")
     return folder
 
 
@@ -69,7 +70,7 @@ REFUSED = {
     "another seed": ("run", ["seed=1"], "seed: 0 -> 1"),
     "past its end": ("run", ["train.epochs=0.25", "resume.allow_changed_config=true"], "done 7 steps, .* at step 4"),
     "back to its own": ("run", ["resume.checkpoint=RUN/checkpoints/step-00000006"], "goes on from step-00000007"),
-    "of another format": ("foreign", [], "step-00000007: it is of format 3.*step-00000006"),
+    "of another format": ("foreign", [], "step-00000007: it is of format 4.*step-00000006"),
     "begun at an end": ("fresh", ["resume.checkpoint=RUN/checkpoints/step-00000007"], "Nothing is left to train"),
     "begun nowhere": ("deep/fresh", ["resume.checkpoint=/nowhere/step-00000005"], "/nowhere/step-00000005"),
     "a stop that stays": ("stuck", [], "STOP ended an earlier start.* remove it"),
@@ -114,7 +115,7 @@ OUTLOOKS = {
     "longer": ("run", ["train.epochs=1", "resume.allow_changed_config=true"], 0, "would resume at step 7 of 13"),
     "other settings": ("run", ["optimizer.lr=0.5"], 2, "a start would be refused.*error: .*optimizer.lr: 0.01 -> 0.5"),
     "other data": ("run", ["data.shuffle.window=3"], 2, "a start would be refused.*shuffle.window"),
-    "unread": ("foreign", [], 2, "error: .*it is of format 3"),
+    "unread": ("foreign", [], 2, "error: .*it is of format 4"),
     "in use": ("held", [], 2, "would be refused.*is in use by process"),
     "no folder": ("taken", [], 2, "would be refused.*Not a directory.*; write another run_dir"),
     "from nowhere": ("anew", ["resume.checkpoint=/nowhere/step-00000005"], 2, "/nowhere/step-00000005 is no complete"),

@@ -55,6 +55,7 @@ REFUSALS = [
     ["ood", "pixels:8", "--others", "pyproject.toml", "nowhere.tar"],
     ["finetune", "runs/x", "--config", "finetune_vit_cifar10", "--test", "nowhere-{0..9}.tar"],
     ["maps", "runs/x", "--images", "nowhere/", "--to", "a.png"],
+    ["sweep", "mae_cifar10", "data.shards=nowhere.tar", "seed=[1, 2]"],
     ["embed", "runs/x", "nowhere/*.tar", "--to", "a.npz"],
     ["shards", "info", "nowhere.tar"],
     ["probe", "runs/x", "--protocol", "moco"],

@@ -25,6 +25,9 @@ CASES = {
     "mae of plain pixels": (
         VIT, {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "norm_pix_loss": False},
     ),
+    "mae with gradients": (
+        VIT, {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "gradient_weight": 1.0},
+    ),
     "ijepa": (VIT, JEPA),
     "dseqjepa": (VIT, JEPA | {"lambda_start": 1.0}),
     "spark": (CONVNEXT | {"image_size": 64}, {"decoder_dim": 32}),
@@ -33,6 +36,7 @@ CASES = {
     "barlow_twins": (RESNET, {"projector": [8, 8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
     "vicreg": (RESNET, {"projector": [8, 8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
     "lejepa": (RESNET, {"projector": [8, 8], "num_directions": 8, "colours": COLOURLESS}),
+    "msbreg": (RESNET, {"projector": [8, 8], "predictor": [8], "view_1": COLOURLESS, "view_2": COLOURLESS}),
     "rotation": (RESNET, {}),
 }  # fmt: skip
 

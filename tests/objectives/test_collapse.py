@@ -30,11 +30,9 @@ RESNET = {
 }
 PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "momentum": 0.95}
 PEACEFUL = {"view_1": {"blur": 0.0}, "view_2": {"blur": 0.0}, "crop_scale": [0.6, 1.0]}
+SMALL_MAE = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5}
 OBJECTIVES = {
-    "mae": (
-        {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5},
-        VIT | {"kwargs": SHAPE},
-    ),
+    "mae": (SMALL_MAE, VIT | {"kwargs": SHAPE}),
     "ijepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
     "dseqjepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
     "barlow_twins": ({"projector": [64, 64], "off_diagonal_weight": 0.02} | PEACEFUL, RESNET),
@@ -46,6 +44,7 @@ OBJECTIVES = {
     "simmim": ({"mask_patch": 8, "mask_ratio": 0.5}, VIT | {"kwargs": SHAPE}),
     "vicreg": ({"projector": [64, 64]} | PEACEFUL, RESNET),
     "lejepa": ({"projector": [64, 16], "num_directions": 64, "num_local": 0, "colours": {"blur": 0.0}}, RESNET),
+    "msbreg": ({"projector": [64, 32], "predictor": [64], "momentum": 0.95} | PEACEFUL, RESNET),
     "rotation": ({"crop_scale": None}, RESNET),
     "spark": ({"decoder_dim": 32, "mask_ratio": 0.5}, RESNET | {"kwargs": RESNET["kwargs"] | {"output_stride": 8}}),
 }
@@ -121,6 +120,13 @@ def test_mae_whose_encoder_says_nothing_of_images_that_have_no_mean():
     assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
 
 
+def test_mae_with_gradients_is_left_in_peace_and_not_when_its_encoder_says_nothing():
+    assert causes("mae", built("mae", gradient_weight=1.0)) == set(), numbers[-1]
+    mae = built("mae", gradient_weight=1.0)
+    mae.encoder.norm.requires_grad_(False).weight.zero_()
+    assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
+
+
 def test_simmim_whose_encoder_says_nothing_of_images_that_have_no_mean():
     simmim = built("simmim")
     simmim.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
@@ -179,6 +185,16 @@ def test_barlow_twins_whose_views_have_nothing_in_common():
 def test_vicreg_without_variance_and_covariance():
     objective = built("vicreg", variance_weight=0.0, covariance_weight=0.0)
     assert causes("vicreg", objective, lr=1e-2) == {"redundant_embedding"}, numbers[-1]
+
+
+def test_msbreg_without_its_singular_values_or_a_teacher_of_its_own():
+    objective = built("msbreg", singular_value_weight=0.0, brownian_weight=0.0, momentum=0.0, momentum_end=0.0)
+    objective.predictor = torch.nn.Identity()  # what keeps BYOL from a constant is gone too
+    assert causes("msbreg", objective, lr=1e-2) & {"redundant_embedding", "few_dimensions"}, numbers[-1]
+
+
+def test_msbreg_whose_teacher_does_not_follow():
+    assert "lost_teacher" in causes("msbreg", built("msbreg", momentum=1.0), lr=1e-2), numbers[-1]
 
 
 def test_lejepa_without_its_regulariser():

@@ -75,9 +75,11 @@ def test_compiled_kept_patches_have_the_same_features(name, kwargs):
         ("ijepa zero0", 3),
         ("dseqjepa zero0", 3),
         ("mae zero0", 1),
+        ("mae gradient", 1),
         ("rotation sgd", 1),
         ("barlow zero0", 2),
         ("lejepa", 3),  # views of two sizes
+        ("msbreg", 5),  # encoder, projector and predictor, and the teacher's two
         ("simmim", 1),
         ("fcmae", 1),
     ],

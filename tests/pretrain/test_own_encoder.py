@@ -17,10 +17,10 @@ from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder, check_encoder, forward_tokens, pooled_width, stage_maps
 
 SERVES = {
-    "small_convnet": {"barlow_twins", "vicreg", "lejepa", "rotation", "spark", "fcmae"},
-    "small_transformer": {"barlow_twins", "vicreg", "rotation", "mae", "ijepa"},
-    "needs_numbers": {"barlow_twins", "vicreg", "rotation"},
-    "resnet_for_small_images": {"barlow_twins", "vicreg", "lejepa", "rotation", "spark", "fcmae"},
+    "small_convnet": {"barlow_twins", "vicreg", "msbreg", "lejepa", "rotation", "spark", "fcmae"},
+    "small_transformer": {"barlow_twins", "vicreg", "msbreg", "rotation", "mae", "ijepa"},
+    "needs_numbers": {"barlow_twins", "vicreg", "msbreg", "rotation"},
+    "resnet_for_small_images": {"barlow_twins", "vicreg", "msbreg", "lejepa", "rotation", "spark", "fcmae"},
 }
 
 

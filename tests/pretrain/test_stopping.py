@@ -4,10 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from forked import code_of
 from runs import ROOT
+
+from prelude.pretrain import distributed, stopping
 
 # In C most of the time, as in a collective or an import.
 STUCK_IN_C = "import ctypes\nwhile True: ctypes.CDLL(None).pause()\n"
@@ -116,3 +120,25 @@ def test_a_rank_without_its_launcher_asks_itself_to_end_and_a_plain_run_goes_on(
     while not found.exists():
         time.sleep(0.05)
     assert found.read_text() == str(bool(launcher))
+
+
+def test_a_rank_that_leaves_is_not_disturbed_by_others_that_leave_when_they_hear_it():
+    """Their connections close while a thread still tells them; the collective that fails for it is no failure."""
+
+    class Telling:
+        def leave(self, code, why):
+            told.set()
+            time.sleep(0.5)
+
+        def explain(self, error):
+            return None
+
+    def act():
+        distributed._Watching.watch = Telling()
+        threading.Thread(target=lambda: (distributed.left(stopping.PREEMPTED), os._exit(75))).start()
+        with distributed.explained():
+            told.wait()
+            raise RuntimeError("Connection closed by peer")
+
+    told = threading.Event()
+    assert code_of(act) == 75

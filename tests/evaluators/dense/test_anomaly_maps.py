@@ -13,7 +13,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
 from prelude.checkpoints import store as stores
-from prelude.checkpoints.portable import PortableState
+from prelude.checkpoints.state.portable import PortableState
 from prelude.data.errors import UserError
 from prelude.data.shape_defects import write_defects
 from prelude.data.shapes import write_shards
@@ -163,7 +163,7 @@ def run(tmp_path, monkeypatch):
         "config": config.model_dump(mode="json"),
     }
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    moments = {"encoder.cls_token": {"exp_avg": torch.zeros_like(tensors["encoder.cls_token"])}}
+    moments = {"encoder.cls_token/exp_avg": torch.zeros_like(tensors["encoder.cls_token"])}
     state = PortableState(tensors=tensors, optimizer="AdamW", moments=moments, scalars={})
     monkeypatch.setattr(stores, "gather_state", lambda engine: state)
     store = stores.Store(folder / "checkpoints")

@@ -1,0 +1,105 @@
+"""The folder of what is kept about data sets: their indexes, and what was computed of them once on a node.
+
+Files are written to the side and renamed, and what is damaged is made anew. Where nothing can be kept, that is told
+once, and each process computes for itself.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prelude.data.locks import alone
+from prelude.data.node_cache import cache_folder
+from prelude.data.places import Mapped, Places, write_images
+
+log = logging.getLogger(__name__)
+
+CACHE_VERSION = 4
+
+
+def folder() -> Path:
+    return cache_folder() / "index"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def hash_of(content) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+@functools.cache  # once for a folder
+def warn_unkept(place: str, reason: str) -> None:
+    log.warning("indexes of shards are not kept, because %s cannot be written: %s", place, reason)
+
+
+def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
+    """`compute()`, a hash over all of an index; `what` says over which part. Computed once on a node; each time if
+    the identity is ""."""
+    if not identity:
+        return compute()
+    of = hash_of([CACHE_VERSION, identity, what])
+    path = folder() / f"{of}.hash"
+    if known := _signed(path, of):
+        return known
+    try:
+        with alone(f"{path}.lock"):
+            found = _signed(path, of) or compute()
+            write_whole(path, f"{found} {hash_of([of, found])}".encode())
+            return found
+    except OSError as error:
+        warn_unkept(str(folder()), error.strerror or str(error))
+        return compute()
+
+
+def kept_numbers(
+    identity: str, what: str, compute: Callable[[], tuple[np.ndarray, Any]]
+) -> tuple[Places | np.ndarray, Any]:
+    """As `remembered`, an (N, 2) table of whole numbers of 0 or more, which is mapped, and what is said of it, JSON."""
+    if not identity:
+        return compute()
+    path = str(folder() / f"{identity.partition(' ')[0]}.{hash_of([CACHE_VERSION, identity, what])}.numbers")
+    try:
+        if (table := _mapped(path)) is None:
+            with alone(f"{path}.lock"):
+                if (table := _mapped(path)) is None:
+                    computed, about = compute()
+                    write_images(path, lambda: [computed], lambda: about)
+                    table = Mapped(path)
+        return table, table.about
+    except OSError as error:
+        warn_unkept(str(folder()), error.strerror or str(error))
+        return compute()
+
+
+def _mapped(path: str) -> Mapped | None:
+    """None where it is not there yet, or spoilt."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        table = Mapped(path)
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return table
+
+
+def _signed(path: Path, of: str) -> str:
+    """What a file says with its own checksum; "" where there is none, or it is spoilt."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found, _, checksum = path.read_text(encoding="ascii").partition(" ")
+        if checksum == hash_of([of, found]):
+            return found
+    return ""
