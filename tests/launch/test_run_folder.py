@@ -13,8 +13,9 @@ import pytest
 import several_starts
 from runs import Run, deepspeed
 
+from prelude.checkpoints.manifest import MANIFEST
 from prelude.checkpoints.sources import open_encoder
-from prelude.checkpoints.store import MANIFEST, Store
+from prelude.checkpoints.store import Store
 from prelude.evaluators.judging import first_section
 from prelude.launch.run_folder import not_written
 from prelude.pretrain.run_lock import NAME, RunLock
