@@ -16,8 +16,8 @@ from pathlib import Path
 from going_on import EVALUATORS, compared, pretrain, table
 
 RECIPES = {"mae": "mae_cifar10", "ijepa": "ijepa_cifar10"}
-# The sizes of the recipes. DINOv3's registers are for large models. Its layer scale of 1e-5 is for training on; I-JEPA needs
-# a small one from the start: without it the features collapse.
+# The sizes of the recipes. DINOv3's registers are for large models. Its layer scale of 1e-5 is for training on; I-JEPA
+# needs a small one from the start: without it the features collapse.
 ROTARY = {
     "mae": "{depth: 4, embed_dim: 192, num_heads: 3, init_values: null, num_reg_tokens: 0}",
     "ijepa": "{depth: 4, embed_dim: 128, num_heads: 4, num_reg_tokens: 0, class_token: false, global_pool: avg, "

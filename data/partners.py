@@ -21,6 +21,7 @@ from prelude.data.kept_files import kept_numbers
 from prelude.data.labels import JSON, TEXTS, field_of, in_words, label_name, no_label
 from prelude.data.members import label_members
 from prelude.data.order import hashed
+from prelude.data.remote_shards import named
 from prelude.data.shards import ShardIndex
 
 MOST_TRIED = 16  # partners that cannot be read, before a sample is its own
@@ -108,7 +109,7 @@ def _group_numbers(index: ShardIndex, group: str, parts: list[list[int]]) -> tup
         raise no_label(index)
     if without == index.num_samples:
         raise UserError(
-            f"{index.paths[0]} and the rest have no {in_words(group)} with text or a number in it (the first: "
+            f"{named(index.paths)} have no {in_words(group)} with text or a number in it (the first: "
             f"{example[:60]!r}); write another objective.pair_by, such as json:FIELD."
         )
     return numbers, without

@@ -329,6 +329,6 @@ def test_an_export_over_a_link_leaves_what_it_leads_to_alone(make_run, tmp_path)
 def test_a_run_whose_checkpoints_cannot_be_used_is_told_which_and_why(make_run):
     run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
     for path in run.glob("checkpoints/step-*/manifest.json"):
-        path.write_text('{"format": 3}')
-    with pytest.raises(UserError, match="step-00000007: it is of format 3.*step-00000005: it is of format 3"):
+        path.write_text('{"format": 4}')
+    with pytest.raises(UserError, match="step-00000007: it is of format 4.*step-00000005: it is of format 4"):
         open_encoder(str(run))

@@ -205,7 +205,7 @@ def test_a_place_that_cannot_be_written_is_told(index, tmp_path):
 def test_without_a_readable_image_there_is_no_entry(index, tmp_path):
     damage(index, range(50))
     bank = Bank(tmp_path / "bank")
-    with pytest.raises(UserError, match="no readable sample"):
+    with pytest.raises(UserError, match="None of the images in .* can be read"):
         bank.rows(open_pixels("pixels:4"), index)
     assert bank.entries() == []
 

@@ -73,7 +73,7 @@ def test_the_numbers_are_those_of_the_offline_evaluators(folder):
 def test_a_subset_is_as_large_as_asked_for_and_new_weights_give_new_numbers(folder):
     config = config_of(folder, num_train=50, num_test=20)
     judge = Judge(config, torch.device("cpu"))
-    assert [sum(map(len, batches)) for batches, _ in judge.parts] == [50, 20]
+    assert [sum(map(len, batches)) for batches, *_ in judge.parts] == [50, 20]
     first, second, again = (judge(weights_of(config, seed)) for seed in (0, 1, 0))
     assert first["feature_std"] != second["feature_std"]
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
