@@ -68,7 +68,10 @@ def test_two_ranks_train_what_one_process_trains(runs, name):
     for key, value in weights.items():
         if key.replace("teacher_", "").replace("teacher.", "encoder.") in idle:  # a teacher follows it
             continue
-        difference, moved = (ours[key] - value).abs().max(), (value - initial[key]).abs().max()
+        apart, step = ours[key] - value, value - initial[key]
+        if key.endswith("qkv.bias"):  # that of the keys moves by rounding: attention does not change with it
+            apart, step = (torch.cat([each.chunk(3)[i] for i in (0, 2)]) for each in (apart, step))
+        difference, moved = apart.abs().max(), step.abs().max()
         assert difference <= 0.02 * moved + 1e-6, f"{key}: moved {moved:.2e}, apart {difference:.2e}"
 
 
