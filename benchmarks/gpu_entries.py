@@ -200,7 +200,7 @@ def save(toy: bool) -> dict:
     from prelude.pretrain import distributed
 
     distributed.start()
-    engine = benchmark.trained_once(benchmark.MODELS["tiny" if toy else "base"])
+    engine = benchmark.trained_once(benchmark.MODELS["tiny" if toy else "base"], stage=0)
     arms = {"background": benchmark.stalled, "plain": benchmark.plain, "torch_save": benchmark.torch_save}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     with tempfile.TemporaryDirectory() as folder:

@@ -241,6 +241,7 @@ class Store:
             with suppress(OSError):
                 self.shelf.clean()
             return self._not_saved(step, error)
+        attendance.saved(str(self.folder / name_of(step)))  # told too where another rank dies before `finish`
         # The checkpoint is there. What is left to do is no reason to end the run, and a full disk one to do the rest.
         with self.pointing:
             self.shelf.point("latest", self.folder / name_of(step))

@@ -44,9 +44,12 @@ class Ranks:
                     )
                 )  # fmt: skip
 
-    def at_step(self, step: int) -> "Ranks":
+    def num_logged(self) -> int:
         metrics = self.run_dir / "metrics.jsonl"
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def at_step(self, step: int) -> "Ranks":
+        while self.num_logged() < step:
             assert self.processes[0].poll() is None, self.output(0)
             time.sleep(0.02)
         return self
@@ -90,6 +93,7 @@ def without_one(recipe, tmp_path_factory):
         for victim, number in SIGNALS:
             ranks = Ranks(recipe, folder / f"{number.name}-{victim}", [limit], [limit])
             found[victim, number] = ranks.at_step(7).saved()
+            ranks.at_step(ranks.num_logged() + 2)  # by then the other rank knows of it
             ranks.processes[victim].send_signal(number)
         for trouble in TROUBLES:
             settings = [limit, "objective.name=troubled:TroubledMAE"]
