@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-ONLINE = "online/"  # judged at a step, and told when later ones have been logged
+ONLINE, HELD_OUT = "online/", "held_out/"  # what is measured beside training. Online: told when later steps are logged
 MAX_PARAMS = 100  # MLflow takes no more in one call
 LONGEST_PARAM = 500  # characters, of the oldest MLflow that is supported
 

@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 
 from prelude.pretrain.files import write_whole
-from prelude.pretrain.trackers.services import ONLINE, SERVICES, picture_of
+from prelude.pretrain.trackers.services import HELD_OUT, ONLINE, SERVICES, picture_of
 
 NICENESS = 10
 LAST_WAIT = 60.0  # seconds
@@ -61,7 +61,7 @@ class Records:
 def record(service, records: Records, message: dict) -> None:
     match message:
         case {"scalars": values, "step": step}:
-            kind = "online" if any(name.startswith(ONLINE) for name in values) else "train"
+            kind = next((of[:-1] for of in (ONLINE, HELD_OUT) if any(name.startswith(of) for name in values)), "train")
             if not records.has(kind, step):
                 service.scalars(step, values)
                 records.note(kind, step)

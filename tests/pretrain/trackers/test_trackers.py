@@ -50,6 +50,8 @@ def watch(config: Config, start: int, steps: list[int], finished: bool = False) 
             monitor.pictures(step, {"views": PICTURE})
         if step == 3:  # what was judged two steps ago
             monitor.report(Report(1, "evaluation", "k-NN 41.3 %", {"knn": 41.25}))
+        if step in (2, 4, 6):  # in fine-tuning, at a step that is logged too
+            monitor.report(Report(step, "validation", "held-out images", {"top1": 10.0 * step}))
         monitor.saving(step)
     if finished:
         monitor.report(Report(steps[-1], "verdict", "healthy features", {}))
@@ -83,6 +85,8 @@ def test_wandb_has_one_run_with_each_step_once(watched):
     assert rows[0]["parts/pixel_mse"] == 0.25 and rows[0]["train/images_per_second"] == 321.0
     online = [row for run in (first, second) for row in run["history"] if "online/knn" in row]
     assert [(row["online/step"], row["online/knn"]) for row in online] == [(1, 41.25)]
+    held_out = [row for run in (first, second) for row in run["history"] if "held_out/top1" in row]
+    assert [(row["_step"], row["held_out/top1"]) for row in held_out] == [(2, 20.0), (4, 40.0), (6, 60.0)]
     assert first["config"]["objective"] == {"name": "mae", "mask_ratio": 0.75}
     assert second["summary"]["verdict"] == "step 6: healthy features"
     assert (first["exit"], second["exit"]) == (1, 0)
@@ -103,6 +107,8 @@ def test_mlflow_has_one_run_with_each_step_once(watched, monkeypatch):
     assert found == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
     (knn,) = client.get_metric_history(run.info.run_id, "online/knn")
     assert (knn.step, knn.value) == (1, 41.25)
+    held_out = client.get_metric_history(run.info.run_id, "held_out/top1")
+    assert sorted((metric.step, metric.value) for metric in held_out) == [(2, 20.0), (4, 40.0), (6, 60.0)]
     assert run.data.params["objective.mask_ratio"] == "0.75" and run.data.params["seed"] == "0"
     assert run.data.tags["verdict"] == "step 6: healthy features"
     assert "seed: 5" in Path(client.download_artifacts(run.info.run_id, "config.yaml", str(folder))).read_text()
