@@ -95,7 +95,7 @@ def shared_settings(labelled: Labelled) -> list[str]:
     values = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
     if labelled.vectors:
         form = labelled.vectors
-        values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group}
+        values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group_field}
     looks = [f"data.range={json.dumps(labelled.value_range)}"] if labelled.value_range else []
     return [*(f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()), *looks]
 

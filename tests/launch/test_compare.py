@@ -351,6 +351,8 @@ def test_findings_are_judged_as_findings():
     labelled, (evaluator,) = comparing.task_of(args, args.sources)
     assert labelled == Labelled("a", "b", "json", VectorFormat(("x", "y"), "", "p"))
     assert evaluator.func is multilabel and evaluator.keywords == {"names": ("x", "y")}
+    shared = compared_runs.shared_settings(labelled)  # what a recipe among the sources is pretrained with
+    assert shared[3:] == ['evaluate.label_names=["x", "y"]', 'evaluate.label_field=""', 'evaluate.label_group="p"']
 
 
 @pytest.mark.parametrize(
