@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,20 @@ def _mapped(path: str) -> Mapped | None:
     """None where it is not there yet, or spoilt."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         table = Mapped(path)
-        with contextlib.suppress(OSError):
-            os.utime(path)
+        mark_used(path)
         return table
+
+
+def mark_used(path: str) -> None:
+    """The time of change stays: whoever has the file open looks at that, and reads all of it again where it moved."""
+    with contextlib.suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+
+
+def used_at(path: Path) -> float:
+    """Seconds since the epoch."""
+    status = path.stat()
+    return max(status.st_atime, status.st_mtime)
 
 
 def _signed(path: Path, of: str) -> str:

@@ -26,7 +26,7 @@ from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
 from prelude.data.index_file import Entry
-from prelude.data.kept_files import CACHE_VERSION, folder, hash_of, warn_unkept, write_whole
+from prelude.data.kept_files import CACHE_VERSION, folder, hash_of, mark_used, used_at, warn_unkept, write_whole
 from prelude.data.locks import alone
 from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
 from prelude.data.remote_shards import RemoteShard, named, shard_name
@@ -147,8 +147,7 @@ def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    with contextlib.suppress(OSError):  # the time of change stays: who has it open looks at that
-        os.utime(sought.path(), ns=(time.time_ns(), os.stat(sought.path()).st_mtime_ns))
+    mark_used(sought.path())
     return Kept(images, labels, shards, contents, sought.name)
 
 
@@ -219,13 +218,8 @@ def _remove_superseded(sought: _Sought) -> None:
     of_paths = sought.name.partition("-")[0]
     for path in folder().glob(f"{of_paths}-*"):
         with contextlib.suppress(OSError):
-            if not path.name.startswith(sought.name) and time.time() - _used_at(path) > _UNUSED_SECONDS:
+            if not path.name.startswith(sought.name) and time.time() - used_at(path) > _UNUSED_SECONDS:
                 path.unlink()
-
-
-def _used_at(path: Path) -> float:
-    status = path.stat()
-    return max(status.st_atime, status.st_mtime)
 
 
 # ---- one shard

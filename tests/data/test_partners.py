@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import random
 import struct
@@ -297,8 +298,11 @@ def test_groups_are_found_once_and_mapped(shards, cache, monkeypatch):
     first = Partners(ShardIndex(paths), "json:who.patient", SEED)
     reads = []
     monkeypatch.setattr(partners, "label_members", lambda *of: reads.append(of) or pytest.fail("read again"))
+    os.utime(first.table.path, ns=(0, 10**18))
     again = Partners(ShardIndex(paths), "json:who.patient", SEED)
     assert again.table.path == first.table.path and again.told() == first.told()
+    status = os.stat(first.table.path)  # in use, and not changed, so that who has it open need not read it again
+    assert status.st_atime_ns > 10**18 and status.st_mtime_ns == 10**18
     assert again.fingerprint == first.fingerprint and not reads
     sent = pickle.loads(pickle.dumps(again))  # to a worker that is not forked
     assert sent.first(np.arange(30), range(30)).tolist() == first.first(np.arange(30), range(30)).tolist()
