@@ -4,7 +4,7 @@
 - What is passed on to whoever raises or tells it: every other sentence that is written in a function.
 
 A text is followed to where it is written: through names in the same function, and functions of the same file. What is
-filled in is told by its name, in ‹ ›.
+filled in is told by its name, in ‹ ›; texts that the code chooses between stand in ⟨ ⟩, parted by |.
 """
 
 import ast
@@ -97,7 +97,7 @@ def messages(path: Path) -> list[Message]:
 
 
 def _is_a_sentence(text: str) -> bool:
-    return text.endswith((".", "?")) and len(text.split()) > 4 and "\n" not in text
+    return text.rstrip("⟩").endswith((".", "?")) and len(text.split()) > 4 and "\n" not in text
 
 
 class _File:
@@ -105,6 +105,8 @@ class _File:
         self.tree = tree
         self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         self.constants = _assigned(tree.body)
+        self.assigned: dict = {}
+        self.returned: dict = {}
 
     def raised(self) -> Iterator[tuple[ast.Call, ast.FunctionDef | None]]:
         """Calls of the classes of errors that have a text, with the innermost function that each is in."""
@@ -134,21 +136,34 @@ class _File:
                 pairs = self.texts(left, function, depth) or ["…"], self.texts(right, function, depth) or ["…"]
                 return [f"{one}{other}" for one in pairs[0] for other in pairs[1] if (one, other) != ("…", "…")]
             case ast.IfExp(body=one, orelse=other):
-                return [*self.texts(one, function, depth), *self.texts(other, function, depth)]
+                return self._each([one, other], function, depth)
             case ast.BoolOp(values=values):
-                return [text for value in values for text in self.texts(value, function, depth)]
+                return self._each(values, function, depth)
             case ast.Name(id=name):
-                values = _assigned(ast.walk(function)).get(name, []) if function else []
-                values = values or self.constants.get(name, [])
-                return [text for value in values for text in self.texts(value, function, depth + 1)]
+                values = self._assigned_in(function).get(name, []) if function else []
+                return self._each(values or self.constants.get(name, []), function, depth + 1)
             case ast.Call(func=ast.Attribute(value=inside, attr="replace" | "format" | "strip" | "capitalize")):
                 return self.texts(inside, function, depth)
             case ast.Call(func=called) if (inner := self.functions.get(_name(called))) is not None:
-                returned = [one for one, of in _within(inner) if isinstance(one, ast.Return) and of is inner]
-                return [text for one in returned if one.value for text in self.texts(one.value, inner, depth + 1)]
-            case ast.Tuple(elts=values) | ast.List(elts=values):
-                return [text for value in values for text in self.texts(value, function, depth)]
+                return self._each(self._returned_by(inner), inner, depth + 1)
         return []
+
+    def _assigned_in(self, function: ast.FunctionDef) -> dict[str, list[ast.expr]]:
+        if function not in self.assigned:
+            self.assigned[function] = _assigned(ast.walk(function))
+        return self.assigned[function]
+
+    def _returned_by(self, function: ast.FunctionDef) -> list[ast.expr]:
+        if function not in self.returned:
+            nodes = (node for node, of in _within(function) if of is function)
+            self.returned[function] = [node.value for node in nodes if isinstance(node, ast.Return) and node.value]
+        return self.returned[function]
+
+    def _each(self, values: list[ast.expr], function: ast.FunctionDef | None, depth: int) -> list[str]:
+        """Of one of several expressions: of those that are not written here their names, unless none is."""
+        found = [self.texts(value, function, depth) for value in values]
+        named = [texts or [f"‹{_label(value)}›"] for value, texts in zip(values, found, strict=True)]
+        return [text for texts in named for text in texts] if any(found) else []
 
     def _joined(self, parts: list[ast.expr], function: ast.FunctionDef | None, depth: int) -> str:
         said = []
@@ -156,9 +171,13 @@ class _File:
             if isinstance(part, ast.Constant):
                 said.append(str(part.value))
                 continue
-            inside = [text for text in self.texts(part.value, function, depth + 1) if text.strip()]
-            said.append(" / ".join(dict.fromkeys(inside)) if inside else f"‹{_label(part.value)}›")
+            inside = self.texts(part.value, function, depth + 1)
+            said.append(_either(list(dict.fromkeys(inside))) or f"‹{_label(part.value)}›")
         return re.sub(r"\s*\n\s*", " ", "".join(said))
+
+
+def _either(texts: list[str]) -> str:
+    return f"⟨{'|'.join(texts)}⟩" if len(texts) > 1 else "".join(texts)
 
 
 def _within(top: ast.AST) -> Iterator[tuple[ast.AST, ast.FunctionDef | None]]:
@@ -195,6 +214,8 @@ def _label(node: ast.expr) -> str:
     match node:
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name.strip("_").replace("_", " ")
+        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=str(key)), *_]):
+            return key.replace("_", " ")
         case ast.Call(func=ast.Attribute(attr="join"), args=[inside, *_]):
             return _label(inside)
         case ast.Call(func=ast.Attribute(value=inside, attr="name" | "hex" | "strip" | "item")):
@@ -203,6 +224,8 @@ def _label(node: ast.expr) -> str:
             return "number" if _name(node.func) == "len" else _label(arguments[-1])
         case ast.Call(func=called):
             return _label(called)
+        case ast.Subscript(slice=ast.Constant(value=str(key))):
+            return key.replace("_", " ")
         case ast.Subscript(value=inside) | ast.Starred(value=inside):
             return _label(inside)
         case ast.GeneratorExp(generators=[first, *_]) | ast.ListComp(generators=[first, *_]):
