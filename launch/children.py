@@ -5,6 +5,7 @@ its own way, and the same command goes on later. It asks itself to end when this
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from prelude.pretrain import stopping
 from prelude.pretrain.distributed import free_port
 
 DOORS = Path(__file__).resolve().parent
+
+# of DeepSpeed's launcher: which commands it ran, which accelerator it did not find
+_CHATTER = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(DEBUG|INFO|WARNING)\] \[\w+\.py:\d+:")
 
 
 class Preempted(Exception):
@@ -52,11 +56,11 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _show(lines: Iterable[str], name: str) -> str:
-    """Prints the lines, unless `name` is empty, and returns the error among them, if any."""
+    """Prints the lines that a user has use for, unless `name` is empty, and returns the error among them, if any."""
     error = ""
     for line in lines:
         text = line.rstrip()
-        if name:
+        if name and not _CHATTER.match(text):
             print(f"[{name}] {text}", file=sys.stderr, flush=True)
         if text.startswith("error: "):
             error = text.removeprefix("error: ")
