@@ -65,7 +65,9 @@ class AlternatingLoader:
     def state_dict(self) -> dict:
         """Plain values, the same on every rank."""
         of_kinds = {name: loader.state_dict() for name, loader in self.loaders.items()}
-        return {**self._identity(), "samples": self.samples, "num_samples": self.num_samples, **of_kinds}
+        fingerprint = "_".join(filter(None, (state.get("fingerprint") for state in of_kinds.values())))
+        told = {"samples": self.samples, "num_samples": self.num_samples, "fingerprint": fingerprint}
+        return {**self._identity(), **told, **of_kinds}
 
     def load_state_dict(self, state: dict, allow_changed_data: bool = False) -> None:
         """Goes on from `state`, each kind where it was. Raises UserError as `EndlessLoader` does."""

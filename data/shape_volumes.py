@@ -6,7 +6,7 @@ its contrast and the slope of the light are drawn independently of it, so raw vo
 
 - Sample `index` of a split is a function of (seed, split, index, size) alone.
 - Every six consecutive samples hold each class once.
-- What lies outside of the solid is 0, as outside of a body, but for a few voxels in each hundred.
+- What lies outside of the solid is 0, as outside of a body. Inside there is noise.
 """
 
 import io
@@ -43,8 +43,7 @@ def make(split: str, indices: np.ndarray, seed: int = 0, size: tuple[int, int, i
     contrast = draws.between(0.12, 0.22) * np.where(draws.between(0, 1) < 0.5, -1, 1)
     light = sum(_along(draws.between(-0.15, 0.15)) * grid[axis] for axis in range(3))
     tone = _along(draws.between(0.4, 0.6)) + _along(contrast) * pattern + light
-    grains = _grains(indices, seed, split, size)
-    values = cover * (tone + 0.04 * grains[0]) + (1 - cover) * (grains[1] > 0.98) * 0.1
+    values = cover * (tone + 0.04 * _grains(indices, seed, split, size))
     return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8), labels
 
 
@@ -153,11 +152,10 @@ def _turns(draws: Draws) -> np.ndarray:
 
 
 def _grains(indices: np.ndarray, seed: int, split: str, size: tuple[int, int, int]) -> np.ndarray:
-    """(2, N, H, W, Z) float32: noise from -1 to 1, and another from 0 to 1."""
+    """(N, H, W, Z) float32 from -1 to 1, independent from voxel to voxel."""
     voxels = np.arange(int(np.prod(size)), dtype=np.int64)
     of_voxels = Draws(seed + 2 * _STREAM, SPLITS.index(split), (indices[:, None] * len(voxels) + voxels).ravel())
-    shape = len(indices), *size
-    return np.stack([of_voxels.between(-1, 1).reshape(shape), of_voxels.between(0, 1).reshape(shape)])
+    return of_voxels.between(-1, 1).reshape(len(indices), *size)
 
 
 def _along(values: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.feature_health import feature_health
 from prelude.pretrain.kept_patches import features_of_tokens, is_plain
 from prelude.pretrain.objective import Loss
+from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.position import volume_table
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.volumes import Volumes
@@ -75,7 +76,7 @@ class Uni4Eye(MAE):
     def check(cls, options: Uni4EyeOptions, encoder: EncoderConfig) -> None:
         super().check(options, encoder)
         model = lay_out_encoder(encoder)
-        if not is_plain(model) or encoder.pos_embed != "sincos":
+        if is_own(encoder) or not is_plain(model) or encoder.pos_embed != "sincos":
             raise UserError(
                 f"encoder.name={encoder.name} with encoder.pos_embed={encoder.pos_embed} tells only places of a plane "
                 "apart; write a plain vision transformer with encoder.pos_embed=sincos, such as "

@@ -17,6 +17,8 @@ from prelude.objectives.masking import mask_noise
 from prelude.pretrain.position import sincos_table, volume_table
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import step_cost
+from prelude.pretrain.utilisation import Utilisation
 from prelude.pretrain.volumes import NOISE_STD, Volumes, standardised, volumes
 
 VIT = {"name": "vit_tiny_patch16_224", "patch_size": 4, "kwargs": {"depth": 1, "embed_dim": 24, "num_heads": 2}}
@@ -351,3 +353,26 @@ def test_both_kinds_are_wanted_or_none():
         check_objective(without)
     with pytest.raises(UserError, match="name=mae learns from images alone.* leave it out, or write"):
         check_objective(config.model_copy(update={"objective": configured(name="mae").objective}))
+
+
+# ---- what a run costs
+
+
+def test_a_plan_takes_the_mean_of_both_kinds_for_time_and_the_larger_for_memory():
+    objective, mae = built(), build_objective(configured(name="mae", gradient_weight=1.0, mask_ratio=0.5))
+    images, volumes, both = (step_cost(objective, volume_share=share) for share in (0.0, 1.0, 0.25))
+    assert images.flops.largest(4) == pytest.approx(step_cost(mae).flops.largest(4))
+    assert volumes.flops.largest(4) != images.flops.largest(4)
+    assert both.flops.largest(4) == pytest.approx(0.75 * images.flops.largest(4) + 0.25 * volumes.flops.largest(4))
+    heavy = step_cost(built(volume_size=[24, 24, 24]))
+    for needs in ("held", "beside_gradients", "kept"):
+        assert getattr(both, needs).largest(4) >= getattr(step_cost(mae), needs).largest(4)
+        assert getattr(heavy, needs).largest(4) > 2 * getattr(both, needs).largest(4)
+
+
+def test_no_share_of_the_peak_is_told_where_steps_cost_what_their_kind_costs():
+    used = Utilisation(1e9)
+    used.look_at(built(), configured(), "fp32")
+    with used.counting(plain_volumes()):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    assert used.at(10.0) is None
