@@ -5,44 +5,64 @@ its own way, and the same command goes on later. It asks itself to end when this
 """
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from prelude.launch.exit_codes import PREEMPTED
 from prelude.pretrain import stopping
-from prelude.pretrain.distributed import free_port
 
 DOORS = Path(__file__).resolve().parent
+_OF_A_CHILD = {"FORCE_COLOR": ""}  # a notebook's kernel sets it, and would have a bar drawn into our pipe
+_ERROR = re.compile(r"(?:\w+\.py: )?error: ")  # a door's own, or that of its arguments
+
+# of DeepSpeed's launcher: which commands it ran, which accelerator it did not find
+_CHATTER = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(DEBUG|INFO|WARNING)\] \[\w+\.py:\d+:")
 
 
 class Preempted(Exception):
     """A child was asked to end before it was done; run again, it goes on."""
 
+    def __init__(self, through_us: bool = False):
+        self.through_us = through_us  # whether this process was asked, and passed it on
 
-def run_door(door: str, arguments: Sequence[str], *, num_ranks: int, name: str, quiet: bool = False) -> str | None:
+
+def run_door(
+    door: str,
+    arguments: Sequence[str],
+    *,
+    num_ranks: int,
+    name: str,
+    quiet: bool = False,
+    show: Callable[[str], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str | None:
     """Runs `door` (`pretrain`) to its end, by the launcher where there are several ranks; each line that it prints
-    begins with `name`, unless it is to be `quiet`. Returns None, or in one sentence why it failed. Raises Preempted."""
+    begins with `name`, unless it is to be `quiet`, or goes to `show`. Returns None, or in one sentence why it failed.
+    Raises Preempted."""
     script = [str(DOORS / f"{door}.py"), *arguments]
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(_free_port())]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), *script]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        env=os.environ | {stopping.PARENT: str(os.getpid())},
+        env=os.environ | _OF_A_CHILD | {stopping.PARENT: str(os.getpid())} | dict(environment or {}),
     )  # fmt: skip
     try:
         with stopping.postponed(lambda: _signal(process, signal.SIGTERM)):
-            sentence = _show(process.stdout, "" if quiet else name)
+            sentence = _heard(process.stdout, show or (_silence if quiet else partial(_print_under, name)))
             code = process.wait()
             asked_to_stop = stopping.requested()
     finally:
         if process.poll() is None:
             _signal(process, signal.SIGKILL)
     if asked_to_stop or code == PREEMPTED:
-        raise Preempted
+        raise Preempted(asked_to_stop)
     return None if code == 0 else sentence or f"{door} ended with code {code} and did not say why."
 
 
@@ -51,15 +71,28 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _show(lines: Iterable[str], name: str) -> str:
-    """Prints the lines, unless `name` is empty, and returns the error among them, if any."""
+def _heard(lines: Iterable[str], show: Callable[[str], None]) -> str:
+    """Shows the lines that a reader has use for, and returns the error among them, if any."""
     error = ""
     for line in lines:
         text = line.rstrip()
-        if name:
-            print(f"[{name}] {text}", file=sys.stderr, flush=True)
-        if text.startswith("error: "):
-            error = text.removeprefix("error: ")
+        if not _CHATTER.match(text):
+            show(text)
+        if found := _ERROR.match(text):
+            error = text[found.end() :]
         elif error and text.startswith("  "):  # a mistake of a config, below the line that counts them
             error += f" {text.strip()}"
     return error
+
+
+def _print_under(name: str, text: str) -> None:
+    print(f"[{name}] {text}", file=sys.stderr, flush=True)
+
+
+def _silence(text: str) -> None: ...
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

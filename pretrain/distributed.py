@@ -269,9 +269,3 @@ def _keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             libc.mallopt(parameter, 2**30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

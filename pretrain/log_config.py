@@ -6,6 +6,8 @@ from pydantic import Field
 
 from prelude.pretrain.options import Section, Text, Texts
 
+EVERY_STEP = "PRELUDE_EVERY_STEP"  # in the environment: the console tells every logged step, to one who draws a bar
+
 
 class WandbConfig(Section):
     """Weights & Biases, by its own package. What is null is as its environment variables say."""

@@ -6,6 +6,8 @@ it cannot write: that is told once, and whether the run can go on is for the nex
 """
 
 import io
+import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from prelude.pretrain.event_file import EventFile
 from prelude.pretrain.files import Lines, Tolerant, make_folder, write_whole
+from prelude.pretrain.log_config import EVERY_STEP
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.trackers.tracker import Tracker
 
@@ -116,13 +119,15 @@ class _Console(Console):
 
 
 class ConsoleMonitor(Monitor):
-    """A progress bar on a terminal; elsewhere a line for every twentieth of the run."""
+    """A progress bar on a terminal; elsewhere a line for every twentieth of the run, or for every logged step where
+    who started it draws the bar."""
 
     def __init__(self):
         self.console = _Console(file=sys.stderr)
         self.tolerant = Tolerant("the console")
         self.live: Live | None = None
         self.judged = ""
+        self.lines = math.inf if EVERY_STEP in os.environ else 20
 
     def start(self, progress: Progress) -> None:
         if progress.step == progress.num_steps:
@@ -154,7 +159,7 @@ class ConsoleMonitor(Monitor):
         if self.live:
             self.bar.update(self.task, completed=record.step)
             self.live.update(self._drawn(text))
-        elif last or record.step - self.last_printed >= record.num_steps / 20:
+        elif last or record.step - self.last_printed >= record.num_steps / self.lines:
             self.last_printed = record.step
             self._print(f"step {record.step}/{record.num_steps}  {text}")
 
