@@ -19,6 +19,7 @@ from prelude.data.errors import RunStopped, UserError
 from prelude.data.loader import Loader, alternating_loader, build_loader, one_pass
 from prelude.data.order import Shuffle, sample_seed
 from prelude.data.volumes import decode_volume, resample
+from prelude.launch import shards
 
 PLAN = VolumePlan((6, 5, 4))
 IMAGES = ViewPlan((View((6, 6)),), volumes=PLAN)
@@ -333,6 +334,16 @@ def test_a_volume_of_shapes_is_a_function_of_its_index(tmp_path):
     assert shard.stat().st_mtime_ns > written
     with pytest.raises(UserError, match="4 voxels along an axis"):
         shape_volumes.write_volumes(tmp_path, "train", 12, size=(16, 16, 4))
+
+
+def test_the_door_writes_volumes_where_a_depth_is_asked_for(tmp_path, capsys):
+    sizes = ["--num-train", "7", "--num-test", "3", "--image-size", "16", "--depth", "8", "--seed", "2"]
+    assert shards.main(["shapes", "--to", str(tmp_path), *sizes]) == 0
+    assert "7 train volumes in 1 shards" in capsys.readouterr().out
+    (found,) = one_pass(
+        index_of_volumes(DataSet(f"{tmp_path}/volumes-train-*.tar")), VolumePlan((16, 16, 8)), batch_size=9
+    )
+    assert np.array_equal(found.views[0][:, 0].numpy(), shape_volumes.make("train", np.arange(7), 2, (16, 16, 8))[0])
 
 
 def test_brightness_says_nothing_about_a_volume_s_class():

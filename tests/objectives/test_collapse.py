@@ -11,8 +11,7 @@ import torch
 from collapse_cases import a_record, a_watch
 from jepa_models import a_batch
 
-from prelude.data.batch import Batch, VolumePlan
-from prelude.launch.made_up_data import made_up_volumes
+from prelude.data.batch import Batch
 from prelude.objectives import objective_class, options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.dseqjepa import DSeqJEPA
@@ -33,6 +32,7 @@ RESNET = {
 PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "momentum": 0.95}
 PEACEFUL = {"view_1": {"blur": 0.0}, "view_2": {"blur": 0.0}, "crop_scale": [0.6, 1.0]}
 SMALL_MAE = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5}
+STILL = {"volume_flip": 0.0, "volume_noise": 0.0}
 OBJECTIVES = {
     "mae": (SMALL_MAE, VIT | {"kwargs": SHAPE}),
     "ijepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
@@ -48,7 +48,7 @@ OBJECTIVES = {
     "lejepa": ({"projector": [64, 16], "num_directions": 64, "num_local": 0, "colours": {"blur": 0.0}}, RESNET),
     "msbreg": ({"projector": [64, 32], "predictor": [64], "momentum": 0.95} | PEACEFUL, RESNET),
     "rotation": ({"crop_scale": None}, RESNET),
-    "uni4eye": (SMALL_MAE | {"volume_size": [16, 16, 8], "volume_patch": 4}, VIT | {"kwargs": SHAPE}),
+    "uni4eye": (SMALL_MAE | {"volume_size": [16, 16, 8], "volume_patch": 4} | STILL, VIT | {"kwargs": SHAPE}),
     "spark": ({"decoder_dim": 32, "mask_ratio": 0.5}, RESNET | {"kwargs": RESNET["kwargs"] | {"output_stride": 8}}),
 }
 
@@ -111,9 +111,10 @@ def noise(batch: Batch, view: int = 0) -> Batch:
 
 
 def in_turn_with_volumes(change=lambda batch: batch):
-    """Every second batch is of volumes, with the draws of its step."""
-    turns, volumes = itertools.count(), made_up_volumes(torch.arange(len(IMAGES)), VolumePlan((16, 16, 8)), 64)
-    return lambda batch: change(replace(volumes, seeds=batch.seeds) if next(turns) % 2 else batch)
+    """Every second batch is of volumes, each an image that fades from slice to slice, with the draws of its step."""
+    turns, planes = itertools.count(), IMAGES.views[0][:, :1, ::2, ::2, None]
+    volumes = ((planes + 40.0) * torch.linspace(0.3, 0.8, 8)).to(torch.uint8)  # (B, 1, 16, 16, 8)
+    return lambda batch: change(replace(batch, views=(volumes,)) if next(turns) % 2 else batch)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
