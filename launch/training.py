@@ -157,8 +157,9 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
     """The values that were derived and not asked for."""
     if not distributed.is_main():
         return
+    samples = "images and volumes" if isinstance(loader, AlternatingLoader) else "images"
     text = (
-        f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} images, "
+        f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} {samples}, "
         f"{distributed.world_size()} x {device.type} in {engine.precision}: "
         f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "

@@ -51,6 +51,7 @@ def test_two_ranks_train_what_one_process_trains(recipe, settings, run, tmp_path
     two = Run(deepspeed(2), recipe, tmp_path / "two", *settings)
     one = run("one")
     assert two.wait() == 0, two.output.read_text()[-3000:]
+    assert "on 240 images and volumes, 2 x " in two.output.read_text()
     kinds = [{"voxel_mse", "pixel_mse"} & step["parts"].keys() for step in one.metrics()]
     assert len(kinds) == NUM_STEPS and kinds.count({"voxel_mse"}) == 6 and kinds.count({"pixel_mse"}) == 9
     for mine, theirs in zip(one.metrics(), two.metrics(), strict=True):
