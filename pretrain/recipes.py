@@ -108,7 +108,7 @@ def find_recipe(recipe: str | Path) -> Path:
             return candidate
     names = sorted(path.stem for path in shipped.glob("*.yaml"))
     near = difflib.get_close_matches(given.stem, names, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"write a file, or one of: {', '.join(names)}."
+    hint = f"did you mean {near[0]}?" if near else "write a file, or a name that `prelude recipes` lists."
     raise UserError(f"No config at {recipe}; {hint}")
 
 
