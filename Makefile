@@ -1,9 +1,10 @@
-# make quickstart: from a bare machine to a probed and exported encoder. make test: the whole test suite.
+# make quickstart: from a bare machine to a probed and exported encoder. make test: the test suite. make tutorials: the
+# pages of the documentation that are run, and the plans of recipes, as a second stage.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test tutorials lint clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +19,9 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+tutorials: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tutorial --numprocesses 2
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
