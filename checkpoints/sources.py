@@ -41,6 +41,8 @@ _RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
 
 @dataclass(frozen=True)
 class OpenedEncoder:
+    """A network with what it has to be shown, and where it comes from."""
+
     model: nn.Module  # images (B, C, H, W), normalised by mean and std, to pooled features (B, D)
     config: EncoderConfig
     mean: tuple[float, float, float]

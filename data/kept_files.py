@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from prelude.data.host import cache_folder
 from prelude.data.locks import alone
-from prelude.data.node_cache import cache_folder
 from prelude.data.places import Mapped, Places, write_images
 
 log = logging.getLogger(__name__)

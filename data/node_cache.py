@@ -19,7 +19,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from prelude.data.checksums import Digests
 from prelude.data.errors import RunStopped, UserError
@@ -32,11 +31,6 @@ GIB = 2**30
 _LOOK_SECONDS = 0.05
 _TOUCH_SECONDS = 1.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def cache_folder() -> Path:
-    """Where indexes, features and remote shards are kept: $PRELUDE_CACHE, or ~/.cache/prelude."""
-    return Path(os.environ.get("PRELUDE_CACHE") or Path.home() / ".cache" / "prelude")
 
 
 class Writer:

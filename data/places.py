@@ -119,7 +119,7 @@ class Mapped(Places):
         # The other place is the same file on Linux, also when it was removed, as long as this process lives.
         return _opened, (self.path, self.images, f"/proc/{os.getpid()}/fd/{self._fd}")
 
-    def __del__(self, close=os.close):  # named here, since at the end of the interpreter `os` may be gone first
+    def __del__(self, close=os.close):  # at the end of a process the module may have been emptied
         if hasattr(self, "_fd"):
             close(self._fd)
 

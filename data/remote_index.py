@@ -15,8 +15,8 @@ from pathlib import Path
 
 from prelude.data import index_file, stores
 from prelude.data.checksums import Digests
+from prelude.data.host import cache_folder
 from prelude.data.index_file import Entry
-from prelude.data.node_cache import cache_folder
 from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
 from prelude.data.tar_index import index_every_label
 from prelude.data.waiting import in_threads, moved

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from prelude.data import stores
 from prelude.data.checksums import computable
 from prelude.data.errors import RunStopped, UserError
-from prelude.data.node_cache import GIB, NodeCache, Writer, cache_folder
+from prelude.data.host import cache_folder
+from prelude.data.node_cache import GIB, NodeCache, Writer
 from prelude.data.waiting import doing, in_threads, moved, open_file
 
 log = logging.getLogger(__name__)

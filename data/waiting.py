@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from prelude.data import host
 from prelude.data.errors import RunStopped, Stopped
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ log = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 300.0  # less than NCCL's ten minutes, after which other ranks would end without a reason
 TELL_AFTER_SECONDS = 10.0
 LOOK_SECONDS = 0.1
-
-SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass
@@ -244,11 +243,11 @@ _line = memoryview(bytearray(Board.SIZE))
 def shared_memory() -> str:
     """The state of the memory that batches travel through, in words."""
     try:
-        status = os.statvfs(SHARED_MEMORY)
+        status = os.statvfs(host.SHARED_MEMORY)
     except OSError:
-        return f"{SHARED_MEMORY} does not exist"
+        return f"{host.SHARED_MEMORY} does not exist"
     size, free = (count * status.f_frsize / 2**20 for count in (status.f_blocks, status.f_bavail))
-    return f"{SHARED_MEMORY} has {free:.4g} of {size:.4g} MiB free"
+    return f"{host.SHARED_MEMORY} has {free:.4g} of {size:.4g} MiB free"
 
 
 def state_of(pid: int) -> str:

@@ -6,6 +6,8 @@ if __name__ != "prelude.launch":  # under a second name every module would exist
 import os
 import sys
 
+from prelude.launch import light_imports  # noqa: F401  before timm and DeepSpeed are imported
+
 # Read when torch is first imported. On CPU, compute threads share their cores with loader workers; threads that spin
 # while they wait for one another then cost most of the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

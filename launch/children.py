@@ -22,6 +22,9 @@ DOORS = Path(__file__).resolve().parent
 _OF_A_CHILD = {"FORCE_COLOR": ""}  # a notebook's kernel sets it, and would have a bar drawn into our pipe
 _ERROR = re.compile(r"(?:\w+\.py: )?error: ")  # a door's own, or that of its arguments
 
+# of DeepSpeed's launcher: which commands it ran, which accelerator it did not find
+_CHATTER = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(DEBUG|INFO|WARNING)\] \[\w+\.py:\d+:")
+
 
 class Preempted(Exception):
     """A child was asked to end before it was done; run again, it goes on."""
@@ -69,11 +72,12 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _heard(lines: Iterable[str], show: Callable[[str], None]) -> str:
-    """Shows the lines, and returns the error among them, if any."""
+    """Shows the lines that a reader has use for, and returns the error among them, if any."""
     error = ""
     for line in lines:
         text = line.rstrip()
-        show(text)
+        if not _CHATTER.match(text):
+            show(text)
         if found := _ERROR.match(text):
             error = text[found.end() :]
         elif error and text.startswith("  "):  # a mistake of a config, below the line that counts them

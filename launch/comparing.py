@@ -118,10 +118,10 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
         names = list(dict.fromkeys(args.evaluators or COMPARED))
         labelled = labelled_shards(sources, args.train, args.test, args.label, None, args.range, **chosen_of(args))
         return labelled, [EVALUATORS[name] for name in names]
-    if (args.evaluators and not args.keep) or args.finetune:
+    if args.evaluators and not args.keep:
         raise UserError(
-            "--evaluators and --finetune are for class numbers; with several findings an image the evaluator is "
-            "multilabel, so leave them out."
+            "--evaluators is for class numbers; with several findings an image the evaluator is multilabel, so leave "
+            "it out."
         )
     form = vector_format(sources, args.names, args.field, args.group)
     labelled = labelled_shards(sources, args.train, args.test, args.label, form, args.range, **chosen_of(args))

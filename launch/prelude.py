@@ -41,10 +41,12 @@ COMMANDS = {
     "check-encoder": ("check_encoder", "which objectives an encoder can serve, timm's or your own"),
     "check-objective": ("check_objective", "whether your own objective keeps the contract"),
     "shards": ("shards", "make shards of images, and look at them"),
+    "doctor": ("doctor", "what this machine offers, and what is wrong with it"),
 }
 
 USAGE = """usage: prelude COMMAND ...
        prelude --version
+       prelude --completion bash|zsh
 
 Self-supervised pretraining of image encoders from tar shards.
 
@@ -66,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] == "--version":
         print(f"prelude {version()}")
+        return 0
+    if argv[0] == "--completion":
+        from prelude.launch import completion
+
+        print(completion.script(" ".join(argv[1:]), COMMANDS))
         return 0
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)

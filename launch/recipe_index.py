@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prelude.data.errors import UserError
-from prelude.pretrain.recipes import bases_of, find_recipe, read_recipe
+from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, read_recipe
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FINE_TUNING = "fine-tuning"
 _HEADER = ("Trains", "Takes", "Reaches", "Command")
 _PUBLISHED, _NOT_MEASURED = "published", "not measured"
@@ -38,13 +37,13 @@ class Recipe:
 
 def shipped() -> list[Recipe]:
     """All of them, by name."""
-    figures = json.loads((CONFIGS / "figures.json").read_text())
-    return [_recipe(path, figures) for path in sorted(CONFIGS.glob("*.yaml"))]
+    figures = json.loads((SHIPPED / "figures.json").read_text())
+    return [_recipe(path, figures) for path in sorted(SHIPPED.glob("*.yaml"))]
 
 
 def described(recipe: str) -> Recipe:
     """One of them, or a file with such a header. Raises UserError."""
-    return _recipe(find_recipe(recipe), json.loads((CONFIGS / "figures.json").read_text()))
+    return _recipe(find_recipe(recipe), json.loads((SHIPPED / "figures.json").read_text()))
 
 
 def header_of(path: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from prelude.pretrain.config import Config
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.config_words import sentences, shown
 
+SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 OptionsFor = Callable[[str], type[BaseModel]]
 
 
@@ -100,13 +101,17 @@ def _refuse_commands_of_a_file(values: dict, path: Path) -> None:
         )
 
 
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
 def find_recipe(recipe: str | Path) -> Path:
     """A file, or the name of one of the recipes that ship in configs/ (`quickstart`)."""
-    shipped, given = Path(__file__).resolve().parents[1] / "configs", Path(os.path.expanduser(recipe))
-    for candidate in (given, shipped / given.name, shipped / f"{recipe}.yaml"):
+    given = Path(os.path.expanduser(recipe))
+    for candidate in (given, SHIPPED / given.name, SHIPPED / f"{recipe}.yaml"):
         if os.path.isfile(candidate):
             return candidate
-    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    names = shipped_recipes()
     near = difflib.get_close_matches(given.stem, names, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else "write a file, or a name that `prelude recipes` lists."
     raise UserError(f"No config at {recipe}; {hint}")

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
+from prelude.data.host import cache_folder
 from prelude.data.loader import one_pass
-from prelude.data.node_cache import cache_folder
 from prelude.data.progress import progress_bar
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Extractor, NothingReadable

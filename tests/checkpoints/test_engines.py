@@ -6,19 +6,18 @@ All jobs of a world size run in one launch, because a launch costs seconds.
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import LAUNCHED, deepspeed
 from safetensors.torch import load_file
 
 from prelude.checkpoints.saved import open_checkpoint
 
 SCRIPT = Path(__file__).with_name("script.py")
-DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 # (stage, optimizer): every stage with Adam; the others where they may be used.
 PAIRS = [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (1, "lion"), (2, "sgd"), (0, "lars"), (0, "lamb")]
 # (stage, world) that saved -> (stage, world) that loads
@@ -40,14 +39,11 @@ def launch(jobs: list[dict], folder: Path, world: int) -> None:
     plan = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
     plan.write_text(json.dumps(jobs))
     keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    env = keep | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = keep | LAUNCHED | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), str(plan)]
     if world > 1:
         env.pop("CUDA_VISIBLE_DEVICES")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(DEEPSPEED), "--num_gpus", str(world), "--master_port", str(port), str(SCRIPT), str(plan)]
+        command = [*deepspeed(world), str(SCRIPT), str(plan)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 

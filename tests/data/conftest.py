@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import LAUNCHED
 
 from prelude.data import waiting
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +79,7 @@ def run_python(cache):
     started = []
 
     def run(code: str, *arguments, **environment) -> subprocess.Popen:
-        variables = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
+        variables = os.environ | LAUNCHED | environment
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             env=variables,

@@ -12,6 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+_HELPERS = ROOT / "tests" / "helpers"
+LAUNCHED = {  # of a process that a test starts
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", _HELPERS, _HELPERS / "without_trackers"))),
+}
 
 
 class RunDir:
@@ -56,13 +62,11 @@ class Run(RunDir):
         super().__init__(run_dir)
         script = [str(ROOT / "launch" / door[0]), *door[1:]]
         command = [*launcher, *script, "--config", str(recipe), f"run_dir={run_dir}", *overrides]
-        path = f"{BIN}:{os.environ['PATH']}"
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT / "tests" / "helpers")}
         run_dir.mkdir(parents=True, exist_ok=True)
         self.output = run_dir.parent / f"{run_dir.name}.out"
         with open(self.output, "a") as output:
             self.process = subprocess.Popen(
-                command, env=env | {"RECORD_TO": str(run_dir)}, cwd=cwd, stdout=output, stderr=output,
+                command, env=os.environ | LAUNCHED | {"RECORD_TO": str(run_dir)}, cwd=cwd, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
 

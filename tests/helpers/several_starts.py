@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runs import BIN, ROOT, free_port
+from runs import LAUNCHED, free_port
 
 from prelude.launch.exit_codes import door
 
@@ -27,8 +27,7 @@ def command(folder: Path, starts: list[dict]) -> list[str]:
 
 def made(launcher: list[str], folder: Path, starts: list[dict]) -> dict[str, tuple[list, str]]:
     """{name: (exit code of each rank, what they told together)}, once all have ended."""
-    path = f"{ROOT / 'src'}:{ROOT / 'tests' / 'helpers'}"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = os.environ | LAUNCHED
     done = subprocess.run([*launcher, *command(folder, starts)], env=env, capture_output=True, text=True, timeout=600)
     answers = {start["name"]: answer(folder, start["name"]) for start in starts}
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + str(answers)[-3000:]

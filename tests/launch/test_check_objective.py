@@ -9,7 +9,7 @@ import sys
 import broken_objectives
 import pytest
 import yaml
-from runs import BIN, ROOT
+from runs import LAUNCHED, ROOT
 
 from prelude.data.errors import UserError
 from prelude.launch import check_objective, objective_report
@@ -75,12 +75,7 @@ def quick(folder, name, objective=None, encoder=VIT) -> dict[str, objective_repo
     return {verdict.name: verdict for verdict in objective_report.verdicts(subject, quick=True)}
 
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'helpers'}",
-    "PATH": f"{BIN}:{os.environ['PATH']}",
-    "CUDA_VISIBLE_DEVICES": "",  # as the door sets it, for this process alone
-}
+ENVIRONMENT = LAUNCHED | {"CUDA_VISIBLE_DEVICES": ""}  # as the door sets it, for this process alone
 
 
 @pytest.fixture

@@ -29,6 +29,13 @@ def test_its_lines_are_shown_under_its_name(a_door, capfd):
     assert sorted(capfd.readouterr().err.splitlines()) == ["[mae] given a b=c", "[mae] told"]
 
 
+def test_of_several_ranks_only_what_they_say_is_shown(a_door, capfd):
+    door = a_door("print('given'); print('[2026-01-31 08:00:00,000] [ERROR] [launch.py:1:main] exits with code 1')")
+    assert run_door(door, [], num_ranks=2, name="mae") is None
+    lines = capfd.readouterr().err.splitlines()
+    assert lines.count("[mae] given") == 2 and len(lines) == 4 and all("given" in x or "[ERROR]" in x for x in lines)
+
+
 def test_why_it_failed_is_one_sentence(a_door):
     door = a_door("print('error: Found 2 errors in x:\\n  one.\\n  two.\\nmore'); raise SystemExit(2)")
     assert run_door(door, [], num_ranks=1, name="mae") == "Found 2 errors in x: one. two."

@@ -347,11 +347,12 @@ def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder,
 
 
 def test_findings_are_judged_as_findings():
-    args = compare.parser().parse_args(["pixels:4", "--train", "a", "--test", "b", "--names", "x", "y", "--group", "p"])
+    args = compare.parser().parse_args(["pixels:4", "--train", "a", "--test", "b", "--names", "x", "y", "--group", "p",
+                                        "--finetune", "finetune_cxr"])  # fmt: skip
     labelled, (evaluator,) = comparing.task_of(args, args.sources)
     assert labelled == Labelled("a", "b", "json", VectorFormat(("x", "y"), "", "p"))
     assert evaluator.func is multilabel and evaluator.keywords == {"names": ("x", "y")}
-    shared = compared_runs.shared_settings(labelled)  # what a recipe among the sources is pretrained with
+    shared = compared_runs.shared_settings(labelled)  # what recipes among the sources, and fine-tuning, are given
     assert shared[3:] == ['evaluate.label_names=["x", "y"]', 'evaluate.label_field=""', 'evaluate.label_group="p"']
 
 
@@ -360,7 +361,7 @@ def test_findings_are_judged_as_findings():
     [
         (["--images", "100"], "--images has no effect"),
         (["--pretraining-seeds", "2"], "--pretraining-seeds has no effect without a recipe among the sources"),
-        (["--names", "a", "--evaluators", "knn"], "--evaluators and --finetune are for class numbers"),
+        (["--names", "a", "--evaluators", "knn"], "--evaluators is for class numbers"),
         (["--train", "/nowhere.tar"], "/nowhere.tar"),
         (["--keep", "{0}/old/train-*.tar", "{0}/old/test-*.tar"], "none of these started from any. Leave it out"),
         (["--keep", "{0}/train-*.tar", "{0}/old/test-*.tar"], "/train-*.tar holds the new images themselves"),

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from runs import BIN, ROOT
+from runs import BIN, LAUNCHED, ROOT
 from servers import Server, serving
 
 from prelude.data.shapes import paint
@@ -91,7 +91,7 @@ def test_from_a_folder_a_table_and_a_parquet_file_to_a_probed_encoder(here, monk
 @pytest.fixture
 def run_command(tmp_path):
     def run(words, cwd) -> int:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+        env = os.environ | LAUNCHED
         done = subprocess.run([str(BIN / "prelude"), *words], cwd=cwd, env=env, capture_output=True, timeout=240)
         print(done.stderr.decode()[-2000:])
         return done.returncode

@@ -10,7 +10,7 @@ import pytest
 import several_starts
 import torch
 from own_networks import small_transformer
-from runs import BIN, ROOT, Run, deepspeed
+from runs import BIN, LAUNCHED, ROOT, Run, deepspeed
 from safetensors.torch import load_file
 
 from prelude.checkpoints.export import export_encoder
@@ -81,7 +81,7 @@ def test_the_card_of_an_export_says_how_to_load_it_without_our_packages(runs, tm
     code = (tmp_path / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = f"import sys, torch\nimages = torch.ones(2, 3, 16, 16)\n{code}\nassert 'prelude' not in sys.modules"
     code += "\ntorch.save(features, 'features.pt')"
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "helpers"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | LAUNCHED
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "export", env=env, check=True)
     plain = small_transformer((16, 16))
     plain.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import BIN, ROOT, Run, deepspeed
+from runs import BIN, LAUNCHED, ROOT, Run, deepspeed
 
 LONG = "train.epochs=1000"
 
@@ -34,13 +34,12 @@ class Ranks:
                 continue
             place = {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(len(settings))}
             place |= {"SLURM_LOCALID": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "helpers")])
             command = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", recipe, f"run_dir={run_dir}", LONG]
             with open(f"{run_dir}-{rank}.out", "w") as output:
                 self.processes.append(
                     subprocess.Popen(
                         [*command, *own], stdout=output, stderr=output,
-                        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | place | env,
+                        env=os.environ | LAUNCHED | place | env,
                     )
                 )  # fmt: skip
 
@@ -173,7 +172,7 @@ def test_a_signal_in_the_first_second_of_any_door_is_75(start, recipe):
     path = Path("/proc/self/status")
     if not path.exists():
         pytest.skip("what a process handles is read from /proc")
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    env = os.environ | LAUNCHED
     process = subprocess.Popen(
         [sys.executable, *start, "--config", str(recipe)], cwd=ROOT, env=env, stdout=-1, stderr=-1, text=True
     )

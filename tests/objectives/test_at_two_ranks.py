@@ -13,7 +13,7 @@ from pathlib import Path
 import convnet_cases as cases
 import pytest
 import torch
-from runs import BIN, ROOT, deepspeed
+from runs import LAUNCHED, deepspeed
 
 from prelude.objectives.building import build_objective
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
@@ -24,7 +24,7 @@ from prelude.pretrain.schedules import Progress
 def runs(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two_ranks")
     command = [*deepspeed(2), cases.__file__, str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = os.environ | LAUNCHED
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out

@@ -9,7 +9,7 @@ from pathlib import Path
 import jepa_cases
 import pytest
 import torch
-from runs import BIN, ROOT, deepspeed
+from runs import LAUNCHED, deepspeed
 
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.schedules import Progress
@@ -21,8 +21,7 @@ NAMES = list(jepa_cases.CASES)
 def runs(tmp_path_factory):
     """{number of ranks: folder of results}"""
     out = tmp_path_factory.mktemp("ranks")
-    path = f"{ROOT / 'src'}:{ROOT / 'tests' / 'helpers'}"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = os.environ | LAUNCHED
     command = [*deepspeed(2), jepa_cases.__file__, str(out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

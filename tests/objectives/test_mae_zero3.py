@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from runs import LAUNCHED
 
-ROOT = Path(__file__).parents[2]
 ENCODERS = {  # with parameters that are read outside the module that holds them
     "vit_base_patch16_224": ({"reg_tokens": 2}, "learned"),
     "vit_small_patch16_rope_mixed_224": ({}, "sincos"),
@@ -18,7 +17,7 @@ ENCODERS = {  # with parameters that are read outside the module that holds them
 
 def test_training_with_split_parameters_equals_plain_torch():
     # The mask token is the objective's own parameter, outside any submodule that would gather it.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | LAUNCHED | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

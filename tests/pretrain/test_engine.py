@@ -10,7 +10,7 @@ from pathlib import Path
 import engine_cases
 import pytest
 import torch
-from runs import BIN, ROOT, deepspeed
+from runs import LAUNCHED, deepspeed
 
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.schedules import Progress
@@ -20,7 +20,7 @@ from prelude.pretrain.schedules import Progress
 def launched(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("worlds")
     command = [*deepspeed(2), engine_cases.__file__, str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = os.environ | LAUNCHED
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import rank_cases
 import torch
-from runs import ROOT
+from runs import LAUNCHED
 from torch import nn
 
 from prelude.data.errors import UserError
@@ -19,7 +19,7 @@ from prelude.pretrain.batch_norm import normalise_columns, synchronise
 def worlds(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, rank_cases.__file__, str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    env = os.environ | LAUNCHED
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return out

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 import waiting_cases
-from runs import BIN, ROOT, deepspeed
+from runs import LAUNCHED, deepspeed
 
 from prelude.pretrain.host_waits import counted
 
@@ -17,7 +17,7 @@ def found(tmp_path_factory) -> dict[int, list[dict[str, list[str]]]]:
     """By number of ranks, for each of them."""
     out = tmp_path_factory.mktemp("worlds")
     command = [*deepspeed(2), waiting_cases.__file__, str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env = os.environ | LAUNCHED
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {
