@@ -1,10 +1,10 @@
-# make quickstart: from a bare machine to a probed and exported encoder. make test: the whole test suite.
-# make docs: the site, in build/site.
+# make quickstart: from a bare machine to a probed and exported encoder. make test: the test suite. make tutorials: the
+# pages of the documentation that are run, and the plans of recipes, as a second stage. make docs: the site, in build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test docs lint clean
+.PHONY: install quickstart test tutorials docs lint clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,9 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+tutorials: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tutorial --numprocesses 2
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -32,12 +32,12 @@ def apply(values: dict, override: str, keys: Keys) -> None:
     else:
         value = value_of(text, field)
         there = place.get(path[-1])
-        if isinstance(value, dict) and keys.section(path) and there and not _is_another_kind(value, there):
+        if isinstance(value, dict) and keys.section(path) and there and not is_another_kind(value, there):
             raise UserError(_of_a_section(key.strip(), value, there))
         place[path[-1]] = value
 
 
-def _is_another_kind(value: dict, there: Any) -> bool:
+def is_another_kind(value: dict, there: Any) -> bool:
     """Whether a section names another objective, optimizer or encoder, of which the settings there say nothing."""
     return isinstance(there, dict) and "name" in value and value["name"] != there.get("name")
 

@@ -1,6 +1,7 @@
 """A recipe becomes the configuration of a run: read, overridden, and refused whole with every mistake at once.
 
 - One YAML a recipe; `key.sub=value` on the command line overrides it.
+- `base: RECIPE` in a file: it begins with that recipe's settings and writes down what differs.
 - A key that does not exist is refused with the nearest one that does.
 - What the sections of `config` cannot know (an objective's own options) is validated by the caller's
   `options_for`, so that this module imports no objective.
@@ -36,7 +37,47 @@ def load_config(recipe: str | Path, overrides: list[str] = (), options_for: Opti
 
 def read_recipe(recipe: str | Path, overrides: list[str] = (), options_for: OptionsFor | None = None) -> dict:
     """The values of a recipe after `key.sub=value` overrides, not validated. Raises UserError."""
-    path = find_recipe(recipe)
+    values = _with_bases(find_recipe(recipe))
+    keys = Keys(_options_named(values, overrides, options_for))
+    for override in overrides:
+        setting.apply(values, override, keys)
+    return values
+
+
+def bases_of(recipe: str | Path) -> list[Path]:
+    """The files that a recipe is built from, itself first. Raises UserError."""
+    chain = [find_recipe(recipe)]
+    while named := _read(chain[-1]).get("base"):
+        if not isinstance(named, str):
+            raise UserError(f"base={named} in {chain[-1]} is no recipe; write the name or the file of one.")
+        beside = chain[-1].parent / os.path.expanduser(named)
+        found = beside if beside.is_file() else find_recipe(named)
+        if any(found.resolve() == path.resolve() for path in chain):
+            raise UserError(f"{chain[-1]} is built on {found}, which is built on it; leave one base out.")
+        chain.append(found)
+    return chain
+
+
+def _with_bases(path: Path) -> dict:
+    values: dict = {}
+    for file in reversed(bases_of(path)):
+        values = _built_on(values, _read(file))
+    values.pop("base", None)
+    return values
+
+
+def _built_on(base: dict, own: dict) -> dict:
+    """Sections are merged key by key; one that names another encoder, objective or optimizer begins anew, as does an
+    empty one. Anything else, lists included, is replaced."""
+    merged = dict(base)
+    for key, value in own.items():
+        there = merged.get(key)
+        together = isinstance(value, dict) and isinstance(there, dict) and value
+        merged[key] = _built_on(there, value) if together and not setting.is_another_kind(value, there) else value
+    return merged
+
+
+def _read(path: Path) -> dict:
     try:
         values = recipe_yaml.load(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -48,9 +89,6 @@ def read_recipe(recipe: str | Path, overrides: list[str] = (), options_for: Opti
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
     _refuse_commands_of_a_file(values, path)
-    keys = Keys(_options_named(values, overrides, options_for))
-    for override in overrides:
-        setting.apply(values, override, keys)
     return values
 
 
@@ -75,7 +113,7 @@ def find_recipe(recipe: str | Path) -> Path:
             return candidate
     names = shipped_recipes()
     near = difflib.get_close_matches(given.stem, names, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"write a file, or one of: {', '.join(names)}."
+    hint = f"did you mean {near[0]}?" if near else "write a file, or a name that `prelude recipes` lists."
     raise UserError(f"No config at {recipe}; {hint}")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from prelude.data.batch import Batch, ViewPlan, VolumePlan
@@ -30,6 +30,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of attention, torch's registry has only the kernels of accelerators.
 _ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward,
+             _ON_CPU, _ON_CPU_BACKWARD}  # fmt: skip
+_HALVES = {torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,27 @@ def _cost(objective: Objective, plan: ViewPlan | VolumePlan, precision: str, che
 def flops_an_image(objective: Objective, precision: str) -> float:
     """Forward and backward, without what activation checkpointing computes again. Collective, where its forward is."""
     return _watched(objective, objective.views, _SIZES[0], precision, checkpointing=False).flops / _SIZES[0]
+
+
+class ProductsInFloat32(TorchDispatchMode):
+    """While it is entered: products of 16 bits are computed in 32, and handed over in 16 as before. Who watches above
+    it sees the same tensors; a CPU without units for bf16 takes minutes otherwise."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket not in _PRODUCTS:
+            return function(*args, **(kwargs or {}))
+        halves = {value.dtype for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)} & _HALVES
+        widened = tree_map_only(Tensor, _widened, (args, kwargs or {}))
+        result = function(*widened[0], **widened[1])
+        if not halves:
+            return result
+        (half,) = halves
+        own = isinstance(result, tuple) and function.overloadpacket is _ON_CPU  # beside it is a logarithm of 32 bits
+        return (result[0].to(half), *result[1:]) if own else tree_map_only(Tensor, lambda value: value.to(half), result)
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in _HALVES else value
 
 
 class Flops(TorchDispatchMode):
@@ -191,7 +216,8 @@ def _watched(
         Ledger([*objective.parameters(), *objective.buffers()]),
     )
     autocast = torch.autocast(device.type, _AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), ledger:
+    products = ProductsInFloat32() if precision in _AUTOCAST and device.type == "cpu" else nullcontext()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), products, ledger:
         torch.manual_seed(0)
         with autocast:
             total = objective(batch, Progress(0, 1, 1.0)).total

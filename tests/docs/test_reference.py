@@ -9,7 +9,6 @@ import commands
 import configuration
 import messages
 import pytest
-import yaml
 from meanings import meaning
 
 from prelude.data.errors import RunStopped, UserError
@@ -20,7 +19,7 @@ from prelude.objectives import options_for as objective_options
 from prelude.objectives.options import OPTIONS
 from prelude.pretrain.config import Config
 from prelude.pretrain.config_keys import Keys
-from prelude.pretrain.recipes import SHIPPED, load_config
+from prelude.pretrain.recipes import SHIPPED, load_config, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {None: Config, **OPTIONS, "fine_tune": FineTuneOptions}
@@ -62,7 +61,7 @@ def test_an_entry_has_type_default_meaning_and_recipes(page):
     assert "must be written" in entry(page, "optimizer.lr")
     epochs = entry(page, "train.epochs")
     for path in SHIPPED.glob("*.yaml"):
-        value = json.dumps(yaml.safe_load(path.read_text())["train"]["epochs"])
+        value = json.dumps(read_recipe(path)["train"]["epochs"])
         assert re.search(rf"<li><code>{re.escape(value)}</code> [^<]*\b{path.stem}\b", epochs)
 
 

@@ -78,7 +78,11 @@ def test_steps_are_one_line_that_moves_and_all_else_stays():
         line(text)
     line.end()
     told = shown.getvalue()
-    assert told.split("\r")[-2].endswith("step 2/4  loss 1.5\nstep 2  k-NN 40\n") and "error" not in told
+    assert (
+        told.startswith("begins\n")
+        and told.split("\r")[-2].endswith("step 2/4  loss 1.5\nstep 2  k-NN 40\n")
+        and "error" not in told
+    )
     assert told.count("\r") == 3 and told.endswith("█ step 4/4  loss 1\n") and "█████░░" in told
     shown = io.StringIO()
     for text in ("step 1/4  loss 2", "step 2/4  loss 1"):

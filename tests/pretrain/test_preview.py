@@ -1,6 +1,7 @@
 """What a dry run says of a run's cost: by hand on a model small enough, and against what a run takes."""
 
 import importlib.util
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.pretrain import devices
+from prelude.pretrain import step_cost as step_cost_module
 from prelude.pretrain.config import Config
 from prelude.pretrain.images import images
 from prelude.pretrain.objective import Loss, Objective, Options
 from prelude.pretrain.preview import duration, preview
-from prelude.pretrain.step_cost import Ledger, step_cost
+from prelude.pretrain.step_cost import Ledger, ProductsInFloat32, step_cost
 
 FLOAT = 4  # bytes
 
@@ -160,3 +162,21 @@ def test_what_is_said_of_memory_is_what_a_run_takes(monkeypatch):
     assert len(cases) >= 6
     for name, found in benchmark.compare(cases).items():
         assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_products_in_float32_are_watched_as_those_of_16_bits(precision, monkeypatch):
+    """A CPU computes them faster; what they take and count is the same, and so are their types."""
+    wide = step_cost(Small(), precision)
+    monkeypatch.setattr(step_cost_module, "ProductsInFloat32", nullcontext)
+    plain = step_cost(Small(), precision)
+    for figure in ("flops", "held", "beside_gradients", "kept"):
+        ours, theirs = getattr(wide, figure), getattr(plain, figure)
+        assert ours.largest(5) == theirs.largest(5) and ours.largest(100) == theirs.largest(100), figure
+
+
+def test_only_products_of_16_bits_are_widened_and_they_come_back_in_16():
+    half = torch.randn(4, 4, dtype=torch.bfloat16)
+    with ProductsInFloat32():
+        found, double = torch.mm(half, half), torch.mm(half.double(), half.double())
+    assert torch.equal(found, torch.mm(half.float(), half.float()).bfloat16()) and double.dtype == torch.float64

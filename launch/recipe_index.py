@@ -1,0 +1,144 @@
+"""What the shipped recipes are: read off their headers and settings, for a table, a page and other tools.
+
+- A recipe opens with four lines, `Trains`, `Takes`, `Reaches` and `Command`: what is said of it has no other home.
+- Image size and batch are those of its settings, what it is built on included.
+- Speeds that were measured lie in configs/figures.json, with the machine. Nothing here imports torch.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prelude.data.errors import UserError
+from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, read_recipe
+
+FINE_TUNING = "fine-tuning"
+_HEADER = ("Trains", "Takes", "Reaches", "Command")
+_PUBLISHED, _NOT_MEASURED = "published", "not measured"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    objective: str  # or fine-tuning
+    encoder: str  # of timm; empty where the source has it
+    image_size: str  # pixels
+    global_batch: int
+    epochs: float
+    trains: str
+    takes: str
+    reaches: str
+    command: str
+    bases: list[str]  # what it is built on, the nearest first
+    result: str  # measured, published or not measured
+    images_per_second: str = ""  # measured, with the machine; empty where it was not
+
+
+def shipped() -> list[Recipe]:
+    """All of them, by name."""
+    figures = json.loads((SHIPPED / "figures.json").read_text())
+    return [_recipe(path, figures) for path in sorted(SHIPPED.glob("*.yaml"))]
+
+
+def described(recipe: str) -> Recipe:
+    """One of them, or a file with such a header. Raises UserError."""
+    return _recipe(find_recipe(recipe), json.loads((SHIPPED / "figures.json").read_text()))
+
+
+def header_of(path: Path) -> dict[str, str]:
+    """The four lines. Raises UserError for a file that lacks one."""
+    lines = path.read_text().splitlines()[: len(_HEADER)]
+    found = {}
+    for name, line in zip(_HEADER, [*lines, *[""] * len(_HEADER)], strict=False):
+        if not line.startswith(f"# {name}: "):
+            raise UserError(
+                f"{path} does not open with a line `# {name}: ...`; write one, as in the files of configs/."
+            )
+        found[name.lower()] = line.removeprefix(f"# {name}: ")
+    return found
+
+
+def as_json(recipes: Iterable[Recipe]) -> str:
+    return json.dumps([asdict(recipe) for recipe in recipes], indent=1)
+
+
+def as_page(recipes: Iterable[Recipe]) -> str:
+    """docs/recipes.md."""
+    groups: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        groups.setdefault(recipe.objective, []).append(recipe)
+    lines = [_PAGE]
+    for objective in sorted(groups, key=lambda name: (name == FINE_TUNING, name)):
+        lines += [
+            f"## {objective}",
+            "",
+            "| recipe | trains | pixels | batch | takes | result |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [_row(recipe) for recipe in groups[objective]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _recipe(path: Path, figures: dict) -> Recipe:
+    header, values = header_of(path), read_recipe(path)
+    objective, encoder = values.get("objective") or {}, values.get("encoder") or {}
+    size = encoder.get("image_size") or objective.get("image_size") or "of the source"
+    figure = figures.get(path.stem)
+    return Recipe(
+        name=path.stem,
+        objective=objective.get("name", FINE_TUNING),
+        encoder=encoder.get("name", ""),
+        image_size=" x ".join(map(str, size)) if isinstance(size, list) else str(size),
+        global_batch=values["train"]["global_batch"],
+        epochs=values["train"]["epochs"],
+        **header,
+        bases=[base.stem for base in bases_of(path)[1:]],
+        result=_kind(header["reaches"]),
+        images_per_second=f"{figure['images_per_second']} images/s on {figure['machine']}" if figure else "",
+    )
+
+
+def _kind(reaches: str) -> str:
+    if reaches.startswith(_PUBLISHED):
+        return _PUBLISHED
+    return _NOT_MEASURED if _NOT_MEASURED in reaches else "measured"
+
+
+def _row(recipe: Recipe) -> str:
+    takes = "; ".join(filter(None, [recipe.takes.rstrip("."), recipe.images_per_second]))
+    reaches = recipe.reaches.rstrip(".")
+    result = reaches if reaches.startswith((_PUBLISHED, _NOT_MEASURED)) else f"**{recipe.result}**: {reaches}"
+    cells = [f"`{recipe.name}`", recipe.trains.rstrip("."), recipe.image_size, str(recipe.global_batch), takes, result]
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+_PAGE = """# Recipes
+
+Every file of `configs/`, by the objective that it trains with. The page is written by
+`prelude recipes --markdown > docs/recipes.md`; `prelude recipes NAME` shows one recipe with all that it sets.
+
+- **measured** figures are this project's own, with their commands in [results.md](results.md). Published ones are
+  those of the authors, and were not repeated here.
+- Planned memory is that of `prelude pretrain --config NAME --dry-run --device rtx4090`, in the precision that such a
+  device takes: neither a GPU nor the method's result was measured. Where it is given, the micro-batch is the largest
+  power of two that leaves a tenth of 24 GiB free.
+- Pixels are the side of what the encoder sees. The batch is that of an optimizer step, over all ranks.
+
+Which one to begin with: for photographs of 64 to 128 pixels `mae_vit_small_96`, or `vicreg_resnet50_96` where a convnet
+is wanted; `mae_vit_small_224` and `vicreg_resnet50_224` for larger ones; `mae_cifar10` to try things out on a CPU.
+
+## A recipe of your own
+
+```
+base: mae_vit_small_96 # a shipped recipe, or a file beside this one
+run_dir: runs/mine
+data: {shards: shards/train-*.tar}
+train: {epochs: 100}
+```
+
+`base` takes over all that another recipe sets, and the file says what differs. Sections are merged key by key, and a
+list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and an empty one
+(`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
+"""

@@ -1,0 +1,111 @@
+"""The index of recipes says what the files say, and the recipes of one GPU are what their names promise."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+from prelude.data.errors import UserError
+from prelude.launch import prelude
+from prelude.launch.recipe_index import as_page, header_of, shipped
+from prelude.objectives import OURS, options_for
+from prelude.pretrain.recipes import load_config
+
+RECIPES = {recipe.name: recipe for recipe in shipped()}
+ONE_GPU = [name for name, recipe in RECIPES.items() if "on one GPU of 24 GiB" in recipe.trains]
+VITS, CONVNETS = {"mae", "simmim", "ijepa", "dseqjepa"}, {"spark", "fcmae"}  # alone; the others take all three
+
+
+def told(capsys, *argv: str) -> str:
+    assert prelude.main(["recipes", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_page_is_what_the_recipes_say():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert page == as_page(shipped()), "prelude recipes --markdown > docs/recipes.md"
+
+
+def test_every_recipe_is_listed_and_torch_is_not_needed():
+    command = [sys.executable, str(ROOT / "launch" / "prelude.py"), "recipes", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    listed = {one["name"]: one for one in json.loads(done.stdout)}
+    assert listed.keys() == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    mae = listed["mae_vit_small_224"]
+    assert (mae["objective"], mae["image_size"], mae["bases"]) == ("mae", "224", ["mae_vit_small_96", "mae_vit_base"])
+    assert listed["finetune_vit_base"]["objective"] == "fine-tuning" and listed["mae_cifar10"]["result"] == "measured"
+    assert listed["mae_vit_large"]["result"] == "published" and mae["result"] == "not measured"
+    code = "import sys; import prelude.launch.recipes as door; door.main([]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "src", check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_list_of_one_objective_and_a_recipe_in_full(capsys):
+    lines = told(capsys, "--objective", "spark").splitlines()
+    names = [line.split()[0] for line in lines[1:]]
+    assert names == sorted(name for name, recipe in RECIPES.items() if recipe.objective == "spark")
+    text = told(capsys, "barlow_convnext_tiny_224")
+    for expected in (
+        "barlow_convnext_tiny_96, built on barlow_resnet50",
+        "image_size: 224",
+        "lr: 0.0005",
+        "not measured",
+    ):
+        assert expected in text
+    assert "momentum" not in text and "\nbase:" not in text  # another optimizer begins anew; all is written out
+
+
+def test_a_file_of_ones_own_is_shown_in_the_same_way(capsys, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("base: quickstart\n")
+    with pytest.raises(UserError, match="does not open with a line `# Trains: ...`"):
+        header_of(own)
+    own.write_text("# Trains: a.\n# Takes: b.\n# Reaches: 5 %.\n# Command: d\nbase: quickstart\ntrain: {epochs: 3}\n")
+    assert "trains   a." in told(capsys, str(own)) and "epochs: 3" in told(capsys, str(own))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["mae_cifar1"], "No config at mae_cifar1; did you mean mae_cifar10?"),
+        (["--objective", "sparc"], "no recipe is of it; did you mean spark?"),
+        (["mae_cifar10", "--markdown"], "are of the whole list"),
+    ],
+)
+def test_mistakes_are_one_sentence(argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prelude.main(["recipes", *argv])
+
+
+def test_measured_figures_are_of_recipes_that_are_there():
+    figures = json.loads((ROOT / "configs" / "figures.json").read_text())
+    assert figures.keys() <= RECIPES.keys()
+    assert "300 to 336 images/s" in RECIPES["mae_cifar10"].images_per_second
+
+
+def test_there_is_a_recipe_of_one_gpu_for_every_objective_encoder_and_size_that_fit():
+    named = {"barlow_twins": "barlow"}
+    wanted = set()
+    for objective in OURS:
+        encoders = {"vit_small"} if objective in VITS else {"resnet50", "convnext_tiny"}
+        encoders |= set() if objective in VITS | CONVNETS else {"vit_small"}
+        wanted |= {f"{named.get(objective, objective)}_{encoder}_{size}" for encoder in encoders for size in (96, 224)}
+    assert wanted == set(ONE_GPU)
+
+
+@pytest.mark.parametrize("name", ONE_GPU)
+def test_a_recipe_of_one_gpu_is_what_its_name_says(name):
+    config, recipe = load_config(name, [], options_for), RECIPES[name]
+    assert config.encoder.size == (int(name.rpartition("_")[2]),) * 2 and config.run_dir == f"runs/{name}"
+    assert config.encoder.name.startswith(name.partition("_")[2].rpartition("_")[0])
+    assert recipe.reaches.startswith("not measured") and recipe.takes.startswith(
+        ("planned, not measured: ", "not measured")
+    )
+    micro_batch, accumulation = config.batching(1)
+    if config.objective["name"] in ("barlow_twins", "vicreg", "msbreg", "lejepa"):
+        assert accumulation == 1  # the loss is a statistic of the whole batch
+    if config.encoder.name == "resnet50" and config.objective["name"] in CONVNETS:
+        assert accumulation == 1  # batch norm sees what is held at once
+    assert micro_batch & (micro_batch - 1) == 0

@@ -1,0 +1,71 @@
+"""A recipe that is built on another one says what differs, and is otherwise a recipe like any."""
+
+import pytest
+
+from prelude.data.errors import UserError
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import bases_of, load_config, read_recipe
+
+
+def write(folder, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_sections_are_merged_and_lists_are_replaced(tmp_path):
+    write(
+        tmp_path, mine="base: mae_vit_base\nrun_dir: runs/mine\ntrain: {epochs: 40}\noptimizer: {betas: [0.8, 0.9]}\n"
+    )
+    mine, theirs = (load_config(recipe, [], options_for) for recipe in (tmp_path / "mine.yaml", "mae_vit_base"))
+    assert mine.train.epochs == 40 and mine.train.global_batch == theirs.train.global_batch
+    assert mine.optimizer.betas == (0.8, 0.9) and mine.optimizer.lr == theirs.optimizer.lr
+    assert mine.encoder == theirs.encoder and mine.objective == theirs.objective and mine.run_dir == "runs/mine"
+    assert [path.stem for path in bases_of(tmp_path / "mine.yaml")] == ["mine", "mae_vit_base"]
+    assert "base" not in mine.to_yaml().splitlines()[0]
+
+
+@pytest.mark.parametrize("section", ["encoder: {name: resnet18, image_size: 32}", "optimizer: {name: sgd, lr: 0.1}"])
+def test_a_section_of_another_kind_begins_anew(section, tmp_path):
+    write(tmp_path, mine=f"base: ijepa_vit_base\n{section}\n")
+    name, _, given = section.partition(": ")
+    assert read_recipe(tmp_path / "mine.yaml")[name].keys() == {
+        key.split(":")[0].strip() for key in given[1:-1].split(",")
+    }
+
+
+def test_an_empty_section_takes_away_what_the_base_has(tmp_path):
+    write(
+        tmp_path,
+        base="data: {mix: {a: {shards: x, weight: 1}}}\n",
+        mine="base: base.yaml\ndata: {shards: y, mix: {}}\n",
+    )
+    assert read_recipe(tmp_path / "mine.yaml")["data"] == {"mix": {}, "shards": "y"}
+
+
+def test_bases_may_have_bases_and_lie_beside_the_file(tmp_path):
+    write(tmp_path, a="base: quickstart\nseed: 1\n", b="base: a.yaml\ntrain: {epochs: 3}\n")
+    values = read_recipe(tmp_path / "b.yaml", ["train.global_batch=32"], options_for)
+    assert (values["seed"], values["train"]["epochs"], values["train"]["global_batch"]) == (1, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"mine": "base: mae_vit_bse\n"}, "No config at mae_vit_bse; did you mean mae_vit_base?"),
+        ({"mine": "base: [a, b]\n"}, "base=.* is no recipe; write the name or the file of one"),
+        ({"mine": "base: mine.yaml\n"}, "which is built on it; leave one base out"),
+        ({"mine": "base: other.yaml\n", "other": "base: mine.yaml\n"}, "which is built on it; leave one base out"),
+        ({"mine": "base: other.yaml\n", "other": "data: {allow_commands: true}\n"}, "other.yaml cannot allow itself"),
+        ({"mine": "base: other.yaml\n", "other": "- 1\n"}, "other.yaml holds no settings"),
+    ],
+)
+def test_a_base_that_cannot_be_is_one_sentence(files, sentence, tmp_path):
+    write(tmp_path, **files)
+    with pytest.raises(UserError, match=sentence):
+        read_recipe(tmp_path / "mine.yaml")
+
+
+def test_a_mistake_in_a_base_is_told_with_the_recipe_that_was_asked_for(tmp_path):
+    write(tmp_path, mine="base: other.yaml\n", other="base: quickstart\ntrain: {epoch: 3}\n")
+    with pytest.raises(UserError, match=r"mine.yaml:\n  train.epoch does not exist; did you mean train.epochs"):
+        load_config(tmp_path / "mine.yaml", [], options_for)
