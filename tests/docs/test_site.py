@@ -72,7 +72,7 @@ def test_a_strict_build_tells_what_is_wrong(repository):
     assert '"""Told of each logged step."""' in text
     monitors.write_text(text.replace('"""Told of each logged step."""', "return None"))
     built = build(repository)
-    assert built.returncode != 0 and "Aborted with" in built.stderr
+    assert built.returncode != 0 and "Aborted with" in built.stdout + built.stderr
     for wrong in ("'nowhere.md'", "#nowhere", "gone.md", "alone.md", "prelude.pretrain.monitors.Monitor.record has no"):
         assert wrong in built.stderr, built.stderr
 
