@@ -219,7 +219,7 @@ def _label(node: ast.expr) -> str:
             return key.replace("_", " ")
         case ast.Call(func=ast.Attribute(attr="join"), args=[inside, *_]):
             return _label(inside)
-        case ast.Call(func=ast.Attribute(value=inside, attr="name" | "hex" | "strip" | "item")):
+        case ast.Call(func=ast.Attribute(value=inside, attr="name" | "hex" | "strip" | "item" | "split" | "decode")):
             return _label(inside)
         case ast.Call(func=ast.Name(id="len" | "map" | "sorted" | "str" | "list"), args=arguments):
             return "number" if _name(node.func) == "len" else _label(arguments[-1])
