@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from meanings import meaning
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -19,7 +18,7 @@ from prelude.objectives.options import OPTIONS
 from prelude.pretrain.annotations import section_by_name, section_in
 from prelude.pretrain.config import Config
 from prelude.pretrain.config_words import wanted
-from prelude.pretrain.recipes import SHIPPED
+from prelude.pretrain.recipes import SHIPPED, read_recipe
 
 INTRODUCTION = """# Configuration
 
@@ -115,7 +114,7 @@ def settings_of_recipes(folder: Path = SHIPPED) -> dict[tuple[str | None, str], 
     """By objective (None: settings that all have) and key: recipes by the value that they set."""
     found: dict[tuple[str | None, str], dict[str, list[str]]] = {}
     for path in sorted(folder.glob("*.yaml")):
-        values = yaml.safe_load(path.read_text())
+        values = read_recipe(path)
         objective = (values.get("objective") or {}).get("name", FINE_TUNE)
         for key, value in _leaves(values, ""):
             of = objective if key.startswith("objective.") and key != "objective.name" else None

@@ -62,7 +62,10 @@ def test_an_entry_has_type_default_meaning_and_recipes(page):
     assert "must be written" in entry(page, "optimizer.lr")
     epochs = entry(page, "train.epochs")
     for path in SHIPPED.glob("*.yaml"):
-        value = json.dumps(yaml.safe_load(path.read_text())["train"]["epochs"])
+        own = yaml.safe_load(path.read_text()).get("train", {})
+        if "epochs" not in own:
+            continue  # it has them from another recipe
+        value = json.dumps(own["epochs"])
         assert re.search(rf"<li><code>{re.escape(value)}</code> [^<]*\b{path.stem}\b", epochs)
 
 
