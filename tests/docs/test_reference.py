@@ -9,7 +9,6 @@ import commands
 import configuration
 import messages
 import pytest
-import yaml
 from meanings import meaning
 
 from prelude.data.errors import RunStopped, UserError
@@ -20,7 +19,7 @@ from prelude.objectives import options_for as objective_options
 from prelude.objectives.options import OPTIONS
 from prelude.pretrain.config import Config
 from prelude.pretrain.config_keys import Keys
-from prelude.pretrain.recipes import SHIPPED, load_config
+from prelude.pretrain.recipes import SHIPPED, load_config, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {None: Config, **OPTIONS, "fine_tune": FineTuneOptions}
@@ -62,10 +61,7 @@ def test_an_entry_has_type_default_meaning_and_recipes(page):
     assert "must be written" in entry(page, "optimizer.lr")
     epochs = entry(page, "train.epochs")
     for path in SHIPPED.glob("*.yaml"):
-        own = yaml.safe_load(path.read_text()).get("train", {})
-        if "epochs" not in own:
-            continue  # it has them from another recipe
-        value = json.dumps(own["epochs"])
+        value = json.dumps(read_recipe(path)["train"]["epochs"])
         assert re.search(rf"<li><code>{re.escape(value)}</code> [^<]*\b{path.stem}\b", epochs)
 
 
@@ -123,8 +119,8 @@ def test_no_error_that_the_code_raises_is_left_out(told):
         tree, name = ast.parse(path.read_text()), str(path.relative_to(ROOT))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "RunStopped", "Stopped"):
-                at = name, node.lineno
-                assert at in there or HANDED_ON.search(ast.unparse(node)), (at, ast.unparse(node))
+                source = ast.unparse(node)
+                assert (name, node.lineno) in there or HANDED_ON.search(source), (name, node.lineno, source)
 
 
 MISTAKES = [
