@@ -1,6 +1,6 @@
 # A container that trains: docker build --tag prelude .
 #
-#   docker run --rm --gpus all --shm-size=8g --user "$(id -u):$(id -g)" --volume /data:/data --volume "$PWD:/work" prelude \
+#   docker run --rm --gpus all --shm-size=8g --user "$(id -u):$(id -g)" --volume /data:/data --volume "$PWD:/workspace" prelude \
 #       deepspeed --num_gpus 8 --module prelude.launch.pretrain --config mae_vit_base 'data.shards=/data/train-*.tar'
 #
 # The first stage builds the wheel and an environment that it is installed in; the second has that environment and the
@@ -45,8 +45,8 @@ RUN apt-get update \
     && useradd --create-home --uid 1100 prelude
 COPY --from=build /opt/prelude /opt/prelude
 # The home, with the cache in it, of a user whom only --user names: anybody may write there.
-RUN install --directory --mode 1777 /work
-ENV PATH=/opt/prelude/bin:$PATH HOME=/work
+RUN install --directory --mode 1777 /workspace
+ENV PATH=/opt/prelude/bin:$PATH HOME=/workspace
 USER 1100
-WORKDIR /work
+WORKDIR /workspace
 CMD ["prelude", "doctor"]

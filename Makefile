@@ -25,6 +25,7 @@ tutorials: install
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html is the site; with its search: python3 -m http.server --directory build/site"
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -102,15 +102,16 @@ def _is_a_sentence(text: str) -> bool:
 
 class _File:
     def __init__(self, tree: ast.Module):
-        self.tree = tree
-        self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        looked_at = (ast.Call, ast.ClassDef, ast.FunctionDef, ast.Constant, ast.JoinedStr)
+        self.nodes = [(node, function) for node, function in _within(tree) if isinstance(node, looked_at)]
+        self.functions = {node.name: node for node, _ in self.nodes if isinstance(node, ast.FunctionDef)}
         self.constants = _assigned(tree.body)
         self.assigned: dict = {}
         self.returned: dict = {}
 
     def raised(self) -> Iterator[tuple[ast.Call, ast.FunctionDef | None]]:
         """Calls of the classes of errors that have a text, with the innermost function that each is in."""
-        for node, function in _within(self.tree):
+        for node, function in self.nodes:
             if isinstance(node, ast.ClassDef) and node.name in CODES:
                 found = [one for one in ast.walk(node) if isinstance(one, ast.Call) and _name(one.func) == "__init__"]
                 yield from ((one, None) for one in found)
@@ -119,7 +120,7 @@ class _File:
 
     def written(self) -> Iterator[tuple[ast.expr, ast.FunctionDef]]:
         """Every text in a function that is no part of another one, and no docstring."""
-        for node, function in _within(self.tree):
+        for node, function in self.nodes:
             if function and isinstance(node, (ast.Constant, ast.JoinedStr)):
                 yield node, function
 
@@ -218,7 +219,7 @@ def _label(node: ast.expr) -> str:
             return key.replace("_", " ")
         case ast.Call(func=ast.Attribute(attr="join"), args=[inside, *_]):
             return _label(inside)
-        case ast.Call(func=ast.Attribute(value=inside, attr="name" | "hex" | "strip" | "item")):
+        case ast.Call(func=ast.Attribute(value=inside, attr="name" | "hex" | "strip" | "item" | "split" | "decode")):
             return _label(inside)
         case ast.Call(func=ast.Name(id="len" | "map" | "sorted" | "str" | "list"), args=arguments):
             return "number" if _name(node.func) == "len" else _label(arguments[-1])

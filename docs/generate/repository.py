@@ -34,7 +34,7 @@ def _relinked(markdown: str, source: str, page: str) -> str:
         if there is None:
             return match[0]
         there, own = there
-        words = _title(path) if words == path and path.endswith(".md") else words
+        words = _title(path) if words in (path, target) and path.endswith(".md") else words
         return f"{before}{words}{between}{os.path.relpath(there, posixpath.dirname(page) or '.')}{anchor or own}{after}"
 
     return _LINK.sub(link, markdown)
