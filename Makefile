@@ -1,9 +1,10 @@
 # make quickstart: from a bare machine to a probed and exported encoder. make test: the whole test suite.
+# make docs: the site, in build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test docs lint clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +19,9 @@ quickstart: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -42,6 +42,8 @@ _RESAMPLING = {"mae": "plain", "uni4eye": "plain", "ijepa": "sincos", "dseqjepa"
 
 @dataclass(frozen=True)
 class OpenedEncoder:
+    """A network with what it has to be shown, and where it comes from."""
+
     model: nn.Module  # images (B, C, H, W), normalised by mean and std, to pooled features (B, D)
     config: EncoderConfig
     mean: tuple[float, float, float]

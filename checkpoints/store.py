@@ -204,6 +204,7 @@ class Store:
         return self.shelf.hold(step)
 
     def release(self) -> None:
+        """Ends what `hold` began."""
         self.shelf.release()
 
     def _try_to_write_whole(self, step: int, state: PortableState, meta: dict) -> str | None:

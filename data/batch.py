@@ -100,6 +100,7 @@ class ViewPlan:
 
     @property
     def channels(self) -> int:
+        """Of every view."""
         return len(self.mean)
 
     def fingerprint(self) -> str:
@@ -153,6 +154,7 @@ class Batch:
         return self._map(lambda tensor: tensor[:count])
 
     def pin_memory(self) -> "Batch":
+        """In memory that a GPU can fetch from while the host goes on."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function) -> "Batch":

@@ -154,6 +154,7 @@ class Loader(EndlessLoader):
 
     @property
     def num_shards(self) -> int:
+        """Of all data sets together."""
         return self.index.num_shards
 
     def preview(self, count: int) -> list[str]:
@@ -162,12 +163,14 @@ class Loader(EndlessLoader):
         return [f"{shard_name(self.index.shard_of(i))}:{self.index.key(i)}" for i in ids.tolist()]
 
     def stages(self) -> list:
+        """What a sample goes through, from a place in the order to a micro-batch; each iterates over the one before."""
         source = EndlessSource(
             self.index, self.shuffle, self.seed, self.samples, self.micro_batch, self.rank, self.world_size
         )
         return _stages(source, self.reader)
 
     def identity(self) -> dict:
+        """What a resume must find unchanged."""
         return {
             "exact": True,
             "seed": self.seed,
@@ -211,6 +214,7 @@ class Loader(EndlessLoader):
         return state | {"fingerprint": self.fingerprint}
 
     def name_of(self, sample):
+        """(number of its shard, function that tells its key) of a sample."""
         return self.index.shard_of(sample), lambda: self.index.key(sample)
 
 

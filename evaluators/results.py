@@ -96,6 +96,7 @@ class Result:
 
     @property
     def file_name(self) -> str:
+        """The same for the same evaluation of the same weights on the same data; another one for any other."""
         identity = [self.outcome.evaluator, self.encoder, self.data, self.features, self.outcome.recipe]
         digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
         slug = re.sub(r"[^A-Za-z0-9.-]+", "_", self.encoder["name"]).strip("_.")[-60:]

@@ -15,8 +15,7 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
-from prelude.data.errors import UserError
-from prelude.evaluators.embedding.formats import refuse_to_overwrite
+from prelude.evaluators.embedding.formats import refuse_no_png
 from prelude.launch.arguments import door_parser, parse_present, path, whole
 from prelude.launch.exit_codes import door
 
@@ -26,12 +25,10 @@ LABEL, MASKS, SHOWN = "png", 16, 8
 def main(argv: list[str] | None = None) -> int:
     args = parse_present(parser(), argv)
     if args.pictures:
-        if not args.pictures.lower().endswith(".png"):
-            raise UserError(f"--pictures {args.pictures} does not end in .png; write {args.pictures}.png.")
-        refuse_to_overwrite(args.pictures, "--pictures")
+        refuse_no_png(args.pictures, "--pictures")
     from prelude.launch.defect_maps import DefectJudging
-    from prelude.launch.frozen import judge_by, labelled_of, settings_of
-    from prelude.launch.neighbours import keep
+    from prelude.launch.frozen import labelled_of, settings_of
+    from prelude.launch.place_sheets import judge_and_draw
 
     args.label = args.label or LABEL
     judging = DefectJudging(
@@ -42,10 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         num_shown=SHOWN if args.pictures else 0,
         **settings_of(args, "defects", argv),
     )
-    code = judge_by(args, judging)
-    if picture := judging.picture():
-        keep(args.pictures, picture)
-    return code
+    return judge_and_draw(args, judging)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 
 from prelude.data.errors import UserError
-from prelude.evaluators.embedding.formats import refuse_to_overwrite
+from prelude.evaluators.embedding.formats import refuse_no_png
 from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import (
     ENCODERS,
@@ -38,9 +38,7 @@ COUNT, MOST = 6, 24
 def main(argv: list[str] | None = None) -> int:
     args = parse_present(parser(), argv)
     refuse_ranks("maps")
-    if not args.to.lower().endswith(".png"):
-        raise UserError(f"--to {args.to} does not end in .png; write {args.to.rpartition('.')[0] or args.to}.png.")
-    refuse_to_overwrite(args.to, "--to")
+    refuse_no_png(args.to, "--to")
     if len(args.of or ()) > MOST:
         raise UserError(f"A sheet has room for {MOST} images, not {len(args.of)}; name fewer after --of.")
     from prelude.checkpoints.sources import open_encoder

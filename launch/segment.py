@@ -3,6 +3,7 @@
     prelude segment runs/mae random:runs/mae pixels \\
         --train 'train-{0..9}.tar' --test test-0.tar
     prelude segment runs/mae --label mask.png --ignore 0 --features tokens4
+    prelude segment runs/mae --pictures segmented.png
 
 Masks are members beside the images, such as a .png beside a .jpg: a class
 number for each pixel, 255 for what counts for nothing. Several sources give one
@@ -17,30 +18,35 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import TEMPERATURE, K
-from prelude.launch.arguments import door_parser, finite, parse_present, whole
+from prelude.evaluators.embedding.formats import refuse_no_png
+from prelude.launch.arguments import door_parser, finite, parse_present, path, whole
 from prelude.launch.exit_codes import door
 
-LABEL = "png"
+LABEL, SHOWN = "png", 8
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_present(parser(), argv)
-    from prelude.evaluators.dense.judging import DenseJudging
+    if args.pictures:
+        refuse_no_png(args.pictures, "--pictures")
     from prelude.evaluators.dense.segmentation import segment_knn, segment_linear
-    from prelude.launch.frozen import judge_by, labelled_of, settings_of
+    from prelude.launch.frozen import labelled_of, settings_of
+    from prelude.launch.place_sheets import judge_and_draw
+    from prelude.launch.segment_maps import SegmentJudging
 
     args.label = args.label or LABEL
     labelled = labelled_of(args)
     named = {"names": labelled.classes}
     nearest = partial(segment_knn, k=args.k, temperature=args.temperature, **named)
     judged = {"linear": partial(segment_linear, **named), "knn": nearest}
-    judging = DenseJudging(
+    judging = SegmentJudging(
         [judged[name] for name in dict.fromkeys(args.heads)],
         labelled,
         ignored=args.ignore,
+        num_shown=SHOWN if args.pictures else 0,
         **settings_of(args, "segment", argv),
     )
-    return judge_by(args, judging)
+    return judge_and_draw(args, judging)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature", type=finite, default=TEMPERATURE, metavar="T", help=f"(default: {TEMPERATURE})"
     )
+    parser.add_argument("--pictures", type=path, metavar="FILE.png", help=f"what is predicted of {SHOWN} test images")
     return parser
 
 

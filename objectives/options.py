@@ -17,14 +17,14 @@ class ColourOptions(Options):
     """Probabilities and strengths, with torchvision's meaning. The defaults are those of BYOL that both views share."""
 
     jitter: float = Field(0.8, ge=0, le=1)  # probability of the next four, in random order
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.2, ge=0)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    grey: float = Field(0.2, ge=0, le=1)  # probability
-    blur: float = Field(0.0, ge=0, le=1)  # probability
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view
-    solarise: float = Field(0.0, ge=0, le=1)  # probability
+    brightness: float = Field(0.4, ge=0)  # factor drawn from 1 - b to 1 + b
+    contrast: float = Field(0.4, ge=0)  # factor drawn from 1 - c to 1 + c
+    saturation: float = Field(0.2, ge=0)  # factor drawn from 1 - s to 1 + s
+    hue: float = Field(0.1, ge=0, le=0.5)  # turn drawn from -h to h; 0.5 is half the circle
+    grey: float = Field(0.2, ge=0, le=1)  # probability of no colour
+    blur: float = Field(0.0, ge=0, le=1)  # probability of a Gaussian blur
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # its standard deviation, drawn from this range, in pixels of the view
+    solarise: float = Field(0.0, ge=0, le=1)  # probability that bright values are inverted
 
     @field_validator("blur_sigma")
     @classmethod
@@ -45,12 +45,12 @@ class SecondView(ColourOptions):
 
 class SeveralViewsOptions(Options):
     projector: list[int] = [8192, 8192, 8192]  # widths of its layers; the last is D
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip, of each view
     # Field that images of one group (a patient, a place, a track) have in common, such as json:patient: every second
     # view is then of another image of the group. None: all views are of one image.
     pair_by: Text | None = None
-    singular_value_weight: float = Field(0.0, ge=0)  # of MSBReg's terms beside the loss, see `embedding_dynamics`
-    brownian_weight: float = Field(0.0, ge=0)
+    singular_value_weight: float = Field(0.0, ge=0)  # of MSBReg's term on singular values, see `embedding_dynamics`
+    brownian_weight: float = Field(0.0, ge=0)  # of its Brownian term
 
     @field_validator("projector")
     @classmethod
@@ -62,25 +62,25 @@ class SeveralViewsOptions(Options):
 
 class TwoViewsOptions(SeveralViewsOptions):
     crop_scale: AreaRange = (0.08, 1.0)  # area of the random crop, as a share of the image
-    view_1: FirstView = FirstView()
-    view_2: SecondView = SecondView()
+    view_1: FirstView = FirstView()  # colours of the first view
+    view_2: SecondView = SecondView()  # colours of the second
 
 
 class BarlowTwinsOptions(TwoViewsOptions):
-    off_diagonal_weight: float = Field(0.0051, ge=0)
+    off_diagonal_weight: float = Field(0.0051, ge=0)  # of the redundancy term, lambda in the paper
     loss_scale: float = Field(1.0, gt=0)  # multiplies loss and gradient; 1 / ranks gives the official gradient
 
 
 class VICRegOptions(TwoViewsOptions):
-    invariance_weight: float = Field(25.0, ge=0)
-    variance_weight: float = Field(25.0, ge=0)
-    covariance_weight: float = Field(1.0, ge=0)
+    invariance_weight: float = Field(25.0, ge=0)  # of the distance between views
+    variance_weight: float = Field(25.0, ge=0)  # of the hinge on each dimension's deviation
+    covariance_weight: float = Field(1.0, ge=0)  # of what is off the covariance's diagonal
 
 
 class MSBRegOptions(TwoViewsOptions):
     projector: list[int] = [4096, 256]
     predictor: list[int] = [4096]  # widths of its hidden layers; its last layer is as wide as the projector's
-    num_views: int = Field(2, ge=2)  # with the colours of view_1 and view_2 in turn
+    num_views: int = Field(2, ge=2)  # of an image, with the colours of view_1 and view_2 in turn
     centroid: Literal["views", "mean"] = "views"  # what is drawn to the teacher's centroid: each view, or their mean
     singular_value_weight: float = Field(0.04, ge=0)
     brownian_weight: float = Field(0.1, ge=0)
@@ -105,14 +105,14 @@ class LeJEPAOptions(SeveralViewsOptions):
     num_global: int = Field(2, ge=1)  # views of the encoder's image size
     num_local: int = Field(6, ge=0)  # smaller views
     global_scale: AreaRange = (0.3, 1.0)  # area of a global view, as a share of the image
-    local_scale: AreaRange = (0.05, 0.3)
+    local_scale: AreaRange = (0.05, 0.3)  # area of a local view
     local_size: Count | Literal["auto"] = "auto"  # pixels; auto: 7/16 of the image's side, cut to whole patches
     centre: Literal["global", "all"] = "global"  # the views whose mean all are drawn to
-    sigreg_weight: float = Field(0.05, ge=0, le=1)  # lambda
-    num_directions: int = Field(1024, ge=1)  # drawn anew in every step
+    sigreg_weight: float = Field(0.05, ge=0, le=1)  # of SIGReg beside the prediction, lambda in the paper
+    num_directions: int = Field(1024, ge=1)  # that embeddings are projected on, drawn anew in every step
     num_knots: int = Field(17, ge=2)  # of the integral over t, from 0 to knot_max
-    knot_max: Positive = 3.0
-    colours: LeJEPAColours = LeJEPAColours()
+    knot_max: Positive = 3.0  # where the integral over t ends
+    colours: LeJEPAColours = LeJEPAColours()  # of every view
 
     @model_validator(mode="after")
     def _views_are_several(self):
@@ -124,17 +124,17 @@ class LeJEPAOptions(SeveralViewsOptions):
 
 
 class IJEPAOptions(Options):
-    num_targets: int = Field(4, ge=1)
+    num_targets: int = Field(4, ge=1)  # target blocks of an image
     target_scale: AreaRange = (0.15, 0.2)  # area of a target block, as a share of the image
-    target_aspect: tuple[float, float] = (0.75, 1.5)  # height / width
+    target_aspect: tuple[float, float] = (0.75, 1.5)  # height / width of a target block
     context_scale: AreaRange = (0.85, 1.0)  # area of the context block before targets are cut out
     masks: Literal["paper", "official"] = "paper"  # official: as the released code draws them, for parity
     predictor: Literal["repeat", "packed"] = "repeat"  # packed: all targets in one sequence, another computation
-    predictor_dim: int = Field(384, ge=4)
-    predictor_depth: int = Field(12, ge=1)
-    predictor_num_heads: Count | Literal["encoder"] = "encoder"  # as many as the encoder has
+    predictor_dim: int = Field(384, ge=4)  # width of the predictor
+    predictor_depth: int = Field(12, ge=1)  # its blocks
+    predictor_num_heads: Count | Literal["encoder"] = "encoder"  # of its attention; encoder: as many as the encoder has
     momentum: float = Field(0.996, ge=0, le=1)  # of the teacher, at the start
-    momentum_end: float = Field(1.0, ge=0, le=1)  # at the end; linear over the run
+    momentum_end: float = Field(1.0, ge=0, le=1)  # of the teacher, at the end; linear over the run
     depth_scaled_init: bool = False  # divide what block l adds by sqrt(2 l) at the start
     # Of the patch projection's initial weights. Beside its position, a patch of few pixels weighs little at the
     # official 0.02; balanced: multiplied by sqrt(768 / values of a patch), it weighs as much as one of 16 x 16 x 3.
@@ -142,7 +142,7 @@ class IJEPAOptions(Options):
     crop_scale: AreaRange = (0.3, 1.0)  # area of the random crop, as a share of the image
     flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
     contrastive_weight: float = Field(0.0, ge=0)  # of VICReg's terms beside the prediction; C-JEPA: 0.001
-    contrastive_projector: list[int] = []  # widths of the layers before them; none: as they are
+    contrastive_projector: list[int] = []  # widths of the layers before these terms; none: as they are
 
     @model_validator(mode="after")
     def _projector_is_read(self):
@@ -166,29 +166,33 @@ class IJEPAOptions(Options):
 class DSeqJEPAOptions(IJEPAOptions):
     num_regions: int = Field(5, ge=2)  # the most an image can have, the background included
     region_min_area: float = Field(0.02, ge=0, le=1)  # share of the image below which a component is background
-    region_strategy: Strategy = "otsu_components"
-    saliency_block: int | Literal["auto"] = "auto"  # of the teacher, from 0; auto: the last but one
+    region_strategy: Strategy = "otsu_components"  # how regions are cut out of saliency, see `regions`
+    # The teacher's whose attention is saliency, from 0; auto: the last but one
+    saliency_block: int | Literal["auto"] = "auto"
     saliency_query: Literal["contextual", "parameter"] = "contextual"  # parameter: the learned token, before any block
+    # Of the next region: a causal mask over one sequence, or encoded anew for each
     context: Literal["causal", "reencode"] = "causal"
     lambda_start: float = Field(0.0, ge=0, le=1)  # probability of regions rather than random blocks
-    lambda_end: float = Field(1.0, ge=0, le=1)  # at the end of the run; linear between
-    lambda_granularity: Literal["step", "sample", "region"] = "step"
+    lambda_end: float = Field(1.0, ge=0, le=1)  # the same at the end of the run; linear between
+    lambda_granularity: Literal["step", "sample", "region"] = "step"  # what lambda is drawn for
     loss_reduction: Literal["patch", "step"] = "patch"  # what counts the same within an image
-    contrastive_projector: list[int] = [3072, 3072, 3072]
+    contrastive_projector: list[int] = [3072, 3072, 3072]  # widths of the layers before VICReg's terms
 
 
 class MAEOptions(Options):
     mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that is hidden
     mask_block: int = Field(1, ge=1)  # patches are hidden in squares of so many a side; 4 in Pixio
     decoder: Literal["self", "cross"] = "self"  # cross: CrossMAE's, whose queries see visible patches alone
-    predicted_share: float | None = Field(None, gt=0, lt=1)  # of all patches; None: all that are hidden
-    gradient_weight: float = Field(0.0, ge=0)  # of the gradient map as a second target, with a decoder of its own
+    # Of all patches, that is predicted; None: all that are hidden
+    predicted_share: float | None = Field(None, gt=0, lt=1)
+    # Of the gradient map as a second target, with a decoder of its own; 0: none
+    gradient_weight: float = Field(0.0, ge=0)
     norm_pix_loss: bool = True  # predict patches of mean 0 and variance 1 rather than plain pixels
-    decoder_dim: int = Field(512, ge=4)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_num_heads: int = Field(16, ge=1)
+    decoder_dim: int = Field(512, ge=4)  # width of the decoder
+    decoder_depth: int = Field(8, ge=1)  # its blocks
+    decoder_num_heads: int = Field(16, ge=1)  # of its attention
     crop_scale: AreaRange = (0.2, 1.0)  # area of the random crop, as a share of the image
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip
 
     @model_validator(mode="after")
     def _a_part_can_be_predicted(self):
@@ -208,16 +212,17 @@ class Uni4EyeOptions(Options):
     """Those of MAE that suit volumes too, and the volumes' own."""
 
     mask_ratio: float = Field(0.5, gt=0, lt=1)  # share of the patches that is hidden, of images and volumes
-    gradient_weight: float = Field(1.0, ge=0)  # of the gradient map as a second target, with a decoder of its own
+    # Of the gradient map as a second target, with a decoder of its own; 0: none
+    gradient_weight: float = Field(1.0, ge=0)
     norm_pix_loss: bool = False  # predict patches of mean 0 and variance 1 rather than plain pixels
-    decoder_dim: int = Field(512, ge=4)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_num_heads: int = Field(16, ge=1)
+    decoder_dim: int = Field(512, ge=4)  # width of each decoder
+    decoder_depth: int = Field(8, ge=1)  # its blocks
+    decoder_num_heads: int = Field(16, ge=1)  # of its attention
     crop_scale: AreaRange = (0.2, 1.0)  # area of an image's random crop, as a share of it
     flip: float = Field(0.0, ge=0, le=1)  # probability, of an image
     volume_size: tuple[Count, Count, Count] = (224, 224, 112)  # rows, columns, slices; volumes are resampled to it
-    volume_patch: Count | tuple[Count, Count, Count] = 16
-    volume_channels: int = Field(1, ge=1)
+    volume_patch: Count | tuple[Count, Count, Count] = 16  # voxels along each axis
+    volume_channels: int = Field(1, ge=1)  # of a volume
     volume_flip: float = Field(0.5, ge=0, le=1)  # probability, along each of a volume's axes
     volume_noise: float = Field(0.2, ge=0, le=1)  # probability of Gaussian noise
     mask_block: ClassVar[int] = 1
@@ -256,7 +261,7 @@ class RotationOptions(Options):
     # A random resized crop of this area, as a share of the image; None takes the whole image.
     crop_scale: AreaRange | None = (0.08, 1.0)
     shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, the paper's choice on CIFAR: 4
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip
 
     @field_validator("rotations")
     @classmethod
@@ -271,7 +276,7 @@ class SimMIMOptions(Options):
     mask_patch: int = Field(32, ge=1)  # side of a cell in pixels, a multiple of the encoder's patch
     target_window: int | None = Field(None, ge=3)  # pixels; standardises the target locally, 47 in Swin V2
     crop_scale: AreaRange = (0.67, 1.0)  # area of the random crop, as a share of the image
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip
 
     @field_validator("target_window")
     @classmethod
@@ -283,13 +288,13 @@ class SimMIMOptions(Options):
 
 class MaskedCellsOptions(Options):
     mask_ratio: float = Field(0.6, gt=0, lt=1)  # share of the cells that is hidden
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip
 
 
 class FCMAEOptions(MaskedCellsOptions):
     norm_pix_loss: bool = True  # predict cells of mean 0 and variance 1 rather than plain pixels
-    decoder_dim: int = Field(512, ge=1)
-    decoder_depth: int = Field(1, ge=1)
+    decoder_dim: int = Field(512, ge=1)  # width of the decoder
+    decoder_depth: int = Field(1, ge=1)  # its blocks
     crop_scale: AreaRange = (0.2, 1.0)  # area of the random crop, as a share of the image
 
 

@@ -16,9 +16,9 @@ from prelude.pretrain.options import Count, FilePath, Index, Positive, Section, 
 class ShuffleConfig(Section):
     """How the endless order mixes shards; see data/order.py. Part of what a resume must find unchanged."""
 
-    streams: int = Field(8, ge=1)
-    span: int = Field(256, ge=1)
-    window: int = Field(16384, ge=1)
+    streams: int = Field(8, ge=1)  # places of the set that are read from in turn
+    span: int = Field(256, ge=1)  # samples that are read where they lie, one after another
+    window: int = Field(16384, ge=1)  # samples among which the next one is drawn
 
 
 class SelectConfig(Section):
@@ -26,8 +26,8 @@ class SelectConfig(Section):
 
     keys: FilePath | None = None  # a text file with a key, or SHARD:KEY, on each line
     label: Text | None = None  # where the label is: cls, txt, json:FIELD
-    values: list[int | Text] = []  # of that label; its other samples are left out
-    share: float | None = Field(None, gt=0, lt=1)  # of what the others leave
+    values: list[int | Text] = []  # those of the label that are kept; other samples are left out
+    share: float | None = Field(None, gt=0, lt=1)  # of what keys and values leave, drawn from the seed
     seed: int = Field(0, ge=0, lt=2**31)  # of the share
 
     @model_validator(mode="after")
@@ -44,10 +44,10 @@ class SelectConfig(Section):
 class PartConfig(Section):
     """One of several data sets that are mixed."""
 
-    shards: Text | Texts
-    weight: float = Field(gt=0)  # relative to those of the others
-    image: Text | None = None  # extension of the image's member
-    select: SelectConfig | None = None
+    shards: Text | Texts  # paths, braces, *, folders or URLs
+    weight: float = Field(gt=0)  # how often it is drawn from, relative to the others
+    image: Text | None = None  # extension of the image's member; None: any
+    select: SelectConfig | None = None  # a part of its samples; None: all
 
 
 def _low_and_high(value, instead: str):
@@ -59,7 +59,7 @@ def _low_and_high(value, instead: str):
 class VolumesConfig(Section):
     """Volumes beside images, in batches of their own; for objectives that learn from both."""
 
-    shards: Text | Texts
+    shards: Text | Texts  # paths, braces, *, folders or URLs
     share: float = Field(0.5, gt=0, lt=1)  # of the steps; the others are of images
     image: Text | None = None  # extension of the volume's member, such as oct.npy; None: any
     select: SelectConfig | None = None  # a part of the volumes; None: all
@@ -72,7 +72,7 @@ class VolumesConfig(Section):
 
 
 class DataConfig(Section):
-    shards: Text | Texts | None = None
+    shards: Text | Texts | None = None  # paths, braces, *, a folder, or URLs; one or a list
     mix: dict[str, PartConfig] = {}  # several data sets by name, instead of shards
     image: Text | None = None  # extension of the image's member, such as left.jpg; None: any
     select: SelectConfig | None = None  # a part of the samples; None: all
@@ -81,16 +81,17 @@ class DataConfig(Section):
     channels: int = Field(3, ge=1)  # of an image: 3 is RGB, 1 is grey, any other number must be what images have
     range: tuple[float, float] | Literal["auto"] | None = None  # values of deeper images that are black and white
     max_pixels: int = Field(64 * 2**20, ge=1)  # of an image; a JPEG with more is decoded at a smaller size
-    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # auto: from the cores of a rank
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # of a rank; auto: from its cores
     start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"  # of workers; auto: fork on Linux, else spawn
-    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_bad_share: float = Field(0.01, ge=0, le=1)  # of samples that cannot be read, before the run stops
     timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
     cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
-    cache_gib: float = Field(64.0, gt=0)  # of them at most
-    shuffle: ShuffleConfig = ShuffleConfig()
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="one for each channel")  # in [0, 1]
-    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="one for each channel")
-    shown_channels: list[Index] = []  # that pictures show as red, green and blue, from 0; []: the first three
+    cache_gib: float = Field(64.0, gt=0)  # GiB of remote shards that are kept at most
+    shuffle: ShuffleConfig = ShuffleConfig()  # how far samples are mixed
+    # Of each channel, in [0, 1]
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="one for each channel")
+    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="one for each channel")  # of each channel
+    shown_channels: list[Index] = []  # what pictures show as red, green and blue, from 0; []: the first three
     volumes: VolumesConfig | None = None  # that take turns with images, where an objective learns from both
 
     @field_validator("range")
@@ -128,9 +129,10 @@ class DataConfig(Section):
 
 
 class EncoderConfig(Section):
-    name: Text  # a timm architecture
-    image_size: Count | tuple[Count, Count]  # pixels; (height, width) where they differ
-    patch_size: Count | tuple[Count, Count] | None = None  # vision transformers; (height, width) where they differ
+    name: Text  # an architecture of timm, or module:function of your own
+    image_size: Count | tuple[Count, Count]  # pixels of a side; (height, width) where they differ
+    # Pixels of a vision transformer's; (height, width) where they differ
+    patch_size: Count | tuple[Count, Count] | None = None
     in_chans: int = Field(3, ge=1)  # filled in from data.channels
     pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
     norm_eps: float | None = Field(None, gt=0)  # of every LayerNorm; None: timm's own, 1e-6 in most
@@ -168,24 +170,25 @@ class EncoderConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
-    lr: float = Field(gt=0)
+    name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"  # lars and lamb at ZeRO stage 0 alone
+    lr: float = Field(gt=0)  # the peak's, under lr_rule
     lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: peak = lr x global_batch / 256
-    betas: tuple[Share, Share] = (0.9, 0.95)  # adamw, lamb
-    momentum: float = Field(0.9, ge=0, lt=1)  # sgd, lars
-    nesterov: bool = False  # sgd
-    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)  # of adamw and lamb: how their two averages decay
+    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd and lars
+    nesterov: bool = False  # momentum by Nesterov's rule; sgd alone
+    weight_decay: float = Field(0.05, ge=0)  # at the start of the run; constant, unless weight_decay_end is set
     weight_decay_end: float | None = Field(None, ge=0)  # reached at the end of the run; None: constant
-    weight_decay_schedule: Literal["cosine", "linear"] = "cosine"  # how it gets there
+    weight_decay_schedule: Literal["cosine", "linear"] = "cosine"  # how weight_decay gets to its end
     decay_tokens: bool = True  # whether class, mask and register tokens are decayed, as in the official code
     decay_vectors: bool = False  # whether biases and norms are decayed too
-    layer_decay: float = Field(1.0, gt=0, le=1)  # of the encoder's rate, a layer; see pretrain/layer_decay.py; 1: none
+    # Factor of the encoder's rate, a layer; see pretrain/layer_decay.py; 1: none
+    layer_decay: float = Field(1.0, gt=0, le=1)
     spared_lr_ratio: float = Field(1.0, gt=0)  # learning rate of what is not decayed, as a share of lr
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0)  # in which the rate rises linearly to its peak
     warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
     milestones: list[float] = []  # epochs at which the rate is multiplied by milestone_factor; replaces the cosine
-    milestone_factor: float = Field(0.1, gt=0, lt=1)
+    milestone_factor: float = Field(0.1, gt=0, lt=1)  # what each milestone multiplies the rate by
     reach_end: bool = False  # whether the last update has the schedules' last values, as in SparK's code
     first_step: Literal[0, 1] = 0  # the first update's number in the schedules: 0 in MAE's code, 1 in I-JEPA's
 
@@ -227,46 +230,47 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: float = Field(gt=0, le=1_000_000)
+    epochs: float = Field(gt=0, le=1_000_000)  # passes over the data, or a part of one
     global_batch: int = Field(ge=1)  # samples an optimizer step, over all ranks
     micro_batch: Count | Literal["auto"] = "auto"  # samples a rank holds at once; auto: no accumulation
+    # Of forward and backward; weights stay float32; auto: what suits the device
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     freeze_encoder_steps: int = Field(0, ge=0)  # first steps in which an encoder that comes with weights stays as it is
-    gradient_clipping: float = Field(0.0, ge=0)  # 0: off
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    profile_steps: int = Field(0, ge=0)  # of each start, for TensorBoard's profiler, after the first few; 0: none
-    max_nonfinite_steps: int = Field(10, ge=1)  # in a row, before the run stops
+    gradient_clipping: float = Field(0.0, ge=0)  # largest norm of all gradients together; 0: off
+    zero_stage: Literal[0, 1, 2, 3] = 0  # what ranks share out: 1 optimizer state, 2 gradients, 3 weights
+    gradient_checkpointing: bool = False  # compute activations again in backward, to hold fewer
+    compile: bool = False  # by torch.compile, which needs a C compiler
+    profile_steps: int = Field(0, ge=0)  # steps of each start for TensorBoard's profiler, after the first few; 0: none
+    max_nonfinite_steps: int = Field(10, ge=1)  # steps in a row that are not applied, before the run stops
     rank_timeout_seconds: float = Field(600, gt=0)  # that ranks wait for one that stalls, before the run stops
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(1000, ge=1)
-    keep: int = Field(3, ge=1)
+    every_steps: int = Field(1000, ge=1)  # between two saves
+    keep: int = Field(3, ge=1)  # the newest so many
 
 
 class ResumeConfig(Section):
     checkpoint: FilePath = "auto"  # auto: the run's newest valid one, if any; or the path of one
-    allow_changed_data: bool = False
-    allow_changed_config: bool = False
+    allow_changed_data: bool = False  # go on although the data set is another one
+    allow_changed_config: bool = False  # go on although settings that change the result do
 
 
 class EvaluateConfig(Section):
     """Labelled shards that evaluations use for this run unless told otherwise, and how a small part of them judges the
     encoder while it trains."""
 
-    train_shards: Text | Texts
-    test_shards: Text | Texts
+    train_shards: Text | Texts  # labelled shards to learn from
+    test_shards: Text | Texts  # labelled shards to report on
     label: Text = "cls"  # where the label is: extension of the member (cls, txt), or json:FIELD
     classes: list[Text] = []  # names in the order of their numbers; []: sorted, where labels are text
     image: Text | None = None  # extension of the image's member, such as left.jpg; None: any
     train_select: SelectConfig | None = None  # a part of train_shards
-    test_select: SelectConfig | None = None
+    test_select: SelectConfig | None = None  # a part of test_shards
     label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # of that member, where the findings are; "": the whole member
     label_group: str = ""  # field whose values group images, such as patient
-    every_steps: int = Field(0, ge=0)  # k-NN and a linear head, in a process of its own; 0: not while it trains
+    every_steps: int = Field(0, ge=0)  # between k-NN and a linear head beside the run; 0: not while it trains
     num_train: int = Field(2000, ge=2)  # images to learn from, as many of each class as far as it goes
     num_test: int = Field(1000, ge=1)  # images to report on, drawn likewise
     device: Literal["auto", "cpu"] = "auto"  # auto: the accelerator of rank 0, where there is one
@@ -278,27 +282,28 @@ class CollapseConfig(Section):
     stop: bool = False  # end the run, with exit code 3, rather than only tell
     grace: float = Field(0.1, ge=0, le=1)  # share of the run in which nothing is judged
     sustained: float = Field(0.05, ge=0, le=1)  # share of the run over whose last part a sign must stand
-    max_cosine: float = Field(0.999, gt=0, le=1)  # of the features of two images, on average
-    min_std: float = Field(1e-4, ge=0)  # of a feature, over images
-    min_rank: float = Field(0.0025, ge=0, lt=1)  # of the features; 0: one line, 1: all that is attainable
-    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # of what views are compared by, on the same scale
-    min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # of encoder and teacher, on the same patches
-    trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # of the loss to its trivial value, as a share of it
+    max_cosine: float = Field(0.999, gt=0, le=1)  # above it: cosine of the features of two images, on average
+    min_std: float = Field(1e-4, ge=0)  # below it: standard deviation of a feature, over images
+    # Below it: effective rank of the features; 0: one line, 1: all that is attainable
+    min_rank: float = Field(0.0025, ge=0, lt=1)
+    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # below it: the same of what views are compared by
+    min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # below it: cosine of encoder and teacher, on the same patches
+    trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # within it: the loss around its trivial value, as a share of it
 
 
 class Config(Section):
-    run_dir: FilePath
-    seed: int = Field(0, ge=0, lt=2**31)
-    data: DataConfig
-    encoder: EncoderConfig
+    run_dir: FilePath  # where everything goes; the same folder again goes on
+    seed: int = Field(0, ge=0, lt=2**31)  # of every random choice
+    data: DataConfig  # what is learned from
+    encoder: EncoderConfig  # what is trained
     objective: dict[str, Any]  # `name`, and the options of that objective
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    resume: ResumeConfig = ResumeConfig()
-    evaluate: EvaluateConfig | None = None
-    collapse: CollapseConfig = CollapseConfig()
+    train: TrainConfig  # how long, how much at once
+    optimizer: OptimizerConfig  # and the schedules of its rates
+    checkpoint: CheckpointConfig = CheckpointConfig()  # what is saved to go on from
+    log: LogConfig = LogConfig()  # what is told, and where
+    resume: ResumeConfig = ResumeConfig()  # what a start goes on from
+    evaluate: EvaluateConfig | None = None  # how the run's encoder is judged; None: as each evaluation is told
+    collapse: CollapseConfig = CollapseConfig()  # when features are taken for collapsed
     deepspeed: dict[str, Any] | FilePath = {}  # merged into what the engine builds; a dictionary or a JSON file
 
     @model_validator(mode="after")

@@ -82,7 +82,8 @@ class Report:
 class Monitor:
     """Each hook may be left out."""
 
-    def start(self, progress: Progress) -> None: ...
+    def start(self, progress: Progress) -> None:
+        """Called once before the first step of a start, when a resume has been accepted."""
 
     def wants_encoder(self, progress: Progress) -> bool:
         """Asked at the start and after each step: whether `encoder` is to be called now."""
@@ -101,14 +102,17 @@ class Monitor:
     def finish(self) -> None:
         """Called once when the run has come to its end: the last chance to wait for something."""
 
-    def record(self, record: StepRecord) -> None: ...
+    def record(self, record: StepRecord) -> None:
+        """Told of each logged step."""
 
-    def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None: ...
+    def pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
+        """Handed what the objective shows after `step`, by name."""
 
     def saving(self, step: int) -> None:
         """Called before a checkpoint is written, which must not be on the disk before what belongs to it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Called once, however the start ends."""
 
 
 class _Console(Console):

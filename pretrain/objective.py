@@ -73,7 +73,9 @@ class Objective(nn.Module, ABC):
         check_encoder(encoder, tokens=False)
 
     @abstractmethod
-    def forward(self, batch: Batch, progress: Progress) -> Loss: ...
+    def forward(self, batch: Batch, progress: Progress) -> Loss:
+        """The method's computation for one micro-batch of this rank, whose views are uint8 until `images` makes them
+        images. The loss is a mean over samples, of float32."""
 
     def after_step(self, progress: Progress, applied: Tensor) -> None:
         """Called once after every optimizer step: momentum teachers and the like.

@@ -22,6 +22,7 @@ class Progress:
 
     @property
     def epoch(self) -> float:
+        """Passes over the data that are done."""
         return self.step / self.steps_per_epoch
 
 

@@ -1,16 +1,21 @@
 """Tiles of a sheet: images as an encoder sees them, and what is said of their places over or beside them."""
 
 import io
+from colorsys import hsv_to_rgb
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from prelude.evaluators.dense.masks import IGNORED
 
 TILE, GAP = 96, 6  # pixels
 MAX_BYTES = 150_000  # of a PNG; above, it gets a palette, and smaller if need be
 PAPER, INK = (255, 255, 255), (24, 24, 24)
 # From dark to bright evenly, for those who see few colours too: close to matplotlib's inferno.
 HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
+_GOLDEN = 0.6180339887  # of the circle of hues, from one class to the next
 _OVER = 0.65  # of the heat, over the image in grey
 
 
@@ -37,6 +42,15 @@ def cells(colours: Tensor, size: tuple[int, int]) -> Image.Image:
     """colours: (h, w, 3) uint8, one for each place of an image of `size` (height, width)."""
     image = Image.fromarray(colours.numpy())
     return _squared(image.resize(_fitted((size[1], size[0]))[0], Image.Resampling.NEAREST))
+
+
+def class_colours(classes: Tensor) -> Tensor:
+    """(h, w) uint8 class numbers to (h, w, 3) uint8: hues that stay apart however many there are, and black for what
+    counts for nothing."""
+    table = [hsv_to_rgb(n * _GOLDEN % 1, 0.55 + 0.15 * (n % 3), 0.95 - 0.2 * (n // 3 % 2)) for n in range(256)]
+    colours = (255 * torch.tensor(table)).round().to(torch.uint8)
+    colours[IGNORED] = 0
+    return colours[classes.long()]
 
 
 def mark(square: Image.Image, size: tuple[int, int], place: tuple[int, int], grid: tuple[int, int]) -> None:

@@ -11,6 +11,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class Classes:
         return self._table[masks.long()]
 
 
+Drawn = Callable[[str, Callable[[Tensor], Tensor]], None]  # (what, test images (n,) to class numbers (n, H, W))
 Scores = Callable[[Tensor], Tensor]  # features of places (m, D) to scores (m, C)
 
 
@@ -77,13 +79,15 @@ def segment_linear(
     device: torch.device | str = "cpu",
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
     names: Sequence[str] = (),
+    drawn: Drawn | None = None,
 ) -> Outcome:
-    """mIoU and pixel accuracy of the head by kind of feature. names: of the class numbers, for the record.
+    """mIoU and pixel accuracy of the head by kind of feature. names: of the class numbers, for the record. drawn: is
+    told what predicts with the chosen kind.
 
     seed: of the held-out images and the bootstrap. Raises UserError for masks of one class, and fewer than two images.
     """
     classes, (fit, held) = _classes(train, test), _held_out(train, seed)
-    by_kind, grid, heads = {}, [], {}
+    by_kind, grid, heads, judged = {}, [], {}, {}
     for kind, places in train.items():
         wanted = shares(classes.of(places.labels), places.grid, classes.num_known)
         loss, space = ShareLoss(wanted.to(device)), Space.of(places.each, "batch", device)
@@ -97,8 +101,11 @@ def segment_linear(
         start = found.only(list(weight_decays).index(best["weight_decay"]))
         head = space.fit(loss, (best["weight_decay"],), start=start)
         heads[kind] = {**best, "converged": head.converged[0]}
-        by_kind[kind] = _tested(_logits(head), test[kind], classes, seed, names)
+        judged[kind] = _logits(head)
+        by_kind[kind] = _tested(judged[kind], test[kind], classes, seed, names)
     chosen = max(heads, key=lambda kind: heads[kind]["held_out_miou"])
+    if drawn:
+        drawn("linear head", partial(_maps, judged[chosen], test[chosen], classes))
     told = (
         [] if heads[chosen]["converged"] else [f"The head was stopped after {MAX_PASSES} passes, before its optimum."]
     )
@@ -128,18 +135,21 @@ def segment_knn(
     temperature: float = TEMPERATURE,
     num_patches: int = NUM_PATCHES,
     names: Sequence[str] = (),
+    drawn: Drawn | None = None,
 ) -> Outcome:
     """The same of the nearest patches. seed: of the patches too. Errors as above."""
     classes, (fit, held) = _classes(train, test), _held_out(train, seed)
-    by_kind, held_out = {}, {}
+    by_kind, held_out, judged = {}, {}, {}
     for kind, places in train.items():
         if len(train) > 1:
             scores = _voting(places, classes, fit, k, temperature, num_patches, seed, device)
             held_out[kind] = 100 * _overlap(scores, places, held, classes).iou().nanmean().item()
         everything, count = torch.arange(len(places)), min(len(places.each), num_patches)
-        scores = _voting(places, classes, everything, k, temperature, num_patches, seed, device)
-        by_kind[kind] = _tested(scores, test[kind], classes, seed, names)
+        judged[kind] = _voting(places, classes, everything, k, temperature, num_patches, seed, device)
+        by_kind[kind] = _tested(judged[kind], test[kind], classes, seed, names)
     chosen = max(held_out, key=held_out.get) if held_out else next(iter(train))
+    if drawn:
+        drawn("nearest patches", partial(_maps, judged[chosen], test[chosen], classes))
     told = classes.warnings() + few_warnings([k], count, "train patches")
     recipe = {"k": k, "temperature": temperature, "num_patches": num_patches, "features": list(train)}
     details = {"held_out_miou": held_out}
@@ -188,6 +198,12 @@ def _overlap(scores: Scores, places: Places, images: Tensor, classes: Classes) -
     for some, found in predicted(scores, places, images, classes.num_known):
         parts.append(Overlap.of(found, classes.of(places.labels[some]), len(classes)))
     return Overlap.joined(parts)
+
+
+def _maps(scores: Scores, places: Places, classes: Classes, images: Tensor) -> Tensor:
+    """(n, H, W) uint8 class numbers as the masks have them."""
+    numbers = torch.tensor(classes.numbers, dtype=torch.uint8)
+    return torch.cat([numbers[found] for _, found in predicted(scores, places, images, classes.num_known)])
 
 
 def _tested(scores: Scores, places: Places, classes: Classes, seed: int, names: Sequence[str]) -> dict:

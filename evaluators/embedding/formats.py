@@ -34,6 +34,13 @@ def refuse_to_overwrite(path: str | Path, option: str) -> None:
         raise UserError(f"{path} cannot be written, as {folder} is not writable; write another {option}.")
 
 
+def refuse_no_png(path: str, option: str) -> None:
+    """The same of a picture to be written, which has to be a PNG."""
+    if not path.lower().endswith(".png"):
+        raise UserError(f"{option} {path} does not end in .png; write {os.path.splitext(path)[0]}.png.")
+    refuse_to_overwrite(path, option)
+
+
 def beside(path: str | Path, ending: str) -> Path:
     """`features.npy` to `features.keys.csv`."""
     return Path(path).with_name(f"{Path(path).stem}{ending}")

@@ -17,11 +17,11 @@ _UNKNOWN = "of the source"
 class AugmentOptions(Options):
     """See data.batch.AutoAugment."""
 
-    policy: Literal["rand", "trivial"] = "rand"
-    num_ops: int = Field(2, ge=1)
-    probability: float = Field(0.5, gt=0, le=1)
-    magnitude: float = Field(9.0, ge=0, le=10)
-    magnitude_std: float = Field(0.5, ge=0)
+    policy: Literal["rand", "trivial"] = "rand"  # RandAugment, or TrivialAugment
+    num_ops: int = Field(2, ge=1)  # operations on an image
+    probability: float = Field(0.5, gt=0, le=1)  # of each operation
+    magnitude: float = Field(9.0, ge=0, le=10)  # of operations, out of 10
+    magnitude_std: float = Field(0.5, ge=0)  # that it is drawn with around its value
 
     @model_validator(mode="after")
     def _trivial_has_no_settings(self):
@@ -36,26 +36,27 @@ class FineTuneOptions(Options):
     per_class: int | None = Field(None, ge=1)  # labelled images of each class; None: all
     fraction: float | None = Field(None, gt=0, le=1)  # of each class's labelled images; of all, with several findings
     hold_out: float = Field(0.0, ge=0, le=0.5)  # share of them that is not trained on and judges the weights; 0: none
-    validate_every_epochs: float = Field(1.0, gt=0)  # on what is held out
+    validate_every_epochs: float = Field(1.0, gt=0)  # between two looks at what is held out
     # Validations in a row without a better one that end the run, whose best weights are then the result. None: no end.
     patience: int | None = Field(None, ge=1)
     # mean: of the patch tokens, then a new norm (MAE). own: what the encoder itself pools. ViTs only; convnets pool.
     pooling: Literal["mean", "own"] = "mean"
     image_size: int | None = Field(None, ge=1)  # pixels; None: the size of pretraining
-    drop_path: float = Field(0.0, ge=0, lt=1)  # of the last block; rises linearly from 0
-    layer_decay: float = Field(1.0, gt=0, le=1)  # see pretrain/layer_decay.py; 1: the same rate everywhere
+    drop_path: float = Field(0.0, ge=0, lt=1)  # probability that the last block is skipped; rises linearly from 0
+    # Factor of the rate, a layer; see pretrain/layer_decay.py; 1: the same everywhere
+    layer_decay: float = Field(1.0, gt=0, le=1)
     head_lr_ratio: float = Field(1.0, gt=0)  # the head's learning rate, as a multiple of lr
-    crop_scale: AreaRange = (0.08, 1.0)  # share of the image's area; [1, 1]: the whole image
-    flip: float = Field(0.5, ge=0, le=1)
+    crop_scale: AreaRange = (0.08, 1.0)  # area of the random crop, as a share of the image; [1, 1]: the whole image
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip
     shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, as is usual on CIFAR
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops, in training and test
-    augment: AugmentOptions | None = None
-    mixup: float = Field(0.0, ge=0)  # alpha; 0: off
-    cutmix: float = Field(0.0, ge=0)
-    cutmix_share: float = Field(0.5, ge=0, le=1)  # of the images, where both are on
+    augment: AugmentOptions | None = None  # operations on whole images; None: none
+    mixup: float = Field(0.0, ge=0)  # alpha of the share that is drawn; 0: off
+    cutmix: float = Field(0.0, ge=0)  # alpha of CutMix; 0: off
+    cutmix_share: float = Field(0.5, ge=0, le=1)  # of the images that CutMix takes, where both are on
     cutmix_cell: int | None = Field(None, ge=1)  # pixels; random cells of a grid instead of a box (MaskMix)
     attention_labels: Literal["transmix", "mixpro"] | None = None  # of pasted images; see `attention_labels`
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread over all classes
     loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: binary cross-entropy, averaged over the classes
     # What an uncertain finding (-1) is in training: nothing, absent, present, or present by a share drawn from
     # [0.55, 0.85] (CheXpert's policies, arXiv 1911.06475). Tests never count it.
@@ -65,8 +66,10 @@ class FineTuneOptions(Options):
     # Standard deviation of the head's first weights; uniform: torch's own, within 1 / sqrt(width), biases too.
     head_std: Annotated[float, Field(gt=0)] | Literal["uniform"] = 2e-5
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the average of the weights; 0: none
-    test_crop_share: float | None = Field(None, gt=0, le=1)  # None: 0.875 from 128 to 224 pixels, else all of it
-    test_every_epochs: float | None = Field(None, gt=0)  # a curve to look at; only the last weights are reported
+    # Side of the central crop in tests; None: 0.875 from 128 to 224 pixels, else all
+    test_crop_share: float | None = Field(None, gt=0, le=1)
+    # Between two tests, a curve to look at; only the last weights are reported
+    test_every_epochs: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _one_way_to_take_few(self):

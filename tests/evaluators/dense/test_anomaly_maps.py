@@ -202,7 +202,7 @@ def test_the_door(run, tmp_path, capsys):
     assert "pixel AUROC %" in capsys.readouterr().out
     # images and true defects, then of each source its name and maps
     assert Image.open(sheet).height == GAP + 6 * (TILE + GAP) + 3 * (15 + GAP)
-    for wrong, told in (([], "found.png exists"), (["--pictures", "a.jpg"], "write a.jpg.png")):
+    for wrong, told in (([], "found.png exists"), (["--pictures", "a.jpg"], "write a.png")):
         assert door(lambda wrong=wrong: prelude.main([*words, *wrong])) == 2
         assert told in capsys.readouterr().err
     assert door(lambda: prelude.main(["defects", "pixels:8", *argv, "--label", "png"])) == 2

@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, jaccard_score
 
 from prelude.data.errors import UserError
+from prelude.data.shapes import write_shards
 from prelude.evaluators.dense import places as module
 from prelude.evaluators.dense import segmentation
+from prelude.evaluators.dense.drawing import GAP, TILE, class_colours
 from prelude.evaluators.dense.overlap import Overlap
 from prelude.evaluators.dense.places import predicted, shares
 from prelude.evaluators.dense.segmentation import Classes, segment_knn, segment_linear
 from prelude.evaluators.dense.share_loss import ShareLoss
 from prelude.evaluators.frozen.convex import Space
+from prelude.launch import prelude
+from prelude.launch.exit_codes import door
 
 
 def shares_by_hand(masks, grid, num_classes):
@@ -134,6 +139,44 @@ def test_the_kind_is_chosen_without_test_masks(places, as_places, judge):
     assert outcome.numbers["miou"].value > outcome.by_kind["map"]["miou"].value + 15
     mixed = {kind: dataclasses.replace(part, labels=part.labels.roll(3, 0)) for kind, part in test.items()}
     assert judge(train, mixed).chosen == outcome.chosen
+
+
+@pytest.mark.parametrize("judge", [segment_linear, segment_knn])
+def test_what_is_drawn_is_what_is_counted(places, judge):
+    numbers = torch.tensor([7, 200, 3], dtype=torch.uint8)  # of the classes as masks have them
+    renamed = [
+        {"tokens": dataclasses.replace(part, labels=numbers[part.labels.long()])}
+        for part in (places(40, 0), places(9, 1))
+    ]
+    drawn = {}
+    outcome = judge(*renamed, drawn=drawn.__setitem__)
+    ((_, predict),) = drawn.items()
+    masks = renamed[1]["tokens"].labels
+    some = torch.tensor([4, 1])
+    every = predict(torch.arange(len(masks)))
+    assert torch.equal(predict(some), every[some]) and every.dtype == torch.uint8
+    right = (every == masks).double().mean().item()
+    assert 100 * right == pytest.approx(outcome.numbers["pixel_accuracy"].value)
+
+
+def test_the_door_draws_masks_in_colours_of_their_classes(tmp_path, capsys):
+    write_shards(tmp_path, "train", 40, image_size=16)
+    write_shards(tmp_path, "test", 12, image_size=16)
+    sheet = tmp_path / "segmented.png"
+    argv = ["segment", "pixels:8", "--train", f"{tmp_path}/train-000000.tar", "--test", f"{tmp_path}/test-000000.tar"]
+    argv += ["--num-workers", "0", "--out", str(tmp_path / "out"), "--bank", str(tmp_path), "--pictures", str(sheet)]
+    assert prelude.main(argv) == 0
+    page = np.asarray(Image.open(sheet).convert("RGB"))
+    # images and masks, then the source's name, the head's and the patches' predictions
+    assert page.shape[0] == GAP + 4 * (TILE + GAP) + 15 + GAP
+    known = {tuple(colour) for colour in class_colours(torch.arange(256, dtype=torch.uint8)[None])[0].tolist()}
+    assert len(known) == 256
+    for top in (GAP + TILE + GAP, GAP + 2 * (TILE + GAP) + 15 + GAP):  # of masks, and of what the head predicts
+        left = page.shape[1] - GAP - 8 * (TILE + GAP)
+        row = page[top : top + TILE, left : left + TILE]
+        assert {tuple(colour) for colour in row.reshape(-1, 3).tolist()} <= known
+    assert door(lambda: prelude.main(argv)) == 2
+    assert "segmented.png exists" in capsys.readouterr().err
 
 
 def test_classes_have_any_numbers_and_those_that_train_lacks_are_missed(places):

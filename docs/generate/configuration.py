@@ -1,0 +1,135 @@
+"""The page of the configuration: every key with what it takes, its default, its meaning, and recipes that set it."""
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from meanings import meaning
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
+from prelude.evaluators.finetuning.recipe import FineTuneOptions
+from prelude.objectives.options import OPTIONS
+from prelude.pretrain.annotations import section_by_name, section_in
+from prelude.pretrain.config import Config
+from prelude.pretrain.config_words import wanted
+from prelude.pretrain.recipes import SHIPPED
+
+INTRODUCTION = """# Configuration
+
+A recipe is one YAML file of these keys; `key.sub=value` on the command line sets one of them, as in
+`train.epochs=100 'data.shards=/data/train-*.tar'`. A key that does not exist, a value that cannot be and a setting that
+would have no effect are refused before anything is built, in a sentence that says what to write instead. `null` stands
+for nothing.
+
+The settings below `objective` are those of the objective that `objective.name` names. This page is made from the typed
+models that check a config, so it says what the code takes.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str  # in full: data.shuffle.window
+    owner: type[BaseModel]
+    field: FieldInfo
+
+    @property
+    def meaning(self) -> str:
+        return meaning(self.owner, self.name.rpartition(".")[2])
+
+
+def page() -> str:
+    used = settings_of_recipes()
+    parts = [INTRODUCTION]
+    plain = [key for key in keys_of(Config, "") if "." not in key.name]
+    parts.append(_section("The run", "", [key for key in plain if not section_in(key.field)], used, None))
+    for name, field in Config.model_fields.items():
+        if model := section_in(field):
+            parts.append(_section(f"`{name}`", model.__doc__, list(keys_of(model, f"{name}.")), used, None))
+    for objective, model in (*OPTIONS.items(), (FINE_TUNE, FineTuneOptions)):
+        title = f"`objective`: {objective}"
+        about = "Of fine-tuning, see [evaluators](../evaluators.md#fine-tuning)." if objective == FINE_TUNE else ""
+        parts.append(_section(title, about, list(keys_of(model, "objective.")), used, objective))
+    return "\n\n".join(parts)
+
+
+def keys_of(model: type[BaseModel], above: str) -> Iterator[Key]:
+    """Every key of a section, and of the sections below it."""
+    for name, field in model.model_fields.items():
+        yield Key(f"{above}{name}", model, field)
+        if below := section_in(field):
+            yield from keys_of(below, f"{above}{name}.")
+        elif below := section_by_name(field):
+            yield from keys_of(below, f"{above}{name}.NAME.")
+
+
+def _section(title: str, about: str | None, keys: list[Key], used: dict, objective: str | None) -> str:
+    entries = "\n".join(_entry(key, used.get((objective, key.name), {}), objective) for key in keys)
+    return f'## {title}\n\n{" ".join((about or "").split())}\n\n<dl class="keys">\n{entries}\n</dl>'
+
+
+def _entry(key: Key, used: dict[str, list[str]], objective: str | None) -> str:
+    anchor = f"{objective}.{key.name}" if objective else key.name
+    takes = "a section" if section_in(key.field) else wanted(key.field)
+    default = "" if section_in(key.field) and not _is_null(key.field) else _default(key.field)
+    return (
+        f'<dt id="{anchor}"><code>{key.name}</code> <span class="takes">{html.escape(takes)}{default}</span></dt>\n'
+        f"<dd>{_text(key.meaning)}{_recipes(used)}</dd>"
+    )
+
+
+def _is_null(field: FieldInfo) -> bool:
+    return not field.is_required() and field.get_default(call_default_factory=True) is None
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "; <strong>must be written</strong>"
+    value = field.get_default(call_default_factory=True)
+    return f"; default <code>{html.escape(json.dumps(value))}</code>"
+
+
+def _text(text: str) -> str:
+    """A comment as HTML."""
+    escaped = html.escape(text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text, quote=False)
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped.replace("None:", "null:").rstrip(".")) + "."
+
+
+def _recipes(used: dict[str, list[str]]) -> str:
+    if not used:
+        return ""
+    count = sum(map(len, used.values()))
+    lines = "".join(
+        f"<li><code>{html.escape(value)}</code> {html.escape(', '.join(names))}</li>" for value, names in used.items()
+    )
+    return f"<details><summary>set by {count} recipe{'s' * (count > 1)}</summary><ul>{lines}</ul></details>"
+
+
+def settings_of_recipes(folder: Path = SHIPPED) -> dict[tuple[str | None, str], dict[str, list[str]]]:
+    """By objective (None: settings that all have) and key: recipes by the value that they set."""
+    found: dict[tuple[str | None, str], dict[str, list[str]]] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        values = yaml.safe_load(path.read_text())
+        objective = (values.get("objective") or {}).get("name", FINE_TUNE)
+        for key, value in _leaves(values, ""):
+            of = objective if key.startswith("objective.") and key != "objective.name" else None
+            found.setdefault((of, key), {}).setdefault(json.dumps(value), []).append(path.stem)
+    return {key: dict(sorted(used.items(), key=lambda one: -len(one[1]))) for key, used in found.items()}
+
+
+def _leaves(values: dict, above: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        key = f"{above}{name}"
+        if isinstance(value, dict) and key not in _WHOLE:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+_WHOLE = {key.name for key in keys_of(Config, "") if not section_in(key.field) and key.name != "objective"}
