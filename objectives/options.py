@@ -212,7 +212,8 @@ class Uni4EyeOptions(Options):
     """Those of MAE that suit volumes too, and the volumes' own."""
 
     mask_ratio: float = Field(0.5, gt=0, lt=1)  # share of the patches that is hidden, of images and volumes
-    gradient_weight: float = Field(1.0, ge=0)  # of the gradient map as a second target, with a decoder of its own
+    # Of the gradient map as a second target, with a decoder of its own; 0: none
+    gradient_weight: float = Field(1.0, ge=0)
     norm_pix_loss: bool = False  # predict patches of mean 0 and variance 1 rather than plain pixels
     decoder_dim: int = Field(512, ge=4)  # width of the decoder
     decoder_depth: int = Field(8, ge=1)  # its blocks
