@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from prelude.checkpoints import manifest, saved, store
 from prelude.checkpoints.convert import weights as convert
@@ -30,13 +30,14 @@ from prelude.pretrain.encoders import build_encoder, lay_out_encoder
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
 OWN = "own parts of the objective"
+_VOLUMES = "volume_embed."  # names of an objective's own parts that embed volumes
 _STUDENT = "encoder."  # what is trained by gradient, beside its teacher where there is one
 _KINDS = (
     "a run folder, a checkpoint folder, an exported folder, a file or folder of published weights, timm:NAME, "
     "hf-hub:ID, local-dir:FOLDER, start: before a run, or random: before any of these"
 )
 # How the code of a method resamples its table of positions; others take timm's way.
-_RESAMPLING = {"mae": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
+_RESAMPLING = {"mae": "plain", "uni4eye": "plain", "ijepa": "sincos", "dseqjepa": "sincos"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class OpenedEncoder:
     origin: dict = field(default_factory=dict)  # what is known of how it was trained: objective, step, data
     loaded: str = ""  # how many tensors, and by which rules, in a sentence
     resampling: str = "timm"  # how its table of positions is brought to another grid; see convert/resample.py
+    # Of a run that learned from volumes too, what projects their patches: `weight` (D, C, p_h, p_w, p_d), `bias` (D,).
+    volume_embed: dict[str, Tensor] = field(default_factory=dict)
 
 
 def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
@@ -65,15 +68,17 @@ def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
     source = str(source)
     described = describe(source.removeprefix(RANDOM))
     model = build_encoder(described.config, seed=seed)
-    name, origin, loaded, rule = described.name, described.origin, "", "timm"
+    name, origin, loaded, rule, beside = described.name, described.origin, "", "timm", {}
     if source.startswith(RANDOM):
         name, origin = f"{RANDOM}{described.name}", {}
     else:
         weights = described.read()
         loaded, rule = fit(model, weights, described.config.name).sentence(weights), weights.resampling
+        own = {key: tensor for parts in weights.own.values() for key, tensor in parts.items()}
+        beside = {key.removeprefix(_VOLUMES): own[key] for key in own if key.startswith(_VOLUMES)}
     model.eval().requires_grad_(False)
     config, mean, std = described.config, described.mean, described.std
-    return OpenedEncoder(model, config, mean, std, name, fingerprint(model), origin, loaded, rule)
+    return OpenedEncoder(model, config, mean, std, name, fingerprint(model), origin, loaded, rule, beside)
 
 
 def open_weights(source: str) -> Weights:

@@ -10,6 +10,7 @@ import io
 import logging
 import struct
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,24 +30,62 @@ _TIFF_ERRORS = (
 
 def of_npy(image: bytes, channels: int | None, max_pixels: int) -> np.ndarray:
     """(H, W, C) of an array (H, W), (H, W, C) or (C, H, W). Raises BadImage."""
-    file = io.BytesIO(image)
+    array = _header(image)
+    if len(array.shape) not in (2, 3):
+        raise BadImage("no array of an image")
+    first = _come_first(array.shape, channels)
+    return _channels_last(_values(array, array.shape[1:] if first else array.shape[:2], max_pixels), first)
+
+
+def volume_of_npy(volume: bytes, channels: int, max_voxels: int) -> np.ndarray:
+    """(H, W, Z, C) of an array (H, W, Z), (H, W, Z, C) or (C, H, W, Z). Raises BadImage."""
+    array = _header(volume)
+    shape = array.shape
+    if len(shape) not in (3, 4):
+        raise BadImage("no array of a volume")
+    there = [1] if len(shape) == 3 else [shape[3], shape[0]]
+    if channels not in there:
+        raise OtherChannels(min(there), channels)
+    first = len(shape) == 4 and shape[3] != channels
+    values = _values(array, shape[1:] if first else shape[:3], max_voxels)
+    values = values[..., None] if values.ndim == 3 else np.moveaxis(values, 0, -1) if first else values
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+
+
+class _Array(NamedTuple):
+    """What a .npy says of its values, and where they are."""
+
+    content: bytes
+    offset: int
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+
+def _header(content: bytes) -> _Array:
+    file = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
     except _NPY_ERRORS as error:
         raise BadImage("undecodable") from error
-    if dtype.kind not in _KINDS or len(shape) not in (2, 3) or min(shape) < 0:
+    if dtype.kind not in _KINDS or not shape or min(shape) < 0:
         raise BadImage("no array of an image")
-    first = _come_first(shape, channels)
-    check_size(*(shape[1:] if first else shape[:2]), len(image), max_pixels)
-    count = int(np.prod(shape, dtype=object))
+    return _Array(content, file.tell(), shape, fortran, dtype)
+
+
+def _values(array: _Array, sides: tuple[int, ...], max_pixels: int) -> np.ndarray:
+    """sides: without channels."""
+    height, *others = sides
+    check_size(height, int(np.prod(others, dtype=object)), len(array.content), max_pixels)
+    count = int(np.prod(array.shape, dtype=object))
     if count == 0:
         raise BadImage("no pixels")
-    if len(image) - file.tell() < count * dtype.itemsize:
+    if len(array.content) - array.offset < count * array.dtype.itemsize:
         raise BadImage("truncated")
-    values = np.frombuffer(image, dtype, count, file.tell()).reshape(shape, order="F" if fortran else "C")
-    return _channels_last(values, first)
+    values = np.frombuffer(array.content, array.dtype, count, array.offset)
+    return values.reshape(array.shape, order="F" if array.fortran else "C")
 
 
 def of_tiff(image: bytes, channels: int | None, max_pixels: int) -> np.ndarray:

@@ -5,7 +5,7 @@ This module is the seam between `data/` and everything above it; it depends on t
 
 import hashlib
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,21 @@ class View:
 
 
 @dataclass(frozen=True)
+class VolumePlan:
+    """What an objective wants of every volume: the whole of it, resampled, then changed on the device."""
+
+    size: tuple[int, int, int]  # (height, width, depth), voxels
+    channels: int = 1
+    flip: float = 0.5  # probability, along each axis
+    noise: float = 0.0  # probability of Gaussian noise, see pretrain/volumes.py
+    group: ClassVar[str] = ""  # volumes have no partners
+
+    def fingerprint(self) -> str:
+        """As that of `ViewPlan`."""
+        return _hashed(asdict(self))
+
+
+@dataclass(frozen=True)
 class ViewPlan:
     """The views that an objective wants of every sample, and how their pixels are normalised on the device."""
 
@@ -81,6 +96,7 @@ class ViewPlan:
     std: tuple[float, ...] = IMAGENET_STD
     shown: tuple[int, ...] = ()  # channels that pictures show as red, green and blue; (): see pretrain/images.py
     group: str = ""  # field that images of partner views have in common with the sample, such as json:patient
+    volumes: VolumePlan | None = None  # where batches of volumes take turns with those of images
 
     @property
     def channels(self) -> int:
@@ -88,13 +104,17 @@ class ViewPlan:
         return len(self.mean)
 
     def fingerprint(self) -> str:
-        """A short hash of everything that changes a pixel; part of the loader's state."""
-        decisive = {name: value for name, value in asdict(self).items() if name != "shown"}
+        """A short hash of everything that changes a pixel of an image; part of the loader's state."""
+        decisive = {name: value for name, value in asdict(self).items() if name not in ("shown", "volumes")}
         if not self.group:  # as plans were written that knew of no partners
             del decisive["group"]
             for view in decisive["views"]:
                 del view["partner"]
-        return hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=8).hexdigest()
+        return _hashed(decisive)
+
+
+def _hashed(decisive: dict) -> str:
+    return hashlib.blake2b(repr(sorted(decisive.items())).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,7 @@ class Batch:
     """
 
     # V tensors, each (B, C, H, W), not flipped yet; uint8, or float32 on the same scale of 0 to 255 where the data set
-    # has a range of values, whose 12 or 16 bits would not survive.
+    # has a range of values, whose 12 or 16 bits would not survive. A batch of volumes has one, (B, C, H, W, Z).
     views: tuple[Tensor, ...]
     boxes: Tensor  # (B, V, 4) int32: top, left, height, width of the crop in pixels of the decoded image
     flips: Tensor  # (B, V) bool: whether the device flips this view horizontally
@@ -118,6 +138,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    @property
+    def of_volumes(self) -> bool:
+        """Or else of images."""
+        return self.views[0].ndim == 5
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies are asynchronous where the memory is pinned."""

@@ -14,10 +14,10 @@ from prelude.data.shards import ShardIndex, expand_shards, is_stream
 
 @dataclass(frozen=True)
 class DataSet:
-    """One of several that are mixed. weight: relative to those of the others, above 0."""
+    """One of several. weight: relative to those of the others that it is mixed with, above 0."""
 
     shards: str | list[str]
-    weight: float
+    weight: float = 1.0
     image: str = ""  # extension of the image's member, "" for any
     select: Selection | None = None
 
@@ -32,7 +32,7 @@ def check_there(data: Data, allow_commands: bool = False) -> None:
         expand_shards(data, allow_commands)
         return
     for name, one in data.items():
-        _of_part(name, lambda one=one: _counted(one.shards))
+        _told_as(f"data.mix.{name}", lambda one=one: _counted(one.shards))
 
 
 def index_of(
@@ -62,8 +62,31 @@ def index_of(
             index = ShardIndex(_counted(one.shards), label, max_pixels=max_pixels, image=one.image)
             return selected(_sound(index, one.shards, max_bad_share), one.select, f"data.mix.{name}.select")
 
-        parts[name] = _of_part(name, part)
+        parts[name] = _told_as(f"data.mix.{name}", part)
     return ShardIndex.joined(parts, {name: data[name].weight for name in parts}, **read_as)
+
+
+def check_volumes_there(shards: str | list[str]) -> None:
+    """As `check_there` does of images."""
+    _told_as("data.volumes", lambda: _counted(shards))
+
+
+def index_of_volumes(
+    data: DataSet,
+    *,
+    label: str = "",
+    max_bad_share: float = 1.0,
+    value_range: ValueRange | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> ShardIndex:
+    """The volumes beside a run's images. Parameters and errors as those of `index_of`."""
+
+    def read() -> ShardIndex:
+        shards = _counted(data.shards)
+        index = ShardIndex(shards, label, value_range=value_range, max_pixels=max_pixels, image=data.image)
+        return selected(_sound(index, data.shards, max_bad_share), data.select, "data.volumes.select")
+
+    return _told_as("data.volumes", read)
 
 
 def found(shards: str | list[str], urls: list[str]) -> str | list[str]:
@@ -87,9 +110,9 @@ def _sound(index: ShardIndex, shards: str | list[str], max_bad_share: float) -> 
     return index
 
 
-def _of_part(name: str, function):
-    """`function()`, whose complaints name the part."""
+def _told_as(key: str, function):
+    """`function()`, whose complaints name the key of a config."""
     try:
         return function()
     except (UserError, RunStopped) as error:
-        raise type(error)(f"data.mix.{name} cannot be used: {error}") from None
+        raise type(error)(f"{key} cannot be used: {error}") from None

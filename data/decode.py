@@ -51,6 +51,7 @@ __all__ = [
     "ValueRange",
     "decode",
     "deep_values",
+    "on_8_bits",
 ]
 
 Backend = Literal["simplejpeg", "torchvision", "pil"]
@@ -87,7 +88,7 @@ def decode(
     pixels = _of_jpeg(image, channels, max_pixels) if image.startswith(_JPEG) else None
     if pixels is None:
         values = stored_values(image, channels, max_pixels, deep=value_range is not None)
-        pixels = _of_8_bits(values, value_range)
+        pixels = on_8_bits(values, value_range)
     return pixels if value_range is None else pixels.astype(np.float32, copy=False)
 
 
@@ -99,7 +100,7 @@ def deep_values(image: bytes) -> np.ndarray | None:
     return None if values.dtype in (np.uint8, np.bool_) else values
 
 
-def _of_8_bits(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
+def on_8_bits(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
     """Stored values on the scale of 8 bits: uint8 as it is, and floating point where there is a range."""
     if values.dtype == np.uint8:
         return values if values.flags.writeable else values.copy()
@@ -238,7 +239,7 @@ def _torchvision_io():
 
 
 def _decode_pil(image: bytes) -> np.ndarray:
-    return _of_8_bits(stored_values(image, 3, deep=False), None)
+    return on_8_bits(stored_values(image, 3, deep=False), None)
 
 
 _DECODERS = {"simplejpeg": _decode_simplejpeg, "torchvision": _decode_torchvision, "pil": _decode_pil}

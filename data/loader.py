@@ -18,22 +18,25 @@ import numpy as np
 import torch
 import webdataset as wds
 
+from prelude.data.alternating import AlternatingLoader
 from prelude.data.bad_samples import BadSamples
-from prelude.data.batch import ViewPlan
+from prelude.data.batch import ViewPlan, VolumePlan
 from prelude.data.class_names import label_reader
-from prelude.data.data_sets import Data, found, index_of
+from prelude.data.data_sets import Data, DataSet, found, index_of, index_of_volumes
+from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.fetching import check_room, fetch_ahead
 from prelude.data.findings import FindingsReader, VectorFormat
-from prelude.data.mixed_order import order_of, passes
+from prelude.data.mixed_order import order_of, passes, seed_of_part
 from prelude.data.order import DEFAULT_SHUFFLE, Shuffle
 from prelude.data.partners import Partners
 from prelude.data.pipeline import EndlessLoader, images_read, run_pipeline, to_batch
 from prelude.data.remote_shards import shard_name
 from prelude.data.shards import ShardIndex, expand_shards, is_stream
-from prelude.data.source import EndlessSource, MicroBatchReader, OnePassSource, announce
+from prelude.data.source import EndlessSource, MicroBatchBuffers, MicroBatchReader, OnePassSource, announce
 from prelude.data.streaming import StreamingLoader
 from prelude.data.value_range import refuse_other_images, tell_if_dark
+from prelude.data.volumes import VolumeBuffers, refuse_other_volumes
 
 
 def build_loader(
@@ -76,6 +79,29 @@ def build_loader(
     index = index_of(data, label=label, **of_index)
     check_room(index, shuffle, seed, tell=rank == 0, anywhere=bool(plan.group))
     return Loader(index, plan, shuffle=shuffle, **common)
+
+
+def alternating_loader(
+    images: "Loader | StreamingLoader",
+    volumes: DataSet,
+    plan: VolumePlan,
+    share: float,
+    global_batch: int,
+    *,
+    seed: int,
+    shuffle: Shuffle = DEFAULT_SHUFFLE,
+    num_workers: int = 0,
+    max_bad_share: float = 1.0,
+    value_range: ValueRange | None = None,
+    max_pixels: int = MAX_PIXELS,
+    **common,
+) -> AlternatingLoader:
+    """`images` in turn with volumes. common: of `Loader`. Raises UserError as `index_of_volumes` and `Loader` do."""
+    seed_of_volumes = seed_of_part(seed, "volumes")
+    index = index_of_volumes(volumes, max_bad_share=max_bad_share, value_range=value_range, max_pixels=max_pixels)
+    check_room(index, shuffle, seed_of_volumes, tell=common.get("rank", 0) == 0)
+    loader = Loader(index, plan, seed=seed_of_volumes, shuffle=shuffle, num_workers=num_workers, **common)
+    return AlternatingLoader(images, loader, share, global_batch, seed)
 
 
 def _of_stream(urls: list[str], of_index: dict, plan: ViewPlan) -> dict:
@@ -123,7 +149,8 @@ class Loader(EndlessLoader):
         if rank == 0:
             self.bad.add_unindexed(index.problems)
             self.bad.add_unended(index.unended)
-            tell_if_dark(index)
+            if isinstance(plan, ViewPlan):
+                tell_if_dark(index)
 
     @property
     def num_shards(self) -> int:
@@ -245,7 +272,9 @@ def _stages(source, reader: MicroBatchReader) -> list:
 
 
 def _reader(index, plan, seed, label, findings, on_bad, num_workers, partners: Partners | None) -> MicroBatchReader:
-    refuse_other_images(index, plan.channels)
+    of_volumes = isinstance(plan, VolumePlan)
+    (refuse_other_volumes if of_volumes else refuse_other_images)(index, plan.channels)
     threads = 1 if num_workers else min(torch.get_num_threads(), 8)
     read_label = FindingsReader(label, findings) if findings else label_reader(index, label)
-    return MicroBatchReader(index, plan, seed, read_label, on_bad, threads, partners)
+    buffers = VolumeBuffers if of_volumes else MicroBatchBuffers
+    return MicroBatchReader(index, plan, seed, read_label, on_bad, threads, partners, buffers)

@@ -8,7 +8,7 @@
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -30,9 +30,7 @@ class MixedOrder:
             Order(of_part, seed_of_part(seed, part.name), shuffle)
             for part, of_part in zip(parts, of_parts, strict=True)
         ]
-        self._weights = [Fraction(repr(part.weight)) for part in parts]  # 0.1 is a tenth
-        self._heavy_first = sorted(range(len(parts)), key=lambda i: (-self._weights[i], parts[i].name))
-        self._blocks = Recent(64)
+        self._dealt = Dealer({part.name: part.weight for part in parts}, seed, BLOCK, b"mix").dealt
 
     def samples_at(self, positions) -> np.ndarray:
         """Sample ids in [0, num_samples) at these positions; any shape, int64."""
@@ -41,7 +39,7 @@ class MixedOrder:
         ids = np.empty_like(positions)
         for block in np.unique(blocks).tolist():
             here = blocks == block
-            dealt, nth = self._blocks.get(block, lambda block=block: self._dealt(block))
+            dealt, nth = self._dealt(block)
             turn, nth = dealt[places[here]], nth[places[here]]
             found = np.empty_like(nth)
             for i in np.unique(turn).tolist():
@@ -49,27 +47,46 @@ class MixedOrder:
             ids[here] = found
         return ids
 
-    def _dealt(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place in a block: the part's number, and how many of that part came before. Both (BLOCK,) int64."""
-        before, after = self.counts_before(block * BLOCK), self.counts_before((block + 1) * BLOCK)
+
+class Dealer:
+    """Whose turn it is, of several with weights, for ever.
+
+    Turns are dealt in blocks. How many of a block belong to each follows from the weights, where in the block they lie
+    is drawn from the seed. use: of the seed, apart from others.
+    """
+
+    def __init__(self, weights: Mapping[str, float], seed: int, block: int, use: bytes):
+        self.length, self.seed, self.use = block, seed, use
+        self.weights = [Fraction(repr(weight)) for weight in weights.values()]  # 0.1 is a tenth
+        names = list(weights)
+        self._heavy_first = sorted(range(len(names)), key=lambda i: (-self.weights[i], names[i]))
+        self._blocks = Recent(64)
+
+    def dealt(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each turn in a block: whose it is, and how many of theirs came before. Both (length,) int64."""
+        return self._blocks.get(block, lambda: self._deal(block))
+
+    def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        before, after = self.counts_before(block * self.length), self.counts_before((block + 1) * self.length)
         counts = [b - a for a, b in zip(before, after, strict=True)]
-        dealt = np.repeat(np.arange(len(counts)), counts)[permutation(BLOCK, self.seed, block, use=b"mix")]
-        nth = np.empty(BLOCK, np.int64)
+        order = permutation(self.length, self.seed, block, use=self.use)
+        dealt = np.repeat(np.arange(len(counts)), counts)[order]
+        nth = np.empty(self.length, np.int64)
         for i, (first, count) in enumerate(zip(before, counts, strict=True)):
             nth[dealt == i] = np.arange(first, first + count)
         return dealt, nth
 
-    def counts_before(self, position: int) -> list[int]:
-        """How many positions before a block's first one belong to each part.
+    def counts_before(self, turn: int) -> list[int]:
+        """How many turns before a block's first one belong to each.
 
-        The heaviest part takes its share, rounded, then the next one its share of what is left, and so on: each count
-        grows by 0 or 1 from position to position, and together by 1.
+        The heaviest takes its share, rounded, then the next one its share of what is left, and so on: each count grows
+        by 0 or 1 from turn to turn, and together by 1.
         """
-        counts, left = [0] * len(self.parts), position
-        total = sum(self._weights)
+        counts, left = [0] * len(self.weights), turn
+        total = sum(self.weights)
         for i in self._heavy_first:
-            counts[i] = int(left * self._weights[i] / total + Fraction(1, 2))
-            left, total = left - counts[i], total - self._weights[i]
+            counts[i] = int(left * self.weights[i] / total + Fraction(1, 2))
+            left, total = left - counts[i], total - self.weights[i]
         return counts
 
 

@@ -49,7 +49,7 @@ def write_shards(
     starts = range(0, num_samples, samples_per_shard)
     shards = [folder / f"{split}-{number:06d}.tar" for number in range(len(starts))]
     wanted = {"version": _VERSION, "num_samples": num_samples, "seed": seed, "image_size": image_size}
-    if _recorded(record) == {**wanted, "sizes": _sizes(shards)}:
+    if recorded(record) == {**wanted, "sizes": sizes_of(shards)}:
         return shards
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def write_shards(
         stale.unlink(missing_ok=True)
     for shard, start in zip(shards, starts, strict=True):
         replace_whole(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, image_size))
-    replace_whole(record, json.dumps({**wanted, "sizes": _sizes(shards)}).encode())
+    replace_whole(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
     return shards
 
 
@@ -266,12 +266,12 @@ def replace_whole(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def _recorded(record: Path) -> dict | None:
+def recorded(record: Path) -> dict | None:
     try:
         return json.loads(record.read_text())
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _sizes(shards: list[Path]) -> list[int]:
+def sizes_of(shards: list[Path]) -> list[int]:
     return [shard.stat().st_size if shard.is_file() else -1 for shard in shards]

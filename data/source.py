@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from prelude.data.batch import ViewPlan
+from prelude.data.batch import ViewPlan, VolumePlan
 from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange, decode
 from prelude.data.errors import RunStopped
 from prelude.data.image_folder import ImageFolder
@@ -131,19 +131,21 @@ class MicroBatchReader:
 
     on_bad: "substitute" reads another sample in its place, at most 16 times; "skip" leaves the row out.
     threads: decoding threads of this process; 1 in workers, whose number is the parallelism. partners: whom the plan's
-    partner views are of; None where it has none.
+    partner views are of; None where it has none. buffers: what a micro-batch is decoded into; None for images.
     """
 
     def __init__(
         self,
         index: ShardIndex,
-        plan: ViewPlan,
+        plan: ViewPlan | VolumePlan,
         seed: int,
         read_label: LabelReader | None,
         on_bad: Literal["substitute", "skip"],
         threads: int = 1,
         partners: "Partners | None" = None,
+        buffers: "type[MicroBatchBuffers] | None" = None,
     ):
+        self.buffers = buffers or MicroBatchBuffers
         self.index, self.plan, self.seed, self.read_label, self.on_bad = index, plan, seed, read_label, on_bad
         self.threads, self.partners = threads, partners
         self.files = OpenFiles(index.paths)
@@ -165,7 +167,7 @@ class MicroBatchReader:
         positions, sample_ids = step["positions"], step["sample_ids"].copy()
         seeds = [sample_seed(self.seed, position) for position in positions.tolist()]
         seen_as = self.index.value_range, self.index.max_pixels
-        rows = MicroBatchBuffers(self.plan, len(positions), self.read_label, *seen_as)
+        rows = self.buffers(self.plan, len(positions), self.read_label, *seen_as)
         rows.partner_ids = None if self.partners is None else sample_ids.copy()
         fill = functools.partial(self._fill, rows, positions.tolist(), seeds, sample_ids)
         some = _in_runs(len(positions), self.threads)
@@ -285,14 +287,19 @@ class MicroBatchBuffers:
         value_range: ValueRange | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
-        num_views, dtype = len(plan.views), torch.uint8 if value_range is None else torch.float32
+        sizes, dtype = self.sizes(plan), torch.uint8 if value_range is None else torch.float32
         self.plan, self.value_range, self.max_pixels = plan, value_range, max_pixels
-        self.views = tuple(torch.empty(size, *view.size, plan.channels, dtype=dtype) for view in plan.views)
+        self.views = tuple(torch.empty(size, *of_view, plan.channels, dtype=dtype) for of_view in sizes)
         self.pixels = [view.numpy() for view in self.views]
-        self.boxes = np.zeros((size, num_views, 4), np.int32)
-        self.flips = np.zeros((size, num_views), bool)
+        self.boxes = np.zeros((size, len(sizes), 4), np.int32)
+        self.flips = np.zeros((size, len(sizes)), bool)
         self.labels = None if read_label is None else np.zeros((size, *read_label.shape), read_label.dtype)
         self.partner_ids: np.ndarray | None = None  # (size,) int64, where the plan has partner views
+
+    @staticmethod
+    def sizes(plan: ViewPlan) -> list[tuple[int, ...]]:
+        """Of each view, without channels."""
+        return [view.size for view in plan.views]
 
     def decode(self, image: bytes) -> np.ndarray:
         """(H, W, C). Raises BadImage."""

@@ -19,7 +19,7 @@ from prelude.data.waiting import in_threads
 
 log = logging.getLogger(__name__)
 
-_SAMPLED, _FEW = 64, 8
+_SAMPLED, FEW = 64, 8
 _DARK = 1 / 4  # of the range: what is never brighter than that
 
 
@@ -61,7 +61,7 @@ def refuse_other_images(index, channels: int) -> None:
     """Raises UserError where a few images are all sound and none of them can be read as it is asked for: with this many
     channels, and in 8 bits unless there is a range."""
     refused, values = None, None
-    for image in _images(index, _FEW):
+    for image in some_images(index, FEW):
         try:
             decode(image, value_range=index.value_range, channels=channels, max_pixels=index.max_pixels)
             return
@@ -88,7 +88,7 @@ def refuse_other_images(index, channels: int) -> None:
 
 def channels_of(index) -> int:
     """3 where a few images can be RGB; else as many as the first of them that cannot has."""
-    for image in _images(index, _FEW):
+    for image in some_images(index, FEW):
         try:
             decode(image, value_range=index.value_range, max_pixels=index.max_pixels)
             return 3
@@ -101,7 +101,7 @@ def channels_of(index) -> int:
 
 def _extremes(index) -> Iterator[tuple[float, float, str]]:
     """The lowest and the highest value, and the kind of number, of the sampled images that have more than 8 bits."""
-    for image in _images(index, _SAMPLED):
+    for image in some_images(index, _SAMPLED):
         try:
             values = deep_values(image)
         except BadImage:
@@ -114,7 +114,7 @@ def _extremes(index) -> Iterator[tuple[float, float, str]]:
             yield float(values.min()), float(values.max()), kind
 
 
-def _images(index, count: int) -> Iterator[bytes]:
+def some_images(index, count: int) -> Iterator[bytes]:
     """The bytes of images from all over an index, as far as they can be read."""
     samples = np.unique(np.linspace(0, index.num_samples - 1, count).astype(np.int64))
 

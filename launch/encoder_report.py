@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prelude.data.errors import UserError
-from prelude.objectives import OURS, check_objective, options_for
+from prelude.objectives import OURS, check_objective, objective_class, options_for
 from prelude.pretrain import overrides as setting
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.config_keys import Keys
@@ -52,9 +52,10 @@ def _refusal(name: str, overrides: list[str], objective: str) -> str | None:
 
 
 def _config(name: str, overrides: list[str], objective: str) -> Config:
+    volumes = {"volumes": {"shards": "none"}} if objective_class(objective).takes_volumes else {}
     values = {
         "run_dir": "none",
-        "data": {"shards": "none"},
+        "data": {"shards": "none"} | volumes,
         "encoder": {"name": name, "image_size": 224},
         "objective": {"name": objective},
         "train": {"epochs": 1, "global_batch": 2},

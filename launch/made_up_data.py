@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from prelude.data.batch import Batch, ViewPlan
+from prelude.data.batch import Batch, ViewPlan, VolumePlan
 from prelude.pretrain import distributed
 
 
@@ -57,10 +57,24 @@ def made_up_batch(positions: Tensor, plan: ViewPlan, num_samples: int, salt: int
     )
 
 
-def _pixels(sample: int, shape: tuple[int, int, int], number: int) -> Tensor:
-    """(C, H, W) uint8."""
+def made_up_volumes(positions: Tensor, plan: VolumePlan, num_samples: int, salt: int = 0) -> Batch:
+    """The same of volumes."""
+    ids = positions % num_samples
+    shape = (plan.channels, *plan.size)
+    return Batch(
+        views=(torch.stack([_pixels(int(sample), shape, 1000 * salt) for sample in ids]),),
+        boxes=torch.zeros(len(ids), 1, 4, dtype=torch.int32),
+        flips=torch.zeros(len(ids), 1, dtype=torch.bool),
+        seeds=positions * 0x9E3779B97F4A7C1 + 3,
+        sample_ids=ids,
+        positions=positions,
+    )
+
+
+def _pixels(sample: int, shape: tuple[int, ...], number: int) -> Tensor:
+    """(C, H, W) or (C, H, W, Z) uint8."""
     generator = torch.Generator().manual_seed(sample * 7919 + number // 1000)
-    coarse = torch.rand(1, shape[0], 4, 4, generator=generator)
-    image = torch.nn.functional.interpolate(coarse, shape[1:], mode="bilinear")[0]
+    coarse = torch.rand(1, shape[0], *(4 for _ in shape[1:]), generator=generator)
+    image = torch.nn.functional.interpolate(coarse, shape[1:], mode="bilinear" if len(shape) == 3 else "trilinear")[0]
     generator = torch.Generator().manual_seed(sample * 7919 + number + 1)
     return (255 * (0.8 * image + 0.2 * torch.rand(shape, generator=generator))).to(torch.uint8)

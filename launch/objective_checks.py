@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.data.batch import Batch, ViewPlan
-from prelude.launch.made_up_data import made_up_batch
+from prelude.launch.made_up_data import made_up_batch, made_up_volumes
 from prelude.objectives.building import build_objective
 from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
@@ -44,6 +44,7 @@ class Subject:
     """An objective under check."""
 
     config: Config  # as the checks run it: small batch, float32, plain SGD
+    of_volumes: bool = False  # whether it is shown volumes, where it learns from both
 
     @property
     def global_batch(self) -> int:
@@ -55,6 +56,8 @@ class Subject:
     def batch(self, plan: ViewPlan, step: int = 0, salt: int = 0) -> Batch:
         """The global batch of a step."""
         positions = step * self.global_batch + torch.arange(self.global_batch)
+        if self.of_volumes:
+            return made_up_volumes(positions, plan.volumes, NUM_SAMPLES, salt)
         return made_up_batch(positions, plan, NUM_SAMPLES, salt)
 
     def progress(self, step: int = 0) -> Progress:

@@ -66,7 +66,7 @@ def cases(cls) -> list[str]:
 
 def _run_case(config, case: str, folder: Path, name: str) -> None:
     from prelude.checkpoints.store import Store
-    from prelude.launch.made_up_data import MemoryLoader, made_up_batch
+    from prelude.launch.made_up_data import MemoryLoader, made_up_batch, made_up_volumes
     from prelude.launch.objective_checks import NUM_SAMPLES
     from prelude.objectives.building import build_objective
     from prelude.pretrain import distributed
@@ -79,7 +79,13 @@ def _run_case(config, case: str, folder: Path, name: str) -> None:
             return
         hold_batch_norms_still(objective)
     micro_batch, _ = config.batching(distributed.world_size())
-    loader = MemoryLoader(micro_batch, NUM_SAMPLES, lambda at: made_up_batch(at, objective.views, NUM_SAMPLES))
+
+    def batch_at(positions):
+        if objective.takes_volumes and int(positions[0]) // config.train.global_batch % 2:
+            return made_up_volumes(positions, objective.views.volumes, NUM_SAMPLES)
+        return made_up_batch(positions, objective.views, NUM_SAMPLES)
+
+    loader = MemoryLoader(micro_batch, NUM_SAMPLES, batch_at)
     engine = Engine(config, objective, loader, Store(Path(config.run_dir) / "checkpoints", keep=9), [])
     if config.train.zero_stage == 0:
         _keep_first_gradients(engine, Path(config.run_dir))

@@ -5,8 +5,8 @@ import os
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -102,6 +102,8 @@ def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
     for key in ("weights", "weights_fingerprint", "own_parts"):
         encoder.pop(key, None)
     data = {key: value for key, value in (values.get("data") or {}).items() if key in ("channels", "mean", "std")}
+    if objective_class(name).takes_volumes:
+        data["volumes"] = {"shards": "none"}
     checked = {
         "run_dir": "none",
         "seed": values.get("seed", 0),
@@ -131,18 +133,14 @@ def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
 def verdicts(subject: Subject, *, quick: bool = False) -> Iterator[Verdict]:
     """One for each check, as it is done. Where the first one finds no pass to look at, the others say that they were
     not run, but for those that need none."""
-    first, *others = CHECKS
-    verdict = _verdict(first, lambda: CHECKS[first](subject))
-    yield verdict
-    for name in others:
-        found = None
-        if verdict.usable or name in WITHOUT_A_PASS:
-            found = _verdict(name, lambda name=name: CHECKS[name](subject))
-        same = found and not verdict.passed and found.sentence == verdict.sentence
-        yield _not_run(name, first) if found is None or same else found
+    usable = yield from _of_one_process(subject)
+    if objective_class(subject.config.objective["name"]).takes_volumes:
+        of_volumes = yield from _of_one_process(replace(subject, of_volumes=True), " (volumes)")
+        usable = usable and of_volumes
     if quick:
         return
-    if not verdict.usable:
+    first = next(iter(CHECKS))
+    if not usable:
         yield from (_not_run(name, first) for name in RUN_CHECKS)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -150,6 +148,20 @@ def verdicts(subject: Subject, *, quick: bool = False) -> Iterator[Verdict]:
         for name, check in RUN_CHECKS.items():
             if name != "accumulation" or subject.fresh().accumulates:
                 yield _verdict(name, lambda check=check: check(runs))
+
+
+def _of_one_process(subject: Subject, suffix: str = "") -> Generator[Verdict, None, bool]:
+    """Returns whether there is a pass that others could look at. suffix: of the checks' names."""
+    first, *others = CHECKS
+    verdict = _verdict(first + suffix, lambda: CHECKS[first](subject))
+    yield verdict
+    for name in others:
+        found = None
+        if verdict.usable or name in WITHOUT_A_PASS:
+            found = _verdict(name + suffix, lambda name=name: CHECKS[name](subject))
+        same = found and not verdict.passed and found.sentence == verdict.sentence
+        yield _not_run(name + suffix, first) if found is None or same else found
+    return verdict.usable
 
 
 def _not_run(name: str, first: str) -> Verdict:

@@ -38,6 +38,7 @@ def refuse_absent_data(config: Config) -> None:
     """Before torch is imported, what plainly is not there; `training.check` looks at the rest. Raises UserError."""
     named = {"data.shards=": config.data.shards}
     named |= {f"data.mix.{name}.shards=": part.shards for name, part in config.data.mix.items()}
+    named |= {"data.volumes.shards=": config.data.volumes.shards} if config.data.volumes else {}
     if config.evaluate and config.evaluate.every_steps:
         named |= {f"evaluate.{name}=": getattr(config.evaluate, name) for name in ("train_shards", "test_shards")}
     for name, shards in named.items():

@@ -47,11 +47,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def shapes(args: argparse.Namespace) -> int:
+    from prelude.data.shape_volumes import write_volumes
     from prelude.data.shapes import write_shards
 
     for split, count in (("train", args.num_train), ("test", args.num_test)):
-        paths = write_shards(args.to, split, count, seed=args.seed, image_size=args.image_size)
-        print(f"{count} {split} images in {len(paths)} shards: {paths[0]} ...")
+        if args.depth:
+            size = (args.image_size, args.image_size, args.depth)
+            what, paths = "volumes", write_volumes(args.to, split, count, seed=args.seed, size=size)
+        else:
+            what, paths = "images", write_shards(args.to, split, count, seed=args.seed, image_size=args.image_size)
+        print(f"{count} {split} {what} in {len(paths)} shards: {paths[0]} ...")
     return 0
 
 

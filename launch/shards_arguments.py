@@ -80,4 +80,5 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-train", type=int, default=4000, metavar="N", help="(default: 4000)")
     parser.add_argument("--num-test", type=int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--image-size", type=int, default=48, metavar="PIXELS", help="(default: 48)")
+    parser.add_argument("--depth", type=whole(1), metavar="SLICES", help="of volumes, which are written instead")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")

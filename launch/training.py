@@ -8,9 +8,9 @@ from rich.text import Text
 
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
-from prelude.data.data_sets import Data, DataSet, check_there
+from prelude.data.data_sets import Data, DataSet, check_there, check_volumes_there
 from prelude.data.errors import UserError
-from prelude.data.loader import Loader, build_loader
+from prelude.data.loader import AlternatingLoader, Loader, alternating_loader, build_loader
 from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import indexable_shards
@@ -46,6 +46,8 @@ def check(config: Config, world_size: int | None = None) -> None:
     start_workers_by(config.data.start_method)
     # A shard that this node lacks is told before any rank waits for another.
     check_there(data_of(config.data), config.data.allow_commands)
+    if config.data.volumes:
+        check_volumes_there(config.data.volumes.shards)
     if config.evaluate and config.evaluate.every_steps:
         indexable_shards(config.evaluate.train_shards)
         indexable_shards(config.evaluate.test_shards)
@@ -78,8 +80,22 @@ def train(config: Config) -> int:
 def loader_of(config: Config, views, world_size: int | None = None):
     """world_size: where it is not that of the ranks that are here."""
     of_data = {key: getattr(config.data, key) for key in ("num_samples", "max_bad_share", "allow_commands")}
-    return build_loader(
-        data_of(config.data), views, **loader_settings(config, world_size), **of_data, **seen_as(config.data)
+    settings, seen = loader_settings(config, world_size), seen_as(config.data)
+    if config.data.volumes is None:
+        return build_loader(data_of(config.data), views, **settings, **of_data, **seen)
+    workers, of = settings.pop("num_workers"), config.data.volumes
+    images = build_loader(data_of(config.data), views, num_workers=-(-workers // 2), **settings, **of_data, **seen)
+    return alternating_loader(
+        images,
+        DataSet(of.shards, image=of.image or "", select=selection(of.select)),
+        views.volumes,
+        of.share,
+        config.train.global_batch,
+        num_workers=-(-workers // 2),  # each kind has half of them, and rests while it is the other's turn
+        max_bad_share=config.data.max_bad_share,
+        max_pixels=config.data.max_pixels,
+        value_range=of.range,
+        **settings,
     )
 
 
@@ -141,8 +157,9 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
     """The values that were derived and not asked for."""
     if not distributed.is_main():
         return
+    samples = "images and volumes" if isinstance(loader, AlternatingLoader) else "images"
     text = (
-        f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} images, "
+        f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} {samples}, "
         f"{distributed.world_size()} x {device.type} in {engine.precision}: "
         f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
@@ -156,7 +173,9 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
 
 
 def mixture_of(loader) -> list[str]:
-    """A line where several data sets are mixed, and one where images have partners."""
+    """A line where several data sets are mixed, one where images have partners, one where volumes take turns."""
+    if isinstance(loader, AlternatingLoader):
+        return [f"kinds: {', '.join(loader.kinds())}", *mixture_of(loader.loaders["images"])]
     found = {"mixed": loader.mixture(), "pairs": loader.pairing()} if isinstance(loader, Loader) else {}
     return [f"{what}: {'; '.join(told)}" for what, told in found.items() if told]
 

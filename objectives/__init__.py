@@ -33,6 +33,7 @@ OURS = {
     "rotation": "prelude.objectives.rotation:Rotation",
     "simmim": "prelude.objectives.simmim:SimMIM",
     "spark": "prelude.objectives.spark:SparK",
+    "uni4eye": "prelude.objectives.uni4eye:Uni4Eye",
     "vicreg": "prelude.objectives.vicreg:VICReg",
 }
 ENTRY_POINTS = "prelude.objectives"
@@ -58,6 +59,7 @@ def check_objective(config: Config) -> None:
     cls, options = chosen(config)
     cls.check(options, config.encoder)
     _refuse_freezing_chance(config)
+    _refuse_a_kind_too_many(config, cls)
     if not cls.accumulates and config.train.global_batch < 2:
         raise UserError(
             f"objective.name={config.objective['name']} compares the samples of a batch, and train.global_batch=1 has "
@@ -80,6 +82,20 @@ def _refuse_freezing_chance(config: Config) -> None:
         raise UserError(
             f"train.freeze_encoder_steps={steps} would hold an encoder that is still random; write "
             "encoder.weights=SOURCE, or leave it out."
+        )
+
+
+def _refuse_a_kind_too_many(config: Config, cls: "type[Objective]") -> None:
+    name = config.objective["name"]
+    if config.data.volumes and not cls.takes_volumes:
+        raise UserError(
+            f"objective.name={name} learns from images alone, and data.volumes says where volumes are; leave it out, "
+            "or write objective.name=uni4eye."
+        )
+    if cls.takes_volumes and not config.data.volumes:
+        raise UserError(
+            f"objective.name={name} learns from images and volumes, and data.volumes is missing; write "
+            "data.volumes={shards: PATTERN}, or for images alone objective.name=mae with objective.gradient_weight=1."
         )
 
 

@@ -13,8 +13,6 @@ With q the embeddings of V views of N images over all ranks, each of length 1, D
   fewer, so that no D x D matrix is kept. It is that of the sum over ranks of the loss.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +20,7 @@ from torch import Tensor
 from prelude.objectives import cross_correlation
 from prelude.pretrain.collectives import all_reduce, gather_rows, sum_over_ranks
 from prelude.pretrain.distributed import world_size
-from prelude.pretrain.draws import uniform
+from prelude.pretrain.draws import normal
 
 KICK_STREAM = 141  # of pretrain.draws
 
@@ -34,11 +32,7 @@ def unit(rows: Tensor) -> Tensor:
 
 def kicks(seeds: Tensor, width: int) -> Tensor:
     """A random direction for each sample: (B,) int64 seeds to (B, D) float32 of length 1, uniform on the sphere."""
-    half = -(-width // 2)
-    length, angle = uniform(seeds, 2 * half, KICK_STREAM).chunk(2, dim=1)  # Box and Muller's formula
-    radius = (-2 * (1 - length).log()).sqrt()
-    normal = torch.cat([radius * (2 * math.pi * angle).cos(), radius * (2 * math.pi * angle).sin()], dim=1)
-    return unit(normal[:, :width])
+    return unit(normal(seeds, width, KICK_STREAM))
 
 
 def brownian(rows: Tensor, directions: Tensor, counts: list[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
     grey = 0.299 R + 0.587 G + 0.114 B        of pixels in [0, 1]
     map  = (|Gx| + |Gy|) / (2 * 48)           Sobel's derivatives of 5 x 5, in [0, 1]
+    map  = (|Gx| + |Gy| + |Gz|) / (3 * 768)   of a volume, 5 x 5 x 5
 
 The border is mirrored, its own pixels not repeated. The official code rounds both derivatives to 8 bits, and in its
 colour variant differentiates over channels.
@@ -14,21 +15,26 @@ from torch import Tensor
 _DERIVATIVE = (-1.0, -2.0, 0.0, 2.0, 1.0)
 _SMOOTHING = (1.0, 4.0, 6.0, 4.0, 1.0)
 _GREY = (0.299, 0.587, 0.114)
-_MOST = 48.0  # that a derivative of values in [0, 1] can be
+_STEEPEST, _SMOOTHED = 3.0, 16.0  # what either kernel can make of values in [0, 1]
 
 
 def grey(pixels: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, 1, H, W): luma of three channels, the mean of any other number."""
+    """(B, C, ...) to (B, 1, ...): luma of three channels, the mean of any other number."""
     weights = _GREY if pixels.shape[1] == 3 else (1 / pixels.shape[1],) * pixels.shape[1]
     return sum(weight * pixels[:, c : c + 1] for c, weight in enumerate(weights))
 
 
 def gradient_map(pixels: Tensor) -> Tensor:
-    """pixels: (B, C, H, W) in [0, 1], 3 or more high and wide. Returns (B, 1, H, W) in [0, 1]."""
-    padded = F.pad(grey(pixels), (2, 2, 2, 2), mode="reflect")
-    across = _along(_along(padded, _DERIVATIVE, -1), _SMOOTHING, -2)
-    down = _along(_along(padded, _SMOOTHING, -1), _DERIVATIVE, -2)
-    return (across.abs() + down.abs()) / (2 * _MOST)
+    """pixels: (B, C, H, W) or (B, C, H, W, Z) in [0, 1], 3 or more along each axis. Returns one channel in [0, 1]."""
+    axes = tuple(range(-1, 1 - pixels.ndim, -1))  # from the last
+    padded = F.pad(grey(pixels), (2, 2) * len(axes), mode="reflect")
+    steep = []
+    for across in axes:
+        values = padded
+        for axis in axes:
+            values = _along(values, _DERIVATIVE if axis == across else _SMOOTHING, axis)
+        steep.append(values.abs())
+    return sum(steep[1:], start=steep[0]) / (len(axes) * _STEEPEST * _SMOOTHED ** (len(axes) - 1))
 
 
 def _along(values: Tensor, kernel: tuple[float, ...], dim: int) -> Tensor:

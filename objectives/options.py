@@ -4,7 +4,7 @@ Each objective's own file says what its settings do to the method. What cannot b
 they suit an encoder) is told by the objective's `check`.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -208,6 +208,53 @@ class MAEOptions(Options):
         return self
 
 
+class Uni4EyeOptions(Options):
+    """Those of MAE that suit volumes too, and the volumes' own."""
+
+    mask_ratio: float = Field(0.5, gt=0, lt=1)  # share of the patches that is hidden, of images and volumes
+    gradient_weight: float = Field(1.0, ge=0)  # of the gradient map as a second target, with a decoder of its own
+    norm_pix_loss: bool = False  # predict patches of mean 0 and variance 1 rather than plain pixels
+    decoder_dim: int = Field(512, ge=4)  # width of the decoder
+    decoder_depth: int = Field(8, ge=1)  # its blocks
+    decoder_num_heads: int = Field(16, ge=1)  # of its attention
+    crop_scale: AreaRange = (0.2, 1.0)  # area of an image's random crop, as a share of it
+    flip: float = Field(0.0, ge=0, le=1)  # probability, of an image
+    volume_size: tuple[Count, Count, Count] = (224, 224, 112)  # rows, columns, slices; volumes are resampled to it
+    volume_patch: Count | tuple[Count, Count, Count] = 16  # voxels along each side, or along each of the three
+    volume_channels: int = Field(1, ge=1)  # of a voxel
+    volume_flip: float = Field(0.5, ge=0, le=1)  # probability, along each of a volume's axes
+    volume_noise: float = Field(0.2, ge=0, le=1)  # probability of Gaussian noise
+    mask_block: ClassVar[int] = 1
+    decoder: ClassVar[str] = "self"
+    predicted_share: ClassVar[None] = None
+
+    @property
+    def cube(self) -> tuple[int, int, int]:
+        """(height, width, depth) of a volume's patch in voxels."""
+        patch = self.volume_patch
+        return patch if isinstance(patch, tuple) else (patch, patch, patch)
+
+    @property
+    def volume_grid(self) -> tuple[int, int, int]:
+        """(rows, columns, depths) of patches."""
+        return tuple(side // part for side, part in zip(self.volume_size, self.cube, strict=True))
+
+    @model_validator(mode="after")
+    def _volumes_are_whole_patches(self):
+        fitting = [max(round(side / part), 1) * part for side, part in zip(self.volume_size, self.cube, strict=True)]
+        if fitting != list(self.volume_size):
+            raise ValueError(
+                f"volume_size={list(self.volume_size)} is not a whole number of patches of {list(self.cube)} voxels; "
+                f"write volume_size={fitting}, or another volume_patch"
+            )
+        if min(self.volume_size) < 3 and self.gradient_weight:
+            raise ValueError(
+                f"volume_size={list(self.volume_size)} is too flat for a gradient map, which needs 3 voxels along "
+                "each axis; write more, or gradient_weight=0"
+            )
+        return self
+
+
 class RotationOptions(Options):
     rotations: list[int] = [0, 90, 180, 270]  # degrees counter-clockwise; the paper also tries pairs of them
     # A random resized crop of this area, as a share of the image; None takes the whole image.
@@ -267,5 +314,6 @@ OPTIONS: dict[str, type[Options]] = {
     "rotation": RotationOptions,
     "simmim": SimMIMOptions,
     "spark": SparKOptions,
+    "uni4eye": Uni4EyeOptions,
     "vicreg": VICRegOptions,
 }

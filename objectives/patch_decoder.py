@@ -44,18 +44,17 @@ class DecodesPatches:
             queries = self.mask_token + self.decoder_pos_embed[ids]  # (B, R, dim)
             decoded = self.decoder_blocks(queries, latent, checkpointing=checkpointing)
         else:
-            decoded = self._decode(latent, mask, checkpointing)
+            decoded = self.decode_tokens(latent, mask, self.decoder_pos_embed, checkpointing)
         return self.decoder_pred(self.decoder_norm(decoded))
 
-    def _decode(self, latent: Tensor, mask: PatchMask, checkpointing: bool) -> Tensor:
-        """Over the whole image, read out at the hidden patches. Returns (B, R, dim).
+    def decode_tokens(self, latent: Tensor, mask: PatchMask, positions: Tensor, checkpointing: bool) -> Tensor:
+        """Over the whole image, read out at the hidden patches. positions: (L, dim). Returns (B, R, dim).
 
         Tokens stay in the order prefix, visible, hidden, each with the position of its own patch. Attention
         does not see the order, so the result is that of the paper's raster order without unshuffling.
         """
         prefix = latent.shape[1] - mask.keep.shape[1]  # prefix tokens have no place in the image: position zero
         tokens = self.decoder_embed(latent)  # (B, prefix + K, dim)
-        positions = self.decoder_pos_embed
         tokens = torch.cat(
             [
                 tokens[:, :prefix].to(positions.dtype),

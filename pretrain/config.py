@@ -50,6 +50,27 @@ class PartConfig(Section):
     select: SelectConfig | None = None  # a part of its samples; None: all
 
 
+def _low_and_high(value, instead: str):
+    if isinstance(value, tuple) and not -math.inf < value[0] < value[1] < math.inf:
+        raise ValueError(f"write {instead}")
+    return value
+
+
+class VolumesConfig(Section):
+    """Volumes beside images, in batches of their own; for objectives that learn from both."""
+
+    shards: Text | Texts  # of .npy members; paths, braces, *, a folder, or URLs
+    share: float = Field(0.5, gt=0, lt=1)  # of the steps; the others are of images
+    image: Text | None = None  # extension of the volume's member, such as oct.npy; None: any
+    select: SelectConfig | None = None  # a part of the volumes; None: all
+    range: tuple[float, float] | None = None  # values of volumes with more than 8 bits that are black and white
+
+    @field_validator("range")
+    @classmethod
+    def _growing(cls, value):
+        return _low_and_high(value, "[low, high] with low below high, such as [-1000, 400]")
+
+
 class DataConfig(Section):
     shards: Text | Texts | None = None  # paths, braces, *, a folder, or URLs; one or a list
     mix: dict[str, PartConfig] = {}  # several data sets by name, instead of shards
@@ -71,13 +92,12 @@ class DataConfig(Section):
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="one for each channel")
     std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="one for each channel")  # of each channel
     shown_channels: list[Index] = []  # what pictures show as red, green and blue, from 0; []: the first three
+    volumes: VolumesConfig | None = None  # that take turns with images, where an objective learns from both
 
     @field_validator("range")
     @classmethod
     def _growing(cls, value):
-        if isinstance(value, tuple) and not -math.inf < value[0] < value[1] < math.inf:
-            raise ValueError("write [low, high] with low below high, such as [0, 4095], or auto")
-        return value
+        return _low_and_high(value, "[low, high] with low below high, such as [0, 4095], or auto")
 
     @model_validator(mode="after")
     def _shards_or_a_mix(self):

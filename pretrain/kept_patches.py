@@ -140,6 +140,21 @@ def token_features(
     return model.norm(tokens)
 
 
+def is_plain(model: nn.Module) -> bool:
+    """Whether all that tells its tokens apart is the table of positions, so that patches of another kind can enter."""
+    return isinstance(model, VisionTransformer) and getattr(model, "rope", None) is None
+
+
+def features_of_tokens(model: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Features of the prefix tokens and of patches that were embedded elsewhere, after the final norm.
+
+    tokens: (B, K, D), positions included; prefix tokens have none. Returns (B, prefix + K, D).
+    """
+    prefix = [token.expand(len(tokens), -1, -1).to(tokens.dtype) for token in prefix_tokens(model)]
+    tokens = model.norm_pre(model.pos_drop(torch.cat([*prefix, tokens], dim=1)))
+    return model.norm(run_blocks(model.blocks, tokens, checkpointing=model.grad_checkpointing))
+
+
 def prefix_tokens(model: nn.Module) -> list[nn.Parameter]:
     """The class token, (1, 1, D), and the registers, (1, R, D), of a model that has them; they come before patches."""
     return [token for token in (model.cls_token, getattr(model, "reg_token", None)) if token is not None]

@@ -46,6 +46,9 @@ class Objective(nn.Module, ABC):
     # How often a step makes the host wait for the device, where the method cannot do without; each time costs speed.
     host_waits: ClassVar[int] = 0
 
+    # Whether it learns from volumes too, in batches of their own; its plan then says what it wants of them.
+    takes_volumes: ClassVar[bool] = False
+
     # Whether sequences have other lengths in each step, so that what is compiled has to take any.
     lengths_change: ClassVar[bool] = False
 

@@ -60,12 +60,16 @@ class Preview:
         steps = beginning(config, self.num_samples)
         return [
             ("parameters", f"{_count(trained)} trained, {_count(encoder)} of them in the encoder"),
-            ("cost of an image", f"{_count(flops)}FLOPs forward and backward"),
+            (f"cost of {self._a_sample}", f"{_count(flops)}FLOPs forward and backward"),
             ("batch", f"{config.train.global_batch} = {self.world_size} ranks x {micro_batch} images x {accumulation}"),
             ("length", f"{steps.steps_per_epoch:.1f} steps an epoch, {steps.num_steps} in all"),
             ("peak learning rate", f"{config.peak_lr:.3g}"),
             ("memory a rank", self._memory_in_words()),
         ]
+
+    @property
+    def _a_sample(self) -> str:
+        return "a sample, on average" if self.objective.takes_volumes else "an image"
 
     def _memory_in_words(self) -> str:
         memory, micro_batch = self.rank_memory(), self.batching[0]
@@ -106,7 +110,8 @@ class Preview:
 def preview(config: Config, objective: Objective, *, num_samples: int, world_size: int, precision: str) -> Preview:
     """Runs forward and backward of a few blank images on the CPU."""
     ways = (False, True) if _can_checkpoint(objective) else (False,)
-    costs = {checkpointing: step_cost(objective, precision, checkpointing) for checkpointing in ways}
+    share = config.data.volumes.share if config.data.volumes else 0.0
+    costs = {checkpointing: step_cost(objective, precision, checkpointing, share) for checkpointing in ways}
     return Preview(config, objective, num_samples, world_size, precision, costs)
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from prelude.data.batch import Batch, ViewPlan
+from prelude.data.batch import Batch, ViewPlan, VolumePlan
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.schedules import Progress
 
@@ -57,9 +57,35 @@ class StepCost:
     kept: Growth  # bytes of activations that the forward keeps for the backward
 
 
-def step_cost(objective: Objective, precision: str = "fp32", checkpointing: bool = False) -> StepCost:
-    """Of `objective`, on its device. It is left as it was: a copy takes the steps. Collective, where its forward is."""
-    small, large = (_watched(objective, size, precision, checkpointing) for size in _SIZES)
+def step_cost(
+    objective: Objective, precision: str = "fp32", checkpointing: bool = False, volume_share: float = 0.5
+) -> StepCost:
+    """Of `objective`, on its device. It is left as it was: a copy takes the steps. Collective, where its forward is.
+
+    volume_share: of the steps, where volumes take turns with images. FLOPs are then the mean of both kinds, and bytes
+    those of either, whichever needs more.
+    """
+    images = _cost(objective, objective.views, precision, checkpointing)
+    if not objective.takes_volumes:
+        return images
+    volumes = _cost(objective, objective.views.volumes, precision, checkpointing)
+    return StepCost(
+        flops=Growth(
+            (1 - volume_share) * images.flops.fixed + volume_share * volumes.flops.fixed,
+            (1 - volume_share) * images.flops.an_image + volume_share * volumes.flops.an_image,
+        ),
+        held=_either(images.held, volumes.held),
+        beside_gradients=_either(images.beside_gradients, volumes.beside_gradients),
+        kept=_either(images.kept, volumes.kept),
+    )
+
+
+def _either(one: Growth, other: Growth) -> Growth:
+    return Growth(np.concatenate([one.fixed, other.fixed]), np.concatenate([one.an_image, other.an_image]))
+
+
+def _cost(objective: Objective, plan: ViewPlan | VolumePlan, precision: str, checkpointing: bool) -> StepCost:
+    small, large = (_watched(objective, plan, size, precision, checkpointing) for size in _SIZES)
     shorter = min(len(small.operations), len(large.operations))
     front = _alike(small.operations, large.operations, shorter)
     back = _alike(small.operations[::-1], large.operations[::-1], shorter - front)
@@ -74,7 +100,7 @@ def step_cost(objective: Objective, precision: str = "fp32", checkpointing: bool
 
 def flops_an_image(objective: Objective, precision: str) -> float:
     """Forward and backward, without what activation checkpointing computes again. Collective, where its forward is."""
-    return _watched(objective, _SIZES[0], precision, checkpointing=False).flops / _SIZES[0]
+    return _watched(objective, objective.views, _SIZES[0], precision, checkpointing=False).flops / _SIZES[0]
 
 
 class ProductsInFloat32(TorchDispatchMode):
@@ -163,12 +189,13 @@ class Ledger(Flops):
         self._held -= self._made.pop(reference)[0]
 
 
-def blank_batch(plan: ViewPlan, size: int, label_shape: tuple[int, ...] = ()) -> Batch:
+def blank_batch(plan: ViewPlan | VolumePlan, size: int, label_shape: tuple[int, ...] = ()) -> Batch:
     """label_shape: of a sample's label; () for a class number."""
+    sizes = [plan.size] if isinstance(plan, VolumePlan) else [view.size for view in plan.views]
     return Batch(
-        views=tuple(torch.zeros(size, plan.channels, *view.size, dtype=torch.uint8) for view in plan.views),
-        boxes=torch.zeros(size, len(plan.views), 4, dtype=torch.int32),
-        flips=torch.zeros(size, len(plan.views), dtype=torch.bool),
+        views=tuple(torch.zeros(size, plan.channels, *of_view, dtype=torch.uint8) for of_view in sizes),
+        boxes=torch.zeros(size, len(sizes), 4, dtype=torch.int32),
+        flips=torch.zeros(size, len(sizes), dtype=torch.bool),
         seeds=torch.arange(size),
         sample_ids=torch.arange(size),
         positions=torch.arange(size),
@@ -176,14 +203,16 @@ def blank_batch(plan: ViewPlan, size: int, label_shape: tuple[int, ...] = ()) ->
     )
 
 
-def _watched(objective: Objective, size: int, precision: str, checkpointing: bool) -> Ledger:
+def _watched(
+    objective: Objective, plan: ViewPlan | VolumePlan, size: int, precision: str, checkpointing: bool
+) -> Ledger:
     """One step of a copy, whose statistics and gradients may change."""
     objective = copy.deepcopy(objective)
     if hasattr(objective.encoder, "set_grad_checkpointing"):
         objective.encoder.set_grad_checkpointing(checkpointing)
     device = next(objective.parameters()).device
     batch, ledger = (
-        blank_batch(objective.views, size, objective.label_shape).to(device),
+        blank_batch(plan, size, objective.label_shape).to(device),
         Ledger([*objective.parameters(), *objective.buffers()]),
     )
     autocast = torch.autocast(device.type, _AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()

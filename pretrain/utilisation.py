@@ -20,6 +20,8 @@ class Utilisation:
 
     def look_at(self, objective: Objective, config: Config, precision: str) -> None:
         """Before it is compiled or checkpointed, on its device. Collective, where its forward is."""
+        if objective.takes_volumes:  # a step costs what its kind costs, and no one figure says that
+            self.peak_flops = None
         if self.peak_flops and (config.train.gradient_checkpointing or config.train.compile):
             self.flops_an_image = flops_an_image(objective, precision)
 

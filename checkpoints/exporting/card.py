@@ -112,6 +112,7 @@ def _facts(card: Card) -> str:
     facts = {
         "Architecture": f"{whose}`{config.name}`, {encoder.model.num_features} features",
         "Input": f"{config.in_chans} x {height} x {width} pixels, bicubic",
+        "Volumes": _of_volumes(card),
         "Objective": origin.get("objective"),
         "Optimizer steps": origin.get("step"),
         "Data set": origin.get("data") and f"fingerprint `{origin['data']}`",
@@ -129,6 +130,14 @@ An image encoder that was pretrained without labels. It has no classifier.
 |---|---|
 {table}
 """
+
+
+def _of_volumes(card: Card) -> str | None:
+    if not card.encoder.volume_embed or card.format != "timm":
+        return None
+    _, channels, *patch = card.encoder.volume_embed["weight"].shape
+    sides = " x ".join(map(str, patch))
+    return f"`volume_embed.safetensors`, which timm does not read, projects patches of {channels} x {sides} voxels"
 
 
 def _loading(card: Card) -> str:

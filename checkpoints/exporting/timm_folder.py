@@ -21,12 +21,16 @@ from prelude.pretrain.own_encoder import gives, is_own
 
 # The same weights in the same operations on the same machine; relative to the largest feature.
 TOLERANCE = 1e-6
+VOLUMES = "volume_embed.safetensors"
 
 
 def write_timm(encoder: OpenedEncoder, folder: Path, dtype: str, section: dict) -> Proof:
     """section: ours, for config.json; timm reads past it. Raises RunStopped where timm computes something else."""
     tensors = {name: _cast(tensor, dtype).contiguous() for name, tensor in encoder.model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if encoder.volume_embed:
+        beside = {name: _cast(tensor, dtype).contiguous() for name, tensor in encoder.volume_embed.items()}
+        save_file(beside, folder / VOLUMES, metadata={"format": "pt"})
     settings = own_config(encoder) if is_own(encoder.config) else timm_config(encoder)
     (folder / "config.json").write_text(json.dumps(settings | {EXPORT_SECTION: section}, indent=2) + "\n")
     reader = "its function" if is_own(encoder.config) else "plain timm"

@@ -155,6 +155,8 @@ def refuse_what_the_source_decides(values: dict) -> None:
         raise UserError("data.num_samples has no effect on labelled shards, which are counted; leave it out.")
     if data.get("allow_commands"):
         raise UserError("data.allow_commands has no effect on labelled shards, which must be files; leave it out.")
+    if data.get("volumes"):
+        raise UserError("data.volumes has no effect on fine-tuning, which learns from labelled images; leave it out.")
     if evaluate.get("every_steps"):
         raise UserError("evaluate.every_steps is for pretraining; write objective.test_every_epochs for a curve.")
     optimizer = values.get("optimizer")

@@ -40,6 +40,10 @@ OBJECTIVES = {
     "spark": ({"decoder_dim": 16}, CONVNEXT),
     "msbreg": ({"projector": [24, 12], "predictor": [16]}, RESNET),
     "rotation": ({}, RESNET),
+    "uni4eye": (
+        {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "volume_size": [8, 8, 8], "volume_patch": 4},
+        VIT,
+    ),
 }
 NUM_STEPS = 24
 CRASHED_AT = 18  # steps, of the run whose checkpoints are damaged
@@ -62,12 +66,14 @@ class Bench:
 
     def __init__(self, folder: Path, objective: str = "mae", ranks: int = 1):
         starts.import_everything()
+        from prelude.data.shape_volumes import write_volumes
         from prelude.data.shapes import write_shards
 
         self.folder, self.ranks = folder, ranks
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)  # for those who are not root
         shards = write_shards(folder / "shapes", "train", num_samples=64, seed=0, image_size=16)
+        write_volumes(folder / "shapes", "train", num_samples=64, seed=0, size=(16, 16, 8))
         self.recipe = folder / "recipe.yaml"
         self.recipe.write_text(yaml.safe_dump(_recipe(folder, str(shards[0]), objective, ranks)))
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
@@ -146,12 +152,21 @@ def _recipe(folder: Path, shards: str, objective: str, ranks: int) -> dict:
     options, encoder = OBJECTIVES[objective]
     parts = max(ranks, 2 if objective_class(objective).accumulates else 1)
     more = {"zero_stage": 1, "rank_timeout_seconds": 20} if ranks > 1 else {}
+    volumes = {}
+    if objective_class(objective).takes_volumes:
+        volumes = {"volumes": {"shards": f"{folder}/shapes/volumes-train-*.tar"}}
     return {
         "run_dir": str(folder / "run"),
-        "data": {"shards": shards, "num_workers": 0, "shuffle": {"window": 16}},
+        "data": {"shards": shards, "num_workers": 0, "shuffle": {"window": 16}} | volumes,
         "encoder": encoder,
         "objective": {"name": objective, **options},
-        "train": {"epochs": NUM_STEPS / 8, "global_batch": 8, "micro_batch": 8 // parts, "precision": "fp32"} | more,
+        "train": {
+            "epochs": NUM_STEPS / (16 if volumes else 8),
+            "global_batch": 8,
+            "micro_batch": 8 // parts,
+            "precision": "fp32",
+        }
+        | more,
         "optimizer": {"lr": 0.01, "warmup_epochs": 0.5},
         "checkpoint": {"every_steps": 4, "keep": 2},
         "log": {"every_steps": 1, "pictures_every_steps": 10},

@@ -3,6 +3,7 @@
 Trained by plain torch for a few steps on a handful of images, each step logged, and judged by the default settings.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,7 @@ RESNET = {
 PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "momentum": 0.95}
 PEACEFUL = {"view_1": {"blur": 0.0}, "view_2": {"blur": 0.0}, "crop_scale": [0.6, 1.0]}
 SMALL_MAE = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mask_ratio": 0.5}
+STILL = {"volume_flip": 0.0, "volume_noise": 0.0}
 OBJECTIVES = {
     "mae": (SMALL_MAE, VIT | {"kwargs": SHAPE}),
     "ijepa": (PREDICTOR, VIT | {"patch_size": 4, "kwargs": SHAPE}),
@@ -46,6 +48,7 @@ OBJECTIVES = {
     "lejepa": ({"projector": [64, 16], "num_directions": 64, "num_local": 0, "colours": {"blur": 0.0}}, RESNET),
     "msbreg": ({"projector": [64, 32], "predictor": [64], "momentum": 0.95} | PEACEFUL, RESNET),
     "rotation": ({"crop_scale": None}, RESNET),
+    "uni4eye": (SMALL_MAE | {"volume_size": [16, 16, 8], "volume_patch": 4} | STILL, VIT | {"kwargs": SHAPE}),
     "spark": ({"decoder_dim": 32, "mask_ratio": 0.5}, RESNET | {"kwargs": RESNET["kwargs"] | {"output_stride": 8}}),
 }
 
@@ -107,17 +110,32 @@ def noise(batch: Batch, view: int = 0) -> Batch:
     return replace(batch, views=tuple(drawn if i == view else pixels for i, pixels in enumerate(batch.views)))
 
 
+def in_turn_with_volumes(change=lambda batch: batch):
+    """Every second batch is of volumes, each an image that fades from slice to slice, with the draws of its step."""
+    turns, planes = itertools.count(), IMAGES.views[0][:, :1, ::2, ::2, None]
+    volumes = ((planes + 40.0) * torch.linspace(0.3, 0.8, 8)).to(torch.uint8)  # (B, 1, 16, 16, 8)
+    return lambda batch: change(replace(batch, views=(volumes,)) if next(turns) % 2 else batch)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_healthy_run_is_left_in_peace(name):
     # So slow that a teacher keeps up in so few steps; so fast that SimMIM leaves its small initial weights
     lr = {"ijepa": 5e-4, "dseqjepa": 5e-4, "simmim": 5e-3}.get(name, 2e-3)
-    assert causes(name, built(name), lr) == set(), numbers[-1]
+    change = {"change": in_turn_with_volumes()} if name == "uni4eye" else {}
+    assert causes(name, built(name), lr, **change) == set(), numbers[-1]
 
 
 def test_mae_whose_encoder_says_nothing_of_images_that_have_no_mean():
     mae = built("mae")
     mae.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
     assert causes("mae", mae, lr=5e-3, change=noise) == {"trivial_loss", "same_features"}, numbers[-1]
+
+
+def test_uni4eye_whose_encoder_says_nothing_of_either_kind():
+    uni4eye = built("uni4eye")
+    uni4eye.encoder.norm.requires_grad_(False).weight.zero_()  # every token becomes the bias
+    found = causes("uni4eye", uni4eye, lr=5e-3, change=in_turn_with_volumes(noise))
+    assert found == {"trivial_loss", "same_features"}, numbers[-1]
 
 
 def test_simmim_whose_encoder_says_nothing_of_images_that_have_no_mean():

@@ -77,7 +77,7 @@ def test_no_value_of_any_key_of_a_recipe_is_a_traceback(path):
 
 ONE_OF_EACH = ["mae_cifar10", "ijepa_cifar10", "dseqjepa_cifar10", "barlow_cifar10", "rotation_cifar10",
                "spark_resnet18_cifar10", "vicreg_cifar10", "lejepa_cifar10", "msbreg_cifar10", "simmim_cifar10",
-               "fcmae_cifar10", "finetune_vit_cifar10"]  # fmt: skip
+               "fcmae_cifar10", "uni4eye_shapes", "finetune_vit_cifar10"]  # fmt: skip
 
 
 @pytest.mark.parametrize("stem", ONE_OF_EACH)

@@ -125,6 +125,11 @@ MISTAKES = {
     "shards in the wrong place": (["data.shards=x.tar"], {}, "write evaluate.train_shards, or --train SHARDS"),
     "a wrong section key": (["evaluate.test_shard=x.tar"], {}, "did you mean evaluate.test_shards?"),
     "a length that is counted": (["data.num_samples=5"], {}, "leave it out"),
+    "volumes beside images": (
+        ["data.volumes.shards=x.tar"],
+        {},
+        "data.volumes has no effect on fine-tuning",
+    ),
     "a probe of pretraining": (["evaluate.every_steps=5"], {}, "test_every_epochs"),
     "a watch of pretraining": (["collapse.stop=true"], {}, "leave it out"),
     "a wrong key": (["objective.mixupp=0.8"], {}, "did you mean objective.mixup?"),
