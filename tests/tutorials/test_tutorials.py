@@ -11,7 +11,7 @@ from runs import ROOT
 PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 LEAVES = {
     "xrays": ("xrays.png", ["Nodule", "Effusion", "Cardiomegaly", "random:xrays"]),
-    "wildlife": ("wildlife.png", ["mae_cifar10", "ijepa_cifar10", "vicreg_cifar10", "untrained"]),
+    "wildlife": ("wildlife.png", ["mae_cifar10", "ijepa_cifar10", "vicreg_cifar10", "pixels"]),
     "satellite": ("satellite.png", ["tensors loaded", "start:satellite"]),
     "preempted": ("preempted.png", ["the first start left with 75", "resumed at step", "steps from three starts"]),
     "downstream": ("segmentation.png", ["classification: ", "segmentation: ", "retrieval: ", "features (4, 128)"]),
