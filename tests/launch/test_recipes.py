@@ -88,7 +88,7 @@ def test_measured_figures_are_of_recipes_that_are_there():
 def test_there_is_a_recipe_of_one_gpu_for_every_objective_encoder_and_size_that_fit():
     named = {"barlow_twins": "barlow"}
     wanted = set()
-    for objective in OURS:
+    for objective in set(OURS) - {"uni4eye"}:  # which takes volumes beside the images
         encoders = {"vit_small"} if objective in VITS else {"resnet50", "convnext_tiny"}
         encoders |= set() if objective in VITS | CONVNETS else {"vit_small"}
         wanted |= {f"{named.get(objective, objective)}_{encoder}_{size}" for encoder in encoders for size in (96, 224)}
