@@ -1,7 +1,10 @@
 """How a door ends: 0 done, 2 a user's mistake, 3 a run that stopped itself, 4 done in part, 75 pre-empted (run it
-again), 130 interrupted by Ctrl-C with nothing saved."""
+again), 130 interrupted by Ctrl-C with nothing saved, 141 nobody reads what it prints."""
 
 import multiprocessing
+import os
+import re
+import select
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -13,7 +16,11 @@ from prelude.pretrain.stopping import INTERRUPTED, PREEMPTED
 
 __all__ = ["INCOMPLETE", "PREEMPTED", "door", "leave"]
 
+UNREAD = 141  # as a shell says of what SIGPIPE ended: `prelude recipes | head`
 INCOMPLETE = 4  # some of what was asked for is missing, and what there is says which
+
+# torch's OutOfMemoryError of a device, known by its name as torch may not be imported, and what its CPU allocator says
+_NO_ROOM = re.compile(r"^OutOfMemoryError: |DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
 def leave(code: int) -> NoReturn:
@@ -31,7 +38,9 @@ def door(main: Callable[[], int]) -> int:
     any failure, so that they need not wait to find out."""
     stopping.interruptible()
     try:
-        return _explained(main)
+        code = _explained(main)
+        sys.stdout.flush()
+        return code
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _left(error.exit_code, str(error))
@@ -46,17 +55,42 @@ def door(main: Callable[[], int]) -> int:
         return INTERRUPTED
     except Exception as error:
         _left(1, f"{type(error).__name__}: {error}")
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return UNREAD
         raise
 
 
 def _explained(main: Callable[[], int]) -> int:
     try:
         return main()
-    except RuntimeError:
+    except MemoryError as error:
+        raise _too_large(error) from None
+    except RuntimeError as error:
+        if _NO_ROOM.search(f"{type(error).__name__}: {error}"):
+            raise _too_large(error) from None
         if not (distributed := _with_ranks()):
             raise
         with distributed.explained():
             raise
+
+
+def _too_large(error: Exception) -> RunStopped:
+    reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or "no more was to be had"
+    return RunStopped(
+        f"Memory is used up ({reason}); write a smaller train.micro_batch, whose gradients are accumulated to the same "
+        "global batch, or train.gradient_checkpointing=true; for an evaluation a smaller --batch-size. `--dry-run` "
+        "says what a run takes."
+    )
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output that broke. What is still to be written to it goes nowhere then, without a word."""
+    output, poll = sys.__stdout__.fileno(), select.poll()
+    poll.register(output)
+    broken = any(event & select.POLLERR for _, event in poll.poll(0))
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return broken
 
 
 def _left(code: int, why: str) -> None:
