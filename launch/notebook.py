@@ -42,7 +42,7 @@ def pretrain(recipe: str | Path, *, ranks: int = 1, **settings: Any) -> "Run":
     """Trains an encoder, or goes on with a run that is there, as `prelude pretrain --config RECIPE key=value ...` does.
 
     recipe: a YAML file, or the name of a shipped recipe. ranks: processes, one for each device. settings: keys of the
-    config, in full (`**{"optimizer.lr": 1e-3}`), by their last part where only one key ends so (`epochs=5`), or a
+    config, in full (`**{"optimizer.lr": 1e-3}`), by their last part where only one section has it (`epochs=5`), or a
     section as a mapping (`optimizer={"lr": 1e-3}`). Returns when the run has ended. Raises RunError, and
     KeyboardInterrupt once the run that was interrupted is saved.
     """

@@ -25,6 +25,7 @@ def _in_full(name: str, keys: Keys) -> str:
     if "." in name or name in keys.names([]):
         return name
     found = [key for key in keys.all() if key.rpartition(".")[2] == name]
+    found = [key for key in found if key.count(".") == 1] or found  # `shards` is data.shards, not data.volumes.shards
     if len(found) > 1:
         raise UserError(f'{name} may be {" or ".join(found)}; write the one that is meant, as **{{"{found[0]}": ...}}.')
     return found[0] if found else name  # a name that does not exist is refused with the nearest that does
