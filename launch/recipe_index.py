@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prelude.data.errors import UserError
-from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, read_recipe
+from prelude.evaluators.finetuning.recipe import check_recipe
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, load_config, read_recipe
 
 FINE_TUNING = "fine-tuning"
 _HEADER = ("Trains", "Takes", "Reaches", "Command")
@@ -42,20 +43,21 @@ def shipped() -> list[Recipe]:
 
 
 def described(recipe: str) -> Recipe:
-    """One of them, or a file with such a header. Raises UserError."""
-    return _recipe(find_recipe(recipe), json.loads((SHIPPED / "figures.json").read_text()))
+    """One of them, or any other file, which needs no header. Raises UserError for settings that cannot be."""
+    path = find_recipe(recipe)
+    if (read_recipe(path).get("objective") or {}).get("name"):
+        load_config(path, [], options_for)
+    else:
+        check_recipe(path)
+    return _recipe(path, json.loads((SHIPPED / "figures.json").read_text()))
 
 
 def header_of(path: Path) -> dict[str, str]:
-    """The four lines. Raises UserError for a file that lacks one."""
+    """The four lines, as far as they are there."""
     lines = path.read_text().splitlines()[: len(_HEADER)]
     found = {}
     for name, line in zip(_HEADER, [*lines, *[""] * len(_HEADER)], strict=False):
-        if not line.startswith(f"# {name}: "):
-            raise UserError(
-                f"{path} does not open with a line `# {name}: ...`; write one, as in the files of configs/."
-            )
-        found[name.lower()] = line.removeprefix(f"# {name}: ")
+        found[name.lower()] = line.removeprefix(f"# {name}: ") if line.startswith(f"# {name}: ") else "not said"
     return found
 
 
@@ -91,8 +93,8 @@ def _recipe(path: Path, figures: dict) -> Recipe:
         objective=objective.get("name", FINE_TUNING),
         encoder=encoder.get("name", ""),
         image_size=" x ".join(map(str, size)) if isinstance(size, list) else str(size),
-        global_batch=values["train"]["global_batch"],
-        epochs=values["train"]["epochs"],
+        global_batch=values.get("train", {}).get("global_batch", 0),
+        epochs=values.get("train", {}).get("epochs", 0),
         **header,
         bases=[base.stem for base in bases_of(path)[1:]],
         result=_kind(header["reaches"]),

@@ -6,7 +6,7 @@
     prelude recipes --json
 
 With a name: its header, what it is built on, and all that it sets. A file of
-yours with the same four opening lines is shown in the same way.
+yours is shown in the same way, and refused as training would refuse it.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -29,11 +29,11 @@ from prelude.pretrain.recipes import read_recipe
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     refuse_ranks("recipes")
-    if args.name:
+    if args.recipe:
         if args.objective or args.markdown:
             raise UserError("--objective and --markdown are of the whole list; leave out the name, or these.")
-        recipe = described(args.name)
-        print(as_json([recipe]) if args.json else _whole(recipe, args.name))
+        recipe = described(args.recipe)
+        print(as_json([recipe]) if args.json else _whole(recipe, args.recipe))
         return 0
     found = _of_objective(shipped(), args.objective)
     if args.json:
@@ -80,7 +80,7 @@ def _whole(recipe: Recipe, named: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
-    parser.add_argument("name", nargs="?", type=path, metavar="NAME", help="one recipe, or a YAML file")
+    parser.add_argument("recipe", nargs="?", type=path, metavar="NAME", help="one recipe, or a YAML file")
     parser.add_argument("--objective", metavar="NAME", help=f"those of one objective, or {FINE_TUNING}")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for other tools")

@@ -51,7 +51,10 @@ def bases_of(recipe: str | Path) -> list[Path]:
         if not isinstance(named, str):
             raise UserError(f"base={named} in {chain[-1]} is no recipe; write the name or the file of one.")
         beside = chain[-1].parent / os.path.expanduser(named)
-        found = beside if beside.is_file() else find_recipe(named)
+        try:
+            found = beside if beside.is_file() else find_recipe(named)
+        except UserError as error:
+            raise UserError(f"base={named} in {chain[-1]} cannot be built on: {error}") from None
         if any(found.resolve() == path.resolve() for path in chain):
             raise UserError(f"{chain[-1]} is built on {found}, which is built on it; leave one base out.")
         chain.append(found)

@@ -9,7 +9,7 @@ from runs import ROOT
 
 from prelude.data.errors import UserError
 from prelude.launch import prelude
-from prelude.launch.recipe_index import as_page, header_of, shipped
+from prelude.launch.recipe_index import as_page, shipped
 from prelude.objectives import OURS, options_for
 from prelude.pretrain.recipes import load_config
 
@@ -59,9 +59,16 @@ def test_a_list_of_one_objective_and_a_recipe_in_full(capsys):
 
 def test_a_file_of_ones_own_is_shown_in_the_same_way(capsys, tmp_path):
     own = tmp_path / "own.yaml"
-    own.write_text("base: quickstart\n")
-    with pytest.raises(UserError, match="does not open with a line `# Trains: ...`"):
-        header_of(own)
+    own.write_text("base: quickstart\n")  # a header is for those that are shipped
+    assert "trains   not said" in told(capsys, str(own)) and "base     quickstart" in told(capsys, str(own))
+    for text, sentence in (
+        ("base: quickstart\noptimizer: {lrr: 1}\n", "did you mean optimizer.lr?"),
+        ("base: nosuch\n", f"base=nosuch in {own} cannot be built on: No config at nosuch"),
+        ("bse: quickstart\n", "train is missing"),
+    ):
+        own.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            prelude.main(["recipes", str(own)])
     own.write_text("# Trains: a.\n# Takes: b.\n# Reaches: 5 %.\n# Command: d\nbase: quickstart\ntrain: {epochs: 3}\n")
     assert "trains   a." in told(capsys, str(own)) and "epochs: 3" in told(capsys, str(own))
 
@@ -93,6 +100,10 @@ def test_there_is_a_recipe_of_one_gpu_for_every_objective_encoder_and_size_that_
         encoders |= set() if objective in VITS | CONVNETS else {"vit_small"}
         wanted |= {f"{named.get(objective, objective)}_{encoder}_{size}" for encoder in encoders for size in (96, 224)}
     assert wanted == set(ONE_GPU)
+
+
+def test_all_of_them_open_with_what_they_train_take_and_reach():
+    assert not [name for name, recipe in RECIPES.items() if "not said" in (recipe.trains, recipe.takes, recipe.reaches)]
 
 
 @pytest.mark.parametrize("name", ONE_GPU)
