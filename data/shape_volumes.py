@@ -10,14 +10,14 @@ its contrast and the slope of the light are drawn independently of it, so raw vo
 """
 
 import io
-import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from webdataset import TarWriter
 
 from prelude.data.errors import UserError
-from prelude.data.shapes import SPLITS, Draws, check, recorded, replace_whole, sizes_of
+from prelude.data.shapes import SPLITS, Draws, check, written_once
 
 CLASSES = ("layers", "rods", "balls", "shells", "checks", "waves")
 SOLIDS = ("ball", "box", "cylinder")
@@ -62,21 +62,9 @@ def write_volumes(
     check(split, num_samples, seed, max(size), samples_per_shard)
     if min(size) < 8:
         raise UserError(f"Volumes of shapes cannot be made with {min(size)} voxels along an axis; write 8 or more.")
-    folder, name = Path(folder), f"volumes-{split}"
-    record = folder / f"{name}.json"  # written last: where it agrees with the shards, they are complete
-    starts = range(0, num_samples, samples_per_shard)
-    shards = [folder / f"{name}-{number:06d}.tar" for number in range(len(starts))]
     wanted = {"version": _VERSION, "num_samples": num_samples, "seed": seed, "size": list(size)}
-    if recorded(record) == {**wanted, "sizes": sizes_of(shards)}:
-        return shards
-    folder.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
-    for stale in set(folder.glob(f"{name}-*.tar")) - set(shards):
-        stale.unlink(missing_ok=True)
-    for shard, start in zip(shards, starts, strict=True):
-        replace_whole(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, size))
-    replace_whole(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
-    return shards
+    made = partial(_shard, split, seed=seed, size=size)
+    return written_once(Path(folder), f"volumes-{split}", wanted, samples_per_shard, made)
 
 
 def _shard(split: str, start: int, stop: int, seed: int, size: tuple[int, int, int]) -> bytes:

@@ -16,6 +16,8 @@ pixels say little: what tells the kinds apart is how neighbouring patches contin
 import io
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,20 +46,29 @@ def write_shards(
     Raises UserError for an unknown split, or a count, seed or size that cannot be drawn.
     """
     check(split, num_samples, seed, image_size, samples_per_shard)
-    folder = Path(folder)
-    record = folder / f"{split}.json"  # written last: where it agrees with the shards, they are complete
-    starts = range(0, num_samples, samples_per_shard)
-    shards = [folder / f"{split}-{number:06d}.tar" for number in range(len(starts))]
     wanted = {"version": _VERSION, "num_samples": num_samples, "seed": seed, "image_size": image_size}
+    made = partial(_shard, split, seed=seed, image_size=image_size)
+    return written_once(Path(folder), split, wanted, samples_per_shard, made)
+
+
+def written_once(
+    folder: Path, name: str, wanted: dict, samples_per_shard: int, made: Callable[[int, int], bytes]
+) -> list[Path]:
+    """Shards `name`-N.tar, unless those that are there were made as `wanted` says. made: a shard of samples from the
+    first number up to the second."""
+    record = folder / f"{name}.json"  # written last: where it agrees with the shards, they are complete
+    num_samples = wanted["num_samples"]
+    starts = range(0, num_samples, samples_per_shard)
+    shards = [folder / f"{name}-{number:06d}.tar" for number in range(len(starts))]
     if recorded(record) == {**wanted, "sizes": sizes_of(shards)}:
         return shards
 
     folder.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
-    for stale in set(folder.glob(f"{split}-*.tar")) - set(shards):
+    for stale in set(folder.glob(f"{name}-*.tar")) - set(shards):
         stale.unlink(missing_ok=True)
     for shard, start in zip(shards, starts, strict=True):
-        replace_whole(shard, _shard(split, start, min(start + samples_per_shard, num_samples), seed, image_size))
+        replace_whole(shard, made(start, min(start + samples_per_shard, num_samples)))
     replace_whole(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
     return shards
 
