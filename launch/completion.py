@@ -18,7 +18,7 @@ _RECIPES = {shell: "_prelude_recipe" for shell in SHELLS}
 def script(shell: str, commands: Mapping[str, tuple[str, str]]) -> str:
     """To be evaluated by `shell`. commands: the module and the line of help of each. Raises UserError."""
     if shell not in SHELLS:
-        raise UserError(f"--completion knows no shell {shell!r}; write {' or '.join(SHELLS)}.")
+        raise UserError(f"--completion knows no shell {shell!r}; after it write {' or '.join(SHELLS)}.")
     whole = argparse.ArgumentParser(prog="prelude")
     whole.add_argument("--version", action="store_true", help="tell it")
     whole.add_argument("--completion", choices=SHELLS, help="print what a shell completes")

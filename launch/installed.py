@@ -200,7 +200,7 @@ def _why_no_gpu(about: dict) -> str:
         )
     why = f" ({' '.join(about['told'])})" if about["told"] else ""
     return (
-        f"There is an NVIDIA driver, and torch, built for CUDA {about['built_for']}, finds no GPU{why}; see what "
+        f"There is an NVIDIA driver, and torch, built for {about['built_for']}, finds no GPU{why}; see what "
         "nvidia-smi says, and install a torch for the CUDA that it names, or a newer driver."
     )
 

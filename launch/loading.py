@@ -38,7 +38,9 @@ def devices(torch) -> dict:
             built = torch.version.hip is not None or has_kernels(about.major, about.minor, torch.cuda.get_arch_list())
             capability = f"{about.major}.{about.minor}"
             found.append({"name": about.name, "free": free, "total": total, "capability": capability, "built": built})
-    return {"built_for": torch.version.cuda or torch.version.hip, "devices": found}
+    names = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    built_for = next((f"{name} {version}" for name, version in names.items() if version), None)
+    return {"built_for": built_for, "devices": found}
 
 
 def has_kernels(major: int, minor: int, built: list[str]) -> bool:

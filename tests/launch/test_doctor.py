@@ -196,7 +196,7 @@ def gpu(tmp_path, monkeypatch):
     return lambda driver: (tmp_path / "version").write_text("NVRM version: 580.65.06") if driver else None
 
 
-NONE = {"name": "torch", "built_for": "13.0", "devices": [], "told": []}
+NONE = {"name": "torch", "built_for": "CUDA 13.0", "devices": [], "told": []}
 
 
 @pytest.mark.parametrize(
