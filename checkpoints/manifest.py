@@ -34,6 +34,15 @@ class Fault:
     lost: bool  # whether it was read, and is not what was written. Else it may be whole for another reader
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a manifest says of a file."""
+
+    size: int  # in bytes
+    kind: str  # of its checksum
+    digest: str
+
+
 def part_name(content: str, rank: int, ranks: int) -> str:
     """content: MODEL or OPTIMIZER."""
     return content.replace(".", f"-{rank:05d}-of-{ranks:05d}.", 1)
@@ -65,35 +74,48 @@ def read_manifest(path: str | Path) -> dict:
 def fault_of(path: str | Path, contents: tuple[str, ...] = FILES, *, checksums: bool = True) -> Fault | None:
     """None for a complete checkpoint. Opens the files of `contents`, and checks their sizes and, if asked to, their
     checksums; every file that is wrong is named."""
+    listed = listed_files(path, contents)
+    return listed if isinstance(listed, Fault) else joined(faults_of(path, listed, checksums=checksums))
+
+
+def listed_files(path: str | Path, contents: tuple[str, ...] = FILES) -> dict[str, Listed] | Fault:
+    """What the manifest says of each file of `contents`, or why it does not say it."""
     path = Path(path)
     try:
         manifest = read_manifest(path)
         if (found := manifest.get("format", "unknown")) not in _READABLE:
             return Fault(f"it is of format {found}, and this version reads formats up to {_READABLE[-1]}", lost=False)
-        listed, ranks = manifest["files"], ranks_of(manifest)
-        listed = {name: (listed[name]["bytes"], *_checksum_in(listed[name])) for name in files_of(FILES, ranks)}
+        entries, ranks = manifest["files"], ranks_of(manifest)
+        listed = {name: _listed(entries[name]) for name in files_of(FILES, ranks)}
     except OSError as error:
         if not path.is_dir():
             return Fault("there is no such folder", lost=False)
         return Fault(f"{MANIFEST} cannot be read ({reason(error)})", lost=False)
     except (ValueError, KeyError, TypeError, AttributeError):
         return Fault(f"{MANIFEST} is damaged", lost=True)
-    faults = [
-        fault for name in files_of(contents, ranks) if (fault := _fault_of(path / name, *listed[name], checksums))
-    ]
+    return {name: listed[name] for name in files_of(contents, ranks)}
+
+
+def faults_of(path: str | Path, listed: dict[str, Listed], *, checksums: bool = True) -> list[Fault]:
+    """Of these files of a checkpoint, at most one each."""
+    return [fault for name, file in listed.items() if (fault := _fault_of(Path(path, name), file, checksums))]
+
+
+def joined(faults: list[Fault]) -> Fault | None:
+    """Several as one; None for none."""
     if not faults:
         return None
     more = f"; and {len(faults) - _NAMED} more files" if len(faults) > _NAMED else ""
     return Fault("; ".join(fault.why for fault in faults[:_NAMED]) + more, all(fault.lost for fault in faults))
 
 
-def _fault_of(path: Path, size: int, kind: str, digest: str, checksums: bool) -> Fault | None:
+def _fault_of(path: Path, listed: Listed, checksums: bool) -> Fault | None:
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno()).st_size
-            if found != size:
-                return Fault(f"{path.name} has {found} bytes instead of {size}", lost=True)
-            if checksums and _digest(file, kind) != digest:
+            if found != listed.size:
+                return Fault(f"{path.name} has {found} bytes instead of {listed.size}", lost=True)
+            if checksums and _digest(file, listed.kind) != listed.digest:
                 return Fault(f"{path.name} does not match its checksum", lost=True)
     except OSError as error:
         return Fault(f"{path.name} cannot be read ({reason(error)})", lost=isinstance(error, FileNotFoundError))
@@ -115,7 +137,7 @@ def _digest(file, kind: str) -> str:
     return hashlib.file_digest(file, _CHECKSUMS[kind]).hexdigest()
 
 
-def _checksum_in(entry: dict) -> tuple[str, str]:
-    """(kind, digest). Raises KeyError where there is none that is known."""
+def _listed(entry: dict) -> Listed:
+    """Raises KeyError where there is no checksum that is known."""
     kind = next((kind for kind in _CHECKSUMS if kind in entry), "xxh3_128")
-    return kind, entry[kind]
+    return Listed(entry["bytes"], kind, entry[kind])

@@ -15,6 +15,7 @@ from prelude.checkpoints.manifest import (
     OPTIMIZER,
     PIECES,
     STATE,
+    Fault,
     fault_of,
     part_name,
     ranks_of,
@@ -111,6 +112,10 @@ def read_meta(path: str | Path) -> dict:
 def refuse_incomplete(path: Path, *, checksums: bool = True) -> None:
     """Raises UserError unless it is a complete checkpoint."""
     if fault := fault_of(path, checksums=checksums):
-        raise UserError(
-            f"{path} is no complete checkpoint: {fault.why}; name another one, or write resume.checkpoint=auto."
-        )
+        raise incomplete(path, fault)
+
+
+def incomplete(path: str | Path, fault: Fault) -> UserError:
+    return UserError(
+        f"{path} is no complete checkpoint: {fault.why}; name another one, or write resume.checkpoint=auto."
+    )

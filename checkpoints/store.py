@@ -9,6 +9,7 @@
 - Each of several ranks copies and writes the part of the state that it holds, where all see the folder. Else rank 0
   gathers and writes the whole: the folder need not be visible to other nodes.
 - A failure on any rank is told to every rank, so that none waits for ever.
+- A job reads each byte of a checkpoint once, to check it: every rank that sees the folder reads its share of the files.
 - Files are safetensors and JSON: reading a checkpoint runs no code that it brings along.
 
     checkpoints/latest                 name of the last one saved, for people
@@ -26,8 +27,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from prelude.checkpoints.manifest import STATE, fault_of
-from prelude.checkpoints.saved import open_checkpoint, read_meta, seen_here
+from prelude.checkpoints.checking import by_all_ranks
+from prelude.checkpoints.manifest import STATE, Fault, fault_of, obvious_fault
+from prelude.checkpoints.saved import incomplete, open_checkpoint, read_meta, seen_here
 from prelude.checkpoints.saving import LostRank, Task, seal, write_parts, write_state
 from prelude.checkpoints.shelf import Shelf, name_of
 from prelude.checkpoints.state.parts import Part, part_of
@@ -62,6 +64,7 @@ class Store:
         """
         json.dumps(meta)  # on every rank: what JSON cannot hold fails on all of them alike
         self.finish()
+        self.checked = None  # this save may take its place
         draft = self._common_draft(step) if distributed.world_size() > 1 else None
         if draft:
             part, ranks = part_of(engine), self._ranks_aside()
@@ -139,7 +142,15 @@ class Store:
         self.ranks = self.ranks or distributed.Aside()
         return self.ranks
 
-    def newest(self) -> Path | None:
+    def newest_for_all(self) -> Path | None:
+        """As `newest` says it on rank 0, on every rank. Collective: all ranks take part in reading, once."""
+
+        def find(fault_of: Callable[[Path], Fault | None]) -> Path | None:
+            return self.newest(lambda path: obvious_fault(path) if path == self.checked else fault_of(path))
+
+        return by_all_ranks(find)
+
+    def newest(self, fault_of: Callable[[Path], Fault | None] = fault_of) -> Path | None:
         """The complete checkpoint that was saved last, or None where none was ever saved. Not collective, and needs no
         process group.
 
@@ -180,10 +191,14 @@ class Store:
         Returns the `meta` it was saved with. Raises UserError on every rank, before anything is changed, when
         there is no complete checkpoint at `path` or it does not fit the engine.
         """
-        saved, answer = None, None
+        saved, answer, fault = None, None, None
+        if not distributed.from_main(Path(path) == self.checked):
+            fault = by_all_ranks(lambda fault_of: fault_of(Path(path)))
         if distributed.is_main():
             try:
-                saved = open_checkpoint(path, checksums=Path(path) != self.checked)
+                if fault:
+                    raise incomplete(path, fault)
+                saved = open_checkpoint(path, checksums=False)
                 answer = {"meta": saved.meta, "manifest": saved.manifest}
             except UserError as error:
                 answer = {"refusal": str(error)}

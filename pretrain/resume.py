@@ -68,10 +68,10 @@ def starting_point(store, config: Config) -> Path | None:
     Raises UserError on every rank: where there are checkpoints of the run's own and none can be used, and where
     `resume.checkpoint` would have it go back among them.
     """
-    answer = None
+    answer, newest = None, store.newest_for_all()
     if distributed.is_main():
         try:
-            answer = _starting_point(store, config)
+            answer = _starting_point(newest, config)
         except UserError as error:
             answer = error
     answer = distributed.from_main(answer)
@@ -80,8 +80,8 @@ def starting_point(store, config: Config) -> Path | None:
     return answer
 
 
-def _starting_point(store, config: Config) -> Path | None:
-    newest, named = store.newest(), config.resume.checkpoint
+def _starting_point(newest: Path | None, config: Config) -> Path | None:
+    named = config.resume.checkpoint
     if named == "auto":
         return newest
     if newest and is_own(named, config) and Path(named).resolve() != newest.resolve():

@@ -1,7 +1,7 @@
 """What the tests of this folder start with the real `deepspeed` command: `script.py JSON`, a list of jobs.
 
-A job is {"stage", "optimizer", "steps", "load", "save", "dump"}; jobs run one after another in one launch, and
-what rank 0 has to say is written to `dump` as safetensors and JSON.
+A job is {"stage", "optimizer", "steps", "load", "save", "dump"} or {"look", "answers"}; jobs run one after another in
+one launch, and what rank 0 has to say is written to `dump` as safetensors and JSON.
 """
 
 import json
@@ -17,6 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 from timm.optim import Lamb, Lars, Lion  # noqa: E402
 from torch import nn  # noqa: E402
 
+from prelude.checkpoints import checking, manifest  # noqa: E402
 from prelude.checkpoints import store as stores  # noqa: E402
 from prelude.checkpoints.state.portable import gather_state  # noqa: E402
 from prelude.data.errors import RunStopped, UserError  # noqa: E402
@@ -174,9 +175,26 @@ def run(job: dict) -> None:
     engine.destroy()
 
 
+def look(job: dict) -> None:
+    """What all ranks find to be newest, twice, and which files each rank read for it. job["blind"]: sees no folder."""
+    read, digest, obvious = [], manifest._digest, checking.obvious_fault
+    manifest._digest = lambda file, kind: read.append("/".join(Path(file.name).parts[-2:])) or digest(file, kind)
+    if distributed.rank() == job.get("blind"):
+        checking.obvious_fault = lambda _: manifest.Fault("not seen here", lost=False)
+    store = stores.Store(job["look"])
+    try:
+        found = [store.newest_for_all().name, store.newest_for_all().name]
+    except UserError as error:
+        found = str(error)
+    manifest._digest, checking.obvious_fault = digest, obvious
+    answers = distributed.of_all((found, read))
+    if distributed.is_main():
+        Path(job["answers"]).write_text(json.dumps(answers))
+
+
 if __name__ == "__main__":
     distributed.start()
     for each in json.loads(Path(sys.argv[-1]).read_text()):
-        run(each)
+        look(each) if "look" in each else run(each)
     distributed.stop()
     distributed.leave(0)

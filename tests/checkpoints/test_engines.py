@@ -6,6 +6,7 @@ All jobs of a world size run in one launch, because a launch costs seconds.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,8 +101,25 @@ def runs(tmp_path_factory) -> Path:
     apart = dict(stage=2, steps=3, save=True, apart=1, folder=store(2, 2, "apart"))
     launch([*pairs, apart, *crossings(2), *refusals], folder, world=2)
     launch(crossings(1), folder, world=1)
-    launch(crossings(3), folder, world=3)
+    looks = [dict(look=str(damaged_copy(Path(store(1, 2)), folder / name)), answers=dump(f"{name}.json"))
+             for name in ("some-damaged", "all-damaged")]  # fmt: skip
+    looks.append(looks[0] | dict(blind=1, answers=dump("blind.json")))
+    launch([*crossings(3), *looks], folder, world=3)
     return folder
+
+
+def damaged_copy(source: Path, to: Path) -> Path:
+    """With a later checkpoint, of which a byte in a part of each rank is another; `all`: in the earlier one too."""
+    shutil.copytree(source, to)
+    shutil.copytree(to / "step-00000003", to / "step-00000004")
+    manifest = to / "step-00000004" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"serial": 9}))
+    for step in ("3", "4") if "all" in to.name else ("4",):
+        for part in (to / f"step-0000000{step}").glob("model-*"):
+            data = bytearray(part.read_bytes())
+            data[-3] ^= 1
+            part.write_bytes(data)
+    return to
 
 
 def read(folder: Path) -> tuple[dict, dict]:
@@ -211,3 +229,23 @@ def test_where_a_rank_does_not_see_the_folder_rank_0_writes_the_whole(runs):
     files = sorted(path.name for path in (runs / "store-2on2-apart" / "step-00000003").iterdir())
     assert files == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert not list((runs / "store-2on2-apart").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("case, readers", [("some-damaged", {0, 1, 2}), ("blind", {0, 2})])
+def test_ranks_read_each_byte_of_a_checkpoint_once_to_check_it(runs, case, readers):
+    answers = json.loads((runs / f"{case}.json").read_text())
+    assert [found for found, _ in answers] == [["step-00000003", "step-00000003"]] * 3
+    assert {rank for rank, (_, read) in enumerate(answers) if read} == readers
+    parts = [f"{content}-0000{rank}-of-00002.safetensors" for content in ("model", "optimizer") for rank in (0, 1)]
+    steps = (3, 4, 4)  # what is damaged is looked at again, in case it has been mended
+    files = [f"step-0000000{step}/{name}" for step in steps for name in (*parts, "pieces.json", "state.json")]
+    assert sorted(name for _, read in answers for name in read) == sorted(files)
+
+
+def test_what_any_rank_finds_damaged_is_refused_by_all(runs):
+    refusals = {found for found, _ in json.loads((runs / "all-damaged.json").read_text())}
+    (refusal,) = refusals
+    for step in (3, 4):
+        for rank in (0, 1):
+            assert refusal.count(f"model-0000{rank}-of-00002.safetensors does not match its checksum") == 2
+        assert f"step-0000000{step}: model-" in refusal

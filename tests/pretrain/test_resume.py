@@ -90,7 +90,7 @@ class Has:
     """A store whose newest checkpoint is this one."""
 
     def __init__(self, newest):
-        self.newest = lambda: newest
+        self.newest_for_all = lambda: newest
 
 
 def test_a_named_checkpoint_is_where_a_run_without_its_own_begins():
