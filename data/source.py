@@ -390,6 +390,6 @@ class _File:
     def __init__(self, path: str):
         self.fd = open_file(path)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # at the end of a process the module may have been emptied
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)

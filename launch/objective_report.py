@@ -55,7 +55,7 @@ class Verdict:
     usable: bool = True  # whether there is a pass that others could look at
 
     def __str__(self) -> str:
-        head = f"{_WORDS[self.passed]}  {self.name + ':':<18}"
+        head = f"{_WORDS[self.passed]}  {self.name + ': ':<18}"
         return textwrap.fill(self.sentence, 110, initial_indent=head, subsequent_indent=" " * len(head))
 
 

@@ -192,9 +192,10 @@ class Watch:
         seconds = now - self.waiting_since[1]
         for rank in awaited:
             note = present[rank]
-            if note.left is not None and seconds > self.patience:
-                return self._sentence(f"Rank {rank} on {self._host(rank)} has ended with {_ended(note)}", note.left)
-            if self._is_silent(note, now) and any(other.lost for other in present.values()):
+            if note.left is not None:  # and so says nothing more
+                if seconds > self.patience:
+                    return self._sentence(f"Rank {rank} on {self._host(rank)} has ended with {_ended(note)}", note.left)
+            elif self._is_silent(note, now) and any(other.lost for other in present.values()):
                 return self._sentence(
                     f"Rank {rank} on {self._host(rank)} has died; when last heard of it was {note.doing}"
                 )
@@ -247,7 +248,7 @@ class Watch:
     def _sentence(self, what: str, left: int | None = None) -> dict:
         do = "Look at that rank's output and host, then start the same command again."
         return {
-            "code": stopping.PREEMPTED if left == stopping.PREEMPTED else RunStopped.exit_code,
+            "code": left if left in (stopping.PREEMPTED, stopping.INTERRUPTED) else RunStopped.exit_code,
             "text": f"{what}, and the others cannot go on without it.{_kept()} {do}",
         }
 

@@ -26,6 +26,9 @@ class GuardedStep:
         self.engine, self.parameters, self.clipping = engine, parameters, clipping
         self.zero = engine.optimizer if engine.zero_optimization_stage() else None
         optimizer = self.zero.optimizer if self.zero else engine.optimizer
+        # Under stage 3 DeepSpeed steps with what it holds, and a parameter that a step has left without gradient would
+        # move by the one of the step before.
+        self.held = getattr(self.zero, "grad_partitions_flat_buffer", None)
         if self.zero:
             _leave_refusing_to_us(self.zero, engine.device)
         else:
@@ -40,6 +43,8 @@ class GuardedStep:
         if at_boundary and self.zero is None:
             self._look_and_clip()
         self.engine.step()
+        if at_boundary and self.held is not None:
+            self.held.zero_()
 
     def _look_and_clip(self) -> None:
         """At stage 0, where nothing below us averages the gradients, looks at them or clips them."""

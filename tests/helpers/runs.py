@@ -72,8 +72,9 @@ class Run(RunDir):
 
     def wait(self) -> int:
         """The exit code of the command, once every process that it started is gone: after a signal to the group
-        the launcher ends first, while its ranks still save."""
+        the launcher ends first, while its ranks still save. None may say what failed while Python took it down."""
         code = self.process.wait(timeout=240)
+        assert "Exception ignored" not in self.output.read_text(errors="replace")
         until = time.monotonic() + 240
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < until:

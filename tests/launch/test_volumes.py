@@ -57,11 +57,23 @@ def test_two_ranks_train_what_one_process_trains(recipe, settings, run, tmp_path
     for mine, theirs in zip(one.metrics(), two.metrics(), strict=True):
         assert mine["parts"].keys() == theirs["parts"].keys()
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=2e-3)
+    assert_same_moves(one, two)
+
+
+def assert_same_moves(one: RunDir, other: RunDir) -> None:
     start = build_objective(load_config(one.run_dir / "config.yaml", [], options_for)).state_dict()
+    found = other.weights(NUM_STEPS)
     for name, value in one.weights(NUM_STEPS).items():
         if not name.endswith("qkv.bias"):  # that of the keys moves by rounding
-            moved, apart = (value - start[name]).abs().max(), (two.weights(NUM_STEPS)[name] - value).abs().max()
+            moved, apart = (value - start[name]).abs().max(), (found[name] - value).abs().max()
             assert apart <= 0.05 * moved + 1e-6, name
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_a_kind_leaves_alone_has_no_gradient_of_the_step_before(stage, recipe, settings, run, tmp_path):
+    split = Run([sys.executable], recipe, tmp_path / "split", *settings, f"train.zero_stage={stage}")
+    assert split.wait() == 0, split.output.read_text()[-3000:]
+    assert_same_moves(run("one"), split)
 
 
 def test_a_run_that_goes_on_with_other_workers_ends_bit_for_bit_the_same(run):
