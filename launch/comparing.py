@@ -20,6 +20,7 @@ from prelude.evaluators.comparing.repeats import as_one
 from prelude.evaluators.comparing.report.page import page
 from prelude.evaluators.comparing.table import markdown, print_comparison, to_json
 from prelude.evaluators.defaults import COMPARED
+from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.frozen.anomaly import anomaly
 from prelude.evaluators.frozen.fewshot import fewshot
 from prelude.evaluators.frozen.knn import knn
@@ -34,6 +35,7 @@ from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
 from prelude.pretrain.files import remedy, write_whole
+from prelude.pretrain.recipes import nearest_recipe
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
 FEW_LABELS = partial(fewshot, shares=(1.0,))
@@ -59,13 +61,16 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     judging.check()
     keeping = keeping_of(args, judging)
     index = ShardIndex(args.shards or labelled.train) if recipes else None
+    if distributed.is_main():
+        tell_unopened([source for source in unlike(args.sources) if source not in recipes])
     try:
         runs = [named_runs(args, each, recipes.get(each), labelled, index) for each in unlike(args.sources)]
         contestants = gathering.line_up(sum(runs, []), floors=not args.no_floors, starts=keeping is not None)
         if keeping and not recipes:
             refuse_nothing_kept(contestants)
-        if distributed.is_main():
-            tell_unopened(contestants)
+        for named in sum(runs, []):
+            if named.problem:
+                print(f"{named.name} will not be judged: {named.problem}", file=sys.stderr, flush=True)
         if distributed.world_size() > 1:
             prepare(contestants, [judging, *([keeping] if keeping else [])])
             if not distributed.is_main():
@@ -158,17 +163,15 @@ def refuse_nothing_kept(contestants: Sequence[Contestant]) -> None:
         raise UserError(f"{NOTHING_KEPT} Leave it out, or name a run with encoder.weights.")
 
 
-def tell_unopened(contestants: Sequence[Contestant]) -> None:
-    """Before the hours that judging the others may take. The comparison names them too."""
-    for contestant in contestants:
-        problem = contestant.problem
-        if contestant.kind == "untouched" and not problem:
-            try:
-                describe(contestant.source).read()
-            except UserError as error:
-                problem = str(error)
-        if problem:
-            print(f"{contestant.name} will not be judged: {problem}", file=sys.stderr)
+def tell_unopened(sources: Sequence[str]) -> None:
+    """Before the hours that pretraining and judging the others may take. The comparison names them too."""
+    for source in sources:
+        try:
+            if not is_pixels(source):
+                describe(source).read()
+        except UserError as error:
+            near = f"Did you mean the recipe {near}? " if (near := nearest_recipe(source)) else ""
+            print(f"{source} will not be judged: {near}{error}", file=sys.stderr, flush=True)
 
 
 # ---- judging

@@ -114,10 +114,14 @@ def find_recipe(recipe: str | Path) -> Path:
     for candidate in (given, SHIPPED / given.name, SHIPPED / f"{recipe}.yaml"):
         if os.path.isfile(candidate):
             return candidate
-    names = shipped_recipes()
-    near = difflib.get_close_matches(given.stem, names, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else "write a file, or a name that `prelude recipes` lists."
+    near = nearest_recipe(given.stem)
+    hint = f"did you mean {near}?" if near else "write a file, or a name that `prelude recipes` lists."
     raise UserError(f"No config at {recipe}; {hint}")
+
+
+def nearest_recipe(name: str) -> str:
+    """Of those that ship; nothing where none is alike."""
+    return next(iter(difflib.get_close_matches(name, shipped_recipes(), 1, 0.5)), "")
 
 
 def validate_config(values: dict, source: str, options_for: OptionsFor | None = None) -> Config:

@@ -7,7 +7,7 @@ __all__ = ["MemoryLoader", "NoStore", "Recorder"]
 
 
 class NoStore:
-    def newest(self):
+    def newest_for_all(self):
         return None
 
     def save(self, step, engine, meta): ...

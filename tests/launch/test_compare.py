@@ -12,6 +12,7 @@ import pytest
 import yaml
 from runs import BIN, ROOT, deepspeed
 
+from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
 from prelude.evaluators.frozen import knn, ncm
@@ -113,6 +114,18 @@ def test_a_source_that_cannot_be_had_keeps_nobody_from_being_judged(first):
     (broken,) = [entry for entry in comparison["entries"] if entry["problem"]]
     assert broken["name"] == "nothing" and "There is no folder" in broken["problem"]
     assert code == INCOMPLETE
+
+
+def test_what_cannot_be_had_is_told_before_the_hours_of_pretraining(command, folder, monkeypatch, capsys):
+    def begun(*_):
+        raise UserError("Pretraining has begun.")
+
+    monkeypatch.setattr(comparing, "named_runs", begun)
+    with pytest.raises(UserError, match="Pretraining has begun."):
+        prelude.main(["compare", *command, "spark_resnet18_cifar"])
+    told = capsys.readouterr().err
+    assert f"{folder}/nothing will not be judged: There is no folder {folder}/nothing" in told
+    assert "spark_resnet18_cifar will not be judged: Did you mean the recipe spark_resnet18_cifar10? There is" in told
 
 
 def test_a_table_and_a_page_are_written(first, folder):
