@@ -36,7 +36,7 @@ from prelude.pretrain import overrides as setting
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.encoders import lay_out_encoder
-from prelude.pretrain.recipes import read_recipe, validate_config
+from prelude.pretrain.recipes import objective_named, read_recipe, refuse_fine_tuning, validate_config
 
 GLOBAL_BATCH = 8
 _WORLDS = (1, 2)
@@ -88,7 +88,8 @@ def _drops_paths(encoder: dict) -> bool:
 def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
     """The recipe's encoder and the objective's options, in a run of a few small steps. Raises UserError."""
     values = read_recipe(recipe, [], options_for)
-    if values.get("objective", {}).get("name") != name:
+    refuse_fine_tuning(values, recipe)
+    if objective_named(values) != name:
         values["objective"] = {}
     values["objective"]["name"] = name
     for override in overrides:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prelude.evaluators.finetuning.recipe import check_recipe
 from prelude.objectives import options_for
-from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, load_config, read_recipe
+from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, is_of_fine_tuning, load_config, read_recipe
 
 FINE_TUNING = "fine-tuning"
 _HEADER = ("Trains", "Takes", "Reaches", "Command")
@@ -45,10 +45,10 @@ def shipped() -> list[Recipe]:
 def described(recipe: str) -> Recipe:
     """One of them, or any other file, which needs no header. Raises UserError for settings that cannot be."""
     path = find_recipe(recipe)
-    if (read_recipe(path).get("objective") or {}).get("name"):
-        load_config(path, [], options_for)
-    else:
+    if is_of_fine_tuning(read_recipe(path)):
         check_recipe(path)
+    else:
+        load_config(path, [], options_for)
     return _recipe(path, json.loads((SHIPPED / "figures.json").read_text()))
 
 
@@ -140,7 +140,8 @@ data: {shards: shards/train-*.tar}
 train: {epochs: 100}
 ```
 
-`base` takes over all that another recipe sets, and the file says what differs. Sections are merged key by key, and a
-list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and an empty one
-(`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
+`base` takes over all that another recipe sets but its folder, and the file says what differs. Without a `run_dir` the
+run lies beside that of the base, by the name of the file (`runs/mine` for `mine.yaml`). Sections are merged key by key,
+and a list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and an
+empty one (`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
 """

@@ -4,8 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
 from prelude.data.data_sets import Data, DataSet, check_there, check_volumes_there
@@ -200,7 +198,7 @@ def dry_run(config: Config, asked: Asked) -> int:
         planned.add_row(*line.split(": ", 1))
     planned.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     try:
-        planned.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))
+        planned.add_row("run folder", outlook(start.config, loader))
     except UserError as refusal:
         planned.add_row("run folder", "a start would be refused")
         planned.print()

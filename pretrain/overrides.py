@@ -8,7 +8,6 @@
 import json
 from typing import Any
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from prelude.data.errors import UserError
@@ -69,7 +68,7 @@ def _parsed(text: str, kinds, otherwise: str, texts: bool = False) -> Any:
     """The YAML value of the text where it is of these kinds; a pattern that starts with a brace is text."""
     try:
         value = (recipe_yaml.load_texts if texts else recipe_yaml.load)(text)
-    except yaml.YAMLError:
+    except recipe_yaml.Mistake:
         return otherwise
     return value if isinstance(value, kinds) else otherwise
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SEAMS = {"data.batch", "data.errors"}  # all that pretrain and objectives may know of the data path
+SEAMS = {"data.batch", "data.errors", "data.counting"}  # all that pretrain and objectives may know of the data path
 ALLOWED = {
     "data": set(),
     "pretrain": {"data"},

@@ -285,14 +285,21 @@ def test_other_values_are_numbers_lists_and_mappings():
         (b"\xff\xfe\x00bin", "is no text"),
         (b"", "holds no settings"),
         (b"- a\n- b\n", "holds no settings"),
-        (b"a: [1, 2\n", "is not valid YAML"),
+        (b"a: [1, 2\n", r"x.yaml is not valid YAML in line 2, column 1: expected ',' or '\]'"),
+        (b"a:\n\tb: 1\n", r"in line 2, column 1: found character '\\t' that cannot start any token; correct it there"),
+        (b"a: 'x\n\nb: 1\n", "in line 4, column 1: found .* scalar that begins in line 1, column 4; correct"),
+        (b"a: 1\nb: \x07\n", r"in line 2, column 4: the character U\+0007 may not stand there"),
+        (b"a: !!int many\n", "in line 1, column 4: !!int is not what stands there"),
+        (b"a: !!set x\n", "in line 1, column 4: expected a mapping"),
+        (b"[" * 5000, "brackets lie in one another too deep"),
         (b"train: {epochs: 1}\ntrain: {epochs: 2}\n", "train is there twice"),
-        (b"seed: !!python/object:os.system x\n", "is not valid YAML"),
+        (b"seed: !!python/object:os.system x\n", "in line 1, column 7: .*os.system' is no tag that a recipe may have"),
         (b"1: 2\ntrain: 5\n", "train=5 is refused: write settings below it"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_told_as_that(content, sentence, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as refused:
         load_config(path, [], options_for)
+    assert "unicode string" not in str(refused.value)
