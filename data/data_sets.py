@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from prelude.data.absent import told_as
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_folder import ImageFolder
@@ -113,6 +114,7 @@ def _sound(index: ShardIndex, shards: str | list[str], max_bad_share: float) -> 
 def _told_as(key: str, function):
     """`function()`, whose complaints name the key of a config."""
     try:
-        return function()
+        with told_as(f"{key}.shards="):
+            return function()
     except (UserError, RunStopped) as error:
         raise type(error)(f"{key} cannot be used: {error}") from None

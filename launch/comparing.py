@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from prelude.checkpoints.sources import describe
+from prelude.data.absent import told_as
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing import gathering
@@ -58,7 +59,7 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     judging = Judging(evaluators, labelled, kinds=kinds, bank=args.bank, keep_fits=True, **settings)
     judging.check()
     keeping = keeping_of(args, judging)
-    index = ShardIndex(args.shards or labelled.train) if recipes else None
+    index = _unlabelled(args, labelled) if recipes else None
     try:
         runs = [named_runs(args, each, recipes.get(each), labelled, index) for each in unlike(args.sources)]
         contestants = gathering.line_up(sum(runs, []), floors=not args.no_floors, starts=keeping is not None)
@@ -128,6 +129,12 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
     return labelled, [partial(multilabel, names=form.names)]
 
 
+def _unlabelled(args: argparse.Namespace, labelled: Labelled) -> ShardIndex:
+    """What recipes are pretrained on."""
+    with told_as(*(("--shards ",) if args.shards else labelled.named_as("train"))):
+        return ShardIndex(args.shards or labelled.train)
+
+
 def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     """The same judging on the old images of --keep. Raises UserError for shards that cannot be used."""
     if not args.keep:
@@ -141,7 +148,7 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     label, evaluators = asked.label, judging.evaluators
     if asked.vectors:  # the old images have class numbers all the same
         label, evaluators = "cls", [EVALUATORS[name] for name in dict.fromkeys(args.evaluators or COMPARED)]
-    old = Labelled(*args.keep, label, value_range=asked.value_range, max_pixels=asked.max_pixels)
+    old = Labelled(*args.keep, label, value_range=asked.value_range, max_pixels=asked.max_pixels, named=("", ""))
     keeping = replace(judging, evaluators=evaluators, labelled=old)
     try:
         keeping.check()

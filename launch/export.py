@@ -25,15 +25,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     refuse_ranks("export")
     source, formats = _source_and_formats(args)
+    to = destination(args)
     from prelude.checkpoints.export import export_formats
 
-    to = Path(args.to) if args.to else _within(source, formats)
     reports = export_formats(source, to, formats, dtype=args.dtype, license=args.license, check_hub=args.check_hub)
     for report in reports:
         print(report)
         if args.check_hub:
             print(f"{report.path / 'README.md'}: as the Hugging Face hub takes it")
     return 0
+
+
+def destination(args: argparse.Namespace) -> Path:
+    """The folder that is written. Raises UserError."""
+    source, formats = _source_and_formats(args)
+    return Path(args.to) if args.to else _within(source, formats)
 
 
 def _source_and_formats(args: argparse.Namespace) -> tuple[str, list[str]]:

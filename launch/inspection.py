@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from prelude.data.absent import told_as
 from prelude.data.errors import UserError
 from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
@@ -74,7 +75,8 @@ def verify(args: argparse.Namespace) -> int:
 
 def index_file(args: argparse.Namespace) -> int:
     """Exit code 1 where something is wrong, for scripts."""
-    index = ShardIndex(args.shards)
+    with told_as(""):
+        index = ShardIndex(args.shards)
     try:
         written = write_for(index.paths, args.to)
     except OSError as error:
@@ -91,12 +93,13 @@ def _threads(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:
-    if args.label:
-        return ShardIndex(args.shards, args.label, args.range)
-    try:
-        return ShardIndex(args.shards, "cls", args.range)
-    except UserError:  # a folder whose labels are not clear, or what raises again
-        return ShardIndex(args.shards, "", args.range)
+    with told_as(""):
+        if args.label:
+            return ShardIndex(args.shards, args.label, args.range)
+        try:
+            return ShardIndex(args.shards, "cls", args.range)
+        except UserError:  # a folder whose labels are not clear, or what raises again
+            return ShardIndex(args.shards, "", args.range)
 
 
 def _channels(index: ShardIndex, args: argparse.Namespace) -> int:

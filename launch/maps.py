@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
         seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
-        index = index_as_seen(name, shards_of(args), **seen_as)
+        named = "--images " if args.images else "evaluate.test_shards="
+        index = index_as_seen(name, shards_of(args), **seen_as, named=named)
         samples = chosen_samples(index, args.of, args.count, opened.config.in_chans)
         plan = dense_plan(evaluation_plan(opened))
         pixels = read_samples(index, plan, samples.ids)

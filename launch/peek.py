@@ -6,6 +6,7 @@ import sys
 
 from PIL import Image
 
+from prelude.data.absent import told_as
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
@@ -32,7 +33,8 @@ def peek(args: argparse.Namespace) -> int:
     elif args.set:
         raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
     else:
-        channels = channels_of(ShardIndex(args.shards))
+        with told_as(""):
+            channels = channels_of(ShardIndex(args.shards))
         plan = ViewPlan((_PLAIN_VIEW,), (0.5,) * channels, (0.25,) * channels)
     if args.count < 1:
         raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")

@@ -74,5 +74,6 @@ def _images(source: str, args: argparse.Namespace) -> tuple[ShardIndex, dict]:
     of_section = None if args.test or not section else selection(section.test_select)
     part = part_of(args.test_select, TEST_SELECT) or of_section
     image = args.image or (section and section.image) or ""
-    index = index_as_seen(source, shards, "", args.range, image, part, TEST_SELECT)
+    named = "--test " if args.test else "evaluate.test_shards="
+    index = index_as_seen(source, shards, "", args.range, image, part, TEST_SELECT, named)
     return index, {"shards": shards, **({"select": part.said()} if part else {})}

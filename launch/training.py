@@ -6,6 +6,7 @@ from typing import Any
 
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
+from prelude.data.absent import told_as
 from prelude.data.data_sets import Data, DataSet, check_there, check_volumes_there
 from prelude.data.errors import UserError
 from prelude.data.loader import AlternatingLoader, Loader, alternating_loader, build_loader
@@ -47,8 +48,9 @@ def check(config: Config, world_size: int | None = None) -> None:
     if config.data.volumes:
         check_volumes_there(config.data.volumes.shards)
     if config.evaluate and config.evaluate.every_steps:
-        indexable_shards(config.evaluate.train_shards)
-        indexable_shards(config.evaluate.test_shards)
+        for name in ("evaluate.train_shards", "evaluate.test_shards"):
+            with told_as(f"{name}="):
+                indexable_shards(getattr(config.evaluate, name.removeprefix("evaluate.")))
         online.check(config.evaluate)
     deepspeed_config.passed_through(config)
 

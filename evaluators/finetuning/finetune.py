@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from timm.models.eva import Eva
@@ -27,7 +27,7 @@ from prelude.evaluators.finetuning.samples import Samples, image_labels, labelle
 from prelude.evaluators.finetuning.testing import Found
 from prelude.evaluators.frozen.multilabel import label_warnings
 from prelude.evaluators.judging import labelled_shards
-from prelude.evaluators.labelled import labelled_section, selection
+from prelude.evaluators.labelled import labelled_section, named_by_section, selection
 from prelude.evaluators.results import Outcome, Result, versions
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig, SelectConfig
@@ -83,6 +83,7 @@ def prepare(
         _findings(section),
         **_of_recipe(section, train, test),
     )
+    labelled = replace(labelled, named=named_by_section(train=not train, test=not test))
     values = completed(values, labelled)
     options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:

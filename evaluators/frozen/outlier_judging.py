@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from prelude.data.absent import told_as
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Features
@@ -23,9 +24,10 @@ class OutlierJudging(Judging):
     @cached_property
     def _others(self) -> ShardIndex | None:
         said = self.labelled
-        return (
-            ShardIndex(self.others, said.label, said.value_range, said.max_pixels, said.image) if self.others else None
-        )
+        if not self.others:
+            return None
+        with told_as("--others "):
+            return ShardIndex(self.others, said.label, said.value_range, said.max_pixels, said.image)
 
     @cached_property
     def _known(self) -> list[ShardIndex]:

@@ -137,6 +137,23 @@ def test_what_is_given_goes_before_what_the_run_says(run, shapes):
         labelled_shards(["timm:resnet18"], train="a.tar")
 
 
+def test_shards_that_cannot_be_opened_are_told_as_they_were_given(run, shapes, tmp_path):
+    absent = str(tmp_path / "no-*.tar")
+
+    def refused(labelled) -> str:
+        with pytest.raises(UserError) as told:
+            labelled.indexes()
+        return str(told.value)
+
+    given = labelled_shards(["pixels:4"], train=absent, test=shapes.test)
+    assert refused(given).endswith(f"correct --train {absent!r}.")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluate"] |= {"test_shards": absent}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    told = refused(labelled_shards([str(run)], train=shapes.train))
+    assert told.endswith(f"correct evaluate.test_shards={absent!r}, or write --test SHARDS.")
+
+
 def test_testing_on_the_training_shards_is_told(shapes):
     (result,) = evaluate(["pixels:4"], [knn], Labelled(shapes.train, shapes.train, "cls"))
     assert any("same shards" in warning for warning in result.outcome.warnings)
