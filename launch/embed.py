@@ -18,12 +18,14 @@ from pathlib import Path
 from prelude.data.absent import refuse_absent
 from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
 from prelude.launch.arguments import (
+    KINDS,
     SOURCES,
     add_image,
     add_range,
     add_reading,
     add_select,
     documented_parser,
+    offering,
     parse,
     path,
     seed,
@@ -95,13 +97,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a .parquet, .npz, .npy or .safetensors that is not there",
     )
-    parser.add_argument(
+    kind = parser.add_argument(
         "--kind",
         nargs="+",
         metavar="KIND",
         help="cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
         "(default: those that suit the encoder)",
     )
+    offering(kind, KINDS)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the features (default: {DTYPES[0]})")
     parser.add_argument(
         "--label", metavar="EXT", help="where the class is: cls, txt, json:FIELD (default: cls, where there are such)"

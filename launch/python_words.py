@@ -55,7 +55,7 @@ def of_options(sentence: str, parser: argparse.ArgumentParser) -> str:
         name, words = action.dest, value.split()
         if action.nargs == 0:
             return f"{name}=True{value}"
-        if not value or (value[1].islower() and words[0] not in (action.choices or ())):
+        if not value or (value[1].islower() and words[0] not in (action.choices or getattr(action, "offered", ()))):
             return f"{name}{value}"
         if len(words) > 1 and value[1] != "'":
             return f"{name}=[{', '.join(words)}]"

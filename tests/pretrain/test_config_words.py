@@ -150,7 +150,10 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("encoder.image_size=[32]", "or a list of 2 whole numbers of 1 or more."),
         ("objective.crop_scale=[0.5]", "objective.crop_scale=[0.5] is refused: write a list of 2 numbers."),
         ("data.range=[1]", "data.range=[1] is refused: write a list of 2 numbers, or auto, or null."),
-        ("data.shards=[]", "data.shards=[] is refused: write a path or pattern, or a list of paths or patterns, at least 1"),
+        (
+            "data.shards=[]",
+            "data.shards=[] is refused: write a path or pattern, or a list of paths or patterns, at least 1",
+        ),
         ("seed=-1", "seed=-1 is refused: write a whole number of 0 or more and below 2147483648."),
         (
             "data={allow_commands: true}",
