@@ -17,6 +17,7 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Iterable, Iterator
 
 from prelude.launch import installed, machine
@@ -31,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     if not machine.speaks_for_its_host():
         return 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a path or a variable may be no text, or none of this terminal
     found = findings()
     return tell_as_json(found) if args.json else tell(found)
 
