@@ -9,6 +9,7 @@ import numpy as np
 
 from prelude.data.absent import told_as
 from prelude.data.class_names import with_class_names
+from prelude.data.counting import counted
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.select import Selection, selected
@@ -113,11 +114,11 @@ def describe_data(
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         if unlabelled:
-            warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
+            warnings.append(f"{unlabelled} of {counted(index.num_samples, f'{name} image')} left out, without a label.")
         if index.num_lost:
-            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
+            warnings.append(f"Damage in the {name} shards has cost about {counted(index.num_lost, 'image')}, left out.")
         if unreadable:
-            warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
+            warnings.append(f"{unreadable} of {counted(index.num_samples, f'{name} image')} left out, unreadable.")
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prelude.checkpoints.sources import describe
 from prelude.data.absent import told_as
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing import gathering
@@ -207,7 +208,7 @@ def compared(
     old = [result for entry in entries for result in entry.kept.values()]
     unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
     shards = args.shards or labelled.train
-    budget = f"{args.images:,} images each" if args.images else "each recipe's own number of images"
+    budget = f"{counted(f'{args.images:,}', 'image')} each" if args.images else "each recipe's own number of images"
     budget += f" with {args.pretraining_seeds} seeds" if args.pretraining_seeds > 1 else ""
     what = "without labels" if args.shards else "the labelled train shards, without their labels"
     return Comparison(

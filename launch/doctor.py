@@ -20,6 +20,7 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator
 
+from prelude.data.counting import counted
 from prelude.launch import installed, machine
 from prelude.launch.arguments import documented_parser, parse
 from prelude.launch.exit_codes import door
@@ -61,7 +62,7 @@ def tell(found: Iterable[Finding]) -> int:
     if not wrong:
         print("\nNothing is wrong.")
         return 0
-    print(f"\n{len(wrong)} {'thing is' if len(wrong) == 1 else 'things are'} wrong:")
+    print(f"\n{counted(len(wrong), 'thing')} {'is' if len(wrong) == 1 else 'are'} wrong:")
     for number, sentence in enumerate(wrong, 1):
         print(f"{number}. {sentence}")
     return 1

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from prelude.data.absent import refuse_absent
+from prelude.data.counting import counted
 from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
 from prelude.launch.arguments import (
     KINDS,
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if written is None:
         return 0
     widths = ", ".join(f"{kind} of width {width}" for kind, width in written.kinds.items())
-    print(f"{written.path}: {written.num_rows:,} images, {widths}, {args.dtype}")
+    print(f"{written.path}: {counted(f'{written.num_rows:,}', 'image')}, {widths}, {args.dtype}")
     for reason, count in written.left_out.most_common():
         print(f"left out: {count:,} x {reason}, listed in {written.listed}", file=sys.stderr)
     return INCOMPLETE if written.left_out else 0

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prelude.data import host
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.launch.finding import GIB, Finding, looked_at, size
 from prelude.pretrain import launchers
@@ -83,7 +84,8 @@ def cores() -> Finding:
         finding.found.append(f"the group of this process gets the time of {share:.3g}")
         if share < 0.9 * usable:
             finding.wrong.append(
-                f"{usable} cores are seen and the container's limit gives the time of {share:.3g}, so that too many "
+                f"{counted(usable, 'core')} seen, and the container's limit gives the time of {share:.3g}, so that "
+                f"too many "
                 f"loader workers and threads share it; write data.num_workers={max(int(share), 1)} and "
                 f"OMP_NUM_THREADS={max(int(share), 1)}, or give the container whole cores (--cpuset-cpus)."
             )

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.embedding.formats import refuse_to_overwrite
 from prelude.launch.arguments import (
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         text = io.StringIO(newline="")
         csv.writer(text).writerows([COLUMNS, *rows])
         keep(args.out, text.getvalue())
-    show(rows, f"nearest of {len(embedded):,} images by {embedded.kind} features, cosine")
+    show(rows, f"nearest of {counted(f'{len(embedded):,}', 'image')} by {embedded.kind} features, cosine")
     if args.sheet:
         keep(args.sheet, contact_sheet(embedded, index_of(embedded, args.shards), found))
     return 0

@@ -171,8 +171,8 @@ def _parser_of(door: str, command: str = "") -> argparse.ArgumentParser:
     parser = importlib.import_module(f"prelude.launch.{door}").parser()
     parser.prog = f"prelude {command or door}"
 
-    def refuse(message: str):
-        raise UserError(f"{message.rstrip('.')}.")
+    def refuse(mistake: str):
+        raise UserError(f"{mistake.rstrip('.')}.")
 
     parser.error = refuse
     return parser

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.saved import open_tensors
+from prelude.data.counting import counted
 from prelude.data.errors import RunStopped, UserError
 from prelude.launch import objective_ranks as ranks
 from prelude.launch.children import run_door
@@ -72,7 +73,7 @@ def main(name: str, recipe: str, overrides: list[str], *, quick: bool) -> int:
         print(f"{name} keeps the contract")
         return 0
     skipped = f", {found[None]} could not be run" if found[None] else ""
-    print(f"{name}: {found[False]} {'check' if found[False] == 1 else 'checks'} failed{skipped}")
+    print(f"{name}: {counted(found[False], 'check')} failed{skipped}")
     return 1
 
 
@@ -222,7 +223,7 @@ class Runs:
             self._launch()
         failures = self.failures[world]
         if why := failures.get("", failures.get(case)):
-            raise Broken(f"At {world} ranks, {case}, it raises {why}")
+            raise Broken(f"At {counted(world, 'rank')}, {case}, it raises {why}")
         return self.folder / f"{world}-{case}"
 
     def _launch(self) -> None:

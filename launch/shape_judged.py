@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.progress import progress_bar
@@ -54,9 +55,11 @@ def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Cal
         outcome = global_shape(batches(), features, tiles=tiles, shards=index.named)
     read, warnings = outcome.details["num_images"], []
     if read < len(samples):
-        warnings.append(f"{len(samples) - read} of {len(samples)} images could not be read and are left out.")
+        warnings.append(f"{len(samples) - read} of {counted(len(samples), 'image')} left out, unreadable.")
     if args.num_images and args.num_images > index.num_samples:
-        warnings.append(f"The shards hold {index.num_samples} images, fewer than --num-images {args.num_images}.")
+        warnings.append(
+            f"The shards hold {counted(index.num_samples, 'image')}, fewer than --num-images {args.num_images}."
+        )
     outcome = replace(outcome, warnings=warnings + outcome.warnings)
     data = {"test": {**data, "fingerprint": index.fingerprint, "num_samples": read}}
     seconds = round(time.monotonic() - started, 3)

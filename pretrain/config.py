@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.log_config import LogConfig
@@ -120,7 +121,8 @@ class DataConfig(Section):
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(
-                    f"{key} has {len(getattr(self, key))} values and channels={self.channels}; write one for each "
+                    f"{key} has {counted(len(getattr(self, key)), 'value')} and channels={self.channels}; write one "
+                    f"for each "
                     f"channel, as `prelude shards info SHARDS --channels {self.channels}` tells them"
                 )
         if self.shown_channels and (len(self.shown_channels) > 3 or max(self.shown_channels) >= self.channels):
@@ -372,14 +374,15 @@ class Config(Section):
             if batch % world_size:
                 near = max(round(batch / world_size), 1) * world_size
                 raise UserError(
-                    f"train.global_batch={batch} cannot be shared equally by {world_size} ranks; "
+                    f"train.global_batch={batch} cannot be shared equally by {counted(world_size, 'rank')}; "
                     f"write train.global_batch={near}."
                 )
             return batch // world_size, 1
         if batch % (micro * world_size):
             near = max(round(batch / (micro * world_size)), 1) * micro * world_size
             raise UserError(
-                f"train.global_batch={batch} is no multiple of {world_size} ranks x train.micro_batch={micro}; "
+                f"train.global_batch={batch} is no multiple of {counted(world_size, 'rank')} x "
+                f"train.micro_batch={micro}; "
                 f"write train.global_batch={near}, or another train.micro_batch."
             )
         return micro, batch // (micro * world_size)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.annotations import takes, takes_texts
@@ -98,7 +99,8 @@ def _index(place: list, path: list[str], override: str) -> int:
     if not path[-1].isdecimal() or int(path[-1]) >= len(place):
         key = ".".join(path[:-1])
         raise UserError(
-            f"{override!r} names none of the {len(place)} values of {key}, numbered from 0; write {key}.0=..., or "
+            f"{override!r} names none of the {counted(len(place), 'value')} of {key}, numbered from 0; write "
+            f"{key}.0=..., or "
             f"the whole list, {key}={place}."
         )
     return int(path[-1])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import overrides as setting
 from prelude.pretrain import recipe_yaml
@@ -181,7 +182,7 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
         except ValidationError as error:
             mistakes += sentences(error, values, Keys(model), above=("objective",))
     if mistakes:
-        count = f"Found {len(mistakes)} error{'s' * (len(mistakes) > 1)} in {source}:"
+        count = f"Found {counted(len(mistakes), 'error')} in {source}:"
         raise UserError("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
     return config.model_copy(update={"objective": resolved}) if options_for else config
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prelude.checkpoints.convert.fit import fit
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
 from prelude.data.remote_shards import keep_remote_shards
@@ -118,7 +119,8 @@ def check(task: Task, world_size: int) -> None:
     micro_batch, _ = task.config.batching(world_size)
     if (options.mixup or options.cutmix) and micro_batch * world_size % 2:
         raise UserError(
-            f"objective.mixup and objective.cutmix mix images in pairs, and {micro_batch * world_size} images at once "
+            f"objective.mixup and objective.cutmix mix images in pairs, and "
+            f"{counted(micro_batch * world_size, 'image')} at once "
             f"cannot be paired; write an even train.global_batch."
         )
     if train.zero_stage > Classifier.max_zero_stage:

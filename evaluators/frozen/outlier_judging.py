@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from prelude.data.absent import told_as
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Features
@@ -80,7 +81,7 @@ class OutlierJudging(Judging):
         if unreadable:
             warnings.append(f"{unreadable} of {self._others.num_samples} others could not be read and are left out.")
         if self._others.num_lost:
-            warnings.append(f"Damage in --others has cost about {self._others.num_lost} images, which are left out.")
+            warnings.append(f"Damage in --others has cost about {counted(self._others.num_lost, 'image')}, left out.")
         about = {"fingerprint": self._others.fingerprint, "num_samples": found, "num_unreadable": unreadable}
         return {**data, "others": {"shards": self.others, **about}}, warnings
 

@@ -105,7 +105,7 @@ def test_images_without_a_label_are_left_out_and_told(shapes, tmp_path):
     assert result.data["train"] | {"shards": 0, "fingerprint": 0} == {
         "shards": 0, "fingerprint": 0, "num_samples": 54, "num_unreadable": 0, "num_unlabelled": 6,
     }  # fmt: skip
-    assert "6 of 60 train images have no label and are left out." in result.outcome.warnings
+    assert "6 of 60 train images left out, without a label." in result.outcome.warnings
 
 
 def test_results_of_a_run_and_of_the_floors_beside_it_lie_in_the_run(run, any_encoder):
