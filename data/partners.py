@@ -44,8 +44,8 @@ class Partners:
         self.fingerprint, self.num_groups, self.num_alone, self.num_without, self.largest = about
         if not self.num_groups:
             raise UserError(
-                f"Of {counted(self.num_samples, 'image')} no two have the same {in_words(self.group)}; write the field of "
-                f"objective.pair_by that those of one patient, place or track have in common, or leave it out."
+                f"Of {counted(self.num_samples, 'image')} no two have the same {in_words(self.group)}; write the field "
+                f"of objective.pair_by that those of one patient, place or track have in common, or leave it out."
             )
 
     def first(self, sample_ids: np.ndarray, positions: Sequence[int]) -> np.ndarray:

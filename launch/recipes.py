@@ -67,9 +67,16 @@ def _print_table(recipes: list[Recipe]) -> None:
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for row in (titles, *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip()[:room])
+        print(_begun("  ".join(cells).rstrip(), room))
     if room:
         print("\n`prelude recipes NAME` says all of one: what it trains, reaches and sets.")
+
+
+def _begun(line: str, room: int | None) -> str:
+    """As many whole words as there is room for, and a sign that there are more."""
+    if room is None or len(line) <= room:
+        return line
+    return f"{line[: room - 1].rpartition(' ')[0].rstrip()} …"
 
 
 def _whole(recipe: Recipe, named: str) -> str:

@@ -159,7 +159,7 @@ def find_recipe(recipe: str | Path) -> Path:
         if os.path.isfile(candidate):
             return candidate
     names = shipped_recipes()
-    near = difflib.get_close_matches(given.stem, names, 1, 0.5)
+    near = difflib.get_close_matches(given.stem.lower(), names, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else "write a file, or a name that `prelude recipes` lists."
     raise UserError(f"No config at {recipe}; {hint}")
 

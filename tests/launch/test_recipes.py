@@ -9,7 +9,7 @@ import pytest
 from runs import ROOT
 
 from prelude.data.errors import UserError
-from prelude.launch import prelude
+from prelude.launch import prelude, recipes
 from prelude.launch.recipe_index import as_page, shipped
 from prelude.objectives import OURS, options_for
 from prelude.pretrain.recipes import load_config
@@ -140,3 +140,15 @@ def test_a_recipe_of_one_gpu_is_what_its_name_says(name):
     if config.encoder.name == "resnet50" and config.objective["name"] in CONVNETS:
         assert accumulation == 1  # batch norm sees what is held at once
     assert micro_batch & (micro_batch - 1) == 0
+
+
+def test_a_line_that_does_not_fit_ends_with_a_whole_word(monkeypatch, capsys):
+    monkeypatch.setattr(recipes.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    recipes.main([])
+    told = capsys.readouterr().out.splitlines()
+    words = {word for one in RECIPES.values() for word in f"{one.takes} {one.result} {one.global_batch}".split()}
+    words |= {"result", "batch"}
+    cut = [line for line in told if line.endswith(" …")]
+    assert cut and max(map(len, told)) <= 80
+    assert all(line.split()[-2].rstrip(".;") in {word.rstrip(".;") for word in words} for line in cut)
