@@ -65,7 +65,7 @@ class Partners:
     def told(self) -> str:
         """What a start says of it."""
         share = 100 * (1 - self.num_alone / self.num_samples)
-        without = f"; {counted(self.num_without, 'image')} without {in_words(self.group)}" if self.num_without else ""
+        without = f"; {counted(self.num_without, 'image')} with no {in_words(self.group)}" if self.num_without else ""
         return (
             f"{counted(self.num_groups, 'group')} of 2 to {self.largest} images by {self.group}, {share:.3g} % of "
             f"{counted(self.num_samples, 'image')}{without}; an image that is alone is its own partner"

@@ -171,7 +171,7 @@ class Judging:
             f"{len(next(iter(part.values()))):,} {name}" for part, name in zip(found, ("train", "test"), strict=True)
         )
         folder = Bank(self.bank or bank_folder(source, sources)).folder
-        self.say(f"{encoder.name}: features of {counts} in {time.monotonic() - started:.1f} s, kept in {folder}")
+        self.say(f"{encoder.name}: features of {counts} images in {time.monotonic() - started:.1f} s, kept in {folder}")
         return found
 
 

@@ -130,7 +130,7 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("log.comet=true", "log.wandb.project or log.mlflow.experiment is set; write one of these"),
         ("encoder.in_chans=1", "follows from data.channels=3; write data.channels alone"),
         ("data.in_channels=1", "did you mean data.channels?"),
-        ("data.mean=[0.5]", "mean has 1 values and channels=3"),
+        ("data.mean=[0.5]", "mean has 1 value and channels=3"),
         ("data.std=[1, 0, 1]", "write a list of numbers above 0"),
         ("encoder.depth=3", "did you mean encoder.kwargs.depth?"),
         ("mask_ratio=0.5", "did you mean objective.mask_ratio?"),
@@ -141,7 +141,7 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("train.epochs=1e30", "train.epochs=1e+30 is refused: write a number above 0 and of 1000000 or less."),
         ("train.epochs=true", "train.epochs=true is refused: write a number above 0 and of 1000000 or less."),
         ("data.std=[0,0,0]", "data.std=[0, 0, 0] is refused: write a list of numbers above 0, one for each channel."),
-        ("data.std=[0.5]", "std has 1 values and channels=3; write one for each channel"),
+        ("data.std=[0.5]", "std has 1 value and channels=3; write one for each channel"),
         ("data.mean=[1, 2, 3, 4]", "mean has 4 values and channels=3; write one for each channel"),
         (
             "optimizer.betas=[0.9]",
