@@ -4,7 +4,8 @@
 #       deepspeed --num_gpus 8 --module prelude.launch.pretrain --config mae_vit_base 'data.shards=/data/train-*.tar'
 #
 # The first stage builds the wheel and an environment that it is installed in; the second has that environment and the
-# libraries of CUDA, no compiler (which train.compile=true would need), no sources, and a user who is not root.
+# libraries of CUDA, no compiler (which train.compile=true would need), no sources, and a user who is not root. Of the
+# extras it has those of EXTRAS: docker build --build-arg EXTRAS=parquet,gcs,wandb installs others.
 
 ARG CUDA=13.0.2
 ARG UBUNTU=24.04
@@ -44,9 +45,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1100 prelude
 COPY --from=build /opt/prelude /opt/prelude
-# The home, with the cache in it, of a user whom only --user names: anybody may write there.
+# The home, with the cache in it, of a user whom only --user names: anybody may write there. Such a user has no entry in
+# /etc/passwd, and USER is what libraries that ask for a name are told instead.
 RUN install --directory --mode 1777 /workspace
-ENV PATH=/opt/prelude/bin:$PATH HOME=/workspace
+ENV PATH=/opt/prelude/bin:$PATH HOME=/workspace USER=prelude
 USER 1100
 WORKDIR /workspace
 CMD ["prelude", "doctor"]

@@ -24,6 +24,7 @@ from prelude.checkpoints.convert.resample import RULES
 from prelude.checkpoints.convert.weights import Weights, prefix_tokens
 from prelude.checkpoints.description import Description, Pixels
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 
 _KEYS = ("num_heads", "grid", "resampling", "pixels", "norm_eps", "image_size")
@@ -62,7 +63,8 @@ def describe_file(source: str) -> Description:
     config = encoder_config(weights, words.image_size)
     if not len(weights.pixels[0]) == len(weights.pixels[1]) == config.in_chans:
         raise UserError(
-            f"{source} reads {config.in_chans} channels; write {weights.before_word}pixels=M/.../S/... with a mean of "
+            f"{source} reads {counted(config.in_chans, 'channel')}; write {weights.before_word}pixels=M/.../S/... "
+            f"with a mean of "
             "each, then a standard deviation of each."
         )
     return Description(

@@ -16,6 +16,7 @@ from prelude.checkpoints.convert.fit import facts, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.weights import Weights
 from prelude.checkpoints.description import Description
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import of_timm, seeded
@@ -41,7 +42,8 @@ def describe_timm(source: str) -> Description:
     mean, std = tuple(pretrained.get("mean") or IMAGENET_MEAN), tuple(pretrained.get("std") or IMAGENET_STD)
     if not len(mean) == len(std) == channels:
         raise UserError(
-            f"{source} reads {channels} channels, and its config.json has mean and std of {len(mean)} and {len(std)}; "
+            f"{source} reads {counted(channels, 'channel')}, and its config.json has mean and std of {len(mean)} and "
+            f"{len(std)}; "
             f"correct pretrained_cfg there."
         )
     return Description(

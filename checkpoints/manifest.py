@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from prelude.data.counting import counted
 from prelude.pretrain.files import reason
 
 FORMAT = 2  # 1 has other checksums, which a version of before would take for damage
@@ -53,7 +54,7 @@ def ranks_of(manifest: dict) -> int:
     if manifest["format"] != FORMAT_OF_PARTS:
         return 0
     if (ranks := int(manifest["ranks"])) < 1:
-        raise ValueError(f"parts of {ranks} ranks")
+        raise ValueError(f"parts of {counted(ranks, 'rank')}")
     return ranks
 
 

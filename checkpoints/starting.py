@@ -16,6 +16,7 @@ from prelude.checkpoints import store
 from prelude.checkpoints.convert.fit import Fitted, fit
 from prelude.checkpoints.convert.weights import Weights
 from prelude.checkpoints.sources import OWN, open_weights
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
@@ -49,7 +50,7 @@ class Start:
             return self.fitted.sentence(self.weights)
         left_out = {kind: n for kind, n in self.weights.left_out.items() if kind not in _OWN_PARTS}
         loaded = self.fitted.sentence(replace(self.weights, left_out=left_out))
-        return f"{loaded}, and {len(self.warm.own)} tensors of the objective's own parts"
+        return f"{loaded}, and {counted(len(self.warm.own), 'tensor')} of the objective's own parts"
 
 
 def start_of(config: Config, checkpoints: store.Store | None = None) -> Start:

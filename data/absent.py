@@ -1,16 +1,37 @@
-"""Shards that plainly are not there, and how that is told. Imports nothing heavy: doors ask before anything else."""
+"""Shards that plainly are not there, and how that is told. Imports nothing heavy: doors ask before anything else.
+
+Whoever opens shards names them `data.shards`, as most are; who was given them by another name says so (`told_as`).
+"""
 
 import glob
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from prelude.data.errors import UserError
+from prelude.data.errors import RunStopped, UserError
 
+_KEY = re.compile(r"\bdata\.shards\b(=)?")
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
+
+
+@contextmanager
+def told_as(name: str, otherwise: str = "") -> Iterator[None]:
+    """What is refused inside speaks of the shards as they were given.
+
+    name: what stands before the pattern, such as `--test ` or `evaluate.test_shards=`; "" where nothing does.
+    otherwise: what may be written instead of correcting that, such as `--test SHARDS`.
+    """
+    try:
+        yield
+    except (UserError, RunStopped) as error:
+        alone = name.strip(" =") or "the shards"
+        text = _KEY.sub(lambda found: name if found[1] else alone, str(error))
+        text = f"{text.removesuffix('.')}, or write {otherwise}." if otherwise else text
+        raise type(error)(text) from None
 
 
 def is_remote(url: str) -> bool:

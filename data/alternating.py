@@ -10,6 +10,7 @@
 from collections.abc import Mapping
 
 from prelude.data.batch import Batch
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.mixed_order import Dealer
 from prelude.data.pipeline import STATE_VERSION, EndlessLoader
@@ -57,7 +58,7 @@ class AlternatingLoader:
         """What each kind has of the steps, in a few words."""
         shares = zip(self.loaders.items(), (1 - self.share, self.share), strict=True)
         return [
-            f"{name} in {100 * share:.3g} % of the steps ({one.num_samples} samples, "
+            f"{name} in {100 * share:.3g} % of the steps ({counted(one.num_samples, 'sample')}, "
             f"{share * self.num_samples / one.num_samples:.3g} times an epoch)"
             for (name, one), share in shares
         ]

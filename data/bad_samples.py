@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prelude.data.counting import counted
 from prelude.data.tar_index import Problem
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class BadSamples:
         for shard, found in problems.items():
             reasons = Counter(problem.reason for problem in found)
             lost = sum(problem.lost for problem in found)
-            about = f" (about {lost} samples)" if lost != len(found) else ""
+            about = f" (about {counted(lost, 'sample')})" if lost != len(found) else ""
             listed = ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
             log.warning("%s: left out: %s%s", shard, listed, about)
         every = ((shard, problem) for shard, found in problems.items() for problem in found)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.labels import LabelReader, in_words, no_label, some
@@ -69,7 +70,8 @@ def with_class_names(indexes: Sequence[ShardIndex], given: Sequence[str] = ()) -
     unknown = sorted(found - set(given)) if given else []
     if unknown:
         raise UserError(
-            f"The label {unknown[0]!r} is not among the {len(given)} classes that are given; add it, or correct it."
+            f"The label {unknown[0]!r} is not among the {counted(len(given), 'class')} that are given; add it, or "
+            f"correct it."
         )
     names = tuple(given or sorted(found))
     return [index.with_classes(names) for index in indexes]

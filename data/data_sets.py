@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from prelude.data.absent import told_as
+from prelude.data.counting import counted
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_folder import ImageFolder
@@ -104,7 +106,8 @@ def _counted(shards: str | list[str]) -> str | list[str]:
 def _sound(index: ShardIndex, shards: str | list[str], max_bad_share: float) -> ShardIndex:
     if index.num_lost > max_bad_share * (index.num_samples + index.num_lost):
         raise UserError(
-            f"{index.num_lost} samples of data.shards={shards!r} are lost or damaged, beside {index.num_samples} sound "
+            f"{counted(index.num_lost, 'sample')} of data.shards={shards!r} lost or damaged, beside "
+            f"{index.num_samples} sound "
             f"ones (the first: {index.first_problem()}); mend the shards, or raise data.max_bad_share."
         )
     return index
@@ -113,6 +116,7 @@ def _sound(index: ShardIndex, shards: str | list[str], max_bad_share: float) -> 
 def _told_as(key: str, function):
     """`function()`, whose complaints name the key of a config."""
     try:
-        return function()
+        with told_as(f"{key}.shards="):
+            return function()
     except (UserError, RunStopped) as error:
         raise type(error)(f"{key} cannot be used: {error}") from None

@@ -22,6 +22,7 @@ from prelude.data.alternating import AlternatingLoader
 from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import ViewPlan, VolumePlan
 from prelude.data.class_names import label_reader
+from prelude.data.counting import counted
 from prelude.data.data_sets import Data, DataSet, found, index_of, index_of_volumes
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
@@ -200,7 +201,8 @@ class Loader(EndlessLoader):
         """What is drawn from each of several data sets, in a few words."""
         parts, weights = self.index.parts, sum(part.weight for part in self.index.parts)
         return [
-            f"{part.name} {100 * part.weight / weights:.3g} % ({part.num_samples} samples, {times:.3g} times an epoch)"
+            f"{part.name} {100 * part.weight / weights:.3g} % ({counted(part.num_samples, 'sample')}, {times:.3g} "
+            f"times an epoch)"
             for part, times in zip(parts, passes(parts), strict=True)
         ]
 

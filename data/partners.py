@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.kept_files import kept_numbers
 from prelude.data.labels import JSON, TEXTS, field_of, in_words, label_name, no_label
@@ -43,8 +44,8 @@ class Partners:
         self.fingerprint, self.num_groups, self.num_alone, self.num_without, self.largest = about
         if not self.num_groups:
             raise UserError(
-                f"Of {self.num_samples} images no two have the same {in_words(self.group)}; write the field of "
-                f"objective.pair_by that those of one patient, place or track have in common, or leave it out."
+                f"Of {counted(self.num_samples, 'image')} no two have the same {in_words(self.group)}; write the field "
+                f"of objective.pair_by that those of one patient, place or track have in common, or leave it out."
             )
 
     def first(self, sample_ids: np.ndarray, positions: Sequence[int]) -> np.ndarray:
@@ -64,10 +65,10 @@ class Partners:
     def told(self) -> str:
         """What a start says of it."""
         share = 100 * (1 - self.num_alone / self.num_samples)
-        without = f"; {self.num_without} images have no {in_words(self.group)}" if self.num_without else ""
+        without = f"; {counted(self.num_without, 'image')} with no {in_words(self.group)}" if self.num_without else ""
         return (
-            f"{self.num_groups} groups of 2 to {self.largest} images by {self.group}, {share:.3g} % of "
-            f"{self.num_samples} images{without}; an image that is alone is its own partner"
+            f"{counted(self.num_groups, 'group')} of 2 to {self.largest} images by {self.group}, {share:.3g} % of "
+            f"{counted(self.num_samples, 'image')}{without}; an image that is alone is its own partner"
         )
 
     def _draw(self, position: int, size: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from prelude.data.class_names import plain_reader
+from prelude.data.counting import counted
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.labels import no_label
@@ -57,7 +58,9 @@ def _share(ids: np.ndarray, selection: Selection, where: str) -> np.ndarray:
     """Of the places in an order that the seed and their number decide, the first."""
     count = round(selection.share * len(ids))
     if not count:
-        raise UserError(f"{where}.share={selection.share:g} of {len(ids)} samples is none; write a larger share.")
+        raise UserError(
+            f"{where}.share={selection.share:g} of {counted(len(ids), 'sample')} is none; write a larger share."
+        )
     return ids[np.sort(permutation(len(ids), selection.seed, use=b"share")[:count])]
 
 
@@ -98,7 +101,7 @@ def _with_keys(index: ShardIndex, wanted: Sequence[str], where: str) -> np.ndarr
         begin = end
     if missing := [line for line in wanted if line not in places]:
         raise UserError(
-            f"{len(missing)} keys of {where} are not in {index.named} (the first: {missing[0]!r}); "
+            f"{counted(len(missing), 'key')} of {where} not found in {index.named} (the first: {missing[0]!r}); "
             f"write the keys of samples that are there."
         )
     if twice := next((line for line in wanted if len(places[line]) > 1), None):

@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.image_folder import ImageFolder
@@ -262,7 +263,8 @@ class ShardIndex:
         found = [problem for problems in self.problems.values() for problem in problems]
         first = f" (the first problem: {found[0].reason}, {found[0].where})" if found else ""
         return (
-            f"data.shards={shards!r} matches {len(self.paths)} files on {socket.gethostname()} without a single "
+            f"data.shards={shards!r} matches {counted(len(self.paths), 'file')} on {socket.gethostname()} without a "
+            f"single "
             f"image{first}; write tar files whose members are named like 000123.jpg, or make them of what is there: "
             f"prelude shards pack SOURCE --to DIR."
         )

@@ -21,6 +21,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from prelude.data.counting import counted
+
 MAX_PIXELS = 64 * 2**20
 """Larger images are refused unless `data.max_pixels` says otherwise: 64 Mi pixels are 192 MiB of RGB."""
 
@@ -57,7 +59,7 @@ class OtherChannels(BadImage):
     """A sound image with another number of channels. `there`: how many."""
 
     def __init__(self, there: int, wanted: int):
-        super().__init__(f"{there} channel{'s' * (there > 1)} and not {wanted}")
+        super().__init__(f"{counted(there, 'channel')} and not {wanted}")
         self.there = there
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.decode import BadImage, OtherChannels, ValueRange, decode, deep_values
 from prelude.data.errors import UserError
 from prelude.data.remote_shards import read_some
@@ -72,7 +73,7 @@ def refuse_other_images(index, channels: int) -> None:
                 continue
             values = values or (str(error).split()[0], deep_values(image))
     if refused:
-        there = f"{refused.there} channel{'s' * (refused.there > 1)}"
+        there = counted(refused.there, "channel")
         raise UserError(
             f"Images in {index.named} have {there}, and {channels} are "
             f"asked for; write data.channels={refused.there} with data.mean and data.std of as many values, or take an "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from prelude.data.arrays import volume_of_npy
 from prelude.data.batch import VolumePlan
+from prelude.data.counting import counted
 from prelude.data.decode import BadImage, OtherChannels, ValueRange, on_8_bits
 from prelude.data.errors import UserError
 from prelude.data.source import MicroBatchBuffers
@@ -77,7 +78,7 @@ def refuse_other_volumes(index, channels: int) -> None:
         except BadImage as error:
             refused = refused or error
     if isinstance(refused, OtherChannels):
-        there = f"{refused.there} channel{'s' * (refused.there > 1)}"
+        there = counted(refused.there, "channel")
         raise UserError(
             f"Volumes in {index.named} have {there}, and objective.volume_channels={channels}; write "
             f"objective.volume_channels={refused.there}."

@@ -25,7 +25,7 @@ from prelude.evaluators.features.extraction import Features, crops_plan
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
-from prelude.evaluators.labelled import Labelled, describe_data, selection
+from prelude.evaluators.labelled import Labelled, describe_data, named_by_section, selection
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
 from prelude.pretrain.config import EvaluateConfig
@@ -260,6 +260,7 @@ def labelled_shards(
     for name, shards in (("train_select", train), ("test_select", test)):
         of_section = selection(getattr(section, name)) if section and not shards else None
         more[name] = given.get(name) or of_section
+    named = named_by_section(train=not train, test=not test)
     test = test or (section and section.test_shards)
     train = test if one_set else train or (section and section.train_shards)
     missing = [f"--{name} SHARDS" for name, shards in (("train", train), ("test", test)) if not shards]
@@ -276,7 +277,7 @@ def labelled_shards(
     alike = section and bool(section.label_names) == bool(vectors)  # else it speaks of other members
     label = label or (section.label if alike else default)
     more |= {"image": more["image"] or "", "classes": tuple(more["classes"] or ())}
-    more |= {"group": group, "one_set": one_set}
+    more |= {"group": group, "one_set": one_set, "named": named}
     value_range, max_pixels = value_range or said["range"], said["max_pixels"] or MAX_PIXELS
     return Labelled(train, test, label, vectors, value_range, max_pixels, **more)
 

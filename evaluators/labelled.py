@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from prelude.data.absent import told_as
 from prelude.data.class_names import with_class_names
+from prelude.data.counting import counted
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.select import Selection, selected
@@ -16,6 +18,7 @@ from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.features.labels import Labels, VectorFormat
 from prelude.pretrain.config import EvaluateConfig, SelectConfig
 
+_SECTION = "evaluate."
 FEW = 20  # images: of fewer, one alone is 5 points or more
 
 
@@ -35,15 +38,25 @@ class Labelled:
     test_select: Selection | None = None
     group: str = ""  # a label whose value samples that belong together share, such as json:patient
     one_set: bool = False  # test alone, which is train as well: for what leaves each sample out in turn
+    # How they are spelled where they were given, see `told_as`
+    named: tuple[str, str] = field(default=("--train ", "--test "), compare=False)
 
     def opened(self) -> list[ShardIndex]:
         """Of train and test. Raises UserError as `ShardIndex`, and for a part that is not there."""
         read_as = (self.label, self.value_range, self.max_pixels, self.image)
-        test = selected(ShardIndex(self.test, *read_as), self.test_select, "test_select")
+        with told_as(*self.named_as("test")):
+            test = ShardIndex(self.test, *read_as)
+        test = selected(test, self.test_select, "test_select")
         if self.one_set:
             return [test, test]
-        train = ShardIndex(self.train, *read_as)
+        with told_as(*self.named_as("train")):
+            train = ShardIndex(self.train, *read_as)
         return [selected(train, self.train_select, "train_select"), test]
+
+    def named_as(self, side: str) -> tuple[str, str]:
+        """How train or test is spelled, and what else may be written where that is a section of the run's."""
+        name = self.named[("train", "test").index(side)]
+        return name, f"--{side} SHARDS" if name.startswith(_SECTION) else ""
 
     def indexes(self) -> list[ShardIndex]:
         """The same, which agree on the numbers of class names. Raises UserError for labels that are no classes, too."""
@@ -70,7 +83,13 @@ def labelled_section(section: EvaluateConfig, value_range=None, max_pixels: int 
     selects = {name: selection(getattr(section, name)) for name in ("train_select", "test_select")}
     named = {"image": section.image or "", "classes": tuple(section.classes)}
     shards = section.train_shards, section.test_shards
-    return Labelled(*shards, section.label, None, value_range, max_pixels, **named, **selects)
+    found = Labelled(*shards, section.label, None, value_range, max_pixels, **named, **selects)
+    return replace(found, named=named_by_section())
+
+
+def named_by_section(train: bool = True, test: bool = True) -> tuple[str, str]:
+    """How shards are spelled of which a run's evaluate section names train, test, or both."""
+    return f"{_SECTION}train_shards=" if train else "--train ", f"{_SECTION}test_shards=" if test else "--test "
 
 
 def selection(section: SelectConfig | None) -> Selection | None:
@@ -95,11 +114,11 @@ def describe_data(
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         if unlabelled:
-            warnings.append(f"{unlabelled} of {index.num_samples} {name} images have no label and are left out.")
+            warnings.append(f"{unlabelled} of {counted(index.num_samples, f'{name} image')} left out, without a label.")
         if index.num_lost:
-            warnings.append(f"Damage in the {name} shards has cost about {index.num_lost} images, which are left out.")
+            warnings.append(f"Damage in the {name} shards has cost about {counted(index.num_lost, 'image')}, left out.")
         if unreadable:
-            warnings.append(f"{unreadable} of {index.num_samples} {name} images could not be read and are left out.")
+            warnings.append(f"{unreadable} of {counted(index.num_samples, f'{name} image')} left out, unreadable.")
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pydantic import ValidationError
 
@@ -19,6 +19,7 @@ from prelude.pretrain import overrides
 from prelude.pretrain.config import DataConfig, SelectConfig
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.config_words import sentences
+from prelude.pretrain.data_sheets import KNOWN
 
 ENCODERS = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
@@ -30,6 +31,7 @@ FEATURES = (
     "cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
     "(default: those that suit each encoder)"
 )
+KINDS = ("cls", "mean", "last4", "pool", "stages")
 OUT = "where results are written (default: RUN/evaluations)"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 _NUMBER = re.compile(r"\d+")
@@ -70,6 +72,11 @@ class Shards(argparse.Action):
         if before is not None:
             values = [*(before if isinstance(before, list) else [before]), values]
         setattr(namespace, self.dest, values)
+
+
+def offering(action: argparse.Action, values: Iterable[str]) -> None:
+    """What a shell may complete there, of an option that is checked later, or that takes more than these."""
+    action.offered = tuple(values)
 
 
 def path(text: str) -> str:
@@ -125,7 +132,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=path, help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     parser.add_argument("--ranks", type=whole(1), metavar="N", help="of a dry run: as if N ranks had been started")
-    parser.add_argument("--device", metavar="NAME", help="of a dry run: as on an h100, a100, l40s or another")
+    device = parser.add_argument("--device", metavar="NAME", help="of a dry run: as on an h100, a100, l40s or another")
+    offering(device, (known.name for known in KNOWN))
     parser.add_argument("--measure", action="store_true", help="of a dry run: take a few steps, and tell the time")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher adds it; the environment says more
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")
@@ -218,7 +226,7 @@ def door_parser(
     add_labelled(parser, label=label)
     add_choice(parser)
     add_range(parser)
-    parser.add_argument("--features", nargs="+", metavar="KIND", help=features)
+    offering(parser.add_argument("--features", nargs="+", metavar="KIND", help=features), KINDS)
     parser.add_argument("--bank", type=path, metavar="DIR", help="where features are kept (default: RUN/bank)")
     parser.add_argument("--out", type=path, metavar="DIR", help=out)
     parser.add_argument(
@@ -230,12 +238,13 @@ def door_parser(
 
 
 def add_range(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    action = parser.add_argument(
         "--range",
         type=value_range,
         metavar="LOW,HIGH",
         help="values of 16-bit images that are black and white, or auto (default: data.range of the run's config)",
     )
+    offering(action, ["auto"])
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,9 @@ if __name__ == "__main__" and not __package__:
 import argparse
 
 from prelude.launch.alone import refuse_ranks
-from prelude.launch.arguments import documented_parser, parse, path
+from prelude.launch.arguments import documented_parser, offering, parse, path
 from prelude.launch.exit_codes import door
+from prelude.objectives import OURS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
-    parser.add_argument("objective", metavar="OBJECTIVE", help="module:Class, or the name of one that is installed")
+    named = "module:Class, or the name of one that is installed"
+    offering(parser.add_argument("objective", metavar="OBJECTIVE", help=named), sorted(OURS))
     parser.add_argument("--config", required=True, type=path, help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("--quick", action="store_true", help="only what one process can say")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the config's")

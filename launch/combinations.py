@@ -14,15 +14,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prelude.data.errors import UserError
 from prelude.objectives import options_for
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.annotations import takes
 from prelude.pretrain.config import Config
 from prelude.pretrain.config_keys import Keys
-from prelude.pretrain.recipes import find_recipe, load_config, read_recipe
+from prelude.pretrain.recipes import find_recipe, load_config, objective_named, read_recipe
 
 LONGEST_NAME = 120  # characters of a folder
 
@@ -73,7 +71,7 @@ def _values(key: str, text: str, recipe: Path) -> list | None:
         return None
     try:
         values = recipe_yaml.load(text)
-    except yaml.YAMLError:
+    except recipe_yaml.Mistake:
         return None  # a pattern such as [ab]*.tar
     if not isinstance(values, list) or (_takes_list(key, recipe) and not (values and all(map(_is_list, values)))):
         return None
@@ -93,8 +91,8 @@ def _is_list(value: Any) -> bool:
 
 
 def _takes_list(key: str, recipe: Path) -> bool:
-    name = (read_recipe(recipe).get("objective") or {}).get("name")
-    field = Keys(options_for(name) if isinstance(name, str) else None).field(key.split("."))
+    name = objective_named(read_recipe(recipe))
+    field = Keys(options_for(name) if name else None).field(key.split("."))
     return field is not None and takes(field.annotation, list)
 
 

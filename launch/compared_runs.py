@@ -23,7 +23,7 @@ from prelude.evaluators.judging import Labelled, is_recipe
 from prelude.launch.children import run_door
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within
-from prelude.pretrain.recipes import find_recipe, load_config, read_recipe
+from prelude.pretrain.recipes import find_recipe, load_config, objective_named, read_recipe
 
 
 def recipe_of(source: str) -> Path | None:
@@ -45,7 +45,7 @@ def named_runs(
     """The source itself, or the runs that a recipe has become, one for each seed of pretraining."""
     if recipe is None:
         return [Named(source)]
-    objective = (read_recipe(recipe).get("objective") or {}).get("name")
+    objective = objective_named(read_recipe(recipe))
     named = []
     for number in range(args.pretraining_seeds):
         run_dir, problem = Path(args.out) / "runs" / recipe.stem, None

@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 
 from prelude.checkpoints.sources import describe
+from prelude.data.absent import told_as
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing import gathering
@@ -60,7 +62,7 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     judging = Judging(evaluators, labelled, kinds=kinds, bank=args.bank, keep_fits=True, **settings)
     judging.check()
     keeping = keeping_of(args, judging)
-    index = ShardIndex(args.shards or labelled.train) if recipes else None
+    index = _unlabelled(args, labelled) if recipes else None
     if distributed.is_main():
         tell_unopened([source for source in unlike(args.sources) if source not in recipes])
     try:
@@ -133,6 +135,12 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
     return labelled, [partial(multilabel, names=form.names)]
 
 
+def _unlabelled(args: argparse.Namespace, labelled: Labelled) -> ShardIndex:
+    """What recipes are pretrained on."""
+    with told_as(*(("--shards ",) if args.shards else labelled.named_as("train"))):
+        return ShardIndex(args.shards or labelled.train)
+
+
 def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     """The same judging on the old images of --keep. Raises UserError for shards that cannot be used."""
     if not args.keep:
@@ -146,7 +154,7 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     label, evaluators = asked.label, judging.evaluators
     if asked.vectors:  # the old images have class numbers all the same
         label, evaluators = "cls", [EVALUATORS[name] for name in dict.fromkeys(args.evaluators or COMPARED)]
-    old = Labelled(*args.keep, label, value_range=asked.value_range, max_pixels=asked.max_pixels)
+    old = Labelled(*args.keep, label, value_range=asked.value_range, max_pixels=asked.max_pixels, named=("", ""))
     keeping = replace(judging, evaluators=evaluators, labelled=old)
     try:
         keeping.check()
@@ -203,7 +211,7 @@ def compared(
     old = [result for entry in entries for result in entry.kept.values()]
     unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
     shards = args.shards or labelled.train
-    budget = f"{args.images:,} images each" if args.images else "each recipe's own number of images"
+    budget = f"{counted(f'{args.images:,}', 'image')} each" if args.images else "each recipe's own number of images"
     budget += f" with {args.pretraining_seeds} seeds" if args.pretraining_seeds > 1 else ""
     what = "without labels" if args.shards else "the labelled train shards, without their labels"
     return Comparison(

@@ -17,8 +17,10 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Iterable, Iterator
 
+from prelude.data.counting import counted
 from prelude.launch import installed, machine
 from prelude.launch.arguments import documented_parser, parse
 from prelude.launch.exit_codes import door
@@ -31,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     if not machine.speaks_for_its_host():
         return 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a path or a variable may be no text, or none of this terminal
     found = findings()
     return tell_as_json(found) if args.json else tell(found)
 
@@ -56,7 +62,7 @@ def tell(found: Iterable[Finding]) -> int:
     if not wrong:
         print("\nNothing is wrong.")
         return 0
-    print(f"\n{len(wrong)} {'thing is' if len(wrong) == 1 else 'things are'} wrong:")
+    print(f"\n{counted(len(wrong), 'thing')} {'is' if len(wrong) == 1 else 'are'} wrong:")
     for number, sentence in enumerate(wrong, 1):
         print(f"{number}. {sentence}")
     return 1

@@ -16,14 +16,17 @@ import sys
 from pathlib import Path
 
 from prelude.data.absent import refuse_absent
+from prelude.data.counting import counted
 from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
 from prelude.launch.arguments import (
+    KINDS,
     SOURCES,
     add_image,
     add_range,
     add_reading,
     add_select,
     documented_parser,
+    offering,
     parse,
     path,
     seed,
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if written is None:
         return 0
     widths = ", ".join(f"{kind} of width {width}" for kind, width in written.kinds.items())
-    print(f"{written.path}: {written.num_rows:,} images, {widths}, {args.dtype}")
+    print(f"{written.path}: {counted(f'{written.num_rows:,}', 'image')}, {widths}, {args.dtype}")
     for reason, count in written.left_out.most_common():
         print(f"left out: {count:,} x {reason}, listed in {written.listed}", file=sys.stderr)
     return INCOMPLETE if written.left_out else 0
@@ -95,13 +98,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a .parquet, .npz, .npy or .safetensors that is not there",
     )
-    parser.add_argument(
+    kind = parser.add_argument(
         "--kind",
         nargs="+",
         metavar="KIND",
         help="cls, mean, last4 of a vision transformer; pool, stages, stage2, stage2x4 of others "
         "(default: those that suit the encoder)",
     )
+    offering(kind, KINDS)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the features (default: {DTYPES[0]})")
     parser.add_argument(
         "--label", metavar="EXT", help="where the class is: cls, txt, json:FIELD (default: cls, where there are such)"

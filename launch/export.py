@@ -17,7 +17,7 @@ from typing import get_args
 from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.data.errors import UserError
 from prelude.launch.alone import refuse_ranks
-from prelude.launch.arguments import documented_parser, parse, path, source
+from prelude.launch.arguments import documented_parser, offering, parse, path, source
 from prelude.launch.exit_codes import door
 
 
@@ -25,15 +25,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     refuse_ranks("export")
     source, formats = _source_and_formats(args)
+    to = destination(args)
     from prelude.checkpoints.export import export_formats
 
-    to = Path(args.to) if args.to else _within(source, formats)
     reports = export_formats(source, to, formats, dtype=args.dtype, license=args.license, check_hub=args.check_hub)
     for report in reports:
         print(report)
         if args.check_hub:
             print(f"{report.path / 'README.md'}: as the Hugging Face hub takes it")
     return 0
+
+
+def destination(args: argparse.Namespace) -> Path:
+    """The folder that is written. Raises UserError."""
+    source, formats = _source_and_formats(args)
+    return Path(args.to) if args.to else _within(source, formats)
 
 
 def _source_and_formats(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -66,13 +72,14 @@ def parser() -> argparse.ArgumentParser:
         "source", nargs="?", type=source, metavar="SOURCE", help="a run, RUN#student, or any other source of an encoder"
     )
     parser.add_argument("--to", type=path, metavar="DIR", help="where to write it (default: RUN/export)")
-    parser.add_argument(
+    formats = parser.add_argument(
         "--format",
         nargs="+",
         default=["timm"],
         metavar="FORMAT",
         help=f"who is to open it, of {', '.join(get_args(Format))}; several lie in folders of DIR (default: timm)",
     )
+    offering(formats, get_args(Format))
     parser.add_argument("--dtype", choices=get_args(DType), default="float32", help="of the weights (default: float32)")
     parser.add_argument("--license", metavar="ID", help="of the weights, for README.md, such as apache-2.0")
     parser.add_argument("--check-hub", action="store_true", help="refuse what the Hugging Face hub would not take")

@@ -1,5 +1,6 @@
 """What `prelude doctor` finds of one thing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -10,6 +11,15 @@ class Finding:
     title: str
     found: list[str]
     wrong: list[str] = field(default_factory=list)
+
+
+def looked_at(title: str, look: Callable[[], Finding]) -> Finding:
+    """What `look` finds; where the machine does not even let it look, that is what is wrong."""
+    try:
+        return look()
+    except Exception as error:  # whatever it is: all else is still to be told
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding(title, ["not known"], [f"Nothing can be found out of the {title} ({why}); mend that first."])
 
 
 GIB = 2**30

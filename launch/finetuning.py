@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from prelude.checkpoints.store import Store
+from prelude.data.counting import counted
 from prelude.data.loader import Loader
 from prelude.data.waiting import stop_when
 from prelude.evaluators.comparing.label_table import print_labels
@@ -71,11 +72,11 @@ def dry_run(task: finetune.Task, asked: Asked) -> int:
     classifier = finetune.build(task, loaded.append)
     planned = plan(config, classifier, samples.train.num_samples, asked)
     planned.add_row("weights", *loaded)
-    what = "findings" if samples.findings else "classes"
-    planned.add_row("labels", f"{samples.train.num_samples} images of {len(samples.classes)} {what}")
+    what = counted(len(samples.classes), "finding" if samples.findings else "class")
+    planned.add_row("labels", f"{counted(samples.train.num_samples, 'image')} of {what}")
     if samples.held_out:
-        planned.add_row("held out", f"{samples.held_out.index.num_samples} images")
-    planned.add_row("test", f"{samples.test.index.num_samples} images")
+        planned.add_row("held out", counted(samples.held_out.index.num_samples, "image"))
+    planned.add_row("test", counted(samples.test.index.num_samples, "image"))
     planned.print()
     if asked.measure:
         tell_measured(config, classifier, lambda config: _loader_of(task, classifier, config), planned)

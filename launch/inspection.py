@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from prelude.data.absent import told_as
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
@@ -26,7 +28,9 @@ def info(args: argparse.Namespace) -> int:
     if args.images:
         chosen = spread(index.num_samples, args.images)
         found = survey(index, chosen, channels=channels, threads=args.workers)
-        _describe(table, found, f"of {len(chosen)} images" if len(chosen) < index.num_samples else "of all images")
+        _describe(
+            table, found, f"of {counted(len(chosen), 'image')}" if len(chosen) < index.num_samples else "of all images"
+        )
     Console().print(table)
     if args.images:
         _paste(index, found)
@@ -47,7 +51,10 @@ def verify(args: argparse.Namespace) -> int:
         )
     table = _counts(index, args.label)
     _describe(table, found, "of all images")
-    table.add_row("byte-identical", f"{sum(map(len, found.identical))} images in {len(found.identical)} groups")
+    table.add_row(
+        "byte-identical",
+        f"{counted(sum(map(len, found.identical)), 'image')} in {counted(len(found.identical), 'group')}",
+    )
     near = f"{len(found.near)} pairs ({NEAR_BITS} bits of pHash or fewer apart)"
     table.add_row(
         "near-identical", near if found.looked_for_near else "not looked for: pip install 'prelude-ssl[duplicates]'"
@@ -74,12 +81,18 @@ def verify(args: argparse.Namespace) -> int:
 
 def index_file(args: argparse.Namespace) -> int:
     """Exit code 1 where something is wrong, for scripts."""
-    index = ShardIndex(args.shards)
+    with told_as(""):
+        index = ShardIndex(args.shards)
     try:
         written = write_for(index.paths, args.to)
     except OSError as error:
         raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another folder.") from None
-    print("\n".join(f"{index.num_samples} samples in {index.num_shards} shards: {path}" for path in written))
+    print(
+        "\n".join(
+            f"{counted(index.num_samples, 'sample')} in {counted(index.num_shards, 'shard')}: {path}"
+            for path in written
+        )
+    )
     _list(_problems(index))
     return 1 if index.num_problems else 0
 
@@ -91,12 +104,13 @@ def _threads(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:
-    if args.label:
-        return ShardIndex(args.shards, args.label, args.range)
-    try:
-        return ShardIndex(args.shards, "cls", args.range)
-    except UserError:  # a folder whose labels are not clear, or what raises again
-        return ShardIndex(args.shards, "", args.range)
+    with told_as(""):
+        if args.label:
+            return ShardIndex(args.shards, args.label, args.range)
+        try:
+            return ShardIndex(args.shards, "cls", args.range)
+        except UserError:  # a folder whose labels are not clear, or what raises again
+            return ShardIndex(args.shards, "", args.range)
 
 
 def _channels(index: ShardIndex, args: argparse.Namespace) -> int:
@@ -117,7 +131,7 @@ def _counts(index: ShardIndex, label: str) -> Table:
     if index.num_lost:
         table.add_row("samples lost", f"about {index.num_lost}")
     if index.unended:
-        table.add_row("without an end marker", f"{len(index.unended)} shards: {index.unended[0]} ...")
+        table.add_row("without an end marker", f"{counted(len(index.unended), 'shard')}: {index.unended[0]} ...")
     return table
 
 
@@ -130,7 +144,7 @@ def _describe(table: Table, found: Survey, of: str) -> None:
     table.add_row(f"height x width {of}", f"{_range(heights)} x {_range(widths)}")
     for (name, channels, bits), count in found.forms.most_common():
         depth = f"{bits} bits" if bits else "depth unknown"
-        table.add_row("", f"{count} x {name}, {channels} channel{'s' * (channels > 1)}, {depth}")
+        table.add_row("", f"{count} x {name}, {counted(channels, 'channel')}, {depth}")
     if found.classes:
         counts = found.classes.values()
         table.add_row(f"labels {of}", f"{len(counts)} different, {min(counts)} to {max(counts)} images each")

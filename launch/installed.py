@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from prelude.launch.finding import Finding, size
+from prelude.launch.finding import Finding, looked_at, size
 from prelude.launch.loading import PACKAGES
 
 DISTRIBUTION = "prelude-ssl"
@@ -34,16 +34,31 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def versions() -> Iterator[Finding]:
-    project = _project()
-    yield Finding("prelude", [f"{project['version']}, in {Path(__file__).resolve().parents[1]}"])
+    project: dict = {}
+    yield looked_at("prelude", lambda: _prelude(project))
+    if project:
+        yield looked_at("python", lambda: _python(project))
+        yield looked_at("packages", lambda: _packages("packages", _asked(project["requires"]), needed=True))
+        yield looked_at("extras", lambda: _packages("extras", _asked(project["extras"]), needed=False))
+    yield looked_at("commands", _launcher)
+
+
+def _prelude(project: dict) -> Finding:
+    """project: filled in with what it asks for."""
+    project |= _project()
+    return Finding("prelude", [f"{project['version']}, in {Path(__file__).resolve().parents[1]}"])
+
+
+def _asked(lines: list[str]) -> list[Requirement]:
+    return [Requirement(line) for line in lines]
+
+
+def _python(project: dict) -> Finding:
     python = Finding("python", [f"{platform.python_version()}, {sys.executable}", platform.platform()])
     if platform.python_version() not in SpecifierSet(project["requires-python"], prereleases=True):
         asked = f"Python {platform.python_version()} runs this, and {project['requires-python']} is asked for"
         python.wrong.append(f"{asked}; make the environment anew with one of those.")
-    yield python
-    yield _packages("packages", [Requirement(line) for line in project["requires"]], needed=True)
-    yield _packages("extras", [Requirement(line) for line in project["extras"]], needed=False)
-    yield _launcher()
+    return python
 
 
 def _project() -> dict:
@@ -74,9 +89,11 @@ def _packages(title: str, asked: list[Requirement], needed: bool) -> Finding:
             continue
         try:
             version = importlib.metadata.version(one.name)
-        except importlib.metadata.PackageNotFoundError:
+            if not version:  # what an installation that broke off leaves
+                raise importlib.metadata.PackageNotFoundError(one.name)
+        except (importlib.metadata.PackageNotFoundError, KeyError):
             if needed:
-                wrong.append(f"{one.name} is not installed; write `pip install '{one}'`.")
+                wrong.append(f"{one.name} is not installed, or not whole; write `pip install '{one}'`.")
             continue
         found.append(f"{one.name} {version}")
         if not one.specifier.contains(version, prereleases=True):
@@ -106,19 +123,25 @@ class Loading:
     """The process that loads torch and what stands on it, from the beginning of a `with` to its end."""
 
     def __enter__(self) -> "Loading":
-        script = Path(__file__).with_name("loading.py")
-        # -P: the script's folder would hide packages of the same names as our files
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
+        script, self.process = Path(__file__).with_name("loading.py"), None
         self.lines: queue.SimpleQueue = queue.SimpleQueue()
         self.errors: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        self.not_started = ""
+        try:
+            # -P: the script's folder would hide packages of the same names as our files
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                errors="replace", start_new_session=True,
+            )  # fmt: skip
+            threading.Thread(target=self._read, daemon=True).start()
+            threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        except (OSError, RuntimeError) as error:  # a limit on files, on processes, on threads
+            self.not_started = str(error)
         return self
 
     def __exit__(self, *_) -> None:
+        if self.process is None:
+            return
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -130,6 +153,12 @@ class Loading:
 
     def findings(self) -> Iterator[Finding]:
         """Of the devices, as soon as torch is there, and of what could not be loaded."""
+        if self.not_started:
+            yield Finding("devices", ["not known, as no process can be started", *_seen_without_torch()])
+            why = f"No process can be started to load {', '.join(PACKAGES)} ({self.not_started})"
+            raised = "raise the limits on open files and on processes (`ulimit -n`, `ulimit -u`)"
+            yield Finding("loading", ["nothing was tried"], [f"{why}; {raised}."])
+            return
         loaded, broken, ends = [], [], time.monotonic() + PATIENCE_SECONDS
         while len(loaded) < len(PACKAGES) and not broken:
             try:

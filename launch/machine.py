@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prelude.data import host
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.launch.finding import GIB, Finding, size
+from prelude.launch.finding import GIB, Finding, looked_at, size
 from prelude.pretrain import launchers
 
 VARIABLES = (
@@ -28,7 +29,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")  # that 
 _OF_A_WORKER = 2 * 256 * 3 * 224 * 224  # bytes of the two micro-batches that it keeps ready, of 256 images each
 _ENOUGH_SHARED = GIB  # for any number of workers: they wait for one another where more would be used
 _LEAST_FREE = GIB
-_LEAST_FILES = 1024
+_LEAST_FILES, _ENOUGH_FILES = 1024, 65536
 _LIBRARIES = 0.75 * GIB  # of Python, torch and DeepSpeed in a rank's memory
 
 
@@ -43,23 +44,29 @@ def speaks_for_its_host() -> bool:
 
 
 def findings() -> Iterator[Finding]:
-    yield launch_variables(os.environ)
-    yield cores()
-    yield memory()
-    yield shared_memory()
-    yield limits()
-    yield temporary_folder()
-    yield cache_folder()
+    yield looked_at("variables", lambda: launch_variables(os.environ))
+    yield looked_at("folder", current_folder)
+    yield looked_at("cores", cores)
+    yield looked_at("memory", memory)
+    yield looked_at("shared memory", shared_memory)
+    yield looked_at("limits", limits)
+    yield looked_at("temporary", temporary_folder)
+    yield looked_at("cache", cache_folder)
 
 
 def launch_variables(env: Mapping[str, str]) -> Finding:
     there = [f"{name}={env[name]}" for name in VARIABLES if name in env]
     finding = Finding("variables", there or ["none that a launcher sets"])
-    try:
-        launchers.complete(dict(env))
-    except UserError as error:
-        finding.wrong.append(str(error))
+    finding.wrong += launchers.faults(env)
     return finding
+
+
+def current_folder() -> Finding:
+    try:
+        return Finding("folder", [os.getcwd()])
+    except OSError as error:
+        wrong = f"The folder that this was started in is gone ({error.strerror}), and torch cannot be loaded in none"
+        return Finding("folder", ["none"], [f"{wrong}; write `cd FOLDER` of one that is there."])
 
 
 def cores() -> Finding:
@@ -77,7 +84,8 @@ def cores() -> Finding:
         finding.found.append(f"the group of this process gets the time of {share:.3g}")
         if share < 0.9 * usable:
             finding.wrong.append(
-                f"{usable} cores are seen and the container's limit gives the time of {share:.3g}, so that too many "
+                f"{counted(usable, 'core')} seen, and the container's limit gives the time of {share:.3g}, so that "
+                f"too many "
                 f"loader workers and threads share it; write data.num_workers={max(int(share), 1)} and "
                 f"OMP_NUM_THREADS={max(int(share), 1)}, or give the container whole cores (--cpuset-cpus)."
             )
@@ -100,7 +108,7 @@ def memory() -> Finding:
     told = {line.partition(":")[0]: line.split()[1] for line in _lines("/proc/meminfo") if len(line.split()) > 1}
     if not {"MemTotal", "MemAvailable"} <= told.keys():
         return Finding("memory", ["not told by this system"])
-    total, free = (1024 * int(told[name]) for name in ("MemTotal", "MemAvailable"))
+    total, free = (1024 * int(told[name]) if told[name].isdecimal() else 0 for name in ("MemTotal", "MemAvailable"))
     finding = Finding("memory", [f"{size(free)} of {size(total)} free"])
     limit = _words(CGROUP / "memory.max") or _words(CGROUP / "memory" / "memory.limit_in_bytes")
     if limit and limit[0].isdigit() and int(limit[0]) < total:
@@ -145,20 +153,43 @@ def shared_memory() -> Finding:
 
 def limits() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    locked, hard_locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     found = [f"open files {_limit(soft)} (at most {_limit(hard)}), locked memory {_limit(locked, size)}"]
     finding = Finding("limits", found)
     if soft != resource.RLIM_INFINITY and soft < _LEAST_FILES:
         finding.wrong.append(
             f"A process may open {soft} files, and a rank and its workers open shards, batches and connections, up to "
-            f"{_LEAST_FILES}; write `ulimit -n 65536` before the command, or docker run --ulimit nofile=65536."
+            f"{_LEAST_FILES}; {_raised('-n', hard, _LEAST_FILES, _ENOUGH_FILES, 'nofile')}."
         )
-    if INFINIBAND.is_dir() and any(INFINIBAND.iterdir()) and locked != resource.RLIM_INFINITY:
+    if _has_infiniband() and locked != resource.RLIM_INFINITY:
         finding.wrong.append(
             f"There is InfiniBand here, for which NCCL locks memory, and a process may lock {_limit(locked, size)}; "
-            "write `ulimit -l unlimited` before the command, or docker run --ulimit memlock=-1."
+            f"{_raised('-l', hard_locked, resource.RLIM_INFINITY, resource.RLIM_INFINITY, 'memlock')}."
         )
     return finding
+
+
+def _raised(flag: str, hard: int, least: int, enough: int, name: str) -> str:
+    """How a soft limit is raised: by anybody up to the hard one, and that by an administrator alone."""
+    wanted = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
+    in_docker = f"docker run --ulimit {name}={'-1' if wanted == 'unlimited' else wanted}"
+    if hard == resource.RLIM_INFINITY or (enough != resource.RLIM_INFINITY and hard >= enough):
+        return f"write `ulimit {flag} {wanted}` before the command, or {in_docker}"
+    if least != resource.RLIM_INFINITY and hard >= least:
+        return f"write `ulimit {flag} {hard}` before the command, the most that the hard limit allows, or {in_docker}"
+    service = {"nofile": "LimitNOFILE", "memlock": "LimitMEMLOCK"}[name]
+    return (
+        f"the hard limit is {hard}, which only an administrator can raise: `* - {name} {wanted}` in "
+        f"/etc/security/limits.conf and a new login, {service}= of the service (slurmd's, in a job), or {in_docker}; "
+        f"where `ulimit {flag}` of this shell has lowered it, a new shell is enough"
+    )
+
+
+def _has_infiniband() -> bool:
+    try:
+        return any(INFINIBAND.iterdir())
+    except OSError:
+        return False
 
 
 def _limit(value: int, words=str) -> str:
@@ -173,7 +204,7 @@ def temporary_folder() -> Finding:
         sentence = "No folder for temporary files can be written into; write `export TMPDIR=FOLDER` of one that can."
         return Finding("temporary", ["nowhere"], [sentence])
     finding = _folder("temporary", Path(place), "export TMPDIR=FOLDER")
-    if asked and Path(asked).resolve() != Path(place).resolve():
+    if asked and os.path.realpath(asked) != os.path.realpath(place):
         finding.wrong.append(
             f"TMPDIR={asked} cannot be written into, and {place} is used instead; make that folder, or unset TMPDIR."
         )
@@ -188,9 +219,13 @@ def cache_folder() -> Finding:
 def _folder(title: str, place: Path, remedy: str, needs_locks: bool = False) -> Finding:
     """A folder that is there is written into; of one that is not, the nearest above it is looked at."""
     there = place
-    while not there.exists() and there != there.parent:
+    while not os.path.lexists(there) and there != there.parent:
         there = there.parent
-    free = shutil.disk_usage(there).free
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        wrong = f"{place} cannot be looked at ({error.strerror}); write `{remedy}` of another one."
+        return Finding(title, [str(place)], [wrong])
     finding = Finding(title, [f"{place}, {size(free)} free" + (", not made yet" if there != place else "")])
     elsewhere = f"write `{remedy}` of another one"
     try:

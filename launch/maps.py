@@ -24,6 +24,7 @@ from prelude.launch.arguments import (
     add_range,
     add_select,
     documented_parser,
+    offering,
     parse_present,
     path,
     seed,
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
         seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
-        index = index_as_seen(name, shards_of(args), **seen_as)
+        named = "--images " if args.images else "evaluate.test_shards="
+        index = index_as_seen(name, shards_of(args), **seen_as, named=named)
         samples = chosen_samples(index, args.of, args.count, opened.config.in_chans)
         plan = dense_plan(evaluation_plan(opened))
         pixels = read_samples(index, plan, samples.ids)
@@ -117,7 +119,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--point", type=point, default=(0.5, 0.5), metavar="X,Y", help="in the first image (default: 0.5,0.5)"
     )
-    parser.add_argument("--features", metavar="KIND", help="tokens, tokens4 or map, map2 (default: tokens or map)")
+    kinds = "tokens, tokens4 or map, map2 (default: tokens or map)"
+    offering(parser.add_argument("--features", metavar="KIND", help=kinds), ("tokens", "tokens4", "map", "map2"))
     parser.add_argument("--to", required=True, type=path, metavar="FILE.png", help="a file that is not there")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
     add_select(parser, "--select", "the images")

@@ -17,14 +17,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.embedding.formats import refuse_to_overwrite
 from prelude.launch.arguments import (
+    KINDS,
     Shards,
     add_range,
     add_reading,
     add_select,
     documented_parser,
+    offering,
     parse_present,
     path,
     seed,
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         text = io.StringIO(newline="")
         csv.writer(text).writerows([COLUMNS, *rows])
         keep(args.out, text.getvalue())
-    show(rows, f"nearest of {len(embedded):,} images by {embedded.kind} features, cosine")
+    show(rows, f"nearest of {counted(f'{len(embedded):,}', 'image')} by {embedded.kind} features, cosine")
     if args.sheet:
         keep(args.sheet, contact_sheet(embedded, index_of(embedded, args.shards), found))
     return 0
@@ -162,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_select(parser, "--select", "the shards that a source is to see")
     parser.add_argument("--k", type=whole(1), default=8, metavar="K", help="neighbours (default: 8)")
-    parser.add_argument("--kind", metavar="KIND", help="of feature (default: the first)")
+    offering(parser.add_argument("--kind", metavar="KIND", help="of feature (default: the first)"), KINDS)
     parser.add_argument("--sheet", type=path, metavar="FILE.png", help="a contact sheet of the images")
     parser.add_argument("--out", type=path, metavar="FILE.csv", help="the table as a file")
     parser.add_argument(

@@ -7,22 +7,28 @@
 - What a door refuses is a `RunError` with its sentence.
 """
 
+import argparse
+import importlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prelude.data.errors import UserError
+from prelude.launch.arguments import parse
 from prelude.launch.children import Preempted, run_door
+from prelude.launch.export import destination
 from prelude.launch.progress_line import ProgressLine, is_live
-from prelude.launch.python_settings import option_words, overrides_of
+from prelude.launch.python_settings import as_count, as_path, keys_of, option_words, overrides_of, source_words
+from prelude.launch.python_words import of_options, of_settings
 from prelude.objectives import options_for
-from prelude.pretrain import recipe_yaml
+from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.log_config import EVERY_STEP
-from prelude.pretrain.recipes import load_config
+from prelude.pretrain.recipes import load_config, read_recipe
 
 
 class RunError(Exception):
@@ -43,21 +49,29 @@ def pretrain(recipe: str | Path, *, ranks: int = 1, **settings: Any) -> "Run":
 
     recipe: a YAML file, or the name of a shipped recipe. ranks: processes, one for each device. settings: keys of the
     config, in full (`**{"optimizer.lr": 1e-3}`), by their last part where only one section has it (`epochs=5`), or a
-    section as a mapping (`optimizer={"lr": 1e-3}`). Returns when the run has ended. Raises RunError, and
+    section as a mapping (`optimizer={"lr": 1e-3}`). In a run that is shorter than the recipe's warm-up or milestones,
+    these keep their share of it unless they are set. Returns when the run has ended. Raises RunError, and
     KeyboardInterrupt once the run that was interrupted is saved.
     """
+    keys = Keys()
     try:
-        overrides = overrides_of(recipe, settings)
-        config = load_config(recipe, overrides, options_for)
+        recipe, ranks = as_path(recipe, "recipe", "the name of a recipe, or its file"), as_count(ranks, "ranks")
+        keys = keys_of(recipe, settings)
+        overrides, followed = overrides_of(recipe, settings)
+        config = load_config(recipe, [*overrides, *followed], options_for)
     except UserError as error:
-        raise RunError(str(error)) from None
-    _ask("pretrain", ["--config", str(recipe), *overrides], ranks)
+        raise RunError(of_settings(str(error), keys)) from None
+    if followed:
+        written = of_settings(" and ".join(followed), keys)
+        print(f"The recipe is for a longer run; in this one its schedule keeps its share: {written}.")
+    _ask("pretrain", ["--config", str(recipe), *overrides, *followed], ranks, lambda told: of_settings(told, keys))
     return Run(Path(config.run_dir))
 
 
 def open_run(folder: str | Path) -> "Run":
     """A run that is there, finished or not. Raises RunError where the folder holds none."""
-    folder = Path(folder).expanduser()
+    with _in_python():
+        folder = as_path(folder, "folder", "the folder that a run was told as run_dir").expanduser()
     if not (folder / "config.yaml").is_file() and not (folder / "checkpoints").is_dir():
         raise RunError(f"{folder} holds no run; write the folder that a run was told as run_dir.")
     return Run(folder)
@@ -76,8 +90,12 @@ class Run:
 
     @property
     def config(self) -> dict:
-        """The settings that it was trained with, defaults included."""
-        return recipe_yaml.load((self.folder / "config.yaml").read_text())
+        """The settings that it was trained with, defaults included. Raises RunError where they are lost."""
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            raise RunError(f"{file} is not there: the run has not begun yet, or somebody has removed it.")
+        with _in_python():
+            return read_recipe(file)
 
     @property
     def untrained(self) -> str:
@@ -122,27 +140,56 @@ class Run:
 
     def export(self, to: str | Path | None = None, **options: Any) -> Path:
         """`prelude export`: the encoder as plain timm, or in other formats (`format=["timm", "onnx"]`) in folders of
-        `to`. Returns where it was written (default: `export` in the run's folder). Raises RunError."""
-        to = Path(to) if to is not None else self.folder / "export"
-        _ask("export", [str(self.folder), *option_words({"to": to, **options})])
-        return to
+        `to`. Returns where it was written (default: where the command would, such as `export` in the run's folder). As
+        there, an earlier export is replaced and nothing else. Raises RunError."""
+        parser = _parser_of("export")
+        with _in_python(parser):
+            words = option_words(options | {"to": None if to is None else as_path(to, "to")}, parser)
+            told = parse(parser, [str(self.folder), *words])
+            folder = destination(told)
+        _ask("export", [str(self.folder), *words], told=lambda sentence: of_options(sentence, parser))
+        return folder
 
     def _judged(
-        self, command: str, others: Sequence[str], ranks: int, options: dict[str, Any], door: str = ""
+        self, command: str, others: Sequence[Any], ranks: int, options: dict[str, Any], door: str = ""
     ) -> list[dict]:
-        sources = [str(self.folder), *map(str, others)]
-        words = [*sources, *option_words(options)]
+        parser = _parser_of(door or command, command)
+        with _in_python(parser):
+            sources, ranks = source_words(self.folder, others), as_count(ranks, "ranks")
+            words = [*sources, *option_words(options, parser)]
+            out = Path(parse(parser, words).out or self.folder / "evaluations")
         begun = time.time()
-        _ask(door or command, words, ranks)
-        out = Path(options.get("out") or self.folder / "evaluations")
+        _ask(door or command, words, ranks, lambda sentence: of_options(sentence, parser))
         written = [path for path in out.glob("*.json") if path.stat().st_mtime >= begun - 1]
         results = [json.loads(path.read_text()) for path in sorted(written)]
         ours = [result for result in results if result.get("command") == f"prelude {command} {shlex.join(words)}"]
         return sorted(ours, key=lambda result: sources.index(result["source"]))
 
 
-def _ask(door: str, words: list[str], ranks: int = 1) -> None:
-    """Has a door do it, and shows what it says as it says it. Raises RunError, or Interrupted."""
+def _parser_of(door: str, command: str = "") -> argparse.ArgumentParser:
+    """Of a door, which raises UserError for arguments that cannot be."""
+    parser = importlib.import_module(f"prelude.launch.{door}").parser()
+    parser.prog = f"prelude {command or door}"
+
+    def refuse(mistake: str):
+        raise UserError(f"{mistake.rstrip('.')}.")
+
+    parser.error = refuse
+    return parser
+
+
+@contextmanager
+def _in_python(parser: argparse.ArgumentParser | None = None) -> Iterator[None]:
+    """What is refused inside is a RunError, which spells the options of a door as arguments."""
+    try:
+        yield
+    except UserError as error:
+        raise RunError(of_options(str(error), parser) if parser else str(error)) from None
+
+
+def _ask(door: str, words: list[str], ranks: int = 1, told: Callable[[str], str] = str) -> None:
+    """Has a door do it, and shows what it says as it says it. told: what a sentence of its is in Python. Raises
+    RunError, or Interrupted."""
     live = is_live()
     line = ProgressLine(sys.stdout, live)
     try:
@@ -158,4 +205,4 @@ def _ask(door: str, words: list[str], ranks: int = 1) -> None:
     finally:
         line.end()
     if problem:
-        raise RunError(problem)
+        raise RunError(told(problem))

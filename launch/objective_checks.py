@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.data.batch import Batch, ViewPlan
+from prelude.data.counting import named
 from prelude.launch.made_up_data import made_up_batch, made_up_volumes
 from prelude.objectives.building import build_objective
 from prelude.pretrain.config import Config
@@ -137,7 +138,8 @@ def forward(subject: Subject) -> str:
     ]
     if wrong:
         raise Broken(" ".join(wrong))
-    return f"the loss is {loss.total.item():.4g} at the start, with {len(loss.parts)} parts for the log"
+    parts = f"{len(loss.parts)} {named(len(loss.parts), 'part')}"
+    return f"the loss is {loss.total.item():.4g} at the start, with {parts} for the log"
 
 
 def draws(subject: Subject) -> str:
@@ -213,14 +215,14 @@ def waits(subject: Subject) -> str:
     with counted() as found:
         objective(batch, progress).total.backward()
         objective.after_step(subject.progress(3), one)
-    allowed = objective.host_waits
+    allowed, waits = objective.host_waits, f"{len(found)} {named(len(found), 'time')} a step"
     if len(found) > allowed:
         raise Broken(
-            f"The host waits for the device {len(found)} times a step, first by {found[allowed]}; keep values on the "
+            f"The host waits for the device {waits}, first by {found[allowed]}; keep values on the "
             "device (torch.where, masks by multiplication, parts of the loss as tensors)."
         )
     if allowed:
-        return f"the host waits for the device {len(found)} times a step, of the {allowed} that host_waits allows"
+        return f"the host waits for the device {waits}, of the {allowed} that host_waits allows"
     return "the host never waits for the device"
 
 

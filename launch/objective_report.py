@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.saved import open_tensors
+from prelude.data.counting import counted
 from prelude.data.errors import RunStopped, UserError
 from prelude.launch import objective_ranks as ranks
 from prelude.launch.children import run_door
@@ -36,7 +37,7 @@ from prelude.pretrain import overrides as setting
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.encoders import lay_out_encoder
-from prelude.pretrain.recipes import read_recipe, validate_config
+from prelude.pretrain.recipes import objective_named, read_recipe, refuse_fine_tuning, validate_config
 
 GLOBAL_BATCH = 8
 _WORLDS = (1, 2)
@@ -72,7 +73,7 @@ def main(name: str, recipe: str, overrides: list[str], *, quick: bool) -> int:
         print(f"{name} keeps the contract")
         return 0
     skipped = f", {found[None]} could not be run" if found[None] else ""
-    print(f"{name}: {found[False]} {'check' if found[False] == 1 else 'checks'} failed{skipped}")
+    print(f"{name}: {counted(found[False], 'check')} failed{skipped}")
     return 1
 
 
@@ -88,7 +89,8 @@ def _drops_paths(encoder: dict) -> bool:
 def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
     """The recipe's encoder and the objective's options, in a run of a few small steps. Raises UserError."""
     values = read_recipe(recipe, [], options_for)
-    if values.get("objective", {}).get("name") != name:
+    refuse_fine_tuning(values, recipe)
+    if objective_named(values) != name:
         values["objective"] = {}
     values["objective"]["name"] = name
     for override in overrides:
@@ -221,7 +223,7 @@ class Runs:
             self._launch()
         failures = self.failures[world]
         if why := failures.get("", failures.get(case)):
-            raise Broken(f"At {world} ranks, {case}, it raises {why}")
+            raise Broken(f"At {counted(world, 'rank')}, {case}, it raises {why}")
         return self.folder / f"{world}-{case}"
 
     def _launch(self) -> None:

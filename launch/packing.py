@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.packing.images import QUALITY
 from prelude.data.packing.pack import Packing, pack, read_classes
@@ -55,7 +56,9 @@ def _tell(summary: dict, packing: Packing) -> None:
     table = Table(show_header=False)
     for name, split in summary["splits"].items():
         mib = split["bytes"] / 2**20
-        table.add_row(name, f"{split['images']} images in {split['shards']} shards, {mib:.1f} MiB")
+        table.add_row(
+            name, f"{counted(split['images'], 'image')} in {counted(split['shards'], 'shard')}, {mib:.1f} MiB"
+        )
     if summary["classes"]:
         table.add_row("classes", f"{summary['classes']}, in {packing.to}/classes.txt")
     if summary["unlabelled"]:

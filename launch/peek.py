@@ -6,7 +6,9 @@ import sys
 
 from PIL import Image
 
+from prelude.data.absent import told_as
 from prelude.data.batch import View, ViewPlan
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.shards import ShardIndex
@@ -32,7 +34,8 @@ def peek(args: argparse.Namespace) -> int:
     elif args.set:
         raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
     else:
-        channels = channels_of(ShardIndex(args.shards))
+        with told_as(""):
+            channels = channels_of(ShardIndex(args.shards))
         plan = ViewPlan((_PLAIN_VIEW,), (0.5,) * channels, (0.25,) * channels)
     if args.count < 1:
         raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
@@ -49,7 +52,7 @@ def peek(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"--to {args.to} cannot be written ({error}); write the name of a .png file.") from None
     print("\n".join(names), file=sys.stderr)
-    print(f"{args.count} images, {len(plan.views)} view{'s' * (len(plan.views) > 1)} each: {args.to}")
+    print(f"{counted(args.count, 'image')}, {counted(len(plan.views), 'view')} each: {args.to}")
     return 0
 
 

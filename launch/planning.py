@@ -5,16 +5,15 @@ Only the first rank speaks. The others end at once, unless steps are measured, i
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
+from prelude.data.counting import counted
+from prelude.launch.plain_tables import columns, pairs, paragraph
 from prelude.pretrain import compiling, devices, distributed, precision
 from prelude.pretrain.config import Config, LogConfig, ResumeConfig
 from prelude.pretrain.engine import Engine
+from prelude.pretrain.fitting import misfit
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.preview import Preview, duration, preview
@@ -43,17 +42,19 @@ class Planned:
     """A table that is printed once it is whole, and what it was made of."""
 
     preview: Preview
-    table: Table
-    alternatives: Table
+    figures: devices.Figures
+    rows: list[tuple[str, str]] = field(default_factory=list)
 
-    def add_row(self, what: str, how_much) -> None:
-        self.table.add_row(what, how_much)
+    def add_row(self, what: str, how_much: str) -> None:
+        self.rows.append((what, how_much))
 
     def print(self) -> None:
         if distributed.launched_rank() == 0:
-            console = Console()
-            console.print(self.table)
-            console.print(self.alternatives)
+            config = self.preview.config
+            print(pairs(f"{config.objective['name']} with {config.encoder.name}", self.rows))
+            print(f"\n{_alternatives(self.preview, self.figures)}")
+            if sentence := misfit(self.preview, self.figures):
+                print(f"\n{paragraph(sentence)}")
 
 
 def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -> Planned:
@@ -68,25 +69,21 @@ def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -
         chosen, said = resolved.name, f"{resolved}, on {device.type}"
         figures = devices.here(device, chosen)
     found = preview(config, objective, num_samples=num_samples, world_size=asked.world_size, precision=chosen)
-    table = Table(title=f"{config.objective['name']} with {config.encoder.name}", show_header=False)
-    for row in found.rows():
-        table.add_row(*row)
-    table.add_row("precision", said)
+    planned = Planned(found, figures, [*found.rows(), ("precision", said)])
     if config.train.compile:
-        table.add_row("train.compile", compiling.advice(distributed.device()))
+        planned.add_row("train.compile", compiling.advice(distributed.device()))
     if figures.peak:
-        table.add_row("time", found.expected_time(figures))
-    return Planned(found, table, _alternatives(found, figures))
+        planned.add_row("time", found.expected_time(figures))
+    return planned
 
 
-def _alternatives(found: Preview, figures: devices.Figures) -> Table:
-    title = f"memory a rank, of {figures.memory / 2**30:.1f} GiB usable by {figures.source}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("ZeRO", "checkpointing", "weights", "optimizer", "activations", "peak", "largest micro-batch"):
-        table.add_column(name, justify="right")
-    for row in found.alternatives(figures):
-        table.add_row(*row)
-    return table
+def _alternatives(found: Preview, figures: devices.Figures) -> str:
+    title = (
+        f"memory a rank, of {figures.memory / 2**30:.1f} GiB usable by {figures.source}; the largest micro-batch is "
+        "the one that makes the global batch in whole steps of accumulation, with that of any size in brackets"
+    )
+    titles = ("ZeRO", "checkpointing", "weights", "optimizer", "activations", "peak", "largest\nmicro-batch")
+    return columns(title, titles, found.alternatives(figures))
 
 
 def tell_measured(
@@ -104,15 +101,17 @@ def tell_measured(
         seconds = median(record.step_seconds for record in records[1:]) * accumulation * micro_batch / at_once
         wait = median(record.data_wait for record in records[1:])
         steps = planned.preview.num_samples / config.train.global_batch
-        of = f" of {planned.preview.world_size}" if world != planned.preview.world_size else ""
-        scaled = f", from {at_once} images at once" if at_once < micro_batch else ""
-        table = Table(show_header=False)
-        table.add_row("a step", f"{duration(seconds)}, measured with {world}{of} ranks on {device.type}{scaled}")
-        table.add_row("of it", f"{wait:.0%} waiting for data")
-        table.add_row("an epoch", duration(seconds * steps))
-        table.add_row("the run", f"{duration(seconds * steps * config.train.epochs)} without saving and evaluation")
-        table.add_row("not measured", "more ranks than these, what they say to each other, and any other device")
-        Console().print(table)
+        planned_for = planned.preview.world_size
+        ranks = counted(world, "rank") if world == planned_for else f"{world} of {counted(planned_for, 'rank')}"
+        scaled = f", from {counted(at_once, 'image')} at once" if at_once < micro_batch else ""
+        rows = [
+            ("a step", f"{duration(seconds)}, measured with {ranks} on {device.type}{scaled}"),
+            ("of it", f"{wait:.0%} waiting for data"),
+            ("an epoch", duration(seconds * steps)),
+            ("the run", f"{duration(seconds * steps * config.train.epochs)} without saving and evaluation"),
+            ("not measured", "more ranks than these, what they say to each other, and any other device"),
+        ]
+        print(f"\n{pairs('', rows)}", flush=True)
     distributed.stop()
 
 

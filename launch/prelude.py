@@ -9,6 +9,7 @@ import importlib.metadata
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 from prelude.data.errors import UserError
 from prelude.launch.exit_codes import door
@@ -78,9 +79,23 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
         raise UserError(f"prelude has no command {argv[0]!r}; {hint}")
-    module = importlib.import_module(f"prelude.launch.{COMMANDS[argv[0]][0]}")
+    module = _imported(f"prelude.launch.{COMMANDS[argv[0]][0]}")
     sys.argv[0] = f"prelude {argv[0]}"  # the name that argparse shows in a command's own help
     return module.main(argv[1:])
+
+
+def _imported(name: str) -> ModuleType:
+    """Raises UserError where a package is missing that the command cannot begin without."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "prelude"):
+            raise
+        raise UserError(
+            f"The package {missing} is missing, without which nothing here begins; reinstall prelude-ssl with what it "
+            "needs (`pip install --force-reinstall prelude-ssl`, or `make install` in a checkout)."
+        ) from None
 
 
 def version() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prelude.evaluators.finetuning.recipe import check_recipe
 from prelude.objectives import options_for
-from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, load_config, read_recipe
+from prelude.pretrain.recipes import SHIPPED, bases_of, find_recipe, is_of_fine_tuning, load_config, read_recipe
 
 FINE_TUNING = "fine-tuning"
 _HEADER = ("Trains", "Takes", "Reaches", "Command")
@@ -24,16 +24,32 @@ class Recipe:
     name: str
     objective: str  # or fine-tuning
     encoder: str  # of timm; empty where the source has it
-    image_size: str  # pixels
-    global_batch: int
-    epochs: float
+    image_size: int | list[int] | None  # pixels: of a side, or height and width; None: as the source has it
+    global_batch: int | None  # as far as they are written
+    epochs: float | None
     trains: str
     takes: str
     reaches: str
     command: str
     bases: list[str]  # what it is built on, the nearest first
     result: str  # measured, published or not measured
-    images_per_second: str = ""  # measured, with the machine; empty where it was not
+    images_per_second: list[int] | None = None  # measured: least and most; None: it was not
+    measured_on: str | None = None  # the machine
+    precision: str | None = None  # of the measurement
+
+    @property
+    def pixels(self) -> str:
+        """For a person."""
+        sides = self.image_size if isinstance(self.image_size, list) else [self.image_size]
+        return " x ".join(map(str, sides)) if self.image_size else "of the source"
+
+    @property
+    def speed(self) -> str:
+        """For a person; empty where it was not measured."""
+        if not self.images_per_second:
+            return ""
+        least, most = self.images_per_second
+        return f"{least} to {most} images/s on {self.measured_on} in {self.precision}"
 
 
 def shipped() -> list[Recipe]:
@@ -45,10 +61,10 @@ def shipped() -> list[Recipe]:
 def described(recipe: str) -> Recipe:
     """One of them, or any other file, which needs no header. Raises UserError for settings that cannot be."""
     path = find_recipe(recipe)
-    if (read_recipe(path).get("objective") or {}).get("name"):
-        load_config(path, [], options_for)
-    else:
+    if is_of_fine_tuning(read_recipe(path)):
         check_recipe(path)
+    else:
+        load_config(path, [], options_for)
     return _recipe(path, json.loads((SHIPPED / "figures.json").read_text()))
 
 
@@ -86,19 +102,18 @@ def as_page(recipes: Iterable[Recipe]) -> str:
 def _recipe(path: Path, figures: dict) -> Recipe:
     header, values = header_of(path), read_recipe(path)
     objective, encoder = values.get("objective") or {}, values.get("encoder") or {}
-    size = encoder.get("image_size") or objective.get("image_size") or "of the source"
-    figure = figures.get(path.stem)
+    train, figure = values.get("train") or {}, figures.get(path.stem, {})
     return Recipe(
         name=path.stem,
         objective=objective.get("name", FINE_TUNING),
         encoder=encoder.get("name", ""),
-        image_size=" x ".join(map(str, size)) if isinstance(size, list) else str(size),
-        global_batch=values.get("train", {}).get("global_batch", 0),
-        epochs=values.get("train", {}).get("epochs", 0),
+        image_size=encoder.get("image_size") or objective.get("image_size"),
+        global_batch=train.get("global_batch"),
+        epochs=train.get("epochs"),
         **header,
         bases=[base.stem for base in bases_of(path)[1:]],
         result=_kind(header["reaches"]),
-        images_per_second=f"{figure['images_per_second']} images/s on {figure['machine']}" if figure else "",
+        **figure,
     )
 
 
@@ -109,10 +124,10 @@ def _kind(reaches: str) -> str:
 
 
 def _row(recipe: Recipe) -> str:
-    takes = "; ".join(filter(None, [recipe.takes.rstrip("."), recipe.images_per_second]))
+    takes = "; ".join(filter(None, [recipe.takes.rstrip("."), recipe.speed]))
     reaches = recipe.reaches.rstrip(".")
     result = reaches if reaches.startswith((_PUBLISHED, _NOT_MEASURED)) else f"**{recipe.result}**: {reaches}"
-    cells = [f"`{recipe.name}`", recipe.trains.rstrip("."), recipe.image_size, str(recipe.global_batch), takes, result]
+    cells = [f"`{recipe.name}`", recipe.trains.rstrip("."), recipe.pixels, str(recipe.global_batch), takes, result]
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
@@ -123,8 +138,10 @@ Every file of `configs/`, by the objective that it trains with. The page is writ
 
 - **measured** figures are this project's own, with their commands in [results.md](results.md). Published ones are
   those of the authors, and were not repeated here.
-- Planned memory is that of `prelude pretrain --config NAME --dry-run --device rtx4090`, in the precision that such a
-  device takes: neither a GPU nor the method's result was measured. Where it is given, the micro-batch is the largest
+- Every time and memory has its device and precision with it. A time is a run's from its first to its last step unless
+  it says otherwise; published ones have what their authors tell.
+- Planned memory is that of `prelude pretrain --config NAME --dry-run --device rtx4090`: neither a GPU nor the method's
+  result was measured. Where it is given, the micro-batch is the largest
   power of two that leaves a tenth of 24 GiB free.
 - Pixels are the side of what the encoder sees. The batch is that of an optimizer step, over all ranks.
 
@@ -140,7 +157,8 @@ data: {shards: shards/train-*.tar}
 train: {epochs: 100}
 ```
 
-`base` takes over all that another recipe sets, and the file says what differs. Sections are merged key by key, and a
-list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and an empty one
-(`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
+`base` takes over all that another recipe sets but its folder, and the file says what differs. Without a `run_dir` the
+run lies beside that of the base, by the name of the file (`runs/mine` for `mine.yaml`). Sections are merged key by key,
+and a list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and an
+empty one (`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
 """

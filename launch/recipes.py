@@ -19,9 +19,10 @@ import sys
 
 from prelude.data.errors import UserError
 from prelude.launch.alone import refuse_ranks
-from prelude.launch.arguments import documented_parser, parse, path
+from prelude.launch.arguments import documented_parser, offering, parse, path
 from prelude.launch.exit_codes import door
 from prelude.launch.recipe_index import FINE_TUNING, Recipe, as_json, as_page, described, shipped
+from prelude.objectives import OURS
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.recipes import read_recipe
 
@@ -58,22 +59,29 @@ def _print_table(recipes: list[Recipe]) -> None:
     """A line for each; on a terminal as much of it as fits, since all of it is shown with the recipe's name."""
     titles = ("recipe", "objective", "pixels", "batch", "result", "takes")
     rows = [
-        (one.name, one.objective, one.image_size, str(one.global_batch), one.result,
-         "; ".join(filter(None, [one.takes.rstrip("."), one.images_per_second])))
+        (one.name, one.objective, one.pixels, str(one.global_batch), one.result,
+         "; ".join(filter(None, [one.takes.rstrip("."), one.speed])))
         for one in recipes
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for row in (titles, *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip()[:room])
+        print(_begun("  ".join(cells).rstrip(), room))
     if room:
         print("\n`prelude recipes NAME` says all of one: what it trains, reaches and sets.")
 
 
+def _begun(line: str, room: int | None) -> str:
+    """As many whole words as there is room for, and a sign that there are more."""
+    if room is None or len(line) <= room:
+        return line
+    return f"{line[: room - 1].rpartition(' ')[0].rstrip()} …"
+
+
 def _whole(recipe: Recipe, named: str) -> str:
     lines = [f"trains   {recipe.trains}", f"takes    {recipe.takes}", f"reaches  {recipe.reaches}"]
-    lines += [f"speed    {recipe.images_per_second}"] if recipe.images_per_second else []
+    lines += [f"speed    {recipe.speed}"] if recipe.speed else []
     lines += [f"base     {', built on '.join(recipe.bases)}"] if recipe.bases else []
     return "\n".join([*lines, f"command  {recipe.command}", "", recipe_yaml.dump(read_recipe(named)).rstrip()])
 
@@ -81,7 +89,8 @@ def _whole(recipe: Recipe, named: str) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
     parser.add_argument("recipe", nargs="?", type=path, metavar="NAME", help="one recipe, or a YAML file")
-    parser.add_argument("--objective", metavar="NAME", help=f"those of one objective, or {FINE_TUNING}")
+    objective = parser.add_argument("--objective", metavar="NAME", help=f"those of one objective, or {FINE_TUNING}")
+    offering(objective, (*sorted(OURS), FINE_TUNING))
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for other tools")
     form.add_argument("--markdown", action="store_true", help="as the page docs/recipes.md")

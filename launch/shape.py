@@ -15,6 +15,7 @@ import argparse
 
 from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import (
+    KINDS,
     OUT,
     SOURCES,
     Shards,
@@ -22,6 +23,7 @@ from prelude.launch.arguments import (
     add_range,
     add_select,
     documented_parser,
+    offering,
     parse_present,
     path,
     source,
@@ -61,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="K",
         help="sides of the grid (default: of 2 4 8 16 those that fit)",
     )
-    parser.add_argument("--features", nargs="+", metavar="KIND", help="(default: those that suit each encoder)")
+    kinds = "(default: those that suit each encoder)"
+    offering(parser.add_argument("--features", nargs="+", metavar="KIND", help=kinds), KINDS)
     parser.add_argument("--num-images", type=whole(1), metavar="N", help="from all over (default: 500)")
     parser.add_argument("--out", type=path, metavar="DIR", help=OUT)
     parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of random: (default: 0)")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.progress import progress_bar
@@ -54,9 +55,11 @@ def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Cal
         outcome = global_shape(batches(), features, tiles=tiles, shards=index.named)
     read, warnings = outcome.details["num_images"], []
     if read < len(samples):
-        warnings.append(f"{len(samples) - read} of {len(samples)} images could not be read and are left out.")
+        warnings.append(f"{len(samples) - read} of {counted(len(samples), 'image')} left out, unreadable.")
     if args.num_images and args.num_images > index.num_samples:
-        warnings.append(f"The shards hold {index.num_samples} images, fewer than --num-images {args.num_images}.")
+        warnings.append(
+            f"The shards hold {counted(index.num_samples, 'image')}, fewer than --num-images {args.num_images}."
+        )
     outcome = replace(outcome, warnings=warnings + outcome.warnings)
     data = {"test": {**data, "fingerprint": index.fingerprint, "num_samples": read}}
     seconds = round(time.monotonic() - started, 3)
@@ -74,5 +77,6 @@ def _images(source: str, args: argparse.Namespace) -> tuple[ShardIndex, dict]:
     of_section = None if args.test or not section else selection(section.test_select)
     part = part_of(args.test_select, TEST_SELECT) or of_section
     image = args.image or (section and section.image) or ""
-    index = index_as_seen(source, shards, "", args.range, image, part, TEST_SELECT)
+    named = "--test " if args.test else "evaluate.test_shards="
+    index = index_as_seen(source, shards, "", args.range, image, part, TEST_SELECT, named)
     return index, {"shards": shards, **({"select": part.said()} if part else {})}

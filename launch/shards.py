@@ -20,6 +20,7 @@ if __name__ == "__main__" and not __package__:
 import argparse
 
 from prelude.data.absent import refuse_absent
+from prelude.data.counting import counted
 from prelude.launch.alone import refuse_ranks
 from prelude.launch.exit_codes import door
 from prelude.launch.shards_arguments import shards_parser
@@ -56,7 +57,7 @@ def shapes(args: argparse.Namespace) -> int:
             what, paths = "volumes", write_volumes(args.to, split, count, seed=args.seed, size=size)
         else:
             what, paths = "images", write_shards(args.to, split, count, seed=args.seed, image_size=args.image_size)
-        print(f"{count} {split} {what} in {len(paths)} shards: {paths[0]} ...")
+        print(f"{count} {split} {what} in {counted(len(paths), 'shard')}: {paths[0]} ...")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from prelude.launch.arguments import add_cache, documented_parser, finite, path, seed, value_range, whole
+from prelude.launch.arguments import add_cache, documented_parser, finite, offering, path, seed, value_range, whole
 
 _QUALITY = 90  # of JPEGs, where nothing else is asked for
 
@@ -43,9 +43,8 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=whole(1), metavar="N", help="threads that decode (default: the cores)")
     there = "of an image (default: 3, or what images have that cannot be RGB)"
     parser.add_argument("--channels", type=whole(1), metavar="N", help=there)
-    parser.add_argument(
-        "--range", type=value_range, metavar="LOW,HIGH", help="values of deep images that are black and white, or auto"
-    )
+    values = "values of deep images that are black and white, or auto"
+    offering(parser.add_argument("--range", type=value_range, metavar="LOW,HIGH", help=values), ["auto"])
     add_cache(parser)
 
 

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
+from prelude.data.absent import told_as
+from prelude.data.counting import counted
 from prelude.data.data_sets import Data, DataSet, check_there, check_volumes_there
 from prelude.data.errors import UserError
 from prelude.data.loader import AlternatingLoader, Loader, alternating_loader, build_loader
@@ -49,8 +49,9 @@ def check(config: Config, world_size: int | None = None) -> None:
     if config.data.volumes:
         check_volumes_there(config.data.volumes.shards)
     if config.evaluate and config.evaluate.every_steps:
-        indexable_shards(config.evaluate.train_shards)
-        indexable_shards(config.evaluate.test_shards)
+        for name in ("evaluate.train_shards", "evaluate.test_shards"):
+            with told_as(f"{name}="):
+                indexable_shards(getattr(config.evaluate, name.removeprefix("evaluate.")))
         online.check(config.evaluate)
     deepspeed_config.passed_through(config)
 
@@ -161,9 +162,9 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
     text = (
         f"{config.objective['name']} with {config.encoder.name} on {loader.num_samples} {samples}, "
         f"{distributed.world_size()} x {device.type} in {engine.precision}: "
-        f"{engine.progress.num_steps} steps of {config.train.global_batch} images "
+        f"{counted(engine.progress.num_steps, 'step')} of {counted(config.train.global_batch, 'image')} "
         f"({engine.micro_batch} a rank x {engine.accumulation}), peak learning rate {config.peak_lr:.3g}, "
-        f"{loader.num_workers} loader workers a rank; everything goes to {config.run_dir}"
+        f"{counted(loader.num_workers, 'loader worker')} a rank; everything goes to {config.run_dir}"
     )
     if config.train.compile:
         text += f"\ntrain.compile: {compiling.advice(device)}"
@@ -195,12 +196,12 @@ def dry_run(config: Config, asked: Asked) -> int:
     planned = plan(config, objective, loader.num_samples, asked)
     if start.sentence:
         planned.add_row("weights", start.sentence)
-    planned.add_row("data", f"{loader.num_samples} samples in {loader.num_shards} shards")
+    planned.add_row("data", f"{counted(loader.num_samples, 'sample')} in {counted(loader.num_shards, 'shard')}")
     for line in mixture_of(loader):
         planned.add_row(*line.split(": ", 1))
     planned.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     try:
-        planned.add_row("run folder", Text(outlook(start.config, loader), overflow="fold"))
+        planned.add_row("run folder", outlook(start.config, loader))
     except UserError as refusal:
         planned.add_row("run folder", "a start would be refused")
         planned.print()

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MaskedCellsOptions
@@ -173,7 +174,8 @@ def fitted(
             {max(side // cell, 2) * cell for side in image_size} | {max(-(-max(image_size) // cell), 2) * cell}
         )
         raise UserError(
-            f"encoder.image_size={height}x{width} is not cut into two or more whole cells of {cell} pixels (the total "
+            f"encoder.image_size={height}x{width} is not cut into two or more whole cells of "
+            f"{counted(cell, 'pixel')} (the total "
             f"stride of encoder.name={name} is {stride}); write encoder.image_size={' or '.join(map(str, fits))}, or "
             "give the encoder a smaller stride (encoder.kwargs={output_stride: 8} for a ResNet, encoder.patch_size=1 "
             "for a ConvNeXt)."

@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from prelude.data.counting import counted
+
 _SIDE = 128  # least pixels of a panel's side; small images are enlarged by whole factors
 _GAP = 4
 _HEAD = 14  # pixels above a panel for its title
@@ -54,7 +56,7 @@ def region_panels(pixels: Tensor, grid: Grid, saliency: Tensor, regions: Tensor)
     panels = [
         ("image", _picture(base)),
         ("saliency", _picture(_heat(base, grid, saliency.numpy()))),
-        (f"{last - 1} region{'s' * (last != 2)} + rest", _numbered(base, grid, rid)),
+        (f"{counted(last - 1, 'region')} + rest", _numbered(base, grid, rid)),
     ]
     for step in range(1, last):
         context, target = np.flatnonzero(rid <= step).tolist(), np.flatnonzero(rid == step + 1).tolist()

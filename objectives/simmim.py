@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.objectives.local_statistics import window_statistics
 from prelude.objectives.masking import PatchMask, mask_noise, random_mask
@@ -88,7 +89,8 @@ class SimMIM(Objective):
         cells = encoder.size[0] // cell * (encoder.size[1] // cell)
         if num_hidden(cells, options.mask_ratio) >= cells:
             raise UserError(
-                f"objective.mask_ratio={options.mask_ratio} of {cells} cells of {cell} pixels leaves none to see; "
+                f"objective.mask_ratio={options.mask_ratio} of {counted(cells, 'cell')} of {counted(cell, 'pixel')} "
+                f"leaves none to see; "
                 "write objective.mask_ratio=0.6, or a smaller objective.mask_patch."
             )
 

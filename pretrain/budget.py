@@ -3,6 +3,7 @@
 import json
 import math
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain.config import Config
 
@@ -16,7 +17,8 @@ def within(config: Config, num_images: int, num_samples: int) -> list[str]:
     batch = config.train.global_batch
     if num_images < batch:
         raise UserError(
-            f"{num_images} images are less than one batch of train.global_batch={batch}; write {batch} or more."
+            f"{counted(num_images, 'image')} cannot make one batch of train.global_batch={batch}; write {batch} or "
+            f"more."
         )
     steps = math.ceil(num_images / batch)
     epochs = steps * batch / num_samples

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.log_config import LogConfig
-from prelude.pretrain.options import Count, FilePath, Index, Positive, Section, Share, Text, Texts, number
+from prelude.pretrain.options import AnyShards, Count, FilePath, Index, Positive, Section, Share, Text, number
 
 
 class ShuffleConfig(Section):
@@ -44,7 +45,7 @@ class SelectConfig(Section):
 class PartConfig(Section):
     """One of several data sets that are mixed."""
 
-    shards: Text | Texts  # paths, braces, *, folders or URLs
+    shards: AnyShards  # paths, braces, *, folders or URLs
     weight: float = Field(gt=0)  # how often it is drawn from, relative to the others
     image: Text | None = None  # extension of the image's member; None: any
     select: SelectConfig | None = None  # a part of its samples; None: all
@@ -59,7 +60,7 @@ def _low_and_high(value, instead: str):
 class VolumesConfig(Section):
     """Volumes beside images, in batches of their own; for objectives that learn from both."""
 
-    shards: Text | Texts  # of .npy members; paths, braces, *, a folder, or URLs
+    shards: AnyShards  # of .npy members; paths, braces, *, a folder, or URLs
     share: float = Field(0.5, gt=0, lt=1)  # of the steps; the others are of images
     image: Text | None = None  # extension of the volume's member, such as oct.npy; None: any
     select: SelectConfig | None = None  # a part of the volumes; None: all
@@ -72,7 +73,7 @@ class VolumesConfig(Section):
 
 
 class DataConfig(Section):
-    shards: Text | Texts | None = None  # paths, braces, *, a folder, or URLs; one or a list
+    shards: AnyShards | None = None  # paths, braces, *, a folder, or URLs; one or a list
     mix: dict[str, PartConfig] = {}  # several data sets by name, instead of shards
     image: Text | None = None  # extension of the image's member, such as left.jpg; None: any
     select: SelectConfig | None = None  # a part of the samples; None: all
@@ -120,7 +121,8 @@ class DataConfig(Section):
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(
-                    f"{key} has {len(getattr(self, key))} values and channels={self.channels}; write one for each "
+                    f"{key} has {counted(len(getattr(self, key)), 'value')} and channels={self.channels}; write one "
+                    f"for each "
                     f"channel, as `prelude shards info SHARDS --channels {self.channels}` tells them"
                 )
         if self.shown_channels and (len(self.shown_channels) > 3 or max(self.shown_channels) >= self.channels):
@@ -260,8 +262,8 @@ class EvaluateConfig(Section):
     """Labelled shards that evaluations use for this run unless told otherwise, and how a small part of them judges the
     encoder while it trains."""
 
-    train_shards: Text | Texts  # labelled shards to learn from
-    test_shards: Text | Texts  # labelled shards to report on
+    train_shards: AnyShards  # labelled shards to learn from
+    test_shards: AnyShards  # labelled shards to report on
     label: Text = "cls"  # where the label is: extension of the member (cls, txt), or json:FIELD
     classes: list[Text] = []  # names in the order of their numbers; []: sorted, where labels are text
     image: Text | None = None  # extension of the image's member, such as left.jpg; None: any
@@ -372,14 +374,15 @@ class Config(Section):
             if batch % world_size:
                 near = max(round(batch / world_size), 1) * world_size
                 raise UserError(
-                    f"train.global_batch={batch} cannot be shared equally by {world_size} ranks; "
+                    f"train.global_batch={batch} cannot be shared equally by {counted(world_size, 'rank')}; "
                     f"write train.global_batch={near}."
                 )
             return batch // world_size, 1
         if batch % (micro * world_size):
             near = max(round(batch / (micro * world_size)), 1) * micro * world_size
             raise UserError(
-                f"train.global_batch={batch} is no multiple of {world_size} ranks x train.micro_batch={micro}; "
+                f"train.global_batch={batch} is no multiple of {counted(world_size, 'rank')} x "
+                f"train.micro_batch={micro}; "
                 f"write train.global_batch={near}, or another train.micro_batch."
             )
         return micro, batch // (micro * world_size)

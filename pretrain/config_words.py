@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from prelude.pretrain import foreign_keys
-from prelude.pretrain.annotations import alternatives, is_section, section_in
+from prelude.pretrain.annotations import alternatives, is_section, section_in, takes
 from prelude.pretrain.config_keys import Keys
-from prelude.pretrain.options import number
+from prelude.pretrain.options import Called, number
 
 _LONGEST = 80  # characters of a value that a sentence repeats
 
@@ -46,10 +46,12 @@ def _sentence(mistake: dict, path: list[str], values: dict, keys: Keys) -> str:
     value = _value_at(path, values, mistake["input"])
     if mistake["type"] == "value_error" or field is None:
         return f"{key}={shown(value)} is refused: {message[0].lower() + message[1:]}."
+    if isinstance(value, str) and "name" in keys.names(path):
+        return f"{key}={shown(value)} is refused: write {key}.name={value}, or settings below {key}."
     want = wanted(field)
     if mistake["type"] == "finite_number":
         want = want.replace("a number", "a finite number")
-    elif "text" in want and isinstance(value, (int, float)):
+    elif takes(field.annotation, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         want += ", in quotes where it looks like a number"
     return f"{key}={shown(value)} is refused: write {want}."
 
@@ -94,6 +96,8 @@ def _wanted(part: Any, metadata: list) -> str:
     if origin is list:
         least = next((limit.min_length for limit in metadata if isinstance(limit, MinLen)), 0)
         return f"a list of {_many(inside[0])}{f', at least {least}' if least else ''}"
+    if part is str and (called := _called(metadata)):
+        return called.one
     names = {bool: "true or false", str: "text", type(None): "null", Any: "a value"}
     if part in (int, float):
         return " ".join(filter(None, ("a whole number" if part is int else "a number", _limits(metadata))))
@@ -106,7 +110,13 @@ def _many(part: Any) -> str:
         part, *rest = get_args(part)
         limits = _limits_in(rest)
     name = {int: "whole numbers", float: "numbers", str: "texts"}.get(part, "values")
+    if part is str and (called := _called(limits)):
+        return called.many
     return " ".join(filter(None, (name, _limits(limits))))
+
+
+def _called(metadata: Iterable) -> Called | None:
+    return next((one for one in metadata if isinstance(one, Called)), None)
 
 
 def _limits_in(annotations: Iterable) -> list:

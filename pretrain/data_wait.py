@@ -1,5 +1,6 @@
 """Says when a run waits for its data, and what to do about it."""
 
+from prelude.data.counting import counted
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.schedules import Progress
 
@@ -41,7 +42,7 @@ class DataWaitWatch(Monitor):
     def _sentence(self, share: float, record: StepRecord) -> str:
         of = f"{self.num_workers} loader workers" if self.num_workers != 1 else "one loader worker"
         return (
-            f"{share:.0%} of the time of the last {self.steps} steps went into waiting for data, at "
+            f"{share:.0%} of the time of the last {counted(self.steps, 'step')} went into waiting for data, at "
             f"{record.images_per_second:.0f} images/s with {of} a rank; {self._remedy()}"
         )
 
@@ -49,4 +50,4 @@ class DataWaitWatch(Monitor):
         smaller = "pack smaller images with `prelude shards pack SHARDS --to DIR --short-side PIXELS`"
         if self.num_workers < self.num_cores:
             return f"write data.num_workers={self.num_cores}, a rank's share of the cores, or {smaller}."
-        return f"{smaller}, or give a rank more than its {self.num_cores} cores."
+        return f"{smaller}, or give a rank more than its {counted(self.num_cores, 'core')}."

@@ -78,7 +78,7 @@ def start(rank_timeout: float = RANK_TIMEOUT) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
         # One core is left to the loader: threads that wait for each other on a busy core take many times longer.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(cores_per_rank() - 1, 1)))
+        torch.set_num_threads(launchers.num_threads() or max(cores_per_rank() - 1, 1))
     else:
         torch.cuda.set_device(local_rank())
     if not dist.is_initialized():

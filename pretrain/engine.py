@@ -215,7 +215,7 @@ class Engine:
         self.skipped_steps += not applied
         if self.nonfinite_in_a_row >= self.config.train.max_nonfinite_steps:
             raise RunStopped(
-                f"The loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, the last being "
+                f"The loss or its gradient was not finite (steps in a row: {self.nonfinite_in_a_row}), the last being "
                 f"step {step}; the last good checkpoint is {self._last_checkpoint()}. "
                 "Lower optimizer.lr, or write train.precision=fp32."
             )

@@ -8,12 +8,14 @@
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from prelude.data.errors import UserError
 
 DEFAULT_PORT = "29500"
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+_NUMBERS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 0, "LOCAL_SIZE": 0}  # and from where on
 _FIRST_SPECIAL_STEP = 0xFFFFFFFA  # Slurm numbers steps from 0; from here on are interactive shells and batch scripts
 
 
@@ -79,6 +81,10 @@ def _completed(env: MutableMapping[str, str]) -> dict[str, str]:
 def complete(env: MutableMapping[str, str] = os.environ) -> None:
     """Fills in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; one process by itself is a
     world of one. Raises UserError where they are incomplete, no numbers, or at odds."""
+    for name, at_least in _NUMBERS.items():
+        if name in env:
+            _number(env, name, at_least=at_least)
+    told = next((name for name in _LOCAL_SIZES if name in env), "WORLD_SIZE")
     if "RANK" not in env:
         launcher = _srun(env) or next((one for one in _LAUNCHERS if one.started(env)), None)
         if launcher is None:
@@ -104,12 +110,44 @@ def complete(env: MutableMapping[str, str] = os.environ) -> None:
     env.setdefault("MASTER_PORT", DEFAULT_PORT)
     if not 0 < _number(env, "MASTER_PORT", at_least=1) < 2**16:
         raise UserError(f"MASTER_PORT={env['MASTER_PORT']} is no port; write one from 1024 to 65535.")
-    _number(env, "LOCAL_RANK", at_least=0)
+    if (local := _number(env, "LOCAL_RANK", at_least=0)) >= max(int(env[told]), 1):
+        raise UserError(f"LOCAL_RANK={local} is no rank of {told}={env[told]}; ranks of a machine are numbered from 0.")
+
+
+def faults(env: Mapping[str, str]) -> list[str]:
+    """A sentence for each variable that is no number, and for what is at odds; `complete` raises the first that a run
+    of these variables would meet."""
+    found = []
+    for name, at_least in (_NUMBERS | {"MASTER_PORT": 1}).items():
+        if name in env:
+            found += _refusal(lambda name=name, least=at_least: _number(env, name, at_least=least))
+    found += _refusal(lambda: num_threads(env))
+    return list(dict.fromkeys(found + _refusal(lambda: complete(dict(env)))))
+
+
+def _refusal(look: Callable[[], object]) -> list[str]:
+    try:
+        look()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def num_threads(env: Mapping[str, str] = os.environ) -> int | None:
+    """What OMP_NUM_THREADS allows a process; of a list, which is for nested loops, the first. None where it says
+    nothing. Raises UserError."""
+    text = env.get("OMP_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    first, *_ = text.split(",")
+    if not _is_number(first.strip()) or not int(first):
+        raise UserError(f"OMP_NUM_THREADS={text!r} is no number of threads; write one of 1 or more, or unset it.")
+    return int(first)
 
 
 def local_world_size(env: MutableMapping[str, str] = os.environ) -> int:
     """How many ranks share this machine: torchrun and the deepspeed launcher use different names."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in _LOCAL_SIZES:
         if name in env:
             return max(_number(env, name, at_least=0), 1)
     return 1
@@ -117,12 +155,15 @@ def local_world_size(env: MutableMapping[str, str] = os.environ) -> int:
 
 def _srun(env: MutableMapping[str, str]) -> Launcher | None:
     step = env.get("SLURM_STEP_ID") or env.get("SLURM_STEPID") or ""
-    in_a_step = step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+    in_a_step = _is_number(step) and int(step) < _FIRST_SPECIAL_STEP
     return _SRUN if in_a_step and _SRUN.started(env) else None
 
 
 def _translate(launcher: Launcher, env: MutableMapping[str, str]) -> None:
-    world = env[launcher.world_size]
+    world = str(_number(env, launcher.world_size, at_least=1))
+    for name in (launcher.rank, launcher.local_rank):
+        if name in env:
+            _number(env, name, at_least=0)
     if launcher is _SRUN:
         local_world = _tasks_on_this_node(env)
     else:
@@ -141,11 +182,18 @@ def _tasks_on_this_node(env: MutableMapping[str, str]) -> str:
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [count] * int(times or 1)
     node = env.get("SLURM_NODEID", "0")
-    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else env.get("SLURM_NTASKS_PER_NODE", "1")
+    return counts[int(node)] if _is_number(node) and int(node) < len(counts) else env.get("SLURM_NTASKS_PER_NODE", "1")
 
 
-def _number(env: MutableMapping[str, str], name: str, *, at_least: int) -> int:
+def _number(env: Mapping[str, str], name: str, *, at_least: int) -> int:
     text = env.get(name, "")
-    if not text.isdigit() or int(text) < at_least:
-        raise UserError(f"{name}={text!r} is no whole number from {at_least} on; launchers set it, so leave it alone.")
+    if not _is_number(text) or int(text) < at_least:
+        raise UserError(
+            f"{name}={text!r} is no whole number from {at_least} on; launchers set it, so write `unset {name}`, and "
+            "leave it to them."
+        )
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10

@@ -1,6 +1,7 @@
 """What settings are made of: strict models, and the kinds of value that several have. Nothing here needs torch."""
 
 import os
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -40,9 +41,19 @@ def _plain(value: str) -> str:
     return value
 
 
+@dataclass(frozen=True)
+class Called:
+    """What a text is, for whoever is told to write one."""
+
+    one: str
+    many: str
+
+
 Text = Annotated[str, AfterValidator(_plain)]
 Texts = Annotated[list[Text], Field(min_length=1)]
-FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # of a file or a folder
+FilePath = Annotated[Text, AfterValidator(os.path.expanduser), Called("a path", "paths")]  # of a file or a folder
+Shards = Annotated[Text, Called("a path or pattern", "paths or patterns")]
+AnyShards = Shards | Annotated[list[Shards], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]

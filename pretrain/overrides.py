@@ -8,9 +8,9 @@
 import json
 from typing import Any
 
-import yaml
 from pydantic.fields import FieldInfo
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.annotations import takes, takes_texts
@@ -69,7 +69,7 @@ def _parsed(text: str, kinds, otherwise: str, texts: bool = False) -> Any:
     """The YAML value of the text where it is of these kinds; a pattern that starts with a brace is text."""
     try:
         value = (recipe_yaml.load_texts if texts else recipe_yaml.load)(text)
-    except yaml.YAMLError:
+    except recipe_yaml.Mistake:
         return otherwise
     return value if isinstance(value, kinds) else otherwise
 
@@ -99,7 +99,8 @@ def _index(place: list, path: list[str], override: str) -> int:
     if not path[-1].isdecimal() or int(path[-1]) >= len(place):
         key = ".".join(path[:-1])
         raise UserError(
-            f"{override!r} names none of the {len(place)} values of {key}, numbered from 0; write {key}.0=..., or "
+            f"{override!r} names none of the {counted(len(place), 'value')} of {key}, numbered from 0; write "
+            f"{key}.0=..., or "
             f"the whole list, {key}={place}."
         )
     return int(path[-1])

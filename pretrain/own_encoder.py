@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import named_code, warm_start
 from prelude.pretrain.config import Config, EncoderConfig
@@ -192,7 +193,8 @@ def _function(config: EncoderConfig) -> Callable:
         return function
     if num_channels(config) != _CHANNELS and "in_chans" not in parameters:
         raise UserError(
-            f"encoder.name={config.name} has no parameter in_chans, and images have {num_channels(config)} channels; "
+            f"encoder.name={config.name} has no parameter in_chans, and images have "
+            f"{counted(num_channels(config), 'channel')}; "
             "write one, which takes their number."
         )
     for key in config.kwargs:

@@ -1,7 +1,8 @@
 """What a run would be, without running it: size, cost, length and memory, for `--dry-run`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from prelude.data.counting import counted
 from prelude.pretrain import deepspeed_config
 from prelude.pretrain.config import Config
 from prelude.pretrain.devices import USUAL_MFU, Figures
@@ -53,7 +54,7 @@ class Preview:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much), one for each line."""
-        config, (micro_batch, accumulation) = self.config, self.batching
+        config, micro_batch = self.config, self.batching[0]
         trained = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
         encoder = sum(p.numel() for p in self.objective.encoder.parameters())
         flops = self.cost.flops.largest(micro_batch) / micro_batch
@@ -61,11 +62,16 @@ class Preview:
         return [
             ("parameters", f"{_count(trained)} trained, {_count(encoder)} of them in the encoder"),
             (f"cost of {self._a_sample}", f"{_count(flops)}FLOPs forward and backward"),
-            ("batch", f"{config.train.global_batch} = {self.world_size} ranks x {micro_batch} images x {accumulation}"),
-            ("length", f"{steps.steps_per_epoch:.1f} steps an epoch, {steps.num_steps} in all"),
+            ("batch", self._batch_in_words()),
+            ("length", f"{counted(f'{steps.steps_per_epoch:.1f}', 'step')} an epoch, {steps.num_steps} in all"),
             ("peak learning rate", f"{config.peak_lr:.3g}"),
             ("memory a rank", self._memory_in_words()),
         ]
+
+    def _batch_in_words(self) -> str:
+        micro_batch, accumulation = self.batching
+        ranks, images = counted(self.world_size, "rank"), counted(micro_batch, "image")
+        return f"{self.config.train.global_batch} = {ranks} x {images} x {accumulation}"
 
     @property
     def _a_sample(self) -> str:
@@ -75,24 +81,39 @@ class Preview:
         memory, micro_batch = self.rank_memory(), self.batching[0]
         parts = ("weights", "optimizer", "frozen", "gradients", "activations")
         named = {"frozen": "frozen weights and buffers"}
-        listed = ", ".join(f"{_mib(getattr(memory, part))} {named.get(part, part)}" for part in parts)
+        listed = ", ".join(f"{mib(getattr(memory, part))} {named.get(part, part)}" for part in parts)
         checkpointed = " with checkpointing" if self.config.train.gradient_checkpointing else ""
         return (
-            f"{_mib(memory.peak)} at most, {micro_batch} images in {self.precision}{checkpointed} at ZeRO stage "
-            f"{self.config.train.zero_stage}: {listed}"
+            f"{mib(memory.peak)} at most, {counted(micro_batch, 'image')} in {self.precision}{checkpointed} at ZeRO "
+            f"stage {self.config.train.zero_stage}: {listed}"
         )
 
     def alternatives(self, figures: Figures) -> list[tuple[str, ...]]:
         """One row for each ZeRO stage that this run could be given, without and with checkpointing: (stage,
-        checkpointing, weights, optimizer, activations, peak, largest micro-batch that fits)."""
+        checkpointing, weights, optimizer, activations, peak, largest micro-batch that keeps the global batch, and that
+        of any size in brackets)."""
         rows = []
         for stage in zero_stages(self.config, self.objective):
-            for checkpointing, cost in self.costs.items():
+            for checkpointing in self.costs:
                 memory = self.rank_memory(stage, checkpointing)
-                largest = self.held.largest_micro_batch(cost, figures.memory, stage, self.world_size)
+                keeping, largest = self.largest_micro_batches(figures, stage, checkpointing)
                 sizes = (memory.weights + memory.frozen, memory.optimizer, memory.activations, memory.peak)
-                rows.append((str(stage), "yes" if checkpointing else "no", *map(_mib, sizes), str(largest or "none")))
+                fits = f"{keeping or 'none'} ({largest})" if largest else "none"
+                rows.append((str(stage), "yes" if checkpointing else "no", *map(mib, sizes), fits))
         return rows
+
+    def largest_micro_batches(self, figures: Figures, stage: int, checkpointing: bool) -> tuple[int, int]:
+        """That fit: the one that makes the global batch in whole steps of accumulation, as far as the objective can
+        accumulate, and the one of any size. 0 where none does."""
+        cost, share = self.costs[checkpointing], self.config.train.global_batch // self.world_size
+        sizes = range(share, 0, -1) if self.objective.accumulates else [share]
+
+        def fits(size: int) -> bool:
+            held = replace(self.held, accumulates=size < share)
+            return held.rank_memory(cost, size, stage, self.world_size).peak <= figures.memory
+
+        keeping = next((size for size in sizes if share % size == 0 and fits(size)), 0)
+        return keeping, max(keeping, self.held.largest_micro_batch(cost, figures.memory, stage, self.world_size))
 
     def expected_time(self, figures: Figures) -> str:
         """From a device's data sheet alone."""
@@ -135,7 +156,7 @@ def duration(*seconds: float) -> str:
     return f"{' to '.join(f'{value / scale:.3g}' for value in seconds)} {unit}"
 
 
-def _mib(size: float) -> str:
+def mib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 10 * 2**30 else f"{size / _MIB:.0f} MiB"
 
 

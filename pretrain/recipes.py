@@ -1,7 +1,8 @@
 """A recipe becomes the configuration of a run: read, overridden, and refused whole with every mistake at once.
 
 - One YAML a recipe; `key.sub=value` on the command line overrides it.
-- `base: RECIPE` in a file: it begins with that recipe's settings and writes down what differs.
+- `base: RECIPE` in a file: it begins with that recipe's settings and writes down what differs. Its run_dir is its own:
+  two recipes that wrote into one folder would be taken for one run.
 - A key that does not exist is refused with the nearest one that does.
 - What the sections of `config` cannot know (an objective's own options) is validated by the caller's
   `options_for`, so that this module imports no objective.
@@ -12,9 +13,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import overrides as setting
 from prelude.pretrain import recipe_yaml
@@ -23,6 +24,7 @@ from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.config_words import sentences, shown
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+FINE_TUNE = "fine_tune"  # what objective.name is there, where it is said
 OptionsFor = Callable[[str], type[BaseModel]]
 
 
@@ -32,7 +34,32 @@ def load_config(recipe: str | Path, overrides: list[str] = (), options_for: Opti
     `options_for(name)` returns the options model of an objective and raises UserError for an unknown one.
     Raises UserError with every mistake found.
     """
-    return validate_config(read_recipe(recipe, overrides, options_for), str(recipe), options_for)
+    values = read_recipe(recipe, overrides, options_for)
+    refuse_fine_tuning(values, recipe)
+    refuse_shared_run_dir(recipe, overrides)
+    return validate_config(values, str(recipe), options_for)
+
+
+def is_of_fine_tuning(values: dict) -> bool:
+    """Whether a recipe, as far as it can be read, is one of `prelude finetune`, which need not say so."""
+    named, has_settings = objective_named(values), isinstance(values.get("objective"), dict)
+    return named == FINE_TUNE or (has_settings and named is None and "encoder" not in values)
+
+
+def refuse_fine_tuning(values: dict, recipe: str | Path) -> None:
+    """Raises UserError, where a recipe of pretraining is wanted."""
+    if is_of_fine_tuning(values):
+        raise UserError(
+            f"{recipe} is a recipe of fine-tuning: it names no objective to pretrain with, and its encoder is that of "
+            f"a source; write `prelude finetune SOURCE --config {recipe}`, or a recipe of pretraining."
+        )
+
+
+def objective_named(values: dict) -> str | None:
+    """objective.name of a recipe that is not validated; None where there is none that could be one."""
+    objective = values.get("objective")
+    name = objective.get("name") if isinstance(objective, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def read_recipe(recipe: str | Path, overrides: list[str] = (), options_for: OptionsFor | None = None) -> dict:
@@ -61,11 +88,28 @@ def bases_of(recipe: str | Path) -> list[Path]:
     return chain
 
 
+def refuse_shared_run_dir(recipe: str | Path, overrides: list[str] = ()) -> None:
+    """Raises UserError where a recipe would write into the folder of the one that it is built on, unasked."""
+    files = bases_of(recipe)
+    told = any(override.partition("=")[0].strip() == "run_dir" for override in overrides)
+    if len(files) == 1 or told or "run_dir" in _read(files[0]):
+        return
+    own, theirs = (_with_bases(file).get("run_dir") for file in files[:2])
+    if own is not None and own == theirs:
+        raise UserError(
+            f"{files[0]} would write into run_dir={own} as {files[1]} does, on which it is built; write a run_dir of "
+            "its own there, or give the file another name."
+        )
+
+
 def _with_bases(path: Path) -> dict:
     values: dict = {}
-    for file in reversed(bases_of(path)):
+    files = bases_of(path)
+    for file in reversed(files):
         values = _built_on(values, _read(file))
     values.pop("base", None)
+    if len(files) > 1 and "run_dir" not in _read(path) and isinstance(values.get("run_dir"), str):
+        values["run_dir"] = str(Path(values["run_dir"]).parent / path.stem)  # beside that of its base
     return values
 
 
@@ -87,8 +131,8 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path} cannot be read ({error.strerror}); write a file that can.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text; write a YAML file, such as those of configs/.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct it there.") from None
+    except recipe_yaml.Mistake as error:
+        raise UserError(f"{path} is not valid YAML in {error.place}: {error.problem}; correct it there.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
     _refuse_commands_of_a_file(values, path)
@@ -121,7 +165,7 @@ def find_recipe(recipe: str | Path) -> Path:
 
 def nearest_recipe(name: str) -> str:
     """Of those that ship; nothing where none is alike."""
-    return next(iter(difflib.get_close_matches(name, shipped_recipes(), 1, 0.5)), "")
+    return next(iter(difflib.get_close_matches(name.lower(), shipped_recipes(), 1, 0.5)), "")
 
 
 def validate_config(values: dict, source: str, options_for: OptionsFor | None = None) -> Config:
@@ -142,7 +186,7 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
         except ValidationError as error:
             mistakes += sentences(error, values, Keys(model), above=("objective",))
     if mistakes:
-        count = f"Found {len(mistakes)} error{'s' * (len(mistakes) > 1)} in {source}:"
+        count = f"Found {counted(len(mistakes), 'error')} in {source}:"
         raise UserError("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
     return config.model_copy(update={"objective": resolved}) if options_for else config
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import attendance, distributed
 from prelude.pretrain.config import Config
@@ -107,13 +108,14 @@ def progress_after(meta: dict, config: Config, start: Progress, checkpoint: Path
     step, notices = meta["step"] * batch_then // batch, []
     if batch != batch_then:
         notices.append(
-            f"train.global_batch {batch_then} -> {batch}: {meta['step']} steps, or {meta['step'] * batch_then} images, "
-            f"count as {step} steps"
+            f"train.global_batch {batch_then} -> {batch}: {counted(meta['step'], 'step')}, or "
+            f"{counted(meta['step'] * batch_then, 'image')}, "
+            f"count as {counted(step, 'step')}"
         )
     finished_before = is_own(checkpoint, config) and meta["step"] == meta["num_steps"] and step == start.num_steps
     if step >= start.num_steps and not finished_before:
         raise UserError(
-            f"Nothing is left to train: {checkpoint} has done {step} steps, and this run ends at step "
+            f"Nothing is left to train: {checkpoint} has done {counted(step, 'step')}, and this run ends at step "
             f"{start.num_steps}; write a larger train.epochs, or name an earlier checkpoint in another run_dir."
         )
     progress = Progress(step, start.num_steps, start.steps_per_epoch)

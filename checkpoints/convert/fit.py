@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prelude.checkpoints.convert.mistakes import mistakes_in_words
 from prelude.checkpoints.convert.resample import RULES, adapt_channels, resample_patches, resample_table
 from prelude.checkpoints.convert.weights import Weights
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain.own_encoder import gives
 
@@ -131,7 +132,7 @@ def _channels(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> 
     old, new = found[first].shape[1], wanted[first].shape[1]
     found[first] = adapt_channels(found[first], new)
     how = "summed" if new == 1 else f"repeated in turn or cut off, times {old} / {new}"
-    return f"first layer brought from {old} to {new} channels ({how})"
+    return f"first layer brought from {old} to {counted(new, 'channel')} ({how})"
 
 
 def _patches(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
@@ -154,7 +155,8 @@ def _table(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str
         return None
     if prefix != weights.prefix_rows:
         raise UserError(
-            f"{weights.where} ({weights.format}) has {weights.prefix_rows} rows of prefix tokens in its table of "
+            f"{weights.where} ({weights.format}) has {counted(weights.prefix_rows, 'row')} of prefix tokens in its "
+            f"table of "
             f"positions, and this encoder has {prefix}; write encoder.kwargs={{no_embed_class: "
             f"{'true' if weights.prefix_rows == 0 else 'false'}}}."
         )

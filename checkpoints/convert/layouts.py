@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prelude.checkpoints.convert.renaming import Layout, Tensors, any_name, joined_qkv, rename, without
 from prelude.checkpoints.convert.rotary import dinov3, dinov3_of_transformers, eva02
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 
 
@@ -23,7 +24,8 @@ def layout_of(tensors: Tensors, where: str) -> Layout:
             return convert(tensors, where)
     shown = sorted(tensors)
     raise UserError(
-        f"{where} is in no layout that is known: it has {len(shown)} tensors, such as {', '.join(shown[:4])}; "
+        f"{where} is in no layout that is known: it has {counted(len(shown), 'tensor')}, such as "
+        f"{', '.join(shown[:4])}; "
         "docs/encoders.md lists those that are."
     )
 

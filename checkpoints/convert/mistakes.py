@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 
+from prelude.data.counting import counted
+
 Shape = tuple[int, ...]
 _BY_NAME = 5  # mistakes of one kind, up to which each tensor is named
 
@@ -20,7 +22,7 @@ def mistakes_in_words(
         return words + each
     sides = Counter(pair for shapes in misshapen.values() for pair in zip(*shapes, strict=False) if pair[0] != pair[1])
     most = f" ({sides.most_common(1)[0][0][0]} instead of {sides.most_common(1)[0][0][1]} in most)" if sides else ""
-    return [*words, f"{len(each)} tensors have another shape{most}, of which {each[0]}"]
+    return [*words, f"{counted(len(each), 'tensor')} with another shape{most}, of which {each[0]}"]
 
 
 def _together(names: list[str]) -> list[tuple[str, bool]]:
@@ -38,7 +40,7 @@ def _together(names: list[str]) -> list[tuple[str, bool]]:
             found.append((held[0], False))
         else:
             span = run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}"
-            found.append((f"{len(held)} tensors of {span}", True))
+            found.append((f"{counted(len(held), 'tensor')} of {span}", True))
     return found
 
 

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.packing.images import as_png
 from prelude.data.packing.labels import class_labels, named_numbers
@@ -86,7 +87,7 @@ def _mnist(folder: str, files: list[str]) -> tuple[Source, list[int], list[str]]
     labels = _idx(os.path.join(folder, labels_file), _UBYTE_LABELS, 1)
     if len(images) != len(labels):
         raise UserError(
-            f"{files[0]} holds {len(images)} images, but {labels_file} {len(labels)} labels; load them anew."
+            f"{files[0]} holds {counted(len(images), 'image')}, but {labels_file} {len(labels)} labels; load them anew."
         )
     return ArraySource(images, files[0].partition("images")[0].rstrip("-.")), labels.tolist(), []
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from prelude.data.counting import named
 from prelude.data.errors import UserError
 from prelude.data.image_files import image_extension_of
 from prelude.data.packing.labels import class_labels, label_columns, named_numbers, split_labels
@@ -82,7 +83,7 @@ def apply_columns(source: Source, columns: Columns, image: str, options: SourceO
         source.fields = [dict(zip(kept, map(_plain, row), strict=True)) for row in rows]
     if labels:
         kind = "several labels" if source.labels.several else "classes"
-        source.notes.append(f"{kind} from column{'s' * (len(labels) > 1)} {', '.join(map(repr, labels))}")
+        source.notes.append(f"{kind} from {named(len(labels), 'column')} {', '.join(map(repr, labels))}")
     unused = [name for name in columns.values if name not in (image, *labels, *kept)]
     if unused:
         source.notes.append(f"not packed: {', '.join(unused)} (--label or --fields would)")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
@@ -57,7 +58,7 @@ def class_labels(values: Sequence, given: Sequence[str] | None, what: str) -> La
 def named_numbers(numbers: Sequence[int | None], names: Sequence[str], given, what: str) -> Labels:
     """Class numbers that come with their names."""
     if any(number is not None and number >= len(names) for number in numbers):
-        raise UserError(f"{what} holds a class number beyond its {len(names)} names; correct either.")
+        raise UserError(f"{what} holds a class number beyond its {counted(len(names), 'name')}; correct either.")
     texts = [names[number] if number is not None and number >= 0 else None for number in numbers]
     return class_labels(texts, given or names, what)
 

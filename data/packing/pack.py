@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prelude.data.counting import counted
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import PassedOver
 from prelude.data.packing.open import open_source
@@ -162,7 +163,9 @@ def _write(source: Source, plan: list[Shard], packing: Packing, progress) -> dic
     summary = _summary(source, outcomes, packing)
     if not any(outcome.samples for outcome in outcomes):
         first = outcomes[0].passed_over[0]
-        raise RunStopped(f"None of {count} images could be packed (the first: {first.where}, {first.reason}).")
+        raise RunStopped(
+            f"None of {counted(count, 'image')} could be packed (the first: {first.where}, {first.reason})."
+        )
     _check_written(outcomes, packing)
     _finish(source, outcomes, summary, packing)
     return summary
@@ -174,7 +177,7 @@ def _check_written(outcomes: list[Outcome], packing: Packing) -> None:
     expected = sum(len(outcome.samples) for outcome in outcomes)
     if index.num_problems or index.num_samples != expected:
         raise RunStopped(
-            f"{index.num_samples} samples are found in {packing.to} after {expected} were written, and "
+            f"{counted(index.num_samples, 'sample')} found in {packing.to} after {expected} were written, and "
             f"{index.num_problems} problems; look at the disk, remove the shards and pack again."
         )
 

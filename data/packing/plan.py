@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 
 VAL = "val"
@@ -37,7 +38,7 @@ def deal(
         return _cut(name, order, per_shard)
     in_val = _chosen(count, val_share, groups, generator)
     if not in_val.any() or in_val.all():
-        of = f"{len(set(groups))} groups" if groups else f"{count} images"
+        of = counted(len(set(groups)), "group") if groups else counted(count, "image")
         raise UserError(f"--val-share {val_share:g} of {of} leaves one side empty; write another share.")
     return _cut(name, order[~in_val[order]], per_shard) + _cut(VAL, order[in_val[order]], per_shard)
 

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
@@ -30,10 +31,14 @@ class StackSource(Source):
         if self.rows > 1 and np.dtype(array.dtype).itemsize * int(np.prod(array.shape)) > CACHE_BYTES:
             self.blocks = list(range(0, count, self.rows))
         self.names = [f"{name}/{number:08d}" for number in range(count)]
-        self.notes.append(f"{count} images of shape {tuple(array.shape[1:])}, {np.dtype(array.dtype)}, {self.layout}")
+        self.notes.append(
+            f"{counted(count, 'image')} of shape {tuple(array.shape[1:])}, {np.dtype(array.dtype)}, {self.layout}"
+        )
         if labels is not None:
             if labels.shape != (count,):
-                raise UserError(f"{name} holds {count} images, but labels of shape {labels.shape}; write one an image.")
+                raise UserError(
+                    f"{name} holds {counted(count, 'image')}, but labels of shape {labels.shape}; write one an image."
+                )
             self.labels = class_labels(labels.tolist(), options.classes, f"The labels of {name}")
 
     def read(self, number: int) -> tuple[bytes, str]:

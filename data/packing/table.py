@@ -11,6 +11,7 @@ import json
 import os
 import re
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.image_files import MAX_IMAGE_BYTES, PassedOver, image_extension_of
 from prelude.data.packing.columns import Columns, apply_columns, image_column
@@ -78,7 +79,8 @@ class TableSource(Source):
         if not self.names and self.passed_over:
             where, reason, _ = self.passed_over[0]
             raise UserError(
-                f"None of the {len(values)} images of {table} can be had (the first: {where}, {reason}, looked for in "
+                f"None of the {counted(len(values), 'image')} of {table} can be had (the first: {where}, {reason}, "
+                f"looked for in "
                 f"{self.root or '.'}); write --root with the folder that the paths are relative to, or --image with "
                 f"another column."
             )
@@ -124,7 +126,8 @@ def _csv(path: str, text: str) -> Columns:
     for row, line in zip(rows, lines, strict=True):
         if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
             raise UserError(
-                f"Line {line} of {path} has {len(row)} cells, but the table has {len(names)} columns; quote cells that "
+                f"Line {line} of {path} has {counted(len(row), 'cell')}, but the table has "
+                f"{counted(len(names), 'column')}; quote cells that "
                 f"hold a {delimiter!r}."
             )
     repeated = [name for name in names if name and names.count(name) > 1]

@@ -12,6 +12,7 @@ from meanings import meaning
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from prelude.data.counting import counted
 from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.objectives.options import OPTIONS
@@ -107,7 +108,7 @@ def _recipes(used: dict[str, list[str]]) -> str:
     lines = "".join(
         f"<li><code>{html.escape(value)}</code> {html.escape(', '.join(names))}</li>" for value, names in used.items()
     )
-    return f"<details><summary>set by {count} recipe{'s' * (count > 1)}</summary><ul>{lines}</ul></details>"
+    return f"<details><summary>set by {counted(count, 'recipe')}</summary><ul>{lines}</ul></details>"
 
 
 def settings_of_recipes(folder: Path = SHIPPED) -> dict[tuple[str | None, str], dict[str, list[str]]]:

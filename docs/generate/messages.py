@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from prelude.data.counting import named
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("launch", "pretrain", "data", "objectives", "checkpoints", "evaluators")
 CODES = {"UserError": "2", "NothingReadable": "2", "_NoSetting": "2", "RunStopped": "3", "Stopped": "75"}
@@ -145,6 +147,9 @@ class _File:
                 return self._each(values or self.constants.get(name, []), function, depth + 1)
             case ast.Call(func=ast.Attribute(value=inside, attr="replace" | "format" | "strip" | "capitalize")):
                 return self.texts(inside, function, depth)
+            case ast.Call(func=ast.Name(id="counted" | "named" as how), args=[number, what]):
+                words = [named(2, word) for word in self.texts(what, function, depth + 1)]
+                return [f"‹{_label(number)}› {word}" for word in words] if how == "counted" else words
             case ast.Call(func=called) if (inner := self.functions.get(_name(called))) is not None:
                 return self._each(self._returned_by(inner), inner, depth + 1)
         return []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.dense.masks import every_sample, mask_labels, masks_of
@@ -58,7 +59,7 @@ class DenseJudging(Judging):
             ids = next(iter(part.values())).sample_ids
             masks, unreadable = masks_of(index, ids, plan.views[0], self.ignored, channels, self.of_defects)
             if unreadable:
-                self.say(f"{unreadable} masks of {index.named} could not be read and count for nothing.")
+                self.say(f"{counted(unreadable, 'mask')} of {index.named} unreadable, which count for nothing.")
             found.append({kind: _places(of_kind, masks, grids[kind]) for kind, of_kind in part.items()})
         return found
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prelude.data.batch import View
+from prelude.data.counting import counted
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.labels import some
@@ -89,7 +90,7 @@ def masks_of(
         found[row] = torch.from_numpy(seen.astype(np.uint8))
     if unreadable == len(ids):
         raise UserError(
-            f"None of the {len(ids)} .{index.label} members of {index.named} is an image; write "
+            f"None of the {counted(len(ids), f'.{index.label} member')} of {index.named} is an image; write "
             "--label with the extension of the masks, such as png."
         )
     return found, unreadable
@@ -100,7 +101,8 @@ def read_mask(content: bytes, max_pixels: int) -> np.ndarray:
     opened = open_image(content, max_pixels)
     if opened.mode not in _ONE_CHANNEL:
         raise UserError(
-            f"A mask has {len(opened.getbands())} channels ({opened.mode}), and colours are no class numbers; write "
+            f"A mask has {counted(len(opened.getbands()), 'channel')} ({opened.mode}), and colours are no class "
+            f"numbers; write "
             "masks as PNGs of one channel, or with a palette."
         )
     with pil_errors():

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.absent import told_as
 from prelude.data.class_names import with_class_names
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
@@ -133,14 +134,16 @@ def index_as_seen(
     image: str = "",
     select: Selection | None = None,
     option: str = SELECT,
+    named: str = "",
 ) -> ShardIndex:
     """With `data.range` and `data.max_pixels` of the source's run, unless a range is given. option: which says
-    `select`."""
+    `select`. named: how shards are spelled where they were given, see `told_as`."""
     said = {}
     for key in ("range", "max_pixels"):
         said[key] = next(filter(None, (data.get(key) for data in sections_of([source], "data"))), None)
     shards = shards if isinstance(shards, str) else list(shards)
-    index = ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS, image)
+    with told_as(named):
+        index = ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS, image)
     return selected(index, select, option)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.absent import told_as
 from prelude.data.decode import BadImage, ValueRange, decode
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
@@ -137,7 +138,7 @@ def embedded_of(
     num_workers: int = 0,
 ) -> Embedded:
     """The features of shards out of a bank, which makes those that it lacks. source: of the encoder."""
-    index = index_as_seen(source, shards, "", value_range, select=select)
+    index = index_as_seen(source, shards, "", value_range, select=select, named="--shards ")
     kind = kind or default_kinds(encoder.model)[0]
     rows = Bank(bank).rows(encoder, index, [kind], batch_size=batch_size, num_workers=num_workers)[kind]
     ids, keys = rows.sample_ids.numpy(), Keys(index)
@@ -168,7 +169,8 @@ def read_file(embedded: Embedded, path: str) -> np.ndarray:
 def _index(embedded: Embedded, shards: str | list[str]) -> ShardIndex:
     data = embedded.about["data"]
     value_range = tuple(data["value_range"]) if data["value_range"] else None
-    return ShardIndex(shards, "", value_range, data["max_pixels"], data.get("image", ""))
+    with told_as("--shards "):
+        return ShardIndex(shards, "", value_range, data["max_pixels"], data.get("image", ""))
 
 
 def _part(index: ShardIndex, embedded: Embedded) -> ShardIndex:

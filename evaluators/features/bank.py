@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from prelude.data.batch import ViewPlan
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.host import cache_folder
 from prelude.data.loader import one_pass
@@ -155,7 +156,8 @@ class Bank:
         (blind,) = distributed.total(not unfinished.is_dir())
         if blind:
             raise UserError(
-                f"{blind:g} ranks do not see {self.folder}; write --bank with a folder that all nodes share."
+                f"{self.folder} is not seen by {counted(f'{blind:g}', 'rank')}; write --bank with a folder that all "
+                f"nodes share."
             )
 
     def _finish(self, written: Path, starts: list[int], counts: list[int], identity: dict) -> None:

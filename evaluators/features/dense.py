@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prelude.data.batch import ViewPlan
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.features.pixels import Pixels
 from prelude.pretrain.encoders import stage_maps
@@ -75,7 +76,9 @@ def check_dense(model: nn.Module, kind: str, name: str) -> None:
     if tokens and not (have == "tokens" and (not tokens[1] or has_tokens(model))):
         raise UserError(f"{name} has no features={kind}; write {have}.")
     if tokens and tokens[1] and int(tokens[1]) > len(model.blocks):
-        raise UserError(f"{name} has {len(model.blocks)} blocks, so features={kind} cannot be had; write less.")
+        raise UserError(
+            f"{name} has {counted(len(model.blocks), 'block')}, so features={kind} cannot be had; write less."
+        )
     if of_map and not num_stages(model):
         raise UserError(f"{name} has no features={kind}; write {have}.")
     if of_map and of_map[1] and int(of_map[1]) >= num_stages(model):

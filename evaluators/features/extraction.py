@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
@@ -115,7 +116,9 @@ def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
             check_dense(model, kind, name)
         elif blocks and has_tokens(model):
             if blocks > len(model.blocks):
-                raise UserError(f"{name} has {len(model.blocks)} blocks, so features={kind} cannot be had; write less.")
+                raise UserError(
+                    f"{name} has {counted(len(model.blocks), 'block')}, so features={kind} cannot be had; write less."
+                )
         elif stage and count:
             if stage[0] >= count:
                 raise UserError(f"{name} has stage0 to stage{count - 1}, so features={kind} cannot be had.")

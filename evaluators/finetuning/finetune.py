@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from timm.models.eva import Eva
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prelude.checkpoints.convert.fit import fit
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
 from prelude.data.remote_shards import keep_remote_shards
@@ -27,7 +28,7 @@ from prelude.evaluators.finetuning.samples import Samples, image_labels, labelle
 from prelude.evaluators.finetuning.testing import Found
 from prelude.evaluators.frozen.multilabel import label_warnings
 from prelude.evaluators.judging import labelled_shards
-from prelude.evaluators.labelled import labelled_section, selection
+from prelude.evaluators.labelled import labelled_section, named_by_section, selection
 from prelude.evaluators.results import Outcome, Result, versions
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig, SelectConfig
@@ -83,6 +84,7 @@ def prepare(
         _findings(section),
         **_of_recipe(section, train, test),
     )
+    labelled = replace(labelled, named=named_by_section(train=not train, test=not test))
     values = completed(values, labelled)
     options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
@@ -117,7 +119,8 @@ def check(task: Task, world_size: int) -> None:
     micro_batch, _ = task.config.batching(world_size)
     if (options.mixup or options.cutmix) and micro_batch * world_size % 2:
         raise UserError(
-            f"objective.mixup and objective.cutmix mix images in pairs, and {micro_batch * world_size} images at once "
+            f"objective.mixup and objective.cutmix mix images in pairs, and "
+            f"{counted(micro_batch * world_size, 'image')} at once "
             f"cannot be paired; write an even train.global_batch."
         )
     if train.zero_stage > Classifier.max_zero_stage:

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from prelude.data.errors import UserError
 from prelude.pretrain.options import AreaRange, Options, Positive
-from prelude.pretrain.recipes import read_recipe, validate_config
+from prelude.pretrain.recipes import FINE_TUNE, objective_named, read_recipe, refuse_shared_run_dir, validate_config
 
-NAME = "fine_tune"
+NAME = FINE_TUNE
 _UNKNOWN = "of the source"
 
 
@@ -100,6 +100,8 @@ class FineTuneOptions(Options):
 def check_recipe(recipe: str | Path, overrides: list[str] = ()) -> None:
     """Raises UserError for what is wrong with a recipe whatever its source and its labels are."""
     values = read_recipe(recipe, overrides, options_for)
+    refuse_pretraining(values, recipe)
+    refuse_shared_run_dir(recipe, overrides)
     refuse_what_the_source_decides(values)
     whole = completed(values, Unknown())
     validate_config(whole, str(recipe), options_for)
@@ -135,6 +137,16 @@ def options_for(name: str) -> type[FineTuneOptions]:
     if name != NAME:
         raise UserError(f"objective.name={name} is no way to fine-tune; write {NAME}, or leave it out.")
     return FineTuneOptions
+
+
+def refuse_pretraining(values: dict, recipe: str | Path) -> None:
+    """Raises UserError for a recipe that names an objective of pretraining, and an encoder to train with it."""
+    name = objective_named(values)
+    if name not in (None, NAME) and "encoder" in values:
+        raise UserError(
+            f"{recipe} is a recipe of pretraining (objective.name={name}); write `prelude pretrain --config "
+            f"{recipe}`, or a recipe that `prelude recipes --objective fine-tuning` lists, such as finetune_vit_base."
+        )
 
 
 def refuse_what_the_source_decides(values: dict) -> None:

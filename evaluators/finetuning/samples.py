@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
 from prelude.data.labels import extension_of
@@ -138,7 +139,8 @@ def _held_out(ids: np.ndarray, values: Tensor, groups: Tensor | None, share: flo
         fit, held = hold_out(values[ids].unique(return_inverse=True)[1], seed, share)
     if values.ndim == 2 and not both_there(values[ids[held.numpy()]]).any():
         raise UserError(
-            f"objective.hold_out={share} leaves {len(held)} images, in which every finding is always there or never; "
+            f"objective.hold_out={share} leaves {counted(len(held), 'image')}, in which every finding is always "
+            f"there or never; "
             f"write a larger one."
         )
     return ids[fit.numpy()], ids[held.numpy()]

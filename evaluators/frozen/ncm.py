@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.ranking import bootstrap, standard_error
@@ -39,7 +40,9 @@ def ncm(
     """
     labels, test_labels, num_classes = contiguous_labels(train, test)
     if num_tasks > num_classes:
-        raise UserError(f"--tasks {num_tasks} are more than the {num_classes} classes; write {num_classes} or less.")
+        raise UserError(
+            f"--tasks {num_tasks} are more than the {counted(num_classes, 'class')}; write {num_classes} or less."
+        )
     held_out_top1, by_features, curves = {}, {}, {}
     for kind in train:
         values = train[kind].values

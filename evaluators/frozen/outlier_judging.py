@@ -5,6 +5,8 @@ from functools import cached_property
 
 import torch
 
+from prelude.data.absent import told_as
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Features
@@ -23,9 +25,10 @@ class OutlierJudging(Judging):
     @cached_property
     def _others(self) -> ShardIndex | None:
         said = self.labelled
-        return (
-            ShardIndex(self.others, said.label, said.value_range, said.max_pixels, said.image) if self.others else None
-        )
+        if not self.others:
+            return None
+        with told_as("--others "):
+            return ShardIndex(self.others, said.label, said.value_range, said.max_pixels, said.image)
 
     @cached_property
     def _known(self) -> list[ShardIndex]:
@@ -78,7 +81,7 @@ class OutlierJudging(Judging):
         if unreadable:
             warnings.append(f"{unreadable} of {self._others.num_samples} others could not be read and are left out.")
         if self._others.num_lost:
-            warnings.append(f"Damage in --others has cost about {self._others.num_lost} images, which are left out.")
+            warnings.append(f"Damage in --others has cost about {counted(self._others.num_lost, 'image')}, left out.")
         about = {"fingerprint": self._others.fingerprint, "num_samples": found, "num_unreadable": unreadable}
         return {**data, "others": {"shards": self.others, **about}}, warnings
 

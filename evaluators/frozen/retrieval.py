@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.exact_search import Neighbours
@@ -106,7 +107,8 @@ def _ks(wanted: Sequence[int] | None, most: int) -> list[int]:
         return [k for k in KS if k < most] or [1]
     if max(wanted) >= most:
         raise UserError(
-            f"--k {max(wanted)} is the whole gallery, in which a query finds {most} images, so that each is right; "
+            f"--k {max(wanted)} is the whole gallery, in which a query finds {counted(most, 'image')}, so that each "
+            f"is right; "
             f"write less."
         )
     return sorted(set(wanted))
@@ -124,9 +126,13 @@ def refuse_one_class(found: Ranked) -> None:
 def _warnings(found: Ranked) -> list[str]:
     warnings = []
     if found.num_without:
-        warnings.append(f"{found.num_without} queries have no image of their class to be found, and are left out.")
+        warnings.append(
+            f"{counted(found.num_without, 'query')} without an image of the same class to be found, left out."
+        )
     if found.num_sure:
-        warnings.append(f"{found.num_sure} queries have images of their own class only to be found, and are right.")
+        warnings.append(
+            f"{counted(found.num_sure, 'query')} with nothing but images of the same class to be found, and so right."
+        )
     return warnings
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader
 from prelude.data.shards import ShardIndex
@@ -141,7 +142,8 @@ def _global_batches(
     if global_batch % world:
         near = max(round(global_batch / world), 1) * world
         raise UserError(
-            f"A global batch of {global_batch} cannot be shared equally by {world} ranks; write --global-batch {near}."
+            f"A global batch of {global_batch} cannot be shared equally by {counted(world, 'rank')}; write "
+            f"--global-batch {near}."
         )
     share = global_batch // world
     micro_batch = max(size for size in range(1, min(batch_size, share) + 1) if share % size == 0)
@@ -204,7 +206,7 @@ def _warnings(num_steps: int, chosen: dict, protocol: Protocol) -> list[str]:
     warnings = []
     if num_steps < FEW_STEPS:
         warnings.append(
-            f"The protocol's global batch of {protocol.global_batch} gives {num_steps} steps on this data; "
+            f"The protocol's global batch of {protocol.global_batch} gives {counted(num_steps, 'step')} on this data; "
             f"--global-batch takes a smaller one."
         )
     warnings += edge_warnings("learning rate", chosen["learning_rate"], protocol.learning_rates)

@@ -238,7 +238,7 @@ def test_what_cannot_be_mixed_is_refused_by_its_name(mix, write_shards, write_ta
         (empty, "data.mix.odd cannot be used: .*without a single image"),
         (str(tmp_path / "none.tar"), "data.mix.odd cannot be used: .*does not exist"),
         ("pipe:cat x.tar", "data.mix.odd cannot be used: pipe:cat x.tar is a stream, whose samples nobody can count"),
-        (damaged, "data.mix.odd cannot be used: .* are lost or damaged"),
+        (damaged, "data.mix.odd cannot be used: .* lost or damaged"),
     ):
         with pytest.raises(UserError, match=said):
             build(mix | {"odd": DataSet(shards, 1.0)}, max_bad_share=0.5)

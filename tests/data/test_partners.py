@@ -250,7 +250,7 @@ def test_what_a_start_tells(shards):
     (told,) = loader_of(shards()).pairing()
     # a: 5 with "a ", b: 4, 7 and "7": 2, e, f and i: 2 each, h: 3
     assert told.startswith(
-        "7 groups of 2 to 5 images by json:who.patient, 66.7 % of 30 images; 4 images have no field "
+        "7 groups of 2 to 5 images by json:who.patient, 66.7 % of 30 images; 4 images with no field "
     )
     assert loader_of(shards(), plan=ViewPlan((WHOLE,))).pairing() == []
 

@@ -135,7 +135,7 @@ def test_what_is_not_there_is_refused(index, selection, said):
 
 
 def test_keys_that_are_not_there_are_refused(index, write_keys, tmp_path):
-    with pytest.raises(UserError, match=r"2 keys of data.select.keys=.*keys.txt are not in .*\(the first: '24'\)"):
+    with pytest.raises(UserError, match=r"2 keys of data.select.keys=.*keys.txt not found in .*\(the first: '24'\)"):
         selected(index, write_keys("000001", "24", "003.tar:000001"), "data.select")
     with pytest.raises(UserError, match="names no key"):
         selected(index, write_keys("", "  "), "data.select")

@@ -339,7 +339,7 @@ def test_a_volume_of_shapes_is_a_function_of_its_index(tmp_path):
 def test_the_door_writes_volumes_where_a_depth_is_asked_for(tmp_path, capsys):
     sizes = ["--num-train", "7", "--num-test", "3", "--image-size", "16", "--depth", "8", "--seed", "2"]
     assert shards.main(["shapes", "--to", str(tmp_path), *sizes]) == 0
-    assert "7 train volumes in 1 shards" in capsys.readouterr().out
+    assert "7 train volumes in 1 shard" in capsys.readouterr().out
     (found,) = one_pass(
         index_of_volumes(DataSet(f"{tmp_path}/volumes-train-*.tar")), VolumePlan((16, 16, 8)), batch_size=9
     )

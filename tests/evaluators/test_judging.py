@@ -105,7 +105,7 @@ def test_images_without_a_label_are_left_out_and_told(shapes, tmp_path):
     assert result.data["train"] | {"shards": 0, "fingerprint": 0} == {
         "shards": 0, "fingerprint": 0, "num_samples": 54, "num_unreadable": 0, "num_unlabelled": 6,
     }  # fmt: skip
-    assert "6 of 60 train images have no label and are left out." in result.outcome.warnings
+    assert "6 of 60 train images left out, without a label." in result.outcome.warnings
 
 
 def test_results_of_a_run_and_of_the_floors_beside_it_lie_in_the_run(run, any_encoder):
@@ -135,6 +135,23 @@ def test_what_is_given_goes_before_what_the_run_says(run, shapes):
         labelled_shards(["timm:resnet18"])
     with pytest.raises(UserError, match="write --test SHARDS"):
         labelled_shards(["timm:resnet18"], train="a.tar")
+
+
+def test_shards_that_cannot_be_opened_are_told_as_they_were_given(run, shapes, tmp_path):
+    absent = str(tmp_path / "no-*.tar")
+
+    def refused(labelled) -> str:
+        with pytest.raises(UserError) as told:
+            labelled.indexes()
+        return str(told.value)
+
+    given = labelled_shards(["pixels:4"], train=absent, test=shapes.test)
+    assert refused(given).endswith(f"correct --train {absent!r}.")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluate"] |= {"test_shards": absent}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    told = refused(labelled_shards([str(run)], train=shapes.train))
+    assert told.endswith(f"correct evaluate.test_shards={absent!r}, or write --test SHARDS.")
 
 
 def test_testing_on_the_training_shards_is_told(shapes):

@@ -1,5 +1,7 @@
 """`prelude --completion`: what real shells make of it when somebody presses Tab."""
 
+import argparse
+import importlib
 import os
 import pty
 import select
@@ -59,6 +61,16 @@ TYPED = {
     "prelude shards pack --sho": "prelude shards pack --short-side",
     "prelude probe --protocol ma": "prelude probe --protocol mae",
     "prelude pretrain --config quicks": "prelude pretrain --config quickstart",
+    "prelude pretrain --config finetune_vit_c": "prelude pretrain --config finetune_vit_c",
+    "prelude finetune runs/x --config finetune_vit_c": "prelude finetune runs/x --config finetune_vit_cifar10",
+    "prelude recipes finetune_vit_c": "prelude recipes finetune_vit_cifar10",
+    "prelude recipes --objective simm": "prelude recipes --objective simmim",
+    "prelude recipes --objective fine": "prelude recipes --objective fine-tuning",
+    "prelude pretrain --device l40": "prelude pretrain --device l40s",
+    "prelude export --format tran": "prelude export --format transformers",
+    "prelude knn --features me": "prelude knn --features mean",
+    "prelude shards info --range au": "prelude shards info --range auto",
+    "prelude check-objective vicr": "prelude check-objective vicreg",
     "prelude export only_f": "prelude export only_file",
 }
 
@@ -90,6 +102,24 @@ def test_every_recipe_that_ships_is_offered_and_every_command(capsys):
     told = capsys.readouterr().out
     assert all(name in told for name in shipped_recipes())
     assert all(f"_shtab_prelude_{name.replace('-', '_')}_option_strings" in told for name in prelude.COMMANDS)
+
+
+def options_of(parser: argparse.ArgumentParser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from options_of(below)
+        else:
+            yield action
+
+
+@pytest.mark.parametrize("name", prelude.COMMANDS)
+def test_what_help_lists_a_shell_offers(name):
+    """An option whose help has a list of values, or a name that stands for one of a few, is completed."""
+    parser = importlib.import_module(f"prelude.launch.{prelude.COMMANDS[name][0]}").parser()
+    for action in options_of(parser):
+        if action.metavar in ("KIND", "FORMAT", "LOW,HIGH") or action.dest in ("device", "objective"):
+            assert action.choices or action.offered, action.option_strings
 
 
 @pytest.mark.parametrize("words", [[], ["fish"], ["bash", "zsh"]])

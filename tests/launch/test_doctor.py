@@ -13,7 +13,7 @@ from runs import BIN, ROOT
 
 from prelude.data import host
 from prelude.launch import doctor, installed, machine
-from prelude.launch.finding import Finding
+from prelude.launch.finding import Finding, looked_at
 from prelude.launch.loading import has_kernels
 
 SOUND = {
@@ -53,7 +53,7 @@ def test_a_machine_with_little_shared_memory_and_more_that_is_wrong(packages, tm
     file = tmp_path / "a_file"
     file.write_text("")
     variables = {"RANK": "3", "PRELUDE_CACHE": f"{file}/cache", "TMPDIR": "/nowhere", "PATH": f"{BIN}:/usr/bin:/bin"}
-    command = in_a_namespace("ulimit -n 200 &&", sys.executable, "-m", "prelude.launch.doctor")
+    command = in_a_namespace("ulimit -S -n 200 &&", sys.executable, "-m", "prelude.launch.doctor")
     env = packages(torchvision="raise RuntimeError('operator torchvision::nms does not exist')") | variables
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
@@ -70,6 +70,94 @@ def test_a_machine_with_little_shared_memory_and_more_that_is_wrong(packages, tm
         (said,) = [sentence for sentence in sentences if expected in sentence]
         assert said.endswith(".") and ("write" in said or "reinstall" in said or "unset" in said)
     assert "--shm-size=8g" in done.stdout
+
+
+def told_by_doctor(before: str, packages, **variables: str) -> subprocess.CompletedProcess:
+    """In a process of its own, after what a shell does to the machine."""
+    script = f"{before}\nexec {sys.executable} -m prelude.launch.doctor"
+    env = packages() | {"PATH": f"{BIN}:/usr/bin:/bin"} | variables
+    return subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True, timeout=120)
+
+
+def ill(done: subprocess.CompletedProcess) -> list[str]:
+    assert done.returncode == 1 and done.stderr == "", done.stdout + done.stderr
+    return done.stdout.partition("wrong:\n")[2].splitlines()
+
+
+def test_a_machine_that_allows_hardly_a_file_is_told_as_that_and_who_can_raise_it(packages):
+    sentences = ill(told_by_doctor("ulimit -n 8", packages))
+    files, started = (next(one for one in sentences if what in one) for what in ("open 8 files", "No process can be"))
+    assert "the hard limit is 8, which only an administrator can raise: `* - nofile 65536`" in files
+    assert "write `ulimit" not in files and "Too many open files" in started
+
+
+def test_a_folder_that_is_gone_is_told(packages, tmp_path):
+    (tmp_path / "gone").mkdir()
+    sentences = ill(told_by_doctor(f"cd {tmp_path}/gone && rmdir {tmp_path}/gone", packages))
+    assert any("is gone" in one and "write `cd FOLDER`" in one for one in sentences)
+
+
+def test_variables_that_are_no_numbers_and_no_text_are_all_told(packages):
+    bad = {
+        "RANK": "banana",
+        "WORLD_SIZE": "-1",
+        "LOCAL_RANK": "x",
+        "OMP_NUM_THREADS": "all",
+        "MASTER_PORT": "tcp://a:1",
+    }
+    done = told_by_doctor("", packages, **bad, SLURM_JOB_ID=os.fsdecode(b"7\xff"), PYTHONIOENCODING="ascii")
+    sentences = ill(done)
+    for name, value in bad.items():
+        assert any(f"{name}={value!r} is no" in one and "unset" in one for one in sentences), name
+    assert "SLURM_JOB_ID=7" in done.stdout
+
+
+@pytest.mark.parametrize("hidden", ["/proc", "/sys"])
+def test_what_the_kernel_does_not_tell_ends_nothing(hidden, packages):
+    if shutil.which("unshare") is None or subprocess.run(in_a_namespace("true"), capture_output=True).returncode:
+        pytest.skip("needs a mount namespace of its own, which root has on Linux")
+    script = f"mount -t tmpfs none {hidden} && exec {sys.executable} -m prelude.launch.doctor"
+    env, command = packages() | {"PATH": f"{BIN}:/usr/bin:/bin"}, ["unshare", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and "memory" in done.stdout and "can be loaded" in done.stdout
+
+
+def test_a_finding_that_fails_is_one_that_is_wrong():
+    def broken():
+        raise PermissionError(13, "Permission denied")
+
+    found = looked_at("limits", broken)
+    assert found.found == ["not known"] and "Permission denied" in found.wrong[0]
+
+
+def test_a_user_without_a_home_has_a_cache_among_temporary_files(monkeypatch, tmp_path):
+    def nowhere(cls):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PRELUDE_CACHE", raising=False)
+    monkeypatch.setattr(host.Path, "home", classmethod(nowhere))
+    monkeypatch.setattr(host.tempfile, "tempdir", str(tmp_path))
+    assert host.cache_folder() == tmp_path / f"prelude-{os.getuid()}" and machine.cache_folder().wrong == []
+
+
+INFINITY = machine.resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "said"),
+    [
+        (200, INFINITY, "write `ulimit -n 65536` before the command"),
+        (200, 65536, "write `ulimit -n 65536` before the command"),
+        (200, 4096, "write `ulimit -n 4096` before the command, the most that the hard limit allows"),
+        (200, 1023, "the hard limit is 1023, which only an administrator can raise"),
+        (1024, 1024, ""),
+    ],
+)
+def test_a_soft_limit_is_raised_as_far_as_the_hard_one_allows(soft, hard, said, monkeypatch):
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(machine, "INFINIBAND", Path("/nowhere"))
+    wrong = machine.limits().wrong
+    assert said in wrong[0] if said else wrong == []
 
 
 BROKEN = {
@@ -175,12 +263,14 @@ def test_limits_of_a_container(tmp_path, monkeypatch):
 
 def test_locked_memory_matters_where_there_is_infiniband(tmp_path, monkeypatch):
     limit = machine.resource.getrlimit
-    locked = {machine.resource.RLIMIT_MEMLOCK: (65536, 65536), machine.resource.RLIMIT_NOFILE: (4096, 4096)}
+    locked = {machine.resource.RLIMIT_MEMLOCK: (65536, INFINITY), machine.resource.RLIMIT_NOFILE: (4096, 4096)}
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: locked.get(which) or limit(which))
     monkeypatch.setattr(machine, "INFINIBAND", tmp_path)
     assert machine.limits().wrong == []
     (tmp_path / "mlx5_0").mkdir()
-    assert "ulimit -l unlimited" in machine.limits().wrong[0]
+    assert "write `ulimit -l unlimited`" in machine.limits().wrong[0]
+    locked[machine.resource.RLIMIT_MEMLOCK] = (65536, 65536)
+    assert "only an administrator can raise: `* - memlock unlimited`" in machine.limits().wrong[0]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,24 @@ def test_every_command_explains_itself(command, capsys):
 def test_an_unknown_command_lists_the_known_ones(capsys):
     code, message = run(capsys, "prob")
     assert code == 2 and "probe" in message
+
+
+@pytest.mark.parametrize(("command", "missing"), [("doctor", "packaging"), ("knn", "pydantic"), ("recipes", "yaml")])
+def test_a_package_that_is_missing_is_told_by_its_name(command, missing):
+    script = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = [{command!r}]; "
+        "from prelude.launch import prelude; prelude.run()"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: The package {missing} is missing") and "reinstall prelude-ssl" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("command", [["recipes"], ["knn", "pixels:8", "--train", "{0}", "--test", "{0}"]])
+def test_a_launcher_s_variable_that_is_no_number_is_refused(name, command, recipe, monkeypatch, capsys):
+    monkeypatch.setenv(name, "banana")
+    shards = str(recipe.parent / "shapes" / "train-*.tar")
+    code, told = run(capsys, *(word.format(shards) for word in command))
+    assert code == 2 and f"{name}='banana' is no whole number" in told

@@ -6,46 +6,152 @@ import queue
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jupyter_client import KernelManager
 from runs import ROOT, RunDir
 
 import prelude
 from prelude.data.errors import UserError
-from prelude.launch import notebook
+from prelude.launch import export, knn, notebook
 from prelude.launch.children import Preempted
 from prelude.launch.progress_line import ProgressLine
 from prelude.launch.python_settings import option_words, overrides_of
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import load_config
+
+
+def overrides(settings: dict, recipe: str = "mae_cifar10") -> list[str]:
+    told, followed = overrides_of(recipe, settings)
+    assert not followed
+    return told
 
 
 def test_settings_are_named_in_full_or_by_their_last_part():
-    told = overrides_of("mae_cifar10", {"shards": Path("a.tar"), "epochs": 5, "optimizer.lr": 1e-3, "seed": 3})
-    assert told == ["data.shards=a.tar", "train.epochs=5", "optimizer.lr=0.001", "seed=3"]
-    told = overrides_of("mae_cifar10", {"optimizer": {"lr": 1e-3, "betas": (0.9, 0.99)}, "mask_ratio": 0.6})
+    told = overrides({"shards": Path("a.tar"), "epochs": 50, "optimizer.lr": 1e-3, "seed": 3})
+    assert told == ["data.shards=a.tar", "train.epochs=50", "optimizer.lr=0.001", "seed=3"]
+    told = overrides({"optimizer": {"lr": 1e-3, "betas": (0.9, 0.99)}, "mask_ratio": np.float64(0.6)})
     assert told == ["optimizer.lr=0.001", "optimizer.betas=[0.9, 0.99]", "objective.mask_ratio=0.6"]
-    assert overrides_of("mae_cifar10", {"kwargs": {"depth": 2}}) == ['encoder.kwargs={"depth": 2}']
-    told = overrides_of("mae_cifar10", {"compile": True, "weights": None})
-    assert told == ["train.compile=true", "encoder.weights=null"]
+    assert overrides({"kwargs": {"depth": 2}}) == ['encoder.kwargs={"depth": 2}']
+    assert overrides({"compile": True, "weights": None}) == ["train.compile=true", "encoder.weights=null"]
+    assert overrides({"shards": [Path("a.tar"), "b.tar"]}) == ['data.shards=["a.tar", "b.tar"]']
+
+
+def test_a_section_that_names_another_kind_begins_anew_as_in_a_recipe():
+    told = overrides({"objective": {"name": "vicreg"}, "encoder": {"image_size": 64}})
+    assert told == ['objective={"name": "vicreg"}', "encoder.image_size=64"]
+    assert load_config("mae_cifar10", told, options_for).objective["name"] == "vicreg"
+
+
+@pytest.mark.parametrize("text", ["null", " a ", "[a", "'a'", '"', "{x", "a: b # c", "~", "7", "[7, 8]"])
+def test_text_arrives_as_it_is_whatever_a_command_line_would_make_of_it(text):
+    assert load_config("mae_cifar10", overrides({"shards": text}), options_for).data.shards == text
 
 
 def test_a_short_name_of_several_keys_is_refused_with_all_of_them():
     with pytest.raises(UserError, match=r"momentum may be objective\.momentum or optimizer\.momentum; write the one"):
-        overrides_of("ijepa_cifar10", {"momentum": 0.9})
-    with pytest.raises(UserError, match="seed cannot be a object"):
-        overrides_of("mae_cifar10", {"seed": object()})
+        overrides({"momentum": 0.9}, "ijepa_cifar10")
+
+
+WARMUP, MILESTONES = "warmup_epochs: 10", "warmup_epochs: 1, milestones: [20, 30]"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "expected"),
+    [
+        (WARMUP, {"epochs": 2}, ["optimizer.warmup_epochs=0.5"]),
+        (WARMUP, {"train": {"epochs": 2}}, ["optimizer.warmup_epochs=0.5"]),
+        (WARMUP, {"epochs": 2, "optimizer": {"lr": 1}}, ["optimizer.warmup_epochs=0.5"]),
+        (WARMUP, {"epochs": 2, "warmup_epochs": 1}, []),
+        (WARMUP, {"epochs": 2, "warmup_epochs": 0}, []),
+        (WARMUP, {"epochs": 2, "optimizer": {"name": "adamw", "lr": 1}}, []),  # which begins anew
+        (WARMUP, {"epochs": 10}, []),
+        (WARMUP, {"epochs": 50}, []),
+        (WARMUP, {"epochs": "many"}, []),
+        (MILESTONES, {"epochs": 15}, ["optimizer.milestones=[7.5, 11.2]"]),
+        (MILESTONES, {"epochs": 0.4}, ["optimizer.warmup_epochs=0.01", "optimizer.milestones=[0.2, 0.3]"]),
+        (MILESTONES, {"epochs": 15, "milestones": [1]}, []),
+        (MILESTONES, {"epochs": 35}, []),
+    ],
+)
+def test_a_shorter_run_takes_its_share_of_a_schedule_that_would_not_end(schedule, settings, expected, tmp_path):
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text(f"base: mae_cifar10\ntrain: {{epochs: 40}}\noptimizer: {{name: sgd, lr: 0.1, {schedule}}}\n")
+    assert overrides_of(recipe, settings)[1] == expected
+
+
+@pytest.mark.parametrize("name", ["mae_cifar10", "rotation_cifar10_paper", "quickstart", "barlow_resnet50"])
+def test_a_tenth_of_an_epoch_can_be_trained_with_that_said_alone(name, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(notebook, "run_door", lambda door, words, **_: asked.append(words))
+    prelude.pretrain(name, epochs=0.1)
+    assert load_config(asked[0][1], asked[0][2:], options_for).train.epochs == 0.1
+    told = capsys.readouterr().out
+    assert told.startswith("The recipe is for a longer run; in this one its schedule keeps its share: ")
+    assert ("warmup_epochs=" in told or "milestones=[" in told) and "optimizer." not in told
+
+
+def words(**options) -> list[str]:
+    return option_words(options, knn.parser())
 
 
 def test_options_are_those_of_the_command():
-    told = option_words({"features": ["cls", "mean"], "num_workers": 0, "balanced": True, "bank": None, "check": False})
-    assert told == ["--features", "cls", "mean", "--num-workers", "0", "--balanced"]
+    assert words(features=["cls", "mean"], num_workers=0, bank=None) == [
+        "--features",
+        "cls",
+        "mean",
+        "--num-workers",
+        "0",
+    ]
+    assert words(train=["a.tar", Path("b.tar")]) == ["--train", "a.tar", "--train", "b.tar"]
+    assert words(train_select={"share": 0.1, "seed": 3}) == ["--train-select", "share=0.1", "--train-select", "seed=3"]
+    assert words(range=(0, 4095)) == ["--range", "0,4095"] and words(range="auto") == ["--range", "auto"]
+    assert option_words({"check_hub": True}, export.parser()) == ["--check-hub"]
+    assert option_words({"check_hub": False}, export.parser()) == []
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: prelude.pretrain("mae_cifar10", epoch=5), "epoch does not exist; did you mean train.epochs?"),
+        (lambda: prelude.pretrain("mae_cifar10", epoch=5), "epoch does not exist; did you mean epochs?"),
         (lambda: prelude.pretrain("mea_cifar10"), "No config at mea_cifar10; did you mean mae_cifar10?"),
+        (lambda: prelude.pretrain(3), "recipe=3 cannot be; write the name of a recipe"),
+        (lambda: prelude.pretrain("finetune_vit_base"), "finetune_vit_base is a recipe of fine-tuning"),
+        (lambda: prelude.pretrain("mae_cifar10", ranks="2"), "ranks='2' cannot be; write a whole number of 1 or more"),
+        (lambda: prelude.pretrain("mae_cifar10", ranks=True), "ranks=True cannot be"),
+        (lambda: prelude.pretrain("mae_cifar10", shards=3), "shards=3 is refused: write a path or pattern, or a list"),
+        (lambda: prelude.pretrain("mae_cifar10", shards=[]), "shards=[] is refused: write a path or pattern"),
+        (lambda: prelude.pretrain("mae_cifar10", shards=["a", 3]), "shards=['a', 3] is refused: write a path"),
+        (lambda: prelude.pretrain("mae_cifar10", shards=True), "shards=True is refused: write a path"),
+        (lambda: prelude.pretrain("mae_cifar10", shards=None), "shards is missing; write shards=PATTERN"),
+        (lambda: prelude.pretrain("mae_cifar10", shards={"a"}), "shards cannot be a set; write list(...) of it"),
+        (lambda: prelude.pretrain("mae_cifar10", shards=object()), "shards cannot be a object; write a number, text"),
+        (lambda: prelude.pretrain("mae_cifar10", run_dir=3), "run_dir=3 is refused: write a path"),
+        (lambda: prelude.pretrain("mae_cifar10", objective="vicreg"), 'write **{"objective.name": "vicreg"}, or'),
+        (lambda: prelude.pretrain("mae_cifar10", **{"a b": 1}), "'a b' is no key of a config"),
+        (
+            lambda: prelude.pretrain("mae_cifar10", epochs=2, warmup_epochs=5),
+            "warmup_epochs=5 is longer than the run of epochs=2, whose learning rate would not reach its peak; write "
+            "warmup_epochs=0.2, or more epochs.",
+        ),
         (lambda: prelude.open_run("nowhere"), "nowhere holds no run; write the folder"),
+        (lambda: prelude.open_run(None), "folder=None cannot be; write the folder"),
+        (lambda: prelude.Run(Path("x")).config, "x/config.yaml is not there"),
+        (lambda: prelude.Run(Path("x")).knn(kk=3), "kk is no option of `prelude knn`; did you mean k?"),
+        (lambda: prelude.Run(Path("x")).knn(k="x"), "k: invalid int value: 'x'."),
+        (lambda: prelude.Run(Path("x")).knn(batch_size=0), "batch_size: '0' cannot be; write a whole number"),
+        (lambda: prelude.Run(Path("x")).knn(train=3), "train=3 cannot be; write a path or pattern."),
+        (lambda: prelude.Run(Path("x")).knn(train=[]), "train=[] names nothing"),
+        (lambda: prelude.Run(Path("x")).knn(label=3), "label=3 cannot be; write text."),
+        (lambda: prelude.Run(Path("x")).knn(k=True), "k=True cannot be; write a value."),
+        (lambda: prelude.Run(Path("x")).knn(classes=["a", "b"]), "classes=['a', 'b'] cannot be; write one value."),
+        (lambda: prelude.Run(Path("x")).knn(None), "a source=None cannot be; write text, or a run."),
+        (lambda: prelude.Run(Path("x")).probe(protocol="moco"), "protocol: invalid choice: 'moco'"),
+        (lambda: prelude.Run(Path("x")).probe(ranks=0), "ranks=0 cannot be"),
+        (lambda: prelude.Run(Path("x")).export(3), "to=3 cannot be; write a path."),
+        (lambda: prelude.Run(Path("x")).export(), "x is no run that an export could lie in; write to=DIR."),
+        (lambda: prelude.Run(Path("x")).export("y", format="onx"), "format onx is none; write one or more of timm"),
+        (lambda: prelude.Run(Path("x")).export("y", check_hub="x"), "check_hub='x' cannot be; write True or False."),
     ],
 )
 def test_a_mistake_is_a_run_error_before_any_process_is_started(call, sentence, monkeypatch):
@@ -53,6 +159,49 @@ def test_a_mistake_is_a_run_error_before_any_process_is_started(call, sentence, 
     with pytest.raises(prelude.RunError) as refused:
         call()
     assert sentence in str(refused.value) and refused.value.__cause__ is None
+
+
+def test_what_a_door_says_is_told_in_the_spelling_of_python(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(notebook, "run_door", lambda *_, **__: said[-1])
+    (tmp_path / "checkpoints").mkdir()
+    run = prelude.open_run(tmp_path)
+    for call, door, python in (
+        (run.knn, "write --train SHARDS and --test SHARDS, or an evaluate section in the run's config.",
+         "write train=SHARDS and test=SHARDS, or an evaluate section in the run's config."),
+        (run.knn, "correct --test 'no-{4..5}.tar', or copy it; leave --bank out.",
+         "correct test='no-{4..5}.tar', or copy it; leave bank out."),
+        (run.knn, "--seeds 0 leaves nothing to do.", "seeds=0 leaves nothing to do."),
+        (run.probe, "write --weight-decays 0.1 1, docker run --shm-size=8g.",
+         "write weight_decays=[0.1, 1], docker run --shm-size=8g."),
+        (run.probe, "leave out --protocol.", "leave out protocol."),
+        (run.export, "write --dtype float16, or --check-hub.", 'write dtype="float16", or check_hub=True.'),
+        (lambda: prelude.pretrain("mae_cifar10"),
+         "write train.precision=fp32, train.gradient_checkpointing=true, data.shards='a b', log.every_steps=3, "
+         "data.range=[0, 255] and data.num_workers=0.",
+         'write precision="fp32", gradient_checkpointing=True, shards=\'a b\', **{"log.every_steps": 3}, '
+         "range=[0, 255] and num_workers=0."),
+    ):  # fmt: skip
+        said.append(door)
+        with pytest.raises(prelude.RunError) as refused:
+            call()
+        assert str(refused.value) == python
+
+
+def test_sources_beside_a_run_may_be_runs_and_an_export_lies_where_the_command_would_put_it(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(notebook, "run_door", lambda door, words, **_: asked.append(words))
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    one, other = prelude.open_run(tmp_path / "a"), prelude.open_run(str(tmp_path / "b"))
+    one.knn(other, "pixels")
+    assert asked.pop() == [str(one.folder), str(other.folder), "pixels"]
+    assert one.export() == one.folder / "export" and one.export(format="onnx") == one.folder / "export-onnx"
+    assert one.export(format=["timm", "onnx"]) == one.folder / "exports"
+    assert one.export(tmp_path / "c", format="onnx") == tmp_path / "c"
+    assert [word[1:] for word in asked] == [
+        [], ["--format", "onnx"], ["--format", "timm", "onnx"], ["--format", "onnx", "--to", str(tmp_path / "c")],
+    ]  # fmt: skip
 
 
 def test_a_run_that_somebody_else_ended_is_no_interrupt_of_ours(monkeypatch):

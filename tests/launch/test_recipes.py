@@ -1,6 +1,7 @@
 """The index of recipes says what the files say, and the recipes of one GPU are what their names promise."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from runs import ROOT
 
 from prelude.data.errors import UserError
-from prelude.launch import prelude
+from prelude.launch import prelude, recipes
 from prelude.launch.recipe_index import as_page, shipped
 from prelude.objectives import OURS, options_for
 from prelude.pretrain.recipes import load_config
@@ -34,7 +35,7 @@ def test_every_recipe_is_listed_and_torch_is_not_needed():
     listed = {one["name"]: one for one in json.loads(done.stdout)}
     assert listed.keys() == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     mae = listed["mae_vit_small_224"]
-    assert (mae["objective"], mae["image_size"], mae["bases"]) == ("mae", "224", ["mae_vit_small_96", "mae_vit_base"])
+    assert (mae["objective"], mae["image_size"], mae["bases"]) == ("mae", 224, ["mae_vit_small_96", "mae_vit_base"])
     assert listed["finetune_vit_base"]["objective"] == "fine-tuning" and listed["mae_cifar10"]["result"] == "measured"
     assert listed["mae_vit_large"]["result"] == "published" and mae["result"] == "not measured"
     code = "import sys; import prelude.launch.recipes as door; door.main([]); print('torch' in sys.modules)"
@@ -89,7 +90,7 @@ def test_mistakes_are_one_sentence(argv, sentence):
 def test_measured_figures_are_of_recipes_that_are_there():
     figures = json.loads((ROOT / "configs" / "figures.json").read_text())
     assert figures.keys() <= RECIPES.keys()
-    assert "300 to 336 images/s" in RECIPES["mae_cifar10"].images_per_second
+    assert "300 to 336 images/s" in RECIPES["mae_cifar10"].speed
 
 
 def test_there_is_a_recipe_of_one_gpu_for_every_objective_encoder_and_size_that_fit():
@@ -106,6 +107,23 @@ def test_all_of_them_open_with_what_they_train_take_and_reach():
     assert not [name for name, recipe in RECIPES.items() if "not said" in (recipe.trains, recipe.takes, recipe.reaches)]
 
 
+def test_numbers_are_numbers_for_other_tools(capsys):
+    for one in json.loads(told(capsys, "--json")):
+        assert isinstance(one["image_size"], (int, list, type(None))), one["name"]
+        assert isinstance(one["global_batch"], int) and isinstance(one["epochs"], (int, float)), one["name"]
+        assert one["images_per_second"] is None or all(isinstance(speed, int) for speed in one["images_per_second"])
+    assert next(iter(json.loads(told(capsys, "mae_cifar10", "--json"))))["images_per_second"] == [300, 336]
+
+
+def test_what_was_measured_or_planned_names_device_and_precision():
+    """A time of this project's own is not told without them."""
+    for name, recipe in RECIPES.items():
+        if not re.search(r"\d (min|s|h|of 24 GiB)\b", recipe.takes) or "published" in recipe.takes:
+            continue
+        if "no cost is published" not in recipe.takes:
+            assert re.search(r"GPU|RTX 4090", recipe.takes) and re.search(r"fp32|bf16|precision", recipe.takes), name
+
+
 @pytest.mark.parametrize("name", ONE_GPU)
 def test_a_recipe_of_one_gpu_is_what_its_name_says(name):
     config, recipe = load_config(name, [], options_for), RECIPES[name]
@@ -114,9 +132,23 @@ def test_a_recipe_of_one_gpu_is_what_its_name_says(name):
     assert recipe.reaches.startswith("not measured") and recipe.takes.startswith(
         ("planned, not measured: ", "not measured")
     )
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision
+    assert "planned" not in recipe.takes or recipe.takes.endswith(f", in {precision} on an RTX 4090.")
     micro_batch, accumulation = config.batching(1)
     if config.objective["name"] in ("barlow_twins", "vicreg", "msbreg", "lejepa"):
         assert accumulation == 1  # the loss is a statistic of the whole batch
     if config.encoder.name == "resnet50" and config.objective["name"] in CONVNETS:
         assert accumulation == 1  # batch norm sees what is held at once
     assert micro_batch & (micro_batch - 1) == 0
+
+
+def test_a_line_that_does_not_fit_ends_with_a_whole_word(monkeypatch, capsys):
+    monkeypatch.setattr(recipes.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    recipes.main([])
+    told = capsys.readouterr().out.splitlines()
+    words = {word for one in RECIPES.values() for word in f"{one.takes} {one.result} {one.global_batch}".split()}
+    words |= {"result", "batch"}
+    cut = [line for line in told if line.endswith(" …")]
+    assert cut and max(map(len, told)) <= 80
+    assert all(line.split()[-2].rstrip(".;") in {word.rstrip(".;") for word in words} for line in cut)

@@ -94,7 +94,7 @@ def test_info_and_verify_of_a_folder_and_of_its_shards_agree(photos, tmp_path, c
         assert "2 different, 12 to 13 images each" in out
         ready.add(out.splitlines()[-1])
         code, out, _ = run(capsys, "verify", source, "--to", tmp_path / "found.jsonl")
-        assert code == 0 and "2 images in 1 groups" in out
+        assert code == 0 and "2 images in 1 group" in out
         (line,) = map(json.loads, (tmp_path / "found.jsonl").open())
         assert line["kind"] == "byte-identical" and len(line["images"]) == 2
     (line,) = ready  # ready to be given to a run

@@ -3,8 +3,9 @@
 import pytest
 
 from prelude.data.errors import UserError
+from prelude.evaluators.finetuning.recipe import check_recipe
 from prelude.objectives import options_for
-from prelude.pretrain.recipes import bases_of, load_config, read_recipe
+from prelude.pretrain.recipes import bases_of, find_recipe, load_config, read_recipe
 
 
 def write(folder, **files: str) -> None:
@@ -69,3 +70,42 @@ def test_a_mistake_in_a_base_is_told_with_the_recipe_that_was_asked_for(tmp_path
     write(tmp_path, mine="base: other.yaml\n", other="base: quickstart\ntrain: {epoch: 3}\n")
     with pytest.raises(UserError, match=r"mine.yaml:\n  train.epoch does not exist; did you mean train.epochs"):
         load_config(tmp_path / "mine.yaml", [], options_for)
+
+
+def test_a_recipe_writes_into_a_folder_of_its_own_beside_that_of_its_base(tmp_path):
+    write(tmp_path, top="run_dir: disk/top\ntrain: {epochs: 2}\n", a="base: top.yaml\n", b="base: a.yaml\n")
+    write(tmp_path, c="base: b.yaml\nrun_dir: disk/top\n")
+    assert [read_recipe(tmp_path / f"{name}.yaml")["run_dir"] for name in ("top", "a", "b", "c")] == [
+        "disk/top", "disk/a", "disk/b", "disk/top",
+    ]  # fmt: skip
+    assert read_recipe(tmp_path / "a.yaml", ["run_dir=else/where"])["run_dir"] == "else/where"
+
+
+@pytest.mark.parametrize(("name", "check"), [
+    ("mae_cifar10", lambda *told: load_config(*told, options_for)), ("finetune_vit_cifar10", check_recipe),
+])  # fmt: skip
+def test_a_recipe_named_as_its_base_has_to_say_its_folder(name, check, tmp_path):
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(f"base: {find_recipe(name)}\n")
+    with pytest.raises(UserError, match=f"{name}.yaml would write into run_dir=runs/{name} as /.*, on which it is"):
+        check(file, [])
+    check(file, ["run_dir=runs/other"])
+    file.write_text(f"base: {find_recipe(name)}\nrun_dir: runs/{name}\n")  # meant
+    check(file, [])
+
+
+def test_a_recipe_of_the_other_kind_is_told_as_that(tmp_path):
+    write(tmp_path, mine="base: finetune_vit_base\n", whole="base: mae_cifar10\nobjective: {name: fine_tune}\n")
+    for recipe in ("finetune_vit_base", tmp_path / "mine.yaml", tmp_path / "whole.yaml"):
+        with pytest.raises(
+            UserError, match=f"{recipe} is a recipe of fine-tuning.*write `prelude finetune SOURCE --conf"
+        ):
+            load_config(recipe, [], options_for)
+    with pytest.raises(
+        UserError, match=r"recipe of pretraining \(objective.name=mae\); write `prelude pretrain --config"
+    ):
+        check_recipe("mae_cifar10")
+    with pytest.raises(UserError, match="objective.name=mea is no way to fine-tune"):  # a slip is no other kind
+        check_recipe("finetune_vit_base", ["objective.name=mea"])
+    with pytest.raises(UserError, match="objective.name is missing"):
+        load_config("mae_cifar10", ["objective.name=null"], options_for)

@@ -42,5 +42,5 @@ def test_warm_up_and_milestones_keep_their_share_of_the_run():
 
 
 def test_less_than_a_batch_is_refused():
-    with pytest.raises(UserError, match="95 images are less than one batch of train.global_batch=96"):
+    with pytest.raises(UserError, match="95 images cannot make one batch of train.global_batch=96"):
         within(a_config(), 95, 1000)

@@ -130,7 +130,7 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("log.comet=true", "log.wandb.project or log.mlflow.experiment is set; write one of these"),
         ("encoder.in_chans=1", "follows from data.channels=3; write data.channels alone"),
         ("data.in_channels=1", "did you mean data.channels?"),
-        ("data.mean=[0.5]", "mean has 1 values and channels=3"),
+        ("data.mean=[0.5]", "mean has 1 value and channels=3"),
         ("data.std=[1, 0, 1]", "write a list of numbers above 0"),
         ("encoder.depth=3", "did you mean encoder.kwargs.depth?"),
         ("mask_ratio=0.5", "did you mean objective.mask_ratio?"),
@@ -141,7 +141,7 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("train.epochs=1e30", "train.epochs=1e+30 is refused: write a number above 0 and of 1000000 or less."),
         ("train.epochs=true", "train.epochs=true is refused: write a number above 0 and of 1000000 or less."),
         ("data.std=[0,0,0]", "data.std=[0, 0, 0] is refused: write a list of numbers above 0, one for each channel."),
-        ("data.std=[0.5]", "std has 1 values and channels=3; write one for each channel"),
+        ("data.std=[0.5]", "std has 1 value and channels=3; write one for each channel"),
         ("data.mean=[1, 2, 3, 4]", "mean has 4 values and channels=3; write one for each channel"),
         (
             "optimizer.betas=[0.9]",
@@ -150,7 +150,10 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("encoder.image_size=[32]", "or a list of 2 whole numbers of 1 or more."),
         ("objective.crop_scale=[0.5]", "objective.crop_scale=[0.5] is refused: write a list of 2 numbers."),
         ("data.range=[1]", "data.range=[1] is refused: write a list of 2 numbers, or auto, or null."),
-        ("data.shards=[]", "data.shards=[] is refused: write text, or a list of texts, at least 1"),
+        (
+            "data.shards=[]",
+            "data.shards=[] is refused: write a path or pattern, or a list of paths or patterns, at least 1",
+        ),
         ("seed=-1", "seed=-1 is refused: write a whole number of 0 or more and below 2147483648."),
         (
             "data={allow_commands: true}",
@@ -285,14 +288,21 @@ def test_other_values_are_numbers_lists_and_mappings():
         (b"\xff\xfe\x00bin", "is no text"),
         (b"", "holds no settings"),
         (b"- a\n- b\n", "holds no settings"),
-        (b"a: [1, 2\n", "is not valid YAML"),
+        (b"a: [1, 2\n", r"x.yaml is not valid YAML in line 2, column 1: expected ',' or '\]'"),
+        (b"a:\n\tb: 1\n", r"in line 2, column 1: found character '\\t' that cannot start any token; correct it there"),
+        (b"a: 'x\n\nb: 1\n", "in line 4, column 1: found .* scalar that begins in line 1, column 4; correct"),
+        (b"a: 1\nb: \x07\n", r"in line 2, column 4: the character U\+0007 may not stand there"),
+        (b"a: !!int many\n", "in line 1, column 4: !!int is not what stands there"),
+        (b"a: !!set x\n", "in line 1, column 4: expected a mapping"),
+        (b"[" * 5000, "brackets lie in one another too deep"),
         (b"train: {epochs: 1}\ntrain: {epochs: 2}\n", "train is there twice"),
-        (b"seed: !!python/object:os.system x\n", "is not valid YAML"),
+        (b"seed: !!python/object:os.system x\n", "in line 1, column 7: .*os.system' is no tag that a recipe may have"),
         (b"1: 2\ntrain: 5\n", "train=5 is refused: write settings below it"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_told_as_that(content, sentence, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as refused:
         load_config(path, [], options_for)
+    assert "unicode string" not in str(refused.value)

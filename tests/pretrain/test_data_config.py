@@ -62,7 +62,7 @@ def test_a_selection_is_written_below_data():
             "photos.wieght does not exist; did you mean data.mix.photos.weight",
         ),
         ([*MIX, "data.mix.third.shards=c.tar"], "data.mix.third.weight is missing: write a number above 0"),
-        ([*MIX, "data.mix.third.weight=1"], "data.mix.third.shards is missing: write text, or a list of texts"),
+        ([*MIX, "data.mix.third.weight=1"], "data.mix.third.shards is missing: write a path or pattern, or a list"),
         ([*MIX, "data.mix.third=c.tar"], "data.mix.third='c.tar' is refused: write settings below it: shards, weight"),
         (
             [*MIX[2:], 'data.mix={"a b": {shards: a.tar, weight: 1}, c: {shards: c.tar, weight: 1}}'],

@@ -77,7 +77,7 @@ def test_training_equals_plain_torch_on_the_joined_batch(runs, name):
 
 def test_a_run_that_stays_non_finite_stops_and_says_what_to_do(runs):
     logged = json.loads((runs / "all_bad.json").read_text())
-    assert "not finite in 3 steps in a row" in logged["message"]
+    assert "not finite (steps in a row: 3)" in logged["message"]
     assert "optimizer.lr" in logged["message"]
     torch.manual_seed(0)
     untouched = engine_cases.Regression().state_dict()

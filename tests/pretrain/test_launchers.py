@@ -80,8 +80,51 @@ def test_a_rank_of_many_finds_its_place(env, expected):
         (STEP, "Under srun MASTER_ADDR is not set"),
         (OPEN_MPI, "mpirun -x MASTER_ADDR=HOST"),
         (HYDRA | {"PMI_SIZE": "8"}, "mpiexec -genv MASTER_ADDR HOST"),
+        (
+            {"RANK": "banana"},
+            r"RANK='banana' is no whole number from 0 on; launchers set it, so write `unset RANK`",
+        ),
+        ({"RANK": "²", "WORLD_SIZE": "4"}, "RANK='²' is no whole number"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "4"}, "is no whole number"),
+        ({"RANK": "", "WORLD_SIZE": "4"}, "RANK='' is no whole number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' is no whole number from 1 on"),  # of one process, too
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is no whole number from 1 on"),
+        ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK='gpu0' is no whole number"),
+        ({"LOCAL_WORLD_SIZE": "2.0"}, "LOCAL_WORLD_SIZE='2.0' is no whole number"),
+        ({"LOCAL_SIZE": "x"}, "LOCAL_SIZE='x' is no whole number"),
+        (TORCHRUN | ADDRESS | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is no rank of LOCAL_WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"} | ADDRESS, "LOCAL_RANK=2 is no rank of WORLD_SIZE=2"),
+        (STEP | {"SLURM_NTASKS": "ten"}, "SLURM_NTASKS='ten' is no whole number"),
+        (STEP | {"SLURM_PROCID": "-3"}, "SLURM_PROCID='-3' is no whole number"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_RANK": "x"}, "OMPI_COMM_WORLD_LOCAL_RANK='x' is no whole number"),
     ],
 )
 def test_what_is_said_by_halves_is_a_sentence(env, words):
     with pytest.raises(UserError, match=words):
         completed(env)
+
+
+def test_a_step_that_does_not_say_how_many_tasks_share_a_node_is_no_fault():
+    assert completed(SLURM | ADDRESS | {"SLURM_STEP_ID": "0"})[:4] == ("5", "10", "1", "1")
+
+
+def test_every_fault_is_told_at_once():
+    env = {"RANK": "banana", "WORLD_SIZE": "-1", "LOCAL_RANK": "x", "MASTER_PORT": "http", "OMP_NUM_THREADS": "all"}
+    told = launchers.faults(env)
+    assert [sentence.split("=")[0] for sentence in told] == list(env)
+    assert launchers.faults({}) == launchers.faults(TORCHRUN | ADDRESS) == []
+    assert launchers.faults({"RANK": "0"}) == [
+        "RANK=0 is set and WORLD_SIZE is not; unset RANK to run as one process, or start the ranks with deepspeed, "
+        "torchrun or srun."
+    ]
+
+
+@pytest.mark.parametrize(("text", "threads"), [(None, None), ("", None), ("4", 4), ("4,2", 4), (" 3 ", 3)])
+def test_threads_are_the_first_of_a_list(text, threads):
+    assert launchers.num_threads({} if text is None else {"OMP_NUM_THREADS": text}) == threads
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "²", "4;2"])
+def test_what_is_no_number_of_threads_is_a_sentence(text):
+    with pytest.raises(UserError, match="is no number of threads; write one of 1 or more, or unset it"):
+        launchers.num_threads({"OMP_NUM_THREADS": text})

@@ -2,6 +2,7 @@
 
 import importlib.util
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from prelude.data.errors import UserError
 from prelude.pretrain import devices
 from prelude.pretrain import step_cost as step_cost_module
 from prelude.pretrain.config import Config
+from prelude.pretrain.fitting import misfit
 from prelude.pretrain.images import images
 from prelude.pretrain.objective import Loss, Objective, Options
 from prelude.pretrain.preview import duration, preview
@@ -108,6 +110,7 @@ def test_a_step_is_watched_without_a_trace():
 def test_the_rows_agree_with_the_config():
     rows = dict(preview_of().rows())
     assert rows["batch"] == "16 = 2 ranks x 4 images x 2"
+    assert dict(preview_of(world_size=1, micro_batch=1).rows())["batch"] == "16 = 1 rank x 1 image x 16"
     assert rows["length"] == "6.2 steps an epoch, 19 in all"
     assert rows["peak learning rate"] == "0.001"
 
@@ -129,6 +132,64 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     memory = found.held.rank_memory(found.cost, 777, 1, 2).peak
     assert found.held.largest_micro_batch(found.cost, memory, 1, 2) == 777
     assert found.held.largest_micro_batch(found.cost, 1000, 1, 2) == 0
+
+
+def usable(memory: float) -> devices.Figures:
+    return devices.Figures(None, memory, "this machine")
+
+
+def sizes(batch: int, world_size: int) -> list[int]:
+    return [size for size in range(1, batch // world_size + 1) if batch % (size * world_size) == 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_that_does_not_fit_is_told_with_the_largest_micro_batch_that_keeps_its_batch(stage, world_size):
+    batch = 720  # with many divisors
+    peaks = {}  # of runs that are configured so
+    for size in sizes(batch, world_size):
+        found = preview_of(Small(640), world_size, global_batch=batch, micro_batch=size, zero_stage=stage)
+        peaks[size] = found.rank_memory().peak
+    whole = preview_of(Small(640), world_size, global_batch=batch, micro_batch="auto", zero_stage=stage)
+    for memory in (peaks[72], peaks[72] - 1, peaks[9] + 1):
+        largest = max(size for size, peak in peaks.items() if peak <= memory)
+        told = misfit(whole, usable(memory))
+        assert told.startswith("This run does not fit: a rank takes ") and told.endswith(".")
+        assert (
+            f"write train.micro_batch={largest}, which fits, and of which {batch // largest // world_size} micro"
+            in told
+        )
+        rows = {row[:2]: row[-1] for row in whole.alternatives(usable(memory))}
+        keeping, of_any_size = rows[str(stage), "no"].split(" ")
+        assert int(keeping) == largest <= int(of_any_size.strip("()"))
+    assert misfit(whole, usable(whole.rank_memory().peak)) == ""
+    row = next(row for row in whole.alternatives(usable(1000)) if row[0] == str(stage))
+    assert row[-1] == "none" and "needs a device with more memory" in misfit(whole, usable(1000))
+
+
+def test_what_else_makes_a_run_fit_is_told_where_it_does():
+    def found(world_size=1, micro_batch="auto", **train):
+        whole = preview_of(Small(640), world_size, global_batch=1000, micro_batch=micro_batch, **train)
+        return replace(whole, costs=whole.costs | {True: step_cost(Small(64))})  # as if checkpointing spared that much
+
+    checkpointed = found(gradient_checkpointing=True, zero_stage=0).rank_memory().peak
+    told = misfit(found(zero_stage=0), usable(checkpointed))
+    assert "write train.micro_batch=" in told
+    assert told.endswith("of 1000, or train.gradient_checkpointing=true with the micro-batch as it is.")
+    on_each = misfit(found(8, zero_stage=0), usable(found(8, zero_stage=0, micro_batch=25).rank_memory().peak))
+    assert "write train.micro_batch=25, which fits, and of which 5 micro-batches on each rank make the same" in on_each
+
+
+def test_an_objective_that_sees_its_batch_as_a_whole_is_told_of_ranks_and_not_of_micro_batches():
+    class Whole(Small):
+        accumulates = False
+
+    whole = preview_of(Whole(640), 1, global_batch=1000, micro_batch="auto", zero_stage=0)
+    whole = replace(whole, costs={False: whole.costs[False]})  # an encoder without checkpointing
+    of_250 = preview_of(Whole(640), 4, global_batch=1000, micro_batch="auto", zero_stage=0).rank_memory().peak
+    told = misfit(whole, usable(of_250))
+    assert "train.micro_batch" not in told and "start it on 4 ranks, or write train.global_batch=" in told
+    assert {row[-1].split()[0] for row in whole.alternatives(usable(of_250)) if row[0] == "0"} == {"none"}
 
 
 def test_a_named_device_is_an_estimate_and_says_so():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.resume import progress_after, starting_point
@@ -50,7 +51,7 @@ def test_another_batch_counts_in_samples(batch, step):
     absolute = {"lr_rule": "absolute", "min_lr": 0.1}
     progress, notices = after(config_of(**absolute), config_of(batch, **absolute))
     assert progress.step == step and progress.num_steps == round(NUM_SAMPLES / batch)
-    assert notices == [f"train.global_batch 16 -> {batch}: 10 steps, or 160 images, count as {step} steps"]
+    assert notices == [f"train.global_batch 16 -> {batch}: 10 steps, or 160 images, count as {counted(step, 'step')}"]
 
 
 @pytest.mark.parametrize(
