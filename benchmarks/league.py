@@ -11,7 +11,7 @@ and at ours (`ours`), on the same encoder. They may live in an interpreter of th
 
 Each budget is a run of its own, whose schedule ends with it: a longer run looked at halfway has not yet lowered its
 rate, which no one with that budget would do. So a run is told its number of steps before it starts, from the speed of
-the newest run of the same arm, setting and method, and at first from that of 30 steps; all arms by the same rule.
+the newest run of the same arm, setting and method, and at first from that of a few steps; all arms by the same rule.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def plan(args: argparse.Namespace, installed: dict) -> Iterator[tuple]:
 def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -> dict:
     """One entry: trained, judged, and what is needed to redo it; or why it failed."""
     about = {key: of[key] for key in ("method", "arm", "setting", "seed")} | {"minutes": minutes}
-    name = "-".join(str(about[key]) for key in about)
+    name = f"{of['method']}-{of['arm']}-{of['setting']}-{of['seed']}-{minutes:g}"
     try:
         way, speed = way_of(args, record, of)
         batch = speed["batch"]
@@ -120,21 +120,28 @@ def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -
 
 
 def way_of(args: argparse.Namespace, record: dict, of: dict) -> tuple[dict, dict]:
-    """How an arm shares the cores, and its speed: tried once, the fastest kept."""
-    key = f"{of['method']}/{of['arm']}/{of['setting']}"
-    ways = WAYS[of["arm"]][-1:] if args.smoke else WAYS[of["arm"]]
-    if key not in record["speeds"]:
-        tried = []
-        for way in ways:
-            folder = args.work / "trial"
-            steps = SMOKE_STEPS if args.smoke else TRIED_STEPS
-            found = train(Training(**of, steps=steps, way=way, folder=folder, trial=True))
-            tried.append({"way": way, "images_per_second": round(found.images_per_second, 2), "batch": found.batch})
-            print(f"{key}: {way}: {found.images_per_second:.0f} images/s", file=sys.stderr, flush=True)
+    """How an arm shares the cores with a method, tried once at the first setting, the fastest kept; and its speed."""
+    arm, setting = f"{of['method']}/{of['arm']}", f"{of['method']}/{of['arm']}/{of['setting']}"
+    if arm not in record["ways"]:
+        ways = WAYS[of["arm"]][-1:] if args.smoke else WAYS[of["arm"]]
+        tried = [{"way": way, **speed_of(args, of, way)} for way in ways]
         best = max(tried, key=lambda each: each["images_per_second"])
-        record["speeds"][key] = best | {"tried": tried}
+        record["ways"][arm] = {"way": best["way"], "tried": tried}
+        record["speeds"][setting] = {key: best[key] for key in ("images_per_second", "batch")}
         keep(record, args.out)
-    return record["speeds"][key]["way"], record["speeds"][key]
+    way = record["ways"][arm]["way"]
+    if setting not in record["speeds"]:
+        record["speeds"][setting] = speed_of(args, of, way)
+        keep(record, args.out)
+    return way, record["speeds"][setting]
+
+
+def speed_of(args: argparse.Namespace, of: dict, way: dict) -> dict:
+    steps = SMOKE_STEPS if args.smoke else TRIED_STEPS
+    found = train(Training(**of, steps=steps, way=way, folder=args.work / "trial", trial=True))
+    what = " ".join(str(of[key]) for key in ("method", "arm", "setting"))
+    print(f"{what}: {way}: {found.images_per_second:.0f} images/s", file=sys.stderr, flush=True)
+    return {"images_per_second": round(found.images_per_second, 2), "batch": found.batch}
 
 
 def wait_for_cores(share: float) -> None:
@@ -166,7 +173,7 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
     for arm in args.arms:
         if arm in PEERS and arm not in installed:
             print(f"{arm} is not installed for {args.peers_python}: its arm is left out", file=sys.stderr)
-    empty = {"speeds": {}, "untrained": {}, "entries": {}}
+    empty = {"ways": {}, "speeds": {}, "untrained": {}, "entries": {}}
     return empty | record | same | {"shards": data, "versions": installed | record.get("versions", {}) | installed}
 
 

@@ -2,7 +2,8 @@
 
 A peer's arm is a script of its own, started as `python league_NAME.py SPEC`. It trains what the file SPEC says, with
 the peer's own losses, heads, transforms, optimizers and schedules, and leaves beside it `encoder.pt`, a state dict
-under timm's names, and `result.json`. The clock runs from before the first batch is fetched to the end of the last step.
+under timm's names, and `result.json`. The clock runs from before the first batch is fetched to the end of the last
+step.
 """
 
 import json
