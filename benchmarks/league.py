@@ -62,16 +62,16 @@ def main() -> int:
         print(tables(record) if record else f"{args.out} is not there yet")
         return 0
     if args.smoke:
-        args.data, args.test = (
-            str(args.work / "shapes" / f"{split}-*.tar")
-            for split, count in (("train", 64), ("test", 32))
-            if write_shards(args.work / "shapes", split, count) or True
-        )
+        args.data, args.test = (str(args.work / "shapes" / f"{split}-*.tar") for split in ("train", "test"))
+        for split, count in (("train", 64), ("test", 32)):
+            write_shards(args.work / "shapes", split, count)
     record = begun(args, record)
-    pictures = pictures_of(args.data, args.work / "pictures") if any(arm in PEERS for arm in args.arms) else None
+    pictures = args.work / f"pictures-{record['fingerprints']['data'][:12]}"
+    if any(arm in PEERS for arm in args.arms):
+        pictures_of(args.data, pictures)
     failures = 0
     for method, arm, setting, seed, minutes in plan(args, record["versions"]):
-        key = f"{method}/{arm}/{setting}/seed {seed}/{minutes:g} min"
+        key = f"{named(method)}/{arm}/{setting}/seed {seed}/{minutes:g} min"
         if "failed" not in record["entries"].get(key, {"failed": ""}):
             continue
         wait_for_cores(args.busy)
@@ -98,7 +98,8 @@ def plan(args: argparse.Namespace, installed: dict) -> Iterator[tuple]:
 def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -> dict:
     """One entry: trained, judged, and what is needed to redo it; or why it failed."""
     about = {key: of[key] for key in ("method", "arm", "setting", "seed")} | {"minutes": minutes}
-    name = f"{of['method']}-{of['arm']}-{of['setting']}-{of['seed']}-{minutes:g}"
+    about["method"] = method = named(of["method"])
+    name = f"{method}-{of['arm']}-{of['setting']}-{of['seed']}-{minutes:g}"
     try:
         way, speed = way_of(args, record, of)
         batch = speed["batch"]
@@ -106,7 +107,7 @@ def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -
         training = Training(**of, steps=steps, way=way, folder=args.work / name)
         load, found = os.getloadavg()[0], train(training)
         speed["images_per_second"] = found.batch * found.steps / found.seconds
-        twin = f"{of['method']}/seed {of['seed']}"
+        twin = f"{method}/seed {of['seed']}"
         if twin not in record["untrained"]:
             encoder = untrained(of["method"], of["seed"], args.set)
             record["untrained"][twin] = judged(encoder, args.data, args.test, seed=of["seed"])
@@ -121,7 +122,8 @@ def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -
 
 def way_of(args: argparse.Namespace, record: dict, of: dict) -> tuple[dict, dict]:
     """How an arm shares the cores with a method, tried once at the first setting, the fastest kept; and its speed."""
-    arm, setting = f"{of['method']}/{of['arm']}", f"{of['method']}/{of['arm']}/{of['setting']}"
+    arm = f"{named(of['method'])}/{of['arm']}"
+    setting = f"{arm}/{of['setting']}"
     if arm not in record["ways"]:
         ways = WAYS[of["arm"]][-1:] if args.smoke else WAYS[of["arm"]]
         tried = [{"way": way, **speed_of(args, of, way)} for way in ways]
@@ -177,6 +179,16 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
     return empty | record | same | {"shards": data, "versions": installed | record.get("versions", {}) | installed}
 
 
+def named(method: str) -> str:
+    return Path(method).stem if method.endswith(".yaml") else method
+
+
+def a_method(text: str) -> str:
+    if text in OFFERED or (text.endswith(".yaml") and Path(text).is_file()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text} is neither of {', '.join(OFFERED)} nor the file of a recipe")
+
+
 def told(entry: dict) -> str:
     if "failed" in entry:
         return f"failed: {entry['failed']}"
@@ -200,9 +212,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", metavar="SHARDS")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 20], metavar="N", help="(default: 5 10 20)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
-    parser.add_argument(
-        "--methods", nargs="+", choices=OFFERED, default=METHODS, metavar="NAME", help=", ".join(OFFERED)
-    )
+    methods = f"of {', '.join(OFFERED)}; or the file of a recipe, which our arm alone trains"
+    parser.add_argument("--methods", nargs="+", type=a_method, default=METHODS, metavar="NAME", help=methods)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="NAME", help=", ".join(ARMS))
     parser.add_argument("--settings", nargs="+", choices=("their", "ours"), default=("their", "ours"), help="of peers")
     parser.add_argument(

@@ -75,6 +75,9 @@ class Failed(Exception):
 
 
 def recipe_name(method: str) -> str:
+    """method: of ours, or the file of a recipe."""
+    if method.endswith(".yaml"):
+        return str(Path(method).resolve())
     return {"barlow_twins": "barlow", "spark": "spark_resnet18"}.get(method, method) + "_cifar10"
 
 
