@@ -11,6 +11,7 @@ import pytest
 from runs import ROOT
 
 BENCHMARKS = str(ROOT / "benchmarks")
+RECORD = [sys.executable, f"{BENCHMARKS}/league_record.py", "--minutes", "20"]
 ENTRY = "mae/{}/{}/seed 0/5 min"
 
 
@@ -75,3 +76,23 @@ def test_what_was_measured_beside_others_or_off_its_budget_is_marked(league_tabl
     assert league_table.marks([entry]) == ""
     assert league_table.marks([entry, entry | {"others": 0.3}]) == "2 seeds, busy 30%"
     assert league_table.marks([entry | {"seconds": 240.0}]) == "off by 20%"
+
+
+def test_a_record_needs_three_sound_seeds_and_more_than_the_spread(tmp_path):
+    def kept(method, *values, others=0.0):
+        about = {"method": method, "arm": "prelude", "minutes": 20, "seconds": 1210.0, "others": others}
+        return {f"{method} {i}": about | {"linear": {"top1": value}} for i, value in enumerate(values)}
+
+    def asked(**entries):
+        measured = {"machine": {"cores": 2}, "shards": {}, "settings": [], "entries": entries}
+        (tmp_path / "league.json").write_text(json.dumps(measured))
+        words = ["--measured", str(tmp_path / "league.json"), "--folder", str(tmp_path)]
+        return subprocess.run([*RECORD, *words], capture_output=True, text=True)
+
+    two = asked(**kept("a", 60.0, 61.0), **kept("b", 70.0, 71.0, 72.0, others=0.3))
+    assert two.returncode == 1 and "a has 2 sound seeds of 2" in two.stdout and "b has 0 sound" in two.stdout
+    assert asked(**kept("a", 60.0, 61.0, 62.0)).returncode == 0  # 61 ± 1
+    within = asked(**kept("c", 61.5, 61.9, 62.3))
+    assert within.returncode == 1 and "the record stays a: 61.0 ± 1.0" in within.stdout
+    assert asked(**kept("c", 61.7, 62.1, 62.5)).returncode == 0
+    assert json.loads((tmp_path / "linear-20min-2cores.json").read_text())["method"] == "c"
