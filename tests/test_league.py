@@ -1,0 +1,98 @@
+"""The league at toy size: our arm trains as long as it was told and is judged as the doors judge; so is a peer's, where
+the peer is installed. What the tables say of who is ahead is checked by hand."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+BENCHMARKS = str(ROOT / "benchmarks")
+RECORD = [sys.executable, f"{BENCHMARKS}/league_record.py", "--minutes", "20"]
+ENTRY = "mae/{}/{}/seed 0/5 min"
+
+
+@pytest.fixture(scope="module")
+def league_table():
+    sys.path.insert(0, BENCHMARKS)
+    import league_table
+
+    yield league_table
+    sys.path.remove(BENCHMARKS)
+
+
+def smoke(folder, *words):
+    command = [sys.executable, f"{BENCHMARKS}/league.py", "--smoke", "--work", str(folder), "--methods", "mae", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "smoke.json").read_text())
+
+
+def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated(tmp_path, capsys):
+    record = smoke(tmp_path, "--arms", "prelude")
+    entry = record["entries"][ENTRY.format("prelude", "ours")]
+    assert entry["steps"] == 4 and entry["batch"] == 16 and entry["images"] == 64
+    run = tmp_path / "mae-prelude-ours-0-5" / "run"
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert entry["seconds"] == pytest.approx(sum(each["step_seconds"] for each in logged))
+    assert 0 <= entry["others"] <= 1 and record["machine"]["cores"] >= 1
+
+    from prelude.launch import knn
+
+    shards = [word for split in ("train", "test") for word in (f"--{split}", str(tmp_path / f"shapes/{split}-*.tar"))]
+    assert knn.main([str(run), *shards, "--out", str(tmp_path / "door"), "--num-workers", "0"]) == 0
+    (found,) = (tmp_path / "door").glob("*.json")
+    assert entry["knn"]["top1"] == pytest.approx(json.loads(found.read_text())["numbers"]["top1"]["value"], abs=0.01)
+
+    before = (run / "metrics.jsonl").stat().st_mtime_ns
+    assert smoke(tmp_path, "--arms", "prelude")["entries"] == record["entries"]
+    assert (run / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("arm", "package"), [("lightly", "lightly"), ("stable-pretraining", "stable_pretraining")])
+def test_a_peers_arm_trains_and_is_judged_alike(tmp_path, arm, package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{arm} is not installed")
+    record = smoke(tmp_path, "--arms", arm)
+    assert all(record["entries"][ENTRY.format(arm, setting)]["steps"] == 4 for setting in ("their", "ours"))
+
+
+def test_ahead_level_and_behind_are_told_by_the_interval(league_table):
+    def row(*values):
+        return [{"linear": {"top1": value, "se": 1.0}} for value in values]
+
+    # 1.96 sqrt(1 + 1) = 2.77; with the seeds' variances of 2 and 2 over 2 seeds: 1.96 sqrt(2 + 1 + 1) = 3.92
+    assert league_table.difference(row(60.0), row(57.0), "linear") == "+3.0 ± 2.8, ahead"
+    assert league_table.difference(row(59.0, 61.0), row(56.0, 58.0), "linear") == "+3.0 ± 3.9, level"
+    assert league_table.difference(row(50.0), row(57.0), "linear") == "-7.0 ± 2.8, behind"
+
+
+def test_what_was_measured_beside_others_or_off_its_budget_is_marked(league_table):
+    entry = {"others": 0.0, "seconds": 305.0, "minutes": 5}
+    assert league_table.marks([entry]) == ""
+    assert league_table.marks([entry, entry | {"others": 0.3}]) == "2 seeds, busy 30%"
+    assert league_table.marks([entry | {"seconds": 240.0}]) == "off by 20%"
+
+
+def test_a_record_needs_three_sound_seeds_and_more_than_the_spread(tmp_path):
+    def kept(method, *values, others=0.0):
+        about = {"method": method, "arm": "prelude", "minutes": 20, "seconds": 1210.0, "others": others}
+        return {f"{method} {i}": about | {"linear": {"top1": value}} for i, value in enumerate(values)}
+
+    def asked(**entries):
+        measured = {"machine": {"cores": 2}, "shards": {}, "settings": [], "entries": entries}
+        (tmp_path / "league.json").write_text(json.dumps(measured))
+        words = ["--measured", str(tmp_path / "league.json"), "--folder", str(tmp_path)]
+        return subprocess.run([*RECORD, *words], capture_output=True, text=True)
+
+    two = asked(**kept("a", 60.0, 61.0), **kept("b", 70.0, 71.0, 72.0, others=0.3))
+    assert two.returncode == 1 and "a has 2 sound seeds of 2" in two.stdout and "b has 0 sound" in two.stdout
+    assert asked(**kept("a", 60.0, 61.0, 62.0)).returncode == 0  # 61 ± 1
+    within = asked(**kept("c", 61.5, 61.9, 62.3))
+    assert within.returncode == 1 and "the record stays a: 61.0 ± 1.0" in within.stdout
+    assert asked(**kept("c", 61.7, 62.1, 62.5)).returncode == 0
+    assert json.loads((tmp_path / "linear-20min-2cores.json").read_text())["method"] == "c"
