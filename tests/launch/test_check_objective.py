@@ -118,7 +118,7 @@ CAUGHT = {
     "SumsOverTheBatch": ("average", "take the mean over samples"),
     "DrawsByPlaceInTheBatch": ("average", "draw by seeds and not by places in the batch"),
     "ComparesWithinTheBatch": ("average", "write accumulates=False"),
-    "ReadsAValue": ("host waits", "1 times a step, first by _local_scalar_dense at helpers/broken_objectives.py:"),
+    "ReadsAValue": ("host waits", "1 time a step, first by _local_scalar_dense at helpers/broken_objectives.py:"),
     "ChoosesByAValue": ("host waits", "broken_objectives.py:"),
     "IndexesByAMask": ("host waits", "3 times a step, first by index at helpers/broken_objectives.py:"),
     "CountsInAnAttribute": ("state", "After a resume the third step has the loss"),

@@ -132,7 +132,7 @@ def test_colours_of_rgb_are_refused_by_name_with_all_that_is_to_be_written(chann
 @pytest.mark.parametrize(
     "data, said",
     [
-        ({"mean": [0.5]}, "mean has 1 values and channels=4"),
+        ({"mean": [0.5]}, "mean has 1 value and channels=4"),
         ({"std": [0.5] * 3}, "std has 3 values and channels=4"),
         ({"shown_channels": [0, 4]}, "shown_channels takes one to three numbers from 0 to 3"),
         ({"shown_channels": [0, 1, 2, 3]}, "shown_channels takes one to three numbers"),
