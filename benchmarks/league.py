@@ -74,12 +74,17 @@ def main() -> int:
     failures = 0
     for method, arm, setting, seed, minutes in plan(args, record["versions"]):
         key = f"{named(method)}/{arm}/{setting}/seed {seed}/{minutes:g} min"
-        if "failed" not in record["entries"].get(key, {"failed": ""}):
+        found = record["entries"].get(key, {"failed": ""})
+        if not ("failed" in found or (is_unjudged(found) and not args.train_only)):
             continue
-        wait_for_cores(args.busy)
         of = {"method": method, "arm": arm, "setting": setting, "seed": seed, "data": args.data, "pictures": pictures}
         of |= {"python": args.peers_python, "changes": args.set}
-        record["entries"][key] = entry = measured(args, record, of, minutes)
+        if "failed" in found:
+            wait_for_cores(args.busy)
+            record["entries"][key] = found = measured(args, record, of, minutes)
+            keep(record, args.out)
+        entry = found if "failed" in found or args.train_only else found | judged_run(args, record, of, found)
+        record["entries"][key] = entry
         failures += "failed" in entry
         keep(record, args.out)
         print(f"{key}: {told(entry)}\n\n{tables(record)}\n", flush=True)
@@ -98,28 +103,44 @@ def plan(args: argparse.Namespace, installed: dict) -> Iterator[tuple]:
 
 
 def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -> dict:
-    """One entry: trained, judged, and what is needed to redo it; or why it failed."""
+    """One entry: trained, and what is needed to redo it; or why it failed."""
     about = {key: of[key] for key in ("method", "arm", "setting", "seed")} | {"minutes": minutes}
-    about["method"] = method = named(of["method"])
-    name = f"{method}-{of['arm']}-{of['setting']}-{of['seed']}-{minutes:g}"
+    about["method"] = named(of["method"])
     try:
         way, speed = way_of(args, record, of)
-        batch = speed["batch"]
-        steps = SMOKE_STEPS if args.smoke else max(round(60 * minutes * speed["images_per_second"] / batch), 1)
-        training = Training(**of, steps=steps, way=way, folder=args.work / name)
+        steps = SMOKE_STEPS if args.smoke else round(60 * minutes * speed["images_per_second"] / speed["batch"])
+        training = Training(**of, steps=max(steps, 1), way=way, folder=folder_of(args, about))
         load, found = os.getloadavg()[0], train(training)
-        speed["images_per_second"] = found.batch * found.steps / found.seconds
-        twin = f"{method}/seed {of['seed']}"
-        if twin not in record["untrained"]:
-            encoder = untrained(of["method"], of["seed"], args.set)
-            record["untrained"][twin] = judged(encoder, args.data, args.test, seed=of["seed"])
-        numbers = judged(trained(training), args.data, args.test, seed=of["seed"])
     except (Failed, UserError) as error:
-        return about | {"failed": str(error), "log": str(args.work / name / "log.txt")}
-    speed = found.batch * found.steps / found.seconds
-    run = asdict(found) | {"images": found.batch * found.steps, "images_per_second": round(speed, 1)}
+        return about | {"failed": str(error), "log": str(folder_of(args, about) / "log.txt")}
+    speed["images_per_second"] = found.batch * found.steps / found.seconds
+    run = asdict(found) | {
+        "images": found.batch * found.steps,
+        "images_per_second": round(found.batch * found.steps / found.seconds, 1),
+    }
     when = {"date": time.strftime("%Y-%m-%d %H:%M"), "load": round(load, 2), "command": shlex.join(sys.argv)}
-    return about | numbers | run | {"way": dict(way)} | when
+    return about | run | {"way": dict(way)} | when
+
+
+def judged_run(args: argparse.Namespace, record: dict, of: dict, entry: dict) -> dict:
+    """By evaluator, of a run that is trained; its untrained twin is judged with the first that has it."""
+    told = {key: entry[key] for key in ("steps", "way")}
+    twin, shards = f"{entry['method']}/seed {of['seed']}", (args.data, args.test)
+    if twin not in record["untrained"]:
+        encoder = untrained(of["method"], of["seed"], args.set)
+        record["untrained"][twin] = judged(encoder, *shards, seed=of["seed"])
+        keep(record, args.out)
+    return judged(trained(Training(**of, **told, folder=folder_of(args, entry))), *shards, seed=of["seed"])
+
+
+def is_unjudged(entry: dict) -> bool:
+    return "failed" not in entry and "linear" not in entry
+
+
+def folder_of(args: argparse.Namespace, about: dict) -> Path:
+    return (
+        args.work / "-".join(f"{about[key]}" for key in ("method", "arm", "setting", "seed")) / f"{about['minutes']:g}"
+    )
 
 
 def way_of(args: argparse.Namespace, record: dict, of: dict) -> tuple[dict, dict]:
@@ -194,6 +215,8 @@ def a_method(text: str) -> str:
 
 
 def told(entry: dict) -> str:
+    if is_unjudged(entry):
+        return f"trained on {entry['images']:,} images in {entry['seconds']:.0f} s, not yet judged"
     if "failed" in entry:
         return f"failed: {entry['failed']}"
     return f"linear {entry['linear']['top1']:.1f}, k-NN {entry['knn']['top1']:.1f}, {entry['images']:,} images"
@@ -228,6 +251,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "league", metavar="DIR", help="of runs and logs")
     default = Path(__file__).resolve().parent / "records" / "league.json"
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the record (default: {default.name} in records/)")
+    parser.add_argument("--train-only", action="store_true", help="judge nothing yet: a later start does, on any cores")
     parser.add_argument("--table", action="store_true", help="print the record's tables, and measure nothing")
     parser.add_argument("--smoke", action="store_true", help="all of it at toy size, on made pictures")
     args = parser.parse_args()

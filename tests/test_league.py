@@ -33,10 +33,12 @@ def smoke(folder, *words):
 
 
 def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated(tmp_path, capsys):
+    unjudged = smoke(tmp_path, "--arms", "prelude", "--train-only")["entries"][ENTRY.format("prelude", "ours")]
     record = smoke(tmp_path, "--arms", "prelude")
     entry = record["entries"][ENTRY.format("prelude", "ours")]
+    assert "linear" not in unjudged and unjudged == {key: entry[key] for key in unjudged}
     assert entry["steps"] == 4 and entry["batch"] == 16 and entry["images"] == 64
-    run = tmp_path / "mae-prelude-ours-0-5" / "run"
+    run = tmp_path / "mae-prelude-ours-0" / "5" / "run"
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert entry["seconds"] == pytest.approx(sum(each["step_seconds"] for each in logged))
     assert 0 <= entry["others"] <= 1 and record["machine"]["cores"] >= 1
