@@ -53,7 +53,7 @@ def precision_of(name: str) -> str:
 def here(device: torch.device, precision: str, num_local: int | None = None) -> Figures:
     """Of this machine. num_local: ranks that share its memory, where it has no accelerator."""
     if device.type != "cuda":
-        memory = _host_memory() / (num_local or launchers.local_world_size()) - _LIBRARIES
+        memory = host_memory() / (num_local or launchers.local_world_size()) - _LIBRARIES
         return Figures(None, memory * _USABLE, "this machine")
     properties = torch.cuda.get_device_properties(device)
     known = next((one for one in KNOWN if one.known_as in properties.name), None)
@@ -88,7 +88,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _host_memory() -> float:
+def host_memory() -> float:
     """Bytes of this machine, or of the container that this process is in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"

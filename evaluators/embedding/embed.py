@@ -212,7 +212,7 @@ def _pieces(
     embedding: Embedding, encoder: OpenedEncoder, index: ShardIndex, kinds: Sequence[str], size: int
 ) -> Iterator[tuple[int, dict[str, Rows]]]:
     """(first sample, rows by kind) of each piece; no rows where nothing in it can be read."""
-    bank, total = Bank(embedding.kept), index.num_samples
+    bank, total = Bank(embedding.kept, private=True), index.num_samples
     for start in range(0, total, size):
         stop, done = min(start + size, total), start
 

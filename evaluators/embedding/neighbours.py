@@ -28,8 +28,8 @@ from prelude.evaluators.embedding.reading import Embedded
 from prelude.evaluators.embedding.samples import Keys
 from prelude.evaluators.features.bank import Bank
 from prelude.evaluators.features.extraction import Extractor, check_kinds, default_kinds
-from prelude.evaluators.frozen.convex import pieces
 from prelude.evaluators.frozen.exact_search import Neighbours
+from prelude.evaluators.frozen.pieces import pieces
 from prelude.evaluators.judging import described
 
 

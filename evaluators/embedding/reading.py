@@ -19,6 +19,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.embedding.formats import beside, format_of
 from prelude.evaluators.embedding.table import KEY, LABEL, SAMPLE_ID, SHARD, UNKNOWN
 from prelude.evaluators.embedding.writing import ABOUT, ABOUT_ENDING, KEYS_ENDING, METADATA, SHARDS
+from prelude.evaluators.features.snapshot import snapshot
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def _read_npy(path: Path, kind: str | None) -> Embedded:
     columns = dict(zip(names, zip(*rows, strict=True), strict=True))
     shards = {shard: number for number, shard in enumerate(dict.fromkeys(columns[SHARD]))}
     values = np.load(path, mmap_mode="c", allow_pickle=False)
+    if values.flags.c_contiguous:
+        values = snapshot(path, values.dtype, values.shape, offset=values.offset)
     if len(values) != len(rows):
         raise ValueError(f"{len(values)} rows beside {len(rows)} keys")
     return Embedded(
@@ -137,10 +140,11 @@ def _read_safetensors(path: Path, kind: str | None) -> Embedded:
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})[METADATA])
         kind = _kind_among(about, kind, path)
-        labels = file.get_tensor(LABEL).numpy() if LABEL in file.keys() else None
+        labels = file.get_tensor(LABEL).clone().numpy() if LABEL in file.keys() else None
         keys, shards = (_texts(file.get_tensor(name)) for name in (KEY, SHARDS))
-        numbers = (file.get_tensor(name).numpy() for name in (SHARD, SAMPLE_ID))
-        return Embedded(path.name, kind, file.get_tensor(kind), keys, shards, *numbers, labels, about)
+        numbers = (file.get_tensor(name).clone().numpy() for name in (SHARD, SAMPLE_ID))
+        values = file.get_tensor(kind).clone()  # it may be a map of the file, which others can cut
+        return Embedded(path.name, kind, values, keys, shards, *numbers, labels, about)
 
 
 def _texts(ended: Tensor) -> list[str]:

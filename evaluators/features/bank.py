@@ -1,4 +1,4 @@
-"""Frozen features on disk: computed once, then mapped into memory by every evaluator that wants them.
+"""Frozen features on disk: computed once, then read by every evaluator that wants them.
 
 - An entry is one kind of feature of every readable sample of a set of shards, in the order of their index. It is named
   by a hash of the encoder's weights, the data's fingerprint, the view, the normalisation, the kind and the precision:
@@ -8,7 +8,8 @@
   are verified before it is used; a damaged one is made again.
 - Ranks share the work by contiguous parts of the index, each writing its own rows. No sample comes twice or is lost,
   and the entry is that of one process, but for rounding in the encoder.
-- Reading costs address space, not memory: pages come from the file and can be dropped again. Making holds one batch.
+- What is read is a snapshot, of the first rank alone: an entry that is removed, cut or written into while it is
+  evaluated changes nothing. Making holds one batch.
 - Labels are not in it; see `evaluators.features.labels`.
 """
 
@@ -30,12 +31,13 @@ from torch import Tensor
 
 from prelude.data.batch import ViewPlan
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import RunStopped, UserError
 from prelude.data.host import cache_folder
 from prelude.data.loader import one_pass
 from prelude.data.progress import progress_bar
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import Extractor, NothingReadable
+from prelude.evaluators.features.snapshot import snapshot
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts
 from prelude.pretrain.files import sync_to_disk
@@ -51,7 +53,7 @@ _ENTRY = re.compile(rf"[0-9a-f]{{24}}|{re.escape(UNFINISHED)}[0-9a-f]+")  # noth
 
 @dataclass(frozen=True)
 class Rows:
-    """One kind of feature of n <= N samples, mapped from an entry."""
+    """One kind of feature of n <= N samples, out of an entry; only the first rank has any."""
 
     values: Tensor  # (n, D) float32
     sample_ids: Tensor  # (n,) int64, ascending
@@ -68,10 +70,14 @@ class Entry:
 
 
 class Bank:
-    """The features kept in `folder`, which every rank must see; by default in the cache folder of this machine."""
+    """The features kept in `folder`, which every rank must see; by default in the cache folder of this machine.
 
-    def __init__(self, folder: str | Path | None = None):
+    private: nobody else has to do with the folder, so entries are mapped where they lie, at no cost in memory or room.
+    """
+
+    def __init__(self, folder: str | Path | None = None, *, private: bool = False):
         self.folder = Path(folder) if folder else cache_folder() / "bank"
+        self.private = private
 
     def rows(
         self,
@@ -87,11 +93,11 @@ class Bank:
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
-        encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
+        encoder, kinds: as for `evaluators.features.extraction.extract`. All ranks call this; the first gets the whole.
         told: hears, after each batch, how many images this rank has encoded; by default a progress bar. plan: of the
         one view to look at; by default the evaluation's.
         Raises NothingReadable on all ranks, UserError as `extract` does, where the folder cannot be written, and where
-        a rank does not see it.
+        a rank does not see it, and RunStopped where an entry is changed while it is read.
         """
         extractor = Extractor(encoder, kinds, device, plan)
         identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}
@@ -102,7 +108,7 @@ class Bank:
             extractor.kinds = tuple(missing)
             identities_of_missing = {kind: identities[kind] for kind in missing}
             self._fill(extractor, index, identities_of_missing, batch_size, num_workers, told)
-        return {kind: _mapped(folders[kind], extractor.recipe) for kind in folders}
+        return {kind: self._read(folders[kind], extractor.recipe) for kind in folders}
 
     def entries(self) -> list[Entry]:
         found = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
@@ -141,6 +147,31 @@ class Bank:
         finally:
             if distributed.is_main():
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _read(self, folder: Path, recipe: dict) -> Rows:
+        about = _about(folder)
+        if about is None:
+            raise UserError(f"{folder} vanished while it was read; run the command again.")
+        count, width = (about["num_samples"], about["width"]) if distributed.is_main() else (0, about["width"])
+        if not count:
+            return Rows(torch.empty(0, width), torch.empty(0, dtype=torch.int64), recipe)
+        if self.private:  # copy on write: torch wants writable memory, and nothing may reach the file
+            values = np.memmap(folder / VALUES, "<f4", "c", shape=(count, width))
+            return Rows(torch.from_numpy(values), torch.from_numpy(np.fromfile(folder / SAMPLE_IDS, "<i8")), recipe)
+        try:
+            values = snapshot(folder / VALUES, "<f4", (count, width), checksum=about["checksums"][VALUES])
+            ids = snapshot(folder / SAMPLE_IDS, "<i8", (count,), checksum=about["checksums"][SAMPLE_IDS])
+        except ValueError as error:
+            raise RunStopped(
+                f"{folder} was changed by somebody else while it was read ({error}); run the same command again, which "
+                f"makes it anew."
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be read, or copied where memory is small ({error.strerror or error}); run the "
+                f"command again, or write --bank with a folder that has room."
+            ) from None
+        return Rows(torch.from_numpy(values), torch.from_numpy(ids), recipe)
 
     def _new_folder(self) -> Path:
         unfinished = self.folder / f"{UNFINISHED}{secrets.token_hex(4)}"
@@ -285,15 +316,6 @@ def _checksums(folder: Path) -> dict[str, int]:
             while chunk := file.read(COPY_BYTES):
                 found[name] = zlib.crc32(chunk, found[name])
     return found
-
-
-def _mapped(folder: Path, recipe: dict) -> Rows:
-    about = _about(folder)
-    if about is None:
-        raise UserError(f"{folder} vanished while it was read; run the command again.")
-    # Copy on write: torch wants writable memory, and nothing may reach the file.
-    values = np.memmap(folder / VALUES, "<f4", "c", shape=(about["num_samples"], about["width"]))
-    return Rows(torch.from_numpy(values), torch.from_numpy(np.fromfile(folder / SAMPLE_IDS, "<i8")), recipe)
 
 
 def _write_at(file: int, rows: np.ndarray, place: int) -> None:

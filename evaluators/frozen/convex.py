@@ -14,24 +14,24 @@ A head minimises a mean cross-entropy (of classes, or of yes and no for each lab
   label of a head of labels) has its own momentum, its own gap, and leaves when it is done.
 - The gap is an estimate of how far a loss is above its least, as a share of it: half of g^T H^-1 g, with the mean
   curvature where the descent stands. With the bound in its place rare labels would seem done long before they are.
-- Weights are rotated, never the samples: features are read in pieces, from a memory map as well as from memory, and
-  nothing of their size is kept beside them. A GPU holds them itself where they fit.
+- The samples are rotated into that basis once, where memory has room; `evaluators.frozen.design` has them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from prelude.evaluators.frozen.design import Axes, Rotated, Streamed, design
+from prelude.evaluators.frozen.pieces import pieces, resident
+
 TOLERANCE = 1e-6  # a problem is done when its loss seems to be above its least by less than this share
 MAX_PASSES = 1000
 # The curvature that steps are made for: by how much it may fall in a pass, what it is above the one that was met, and
 # the rise of the loss (a ratio) after which it is the bound again.
 SHRINK, MARGIN, WORSE = 0.95, 2.0, 1.1
-# Logits or features held at once: 4 MiB of float32, or 128 MiB beside a GPU, which wants large matrices.
-PIECE_ELEMENTS = 2**25 if torch.cuda.is_available() else 2**20
 
 Norm = Literal["batch", "none"]
 
@@ -176,17 +176,13 @@ class LabelLoss:
 
 
 @dataclass(frozen=True)
-class Space:
+class Space(Axes):
     """Standardised features of N samples, and the eigenbasis of their covariance, R <= D axes.
 
     Directions in which nothing varies are left out: the loss does not see them, and the decay sets them to zero.
     """
 
     values: Tensor  # (N, D) raw
-    mean: Tensor  # (D,)
-    scale: Tensor  # (D,) 1 / standard deviation; 0 for a feature that is constant
-    basis: Tensor  # (D, R) orthonormal columns
-    variances: Tensor  # (R,)
 
     @classmethod
     def of(cls, values: Tensor, norm: Norm = "batch", device: torch.device | str = "cpu") -> "Space":
@@ -195,7 +191,7 @@ class Space:
         values = resident(values, torch.device(device))
         mean, scale = _standardisation(values, norm, torch.device(device))
         basis, variances = _principal_axes(values, mean, scale)
-        return cls(values, mean, scale, basis, variances)
+        return cls(mean, scale, basis, variances, values)
 
     def fit(
         self,
@@ -203,10 +199,12 @@ class Space:
         weight_decays: Sequence[float],
         rows: Tensor | None = None,
         start: Heads | None = None,
+        told: Callable[[int], None] = lambda count: None,
     ) -> Heads:
         """One head a weight decay, each at the optimum of its own loss on `rows` of the samples (default: all).
 
-        loss: of all N samples. start: heads of this space to begin from, as many; it saves passes.
+        loss: of all N samples. start: heads of this space to begin from, as many; it saves passes. told: hears
+        how many more problems are done, of the H * P.
         """
         share = 1.0
         if rows is not None:
@@ -214,64 +212,68 @@ class Space:
             share, loss = len(rows) / len(loss), loss.take(rows.to(self.mean.device))
         # A part of the samples varies at most by what all of them do, spread over fewer. Rounding in the covariance
         # grows with its largest eigenvalue, so small ones are not trusted below that. The constant has variance 1.
-        variances = torch.cat([self.variances + 1e-6 * self.variances.max(), self.variances.new_ones(1)]) / share
+        largest = max(self.variances.tolist(), default=0.0)  # there is none where all features are constant
+        variances = torch.cat([self.variances + 1e-6 * largest, self.variances.new_ones(1)]) / share
         decays = torch.tensor(weight_decays, device=self.mean.device)
         num_heads, problems = len(decays), (len(decays), loss.num_problems)
         heads = self.mean.new_zeros(*problems, loss.num_outputs, len(variances))  # (H, P, C, R + 1)
         if start is not None:
             heads = torch.cat([start.weights @ self.basis, start.biases[..., None]], 2).view_as(heads)
-        heads, passes, gaps = self._minimise(loss, rows, variances, decays, heads)
+        heads, passes, gaps = _minimise(loss, design(self.values, rows, self), variances, decays, heads, told)
         heads = heads.view(num_heads, -1, len(variances))
         weights, biases = heads[..., :-1] @ self.basis.T, heads[..., -1]
         return Heads(weights, biases, self.mean, self.scale, passes.view(problems), gaps.view(problems))
 
-    def _minimise(self, loss, rows, variances: Tensor, decays: Tensor, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """heads: (H, P, C, R + 1), the bias last. variances: (R + 1,). Returns heads (H * P, C, R + 1), and the passes
-        and the gap of each.
 
-        A problem leaves when it is done, so that the few with little decay, which are slow, do not hold up the others.
-        """
-        num_heads, num_problems = heads.shape[:2]
-        which = torch.arange(num_problems, device=decays.device).repeat(num_heads)
-        decay = decays.repeat_interleave(num_problems)[:, None, None].repeat(1, 1, len(variances))  # (H * P, 1, R + 1)
-        decay[..., -1] = 0  # the bias is free
-        bound = loss.curvature()[which]  # (H * P,)
-        heads = heads.flatten(0, 1)
-        passes, gaps = torch.zeros(len(heads), dtype=torch.long), torch.zeros(len(heads))
-        running = loss.solvable().repeat(num_heads).nonzero()[:, 0]
-        start = (torch.ones_like(bound), heads, torch.zeros_like(heads), torch.full_like(bound, torch.inf))
-        descent = _Descent(which, decay, bound, bound.clone(), heads, heads, *start).only(running)
-        heads = torch.zeros_like(heads)
-        for count in range(1, MAX_PASSES + 1):
-            if not len(running):
-                break
-            gap = descent.advance(*self._gradient(loss, rows, descent.ahead, descent.which), variances).cpu()
-            done = gap < TOLERANCE if count < MAX_PASSES else torch.ones_like(gap, dtype=torch.bool)
-            if done.any():
-                finished = running[done]
-                heads[finished.to(heads.device)] = descent.weights[done.to(heads.device)]
-                passes[finished], gaps[finished] = count, gap[done]
-                descent, running = descent.only(~done), running[~done]
-        return heads, passes, gaps
+def _minimise(
+    loss, samples: Rotated | Streamed, variances: Tensor, decays: Tensor, heads: Tensor, told: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """heads: (H, P, C, R + 1), the bias last. variances: (R + 1,). Returns heads (H * P, C, R + 1), and the passes
+    and the gap of each.
 
-    def _gradient(self, loss, rows: Tensor | None, heads: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss' gradient (p, C, R + 1), its value (p,) and the curvature (p, C) that is felt, by problem."""
-        num_problems, num_outputs, _ = heads.shape
-        weights = (heads[..., :-1] @ self.basis.T).flatten(0, 1)  # (p * C, D)
-        biases = heads[..., -1].flatten()
-        gradient, of_biases = torch.zeros_like(weights), torch.zeros_like(biases)
-        value, felt = heads.new_zeros(num_problems), heads.new_zeros(num_problems, num_outputs)
-        for places, piece in pieces(self.values, rows, max(weights.shape)):
-            standardised = (piece.to(self.mean.device) - self.mean) * self.scale  # (n, D)
-            logits = torch.addmm(biases, standardised, weights.T).view(-1, num_problems, num_outputs)
-            residual, part, curved = loss(logits, places, which)
-            residual = residual.flatten(1)  # (n, p * C)
-            gradient.addmm_(residual.T, standardised)
-            of_biases += residual.sum(0)
-            value += part
-            felt += curved
-        rotated = gradient.view(num_problems, num_outputs, -1) @ self.basis
-        return torch.cat([rotated, of_biases.view(num_problems, num_outputs, 1)], 2), value, felt
+    A problem leaves when it is done, so that the few with little decay, which are slow, do not hold up the others.
+    """
+    num_heads, num_problems = heads.shape[:2]
+    which = torch.arange(num_problems, device=decays.device).repeat(num_heads)
+    decay = decays.repeat_interleave(num_problems)[:, None, None].repeat(1, 1, len(variances))  # (H * P, 1, R + 1)
+    decay[..., -1] = 0  # the bias is free
+    bound = loss.curvature()[which]  # (H * P,)
+    heads = heads.flatten(0, 1)
+    passes, gaps = torch.zeros(len(heads), dtype=torch.long), torch.zeros(len(heads))
+    running = loss.solvable().repeat(num_heads).nonzero()[:, 0]
+    start = (torch.ones_like(bound), heads, torch.zeros_like(heads), torch.full_like(bound, torch.inf))
+    descent = _Descent(which, decay, bound, bound.clone(), heads, heads, *start).only(running)
+    heads = torch.zeros_like(heads)
+    for count in range(1, MAX_PASSES + 1):
+        if not len(running):
+            break
+        gap = descent.advance(*_gradient(loss, samples, descent.ahead, descent.which), variances).cpu()
+        done = gap < TOLERANCE if count < MAX_PASSES else torch.ones_like(gap, dtype=torch.bool)
+        if done.any():
+            finished = running[done]
+            heads[finished.to(heads.device)] = descent.weights[done.to(heads.device)]
+            passes[finished], gaps[finished] = count, gap[done]
+            descent, running = descent.only(~done), running[~done]
+            told(len(finished))
+    return heads, passes, gaps
+
+
+def _gradient(loss, samples: Rotated | Streamed, heads: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss' gradient (p, C, R + 1), its value (p,) and the curvature (p, C) that is felt, by problem."""
+    num_problems, num_outputs, _ = heads.shape
+    weights, biases = samples.weights_of(heads[..., :-1].flatten(0, 1)), heads[..., -1].flatten()  # (p * C, K)
+    gradient, of_biases = torch.zeros_like(weights), torch.zeros_like(biases)
+    value, felt = heads.new_zeros(num_problems), heads.new_zeros(num_problems, num_outputs)
+    for places, piece in samples.pieces(len(weights)):  # (n, K)
+        logits = torch.addmm(biases, piece, weights.T).view(-1, num_problems, num_outputs)
+        residual, part, curved = loss(logits, places, which)
+        residual = residual.flatten(1)  # (n, p * C)
+        gradient.addmm_(residual.T, piece)
+        of_biases += residual.sum(0)
+        value += part
+        felt += curved
+    found = torch.cat([samples.gradient_of(gradient), of_biases[:, None]], 1)
+    return found.view_as(heads), value, felt
 
 
 @dataclass
@@ -315,22 +317,7 @@ class _Descent:
         return _Descent(*(getattr(self, field.name)[kept.to(self.which.device)] for field in fields(self)))
 
 
-# ---- features in pieces
-
-
-def resident(values: Tensor, device: torch.device) -> Tensor:
-    """On the device where they take at most half of a GPU's free memory; else where they are."""
-    if device.type != "cuda" or values.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return values
-    return values.to(device)
-
-
-def pieces(values: Tensor, rows: Tensor | None, width: int) -> Iterator[tuple[slice, Tensor]]:
-    """(places among the rows, (n, D) values), `PIECE_ELEMENTS // width` rows at a time."""
-    total, step = len(values) if rows is None else len(rows), max(PIECE_ELEMENTS // width, 1)
-    for start in range(0, total, step):
-        places = slice(start, min(start + step, total))
-        yield places, values[places] if rows is None else values[rows[places]]
+# ---- standardisation and axes
 
 
 def _standardisation(values: Tensor, norm: Norm, device: torch.device) -> tuple[Tensor, Tensor]:

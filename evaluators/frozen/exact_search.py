@@ -1,7 +1,7 @@
 """The samples that are nearest to others by the cosine of their features: k-NN, retrieval and pictures ask here.
 
 - Exact: every query is compared with every sample of the bank.
-- Features are read in pieces, as `evaluators.frozen.convex` reads them; nothing of their size is kept beside them.
+- Features are read in pieces, as `evaluators.frozen.pieces` has them; nothing of their size is kept beside them.
 - Centring takes the bank's mean from bank and queries alike. It is the same bank for every k and temperature, so that
   one search answers for all of them.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelude.evaluators.frozen.convex import pieces, resident
+from prelude.evaluators.frozen.pieces import pieces, resident
 
 QUERIES = 1024  # searched at once
 

@@ -11,10 +11,12 @@ samples, as in Radford et al., "CLIP", 2021, appendix A.3; `evaluators.frozen.co
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from prelude.data.progress import progress_bar
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
 from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
@@ -40,10 +42,10 @@ def linear_probe(
     fit_rows, held_rows = hold_out(labels, seed)
     loss, test_labels = ClassLoss(labels.to(device), num_classes), test_labels.to(device)
     grid, by_features, finals = [], {}, {}
-    for kind in train:
-        for norm in norms:
+    with progress_bar("fitting linear heads", len(train) * len(norms) * len(weight_decays)) as told:
+        for kind, norm in product(train, norms):
             space = Space.of(train[kind].values, norm, device)
-            heads = space.fit(loss, weight_decays, fit_rows)
+            heads = space.fit(loss, weight_decays, fit_rows, told=told)
             found = _held_out(heads, space.values, loss.classes, held_rows, kind, norm, weight_decays)
             best = max(found, key=_preference)
             grid += found

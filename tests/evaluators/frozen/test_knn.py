@@ -11,8 +11,8 @@ from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.extraction import extract
 from prelude.evaluators.features.pixels import open_pixels
-from prelude.evaluators.frozen import convex
 from prelude.evaluators.frozen import knn as module
+from prelude.evaluators.frozen import pieces
 from prelude.evaluators.frozen.knn import knn, search
 from prelude.evaluators.frozen.splits import hold_out
 
@@ -45,7 +45,7 @@ def brute_force(bank, labels, queries, num_classes, k, temperature, weighted, ce
 @pytest.mark.parametrize("centred", [True, False])
 def test_equals_brute_force(classes, weighted, temperature, centred, monkeypatch):
     monkeypatch.setattr(module, "QUERIES", 20)  # several chunks and pieces, the last ones short
-    monkeypatch.setattr(convex, "PIECE_ELEMENTS", 20 * 33)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 20 * 33)
     bank, labels = classes(130, 6, 12, seed=1)
     queries, query_labels = classes(45, 6, 12, seed=2)
     settings = {"weighted": weighted, "centred": centred, "temperature": temperature}

@@ -68,12 +68,29 @@ def test_heads_trained_together_are_those_trained_alone(classes):
         assert (together[h] - alone[0]).abs().max() < 5e-3
 
 
-def test_pieces_of_the_training_set_change_nothing(classes, monkeypatch):
+@pytest.mark.parametrize("room", [True, False], ids=["rotated", "streamed"])
+@pytest.mark.parametrize("rows", [None, torch.arange(0, 300, 3)], ids=["all", "a part"])
+def test_pieces_of_the_training_set_change_nothing(classes, monkeypatch, room, rows):
     values, labels = classes(300, 10, 4, seed=1)
-    whole = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1))
-    monkeypatch.setattr("prelude.evaluators.frozen.convex.PIECE_ELEMENTS", 10 * 70)
-    pieces = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1))
+    whole = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1), rows)
+    monkeypatch.setattr("prelude.evaluators.frozen.pieces.PIECE_ELEMENTS", 10 * 70)
+    monkeypatch.setattr("prelude.evaluators.frozen.design.LOGITS", 8 * 70)
+    monkeypatch.setattr("prelude.evaluators.frozen.design.has_room", lambda *_: room)
+    pieces = Space.of(values).fit(ClassLoss(labels, 4), (1e-3, 1e-1), rows)
     assert torch.allclose(whole.weights, pieces.weights, atol=1e-3)
+
+
+def test_where_memory_has_no_room_heads_are_the_optima_all_the_same(classes, monkeypatch):
+    monkeypatch.setattr("prelude.evaluators.frozen.design.has_room", lambda *_: False)
+    test_a_head_is_the_optimum_that_scikit_learn_finds(classes, 1e-2)
+    test_fitting_some_rows_is_fitting_a_set_of_these_rows(classes)
+    test_more_features_than_samples(classes)
+
+
+def test_features_that_are_all_constant_leave_the_most_frequent_class(features):
+    labels = torch.tensor([0, 1, 1, 2, 1] * 20)
+    constant = {"mean": features(torch.full((100, 6), 0.3), labels)}
+    assert linear_probe(constant, constant).numbers["top1"].value == 60
 
 
 def test_scale_offset_and_constant_features_change_nothing(classes):

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from prelude.data.errors import UserError
-from prelude.evaluators.frozen import convex, retrieval
+from prelude.evaluators.frozen import pieces, retrieval
 from prelude.evaluators.frozen.exact_search import Neighbours
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.retrieval import ranked
@@ -37,7 +37,7 @@ def by_hand(gallery, queried, left_out, ks):
 @pytest.fixture
 def parts(classes, features, monkeypatch):
     monkeypatch.setattr(retrieval, "ELEMENTS", 7 * 90)  # several chunks of queries, and pieces of the gallery
-    monkeypatch.setattr(convex, "PIECE_ELEMENTS", 20 * 8)
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 20 * 8)
     gallery = features(*classes(90, 8, 5, seed=1, noise=3.0), fingerprint="a")
     queried = features(*classes(40, 8, 5, seed=2, noise=3.0), fingerprint="b")
     return gallery, queried
