@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         told.append(f"{opened.name}: {seen.kind}, {height} x {width} places")
         if seen.looked:
             told[-1] += f"; {seen.looked.what}"
-    from prelude.evaluators.dense.drawing import to_png
+    from prelude.evaluators.dense.drawing import FILE_BYTES, to_png
 
-    keep(args.to, to_png(sheet(blocks)))
+    keep(args.to, to_png(sheet(blocks), FILE_BYTES))
     print("\n".join([f"images: {', '.join(samples.keys)}", *told]))
     return 0
 

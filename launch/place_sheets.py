@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prelude.data.batch import ViewPlan
 from prelude.evaluators.dense.correspondence import sheet
-from prelude.evaluators.dense.drawing import tile, to_png
+from prelude.evaluators.dense.drawing import FILE_BYTES, tile, to_png
 from prelude.evaluators.dense.judging import DenseJudging
 from prelude.evaluators.dense.samples import read_samples
 from prelude.launch.frozen import judge_by
@@ -34,5 +34,5 @@ class DrawnJudging(DenseJudging):
 def judge_and_draw(args: argparse.Namespace, judging: DrawnJudging) -> int:
     code = judge_by(args, judging)
     if judging.blocks:  # on the first rank
-        keep(args.pictures, to_png(sheet(judging.blocks, shared=2)))
+        keep(args.pictures, to_png(sheet(judging.blocks, shared=2), FILE_BYTES))
     return code

@@ -11,7 +11,8 @@ from torch import Tensor
 from prelude.evaluators.dense.masks import IGNORED
 
 TILE, GAP = 96, 6  # pixels
-MAX_BYTES = 150_000  # of a PNG; above, it gets a palette, and smaller if need be
+MAX_BYTES = 150_000  # of a PNG within a page; above, it gets a palette, and smaller if need be
+FILE_BYTES = 5_000_000  # of one that is a file of its own
 PAPER, INK = (255, 255, 255), (24, 24, 24)
 # From dark to bright evenly, for those who see few colours too: close to matplotlib's inferno.
 HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
@@ -68,12 +69,12 @@ def mark(square: Image.Image, size: tuple[int, int], place: tuple[int, int], gri
         draw.rectangle([box[0] - by, box[1] - by, box[2] + by, box[3] + by], None, colour)
 
 
-def to_png(page: Image.Image) -> bytes:
+def to_png(page: Image.Image, max_bytes: int = MAX_BYTES) -> bytes:
     """With a palette where it would be large otherwise, and at half the size if that is not enough."""
     for attempt in (page, page.quantize(256), page.reduce(2).quantize(256)):
         file = io.BytesIO()
         attempt.save(file, "PNG", optimize=True)
-        if len(file.getvalue()) <= MAX_BYTES:
+        if len(file.getvalue()) <= max_bytes:
             break
     return file.getvalue()
 

@@ -173,3 +173,5 @@ def test_a_picture_stays_small_even_of_noise():
     noise = torch.randint(0, 256, (660, 760, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     written = drawing.to_png(Image.fromarray(noise.numpy()))
     assert len(written) <= drawing.MAX_BYTES
+    alone = drawing.to_png(Image.fromarray(noise.numpy()), drawing.FILE_BYTES)
+    assert Image.open(io.BytesIO(alone)).size == (760, 660), "a file of its own need not fit a page"
