@@ -8,8 +8,8 @@
   are verified before it is used; a damaged one is made again.
 - Ranks share the work by contiguous parts of the index, each writing its own rows. No sample comes twice or is lost,
   and the entry is that of one process, but for rounding in the encoder.
-- What is read is a snapshot, of the first rank alone: an entry that is removed, cut or written into while it is
-  evaluated changes nothing. Making holds one batch.
+- What is read is a snapshot: an entry that is removed, cut or written into while it is evaluated changes nothing.
+  Making holds one batch.
 - Labels are not in it; see `evaluators.features.labels`.
 """
 
@@ -53,7 +53,7 @@ _ENTRY = re.compile(rf"[0-9a-f]{{24}}|{re.escape(UNFINISHED)}[0-9a-f]+")  # noth
 
 @dataclass(frozen=True)
 class Rows:
-    """One kind of feature of n <= N samples, out of an entry; only the first rank has any."""
+    """One kind of feature of n <= N samples, out of an entry."""
 
     values: Tensor  # (n, D) float32
     sample_ids: Tensor  # (n,) int64, ascending
@@ -93,7 +93,7 @@ class Bank:
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
-        encoder, kinds: as for `evaluators.features.extraction.extract`. All ranks call this; the first gets the whole.
+        encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
         told: hears, after each batch, how many images this rank has encoded; by default a progress bar. plan: of the
         one view to look at; by default the evaluation's.
         Raises NothingReadable on all ranks, UserError as `extract` does, where the folder cannot be written, and where
@@ -152,9 +152,7 @@ class Bank:
         about = _about(folder)
         if about is None:
             raise UserError(f"{folder} vanished while it was read; run the command again.")
-        count, width = (about["num_samples"], about["width"]) if distributed.is_main() else (0, about["width"])
-        if not count:
-            return Rows(torch.empty(0, width), torch.empty(0, dtype=torch.int64), recipe)
+        count, width = about["num_samples"], about["width"]
         if self.private:  # copy on write: torch wants writable memory, and nothing may reach the file
             values = np.memmap(folder / VALUES, "<f4", "c", shape=(count, width))
             return Rows(torch.from_numpy(values), torch.from_numpy(np.fromfile(folder / SAMPLE_IDS, "<i8")), recipe)

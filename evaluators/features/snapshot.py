@@ -3,8 +3,8 @@
 Were the file itself mapped, cutting it would kill this process at the next look beyond its end, by a signal and without
 a word, and writing into it would change the numbers in the midst of an evaluation.
 
-- It is read once, and checked on the way, in memory as long as this process then holds no more than half of what the
-  machine or its container has, and half of what is free there.
+- It is read once, and checked on the way, in memory as long as all ranks together then hold no more than half of what
+  the machine or its container has, and half of what is free there.
 - What is larger goes into a file beside it that has no name: nobody else can open that, it costs address space instead
   of memory, and the disk has its room back when the process ends, in whatever way.
 - Either is writable, and private.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prelude.pretrain import distributed
 from prelude.pretrain.devices import host_memory
 
 PIECE = 2**24  # bytes
@@ -46,9 +47,9 @@ def snapshot(
 
 
 def fits(num_bytes: int) -> bool:
-    """Whether memory has so much to spare."""
-    free, held = _free_and_held()
-    return num_bytes <= free / 2 and held + num_bytes <= host_memory() / 2
+    """Whether memory has so much to spare, for each rank."""
+    (free, held), ranks = _free_and_held(), distributed.world_size()
+    return ranks * num_bytes <= free / 2 and ranks * (held + num_bytes) <= host_memory() / 2
 
 
 def _free_and_held() -> tuple[int, int]:

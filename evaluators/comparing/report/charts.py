@@ -198,7 +198,8 @@ def _room_for(name: str, x: float, y: float, taken: list) -> tuple[tuple[float, 
     """A place for a name beside its point that crosses none of those taken, if there is one."""
     width = TEXT * len(name)
     right, left = (x + 8, x + 8 + width, "start"), (x - 8 - width, x - 8, "end")
-    sides = [side for side in (right, left) if side[0] >= 0 and side[1] <= WIDTH] or [right]
+    edge = WIDTH - width, WIDTH, "end"  # above or below the point, for a name that is too long for either side
+    sides = [side for side in (right, left) if side[0] >= 0 and side[1] <= WIDTH] or [edge]
     tries = [(side, y + 4 + shift) for shift in (0, -11, 11, -22, 22, -33, 33) for side in sides]
     free = [
         (side, place)

@@ -260,6 +260,18 @@ def test_scatter_puts_points_and_their_error_bars_in_place_and_no_name_over_anot
         assert a[1] < b[0] or b[1] < a[0] or abs(a[2] - b[2]) >= 11
 
 
+def test_a_name_that_is_too_long_for_either_side_of_its_point_is_not_cut():
+    name = "Barlow Twins with a longer name"
+    points = [Point(name, 7, 55, 54.0, 56.0, Style(0), "t"), Point("mae", 12, 63, 62.0, 64.0, Style(1), "t")]
+    root = drawn(charts.scatter(points, "t", "min", "%"))
+    (text,) = [text for text in root.iter("text") if text.text == name]
+    (x, y), width = numbers(text, "x", "y"), 6.5 * len(name)
+    first, last = (x, x + width) if text.get("text-anchor") == "start" else (x - width, x)
+    assert 0 <= first and last <= charts.WIDTH
+    (at,) = [numbers(mark, "cx", "cy") for mark in root.iter("circle")][:1]
+    assert abs(y - at[1]) >= 8  # beside its mark, not over it
+
+
 def test_a_large_ratio_gets_a_logarithmic_axis_that_says_so():
     root = drawn(charts.lines([Line("run", [1, 2, 3], [1000.0, 30.0, 1.0], Style(0))], "Loss", "step", "loss"))
     assert "loss (log scale)" in [text.text for text in root.iter("text")]
