@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -63,16 +63,19 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     judging.check()
     keeping = keeping_of(args, judging)
     index = _unlabelled(args, labelled) if recipes else None
+    given = [source for source in unlike(args.sources) if source not in recipes]
     if distributed.is_main():
-        tell_unopened([source for source in unlike(args.sources) if source not in recipes])
+        tell_unopened([(source, source, None) for source in given])
     try:
         runs = [named_runs(args, each, recipes.get(each), labelled, index) for each in unlike(args.sources)]
         contestants = gathering.line_up(sum(runs, []), floors=not args.no_floors, starts=keeping is not None)
         if keeping and not recipes:
             refuse_nothing_kept(contestants)
-        for named in sum(runs, []):
-            if named.problem:
-                print(f"{named.name} will not be judged: {named.problem}", file=sys.stderr, flush=True)
+        if distributed.is_main():
+            rest = [
+                each for each in contestants if each.source not in given and (each.kind == "untouched" or each.problem)
+            ]
+            tell_unopened([(each.name, each.source, each.problem) for each in rest])
         if distributed.world_size() > 1:
             prepare(contestants, [judging, *([keeping] if keeping else [])])
             if not distributed.is_main():
@@ -171,15 +174,18 @@ def refuse_nothing_kept(contestants: Sequence[Contestant]) -> None:
         raise UserError(f"{NOTHING_KEPT} Leave it out, or name a run with encoder.weights.")
 
 
-def tell_unopened(sources: Sequence[str]) -> None:
-    """Before the hours that pretraining and judging the others may take. The comparison names them too."""
-    for source in sources:
+def tell_unopened(named: Iterable[tuple[str, str, str | None]]) -> None:
+    """Before the hours that pretraining and judging the others may take. The comparison names them too. named: names,
+    sources, and what is wrong with them where that is known."""
+    for name, source, problem in named:
         try:
-            if not is_pixels(source):
+            if not problem and not is_pixels(source):
                 describe(source).read()
         except UserError as error:
             near = f"Did you mean the recipe {near}? " if (near := nearest_recipe(source)) else ""
-            print(f"{source} will not be judged: {near}{error}", file=sys.stderr, flush=True)
+            problem = f"{near}{error}"
+        if problem:
+            print(f"{name} will not be judged: {problem}", file=sys.stderr, flush=True)
 
 
 # ---- judging

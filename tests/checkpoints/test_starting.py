@@ -119,10 +119,11 @@ def test_pixels_that_are_normalised_otherwise_are_said(tmp_path):
 
 def test_weights_of_three_channels_start_a_run_of_another_number(tmp_path):
     options, encoder, _ = OBJECTIVES["mae"]
-    for channels, how in ((1, "summed"), (4, "repeated in turn or cut off, times 3 / 4")):
+    ways = {1: "1 channel (summed)", 4: "4 channels (repeated in turn or cut off, times 3 / 4)"}
+    for channels, how in ways.items():
         data = {"shards": "-", "channels": channels, "mean": [0.5] * channels, "std": [0.5] * channels}
         start, _ = started(mae(), tmp_path / "weights.pth", options, encoder, data=data)
-        assert f"first layer brought from 3 to {channels} channels ({how})" in start.sentence
+        assert f"first layer brought from 3 to {how}" in start.sentence
         assert "; its pixels were normalised by data.mean=[0.485, 0.456, 0.406]" in start.sentence
 
 
@@ -142,7 +143,7 @@ def test_a_run_that_goes_on_does_not_read_the_weights(tmp_path, save):
 CHANGES = {
     "another number of heads": ({}, {"num_heads": 4}, "#num_heads=2", "trained with 2 attention heads.*num_heads=2"),
     "another norm": ({"norm_eps": 1e-5}, {}, "", "LayerNorms of eps 1e-06, and .* has 1e-05; write encoder.norm_eps"),
-    "another prefix": ({}, {"global_pool": "avg", "fc_norm": False, "class_token": False}, "", "rows of prefix"),
+    "another prefix": ({}, {"global_pool": "avg", "fc_norm": False, "class_token": False}, "", "1 row of prefix"),
     "another depth": ({}, {"depth": 3}, "", ": 12 tensors of blocks.2 are missing; write"),
     "another width": ({}, {"embed_dim": 32}, "", r"cls_token is \(1, 1, 24\) instead of \(1, 1, 32\)"),
     "random": ({"weights": "random:timm:resnet18"}, {}, "", "holds no weights; leave it out"),
