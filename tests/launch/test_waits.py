@@ -1,5 +1,7 @@
 """Data that stop coming in the middle of a run: every rank ends between two steps, with nothing lost."""
 
+import shutil
+
 import pytest
 from runs import Run, deepspeed
 
@@ -46,7 +48,8 @@ def test_it_leaves_a_checkpoint_of_the_last_step(stopped):
 
 def test_a_run_whose_data_do_not_come_saves_and_says_so(recipe, stopped, tmp_path):
     before, data = saved(stopped)[-1], once(recipe, tmp_path / "second")
-    run = Run(deepspeed(2), recipe, stopped.run_dir, *data, "data.timeout_seconds=4", "data.num_workers=0")
+    shutil.copytree(stopped.run_dir, tmp_path / "run")
+    run = Run(deepspeed(2), recipe, tmp_path / "run", *data, "data.timeout_seconds=4", "data.num_workers=0")
     run.wait()
     said = run.output.read_text()
     assert "error: Nothing has come for 4 seconds while waiting for the next batch" in said and "sleep 1000" in said

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -116,8 +117,9 @@ def test_mlflow_has_one_run_with_each_step_once(watched, monkeypatch):
     assert sorted(int(re.search(r"step\D(\d+)", path)[1]) for path in drawn) == [2, 4, 6]
 
 
-def test_another_project_gets_a_run_of_its_own(watched, monkeypatch):
-    folder, _ = watched
+def test_another_project_gets_a_run_of_its_own(watched, tmp_path, monkeypatch):
+    folder = tmp_path
+    shutil.copytree(watched[0] / "run", folder / "run")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = config_of(folder / "run", wandb={"project": "ears", "mode": "offline", "name": "again"})
     watch(config, 2, [3])
