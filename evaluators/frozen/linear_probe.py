@@ -147,5 +147,5 @@ def _warnings(chosen: dict, grid: Sequence[dict], weight_decays: Sequence[float]
     if not chosen["converged"]:
         warnings.append(f"The probe was stopped after {MAX_PASSES} passes, before its optimum.")
     beside = [row for row in grid if all(row[key] == chosen[key] for key in ("features", "norm"))]
-    scores = [row["held_out_top1"] for row in beside]
-    return warnings + edge_warnings("weight decay", chosen["weight_decay"], weight_decays, scores=scores)
+    scores, losses = [row["held_out_top1"] for row in beside], [row["held_out_loss"] for row in beside]
+    return warnings + edge_warnings("weight decay", chosen["weight_decay"], weight_decays, "", scores, losses)

@@ -83,12 +83,19 @@ def hold_out_groups(groups: Tensor, seed: int, share: float) -> tuple[Tensor, Te
 
 
 def edge_warnings(
-    setting: str, value: float, grid: Sequence[float], how_often: str = "", scores: Sequence[float] = ()
+    setting: str,
+    value: float,
+    grid: Sequence[float],
+    how_often: str = "",
+    scores: Sequence[float] = (),
+    losses: Sequence[float] = (),
 ) -> list[str]:
     """A warning where `value`, which was chosen for `setting`, is the least or the largest of a grid of several.
 
     scores: held-out, in percent, of the grid's values. What a weight decay does vanishes with it: where the least one
-    is `LEVEL` or less above the next, no lesser one can be better by much, and there is none.
+    is `LEVEL` or less above the next, no lesser one can be better by much, and there is none. losses: held-out, of the
+    grid's values. They are smooth where scores jump by single images: where the loss rises towards the least value
+    already, what lies beyond fits the training images alone, and there is no warning either.
     """
     if len(set(grid)) < 2 or value not in (min(grid), max(grid)):
         return []
@@ -96,6 +103,10 @@ def edge_warnings(
         by_value = dict(sorted(zip(grid, scores, strict=True)))
         least, following, *_ = by_value.values()
         if least - following <= LEVEL:
+            return []
+    if losses and value == min(grid):
+        least, following, *_ = dict(sorted(zip(grid, losses, strict=True))).values()
+        if least > following:
             return []
     return [
         f"The chosen {setting} {value:g} is at the edge of the grid ({min(grid):g} to {max(grid):g}){how_often}, so a "

@@ -36,4 +36,8 @@ def test_a_choice_at_the_edge_is_told_unless_nothing_lies_below():
     assert told(1e-3) and told(1e-1) and not told(1e-2)
     assert told(1e-3, (50.0, 49.0, 20.0)) and not told(1e-3, (50.0, 49.95, 20.0))
     assert told(1e-1, (50.0, 50.0, 50.0))  # what a decay does grows without end
+    scores = (50.0, 49.0, 20.0)
+    for losses, is_told in (((1.2, 1.3, 2.0), True), ((1.3, 1.2, 2.0), False)):
+        assert bool(edge_warnings("weight decay", 1e-3, grid, "", scores, losses)) == is_told
+    assert edge_warnings("weight decay", 1e-1, grid, "", scores, (1.0, 2.0, 3.0))
     assert not edge_warnings("weight decay", 1.0, (1.0,))
