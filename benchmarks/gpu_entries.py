@@ -4,14 +4,10 @@ All data are made on the spot. `toy` is the same at a size for a CPU, whose figu
 """
 
 import argparse
+import dataclasses
 import gc
-import io
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
@@ -21,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhere
 
-import numpy as np  # noqa: E402
+import gpu_runs  # noqa: E402
+import kernel_times  # noqa: E402
 import torch  # noqa: E402
 
 # name: (recipe, encoder where it is another, images at once, recipe of the toy)
@@ -38,7 +35,7 @@ STEPS = {
     "ijepa-s": ("ijepa_vit_base", "vit_small_patch16_224", 256, "ijepa_cifar10"),
     "spark-r50": ("spark_resnet50", None, 128, "spark_resnet18_cifar10"),
 }
-_NUM_STEPS, _LOGGED_EVERY = 30, 10
+_NUM_STEPS, _LOGGED_EVERY = 30, 5  # what comes before the first log line warms up, after the last but one is profiled
 _TOY_STEPS, _TOY_IMAGES = 5, 8
 
 
@@ -82,8 +79,6 @@ def _activities(kinds):
 
 def step(name: str, compiled: bool, toy: bool) -> dict:
     """Milliseconds, MFU and memory of a whole step of the engine: objective, reduction, optimizer."""
-    from prelude.pretrain.preview import preview
-
     images, started, done = _TOY_IMAGES if toy else STEPS[name][2], time.perf_counter(), None
     if toy:
         torch.compiler.set_stance("force_eager" if compiled else "default")  # compiling takes longer than all the rest
@@ -97,21 +92,38 @@ def step(name: str, compiled: bool, toy: bool) -> dict:
             images //= 2
             gc.collect()
             torch.cuda.empty_cache()
-    engine, records, objective = done
-    seconds = statistics.median(record.step_seconds for record in records[1:])
+    engine, records, kernels = done
+    timed = records[1:-1]  # those after are profiled
+    seconds = statistics.median(record.step_seconds for record in timed)
     found = {
         "images": images,
         "ms": 1000 * seconds,
         "images_per_second": images / seconds,
-        "mfu": statistics.median(record.mfu for record in records[1:]),
+        "mfu": statistics.median(record.mfu for record in timed),
         "gflops_an_image": engine.utilisation.flops_an_image / 1e9,
         "peak_tflops": engine.utilisation.peak_flops / 1e12,
         "start_s": time.perf_counter() - started - seconds * records[-1].step,  # compiling included
         "memory_gib": records[-1].peak_memory / 2**30,
+        **kernels.shares(),
     }
-    if not compiled and not toy:
-        said = preview(engine.config, objective, num_samples=images, world_size=1, precision="bf16").rank_memory()
-        found["predicted_memory_gib"] = said.peak / 2**30
+    return found
+
+
+def predicted(toy: bool) -> dict:
+    """GiB that the dry run tells for each step that is not compiled, with as many images at once as were planned."""
+    from prelude.objectives import options_for
+    from prelude.objectives.building import build_objective
+    from prelude.pretrain.preview import preview
+    from prelude.pretrain.recipes import load_config
+
+    found = {}
+    for name, (recipe, encoder, images, toy_recipe) in list(STEPS.items())[: 1 if toy else None]:
+        images = _TOY_IMAGES if toy else images
+        settings = ["data.shards=unused", "optimizer.warmup_epochs=0", f"train.global_batch={images}"]
+        settings += ["train.precision=bf16", *([f"encoder.name={encoder}"] if encoder and not toy else [])]
+        config = load_config(toy_recipe if toy else recipe, settings, options_for)
+        said = preview(config, build_objective(config), num_samples=images, world_size=1, precision="bf16")
+        found[name] = said.rank_memory().peak / 2**30
     return found
 
 
@@ -129,16 +141,16 @@ def check_recipe(name: str) -> None:
 def _trained(name: str, toy: bool, compiled: bool, images: int):
     from prelude.launch.planning import Kept
 
-    kept = Kept()
-    engine, objective = _engine(name, toy, compiled, images, [kept])
+    kept, kernels = Kept(), kernel_times.KernelTimes(after=_TOY_STEPS - 1 if toy else _NUM_STEPS - _LOGGED_EVERY)
+    engine = _engine(name, toy, compiled, images, [kept, kernels])
     engine.run()
-    return engine, kept.records, objective
+    return engine, kept.records, kernels
 
 
 def _begun(name: str, toy: bool, compiled: bool):
     from prelude.pretrain.meter import Meter
 
-    engine, _ = _engine(name, toy, compiled, _TOY_IMAGES if toy else 32, [])
+    engine = _engine(name, toy, compiled, _TOY_IMAGES if toy else 32, [])
     batches, meter = iter(engine.loader), Meter(engine.config.train.global_batch)
     engine._fetch_first(batches, meter)
     return engine, batches, meter
@@ -166,8 +178,10 @@ def _engine(name: str, toy: bool, compiled: bool, images: int, monitors: list):
     batch = made_up_batch(torch.arange(min(images, 32)), objective.views, 32)
     repeated = batch._map(lambda tensor: tensor.repeat(-(-images // len(tensor)), *[1] * (tensor.ndim - 1))[:images])
     repeated = repeated._map(lambda tensor: tensor.to(device))
+    views = tuple(view.contiguous(memory_format=torch.channels_last) for view in repeated.views)
+    repeated = dataclasses.replace(repeated, views=views)  # laid out as the loader's are
     loader = MemoryLoader(images, images, lambda positions: repeated)
-    return Engine(config, objective, loader, Nowhere(), monitors, peak_flops), objective
+    return Engine(config, objective, loader, Nowhere(), monitors, peak_flops)
 
 
 def regions(toy: bool) -> dict:
@@ -221,7 +235,7 @@ def loader(toy: bool) -> dict:
     found = {"workers": workers}
     with tempfile.TemporaryDirectory() as folder:
         size = (120, 90) if toy else (500, 375)
-        write_photos(Path(folder), num_shards=max(workers, 2), images_a_shard=16 if toy else 100, size=size)
+        gpu_runs.write_photos(Path(folder), num_shards=max(workers, 2), images_a_shard=16 if toy else 100, size=size)
         plan = ViewPlan((View((32, 32) if toy else (224, 224)),))
         batch = 8 if toy else 128
         reading = Loader(
@@ -241,71 +255,3 @@ def loader(toy: bool) -> dict:
         found["images_per_second"] = count * batch / (time.perf_counter() - started)
         reading.close()
     return found
-
-
-def write_photos(folder: Path, num_shards: int, images_a_shard: int, size: tuple[int, int]) -> None:
-    """Coarse colours under fine grain: JPEGs of about a hundred kilobytes at 500 x 375."""
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for shard in range(num_shards):
-        with tarfile.open(folder / f"photos-{shard:06d}.tar", "w") as tar:
-            for nth in range(images_a_shard):
-                coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, 3)
-                grain = generator.normal(0, 22, (size[1], size[0], 1))
-                picture = Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
-                file = io.BytesIO()
-                picture.save(file, "JPEG", quality=90)
-                for name, content in (
-                    (f"{shard:03d}{nth:05d}.jpg", file.getvalue()),
-                    (f"{shard:03d}{nth:05d}.cls", b"0"),
-                ):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-
-
-def run(toy: bool, seconds: float, folder: Path) -> dict:
-    """Barlow Twins with a ResNet-18 on the embedded data, for so many seconds, and k-NN of what it learned. Run
-    again, it goes on."""
-    from prelude.data.shapes import write_shards
-
-    count = 64 if toy else 20_000
-    write_shards(folder / "shapes", "train", count)
-    write_shards(folder / "shapes", "test", 32 if toy else 2_000)
-    train, test, run_dir = f"{folder}/shapes/train-*.tar", f"{folder}/shapes/test-*.tar", folder / "barlow"
-    (run_dir / "STOP").unlink(missing_ok=True)
-    settings = ["--config", "barlow_cifar10", f"data.shards={train}", f"run_dir={run_dir}"]
-    settings += ["train.global_batch=16", "train.epochs=1", "optimizer.warmup_epochs=0"] if toy else []
-    python = [sys.executable]
-    training = subprocess.Popen([*python, str(ROOT / "launch/pretrain.py"), *settings], env=_plain_env())
-    try:
-        code = training.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        (run_dir / "STOP").touch()
-        code = training.wait(timeout=120)
-    if code not in (0, 75):
-        raise RuntimeError(f"training ended with exit code {code}")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    half = records[len(records) // 2 :]
-    found = {"steps": records[-1]["step"], "of": records[-1]["num_steps"], "loss": records[-1]["loss"]}
-    found |= {key: statistics.median(r[key] for r in half) for key in ("images_per_second", "data_wait", "mfu")}
-    if not toy:
-        judged = [
-            *python,
-            str(ROOT / "launch/knn.py"),
-            str(run_dir),
-            f"random:{run_dir}",
-            "--train",
-            train,
-            "--test",
-            test,
-        ]
-        said = subprocess.run(judged, env=_plain_env(), capture_output=True, text=True, timeout=200)
-        found["knn"] = " / ".join(line.strip() for line in said.stdout.splitlines()[-6:])
-    return found
-
-
-def _plain_env() -> dict[str, str]:
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in ranks}

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import gpu_entries as entries
+import gpu_runs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _COMPILED = ("mae-b", "ijepa-b", "barlow-r50", "spark-convnext-b", "mae-l", "mae-s", "dseqjepa-b", "rotation-r50")
@@ -40,7 +41,9 @@ def plan(smoke: bool) -> dict[str, float]:
         "photometric": 90.0,
         "save": 90.0,
         "loader": 90.0,
+        "fed": 180.0,
         **compiled,
+        "predicted": 180.0,
         "run": 600.0,
     }
 
@@ -97,7 +100,9 @@ def tried(name: str, limit: float, args: argparse.Namespace) -> dict:
 
 def measured(name: str, toy: bool, limit: float, folder: Path) -> dict:
     if name == "run":
-        return entries.run(toy, limit if toy else limit - _AFTER_THE_RUN, folder)
+        return gpu_runs.run(toy, limit if toy else limit - _AFTER_THE_RUN, folder)
+    if name == "fed":
+        return gpu_runs.fed(toy, limit if toy else limit / 2, folder)
     if name.startswith("step "):
         _, step, *rest = name.split()
         return entries.step(step, bool(rest), toy)
@@ -117,19 +122,22 @@ def table(found: dict) -> str:
     machine = found["machine"]
     lines = [f"# {machine['device']}", "", ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
     lines += [
-        "| step | MFU | ms | images at once | images/s | memory, GiB | predicted ÷ taken |",
-        "|---|---|---|---|---|---|---|",
+        "| step | MFU | busy | ms | images at once | images/s | memory, GiB | predicted ÷ taken |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     others = []
     for name, of in found["entries"].items():
         if "failed" in of:
             others.append(f"| {name} | failed: {of['failed']} |")
         elif name.startswith("step "):
-            predicted = of.get("predicted_memory_gib")
+            step = name.removeprefix("step ")
+            as_planned = of["images"] == entries.STEPS[step.split()[0]][2]
+            predicted = found["entries"].get("predicted", {}).get(step) if as_planned else None
             ratio = f"{predicted / of['memory_gib']:.2f}" if predicted else ""
-            row = (f"{of['mfu']:.1%}", f"{of['ms']:.1f}", of["images"], f"{of['images_per_second']:.0f}")
-            row = (name.removeprefix("step "), *row, f"{of['memory_gib']:.1f}", ratio)
-            lines.append(f"| {' | '.join(map(str, row))} |")
+            busy = f"{of['busy']:.0%}" if "busy" in of else ""
+            row = (f"{of['mfu']:.1%}", busy, f"{of['ms']:.1f}", of["images"], f"{of['images_per_second']:.0f}")
+            row = (*row, f"{of['memory_gib']:.1f}", ratio)
+            lines.append(f"| {' | '.join(map(str, (step, *row)))} |")
         else:
             others.append(f"| {name} | {', '.join(f'{key} {_short(value)}' for key, value in of.items())} |")
     return "\n".join([*lines, "", "| entry | |", "|---|---|", *others, ""])
