@@ -184,6 +184,16 @@ def _engine(name: str, toy: bool, compiled: bool, images: int, monitors: list):
     return Engine(config, objective, loader, Nowhere(), monitors, peak_flops)
 
 
+def tidy(num_threads: int) -> None:
+    """Leaves nothing of an entry to the next."""
+    torch.set_num_threads(num_threads)
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def regions(toy: bool) -> dict:
     """DSeq-JEPA's regions of a batch at once against OpenCV, one image after another."""
     import regions as benchmark

@@ -1,13 +1,16 @@
 """Whole runs on a GPU, as a user starts them, with everything between a shard and a step. See `on_gpu.py`."""
 
+import hashlib
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -58,19 +61,44 @@ def run(toy: bool, seconds: float, folder: Path) -> dict:
     return found
 
 
-def _trained(recipe: str, settings: list[str], run_dir: Path, seconds: float) -> list[dict]:
-    """Its log, of a run that is asked to stop after so many seconds. Raises RuntimeError where it failed."""
+def resumed(toy: bool, folder: Path) -> dict:
+    """Whether a run that is stopped and goes on ends with the weights of one that is not, to the last bit; and whether
+    two that are not stopped do, for not all of a GPU's kernels add in the same order every time."""
+    from prelude.data.shapes import write_shards
+
+    write_shards(folder / "few", "train", 128 if toy else 512)
+    settings = [f"data.shards={folder}/few/train-*.tar", "train.global_batch=64", "train.epochs=6"]
+    settings += ["optimizer.warmup_epochs=1", "checkpoint.every_steps=100", "log.every_steps=1"]
+    weights, after = {}, {}
+    for name in ("whole", "stopped") if toy else ("whole", "again", "stopped"):
+        run_dir = folder / f"resumed-{name}"
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if name == "stopped":
+            after[name] = len(_trained("mae_cifar10", settings, run_dir, 60, stop_after=4 if toy else 20))
+        _trained("mae_cifar10", settings, run_dir, 60)
+        *_, last = sorted((run_dir / "checkpoints").glob("step-*"))
+        parts = [file.read_bytes() for file in sorted(last.glob("model*"))]
+        weights[name] = hashlib.blake2b(b"".join(parts)).hexdigest()
+    found = {"bitwise": weights["stopped"] == weights["whole"], "stopped_after": after["stopped"]}
+    return found if toy else found | {"bitwise_unstopped": weights["again"] == weights["whole"]}
+
+
+def _trained(recipe: str, settings: list[str], run_dir: Path, seconds: float, stop_after: int = 0) -> list[dict]:
+    """Its log, of a run that is asked to stop after so many seconds, or logged steps. Raises RuntimeError where it
+    failed."""
     (run_dir / "STOP").unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--config", recipe, f"run_dir={run_dir}", *settings]
     training = subprocess.Popen(command, env=_plain_env())
-    try:
-        code = training.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    log, until = run_dir / "metrics.jsonl", time.monotonic() + seconds
+    while training.poll() is None and time.monotonic() < until:
+        if stop_after and log.is_file() and log.read_text().count("\n") >= stop_after:
+            break
+        time.sleep(0.02)
+    if training.poll() is None:
         (run_dir / "STOP").touch()
-        code = training.wait(timeout=120)
-    if code not in (0, 75):
+    if (code := training.wait(timeout=120)) not in (0, 75):
         raise RuntimeError(f"training ended with exit code {code}")
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def _speeds(records: list[dict]) -> dict:

@@ -3,8 +3,8 @@
     python benchmarks/on_gpu.py                      (at most 25 minutes; run again, it goes on where it stopped)
     python benchmarks/on_gpu.py --smoke              (all of it on the CPU at toy size, whose figures say nothing)
 
-Entries run one after another, the most wanted first, each in a process of its own with a limit, so that one that fails
-or hangs costs itself alone. After each, benchmarks/results/DEVICE.json and DEVICE.md are written. What failed is tried
+Entries run one after another, the most wanted first, each with a limit; one that fails or hangs costs itself alone: the
+next have another process. After each, benchmarks/results/DEVICE.json and DEVICE.md are written. What failed is tried
 again by the next start. Nothing is fetched: all data are made on the spot.
 """
 
@@ -13,10 +13,13 @@ import json
 import os
 import platform
 import re
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import gpu_entries as entries
@@ -36,12 +39,13 @@ def plan(smoke: bool) -> dict[str, float]:
         "host_waits": 120.0,
         **{name: eager.pop(name) for name in first},
         **{f"{name} compiled": compiled.pop(f"{name} compiled") for name in first},
+        "fed": 180.0,
         **eager,
+        "resumed": 120.0,
         "regions": 60.0,
         "photometric": 90.0,
         "save": 90.0,
         "loader": 90.0,
-        "fed": 180.0,
         **compiled,
         "predicted": 180.0,
         "run": 600.0,
@@ -50,13 +54,14 @@ def plan(smoke: bool) -> dict[str, float]:
 
 def main() -> int:
     args = parse_arguments()
-    if args.entry:
-        print(json.dumps(measured(args.entry, args.smoke, args.limit, args.folder)))
+    if args.answers:
+        serve(args)
         return 0
     for name in entries.STEPS if args.smoke else ():
         entries.check_recipe(name)
     until, path = time.monotonic() + 60 * args.minutes, args.results / f"{device_name(args.smoke)}.json"
     found = json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "entries": {}}
+    worker = Worker(args)
     for name, limit in plan(args.smoke).items():
         if "failed" not in found["entries"].get(name, {"failed": ""}):
             continue
@@ -66,36 +71,81 @@ def main() -> int:
             print(f"{name}: no time is left; run the same command again", flush=True)
             continue
         started = time.monotonic()
-        result = tried(name, limit, args)
+        result = worker.measured(name, limit)
         found["entries"][name] = {**result, "seconds": round(time.monotonic() - started, 1)}
         keep(found, path)
         print(f"{name}: {json.dumps(found['entries'][name])}", flush=True)
+    worker.end()
     failed = [name for name, result in found["entries"].items() if "failed" in result]
     print(f"written to {path}{'; failed: ' + ', '.join(failed) if failed else ''}")
     return 1 if failed else 0
 
 
-def tried(name: str, limit: float, args: argparse.Namespace) -> dict:
-    """What an entry found, or why it failed."""
-    if args.smoke and not name.startswith("regions"):  # one goes the long way, the others save the start of a process
-        return measured(name, True, limit, args.folder)
-    command = [sys.executable, __file__, "--entry", name, "--limit", str(limit), "--folder", str(args.folder)]
-    command += ["--smoke"] if args.smoke else []
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True, env=os.environ
+class Worker:
+    """A process that measures one entry after another: to start one takes longer than most entries."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.options = ["--folder", str(args.folder), *(["--smoke"] if args.smoke else [])]
+        self.process = None
+
+    def measured(self, name: str, limit: float) -> dict:
+        """What an entry found, or why it failed."""
+        if self.process is None:
+            self._start()
+        self.process.stdin.write(json.dumps([name, limit]) + "\n")
+        self.process.stdin.flush()
+        is_there, _, _ = select.select([self.answers], [], [], limit)
+        answer = self.answers.readline() if is_there else ""
+        result = json.loads(answer) if answer else {"failed": self._last_words() if is_there else "no answer in time"}
+        if "failed" in result:
+            self.end()
+        return result
+
+    def _start(self) -> None:
+        reads, writes = os.pipe()
+        self.answers, self.errors = os.fdopen(reads), tempfile.TemporaryFile("w+")
+        command = [sys.executable, __file__, "--answers", str(writes), *self.options]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            text=True,
+            pass_fds=[writes],
+            start_new_session=True,
         )
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            return {"failed": f"not done in {limit:.0f} s"}
-        errors.seek(0)
-        said = errors.read().strip().splitlines()
-    if process.returncode:
-        return {"failed": (said or [f"exit code {process.returncode}"])[-1][:300]}
-    return json.loads(output.strip().splitlines()[-1])
+        os.close(writes)
+
+    def _last_words(self) -> str:
+        self.process.wait()
+        self.errors.seek(0)
+        return (self.errors.read().strip().splitlines() or [f"exit code {self.process.returncode}"])[-1][:300]
+
+    def end(self) -> None:
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process.stdin.close()
+            self.answers.close()
+            self.errors.close()
+            self.process = None
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answers on a pipe of its own: what an entry prints goes elsewhere."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    with os.fdopen(args.answers, "w") as answers:
+        for line in sys.stdin:
+            name, limit = json.loads(line)
+            try:
+                result = measured(name, args.smoke, limit, args.folder)
+            except Exception as error:
+                result = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            print(json.dumps(result), file=answers, flush=True)
+            entries.tidy(num_threads)
 
 
 def measured(name: str, toy: bool, limit: float, folder: Path) -> dict:
@@ -103,6 +153,8 @@ def measured(name: str, toy: bool, limit: float, folder: Path) -> dict:
         return gpu_runs.run(toy, limit if toy else limit - _AFTER_THE_RUN, folder)
     if name == "fed":
         return gpu_runs.fed(toy, limit if toy else limit / 2, folder)
+    if name == "resumed":
+        return gpu_runs.resumed(toy, folder)
     if name.startswith("step "):
         _, step, *rest = name.split()
         return entries.step(step, bool(rest), toy)
@@ -176,11 +228,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="all of it on the CPU at toy size")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="(default: benchmarks/results)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="of the run and its data (default: RESULTS/run)")
-    parser.add_argument("--entry", help=argparse.SUPPRESS)
-    parser.add_argument("--limit", type=float, default=600.0, help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.folder = args.folder or args.results / "run"
-    if not (args.smoke or args.entry):
+    if not (args.smoke or args.answers):
         import torch
 
         if not torch.cuda.is_available():

@@ -25,7 +25,7 @@ from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import check_encoder, pooled_width
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
-from prelude.pretrain.images import denormalise
+from prelude.pretrain.images import as_device_likes, denormalise
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
@@ -98,7 +98,8 @@ class Rotation(Objective):
 
 def rotated(images: Tensor, quarter_turns: list[int]) -> Tensor:
     """(B, C, S, S) to (B * K, C, S, S): sample i * K + k is image i turned counter-clockwise by quarter_turns[k]."""
-    return torch.stack([torch.rot90(images, k, dims=(-2, -1)) for k in quarter_turns], dim=1).flatten(0, 1)
+    turned = torch.stack([torch.rot90(images, k, dims=(-2, -1)) for k in quarter_turns], dim=1)
+    return as_device_likes(turned.flatten(0, 1))
 
 
 def _framed(images: Tensor, right: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from prelude.data.batch import Batch
 from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.pretrain import (
     attendance,
+    attention,
     deepspeed_config,
     deepspeed_engine,
     distributed,
@@ -105,7 +106,7 @@ class Engine:
         self._tell(Report(self.progress.step, "notice", text) for text in notices)
         self._hand_over_encoder()
         try:
-            with stopping.postponed(), distributed.explained():
+            with stopping.postponed(), distributed.explained(), attention.kernels_for(self.objective):
                 return self._train()
         finally:
             self.store.wait()
@@ -149,8 +150,7 @@ class Engine:
         self.lr, self.weight_decay = optimizers.apply_schedule(
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
-        loss_sum = torch.zeros((), device=self.device)
-        step, fetched = self.progress.step + 1, self.ahead
+        step, fetched, loss_sum = self.progress.step + 1, self.ahead, torch.zeros((), device=self.device)
         self._begin_to_fetch(step + 1)
         for micro in range(self.accumulation):
             if micro:

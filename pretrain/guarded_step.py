@@ -4,8 +4,8 @@ The norm of all gradients decides. They are averaged over ranks already, so it i
 it is looked at on the device, so that the host can go on to the next step without knowing.
 
 - AdamW's fused kernel leaves weights, moments and step counts as they are where it is told to.
-- Any other optimizer steps with gradients of zero, and what that changed is put back, which takes a second copy of
-  weights and moments while it steps. A count of steps on the host, as timm's LAMB keeps one, counts refused steps too.
+- What any other optimizer changed is put back, which takes a second copy of weights and moments while it steps. A count
+  of steps on the host, as timm's LAMB keeps one, counts refused steps too.
 """
 
 import torch
@@ -35,7 +35,7 @@ class GuardedStep:
             engine.zero_grad = self._forget_gradients  # DeepSpeed's walks through all modules in every step
             engine.enable_backward_allreduce = False
             self.mean = GradientMean(parameters, bucket_size, engine.is_gradient_accumulation_boundary)
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._before: dict[Tensor, Tensor] = {}
         optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._end)
 
@@ -73,21 +73,30 @@ class GuardedStep:
         if _is_fused(optimizer):
             optimizer.found_inf = self.refused.float()
             return
-        for parameter in _stepped(optimizer):
-            parameter.grad.masked_fill_(self.refused, 0.0)
-        self._before = [(tensor, tensor.clone()) for tensor in _moved(optimizer)]
+        if moved := _moved(optimizer):  # copied in a few kernels, where `clone` would take one for each tensor
+            self._before = dict(zip(moved, torch._foreach_mul(list(map(_bits, moved)), 1), strict=True))
 
     @torch.no_grad()
     def _end(self, optimizer: torch.optim.Optimizer, *_) -> None:
-        if _is_fused(optimizer):
+        """Puts back what was there where the step is refused. As whole numbers: what was computed may be no number, and
+        0 times that is none either."""
+        moved, kept = _moved(optimizer), self._before
+        if _is_fused(optimizer) or not moved:
             return
-        moved, kept = _moved(optimizer), dict(self._before)
-        self._before = []
-        # A moment that this step has made had no value before; at 0, the next step treats it as new.
-        before = [kept[tensor] if tensor in kept else torch.zeros_like(tensor) for tensor in moved]
-        torch._foreach_mul_(moved, self.applied)
-        torch._foreach_mul_(before, self.refused.float())
-        torch._foreach_add_(moved, before)
+        self._before = {}
+        now = list(map(_bits, moved))
+        for tensor, bits in zip(moved, now, strict=True):
+            if tensor not in kept:  # a moment that this step has made; at 0, the next step treats it as new
+                kept[tensor] = torch.zeros_like(bits)
+        before, refused = [kept[tensor] for tensor in moved], self.refused.to(now[0].dtype)
+        torch._foreach_mul_(now, 1 - refused)
+        torch._foreach_mul_(before, refused)
+        torch._foreach_add_(now, before)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The same memory as whole numbers."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

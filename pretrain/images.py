@@ -48,8 +48,14 @@ def shown(pixels: Tensor, plan: ViewPlan) -> Tensor:
 
 
 def images(batch: Batch, plan: ViewPlan) -> tuple[Tensor, ...]:
-    """The batch's views as an encoder wants them: V tensors (B, C, H, W) float32."""
-    return tuple(_image(batch, plan, v) for v in range(len(plan.views)))
+    """The batch's views as an encoder wants them: V tensors (B, C, H, W) float32, laid out as `as_device_likes`."""
+    return tuple(as_device_likes(_image(batch, plan, v)) for v in range(len(plan.views)))
+
+
+def as_device_likes(images: Tensor) -> Tensor:
+    """(B, C, H, W) to the same, on a GPU with the channels last in memory: convolutions on its matrix units want them
+    so, and hand them on so, whatever the layout of their weights."""
+    return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
 
 
 def _image(batch: Batch, plan: ViewPlan, v: int) -> Tensor:

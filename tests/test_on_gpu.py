@@ -14,8 +14,20 @@ def test_everything_on_gpu_py_does_works(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     entries = json.loads((tmp_path / "smoke.json").read_text())["entries"]
-    kinds = {"host_waits", "regions", "photometric", "save", "loader", "run", "step mae-b compiled"}
+    kinds = {
+        "host_waits",
+        "regions",
+        "photometric",
+        "save",
+        "loader",
+        "fed",
+        "resumed",
+        "run",
+        "predicted",
+        "step mae-b compiled",
+    }
     assert kinds <= set(entries) and not any("failed" in entry for entry in entries.values())
+    assert entries["resumed"]["bitwise"] and 0 < entries["resumed"]["stopped_after"] < 12
     assert all(entry["mfu"] > 0 and entry["ms"] > 0 for name, entry in entries.items() if name.startswith("step "))
     assert all(f"| {name.removeprefix('step ')} |" in (tmp_path / "smoke.md").read_text() for name in entries)
     # What is done is not done again, what failed is
