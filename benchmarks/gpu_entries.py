@@ -23,20 +23,22 @@ import torch  # noqa: E402
 
 # name: (recipe, encoder where it is another, images at once, recipe of the toy)
 STEPS = {
-    "mae-b": ("mae_vit_base", None, 256, "mae_cifar10"),
-    "ijepa-b": ("ijepa_vit_base", None, 128, "ijepa_cifar10"),
+    "mae-b": ("mae_vit_base", None, 1024, "mae_cifar10"),
+    "ijepa-b": ("ijepa_vit_base", None, 256, "ijepa_cifar10"),
     "barlow-r50": ("barlow_resnet50", None, 256, "barlow_cifar10"),
-    "spark-convnext-b": ("spark_convnext_base", None, 128, "spark_convnext_cifar10"),
-    "dseqjepa-b": ("dseqjepa_vit_base", None, 128, "dseqjepa_cifar10"),
+    "spark-convnext-b": ("spark_convnext_base", None, 256, "spark_convnext_cifar10"),
+    "dseqjepa-b": ("dseqjepa_vit_base", None, 256, "dseqjepa_cifar10"),
     "rotation-r50": ("rotation_resnet50", None, 128, "rotation_cifar10"),
-    "mae-l": ("mae_vit_large", None, 128, "mae_cifar10"),
-    "ijepa-l": ("ijepa_vit_large", None, 64, "ijepa_cifar10"),
-    "mae-s": ("mae_vit_base", "vit_small_patch16_224", 512, "mae_cifar10"),
-    "ijepa-s": ("ijepa_vit_base", "vit_small_patch16_224", 256, "ijepa_cifar10"),
-    "spark-r50": ("spark_resnet50", None, 128, "spark_resnet18_cifar10"),
+    "mae-l": ("mae_vit_large", None, 512, "mae_cifar10"),
+    "ijepa-l": ("ijepa_vit_large", None, 128, "ijepa_cifar10"),
+    "mae-s": ("mae_vit_base", "vit_small_patch16_224", 1024, "mae_cifar10"),
+    "ijepa-s": ("ijepa_vit_base", "vit_small_patch16_224", 512, "ijepa_cifar10"),
+    "spark-r50": ("spark_resnet50", None, 256, "spark_resnet18_cifar10"),
 }
-_NUM_STEPS, _LOGGED_EVERY = 30, 5  # what comes before the first log line warms up, after the last but one is profiled
-_TOY_STEPS, _TOY_IMAGES = 5, 8
+# What comes before the first log line warms up, longer where a run meets every length of its sequences first; then two
+# intervals are timed, and a last one is profiled.
+_LOGGED_EVERY, _LONG_WARM_UP, _TIMED = 10, 60, 2
+_TOY_IMAGES = 8
 
 
 def host_waits(toy: bool) -> dict:
@@ -93,7 +95,7 @@ def step(name: str, compiled: bool, toy: bool) -> dict:
             gc.collect()
             torch.cuda.empty_cache()
     engine, records, kernels = done
-    timed = records[1:-1]  # those after are profiled
+    timed = records[-1 - _TIMED : -1]
     seconds = statistics.median(record.step_seconds for record in timed)
     found = {
         "images": images,
@@ -141,10 +143,19 @@ def check_recipe(name: str) -> None:
 def _trained(name: str, toy: bool, compiled: bool, images: int):
     from prelude.launch.planning import Kept
 
-    kept, kernels = Kept(), kernel_times.KernelTimes(after=_TOY_STEPS - 1 if toy else _NUM_STEPS - _LOGGED_EVERY)
+    kept, kernels = Kept(), kernel_times.KernelTimes(_num_steps(name, toy) - _every(toy))
     engine = _engine(name, toy, compiled, images, [kept, kernels])
     engine.run()
     return engine, kept.records, kernels
+
+
+def _num_steps(name: str, toy: bool) -> int:
+    warm_up = _LONG_WARM_UP if "jepa" in name and not toy else _every(toy)
+    return warm_up + (_TIMED + 1) * _every(toy)
+
+
+def _every(toy: bool) -> int:
+    return 1 if toy else _LOGGED_EVERY
 
 
 def _begun(name: str, toy: bool, compiled: bool):
@@ -169,9 +180,9 @@ def _engine(name: str, toy: bool, compiled: bool, images: int, monitors: list):
     device = distributed.start()
     recipe, encoder, _, toy_recipe = STEPS[name]
     settings = ["data.shards=unused", f"run_dir={tempfile.gettempdir()}/unused", "optimizer.warmup_epochs=0"]
-    settings += [f"train.epochs={_TOY_STEPS if toy else _NUM_STEPS}", f"train.global_batch={images}"]
+    settings += [f"train.epochs={_num_steps(name, toy)}", f"train.global_batch={images}"]
     settings += [f"train.precision={'fp32' if toy else 'bf16'}", f"train.compile={str(compiled).lower()}"]
-    settings += [f"log.every_steps={1 if toy else _LOGGED_EVERY}", "log.pictures_every_steps=0"]
+    settings += [f"log.every_steps={_every(toy)}", "log.pictures_every_steps=0"]
     settings += [f"encoder.name={encoder}"] if encoder and not toy else []
     config = load_config(toy_recipe if toy else recipe, settings, options_for)
     objective = build_objective(config)

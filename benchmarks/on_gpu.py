@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import gpu_entries as entries
@@ -39,7 +40,7 @@ def plan(smoke: bool) -> dict[str, float]:
         "host_waits": 120.0,
         **{name: eager.pop(name) for name in first},
         **{f"{name} compiled": compiled.pop(f"{name} compiled") for name in first},
-        "fed": 180.0,
+        "fed": 160.0,
         **eager,
         "resumed": 120.0,
         "regions": 60.0,
@@ -63,7 +64,8 @@ def main() -> int:
     found = json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "entries": {}}
     worker = Worker(args)
     for name, limit in plan(args.smoke).items():
-        if "failed" not in found["entries"].get(name, {"failed": ""}):
+        is_done = "failed" not in found["entries"].get(name, {"failed": ""})
+        if is_done or not any(fnmatch(name, pattern) for pattern in args.entries):
             continue
         left = until - time.monotonic()
         limit = left if name == "run" else min(limit, left)
@@ -226,6 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25, help="of this start (default: 25)")
     parser.add_argument("--smoke", action="store_true", help="all of it on the CPU at toy size")
+    parser.add_argument("--entries", nargs="+", default=["*"], metavar="NAME", help="only these, such as 'step mae-*'")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="(default: benchmarks/results)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="of the run and its data (default: RESULTS/run)")
     parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
