@@ -49,6 +49,8 @@ def main() -> None:
     args = parse_arguments()
     distributed.start()
     engine = trained_once(MODELS[args.model], args.zero)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     made = tempfile.mkdtemp(prefix="save-", dir=args.folder) if distributed.is_main() else None
     folder = Path(distributed.from_main(made))
     try:

@@ -42,6 +42,7 @@ from prelude.pretrain.warm_start import drawn_parts, is_warm
 _NUM_PICTURES = 6
 _INIT_STD = 0.02  # of the official code
 _USUAL_VALUES = 768  # of a patch of 16 x 16 x 3
+_LOOKED_AT = 500  # steps, among which all sizes of blocks come up
 
 
 class IJEPA(Objective):
@@ -116,6 +117,23 @@ class IJEPA(Objective):
     def compiled_parts(self) -> list[nn.Module]:
         holders = (self.encoder, self.teacher, self.predictor)
         return [block for holder in holders for block in getattr(holder, "blocks", [])]
+
+    def telling_steps(self) -> tuple[int, int]:
+        """By the tokens of each width: blocks have other sizes in every step."""
+        sizes = [self.blocks.sizes(step) for step in range(_LOOKED_AT)]
+        first = {of_step: step for step, of_step in reversed(list(enumerate(sizes)))}
+        by_sizes = {of_step: self._weight(step) for of_step, step in first.items()}
+        mean = sum(by_sizes[of_step] for of_step in sizes) / len(sizes)
+        usual = min(by_sizes, key=lambda of_step: abs(by_sizes[of_step] - mean))
+        return first[usual], first[max(by_sizes, key=by_sizes.__getitem__)]
+
+    def _weight(self, step: int) -> int:
+        """About what a step's gradients need: numbers of tokens times width and depth of what they pass through."""
+        masks = self.blocks.draw(torch.zeros(1, dtype=torch.int64), step)
+        context, (count, target) = masks.context.shape[1], masks.targets.shape[1:]
+        asked = count * (context + target) if self.options.predictor == "repeat" else context + count * target
+        of_predictor = len(self.predictor.blocks) * self.predictor.proj.in_features
+        return context * len(self.encoder.blocks) * self.predictor.proj.out_features + asked * of_predictor
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
     # Whether it learns from volumes too, in batches of their own; its plan then says what it wants of them.
     takes_volumes: ClassVar[bool] = False
 
-    # Whether sequences have other lengths in each step, so that what is compiled has to take any.
+    # Whether sequences have other lengths in each step: what is compiled has to take any, and steps differ in cost.
     lengths_change: ClassVar[bool] = False
 
     # What to change when the features collapse, by cause, where `pretrain.collapse` does not know better. What it
@@ -92,6 +92,11 @@ class Objective(nn.Module, ABC):
         asked again at the same step by the next start.
         """
         return False
+
+    def telling_steps(self) -> tuple[int, int]:
+        """(a usual step, the heaviest one), counted from 0, where lengths change: a plan tells the FLOPs of the one and
+        the memory of the other."""
+        return 0, 0
 
     def lr_scales(self) -> dict[str, float]:
         """Multipliers of the learning rate by parameter name, such as a decay by layers; 1 where a name is absent."""

@@ -12,7 +12,7 @@ import copy
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from prelude.pretrain.objective import Objective
 from prelude.pretrain.schedules import Progress
 
 _SIZES = (2, 3)  # images; a batch norm refuses one
+_LONG = 10**9  # steps
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of attention, torch's registry has only the kernels of accelerators.
 _ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -85,13 +86,17 @@ def _either(one: Growth, other: Growth) -> Growth:
 
 
 def _cost(objective: Objective, plan: ViewPlan | VolumePlan, precision: str, checkpointing: bool) -> StepCost:
-    small, large = (_watched(objective, plan, size, precision, checkpointing) for size in _SIZES)
+    usual, heaviest = objective.telling_steps()
+    small, large = (_watched(objective, plan, size, precision, checkpointing, heaviest) for size in _SIZES)
+    flops = [small.flops, large.flops]
+    if usual != heaviest:
+        flops = [_watched(objective, plan, size, precision, checkpointing, usual).flops for size in _SIZES]
     shorter = min(len(small.operations), len(large.operations))
     front = _alike(small.operations, large.operations, shorter)
     back = _alike(small.operations[::-1], large.operations[::-1], shorter - front)
     of_small, of_large = (ledger.joined(front, back) for ledger in (small, large))
     return StepCost(
-        flops=_growth([small.flops], [large.flops]),
+        flops=_growth(flops[:1], flops[1:]),
         held=_growth(of_small.sum(0), of_large.sum(0)),
         beside_gradients=_growth(of_small[0], of_large[0]),
         kept=_growth([small.kept], [large.kept]),
@@ -100,7 +105,8 @@ def _cost(objective: Objective, plan: ViewPlan | VolumePlan, precision: str, che
 
 def flops_an_image(objective: Objective, precision: str) -> float:
     """Forward and backward, without what activation checkpointing computes again. Collective, where its forward is."""
-    return _watched(objective, objective.views, _SIZES[0], precision, checkpointing=False).flops / _SIZES[0]
+    usual, _ = objective.telling_steps()
+    return _watched(objective, objective.views, _SIZES[0], precision, False, usual).flops / _SIZES[0]
 
 
 class ProductsInFloat32(TorchDispatchMode):
@@ -204,23 +210,23 @@ def blank_batch(plan: ViewPlan | VolumePlan, size: int, label_shape: tuple[int, 
 
 
 def _watched(
-    objective: Objective, plan: ViewPlan | VolumePlan, size: int, precision: str, checkpointing: bool
+    objective: Objective, plan: ViewPlan | VolumePlan, size: int, precision: str, checkpointing: bool, step: int
 ) -> Ledger:
-    """One step of a copy, whose statistics and gradients may change."""
+    """One step of a copy, whose statistics and gradients may change. step: at the beginning of a long run."""
     objective = copy.deepcopy(objective)
     if hasattr(objective.encoder, "set_grad_checkpointing"):
         objective.encoder.set_grad_checkpointing(checkpointing)
     device = next(objective.parameters()).device
-    batch, ledger = (
-        blank_batch(plan, size, objective.label_shape).to(device),
-        Ledger([*objective.parameters(), *objective.buffers()]),
-    )
+    batch = blank_batch(plan, size, objective.label_shape)
+    # Seeds that are alike, so that no length depends on how many images there are.
+    batch = replace(batch, seeds=torch.zeros_like(batch.seeds)).to(device)
+    ledger = Ledger([*objective.parameters(), *objective.buffers()])
     autocast = torch.autocast(device.type, _AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()
     products = ProductsInFloat32() if precision in _AUTOCAST and device.type == "cpu" else nullcontext()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), products, ledger:
         torch.manual_seed(0)
         with autocast:
-            total = objective(batch, Progress(0, 1, 1.0)).total
+            total = objective(batch, Progress(step, _LONG, 1.0)).total
         ledger.forward_done()
         total.backward()
         ledger.backward_done(objective.parameters())

@@ -17,6 +17,7 @@ from prelude.pretrain.encoders import forward_tokens
 from prelude.pretrain.feature_health import feature_health
 from prelude.pretrain.optimizers import parameter_groups, scheduled
 from prelude.pretrain.schedules import Progress
+from prelude.pretrain.step_cost import Ledger, step_cost
 
 GRID = (8, 8)
 
@@ -339,3 +340,32 @@ def test_what_is_logged_and_drawn():
     assert not any(value.requires_grad for value in parts.values())
     picture = model.pictures(a_batch(3))["blocks"]
     assert picture.width > 6 * 128 and picture.height > 3 * 128
+
+
+# What it costs
+
+
+def watched(model, step, count=4):
+    """(FLOPs of an image, most bytes at once) of a step that is really taken."""
+    with Ledger([*model.parameters(), *model.buffers()]) as ledger:
+        model(a_batch(count), Progress(step, 1000, 10.0)).total.backward()
+    model.zero_grad()
+    return ledger.flops / count, max(ledger.course)
+
+
+@pytest.mark.parametrize(
+    ("options", "too_much"),
+    [
+        ({}, 0.1),
+        ({"predictor": "packed"}, 0.1),
+        ({"masks": "official", "target_scale": (0.2, 0.26)}, 0.5),  # cut to the poorest image, which no plan knows
+    ],
+    ids=str,
+)
+def test_a_plan_tells_the_memory_of_the_largest_blocks_and_the_flops_of_usual_ones(options, too_much):
+    """By those of the first step an H100 took half as much again as was told."""
+    model = tiny(**options)
+    flops, memory = zip(*(watched(model, step) for step in range(60)), strict=True)
+    cost = step_cost(model)
+    assert max(memory) * 0.95 < cost.held.largest(4) < max(memory) * (1 + too_much)
+    assert -0.06 < cost.flops.largest(4) / 4 / (sum(flops) / len(flops)) - 1 < too_much

@@ -58,6 +58,8 @@ def test_images_are_flipped_where_drawn_and_only_there(device):
     assert one.flips.any(0).all() and not one.flips.all(0).any()  # both cases in both views
     made = images(one.to(device), PLAN)
     assert [image.shape for image in made] == [(6, 3, 16, 24), (6, 3, 8, 8)]
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    assert all(image.is_contiguous(memory_format=layout) for image in made)
     for v, view in enumerate(one.views):
         for b in range(len(one)):
             pixels = view[b].flip(-1) if one.flips[b, v] else view[b]

@@ -9,6 +9,7 @@ from in_memory import MemoryLoader, NoStore, Recorder
 from prelude.pretrain import distributed
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.profiling import StepProfile
+from prelude.pretrain.utilisation import Utilisation
 
 
 def traces(run_dir) -> list[dict]:
@@ -55,3 +56,32 @@ def test_a_run_writes_its_trace_and_tells_how_much_of_its_device_it_uses(tmp_pat
     for record in recorder.records:
         assert record.mfu == pytest.approx(record.images_per_second * an_image / 1e9)
         assert record.step_seconds == pytest.approx(8 / record.images_per_second)
+
+
+def test_where_lengths_change_the_flops_of_an_image_are_a_mean_that_follows():
+    class Changing(Regression):
+        lengths_change = True
+
+    used, batch = Utilisation(1e9), batch_at(torch.arange(8))
+    used.look_at(Changing(), config_of({"train": {}}, "unused"), "fp32")
+
+    def step(length: int) -> float:
+        with used.counting(batch):
+            torch.ones(length, 8) @ torch.ones(8, 8)
+        return used.flops_an_image / (2 * 8 * 8 / len(batch))
+
+    assert [step(length) for length in (2, 4, 6)] == pytest.approx([2, 3, 4])
+    for _ in range(13):
+        step(4)
+    assert step(1000) == pytest.approx(4)  # enough are known; one in a while is counted anew
+    later = [step(20) for _ in range(64 * 16)]
+    assert later[0] < 5 and later == sorted(later) and later[-1] == pytest.approx(20)
+
+
+def test_where_lengths_stay_the_first_micro_batch_is_counted_and_no_other():
+    used, batch = Utilisation(1e9), batch_at(torch.arange(8))
+    used.look_at(Regression(), config_of({"train": {}}, "unused"), "fp32")
+    for length in (2, 400, 400):
+        with used.counting(batch):
+            torch.ones(length, 8) @ torch.ones(8, 8)
+    assert used.flops_an_image == pytest.approx(2 * 2 * 8 * 8 / len(batch))
