@@ -34,7 +34,7 @@ from prelude.objectives.pictures import sheet
 from prelude.objectives.token_blocks import xavier_init
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
-from prelude.pretrain.feature_health import feature_health
+from prelude.pretrain.feature_health import OF_VOLUMES, feature_health
 from prelude.pretrain.kept_patches import features_of_tokens, is_plain
 from prelude.pretrain.objective import Loss
 from prelude.pretrain.own_encoder import is_own
@@ -45,7 +45,7 @@ from prelude.pretrain.volumes import volumes as device_volumes
 
 _NUM_PICTURES = 8
 _SHOWN = (0.25, 0.5, 0.75)  # slices of a volume, as shares of its depth
-_OF_VOLUMES = {"pixel_mse": "voxel_mse", "gradient_mse": "volume_gradient_mse"}  # parts of the loss, in the log
+_OWN_NAMES = {"pixel_mse": "voxel_mse"}  # in the log, of parts of the loss whose names say image
 
 
 class Uni4Eye(MAE):
@@ -104,9 +104,8 @@ class Uni4Eye(MAE):
         mask = self.volume_mask(mask_noise(batch.seeds, self.num_cubes))
         latent = self.encode_volumes(seen.standardised, mask.keep)  # (B, prefix + K, D)
         loss = self.loss(self.decode_volumes(seen, latent, mask))
-        parts = {_OF_VOLUMES.get(name, name): value for name, value in loss.parts.items()}
-        features = latent[:, -self.num_keep_cubes :].detach().float().mean(1)
-        return Loss(loss.total, parts | feature_health(features))
+        parts = loss.parts | feature_health(latent[:, -self.num_keep_cubes :].detach().float().mean(1))
+        return Loss(loss.total, {_OWN_NAMES.get(name, OF_VOLUMES + name): value for name, value in parts.items()})
 
     def volume_mask(self, noise: Tensor) -> PatchMask:
         """noise: one number a patch of a volume, (B, L)."""

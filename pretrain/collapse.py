@@ -16,6 +16,8 @@ evaluations:
 - What is judged is the median of each number over a window, the last twentieth of the run (`sustained`; a quarter of a
   short one), and over its newest third: the majority of the records decides, a single one neither accuses nor acquits,
   and what is passing already is not told. The loss is judged by its mean. A cause is told once, with what to change.
+- Steps of volumes are judged apart from those of images, by numbers whose names begin with `volume_`: an encoder may
+  see one kind and be blind to the other.
 - A teacher that is an average over many steps lags behind, the more the faster the encoder learns. It is lost only if
   that lasts for several times as many steps.
 - From the first doubt on, the newest checkpoint from before it is kept; once a window without any lets it go again.
@@ -24,13 +26,13 @@ evaluations:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Protocol
 
 from prelude.pretrain.config import CollapseConfig
-from prelude.pretrain.feature_health import TRIVIAL_LOSS
+from prelude.pretrain.feature_health import OF_VOLUMES, TRIVIAL_LOSS
 from prelude.pretrain.files import read_lines
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.schedules import Progress
@@ -47,7 +49,7 @@ WATCHED = (
     "loss", TRIVIAL_LOSS,
 )  # fmt: skip
 SHORTEST = 50  # steps of a run that is judged
-FEWEST = {"step": 3, "evaluation": 2}  # observations in a window, however few steps lie between them
+FEWEST = {"step": 3, "volumes": 3, "evaluation": 2}  # observations in a window, however few steps lie between them
 _GRACE, _SUSTAINED = (0.5, 500), (0.25, 100)  # at least: this share of the run, or so many steps where that is fewer
 _FAMILY = {"few_dimensions": "same_features"}  # of which `signs` names one at a time
 _TEACHER_SPANS = 3  # how often the steps that a teacher averages over
@@ -108,8 +110,8 @@ class CollapseWatch(Monitor):
         self.config, self.store, self.remedies = config, store, REMEDIES | dict(remedies or {})
         self.teacher_patience, self.run_dir = _TEACHER_SPANS * teacher_steps, run_dir
         self.num_steps = 0
-        self.seen: dict[str, list[_Seen]] = {"step": [], "evaluation": []}  # after the grace, of the window
-        self.standing: dict[str, dict[str, Sign]] = {"step": {}, "evaluation": {}}  # by source, then cause
+        self.seen: dict[str, list[_Seen]] = {source: [] for source in FEWEST}  # after the grace, of the window
+        self.standing: dict[str, dict[str, Sign]] = {source: {} for source in FEWEST}  # by source, then cause
         self.told: dict[str, int] = {}  # the step at which a cause was told
         self.judged, self.watched = False, False
         self.healthy_step: int | None = None
@@ -121,7 +123,7 @@ class CollapseWatch(Monitor):
             return
         store, self.store = self.store, _Nobody()  # what was kept then is kept still
         for line in self._lines("metrics.jsonl", progress.step):
-            self._observe("step", line["step"], line["parts"] | {"loss": line["loss"]})
+            self._observe_step(line["step"], line["parts"] | {"loss": line["loss"]})
         for line in self._lines("online.jsonl", progress.step):
             if line["kind"] == "evaluation":
                 self._observe("evaluation", line["step"], line["numbers"])
@@ -138,7 +140,7 @@ class CollapseWatch(Monitor):
 
     def record(self, record: StepRecord) -> None:
         self.num_steps = record.num_steps or self.num_steps
-        self._observe("step", record.step, record.parts | {"loss": record.loss})
+        self._observe_step(record.step, record.parts | {"loss": record.loss})
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
@@ -176,13 +178,19 @@ class CollapseWatch(Monitor):
         share, steps = _SUSTAINED
         return max(self.config.sustained * self.num_steps, min(share * self.num_steps, steps))
 
+    def _observe_step(self, step: int, numbers: Mapping[str, float]) -> None:
+        if any(name.startswith(OF_VOLUMES) for name in numbers):
+            self._observe("volumes", step, {name.removeprefix(OF_VOLUMES): value for name, value in numbers.items()})
+        else:
+            self._observe("step", step, numbers)
+
     def _observe(self, source: str, step: int, numbers: Mapping[str, float]) -> None:
         numbers = {name: numbers[name] for name in WATCHED if name in numbers}
         self.watched |= bool(numbers.keys() - {"loss"})
         if step > self._grace:
             self.seen[source].append(_Seen(step, numbers, bool(signs(numbers, self.config))))
             self._judge(source, step)
-        elif not self._doubted and source == "step" and not signs(numbers, self.config):
+        elif not self._doubted and source != "evaluation" and not signs(numbers, self.config):
             self.healthy_step = step
         self._keep_the_healthy(source, step)
 
@@ -205,6 +213,8 @@ class CollapseWatch(Monitor):
             lagging = signs(_typical(seen), self.config)
             if step - first < self.teacher_patience or "lost_teacher" not in {sign.cause for sign in lagging}:
                 del found["lost_teacher"]
+        if source == "volumes":
+            found = {cause: replace(sign, found=f"on volumes, {sign.found}") for cause, sign in found.items()}
         self.standing[source] = found
         for cause, sign in found.items():
             if cause not in self.told:
@@ -218,7 +228,7 @@ class CollapseWatch(Monitor):
 
     def _keep_the_healthy(self, source: str, step: int) -> None:
         if not self._doubted:
-            if source == "step" and step > self._grace:
+            if source != "evaluation" and step > self._grace:
                 self.healthy_step = step
             if not self.told:
                 self.store.release()

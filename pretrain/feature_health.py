@@ -10,6 +10,9 @@ from torch import Tensor
 # A part of a loss under this name is the loss that a model would have that ignores the image, on the same batch.
 TRIVIAL_LOSS = "trivial_loss"
 
+# Before the names of these numbers where they are of volumes, which take turns with images.
+OF_VOLUMES = "volume_"
+
 
 @torch.no_grad()
 def feature_health(features: Tensor) -> dict[str, Tensor]:

@@ -18,10 +18,11 @@ from prelude.checkpoints.manifest import STATE
 from prelude.checkpoints.store import Store, recorded_config
 from prelude.evaluators.comparing.comparison import Cost, Curve, Picture
 from prelude.pretrain.config import Config
+from prelude.pretrain.feature_health import OF_VOLUMES, TRIVIAL_LOSS
 from prelude.pretrain.files import read_lines
 from prelude.pretrain.resume import changed_settings
 
-_NOT_PLOTTED = ("trivial_loss",)  # a constant
+_NOT_PLOTTED = (TRIVIAL_LOSS, OF_VOLUMES + TRIVIAL_LOSS)  # constants
 _PICTURE = re.compile(r"(?P<title>.+)-(?P<step>\d{8})")
 
 

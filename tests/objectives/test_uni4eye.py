@@ -296,7 +296,9 @@ def test_its_own_parts_start_as_xavier_says():
 def test_the_log_tells_kinds_apart_and_without_the_second_target_nothing_of_it_is_there():
     objective, plain = built(), built(gradient_weight=0.0)
     batch = plain_volumes(4, objective.views.volumes)
-    assert {"voxel_mse", "volume_gradient_mse", "trivial_loss", "feature_std"} <= objective(batch, START).parts.keys()
+    assert {"voxel_mse", "volume_gradient_mse", "volume_trivial_loss", "volume_feature_std"} <= objective(
+        batch, START
+    ).parts.keys()
     parts = plain(batch, START).parts
     assert "voxel_mse" in parts and not {"volume_gradient_mse", "gradient_mse", "pixel_mse"} & parts.keys()
     assert [*plain.pictures(batch)] == ["volume_reconstruction"]

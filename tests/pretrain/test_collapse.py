@@ -78,6 +78,21 @@ def test_a_cause_is_told_once_after_it_has_stood_and_not_in_the_beginning():
     assert other.cause == "lost_teacher"
 
 
+@pytest.mark.parametrize("blind_to", ["images", "volumes"])
+def test_an_encoder_that_is_blind_to_one_kind_is_told_of_it(blind_to):
+    """Volumes take turns with images, three steps of four: a median over both would be that of the images."""
+    watch, found = a_watch(), []
+    for step in range(10, 1001, 10):
+        of_volumes = step % 40 == 0
+        health = HEALTHY | ({"feature_cosine": 0.9999} if of_volumes == (blind_to == "volumes") else {})
+        parts = {f"volume_{name}" if of_volumes else name: value for name, value in health.items()}
+        watch.record(replace(a_record(step), parts=parts))
+        found += watch.found()
+    (report,) = found
+    assert report.cause == "same_features" and ("on volumes" in report.text) == (blind_to == "volumes")
+    assert verdict(watch).cause == "collapsed"
+
+
 @pytest.mark.parametrize("num_steps", [60, 300, 1250, 20_000])
 def test_a_run_of_any_length_is_judged(num_steps):
     every = 1 if num_steps < 100 else 10
