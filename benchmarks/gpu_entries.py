@@ -37,19 +37,22 @@ STEPS = {
 }
 # What comes before the first log line warms up, longer where a run meets every length of its sequences first; then two
 # intervals are timed, and a last one is profiled.
-_LOGGED_EVERY, _LONG_WARM_UP, _TIMED = 10, 60, 2
+_LOGGED_EVERY, _LONG_WARM_UP, _TIMED = 10, 70, 2
 _TOY_IMAGES = 8
 
 
 def host_waits(toy: bool) -> dict:
     """How often a step that is not logged makes the host wait, for every objective: by torch's own alarm, and by the
     runtime calls that a profile shows. Batches come from the device, so that only the step is looked at."""
+    from prelude.pretrain import attention
+
     found = {}
     for name in list(STEPS)[:6]:
         engine, batches, meter = _begun(name, toy, compiled=False)
-        for _ in range(3):
-            engine._watch(engine._step(batches, meter), meter)
-        found[name] = _waits_of(lambda e=engine, b=batches, m=meter: e._watch(e._step(b, m), m))
+        with attention.kernels_for(engine.objective):
+            for _ in range(3):
+                engine._watch(engine._step(batches, meter), meter)
+            found[name] = _waits_of(lambda e=engine, b=batches, m=meter: e._watch(e._step(b, m), m))
     return found
 
 
@@ -67,9 +70,8 @@ def _waits_of(step) -> str:
         step()
         if cuda:
             torch.cuda.set_sync_debug_mode("default")
-    said = [
-        w for w in told if "synchroniz" in str(w.message) and "prototype" not in str(w.message)
-    ]  # of the alarm itself
+    # The alarm says of itself, too, that it is a prototype.
+    said = [w for w in told if "synchroniz" in str(w.message) and "prototype" not in str(w.message)]
     alarms = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in said)
     calls = Counter(e.name for e in profiler.events() if "Synchronize" in e.name)
     places = ", ".join(f"{place} x {count}" for place, count in alarms.most_common(4))
@@ -95,8 +97,7 @@ def step(name: str, compiled: bool, toy: bool) -> dict:
                 raise
         if done is None:
             images //= 2
-            gc.collect()
-            torch.cuda.empty_cache()
+            tidy(torch.get_num_threads())
     engine, records, kernels = done
     timed = records[-1 - _TIMED : -1]
     seconds = statistics.median(record.step_seconds for record in timed)

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +24,8 @@ def fed(toy: bool, seconds: float, folder: Path) -> dict:
     """MAE with a ViT-B on JPEGs as large as ImageNet's, and on the same packed with a short side of 256: whether the
     data path of one machine keeps its GPU busy."""
     size = (120, 90) if toy else (500, 375)
+    for name in ("packed", "mae-photos", "mae-packed"):  # of a try that failed
+        shutil.rmtree(folder / name, ignore_errors=True)
     write_photos(folder / "photos", num_shards=2 if toy else 16, images_a_shard=16 if toy else 200, size=size)
     photos = f"{folder}/photos/photos-*.tar"
     short = ["--short-side", "64" if toy else "256"]
@@ -75,7 +78,9 @@ def resumed(toy: bool, folder: Path) -> dict:
         shutil.rmtree(run_dir, ignore_errors=True)
         if name == "stopped":
             after[name] = len(_trained("mae_cifar10", settings, run_dir, 60, stop_after=4 if toy else 20))
-        _trained("mae_cifar10", settings, run_dir, 60)
+        ended = _trained("mae_cifar10", settings, run_dir, 60)[-1]
+        if ended["step"] != ended["num_steps"]:
+            raise RuntimeError("a run did not come to its end in a minute")
         *_, last = sorted((run_dir / "checkpoints").glob("step-*"))
         parts = [file.read_bytes() for file in sorted(last.glob("model*"))]
         weights[name] = hashlib.blake2b(b"".join(parts)).hexdigest()
@@ -88,7 +93,8 @@ def _trained(recipe: str, settings: list[str], run_dir: Path, seconds: float, st
     failed."""
     (run_dir / "STOP").unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--config", recipe, f"run_dir={run_dir}", *settings]
-    training = subprocess.Popen(command, env=_plain_env())
+    errors = tempfile.TemporaryFile("w+")
+    training = subprocess.Popen(command, env=_plain_env(), stderr=errors)
     log, until = run_dir / "metrics.jsonl", time.monotonic() + seconds
     while training.poll() is None and time.monotonic() < until:
         if stop_after and log.is_file() and log.read_text().count("\n") >= stop_after:
@@ -97,7 +103,9 @@ def _trained(recipe: str, settings: list[str], run_dir: Path, seconds: float, st
     if training.poll() is None:
         (run_dir / "STOP").touch()
     if (code := training.wait(timeout=120)) not in (0, 75):
-        raise RuntimeError(f"training ended with exit code {code}")
+        errors.seek(0)
+        said = (errors.read().strip().splitlines() or [""])[-1]
+        raise RuntimeError(f"training ended with exit code {code}: {said}")
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 

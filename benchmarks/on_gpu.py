@@ -49,7 +49,7 @@ def plan(smoke: bool) -> dict[str, float]:
         "loader": 90.0,
         **compiled,
         "predicted": 180.0,
-        "run": 600.0,
+        "run": float("inf"),  # for the time that is left
     }
 
 
@@ -62,22 +62,21 @@ def main() -> int:
         entries.check_recipe(name)
     until, path = time.monotonic() + 60 * args.minutes, args.results / f"{device_name(args.smoke)}.json"
     found = json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "entries": {}}
-    worker = Worker(args)
-    for name, limit in plan(args.smoke).items():
-        is_done = "failed" not in found["entries"].get(name, {"failed": ""})
-        if is_done or not any(fnmatch(name, pattern) for pattern in args.entries):
-            continue
-        left = until - time.monotonic()
-        limit = left if name == "run" else min(limit, left)
-        if limit < (_LEAST_FOR_THE_RUN if name == "run" else 20):
-            print(f"{name}: no time is left; run the same command again", flush=True)
-            continue
-        started = time.monotonic()
-        result = worker.measured(name, limit)
-        found["entries"][name] = {**result, "seconds": round(time.monotonic() - started, 1)}
-        keep(found, path)
-        print(f"{name}: {json.dumps(found['entries'][name])}", flush=True)
-    worker.end()
+    with Worker(args) as worker:
+        for name, limit in plan(args.smoke).items():
+            is_done = "failed" not in found["entries"].get(name, {"failed": ""})
+            if is_done or not any(fnmatch(name, pattern) for pattern in args.entries):
+                continue
+            left = until - time.monotonic()
+            limit = min(limit, left)
+            if limit < (_LEAST_FOR_THE_RUN if name == "run" else 20):
+                print(f"{name}: no time is left; run the same command again", flush=True)
+                continue
+            started = time.monotonic()
+            result = worker.measured(name, limit)
+            found["entries"][name] = {**result, "seconds": round(time.monotonic() - started, 1)}
+            keep(found, path)
+            print(f"{name}: {json.dumps(found['entries'][name])}", flush=True)
     failed = [name for name, result in found["entries"].items() if "failed" in result]
     print(f"written to {path}{'; failed: ' + ', '.join(failed) if failed else ''}")
     return 1 if failed else 0
@@ -90,22 +89,43 @@ class Worker:
         self.options = ["--folder", str(args.folder), *(["--smoke"] if args.smoke else [])]
         self.process = None
 
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.end()
+
     def measured(self, name: str, limit: float) -> dict:
         """What an entry found, or why it failed."""
-        if self.process is None:
-            self._start()
-        self.process.stdin.write(json.dumps([name, limit]) + "\n")
-        self.process.stdin.flush()
-        is_there, _, _ = select.select([self.answers], [], [], limit)
-        answer = self.answers.readline() if is_there else ""
-        result = json.loads(answer) if answer else {"failed": self._last_words() if is_there else "no answer in time"}
+        try:
+            if self.process is None:
+                self._start()
+            self.process.stdin.write(json.dumps([name, limit]) + "\n")
+            self.process.stdin.flush()
+            result = self._answer(time.monotonic() + limit)
+        except OSError:  # it has ended since the entry before
+            result = {"failed": self._last_words()}
         if "failed" in result:
             self.end()
         return result
 
+    def _answer(self, until: float) -> dict:
+        """A whole line of the pipe, which a process that this one left behind may keep open."""
+        said = b""
+        while time.monotonic() < until:
+            is_there, _, _ = select.select([self.answers], [], [], 1.0)
+            if is_there:
+                more = os.read(self.answers, 2**16)
+                said += more
+                if said.endswith(b"\n"):
+                    return json.loads(said)
+            if (is_there and not more) or (not is_there and self.process.poll() is not None):
+                return {"failed": self._last_words()}
+        return {"failed": "no answer in time"}
+
     def _start(self) -> None:
         reads, writes = os.pipe()
-        self.answers, self.errors = os.fdopen(reads), tempfile.TemporaryFile("w+")
+        self.answers, self.errors = reads, tempfile.TemporaryFile("w+")
         command = [sys.executable, __file__, "--answers", str(writes), *self.options]
         self.process = subprocess.Popen(
             command,
@@ -119,7 +139,8 @@ class Worker:
         os.close(writes)
 
     def _last_words(self) -> str:
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
         self.errors.seek(0)
         return (self.errors.read().strip().splitlines() or [f"exit code {self.process.returncode}"])[-1][:300]
 
@@ -128,8 +149,9 @@ class Worker:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self.process.stdin.close()
-            self.answers.close()
+            with suppress(OSError):  # what it was never told
+                self.process.stdin.close()
+            os.close(self.answers)
             self.errors.close()
             self.process = None
 
@@ -144,10 +166,10 @@ def serve(args: argparse.Namespace) -> None:
             name, limit = json.loads(line)
             try:
                 result = measured(name, args.smoke, limit, args.folder)
+                entries.tidy(num_threads)
             except Exception as error:
                 result = {"failed": f"{type(error).__name__}: {error}"[:300]}
             print(json.dumps(result), file=answers, flush=True)
-            entries.tidy(num_threads)
 
 
 def measured(name: str, toy: bool, limit: float, folder: Path) -> dict:

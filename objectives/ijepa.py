@@ -42,6 +42,7 @@ from prelude.pretrain.warm_start import drawn_parts, is_warm
 _NUM_PICTURES = 6
 _INIT_STD = 0.02  # of the official code
 _USUAL_VALUES = 768  # of a patch of 16 x 16 x 3
+_USUAL_DEPTH = 12
 _LOOKED_AT = 500  # steps, among which all sizes of blocks come up
 
 
@@ -133,7 +134,8 @@ class IJEPA(Objective):
         context, (count, target) = masks.context.shape[1], masks.targets.shape[1:]
         asked = count * (context + target) if self.options.predictor == "repeat" else context + count * target
         of_predictor = len(self.predictor.blocks) * self.predictor.proj.in_features
-        return context * len(self.encoder.blocks) * self.predictor.proj.out_features + asked * of_predictor
+        depth = len(getattr(self.encoder, "blocks", ())) or _USUAL_DEPTH  # an encoder of one's own need not have any
+        return context * depth * self.predictor.proj.out_features + asked * of_predictor
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:

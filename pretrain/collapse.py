@@ -51,6 +51,7 @@ WATCHED = (
 SHORTEST = 50  # steps of a run that is judged
 FEWEST = {"step": 3, "volumes": 3, "evaluation": 2}  # observations in a window, however few steps lie between them
 _GRACE, _SUSTAINED = (0.5, 500), (0.25, 100)  # at least: this share of the run, or so many steps where that is fewer
+_ON_VOLUMES = "on volumes, "
 _FAMILY = {"few_dimensions": "same_features"}  # of which `signs` names one at a time
 _TEACHER_SPANS = 3  # how often the steps that a teacher averages over
 
@@ -112,8 +113,9 @@ class CollapseWatch(Monitor):
         self.num_steps = 0
         self.seen: dict[str, list[_Seen]] = {source: [] for source in FEWEST}  # after the grace, of the window
         self.standing: dict[str, dict[str, Sign]] = {source: {} for source in FEWEST}  # by source, then cause
-        self.told: dict[str, int] = {}  # the step at which a cause was told
-        self.judged, self.watched = False, False
+        self.told: dict[tuple[bool, str], int] = {}  # (of volumes, cause): the step at which it was told
+        self.judged: set[str] = set()  # sources
+        self.watched = False
         self.healthy_step: int | None = None
         self.reports: list[Report] = []
 
@@ -128,7 +130,7 @@ class CollapseWatch(Monitor):
             if line["kind"] == "evaluation":
                 self._observe("evaluation", line["step"], line["numbers"])
             elif line["kind"] == "collapse":
-                self.told.setdefault(line["cause"], line["step"])
+                self.told.setdefault((_ON_VOLUMES in line["text"], line["cause"]), line["step"])
         self.store, self.reports = store, []
 
     def _lines(self, log: str, step: int) -> list[dict]:
@@ -157,7 +159,9 @@ class CollapseWatch(Monitor):
             verdict, text = "collapsed", f"the run has ended collapsed: {'; '.join(sign.found for sign in standing)}"
         elif self.judged:
             verdict, text = "healthy", "the features are healthy: no sign of collapse stands at the end"
-            text += "".join(f", though {cause} was told of at step {when}" for cause, when in self.told.items())
+            text += "".join(f", though {cause} was told of at step {when}" for (_, cause), when in self.told.items())
+            if self.seen["volumes"] and "volumes" not in self.judged:
+                text += "; of volumes too few steps were logged to judge them"
         elif not self.watched:
             verdict, text = "not judged", "the objective logs nothing that could be judged for collapse"
         else:
@@ -179,7 +183,7 @@ class CollapseWatch(Monitor):
         return max(self.config.sustained * self.num_steps, min(share * self.num_steps, steps))
 
     def _observe_step(self, step: int, numbers: Mapping[str, float]) -> None:
-        if any(name.startswith(OF_VOLUMES) for name in numbers):
+        if any(OF_VOLUMES + name in numbers for name in WATCHED):
             self._observe("volumes", step, {name.removeprefix(OF_VOLUMES): value for name, value in numbers.items()})
         else:
             self._observe("step", step, numbers)
@@ -204,7 +208,8 @@ class CollapseWatch(Monitor):
         recent = recent if len(recent) >= FEWEST[source] else seen[-FEWEST[source] :]
         if self.num_steps < SHORTEST or len(recent) < FEWEST[source] or step < self._grace + self._sustained:
             return
-        self.judged |= bool(recent[-1].numbers.keys() - {"loss"})
+        if recent[-1].numbers.keys() - {"loss"}:
+            self.judged.add(source)
         found = {sign.cause: sign for sign in signs(_typical(recent), self.config)}
         newest = recent[-max(len(recent) // 3, FEWEST[source]) :]
         still = {_FAMILY.get(sign.cause, sign.cause) for sign in signs(_typical(newest), self.config)}
@@ -214,11 +219,11 @@ class CollapseWatch(Monitor):
             if step - first < self.teacher_patience or "lost_teacher" not in {sign.cause for sign in lagging}:
                 del found["lost_teacher"]
         if source == "volumes":
-            found = {cause: replace(sign, found=f"on volumes, {sign.found}") for cause, sign in found.items()}
+            found = {cause: replace(sign, found=_ON_VOLUMES + sign.found) for cause, sign in found.items()}
         self.standing[source] = found
         for cause, sign in found.items():
-            if cause not in self.told:
-                self.told[cause] = step
+            if (what := (source == "volumes", cause)) not in self.told:
+                self.told[what] = step
                 since = next((each.step for each in recent if each.doubtful), step)
                 self.reports.append(self._warning(step, sign, recent[-1].numbers, since))
 

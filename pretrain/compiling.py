@@ -23,7 +23,7 @@ def compile_objective(objective: Objective, backend: str = "inductor") -> None:
 def advice(device: torch.device) -> str:
     """What a person should know who waits for a compiler."""
     if device.type == "cuda":
-        return "the first steps wait for the compiler; on an H100 a minute of it made steps of MAE 1.4 times as fast"
+        return "the first steps wait for the compiler; on an H100 50 s of it made steps of MAE 1.4 times as fast"
     return (
         "on a CPU it gained 4 % for MAE after a minute of compiling; benchmarks/compile.py measures what it does here"
     )

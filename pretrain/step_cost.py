@@ -26,7 +26,7 @@ from prelude.pretrain.objective import Objective
 from prelude.pretrain.schedules import Progress
 
 _SIZES = (2, 3)  # images; a batch norm refuses one
-_LONG = 10**9  # steps
+_LONG = 10**9  # steps, of which any that is looked at is at the beginning of all schedules
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of attention, torch's registry has only the kernels of accelerators.
 _ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -106,7 +106,7 @@ def _cost(objective: Objective, plan: ViewPlan | VolumePlan, precision: str, che
 def flops_an_image(objective: Objective, precision: str) -> float:
     """Forward and backward, without what activation checkpointing computes again. Collective, where its forward is."""
     usual, _ = objective.telling_steps()
-    return _watched(objective, objective.views, _SIZES[0], precision, False, usual).flops / _SIZES[0]
+    return _watched(objective, objective.views, _SIZES[0], precision, checkpointing=False, step=usual).flops / _SIZES[0]
 
 
 class ProductsInFloat32(TorchDispatchMode):

@@ -93,6 +93,36 @@ def test_an_encoder_that_is_blind_to_one_kind_is_told_of_it(blind_to):
     assert verdict(watch).cause == "collapsed"
 
 
+def a_volume(step, **health):
+    parts = {f"volume_{name}": value for name, value in (HEALTHY | health).items()}
+    return replace(a_record(step), parts=parts)
+
+
+def test_volumes_are_told_of_though_images_were_told_of_before_and_have_recovered():
+    watch = a_watch()
+    (first,) = told(watch, range(10, 1001, 10), feature_cosine=0.9999)
+    assert told(watch, range(1010, 1401, 10)) == []
+    for step in range(1410, 2001, 10):
+        watch.record(a_volume(step, feature_cosine=0.9999))
+    (second,) = watch.found()
+    assert first.cause == second.cause == "same_features" and "on volumes" in second.text
+
+
+def test_volumes_that_were_logged_too_rarely_are_said_to_be_unjudged():
+    watch = a_watch()
+    assert told(watch, range(10, 1991, 10)) == []
+    watch.record(a_volume(1995, feature_cosine=0.9999))
+    watch.record(a_volume(2000, feature_cosine=0.9999))
+    said = verdict(watch)
+    assert said.cause == "healthy" and said.text.endswith("of volumes too few steps were logged to judge them")
+
+
+def test_a_part_of_a_loss_that_happens_to_begin_like_those_of_volumes_is_no_sign_of_any():
+    watch = a_watch()
+    (report,) = told(watch, range(10, 1001, 10), feature_cosine=0.9999, volume_flow=1.0)
+    assert "on volumes" not in report.text
+
+
 @pytest.mark.parametrize("num_steps", [60, 300, 1250, 20_000])
 def test_a_run_of_any_length_is_judged(num_steps):
     every = 1 if num_steps < 100 else 10

@@ -12,9 +12,11 @@ import torch
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import default_kinds, fair_kinds, pool
 from prelude.objectives import OURS, objective_class
+from prelude.objectives.options import IJEPAOptions
 from prelude.pretrain import named_code
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder, check_encoder, forward_tokens, pooled_width, stage_maps
+from prelude.pretrain.step_cost import step_cost
 
 SERVES = {
     "small_convnet": {"barlow_twins", "vicreg", "msbreg", "lejepa", "rotation", "spark", "fcmae"},
@@ -46,6 +48,17 @@ def test_an_objective_takes_the_encoders_that_give_what_it_reads(function):
             continue
         served.add(name)
     assert served == SERVES[function]
+
+
+def test_a_run_of_i_jepa_is_planned_for_an_encoder_that_has_no_blocks_by_name():
+    encoder, options = (
+        build_encoder(config("small_transformer"), seed=0),
+        IJEPAOptions(predictor_dim=24, predictor_depth=1),
+    )
+    assert not hasattr(encoder, "blocks")
+    objective = objective_class("ijepa")(encoder, options, image_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    usual, heaviest = objective.telling_steps()
+    assert usual != heaviest and step_cost(objective).flops.largest(2) > 0
 
 
 def test_its_weights_depend_on_the_seed_and_move_no_generator():

@@ -20,7 +20,7 @@ from prelude.evaluators.comparing.retention import gone_on
 from prelude.evaluators.comparing.table import columns_of_changes
 from prelude.pretrain.feature_health import OF_VOLUMES
 
-_OF_IMAGES = {  # signs of collapse, which every objective logs under the same name: (title, axis, caption)
+_HEALTH = {  # signs of collapse, which every objective logs under the same name: (title, axis, caption)
     "feature_std": (
         "Spread of features", "standard deviation", "Over a batch: towards 0 all images look alike to the encoder."
     ),
@@ -33,9 +33,7 @@ _OF_IMAGES = {  # signs of collapse, which every objective logs under the same n
     "teacher_cosine": ("Teacher and student", "cosine", "Of what student and teacher make of the same patches."),
     "trivial_loss": ("Trivial loss", "loss", "Reached by ignoring the image: a loss that stays there learns nothing."),
 }  # fmt: skip
-HEALTH = _OF_IMAGES | {
-    OF_VOLUMES + name: (f"{t}, of volumes", axis, said) for name, (t, axis, said) in _OF_IMAGES.items()
-}
+HEALTH = _HEALTH | {OF_VOLUMES + name: (f"{t}, of volumes", axis, said) for name, (t, axis, said) in _HEALTH.items()}
 MAX_POINTS = 240  # of a line: more cannot be told apart, and would make the page heavy
 SMOOTH_FROM, SMOOTH_SHARE = 30, 0.04  # points from which on a mean over this share of them is drawn
 
