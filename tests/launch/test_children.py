@@ -30,7 +30,8 @@ def test_its_lines_are_shown_under_its_name(a_door, capfd):
 
 
 def test_of_several_ranks_only_what_they_say_is_shown(a_door, capfd):
-    door = a_door("print('given'); print('[2026-01-31 08:00:00,000] [ERROR] [launch.py:1:main] exits with code 1')")
+    said = "given\n[2026-01-31 08:00:00,000] [ERROR] [launch.py:1:main] exits with code 1\n"
+    door = a_door(f"import os; os.write(1, {said.encode()!r})")  # at once, or the ranks' words mix within a line
     assert run_door(door, [], num_ranks=2, name="mae") is None
     lines = capfd.readouterr().err.splitlines()
     assert lines.count("[mae] given") == 2 and len(lines) == 4 and all("given" in x or "[ERROR]" in x for x in lines)
