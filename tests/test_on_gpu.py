@@ -1,7 +1,9 @@
 """The benchmarks that wait for a GPU run to their end on a CPU at toy size, so that they work the first time there."""
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -37,3 +39,18 @@ def test_everything_on_gpu_py_does_works(tmp_path):
     again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     said = [line.partition(":")[0] for line in again.stdout.splitlines()]
     assert said[:-1] == ["regions"] and again.returncode == 0
+
+
+def test_a_process_that_dies_costs_the_entry_under_way_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import on_gpu
+
+    with on_gpu.Worker(argparse.Namespace(folder=tmp_path, smoke=True)) as worker:
+        assert "times_faster_14" in worker.measured("regions", 100)
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+        assert worker.measured("regions", 100) == {"failed": "exit code -9"}
+        assert "AttributeError" in worker.measured("no such entry", 100)["failed"]
+        started = worker.measured("regions", 100)
+        assert "times_faster_14" in started and "no answer in time" in worker.measured("fed", 0.1)["failed"]
+        assert worker.process is None
