@@ -3,7 +3,8 @@
 - Everything is handed to a process of its own (`worker`), which alone knows the service's package: what that package
   raises, how long its network hangs and whether it ends its process is nothing to the run.
 - What fails is told once, and again only when it had worked in between. Training goes on.
-- What the service does not take in time waits in memory, up to `MOST` records; beyond that, records are left out.
+- What the service does not take in time waits in memory, up to `MOST` records; beyond that, records are left out until
+  it has taken them all.
 - At the end the process is waited for, up to `LAST_WAIT` seconds, or `STOP_WAIT` where the run was asked to end.
 """
 
@@ -16,7 +17,6 @@ import secrets
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -62,7 +62,8 @@ class Tracker:
     def __init__(self, name: str, config: Config):
         self.name, self.config = name, config
         self.folder = Path(config.run_dir) / "trackers"
-        self.waiting: queue.Queue[dict | None] = queue.Queue(MOST)
+        self.waiting: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self.given = self.taken = 0  # records; each is counted by one thread alone
         self.process: subprocess.Popen | None = None
         self.crowded = self.given_up = False
 
@@ -84,7 +85,7 @@ class Tracker:
         except OSError as error:
             self._tell(reason(error))
             return
-        self._add(self._about())
+        self.waiting.put(self._about())
         threading.Thread(target=self._hand_over, args=(self.process,), daemon=True).start()
         self.listener = threading.Thread(target=self._listen, args=(self.process,), daemon=True)
         self.listener.start()
@@ -103,9 +104,8 @@ class Tracker:
 
     def end(self, finished: bool) -> None:
         """No more is coming. finished: whether the run has come to its own end."""
-        with suppress(queue.Full):
-            self.waiting.put_nowait({"finished": finished})
-            self.waiting.put_nowait(None)
+        self.waiting.put({"finished": finished})
+        self.waiting.put(None)
 
     def close(self) -> None:
         """After `end`, waits for the service to have it all."""
@@ -122,13 +122,13 @@ class Tracker:
     def _add(self, message: dict) -> None:
         if self.process is None or self.process.poll() is not None:
             return
-        try:
-            self.waiting.put_nowait(message)
-            self.crowded = False
-        except queue.Full:
-            if not self.crowded:
-                self._tell(f"it is {MOST} records behind, and further ones are left out until it has caught up")
-            self.crowded = True
+        behind = self.given - self.taken
+        if behind >= MOST and not self.crowded:
+            self._tell(f"it is {MOST} records behind, and further ones are left out until it has caught up")
+        self.crowded = behind >= MOST or (self.crowded and behind > 0)
+        if not self.crowded:
+            self.given += 1
+            self.waiting.put(message)
 
     def _about(self) -> dict:
         settings = getattr(self.config.log, self.name).model_dump(mode="json")
@@ -159,20 +159,20 @@ class Tracker:
             return  # the process has ended, which `_listen` tells
 
     def _listen(self, process: subprocess.Popen) -> None:
-        told = _told(process.stdout, self._tell)
+        told = self._told(process.stdout)
         if process.wait() and not (told or self.given_up):
             self._tell(f"its process ended with code {process.returncode}; see {self.folder / f'{self.name}.log'}")
 
-
-def _told(answers: IO, tell) -> bool:
-    """Whether the last word was of trouble."""
-    trouble = False
-    for line in answers:
-        try:
-            answer = json.loads(line)
-        except json.JSONDecodeError:
-            break  # cut off by the process's end
-        trouble = "trouble" in answer
-        if trouble:
-            tell(answer["trouble"])
-    return trouble
+    def _told(self, answers: IO) -> bool:
+        """Whether the last word on how it goes was of trouble."""
+        trouble = False
+        for line in answers:
+            try:
+                answer = json.loads(line)
+            except json.JSONDecodeError:
+                break  # cut off by the process's end
+            self.taken += "taken" in answer
+            trouble = "trouble" in answer or (trouble and "well" not in answer)
+            if "trouble" in answer:
+                self._tell(answer["trouble"])
+        return trouble

@@ -4,7 +4,7 @@
 
 The first line on its standard input says which service, and what the run is; each line that follows is something to be
 recorded there. It answers by lines on its standard output: `{"trouble": WHY}` when a call failed, `{"well": true}` when
-one works again.
+one works again, and `{"taken": true}` once it is done with a record, whatever became of it.
 
 - What was recorded of a step is noted in the run folder when the service has it: a start that goes on from a checkpoint
   goes through some steps again, and they are not recorded again.
@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from prelude.pretrain.files import write_whole
@@ -83,7 +84,8 @@ def main() -> int:
     os.dup2(2, 1)  # what packages print goes to the log
 
     def answer(**values) -> None:
-        print(json.dumps(values), file=answers, flush=True)
+        with suppress(OSError):  # a run that was killed hears nothing; what it had said is still recorded
+            print(json.dumps(values), file=answers, flush=True)
 
     about = json.loads(sys.stdin.readline())
     folder, name = Path(about["records"]), about["service"]
@@ -117,6 +119,7 @@ def listen(service, records: Records, answer) -> None:
             if failing:
                 answer(well=True)
             failing = False
+        answer(taken=True)
         if ends:  # without waiting for the end of the input, which the run's loader workers hold open
             return
     end_within(LAST_WAIT)  # the run is gone without a word

@@ -4,6 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +188,61 @@ def test_what_waits_for_a_service_has_a_limit(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tracker, "MOST", 8)
     watch(config_of(tmp_path / "run", wandb={"project": "eyes"}), 0, list(range(1, 300)))
     assert "it is 8 records behind" in caplog.messages[0] and len(caplog.messages) == 2
+
+
+def test_a_service_that_has_caught_up_is_told_everything_again(tmp_path, monkeypatch, caplog):
+    hold, taken = tmp_path / "hold", tmp_path / "taken"
+    log = "import os, time\ndef log(self, values, step):\n"
+    log += f"    while os.path.exists({str(hold)!r}): time.sleep(0.01)\n"
+    log += f"    if 'train/loss' in values: open({str(taken)!r}, 'a').write(f'{{step}} ')\n"
+    (tmp_path / "wandb.py").write_text(f"{log}{SOUND}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(tracker, "MOST", 8)
+    config = config_of(tmp_path / "run", wandb={"project": "eyes"})
+    Path(config.run_dir).mkdir()
+    service = trackers_of(config)[0]
+    service.start()
+    for first in (1, 101):
+        hold.touch()
+        for step in range(first, first + 50):
+            service.add_scalars(step, {"train/loss": 1.0})
+        hold.unlink()
+        while service.taken < service.given:
+            time.sleep(0.01)
+    service.add_scalars(201, {"train/loss": 1.0})
+    service.end(True)
+    service.close()
+    assert taken.read_text().split() == [str(step) for step in (*range(1, 9), *range(101, 109), 201)]
+    assert ["8 records behind" in message for message in caplog.messages] == [True, True]
+
+
+KILLED_RUN = """
+import os, signal, sys, time
+from prelude.pretrain.config import Config
+from prelude.pretrain.trackers.tracker import trackers_of
+service = trackers_of(Config.model_validate_json(sys.argv[1]))[0]
+service.start()
+for step in range(20):
+    service.add_scalars(step, {"train/loss": 1.0})
+while not service.taken:
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_is_recorded_as_far_as_it_had_told(tmp_path, monkeypatch):
+    taken, ended = tmp_path / "taken", tmp_path / "ended"
+    log = f"import time\ndef log(self, values, step):\n    time.sleep(0.02)\n    open({str(taken)!r}, 'a').write('.')\n"
+    (tmp_path / "wandb.py").write_text(f"{log}def finish(self, **_): open({str(ended)!r}, 'w')\n{SOUND}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    config = config_of(tmp_path / "run", wandb={"project": "eyes"})
+    Path(config.run_dir).mkdir()
+    killed = subprocess.run([sys.executable, "-c", KILLED_RUN, config.model_dump_json()], cwd=tmp_path, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while not ended.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended.exists() and taken.read_text() == "." * 20
 
 
 def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path, caplog):
