@@ -142,7 +142,8 @@ class NodeCache:
                 if wait:
                     self._wait_for_progress(name)
                 return None
-            kept = self._open_sound(name)
+            with self._alone():  # whoever gives a file its name also notes it
+                kept = self._open_sound(name)
             if kept is None:
                 kept = self._verified(name)
             if kept is not None:
@@ -163,8 +164,9 @@ class NodeCache:
             readable = os.open(
                 self._partial(name), os.O_RDONLY | os.O_CLOEXEC
             )  # it may be removed once it has its name
-            os.replace(self._partial(name), self._path(name))
-            self._note(name, fd, written.digests.hexadecimal())
+            with self._alone():
+                os.replace(self._partial(name), self._path(name))
+                self._note(name, fd, written.digests.hexadecimal())
             return readable
         except OSError as error:
             raise _unwritable(self.folder, error) from None
@@ -234,7 +236,7 @@ class NodeCache:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else counts or removes files meanwhile; it is held for milliseconds."""
+        """Nobody else counts, names or removes files meanwhile; it is held for milliseconds."""
         fd = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             while not lock(fd):

@@ -1,10 +1,12 @@
 """The folder that processes of a node share: one brings a file, others wait for it, and a death harms nobody."""
 
 import os
+import threading
 import time
 
 import pytest
 
+from prelude.data import node_cache
 from prelude.data.errors import RunStopped
 from prelude.data.node_cache import NodeCache
 
@@ -127,3 +129,49 @@ def test_a_transfer_that_fails_leaves_no_file(folder):
         cache.open("a", 1000, fails)
     assert [path.name for path in folder.iterdir()] == ["lock"]
     assert fetched(cache, "a") == b"x" * 1000
+
+
+def test_a_file_that_is_just_given_its_name_is_counted(folder, monkeypatch):
+    """Counted by one who saw it while it was being written, and not by the name that it had a moment later."""
+    cache, other = NodeCache(str(folder), 3000), NodeCache(str(folder), 3000)
+    fetched(cache, "a"), fetched(cache, "b")
+    seen, is_left = threading.Event(), node_cache._is_left
+
+    def brings_last(writer):
+        bring()(writer)
+        assert seen.wait(100)
+
+    def looks_slowly(path):
+        if threading.current_thread() is not keeper:
+            seen.set()
+            keeper.join(0.3)  # it gives the file its name now, unless it has to wait
+        return is_left(path)
+
+    monkeypatch.setattr(node_cache, "_is_left", looks_slowly)
+    keeper = threading.Thread(target=lambda: os.close(cache.open("c", 1000, brings_last)))
+    keeper.start()
+    until = time.monotonic() + 100
+    while not (folder / "c.partial").exists() or not (folder / "c.partial").stat().st_size:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    fetched(other, "d")
+    keeper.join()
+    assert sum(path.stat().st_size for path in folder.glob("*.tar")) <= 3000
+
+
+def test_a_file_that_is_not_noted_yet_is_not_taken_for_a_damaged_one(folder, monkeypatch, caplog):
+    cache, other, calls = NodeCache(str(folder), 3000), NodeCache(str(folder), 3000), []
+    named, note = threading.Event(), cache._note
+
+    def notes_slowly(*args):
+        named.set()
+        time.sleep(0.3)
+        note(*args)
+
+    monkeypatch.setattr(cache, "_note", notes_slowly)
+    keeper = threading.Thread(target=fetched, args=(cache, "a", b"x", calls))
+    keeper.start()
+    assert named.wait(100)
+    assert fetched(other, "a", b"y", calls) == b"x" * 1000
+    keeper.join()
+    assert calls == [b"x"] and not caplog.messages
