@@ -17,8 +17,9 @@
 
 import functools
 import re
+import struct
 import warnings
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -121,10 +122,12 @@ def _of_jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
         raise OtherChannels(3, channels)
     if _ends_in_a_hole(image):
         raise BadImage("truncated")
-    if len(image) > MAX_SCANS * SCAN_BYTES and _is_progressive(image) and image.count(b"\xff\xda") > MAX_SCANS:
+    frame = _frame(image)
+    # Counting scans takes as long as a third of decoding, and most files have only one.
+    if frame.progressive and len(image) > MAX_SCANS * SCAN_BYTES and image.count(b"\xff\xda") > MAX_SCANS:
         raise BadImage("too many scans")
     try:
-        return _decode_jpeg(image, channels, max_pixels)
+        return _decode_jpeg(image, frame, channels, max_pixels)
     except _Unsupported:
         return None
 
@@ -141,30 +144,53 @@ def _ends_in_a_hole(jpeg: bytes) -> bool:
     return jpeg.endswith(bytes(16)) and jpeg.rfind(b"\xff\xd9") < jpeg.rfind(b"\xff\xda")
 
 
-def _is_progressive(jpeg: bytes) -> bool:
-    """From the marker of its frame. Counting scans takes as long as a third of decoding, and most have only one."""
+class _Frame(NamedTuple):
+    """What the header of a JPEG's frame says."""
+
+    progressive: bool
+    height: int
+    width: int
+    components: int  # 0 where the file is not by the book, whatever else is said then
+
+
+_UNKNOWN = _Frame(True, 0, 0, 0)
+
+
+def _frame(jpeg: bytes) -> _Frame:
+    """Read here, since asking libjpeg takes as long as a tenth of decoding a small image."""
     at = 2
-    while jpeg[at : at + 1] == b"\xff" and at + 4 <= len(jpeg):
-        marker = jpeg[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker in (0xC2, 0xC6, 0xCA, 0xCE)
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return True  # not by the book: better count
+    try:
+        while jpeg[at] == 0xFF and (marker := jpeg[at + 1]) not in _WITHOUT_LENGTH:
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                _, height, width, components = _FRAME_HEADER.unpack_from(jpeg, at + 4)
+                return _Frame(marker in (0xC2, 0xC6, 0xCA, 0xCE), height, width, components)
+            at += 2 + (jpeg[at + 2] << 8) + jpeg[at + 3]
+    except (IndexError, struct.error):
+        pass
+    return _UNKNOWN
 
 
-def _decode_jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray:
+_FRAME_HEADER = struct.Struct(">BHHB")  # after its marker and its length: precision, height, width, components
+_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA), 0xFF}
+
+
+def _decode_jpeg(image: bytes, frame: _Frame, channels: int, max_pixels: int) -> np.ndarray:
     if simplejpeg is not None:
-        return _decode_simplejpeg(image, channels, max_pixels)
+        return _decode_simplejpeg(image, channels, max_pixels, frame)
     if _torchvision_io() is not None:
         return _decode_torchvision(image, channels, max_pixels)
     raise _Unsupported("no fast JPEG decoder")
 
 
-def _decode_simplejpeg(image: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def _decode_simplejpeg(
+    image: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS, frame: _Frame = _UNKNOWN
+) -> np.ndarray:
     if simplejpeg is None:
         raise ImportError("simplejpeg is not installed")
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+        height, width, colours = frame.height, frame.width, ""
+        if frame.components not in (1, 3) or not height * width or height * width > max_pixels:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
         if height * width > max_pixels:
             return _decode_reduced(image, height, width, colours, channels, max_pixels)
         check_size(height, width, len(image), max_pixels)
@@ -183,7 +209,7 @@ def _decode_reduced(image: bytes, height: int, width: int, colours: str, channel
         raise BadImage("too many pixels")
     sizes = [(-(-height // by), -(-width // by)) for by in _REDUCED]
     fitting = [size for size in sizes if size[0] * size[1] <= max_pixels]
-    if not fitting or _is_progressive(image) or colours in ("CMYK", "YCCK"):
+    if not fitting or _frame(image).progressive or colours in ("CMYK", "YCCK"):
         raise BadImage("too many pixels")
     pixels = simplejpeg.decode_jpeg(
         image, "RGB" if channels == 3 else "GRAY", min_height=fitting[0][0], min_width=fitting[0][1], strict=True

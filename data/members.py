@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from prelude.data.decode import BadImage
+from prelude.data.open_files import OpenFiles
 from prelude.data.remote_shards import read_some
 from prelude.data.shards import ShardIndex
-from prelude.data.source import OpenFiles
 from prelude.data.waiting import in_threads
 
 _AT_ONCE = 256  # that a thread reads

@@ -5,15 +5,10 @@
 - `MicroBatchReader` (a `wds.map` stage) reads and decodes them into one buffer a view.
 - What comes out depends on positions alone. An unreadable sample is replaced by one that its position determines, so
   that the micro-batch stays full and nobody else's samples move. So is an unreadable partner, by another of its group.
-- Bytes are read by offset (pread): file positions are shared by forked processes, and a shard that has become shorter
-  is a short read, where a memory map would kill the worker.
 """
 
 import contextlib
 import functools
-import os
-import resource
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import count
 from multiprocessing.pool import ThreadPool
@@ -26,22 +21,20 @@ from torch.utils.data import IterableDataset, get_worker_info
 from prelude.data.batch import ViewPlan, VolumePlan
 from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange, decode
 from prelude.data.errors import RunStopped
-from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import LabelReader
 from prelude.data.mixed_order import order_of, substitute_in
+from prelude.data.open_files import OpenFiles, Place
 from prelude.data.order import Shuffle, sample_seed
-from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex
 from prelude.data.views import write_views
-from prelude.data.waiting import doing, moved, open_file
 
 if TYPE_CHECKING:
     from prelude.data.partners import Partners
 
 MAX_ATTEMPTS = 16
 _LOOKED_AHEAD = 4096  # positions
+_LOOKED_UP = 1024  # positions, at once: a look into the order costs the same for one as for hundreds
 _HELD_BYTES = 2**20  # of decoded pixels that wait to be cut: about what a processor's cache holds
-_READ_WHOLE = (ImageFolder, RemoteShard)  # not by descriptor
 
 
 def worker() -> tuple[int, int]:
@@ -66,15 +59,18 @@ class EndlessSource(IterableDataset):
     ):
         self.order = order_of(index, seed, shuffle)
         self.order_ahead = order_of(index, seed, shuffle)  # of another thread
-        self.start, self.global_batch = start, micro_batch * world_size
+        self.start, self.micro_batch, self.global_batch = start, micro_batch, micro_batch * world_size
         self.positions_of = functools.partial(
             rank_positions, start, micro_batch=micro_batch, rank=rank, world_size=world_size
         )
 
     def __iter__(self):
-        for nth in count(*worker()):
-            positions = self.positions_of(nth)
-            yield _step(nth, positions, self.order.samples_at(positions))
+        first, workers = worker()
+        some = workers * max(_LOOKED_UP // self.micro_batch, 1)
+        for begin in count(first, some):
+            turns = range(begin, begin + some, workers)
+            positions = np.stack([self.positions_of(nth) for nth in turns])
+            yield from map(_step, turns, positions, self.order.samples_at(positions))
 
     def ahead(self, nth: int) -> Iterator[np.ndarray]:
         """The samples of all ranks from a micro-batch on, some at a time: what a node will need. For another thread."""
@@ -190,8 +186,7 @@ class MicroBatchReader:
         with contextlib.suppress(RunStopped):  # the read itself says what is wrong
             if self.partners is not None:
                 sample_ids = np.concatenate([sample_ids, self.partners.first(sample_ids, positions.tolist())])
-            for place in self._places(sample_ids, self.index.images):
-                self.files.will_read(*place)
+            self.files.will_read(self._places(sample_ids, self.index.images))
 
     def _fill(self, buffers: "MicroBatchBuffers", positions, seeds, sample_ids, rows: range) -> list[tuple[list, bool]]:
         """Reads some rows; writes the ids that were delivered into `sample_ids`.
@@ -200,8 +195,8 @@ class MicroBatchReader:
         processor's cache: on small images that is felt. Of large ones no more than two or three wait.
         """
         tried, waiting, held = [], [], 0
-        for row, place in zip(rows, self._places(sample_ids[rows.start : rows.stop], self.index.images), strict=True):
-            pixels, failed = self._read_one(buffers, row, place, positions[row], sample_ids)
+        for row, *places in zip(rows, *self._places_of_samples(sample_ids[rows.start : rows.stop]), strict=True):
+            pixels, failed = self._read_one(buffers, row, places, positions[row], sample_ids)
             tried.append((failed, pixels is None))
             if pixels is not None:
                 partner = pixels
@@ -215,17 +210,16 @@ class MicroBatchReader:
         buffers.write(waiting, seeds)
         return tried
 
-    def _read_one(self, buffers, row: int, place: tuple, position: int, sample_ids) -> tuple[np.ndarray | None, list]:
-        """The pixels for a row, whose sample is at `place`, or of what comes instead of it; and the failed attempts."""
+    def _read_one(self, buffers, row: int, places, position: int, sample_ids) -> tuple[np.ndarray | None, list]:
+        """The pixels for a row, from its `places` or of what comes instead; and the failed attempts."""
         sample_id, failed = int(sample_ids[row]), []
         for attempt in range(MAX_ATTEMPTS + 1):
             if attempt:
                 sample_id = substitute_in(self.index, self.seed, position, attempt, sample_id)
                 sample_ids[row] = sample_id
-                (place,) = self._places(sample_ids[row : row + 1], self.index.images)
+                places = [place for (place,) in self._places_of_samples(sample_ids[row : row + 1])]
             try:
-                buffers.write_label(row, self._label(sample_id, place[0]))
-                return buffers.decode(self.files.read(*place)), failed
+                return buffers.decode(self._read_sample(buffers, row, *places)), failed
             except BadImage as error:
                 failed.append((position, sample_id, str(error)))
             if self.on_bad == "skip":
@@ -249,16 +243,22 @@ class MicroBatchReader:
         buffers.partner_ids[row] = sample_id
         return pixels
 
-    def _label(self, sample_id: int, shard: int) -> np.ndarray | None:
-        if self.read_label is None:
-            return None
-        offset, size = self.index.labels[sample_id].tolist()
-        if offset < 0:
+    def _read_sample(self, buffers, row: int, image: Place, label: Place | None) -> bytes:
+        """An image, still encoded, whose label goes into its row. Raises BadImage."""
+        if label is None:
+            return self.files.read(*image)
+        if label[1] < 0:
             raise BadImage(f"no .{self.read_label.extension} label")
-        return self.read_label(self.files.read(shard, offset, size))
+        content, written = self.files.read_both(image, label)
+        buffers.labels[row] = self.read_label(written)
+        return content
 
-    def _places(self, sample_ids: np.ndarray, table: np.ndarray) -> list[tuple[int, int, int]]:
-        """Shard, offset and size of each."""
+    def _places_of_samples(self, sample_ids: np.ndarray) -> tuple[list[Place], list[Place] | list[None]]:
+        """Of images and of labels; None for each where none are asked for."""
+        labels = self._places(sample_ids, self.index.labels) if self.read_label else [None] * len(sample_ids)
+        return self._places(sample_ids, self.index.images), labels
+
+    def _places(self, sample_ids: np.ndarray, table: np.ndarray) -> list[Place]:
         shards = np.searchsorted(self.index.ends, sample_ids, side="right")
         return list(zip(shards.tolist(), *table[sample_ids].T.tolist(), strict=True))
 
@@ -313,10 +313,6 @@ class MicroBatchBuffers:
             seeds = [seeds[row] for row in rows]
             self.boxes[rows], self.flips[rows] = write_views(images, self.plan, seeds, self.pixels, rows, partners)
 
-    def write_label(self, row: int, label: np.ndarray | None) -> None:
-        if label is not None:
-            self.labels[row] = label
-
     def keep(self, rows: np.ndarray) -> None:
         """Drops all other rows. rows: (size,) bool."""
         self.views = tuple(view[torch.from_numpy(rows)] for view in self.views)
@@ -327,69 +323,3 @@ class MicroBatchBuffers:
     def arrays(self) -> dict:
         arrays = {"views": self.views, "boxes": self.boxes, "flips": self.flips, "labels": self.labels}
         return arrays | {"partner_ids": self.partner_ids}
-
-
-class OpenFiles:
-    """Reads of shards by number, through the most recently used file descriptors. Safe from several threads."""
-
-    def __init__(self, paths: tuple[str, ...]):
-        self.paths = paths
-        self.words = [f"it reads {path}".encode() for path in paths]
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.limit = 1024 if soft == resource.RLIM_INFINITY else max(min(1024, soft // 2), 1)
-        self.opened: OrderedDict[int, _File] = OrderedDict()
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Raises BadImage when fewer bytes than `size` can be had, RunStopped where a remote shard cannot."""
-        path = self.paths[shard]
-        try:
-            if isinstance(path, _READ_WHOLE):
-                doing(self.words[shard])
-                content = path.read(offset, size)
-            else:
-                file = self._file(shard)  # held until the read is done: another thread may drop it meanwhile
-                content = os.pread(file.fd, size, offset)
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
-        moved()
-        if len(content) < size:
-            raise BadImage("the shard has become shorter")
-        return content
-
-    def will_read(self, shard: int, offset: int, size: int) -> None:
-        if hasattr(os, "posix_fadvise") and not isinstance(self.paths[shard], _READ_WHOLE):
-            try:
-                file = self._file(shard)
-                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
-            except OSError:
-                pass  # advice only: the read itself reports what is wrong
-
-    def _file(self, shard: int) -> "_File":
-        doing(self.words[shard])
-        file = self.opened.pop(shard, None) or _File(self.paths[shard])
-        self.opened[shard] = file  # the newest is last
-        while len(self.opened) > self.limit:
-            try:
-                self.opened.popitem(last=False)
-            except KeyError:
-                break  # another thread was faster
-        return file
-
-    def __getstate__(self):
-        return {
-            "paths": self.paths,
-            "words": self.words,
-            "limit": self.limit,
-            "opened": OrderedDict(),
-        }  # descriptors do not travel
-
-
-class _File:
-    """An open file that closes with its last user, so that no thread reads from a descriptor that was closed."""
-
-    def __init__(self, path: str):
-        self.fd = open_file(path)
-
-    def __del__(self, close=os.close):  # at the end of a process the module may have been emptied
-        if hasattr(self, "fd"):
-            close(self.fd)

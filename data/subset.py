@@ -10,8 +10,8 @@ import numpy as np
 
 from prelude.data.class_names import label_reader
 from prelude.data.decode import BadImage
+from prelude.data.open_files import OpenFiles
 from prelude.data.shards import ShardIndex
-from prelude.data.source import OpenFiles
 from prelude.data.waiting import in_threads
 
 CANDIDATES = 10  # for each sample that is wanted

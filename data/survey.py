@@ -18,9 +18,9 @@ from PIL import Image
 
 from prelude.data.class_names import plain_reader
 from prelude.data.decode import BadImage, decode
+from prelude.data.open_files import OpenFiles
 from prelude.data.packing.images import form_of
 from prelude.data.shards import ShardIndex
-from prelude.data.source import OpenFiles
 
 NEAR_BITS = 3
 """Of the 64 of a perceptual hash, in which near-identical images differ at most."""

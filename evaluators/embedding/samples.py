@@ -7,9 +7,9 @@ import numpy as np
 
 from prelude.data.decode import BadImage, decode
 from prelude.data.image_folder import ImageFolder
+from prelude.data.open_files import OpenFiles
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex
-from prelude.data.source import OpenFiles
 from prelude.data.stores import without_signature
 from prelude.data.tar_index import keys_by_offset
 from prelude.data.waiting import called

@@ -11,8 +11,8 @@ from packed_shards import image_of, left_out, read_shards
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader, one_pass
+from prelude.data.open_files import OpenFiles
 from prelude.data.shards import ShardIndex, expand_shards
-from prelude.data.source import OpenFiles
 
 PLAN = ViewPlan((View((8, 8)),))
 ODD_NAMES = [
