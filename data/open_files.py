@@ -15,7 +15,6 @@ from prelude.data.image_folder import ImageFolder
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.waiting import doing, moved, open_file
 
-_READ_WHOLE = (ImageFolder, RemoteShard)  # not by descriptor
 _SIDE_BY_SIDE = 2**14  # bytes from the first of an image to the last of its label, which are read, and copied, at once
 
 Place = tuple[int, int, int]  # shard, offset, size
@@ -26,6 +25,7 @@ class OpenFiles:
 
     def __init__(self, paths: tuple[str, ...]):
         self.paths = paths
+        self.whole = [isinstance(path, (ImageFolder, RemoteShard)) for path in paths]  # not by descriptor
         self.words = [f"it reads {path}".encode() for path in paths]
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.limit = 1024 if soft == resource.RLIM_INFINITY else max(min(1024, soft // 2), 1)
@@ -35,7 +35,7 @@ class OpenFiles:
         """Raises BadImage when fewer bytes than `size` can be had, RunStopped where a remote shard cannot."""
         path = self.paths[shard]
         try:
-            if isinstance(path, _READ_WHOLE):
+            if self.whole[shard]:
                 doing(self.words[shard])
                 content = path.read(offset, size)
             else:
@@ -54,7 +54,7 @@ class OpenFiles:
         _, label_offset, label_size = label
         begin = min(offset, label_offset)
         length = max(offset + size, label_offset + label_size) - begin
-        if length > _SIDE_BY_SIDE or isinstance(self.paths[shard], _READ_WHOLE):
+        if length > _SIDE_BY_SIDE or self.whole[shard]:
             return self.read(*image), self.read(*label)
         content = self.read(shard, begin, length)
         offset, label_offset = offset - begin, label_offset - begin
@@ -63,7 +63,7 @@ class OpenFiles:
     def will_read(self, places: Iterable[Place]) -> None:
         """Tells the operating system."""
         for shard, offset, size in places if hasattr(os, "posix_fadvise") else ():
-            if isinstance(self.paths[shard], _READ_WHOLE):
+            if self.whole[shard]:
                 continue
             try:
                 file = self.opened.get(shard) or self._file(shard)
@@ -85,6 +85,7 @@ class OpenFiles:
     def __getstate__(self):
         return {
             "paths": self.paths,
+            "whole": self.whole,
             "words": self.words,
             "limit": self.limit,
             "opened": OrderedDict(),

@@ -12,7 +12,7 @@
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +100,21 @@ class Order:
 
 def sample_seed(run_seed: int, position: int) -> int:
     """The seed of every random choice about the sample at a position; 63 bits."""
-    return hashed(b"seed", run_seed, position) >> 1
+    return sample_seeds(run_seed, [position])[0]
+
+
+def sample_seeds(run_seed: int, positions: Iterable[int]) -> list[int]:
+    """`hashed` by run and position; what the run has in it is hashed once."""
+    of_run = hashlib.blake2b(struct.pack("<q", run_seed), digest_size=8, person=b"seed")
+    seeds = []
+    for position in positions:
+        of_position = of_run.copy()
+        of_position.update(_PACK(position))
+        seeds.append(int.from_bytes(of_position.digest(), "little") >> 1)
+    return seeds
+
+
+_PACK = struct.Struct("<q").pack
 
 
 def substitute(run_seed: int, position: int, attempt: int, num_samples: int) -> int:

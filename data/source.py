@@ -24,7 +24,7 @@ from prelude.data.errors import RunStopped
 from prelude.data.labels import LabelReader
 from prelude.data.mixed_order import order_of, substitute_in
 from prelude.data.open_files import OpenFiles, Place
-from prelude.data.order import Shuffle, sample_seed
+from prelude.data.order import Shuffle, sample_seeds
 from prelude.data.shards import ShardIndex
 from prelude.data.views import write_views
 
@@ -161,7 +161,7 @@ class MicroBatchReader:
 
     def _read_all(self, step: dict) -> dict:
         positions, sample_ids = step["positions"], step["sample_ids"].copy()
-        seeds = [sample_seed(self.seed, position) for position in positions.tolist()]
+        seeds = sample_seeds(self.seed, positions.tolist())
         seen_as = self.index.value_range, self.index.max_pixels
         rows = self.buffers(self.plan, len(positions), self.read_label, *seen_as)
         rows.partner_ids = None if self.partners is None else sample_ids.copy()
