@@ -23,7 +23,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from loader_arms import BATCHES_AHEAD, LIMIT, NORMALISED, OURS, arms
+from loader_arms import BATCHES_AHEAD, LIMIT, NORMALISED, OURS, arms, two_view_arms
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +33,8 @@ NOT_PEERS = (OURS, NORMALISED, LIMIT)
 def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        chosen = {name: arm for name, arm in arms(args, Path(folder)).items() if args.only is None or name in args.only}
+        offered = two_view_arms(args) if args.two_views else arms(args, Path(folder))
+        chosen = {name: arm for name, arm in offered.items() if args.only is None or name in args.only}
         rounds: list[dict] = []
         for nth in range(args.rounds):
             rounds.append(one_round(chosen, nth, args))
@@ -62,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=48, help="measured batches of each arm in each round")
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
+    parser.add_argument("--two-views", action="store_true", help="both views of Barlow Twins, with their colours")
     parser.add_argument("--only", action="append", metavar="ARM", help="this arm alone; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     return parser.parse_args()

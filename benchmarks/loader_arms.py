@@ -11,11 +11,13 @@ import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # so that it runs as a script from anywhere
 
 import numpy as np  # noqa: E402
+import photometric  # noqa: E402
 import torch  # noqa: E402
 import webdataset as wds  # noqa: E402
 from torch.utils.data import DataLoader, Dataset, get_worker_info  # noqa: E402
@@ -50,6 +52,19 @@ def arms(args: Namespace, folder: Path) -> dict[str, Callable[[], Iterator]]:
         "litdata with this kernel": lambda: litdata_batches(args, plan, folder / "litdata"),
         "streaming with this kernel": lambda: streaming_batches(args, plan, folder / "streaming"),
         LIMIT: lambda: decoded_batches(args),
+    }
+
+
+def two_view_arms(args: Namespace) -> dict[str, Callable[[], Iterator]]:
+    """From shards to both views of Barlow Twins, coloured and normalised: all that a run without a GPU does before
+    its step."""
+    of_both = [photometric.view_in_bulk(*view) for view in (photometric.FIRST, photometric.SECOND)]
+    crop = View((args.size, args.size), scale=SCALE, ratio=RATIO)
+    plan = ViewPlan(tuple(replace(crop, photometric=colours) for colours in of_both))
+    return {
+        "webdataset and PIL, float32": lambda: two_view_batches(args, plan, photometric.pil_view, "pil"),
+        OURS: lambda: our_batches(args, plan, normalise=True),
+        "webdataset and torchvision v2, uint8": lambda: two_view_batches(args, plan, photometric.tensor_view, None),
     }
 
 
@@ -89,6 +104,25 @@ def uint8_batches(args: Namespace) -> Iterator:
     yield from by_webloader(samples.map_tuple(Uint8Crop(args.size), int), args)
 
 
+def two_view_batches(args: Namespace, plan: ViewPlan, colours: Callable, decoder: str | None) -> Iterator:
+    """colours: makes what recolours a crop, from the probabilities of blur and solarising. decoder: of webdataset, or
+    None for torchvision's."""
+    pil_crop = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(args.size, SCALE, RATIO, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+        ]
+    )
+    cut = [pil_crop if decoder else Uint8Crop(args.size).transform]
+    views = [
+        transforms.Compose([*cut, colours(*view), transforms.Normalize(plan.mean, plan.std)])
+        for view in (photometric.FIRST, photometric.SECOND)
+    ]
+    samples = wds.WebDataset(args.shards, shardshuffle=False).repeat()
+    samples = (samples.decode(decoder) if decoder else samples.map_dict(jpg=decoded)).to_tuple("jpg", "cls")
+    yield from by_webloader(samples.map_tuple(lambda image: [view(image) for view in views], int), args)
+
+
 def by_webloader(samples, args: Namespace) -> Iterator:
     return iter(wds.WebLoader(samples, batch_size=args.batch_size, **workers(args)))
 
@@ -101,8 +135,12 @@ class Uint8Crop:
         self.transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
     def __call__(self, jpeg: bytes) -> torch.Tensor:
-        encoded = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
-        return self.transform(torchvision_io.decode_jpeg(encoded, torchvision_io.ImageReadMode.RGB))
+        return self.transform(decoded(jpeg))
+
+
+def decoded(jpeg: bytes) -> torch.Tensor:
+    encoded = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+    return torchvision_io.decode_jpeg(encoded, torchvision_io.ImageReadMode.RGB)
 
 
 class Files(Dataset):

@@ -56,7 +56,7 @@ def compare(args: argparse.Namespace) -> dict:
     crops = (crops * 255).to(torch.uint8)
     on_device, pictures = crops.to(args.device), [to_pil_image(crop) for crop in crops]
     in_pil, on_tensors = [pil_view(*view) for view in (FIRST, SECOND)], [tensor_view(*view) for view in (FIRST, SECOND)]
-    in_bulk = [Photometric(jitter=0.8, grey=0.2, blur=b, solarise=s, **STRENGTHS) for b, s in (FIRST, SECOND)]
+    in_bulk = [view_in_bulk(*view) for view in (FIRST, SECOND)]
     seeds = torch.arange(args.batch_size, device=args.device)
     arms: dict[str, Callable[[], object]] = {
         "batch": lambda: [augment(on_device.float() / 255, view, seeds, v) for v, view in enumerate(in_bulk)],
@@ -77,6 +77,10 @@ def compare(args: argparse.Namespace) -> dict:
         result[f"times_less_than_{name}"] = round(statistics.median(ratios), 2)
         result[f"times_less_than_{name}_range"] = [round(min(ratios), 2), round(max(ratios), 2)]
     return result
+
+
+def view_in_bulk(blur: float, solarise: float) -> Photometric:
+    return Photometric(jitter=0.8, grey=0.2, blur=blur, solarise=solarise, **STRENGTHS)
 
 
 def pil_view(blur: float, solarise: float) -> Callable:
