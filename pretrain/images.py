@@ -8,8 +8,9 @@ from torch import Tensor
 
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.pretrain.draws import random_bits
-from prelude.pretrain.photometric import augment
+from prelude.pretrain.photometric import HostAugment, augment, on_host
 
+_HOST_VALUES = 2**18  # numbers at a time: 1 MiB, about what a processor's cache holds
 SHIFT_STREAM = 151  # of pretrain.draws; view v of a plan reads stream 151 + v
 
 
@@ -60,18 +61,39 @@ def as_device_likes(images: Tensor) -> Tensor:
 
 def _image(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
     view, pixels = plan.views[v], batch.views[v]
-    if pixels.device.type == "cpu":
-        # Crops come with their channels last, and oneDNN 3.x corrupts memory in the backward pass of a strided 1x1
-        # convolution on such images (the stems of RepVGG and MobileOne).
-        pixels = pixels.contiguous()
-    pixels = torch.where(batch.flips[:, v, None, None, None], pixels.flip(-1), pixels)
-    if view.shift:
-        pixels = _shifted(pixels, view, batch.seeds, v)
+    if on_host(pixels):
+        return _on_host(batch, plan, v)
+    pixels = _placed(pixels, view, batch.flips[:, v], batch.seeds, v)
     if view.photometric is None:
         return normalise(pixels, plan)
     coloured = augment(pixels.float() / 255, view.photometric, batch.seeds, v)
     mean, std = _statistics(plan, pixels.device)
     return torch.addcmul(-mean / std, coloured, 1 / std)
+
+
+def _on_host(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
+    """Some images at a time, which stay in the processor's cache from their crops to what is normalised."""
+    view, pixels = plan.views[v], batch.views[v]
+    mean, std = _statistics(plan, pixels.device)
+    change = view.photometric and HostAugment(view.photometric, batch.seeds, v)
+    scale = 1 / std if change else 1 / (255 * std)
+    # Crops come with their channels last, and oneDNN 3.x corrupts memory in the backward pass of a strided 1x1
+    # convolution on such images (the stems of RepVGG and MobileOne).
+    result = torch.empty(pixels.shape)
+    at_once = max(_HOST_VALUES // max(pixels[:1].numel(), 1), 1)
+    for first in range(0, len(pixels), at_once):
+        some = slice(first, first + at_once)
+        placed = _placed(pixels[some].contiguous(), view, batch.flips[some, v], batch.seeds[some], v).float()
+        if change:
+            placed = change(placed / 255, first)
+        torch.addcmul(-mean / std, placed, scale, out=result[some])
+    return result
+
+
+def _placed(pixels: Tensor, view: View, flips: Tensor, seeds: Tensor, v: int) -> Tensor:
+    """Flipped and shifted."""
+    pixels = torch.where(flips[:, None, None, None], pixels.flip(-1), pixels)
+    return _shifted(pixels, view, seeds, v) if view.shift else pixels
 
 
 def _statistics(plan: ViewPlan, device: torch.device) -> tuple[Tensor, Tensor]:

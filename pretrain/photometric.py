@@ -11,6 +11,7 @@
   operations, and what does not happen to it costs nothing.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -66,10 +67,10 @@ def draw(photometric: Photometric, seeds: Tensor, view: int) -> Draws:
 @torch.no_grad()
 def augment(images: Tensor, photometric: Photometric, seeds: Tensor, view: int) -> Tensor:
     """images: (B, C, H, W) float32 in [0, 1]; seeds: (B,) int64. Returns the same shape, in [0, 1]."""
+    if on_host(images):
+        return HostAugment(photometric, seeds, view)(images, 0)
     drawn = draw(photometric, seeds, view)
     with torch.autocast(images.device.type, enabled=False):
-        if images.device.type == "cpu" and not is_counting():
-            return _one_by_one(images, drawn, photometric)
         if photometric.jitter:
             images = _jitter(images, drawn)
         if photometric.grey:
@@ -81,6 +82,46 @@ def augment(images: Tensor, photometric: Photometric, seeds: Tensor, view: int) 
             threshold = photometric.solarise_threshold
             images = _where(drawn.solarise, lambda x: torch.where(x >= threshold, 1 - x, x), images)
     return images
+
+
+def on_host(images: Tensor) -> bool:
+    """Whether images are changed one by one: where no device takes them all at once."""
+    return images.device.type == "cpu" and not is_counting()
+
+
+class HostAugment:
+    """`augment` on the host, for some of a batch's images at a time. seeds: (B,) int64, of all."""
+
+    def __init__(self, photometric: Photometric, seeds: Tensor, view: int):
+        drawn = draw(photometric, seeds, view)
+        self.photometric = photometric
+        self.happens = torch.stack([drawn.jitter, drawn.grey, drawn.blur, drawn.solarise], dim=1).tolist()
+        factors = [drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue]
+        self.factors = torch.stack(factors, dim=1).tolist()
+        self.orders, self.sigmas = drawn.order.tolist(), drawn.sigma.tolist()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, first: int) -> Tensor:
+        """images: (b, C, H, W), those of the batch from number `first` on. All operations on each in turn."""
+        radius = _radius(self.photometric, images)
+        result = torch.empty_like(images, memory_format=torch.contiguous_format)
+        with torch.autocast("cpu", enabled=False):
+            for image, changed, nth in zip(images.split(1), result.split(1), itertools.count(first), strict=False):
+                changed.copy_(self._one(image, nth, radius))
+        return result
+
+    def _one(self, image: Tensor, nth: int, radius: int) -> Tensor:
+        jitter, grey, blur, solarise = self.happens[nth]
+        if jitter:
+            for operation in sorted(range(4), key=self.orders[nth].__getitem__):
+                image = _jitter_one(image, operation, self.factors[nth][operation])
+        if grey:
+            image = luma(image).expand_as(image)
+        if blur:
+            image = _blur_one(image, self.sigmas[nth], radius)
+        if solarise:
+            image = torch.where(image >= self.photometric.solarise_threshold, 1 - image, image)
+        return image
 
 
 def refuse_colours(channels: int, views: dict[str, Photometric]) -> None:
@@ -152,27 +193,6 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     padded = F.pad(images, (radius,) * 4, mode="reflect").reshape(1, groups, height + 2 * radius, width + 2 * radius)
     rows = F.conv2d(padded, taps[..., None], groups=groups)
     return F.conv2d(rows, taps[:, :, None], groups=groups).view(batch, channels, height, width)
-
-
-def _one_by_one(images: Tensor, drawn: Draws, photometric: Photometric) -> Tensor:
-    """All operations on each image in turn, on the host."""
-    happens = [column.tolist() for column in (drawn.jitter, drawn.grey, drawn.blur, drawn.solarise)]
-    factors = torch.stack([drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue], dim=1).tolist()
-    orders, sigmas, radius = drawn.order.tolist(), drawn.sigma.tolist(), _radius(photometric, images)
-    result = torch.empty_like(images, memory_format=torch.contiguous_format)
-    for nth, (jitter, grey, blur, solarise) in enumerate(zip(*happens, strict=True)):
-        image = images[nth : nth + 1]
-        if jitter:
-            for operation in sorted(range(4), key=orders[nth].__getitem__):
-                image = _jitter_one(image, operation, factors[nth][operation])
-        if grey:
-            image = luma(image).expand_as(image)
-        if blur:
-            image = _blur_one(image, sigmas[nth], radius)
-        if solarise:
-            image = torch.where(image >= photometric.solarise_threshold, 1 - image, image)
-        result[nth] = image[0]
-    return result
 
 
 def _jitter_one(image: Tensor, operation: int, strength: float) -> Tensor:

@@ -5,22 +5,22 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from prelude.data.batch import Batch, View, ViewPlan
+from prelude.data.batch import Batch, Photometric, View, ViewPlan
 from prelude.pretrain.images import denormalise, images, normalise
 
 PLAN = ViewPlan((View((16, 24)), View((8, 8))))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
 
-def batch(size: int = 6) -> Batch:
+def batch(size: int = 6, plan: ViewPlan = PLAN) -> Batch:
     generator = torch.Generator().manual_seed(0)
     pixels = [
-        torch.randint(0, 256, (size, 3, *view.size), generator=generator, dtype=torch.uint8) for view in PLAN.views
+        torch.randint(0, 256, (size, 3, *view.size), generator=generator, dtype=torch.uint8) for view in plan.views
     ]
     return Batch(
         views=tuple(view.contiguous(memory_format=torch.channels_last) for view in pixels),
-        boxes=torch.zeros(size, len(PLAN.views), 4, dtype=torch.int32),
-        flips=torch.rand(size, len(PLAN.views), generator=generator) < 0.5,
+        boxes=torch.zeros(size, len(plan.views), 4, dtype=torch.int32),
+        flips=torch.rand(size, len(plan.views), generator=generator) < 0.5,
         seeds=torch.arange(size),
         sample_ids=torch.arange(size),
         positions=torch.arange(size),
@@ -92,3 +92,21 @@ def test_an_image_does_not_depend_on_its_neighbours():
         row = replace(one, views=tuple(view[b : b + 1] for view in one.views), flips=one.flips[b : b + 1])
         for v, alone in enumerate(images(row, PLAN)):
             assert torch.equal(alone[0], together[v][b])
+
+
+def test_an_image_is_the_same_whatever_comes_with_it():
+    """Large ones are done a few at a time on a CPU: each with its own draws, whichever comes first."""
+    colours = Photometric(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2, blur=0.5)
+    plan = ViewPlan((View((200, 300), photometric=colours), View((200, 300), shift=9)))
+    one = batch(7, plan)
+    made = images(one, plan)
+    for b in range(len(one)):
+        alone = Batch(**{name: of_one(value, b) for name, value in vars(one).items()})
+        for together, by_itself in zip(made, images(alone, plan), strict=True):
+            torch.testing.assert_close(together[b : b + 1], by_itself, atol=0, rtol=0)
+
+
+def of_one(value, b: int):
+    if isinstance(value, tuple):
+        return tuple(of_one(view, b) for view in value)
+    return None if value is None else value[b : b + 1]
