@@ -11,6 +11,7 @@ Kinds of feature:
 | `cls` | vision transformers | class token after the final norm (MAE) | D |
 | `mean` | vision transformers | mean of the patch tokens after the final norm (I-JEPA) | D |
 | `lastK` | vision transformers | the same mean of each of the last K blocks, side by side (I-JEPA: `last4`) | K x D |
+| `lastKxG` | the same | the last K blocks averaged over G x G cells of the image each | K x D x G x G |
 | `pool` | all others | mean over the places of the last stage's map; of `module:function` its own pooling | D |
 | `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View, ViewPlan
@@ -111,7 +113,7 @@ def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
     have = default_kinds(model) + (("last4",) if has_tokens(model) else ())
     have += ("stages", "stage0", f"stage{count - 1}x4") if count else ()
     for kind in kinds:
-        blocks, stage = _blocks(kind), _stage(kind)
+        (blocks, _), stage = _last(kind), _stage(kind)
         if is_dense(kind):
             check_dense(model, kind, name)
         elif blocks and has_tokens(model):
@@ -242,7 +244,7 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
         return {"pixels": model(pixels)}
     if not has_tokens(model):
         return _of_stages(model, pixels, kinds)
-    deepest = max([1, *(_blocks(kind) for kind in kinds)])
+    deepest = max([1, *(blocks for blocks, _ in map(_last, kinds))])
     tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt="NLC")
     # Models trained with mean pooling may norm after the pooling instead of before it.
     norm = getattr(model, "fc_norm", None) or nn.Identity()
@@ -253,9 +255,19 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
         elif kind == "mean":
             pooled[kind] = norm(tokens[:, model.num_prefix_tokens :].float().mean(1)).float()  # (B, D)
         else:
-            last = blocks[-_blocks(kind) :]  # K x (B, N, D), without prefix tokens
-            pooled[kind] = torch.cat([norm(block.float().mean(1)).float() for block in last], 1)  # (B, K * D)
+            count, cells = _last(kind)  # of blocks that are K x (B, N, D), without prefix tokens
+            means = [norm(_means(model, block.float(), pixels, cells)).float() for block in blocks[-count:]]
+            pooled[kind] = torch.cat([mean.flatten(1) for mean in means], 1)  # (B, K * G * G * D)
     return pooled
+
+
+def _means(model: nn.Module, tokens: Tensor, pixels: Tensor, cells: int) -> Tensor:
+    """(B, N, D), the patch tokens of images (B, C, H, W), to (B, cells * cells, D)."""
+    if cells == 1:
+        return tokens.mean(1, keepdim=True)
+    rows, columns = model.patch_embed.dynamic_feat_size(pixels.shape[2:])
+    maps = rearrange(tokens, "b (h w) d -> b d h w", h=rows, w=columns)
+    return rearrange(F.adaptive_avg_pool2d(maps, cells), "b d h w -> b (h w) d")
 
 
 def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
@@ -298,10 +310,10 @@ def _has_class_token(model: nn.Module) -> bool:
     return getattr(model, "cls_token", None) is not None
 
 
-def _blocks(kind: str) -> int:
-    """K of `lastK`; 0 for every other kind."""
-    match = re.fullmatch(r"last([1-9]\d*)", kind)
-    return int(match[1]) if match else 0
+def _last(kind: str) -> tuple[int, int]:
+    """(K, G) of `lastKxG`, G = 1 for `lastK`; K = 0 for every other kind."""
+    match = re.fullmatch(r"last([1-9]\d*)(?:x([1-9]\d*))?", kind)
+    return (int(match[1]), int(match[2] or 1)) if match else (0, 1)
 
 
 def _stage(kind: str) -> tuple[int, int] | None:

@@ -70,6 +70,25 @@ def test_last4_is_the_normed_mean_of_each_of_the_last_blocks_in_order(pixels):
     assert torch.allclose(expected[:, -24:], final.mean(1), atol=1e-5)
 
 
+def test_last2x2_is_the_same_of_each_quarter_of_an_image(pixels):
+    model = vit(reg_tokens=3)
+    found = encoded(model, pixels, kinds=["last2x2", "last2"])
+    tokens = encoded(model, pixels, kinds=["tokens2"])["tokens2"].values.view(16, 4, 4, 2, 24)
+    quarters = [
+        tokens[:, rows, columns].mean((1, 2)) for rows in (slice(2), slice(2, 4)) for columns in (slice(2), slice(2, 4))
+    ]
+    expected = torch.stack(quarters, 2).flatten(1)  # (B, 2 blocks, 4 quarters, 24)
+    assert torch.allclose(found["last2x2"].values, expected, atol=1e-5)
+    whole = found["last2x2"].values.view(16, 2, 4, 24).mean(2).flatten(1)
+    assert torch.allclose(whole, found["last2"].values, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["last9x2", "last2x0", "lastx2"])
+def test_blocks_and_cells_that_are_not_there_are_refused(kind, pixels):
+    with pytest.raises(UserError, match="5 blocks|write one or more of"):
+        encoded(vit(), pixels, kinds=[kind])
+
+
 def test_a_norm_after_pooling_is_the_final_norm(pixels):
     model = vit(global_pool="avg", fc_norm=True)
     torch.nn.init.normal_(model.fc_norm.weight)
