@@ -128,7 +128,7 @@ def to_batch(arrays: dict) -> Batch:
     """In page-locked memory where there is a GPU, so that the copy to it overlaps with the step."""
     labels, partner_ids = arrays["labels"], arrays.get("partner_ids")
     batch = Batch(
-        views=tuple(view.movedim(-1, 1) for view in arrays["views"]),
+        views=tuple(torch.as_tensor(view).movedim(-1, 1) for view in arrays["views"]),
         boxes=torch.from_numpy(arrays["boxes"]),
         flips=torch.from_numpy(arrays["flips"]),
         seeds=torch.from_numpy(arrays["seeds"]),

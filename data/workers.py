@@ -33,6 +33,7 @@ from prelude.data.errors import RunStopped
 from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
+SENT_BYTES = 2**20  # of views: fewer travel faster by a pipe than by a descriptor of shared memory
 START_METHODS = ("fork", "forkserver", "spawn")
 _PRELOADED = ["prelude.data.loader"]  # by the server that workers are forked from
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -76,7 +77,7 @@ class Workers:
             loader = DataLoader(
                 pipeline,
                 batch_size=None,
-                collate_fn=_into_shared_memory,
+                collate_fn=_ready_to_travel,
                 num_workers=num_workers,
                 prefetch_factor=MICRO_BATCHES_AHEAD,
                 pin_memory=torch.cuda.is_available(),
@@ -213,9 +214,12 @@ def _end_with_starter() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _into_shared_memory(arrays: dict) -> dict:
-    """Moves the views there; the rest stays numpy, as each tensor that travels costs a file descriptor."""
-    for view in arrays.get("views", ()):
+def _ready_to_travel(arrays: dict) -> dict:
+    """Moves large views into shared memory, whose descriptor travels; all else is numpy, which is sent as it is."""
+    views = arrays.get("views", ())
+    if sum(view.nbytes for view in views) <= SENT_BYTES:
+        return arrays | {"views": tuple(view.numpy() for view in views)}
+    for view in views:
         while True:
             try:
                 view.share_memory_()

@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from prelude.data import waiting
+from prelude.data import waiting, workers
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.data.loader import Loader, build_loader, one_pass
@@ -277,6 +277,7 @@ def test_a_death_does_not_break_into_what_the_trainer_does(started):
 
 def no_room(monkeypatch, times):
     """Workers find /dev/shm full so many times."""
+    monkeypatch.setattr(workers, "SENT_BYTES", 0)
     real, left = torch.Tensor.share_memory_, [times]
 
     def share(tensor):
@@ -330,7 +331,7 @@ else:
 @pytest.mark.parametrize(
     "size, micro_batch, said",
     [
-        ("1m", 5, "all came"),  # five batches of 240 kB at once do not fit, and need not
+        ("5m", 25, "all came"),  # five batches of 1.2 MB at once do not fit, and need not
         ("1m", 30, "RunStopped: .* it needs 1.406 MiB for a batch and /dev/shm has .* of 1 MiB free"),
         ("4k", 5, "RunStopped: 2 data workers cannot be started .*; /dev/shm has .* of 0.003906 MiB free"),
     ],
