@@ -189,7 +189,7 @@ def _decode_simplejpeg(
         raise ImportError("simplejpeg is not installed")
     try:
         height, width, colours = frame.height, frame.width, ""
-        if frame.components not in (1, 3) or not height * width or height * width > max_pixels:
+        if frame.components not in (1, 3) or not height * width:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
         if height * width > max_pixels:
             return _decode_reduced(image, height, width, colours, channels, max_pixels)

@@ -66,7 +66,7 @@ class OpenFiles:
             if self.whole[shard]:
                 continue
             try:
-                file = self.opened.get(shard) or self._file(shard)
+                file = self._file(shard)
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
             except OSError:
                 pass  # advice only: the read itself reports what is wrong

@@ -255,7 +255,9 @@ class MicroBatchReader:
 
     def _places_of_samples(self, sample_ids: np.ndarray) -> tuple[list[Place], list[Place] | list[None]]:
         """Of images and of labels; None for each where none are asked for."""
-        labels = self._places(sample_ids, self.index.labels) if self.read_label else [None] * len(sample_ids)
+        labels = (
+            self._places(sample_ids, self.index.labels) if self.read_label is not None else [None] * len(sample_ids)
+        )
         return self._places(sample_ids, self.index.images), labels
 
     def _places(self, sample_ids: np.ndarray, table: np.ndarray) -> list[Place]:

@@ -24,7 +24,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from prelude.data.batch import ViewPlan
 from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
 from prelude.data.errors import UserError
-from prelude.data.order import sample_seed
+from prelude.data.order import sample_seed, sample_seeds
 from prelude.data.pipeline import EndlessLoader
 from prelude.data.shards import is_stream
 from prelude.data.source import MAX_ATTEMPTS, MicroBatchBuffers, rank_positions, worker
@@ -184,7 +184,7 @@ class StreamSource(IterableDataset):
 
     def _micro_batch(self, positions: np.ndarray, samples) -> dict:
         rows = MicroBatchBuffers(self.plan, len(positions), None, self.value_range, self.max_pixels)
-        seeds = [sample_seed(self.seed, position) for position in positions.tolist()]
+        seeds = sample_seeds(self.seed, positions.tolist())
         sample_ids = np.zeros(len(positions), np.int64)
         lost = []
         for row, position in enumerate(positions.tolist()):

@@ -55,7 +55,10 @@ def images(batch: Batch, plan: ViewPlan) -> tuple[Tensor, ...]:
 
 def as_device_likes(images: Tensor) -> Tensor:
     """(B, C, H, W) to the same, on a GPU with the channels last in memory: convolutions on its matrix units want them
-    so, and hand them on so, whatever the layout of their weights."""
+    so, and hand them on so, whatever the layout of their weights. On a CPU never so: oneDNN 3.x corrupts memory in the
+    backward pass of a strided 1x1 convolution on such images (the stems of RepVGG and MobileOne)."""
+    if images.device.type == "cpu":
+        return images.contiguous()
     return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
 
 
@@ -75,16 +78,14 @@ def _on_host(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
     """Some images at a time, which stay in the processor's cache from their crops to what is normalised."""
     view, pixels = plan.views[v], batch.views[v]
     mean, std = _statistics(plan, pixels.device)
-    change = view.photometric and HostAugment(view.photometric, batch.seeds, v)
-    scale = 1 / std if change else 1 / (255 * std)
-    # Crops come with their channels last, and oneDNN 3.x corrupts memory in the backward pass of a strided 1x1
-    # convolution on such images (the stems of RepVGG and MobileOne).
+    change = None if view.photometric is None else HostAugment(view.photometric, batch.seeds, v)
+    scale = 1 / (255 * std) if change is None else 1 / std
     result = torch.empty(pixels.shape)
     at_once = max(_HOST_VALUES // max(pixels[:1].numel(), 1), 1)
     for first in range(0, len(pixels), at_once):
         some = slice(first, first + at_once)
         placed = _placed(pixels[some].contiguous(), view, batch.flips[some, v], batch.seeds[some], v).float()
-        if change:
+        if change is not None:
             placed = change(placed / 255, first)
         torch.addcmul(-mean / std, placed, scale, out=result[some])
     return result

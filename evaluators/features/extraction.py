@@ -245,7 +245,8 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
     if not has_tokens(model):
         return _of_stages(model, pixels, kinds)
     deepest = max([1, *(blocks for blocks, _ in map(_last, kinds))])
-    tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt="NLC")
+    form = "NCHW" if any(cells > 1 for _, cells in map(_last, kinds)) else "NLC"
+    tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt=form)
     # Models trained with mean pooling may norm after the pooling instead of before it.
     norm = getattr(model, "fc_norm", None) or nn.Identity()
     pooled = {}
@@ -255,19 +256,19 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
         elif kind == "mean":
             pooled[kind] = norm(tokens[:, model.num_prefix_tokens :].float().mean(1)).float()  # (B, D)
         else:
-            count, cells = _last(kind)  # of blocks that are K x (B, N, D), without prefix tokens
-            means = [norm(_means(model, block.float(), pixels, cells)).float() for block in blocks[-count:]]
+            count, cells = _last(kind)  # of blocks, which come without prefix tokens
+            means = [norm(_means(block.float(), cells)).float() for block in blocks[-count:]]
             pooled[kind] = torch.cat([mean.flatten(1) for mean in means], 1)  # (B, K * G * G * D)
     return pooled
 
 
-def _means(model: nn.Module, tokens: Tensor, pixels: Tensor, cells: int) -> Tensor:
-    """(B, N, D), the patch tokens of images (B, C, H, W), to (B, cells * cells, D)."""
-    if cells == 1:
-        return tokens.mean(1, keepdim=True)
-    rows, columns = model.patch_embed.dynamic_feat_size(pixels.shape[2:])
-    maps = rearrange(tokens, "b (h w) d -> b d h w", h=rows, w=columns)
-    return rearrange(F.adaptive_avg_pool2d(maps, cells), "b d h w -> b (h w) d")
+def _means(tokens: Tensor, cells: int) -> Tensor:
+    """(B, N, D) or, for more than one cell, (B, D, H, W), to (B, cells * cells, D)."""
+    if cells > 1:
+        return rearrange(F.adaptive_avg_pool2d(tokens, cells), "b d h w -> b (h w) d")
+    # Laid out as they would be had nobody asked for cells, so that they are summed in the same order.
+    tokens = rearrange(tokens, "b d h w -> b (h w) d").contiguous() if tokens.ndim == 4 else tokens
+    return tokens.mean(1, keepdim=True)
 
 
 def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ class Tracker:
             try:
                 answer = json.loads(line)
             except json.JSONDecodeError:
-                break  # cut off by the process's end
+                continue  # cut off by the process's end
             self.taken += "taken" in answer
             trouble = "trouble" in answer or (trouble and "well" not in answer)
             if "trouble" in answer:

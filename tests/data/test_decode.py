@@ -189,6 +189,37 @@ DAMAGE = {
 }
 
 
+def with_segment(jpeg: bytes, segment: bytes) -> bytes:
+    """The same file with something before all else."""
+    return jpeg[:2] + segment + jpeg[2:]
+
+
+SMALL_FRAME = bytes.fromhex("ffc0 0011 08 0008 0008 03 012200 021101 031101".replace(" ", ""))
+BEFORE_THE_FRAME = {
+    "a frame in a comment": b"\xff\xfe" + (2 + len(SMALL_FRAME)).to_bytes(2, "big") + SMALL_FRAME,
+    "fill bytes": b"\xff\xff\xff\xfe\x00\x02",
+    "a marker without a length": b"\xff\x01" + SMALL_FRAME[2:],
+    "an empty segment": b"\xff\xfe\x00\x02",
+    "another frame": SMALL_FRAME,
+    "a segment that is too short": b"\xff\xfe\x00\x00" + SMALL_FRAME,
+}
+
+
+READ_OVER = ("a frame in a comment", "fill bytes", "an empty segment")
+
+
+@pytest.mark.parametrize("before", BEFORE_THE_FRAME)
+@pytest.mark.parametrize("size", [(120, 160), (65_000, 65_000)])
+def test_no_other_size_is_believed_than_that_of_the_frame(before, size):
+    """What libjpeg takes for the frame decides, whatever looks like one before it."""
+    jpeg, read = with_segment(with_size(JPEG, *size), BEFORE_THE_FRAME[before]), before in READ_OVER
+    if read and size == (120, 160):
+        assert np.array_equal(decode(jpeg), decode(JPEG))
+    else:
+        with pytest.raises(BadImage, match="too many pixels" if read else None):
+            decode(jpeg)
+
+
 BELIEVED_BY_PIL = {
     "cut, with an end marker": (JPEG[: len(JPEG) // 2] + b"\xff\xd9", "truncated"),
     "cmyk, cut likewise": (encode(Image.fromarray(photograph()).convert("CMYK"))[:-400] + b"\xff\xd9", "truncated"),

@@ -3,8 +3,10 @@ import random
 import numpy as np
 import pytest
 
+from prelude.data.mixed_order import order_of
 from prelude.data.order import Order, Shuffle, sample_seed, substitute
-from prelude.data.source import rank_positions
+from prelude.data.shards import ShardIndex
+from prelude.data.source import EndlessSource, rank_positions
 
 
 def random_cases(number, seed=0):
@@ -43,6 +45,18 @@ def test_ranks_together_make_the_same_sequence(world_size, micro_batch):
     assert sorted(np.concatenate(parts).tolist()) == list(range(start, start + steps * micro_batch * world_size))
     one_step = np.concatenate(parts[:world_size])  # what all ranks hold at once is contiguous
     assert sorted(one_step.tolist()) == list(range(start, start + micro_batch * world_size))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 300, 1500])  # some look up several micro-batches at once, some one
+def test_a_source_yields_what_its_positions_hold(micro_batch, write_shards):
+    index, start = ShardIndex(write_shards([20, 30])), 7
+    order = order_of(index, 3, Shuffle(2, 4, 8))
+    for rank in range(3):
+        source = EndlessSource(index, Shuffle(2, 4, 8), 3, start, micro_batch, rank, 3)
+        for nth, step in zip(range(2100 // micro_batch), source, strict=False):
+            positions = rank_positions(start, nth, micro_batch, rank, 3)
+            assert step["__key__"] == f"{nth:09}" and np.array_equal(step["positions"], positions)
+            assert np.array_equal(step["sample_ids"], order.samples_at(positions))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

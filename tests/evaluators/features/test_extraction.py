@@ -81,6 +81,16 @@ def test_last2x2_is_the_same_of_each_quarter_of_an_image(pixels):
     assert torch.allclose(found["last2x2"].values, expected, atol=1e-5)
     whole = found["last2x2"].values.view(16, 2, 4, 24).mean(2).flatten(1)
     assert torch.allclose(whole, found["last2"].values, atol=1e-5)
+    assert torch.equal(found["last2"].values, encoded(model, pixels, kinds=["last2"])["last2"].values)
+
+
+def test_cells_of_a_transformer_that_takes_any_size(pixels):
+    model = timm.create_model("naflexvit_base_patch16_gap", num_classes=0, depth=2, embed_dim=48, num_heads=2).eval()
+    found = encoded(model, pixels, kinds=["last2x2", "last2"])
+    seen = normalise(pixels, evaluation_plan(opened(model)))
+    blocks = model.forward_intermediates(seen, norm=True, output_fmt="NLC", intermediates_only=True)
+    cells = torch.cat([model.fc_norm(tokens).flatten(1) for tokens in blocks], 1)  # a patch is a quarter
+    assert torch.allclose(found["last2x2"].values, cells, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["last9x2", "last2x0", "lastx2"])

@@ -207,7 +207,8 @@ def test_a_service_that_has_caught_up_is_told_everything_again(tmp_path, monkeyp
         for step in range(first, first + 50):
             service.add_scalars(step, {"train/loss": 1.0})
         hold.unlink()
-        while service.taken < service.given:
+        deadline = time.monotonic() + 60
+        while service.taken < service.given and time.monotonic() < deadline:
             time.sleep(0.01)
     service.add_scalars(201, {"train/loss": 1.0})
     service.end(True)
