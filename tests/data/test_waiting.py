@@ -275,9 +275,9 @@ def test_a_death_does_not_break_into_what_the_trainer_does(started):
 # ---- shared memory
 
 
-def no_room(monkeypatch, times):
+def no_room(monkeypatch, times, sent_bytes=0):
     """Workers find /dev/shm full so many times."""
-    monkeypatch.setattr(workers, "SENT_BYTES", 0)
+    monkeypatch.setattr(workers, "SENT_BYTES", sent_bytes)
     real, left = torch.Tensor.share_memory_, [times]
 
     def share(tensor):
@@ -293,6 +293,16 @@ def no_room(monkeypatch, times):
 
 def test_a_batch_waits_for_room_in_shared_memory(write_shards, monkeypatch):
     no_room(monkeypatch, 3)
+    loader = Loader(ShardIndex(write_shards([34])), PLAN, seed=0, micro_batch=2, num_workers=2)
+    same = Loader(loader.index, PLAN, seed=0, micro_batch=2)
+    for _ in range(6):
+        assert torch.equal(next(loader).views[0], next(same).views[0])
+    loader.close()
+
+
+def test_a_small_batch_needs_no_shared_memory(write_shards, monkeypatch, patience):
+    no_room(monkeypatch, 10**9, workers.SENT_BYTES)
+    patience.timeout_seconds = 5.0
     loader = Loader(ShardIndex(write_shards([34])), PLAN, seed=0, micro_batch=2, num_workers=2)
     same = Loader(loader.index, PLAN, seed=0, micro_batch=2)
     for _ in range(6):
