@@ -45,6 +45,7 @@ from prelude.pretrain.volumes import volumes as device_volumes
 
 _NUM_PICTURES = 8
 _SHOWN = (0.25, 0.5, 0.75)  # slices of a volume, as shares of its depth
+_QUIET = 0.01  # of the initial weights of last layers: what is first predicted is hardly more than 0
 _OWN_NAMES = {"pixel_mse": "voxel_mse"}  # in the log, of parts of the loss whose names say image
 
 
@@ -69,8 +70,7 @@ class Uni4Eye(MAE):
         for name, width in (("volume_pos_embed", encoder.embed_dim), ("volume_decoder_pos_embed", dim)):
             self.register_buffer(name, volume_table(width, self.volume_grid), persistent=False)  # (L, width)
         self._initialise_patches(self.volume_embed)
-        for head in filter(None, (self.volume_pred, self.volume_gradient_pred)):
-            xavier_init(head)
+        self._quieten_heads()
 
     @classmethod
     def check(cls, options: Uni4EyeOptions, encoder: EncoderConfig) -> None:
@@ -96,6 +96,16 @@ class Uni4Eye(MAE):
                 f"{'hide' if options.mask_ratio < 0.5 else 'see'}; write objective.mask_ratio=0.5, or a smaller "
                 "objective.volume_patch."
             )
+
+    def _quieten_heads(self) -> None:
+        """Of volumes, and of the map of images: by Xavier's weights a first map varies a hundred times as much as a
+        true one. To silence it the encoder makes all volumes alike, and tells few apart for hundreds of steps."""
+        of_images = None if self.gradient_decoder is None else self.gradient_decoder.decoder_pred
+        for head in filter(None, (self.volume_pred, self.volume_gradient_pred)):
+            xavier_init(head)
+        with torch.no_grad():
+            for head in filter(None, (self.volume_pred, self.volume_gradient_pred, of_images)):
+                head.weight.mul_(_QUIET)
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         if not batch.of_volumes:

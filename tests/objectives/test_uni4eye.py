@@ -274,7 +274,9 @@ def test_of_images_it_is_mae_with_gradient_maps_number_by_number():
         for part in ("volume_embed", "volume_pred", "volume_gradient_pred")
         for name in ("weight", "bias")
     }
-    assert all(torch.equal(both.state_dict()[name], value) for name, value in shared.items())
+    quieter = {name for name, value in shared.items() if not torch.equal(both.state_dict()[name], value)}
+    assert quieter == {"gradient_decoder.decoder_pred.weight"}
+    both.load_state_dict(shared, strict=False)
     batch = made_up_batch(torch.arange(4), mae.views, 16)
     one, other = both(batch, START), mae(batch, START)
     assert torch.equal(one.total, other.total) and one.parts.keys() == other.parts.keys()
@@ -282,7 +284,17 @@ def test_of_images_it_is_mae_with_gradient_maps_number_by_number():
     assert both.views.fingerprint() == mae.views.fingerprint()
 
 
-def test_its_own_parts_start_as_xavier_says():
+def test_the_first_losses_are_those_of_who_sees_nothing():
+    """Louder first predictions are silenced by an encoder that makes all volumes alike."""
+    parts = built(norm_pix_loss=True)(plain_volumes(4), START).parts
+    assert parts["volume_gradient_mse"] < 0.05  # 1.2 by weights as Xavier has them
+    loss = built(norm_pix_loss=True, gradient_weight=0.0)(plain_volumes(4), START)
+    assert loss.total.item() == pytest.approx(loss.parts["volume_trivial_loss"].item(), rel=0.01)
+    of_images = built()(made_up_batch(torch.arange(4), built().views, 16), START).parts
+    assert of_images["gradient_mse"] < 0.05
+
+
+def test_its_own_parts_start_as_xavier_says_and_last_layers_a_hundred_times_smaller():
     objective = built()
     fan_in, fan_out = 64, 24
     bound = math.sqrt(6 / (fan_in + fan_out))
@@ -290,7 +302,8 @@ def test_its_own_parts_start_as_xavier_says():
     assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     for head, outputs in ((objective.volume_pred, 64), (objective.volume_gradient_pred, 64)):
         assert head.bias.abs().max() == 0
-        assert head.weight.abs().max() <= math.sqrt(6 / (16 + outputs))
+        bound = 0.01 * math.sqrt(6 / (16 + outputs))
+        assert head.weight.abs().max() <= bound and head.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 def test_the_log_tells_kinds_apart_and_without_the_second_target_nothing_of_it_is_there():
