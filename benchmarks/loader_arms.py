@@ -236,7 +236,7 @@ class Kernel:
 
     def __call__(self, sample: dict) -> tuple[torch.Tensor, int]:
         pixels = np.empty((*self.plan.views[0].size, 3), np.uint8)
-        read_views(sample["jpg"], self.plan, random.getrandbits(63), [pixels])
+        read_views(bytes(sample["jpg"]), self.plan, random.getrandbits(63), [pixels])
         return torch.from_numpy(pixels), sample["cls"]
 
 
