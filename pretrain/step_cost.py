@@ -220,7 +220,8 @@ def _watched(
     batch = blank_batch(plan, size, objective.label_shape)
     # Seeds that are alike, so that no length depends on how many images there are.
     batch = replace(batch, seeds=torch.zeros_like(batch.seeds)).to(device)
-    ledger = Ledger([*objective.parameters(), *objective.buffers()])
+    handed_over = [value for value in tree_iter(vars(batch)) if isinstance(value, Tensor)]
+    ledger = Ledger([*objective.parameters(), *objective.buffers(), *handed_over])
     autocast = torch.autocast(device.type, _AUTOCAST[precision]) if precision in _AUTOCAST else nullcontext()
     products = ProductsInFloat32() if precision in _AUTOCAST and device.type == "cpu" else nullcontext()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), products, ledger:
