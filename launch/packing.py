@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> int:
         quality=QUALITY if args.quality is None else args.quality,
         workers=cores_per_rank() if args.workers is None else args.workers,
     )
+    packing.check("--split" if args.split and not args.name else "--name")  # before a bar is shown
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)

@@ -64,7 +64,8 @@ class Packing:
     def splits(self) -> tuple[str, ...]:
         return (self.name, VAL) if self.val_share else (self.name,)
 
-    def check(self) -> None:
+    def check(self, named_by: str = "--name") -> None:
+        """Raises UserError for what cannot be; `named_by` is the argument that the name was taken from."""
         for flag, value, least, most in (
             ("per-shard", self.per_shard, 1, 10**6),
             ("seed", self.seed, 0, 2**63 - 1),
@@ -76,7 +77,8 @@ class Packing:
             if not least <= value <= most:
                 raise UserError(f"--{flag} {value} cannot be; write a value from {least} to {most}.")
         if not self.name or set(self.name) & set("/\\{}[]*?:. ") or (self.val_share and self.name == VAL):
-            raise UserError(f"--name {self.name!r} cannot be the start of a shard's name; write a plain word.")
+            instead = "a plain word" if named_by == "--name" else "a split of the source, or a plain word as --name"
+            raise UserError(f"{named_by} {self.name!r} cannot be the start of a shard's name; write {instead}.")
 
 
 def pack(

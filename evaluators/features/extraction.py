@@ -16,6 +16,7 @@ Kinds of feature:
 | `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
 | `stageKxG` | the same | stage K averaged over G x G cells of its map | D_K x G x G |
+| `stagesxG` | the same | all stages averaged over G x G cells of their maps | sum of D_K x G x G |
 | `pixels` | no encoder | the view's normalised pixels, flattened | C x H x W |
 
 Those of single places, see `dense`.
@@ -113,7 +114,7 @@ def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
     have = default_kinds(model) + (("last4",) if has_tokens(model) else ())
     have += ("stages", "stage0", f"stage{count - 1}x4") if count else ()
     for kind in kinds:
-        (blocks, _), stage = _last(kind), _stage(kind)
+        (blocks, _), stage = _last(kind), (0, 1) if _stages(kind) else _stage(kind)
         if is_dense(kind):
             check_dense(model, kind, name)
         elif blocks and has_tokens(model):
@@ -283,8 +284,8 @@ def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[s
         if kind == "pool":
             whole = final is None
             pooled[kind] = _final(model, pixels) if whole else _mean_over_places(final, model.num_features)
-        elif kind == "stages":
-            pooled[kind] = torch.cat([stage.float().mean((2, 3)) for stage in stages], 1)
+        elif cells := _stages(kind):
+            pooled[kind] = torch.cat([F.adaptive_avg_pool2d(stage.float(), cells).flatten(1) for stage in stages], 1)
         else:
             number, cells = _stage(kind)
             pooled[kind] = F.adaptive_avg_pool2d(stages[number].float(), cells).flatten(1)
@@ -321,6 +322,12 @@ def _stage(kind: str) -> tuple[int, int] | None:
     """(K, G) of `stageKxG`, G = 1 for `stageK`; None for every other kind."""
     match = re.fullmatch(r"stage(\d+)(?:x([1-9]\d*))?", kind)
     return (int(match[1]), int(match[2] or 1)) if match else None
+
+
+def _stages(kind: str) -> int:
+    """G of `stagesxG`, 1 for `stages`; 0 for every other kind."""
+    match = re.fullmatch(r"stages(?:x([1-9]\d*))?", kind)
+    return int(match[1] or 1) if match else 0
 
 
 def _autocast(device: torch.device):

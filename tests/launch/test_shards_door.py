@@ -56,6 +56,8 @@ def test_an_image_that_is_left_out_is_exit_code_4(photos, tmp_path, capsys):
         (["--per-shard", "0"], "--per-shard 0 cannot be"),
         (["--val-share", "1.5"], "--val-share 1.5 cannot be"),
         (["--name", "a.b"], "--name 'a.b' cannot be"),
+        (["--split", "test=0.2"], "--split 'test=0.2' cannot be"),
+        (["--split", "val", "--val-share", "0.2"], "--split 'val' cannot be"),
         (["--root", "x"], "--root has no effect on a folder"),
         (["--split", "test"], "--split has no effect on a folder"),
         (["--label", "species"], "write one of parent, top, none"),

@@ -124,12 +124,15 @@ def test_stages_are_pooled_maps_of_what_the_blocks_give(pixels):
     maps = {}
     for number, layer in enumerate([model.act1, model.layer1, model.layer2, model.layer3, model.layer4]):
         layer.register_forward_hook(lambda module, inputs, output, number=number: maps.update({number: output}))
-    found = encoded(model, pixels[:4], kinds=["pool", "stages", "stage2", "stage1x2"])
+    found = encoded(model, pixels[:4], kinds=["pool", "stages", "stage2", "stage1x2", "stagesx2"])
     assert torch.allclose(found["stage2"].values, maps[2].mean((2, 3)), atol=1e-4)
     assert torch.allclose(found["pool"].values, maps[4].mean((2, 3)), atol=1e-4)
     assert torch.allclose(found["stages"].values, torch.cat([maps[k].mean((2, 3)) for k in range(5)], 1), atol=1e-4)
     quarter = maps[1][:, :, :4, 4:].mean((2, 3))  # of an 8 x 8 map, top right
     assert torch.allclose(found["stage1x2"].values.view(4, 64, 2, 2)[:, :, 0, 1], quarter, atol=1e-4)
+    everywhere = found["stagesx2"].values.split([64 * 4, 64 * 4, 128 * 4, 256 * 4, 512 * 4], 1)
+    assert torch.equal(everywhere[1], found["stage1x2"].values)
+    assert torch.allclose(everywhere[0].view(4, 64, 2, 2)[:, :, 1, 0], maps[0][:, :, 8:, :8].mean((2, 3)), atol=1e-4)
 
 
 def test_pixels_are_the_normalised_view(pixels):
