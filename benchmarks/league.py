@@ -49,6 +49,7 @@ from league_table import OFFERED, tables  # noqa: E402
 from prelude.data.errors import UserError  # noqa: E402
 from prelude.data.shapes import write_shards  # noqa: E402
 from prelude.data.shards import ShardIndex  # noqa: E402
+from prelude.evaluators.features.extraction import kinds_among  # noqa: E402
 
 ARMS = ("prelude", *PEERS)
 METHODS = ("mae", "barlow_twins", "vicreg", "lejepa", "ijepa")  # those that a peer has, by default
@@ -67,13 +68,14 @@ def main() -> int:
         args.data, args.test = (str(args.work / "shapes" / f"{split}-*.tar") for split in ("train", "test"))
         for split, count in (("train", 64), ("test", 32)):
             write_shards(args.work / "shapes", split, count)
+    check_features(args)
     record = begun(args, record)
     pictures = args.work / f"pictures-{record['fingerprints']['data'][:12]}"
     if any(arm in PEERS for arm in args.arms):
         pictures_of(args.data, pictures)
     failures = 0
     for method, arm, setting, seed, minutes in plan(args, record["versions"]):
-        key = f"{named(method)}/{arm}/{setting}/seed {seed}/{minutes:g} min"
+        key = key_of(method, arm, setting, seed, minutes)
         found = record["entries"].get(key, {"failed": ""})
         if not ("failed" in found or (is_unjudged(found) and not args.train_only)):
             continue
@@ -88,6 +90,8 @@ def main() -> int:
         failures += "failed" in entry
         keep(record, args.out)
         print(f"{key}: {told(entry)}\n\n{tables(record)}\n", flush=True)
+    if not args.train_only:
+        judge_twins(args, record)
     print(tables(record))
     return 1 if failures else 0
 
@@ -100,6 +104,10 @@ def plan(args: argparse.Namespace, installed: dict) -> Iterator[tuple]:
         elif method in OFFERS[arm] and arm in installed:
             for setting in args.settings:
                 yield method, arm, setting, seed, minutes
+
+
+def key_of(method: str, arm: str, setting: str, seed: int, minutes: float) -> str:
+    return f"{named(method)}/{arm}/{setting}/seed {seed}/{minutes:g} min"
 
 
 def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -> dict:
@@ -123,14 +131,22 @@ def measured(args: argparse.Namespace, record: dict, of: dict, minutes: float) -
 
 
 def judged_run(args: argparse.Namespace, record: dict, of: dict, entry: dict) -> dict:
-    """By evaluator, of a run that is trained; its untrained twin is judged with the first that has it."""
+    """By evaluator, of a run that is trained."""
     told = {key: entry[key] for key in ("steps", "way")}
-    twin, shards = f"{entry['method']}/seed {of['seed']}", (args.data, args.test)
-    if twin not in record["untrained"]:
-        encoder = untrained(of["method"], of["seed"], args.set)
-        record["untrained"][twin] = judged(encoder, *shards, seed=of["seed"])
-        keep(record, args.out)
-    return judged(trained(Training(**of, **told, folder=folder_of(args, entry))), *shards, seed=of["seed"])
+    encoder = trained(Training(**of, **told, folder=folder_of(args, entry)))
+    return judged(encoder, args.data, args.test, kinds=args.features, seed=of["seed"])
+
+
+def judge_twins(args: argparse.Namespace, record: dict) -> None:
+    """The untrained encoder of every method and seed that has a judged entry, once; after all entries, which they are
+    of no use without."""
+    for method, *arm, seed, minutes in plan(args, record["versions"]):
+        twin = f"{named(method)}/seed {seed}"
+        entry = record["entries"].get(key_of(method, *arm, seed, minutes), {})
+        if "linear" in entry and twin not in record["untrained"]:
+            encoder = untrained(method, seed, args.set)
+            record["untrained"][twin] = judged(encoder, args.data, args.test, kinds=args.features, seed=seed)
+            keep(record, args.out)
 
 
 def is_unjudged(entry: dict) -> bool:
@@ -184,6 +200,16 @@ def wait_for_cores(share: float) -> None:
         )
 
 
+def check_features(args: argparse.Namespace) -> None:
+    """Before minutes are spent on what cannot be judged. Exits where an encoder has none of the features."""
+    for method in args.methods if args.features else ():
+        encoder = untrained(method, 0, args.set)
+        try:
+            kinds_among(encoder.model, args.features, named(method))
+        except UserError as error:
+            raise SystemExit(str(error)) from None
+
+
 def begun(args: argparse.Namespace, record: dict) -> dict:
     """The record, new or gone on with. Exits where it was made on another machine or other pictures."""
     cpu = next((line for line in open("/proc/cpuinfo") if line.startswith("model name")), ":").partition(":")[2].strip()
@@ -191,17 +217,24 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
     fingerprints = {split: ShardIndex(getattr(args, split), "cls").fingerprint for split in ("data", "test")}
     data = {"data": args.data, "test": args.test, "num_pictures": num_pictures(args.data), **fingerprints}
     same = {"machine": machine, "fingerprints": fingerprints, "settings": [*args.set]}
+    features = {"features": [*args.features]}
+    if record and any("linear" in each for each in (*record["entries"].values(), *record["untrained"].values())):
+        same |= features
     for name, here in same.items():
-        if record and record[name] != here:
-            raise SystemExit(
-                f"{args.out} was begun with {name} {record[name]}, here it is {here}; write another --out."
-            )
+        if record and (then := record.get(name, [])) != here:
+            raise SystemExit(f"{args.out} was begun with {name} {then}, here it is {here}; write another --out.")
     installed = versions(args.peers_python)
     for arm in args.arms:
         if arm in PEERS and arm not in installed:
             print(f"{arm} is not installed for {args.peers_python}: its arm is left out", file=sys.stderr)
     empty = {"ways": {}, "speeds": {}, "untrained": {}, "entries": {}}
-    return empty | record | same | {"shards": data, "versions": installed | record.get("versions", {}) | installed}
+    return (
+        empty
+        | record
+        | same
+        | features
+        | {"shards": data, "versions": installed | record.get("versions", {}) | installed}
+    )
 
 
 def named(method: str) -> str:
@@ -246,6 +279,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="key.sub=value", help="settings of our recipes, for all"
     )
+    features = "that the judge looks at, of those that an encoder has (default: those that suit it)"
+    parser.add_argument("--features", nargs="+", default=[], metavar="KIND", help=features)
     parser.add_argument("--peers-python", default=sys.executable, metavar="FILE", help="interpreter that has the peers")
     parser.add_argument("--busy", type=float, default=0.2, metavar="SHARE", help="of the cores that others may take")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "league", metavar="DIR", help="of runs and logs")

@@ -6,12 +6,14 @@ The encoder, as a timm network, is frozen and looks at all labelled pictures onc
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from league_arms import Training, recipe
 
 from prelude.checkpoints.sources import OpenedEncoder, fingerprint, open_encoder
+from prelude.evaluators.features.extraction import kinds_among
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
 from prelude.evaluators.judging import Judging
@@ -43,11 +45,14 @@ def opened(model, config: Config, mean, std, name: str) -> OpenedEncoder:
     return OpenedEncoder(model, config.encoder.architecture, tuple(mean), tuple(std), name, fingerprint(model))
 
 
-def judged(encoder: OpenedEncoder, train: str, test: str, *, seed: int) -> dict[str, dict]:
-    """By evaluator: top1 in percent, its standard error from the test sample, and what was chosen."""
-    found = {}
+def judged(encoder: OpenedEncoder, train: str, test: str, *, kinds: Sequence[str], seed: int) -> dict[str, dict]:
+    """By evaluator: top1 in percent, its standard error from the test sample, and what was chosen.
+
+    kinds: of feature, those that the encoder has; none: what suits it.
+    """
+    found, kinds = {}, kinds_among(encoder.model, kinds, encoder.name) if kinds else None
     with tempfile.TemporaryDirectory() as bank:
-        judging = Judging([], Labelled(train, test, "cls"), bank=Path(bank))
+        judging = Judging([], Labelled(train, test, "cls"), kinds=kinds, bank=Path(bank))
         parts = judging.features(encoder.name, [], encoder)
         for name, evaluator in EVALUATORS.items():
             outcome = evaluator(*parts, seed=seed)

@@ -3,10 +3,10 @@
     python benchmarks/league_record.py --minutes 20
 
 Reads what league.py has measured, and takes the best of our entries with three seeds or more. It becomes the record for
-its machine's number of cores where it beats the one before by more than the larger deviation over seeds of the two,
-and is written to benchmarks/records/ with every seed's figures, command, commit and curve of the loss. Entries beside
-which other processes took more than 5 % of the cores, or which missed their minutes by more than a tenth, are no
-records. Exit code 0 where there is a new record, 1 where the old one stays.
+its machine's number of cores where it beats the one before, judged on the same features, by more than the larger
+deviation over seeds of the two, and is written to benchmarks/records/ with every seed's figures, command, commit and
+curve of the loss. Entries beside which other processes took more than 5 % of the cores, or which missed their minutes
+by more than a tenth, are no records. Exit code 0 where there is a new record, 1 where the old one stays.
 """
 
 import argparse
@@ -29,12 +29,16 @@ def main() -> int:
     if best is None:
         print(f"no recipe can be a record yet: {why_not or 'nothing of ours was measured for so long'}")
         return 1
+    about = {key: measured.get(key, []) for key in ("machine", "shards", "settings", "features")}
+    for key in ("settings", "features"):
+        if old and old.get(key, []) != about[key]:
+            print(f"the record was measured with {key} {old.get(key, [])}, this with {about[key]}: not to be compared")
+            return 1
     told = f"{best[0]['method']}: {mean(best, 'linear'):.1f} ± {spread(best):.1f} over {len(best)} seeds"
     if old and not beats(best, old["entries"]):
         before = old["entries"]
         print(f"{told}; the record stays {old['method']}: {mean(before, 'linear'):.1f} ± {spread(before):.1f}")
         return 1
-    about = {key: measured[key] for key in ("machine", "shards", "settings")}
     record = {"method": best[0]["method"], "minutes": args.minutes, **about, "entries": best}
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(record, indent=1) + "\n")

@@ -25,7 +25,9 @@ OFF = 0.1  # share of the budget from which on a run's time is marked
 def tables(record: dict) -> str:
     entries = [entry for entry in record["entries"].values() if "linear" in entry]
     failed = {key: entry["failed"] for key, entry in record["entries"].items() if "failed" in entry}
-    parts = [by_method(entries, record["untrained"]), ahead(entries), by_minutes(entries), offered(record)]
+    features = ", ".join(record.get("features", []))
+    parts = [f"Judged on {features}, of those that an encoder has." if features else ""]
+    parts += [by_method(entries, record["untrained"]), ahead(entries), by_minutes(entries), offered(record)]
     parts += ["\n".join(f"- failed: {key}: {why}" for key, why in failed.items())] if failed else []
     return "\n\n".join(filter(None, parts))
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 SHARED_MEMORY = "/dev/shm"
-"""What batches travel through between processes."""
+"""What large batches travel through between processes."""
 
 
 def cache_folder() -> Path:

@@ -241,7 +241,7 @@ _line = memoryview(bytearray(Board.SIZE))
 
 
 def shared_memory() -> str:
-    """The state of the memory that batches travel through, in words."""
+    """The state of the memory that large batches travel through, in words."""
     try:
         status = os.statvfs(host.SHARED_MEMORY)
     except OSError:

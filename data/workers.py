@@ -33,7 +33,7 @@ from prelude.data.errors import RunStopped
 from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
-SENT_BYTES = 2**20  # of views: fewer travel faster by a pipe than by a descriptor of shared memory
+SENT_BYTES = 2**20  # of views to a CPU: fewer travel faster by a pipe than by a descriptor of shared memory
 START_METHODS = ("fork", "forkserver", "spawn")
 _PRELOADED = ["prelude.data.loader"]  # by the server that workers are forked from
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -68,6 +68,7 @@ class Workers:
     def __init__(self, pipeline: IterableDataset, num_workers: int):
         self.num_workers = num_workers
         before = set(multiprocessing.active_children())
+        pinned = torch.cuda.is_available()  # by a thread that takes tensors, and would wait for the rest of a message
         try:
             self.board = Board(num_workers)
             context = _context()
@@ -77,10 +78,10 @@ class Workers:
             loader = DataLoader(
                 pipeline,
                 batch_size=None,
-                collate_fn=_ready_to_travel,
+                collate_fn=functools.partial(_ready_to_travel, sent_bytes=0 if pinned else SENT_BYTES),
                 num_workers=num_workers,
                 prefetch_factor=MICRO_BATCHES_AHEAD,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=pinned,
                 multiprocessing_context=context,
                 worker_init_fn=functools.partial(_start, board=self.board, ends_with=ends_with),
                 generator=torch.Generator(),  # or torch draws from the global one at each start
@@ -153,9 +154,16 @@ class Workers:
                 raise RunStopped(_of_what(process)) from noticed
 
     def _waited_for(self, number: int) -> str:
-        process = self.processes[number]
-        state, line = state_of(process.pid), self.board.line(number)
-        return f"the next batch of data worker {number} (process {process.pid}{state and ', ' + state}; {line})"
+        """Another one is named with it that is stopped: if in the middle of a message, it keeps the pipe from all."""
+        states = {n: state_of(process.pid) for n, process in enumerate(self.processes)}
+        own, line = states.pop(number), self.board.line(number)
+        told = (
+            f"the next batch of data worker {number} (process {self.processes[number].pid}{own and ', ' + own}; {line})"
+        )
+        stopped = next((n for n, state in states.items() if state.startswith("stopped")), None)
+        if own or stopped is None:
+            return told
+        return f"{told}, while data worker {stopped} (process {self.processes[stopped].pid}) is {states[stopped]}"
 
 
 def _of_what(process) -> str:
@@ -214,10 +222,10 @@ def _end_with_starter() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _ready_to_travel(arrays: dict) -> dict:
-    """Moves large views into shared memory, whose descriptor travels; all else is numpy, which is sent as it is."""
+def _ready_to_travel(arrays: dict, *, sent_bytes: int) -> dict:
+    """Moves views of more bytes into shared memory, whose descriptor travels; all else is sent as it is, in numpy."""
     views = arrays.get("views", ())
-    if sum(view.nbytes for view in views) <= SENT_BYTES:
+    if sum(view.nbytes for view in views) <= sent_bytes:
         return arrays | {"views": tuple(view.numpy() for view in views)}
     for view in views:
         while True:

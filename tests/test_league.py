@@ -24,17 +24,19 @@ def league_table():
     sys.path.remove(BENCHMARKS)
 
 
-def smoke(folder, *words):
+def smoke(folder, *words, code=0):
     command = [sys.executable, f"{BENCHMARKS}/league.py", "--smoke", "--work", str(folder), "--methods", "mae", *words]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((folder / "smoke.json").read_text())
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stderr if code else json.loads((folder / "smoke.json").read_text())
 
 
 def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated(tmp_path, capsys):
-    unjudged = smoke(tmp_path, "--arms", "prelude", "--train-only")["entries"][ENTRY.format("prelude", "ours")]
-    record = smoke(tmp_path, "--arms", "prelude")
+    words = ("--arms", "prelude", "--features", "mean", "stages")  # which a transformer does not have
+    assert "mae has no features=stages" in smoke(tmp_path, "--arms", "prelude", "--features", "stages", code=1)
+    unjudged = smoke(tmp_path, *words, "--train-only")["entries"][ENTRY.format("prelude", "ours")]
+    record = smoke(tmp_path, *words)
     entry = record["entries"][ENTRY.format("prelude", "ours")]
     assert "linear" not in unjudged and unjudged == {key: entry[key] for key in unjudged}
     assert entry["steps"] == 4 and entry["batch"] == 16 and entry["images"] == 64
@@ -42,16 +44,20 @@ def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert entry["seconds"] == pytest.approx(sum(each["step_seconds"] for each in logged))
     assert 0 <= entry["others"] <= 1 and record["machine"]["cores"] >= 1
+    for judged in (entry, record["untrained"]["mae/seed 0"]):
+        assert {judged[name]["chosen"]["features"] for name in ("linear", "knn")} == {"mean"}
 
     from prelude.launch import knn
 
     shards = [word for split in ("train", "test") for word in (f"--{split}", str(tmp_path / f"shapes/{split}-*.tar"))]
-    assert knn.main([str(run), *shards, "--out", str(tmp_path / "door"), "--num-workers", "0"]) == 0
+    told = ["--features", "mean", "--out", str(tmp_path / "door"), "--num-workers", "0"]
+    assert knn.main([str(run), *shards, *told]) == 0
     (found,) = (tmp_path / "door").glob("*.json")
     assert entry["knn"]["top1"] == pytest.approx(json.loads(found.read_text())["numbers"]["top1"]["value"], abs=0.01)
 
     before = (run / "metrics.jsonl").stat().st_mtime_ns
-    assert smoke(tmp_path, "--arms", "prelude")["entries"] == record["entries"]
+    assert smoke(tmp_path, *words)["entries"] == record["entries"]
+    assert "was begun with features ['mean', 'stages'], here it is" in smoke(tmp_path, *words, "cls", code=1)
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -85,8 +91,8 @@ def test_a_record_needs_three_sound_seeds_and_more_than_the_spread(tmp_path):
         about = {"method": method, "arm": "prelude", "minutes": 20, "seconds": 1210.0, "others": others}
         return {f"{method} {i}": about | {"linear": {"top1": value}} for i, value in enumerate(values)}
 
-    def asked(**entries):
-        measured = {"machine": {"cores": 2}, "shards": {}, "settings": [], "entries": entries}
+    def asked(features=("mean",), **entries):
+        measured = {"machine": {"cores": 2}, "shards": {}, "settings": [], "features": features, "entries": entries}
         (tmp_path / "league.json").write_text(json.dumps(measured))
         words = ["--measured", str(tmp_path / "league.json"), "--folder", str(tmp_path)]
         return subprocess.run([*RECORD, *words], capture_output=True, text=True)
@@ -98,3 +104,5 @@ def test_a_record_needs_three_sound_seeds_and_more_than_the_spread(tmp_path):
     assert within.returncode == 1 and "the record stays a: 61.0 ± 1.0" in within.stdout
     assert asked(**kept("c", 61.7, 62.1, 62.5)).returncode == 0
     assert json.loads((tmp_path / "linear-20min-2cores.json").read_text())["method"] == "c"
+    unlike = asked(("last4",), **kept("d", 80.0, 81.0, 82.0))
+    assert unlike.returncode == 1 and "measured with features ['mean'], this with ['last4']" in unlike.stdout

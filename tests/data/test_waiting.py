@@ -213,16 +213,22 @@ def test_labels_that_hang_are_named(write_shards, hung, patience):
 # ---- workers
 
 
-@pytest.fixture
-def started(write_shards):
+# By a pipe that has no room for a whole batch, so that workers are in the middle of one most of the time.
+BY_PIPE = ViewPlan((View((128, 128)),))
+
+
+@pytest.fixture(params=["by pipe", "by shared memory"])
+def started(write_shards, monkeypatch, request):
     """A loader of two workers that has given a batch, and its workers in the order of their turns."""
     before = set(multiprocessing.active_children())
-    loader = Loader(ShardIndex(write_shards([34])), PLAN, seed=0, micro_batch=2, num_workers=2)
+    if request.param == "by shared memory":
+        monkeypatch.setattr(workers, "SENT_BYTES", 0)
+    loader = Loader(ShardIndex(write_shards([34])), BY_PIPE, seed=0, micro_batch=2, num_workers=2)
     next(loader)
-    workers = sorted(set(multiprocessing.active_children()) - before, key=lambda worker: worker._identity)
-    yield loader, workers
+    processes = sorted(set(multiprocessing.active_children()) - before, key=lambda worker: worker._identity)
+    yield loader, processes
     loader.close()
-    assert not any(worker.is_alive() for worker in workers)
+    assert not any(worker.is_alive() for worker in processes)
 
 
 def exhaust(loader):
@@ -236,6 +242,34 @@ def test_a_worker_that_is_stopped_is_named_and_given_up(started, patience):
     patience.timeout_seconds = 1.0
     with pytest.raises(RunStopped, match=rf"data worker 1 \(process {workers[1].pid}, stopped by a signal"):
         exhaust(loader)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no batch to a GPU goes through a pipe")
+def test_a_worker_that_is_stopped_in_mid_message_is_named_with_the_one_it_keeps_waiting(
+    write_shards, patience, monkeypatch
+):
+    travel, may_go = workers._ready_to_travel, multiprocessing.Event()
+
+    def second_waits(arrays, **how):
+        if torch.utils.data.get_worker_info().id == 1:
+            may_go.wait(60)
+        return travel(arrays, **how)
+
+    monkeypatch.setattr(workers, "_ready_to_travel", second_waits)
+    before = set(multiprocessing.active_children())
+    loader = Loader(ShardIndex(write_shards([34])), BY_PIPE, seed=0, micro_batch=2, num_workers=2)
+    next(loader)
+    first, second = sorted(set(multiprocessing.active_children()) - before, key=lambda worker: worker._identity)
+    time.sleep(1)  # the first has the pipe full of its second batch by now
+    os.kill(first.pid, signal.SIGSTOP)
+    may_go.set()
+    patience.timeout_seconds = 1.0
+    told = (
+        rf"data worker 1 \(process {second.pid}; .*\), while data worker 0 \(process {first.pid}\) is stopped by a sig"
+    )
+    with pytest.raises(RunStopped, match=told):
+        exhaust(loader)
+    loader.close()
 
 
 def test_a_worker_that_goes_on_again_has_lost_nothing(started, write_shards):
