@@ -33,7 +33,7 @@ from prelude.data.errors import RunStopped
 from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
-SENT_BYTES = 2**20  # of views to a CPU: fewer travel faster by a pipe than by a descriptor of shared memory
+SENT_BYTES = 2**20  # of views to a CPU: fewer cost less by a pipe than by a descriptor of shared memory
 START_METHODS = ("fork", "forkserver", "spawn")
 _PRELOADED = ["prelude.data.loader"]  # by the server that workers are forked from
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
