@@ -228,13 +228,8 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
         if arm in PEERS and arm not in installed:
             print(f"{arm} is not installed for {args.peers_python}: its arm is left out", file=sys.stderr)
     empty = {"ways": {}, "speeds": {}, "untrained": {}, "entries": {}}
-    return (
-        empty
-        | record
-        | same
-        | features
-        | {"shards": data, "versions": installed | record.get("versions", {}) | installed}
-    )
+    told = {"shards": data, "versions": record.get("versions", {}) | installed}
+    return empty | record | same | features | told
 
 
 def named(method: str) -> str:
