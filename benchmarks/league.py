@@ -44,12 +44,12 @@ from league_arms import (  # noqa: E402
     versions,
 )
 from league_judge import judged, trained, untrained  # noqa: E402
-from league_table import OFFERED, tables  # noqa: E402
+from league_table import OFFERED, read, refuse, tables  # noqa: E402
 
 from prelude.data.errors import UserError  # noqa: E402
 from prelude.data.shapes import write_shards  # noqa: E402
 from prelude.data.shards import ShardIndex  # noqa: E402
-from prelude.evaluators.features.extraction import kinds_among  # noqa: E402
+from prelude.evaluators.features.extraction import is_kind, kinds_among  # noqa: E402
 
 ARMS = ("prelude", *PEERS)
 METHODS = ("mae", "barlow_twins", "vicreg", "lejepa", "ijepa")  # those that a peer has, by default
@@ -64,11 +64,11 @@ def main() -> int:
     if args.table:
         print(tables(record) if record else f"{args.out} is not there yet")
         return 0
+    check_features(args)
     if args.smoke:
         args.data, args.test = (str(args.work / "shapes" / f"{split}-*.tar") for split in ("train", "test"))
         for split, count in (("train", 64), ("test", 32)):
             write_shards(args.work / "shapes", split, count)
-    check_features(args)
     record = begun(args, record)
     pictures = args.work / f"pictures-{record['fingerprints']['data'][:12]}"
     if any(arm in PEERS for arm in args.arms):
@@ -202,12 +202,14 @@ def wait_for_cores(share: float) -> None:
 
 def check_features(args: argparse.Namespace) -> None:
     """Before minutes are spent on what cannot be judged. Exits where an encoder has none of the features."""
+    if unknown := [kind for kind in args.features if not is_kind(kind)]:
+        refuse(f"--features {unknown[0]} is no kind of feature; docs/evaluators.md lists them.")
     for method in args.methods if args.features else ():
         encoder = untrained(method, 0, args.set)
         try:
             kinds_among(encoder.model, args.features, named(method))
         except UserError as error:
-            raise SystemExit(str(error)) from None
+            refuse(str(error))
 
 
 def begun(args: argparse.Namespace, record: dict) -> dict:
@@ -222,7 +224,7 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
         same |= features
     for name, here in same.items():
         if record and (then := record.get(name, [])) != here:
-            raise SystemExit(f"{args.out} was begun with {name} {then}, here it is {here}; write another --out.")
+            refuse(f"{args.out} was begun with {name} {then}, here it is {here}; write another --out.")
     installed = versions(args.peers_python)
     for arm in args.arms:
         if arm in PEERS and arm not in installed:
@@ -248,10 +250,6 @@ def told(entry: dict) -> str:
     if "failed" in entry:
         return f"failed: {entry['failed']}"
     return f"linear {entry['linear']['top1']:.1f}, k-NN {entry['knn']['top1']:.1f}, {entry['images']:,} images"
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def keep(record: dict, path: Path) -> None:
@@ -285,7 +283,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the record's tables, and measure nothing")
     parser.add_argument("--smoke", action="store_true", help="all of it at toy size, on made pictures")
     args = parser.parse_args()
-    args.work = args.work.resolve()
+    args.work, args.features = args.work.resolve(), sorted({*args.features})
     args.out = args.out or (args.work / "smoke.json" if args.smoke else default)
     if args.smoke:
         args.seeds, args.minutes, args.busy, args.set = args.seeds[:1], args.minutes[:1], 1.0, [*args.set, *SMOKE]

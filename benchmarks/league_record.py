@@ -14,7 +14,7 @@ import json
 import statistics
 from pathlib import Path
 
-from league_table import BUSY, OFF, grouped, mean
+from league_table import BUSY, OFF, grouped, mean, read
 
 RECORDS = Path(__file__).resolve().parent / "records"
 LEAST_SEEDS = 3
@@ -22,7 +22,7 @@ LEAST_SEEDS = 3
 
 def main() -> int:
     args = parse_arguments()
-    measured = json.loads(args.measured.read_text())
+    measured = read(args.measured)
     place = args.folder / f"linear-{args.minutes:g}min-{measured['machine']['cores']}cores.json"
     old = json.loads(place.read_text()) if place.is_file() else None
     best, why_not = best_of(measured, args.minutes)

@@ -1,8 +1,12 @@
 """The league's record as tables: each method by minutes, who is ahead, which method when, who offers what."""
 
+import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
 
 OFFERED = {  # by the peers' packages, of what we have; what is run here, or why not
     "barlow_twins": ("loss, head, CIFAR-10 benchmark", "loss, class, CIFAR-10 script"),
@@ -20,6 +24,24 @@ OFFERED = {  # by the peers' packages, of what we have; what is run here, or why
 COLUMNS = {"linear": "linear probe, top-1 %", "knn": "k-NN, top-1 %"}
 BUSY = 0.05  # share of the cores from which on an entry is marked
 OFF = 0.1  # share of the budget from which on a run's time is marked
+
+
+def refuse(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read(path: Path) -> dict:
+    """What league.py has kept there."""
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record["entries"], dict):
+            raise ValueError("its entries are no object")
+        record["machine"]["cores"], record["shards"], record["settings"]
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        refuse(f"{path} is no record of benchmarks/league.py ({why}); write another file, or measure one.")
 
 
 def tables(record: dict) -> str:

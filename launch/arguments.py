@@ -28,7 +28,7 @@ ENCODERS = (
 )
 SOURCES = f"{ENCODERS}, or pixels, pixels:SIZE"
 FEATURES = (
-    "cls, mean, last4, last4x2 of a vision transformer; pool, stages, stage2, stage2x4 of others "
+    "cls, mean, last4, last4x2 of a vision transformer; pool, stages, stagesx2, stage2, stage2x4 of others "
     "(default: those that suit each encoder)"
 )
 KINDS = ("cls", "mean", "last4", "pool", "stages")

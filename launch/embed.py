@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
         "--kind",
         nargs="+",
         metavar="KIND",
-        help="cls, mean, last4, last4x2 of a vision transformer; pool, stages, stage2, stage2x4 of others "
+        help="cls, mean, last4, last4x2 of a vision transformer; pool, stages, stagesx2, stage2, stage2x4 of others "
         "(default: those that suit the encoder)",
     )
     offering(kind, KINDS)

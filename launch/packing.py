@@ -20,19 +20,21 @@ def main(args: argparse.Namespace) -> int:
     """Exit code 4 where an image was left out."""
     if args.quality is not None and args.short_side is None:
         raise UserError("--quality has no effect without --short-side, as nothing is re-coded; leave it out.")
+    if args.split == "":
+        raise UserError("--split is empty; write the name of a split of the source, or leave it out.")
     options = SourceOptions(
         image=args.image,
         label=tuple(args.label),
         label_separator=args.label_separator,
         group=args.group,
         fields=tuple(args.fields),
-        split=args.split,
+        split=args.split or "",
         root=args.root,
         classes=read_classes(args.classes) if args.classes else None,
     )
     packing = Packing(
         to=args.to,
-        name=args.name or args.split or "train",
+        name=args.split or "train" if args.name is None else args.name,
         per_shard=args.per_shard,
         seed=args.seed,
         val_share=args.val_share,
@@ -40,13 +42,15 @@ def main(args: argparse.Namespace) -> int:
         quality=QUALITY if args.quality is None else args.quality,
         workers=cores_per_rank() if args.workers is None else args.workers,
     )
-    packing.check("--split" if args.split and not args.name else "--name")  # before a bar is shown
+    packing.check("--split" if args.split and args.name is None else "--name")
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        summary, notes = pack(
-            args.source, options, packing, lambda done, of: bar.update(task, completed=done, total=of)
-        )
+        task = bar.add_task("", total=None, visible=False)  # what is refused has no bar
+
+        def told(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of, visible=True)
+
+        summary, notes = pack(args.source, options, packing, told)
     for note in notes:
         print(note, file=sys.stderr)
     _tell(summary, packing)

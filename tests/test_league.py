@@ -34,7 +34,8 @@ def smoke(folder, *words, code=0):
 
 def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated(tmp_path, capsys):
     words = ("--arms", "prelude", "--features", "mean", "stages")  # which a transformer does not have
-    assert "mae has no features=stages" in smoke(tmp_path, "--arms", "prelude", "--features", "stages", code=1)
+    assert "mae has no features=stages" in smoke(tmp_path, "--arms", "prelude", "--features", "stages", code=2)
+    assert "--features nonsense is no kind" in smoke(tmp_path, *words, "nonsense", code=2)
     unjudged = smoke(tmp_path, *words, "--train-only")["entries"][ENTRY.format("prelude", "ours")]
     record = smoke(tmp_path, *words)
     entry = record["entries"][ENTRY.format("prelude", "ours")]
@@ -57,7 +58,7 @@ def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated
 
     before = (run / "metrics.jsonl").stat().st_mtime_ns
     assert smoke(tmp_path, *words)["entries"] == record["entries"]
-    assert "was begun with features ['mean', 'stages'], here it is" in smoke(tmp_path, *words, "cls", code=1)
+    assert "was begun with features ['mean', 'stages'], here it is" in smoke(tmp_path, *words, "cls", code=2)
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -106,3 +107,16 @@ def test_a_record_needs_three_sound_seeds_and_more_than_the_spread(tmp_path):
     assert json.loads((tmp_path / "linear-20min-2cores.json").read_text())["method"] == "c"
     unlike = asked(("last4",), **kept("d", 80.0, 81.0, 82.0))
     assert unlike.returncode == 1 and "measured with features ['mean'], this with ['last4']" in unlike.stdout
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"entries": []}', b'{"entries": {}}']
+)
+def test_what_is_no_record_is_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "league.json"
+    if content is not None:
+        path.write_bytes(content)
+    done = subprocess.run([*RECORD, "--measured", str(path)], capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and done.stderr.startswith(f"error: {path} is no record") and done.stderr.count("\n") == 1
+    )

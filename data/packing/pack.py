@@ -77,7 +77,7 @@ class Packing:
             if not least <= value <= most:
                 raise UserError(f"--{flag} {value} cannot be; write a value from {least} to {most}.")
         if not self.name or set(self.name) & set("/\\{}[]*?:. ") or (self.val_share and self.name == VAL):
-            instead = "a plain word" if named_by == "--name" else "a split of the source, or a plain word as --name"
+            instead = "a plain word" if named_by == "--name" else "a plain word, or --name beside it"
             raise UserError(f"{named_by} {self.name!r} cannot be the start of a shard's name; write {instead}.")
 
 

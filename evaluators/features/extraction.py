@@ -258,6 +258,8 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
             pooled[kind] = norm(tokens[:, model.num_prefix_tokens :].float().mean(1)).float()  # (B, D)
         else:
             count, cells = _last(kind)  # of blocks, which come without prefix tokens
+            if cells > 1:
+                _check_cells(kind, cells, blocks[-1])
             means = [norm(_means(block.float(), cells)).float() for block in blocks[-count:]]
             pooled[kind] = torch.cat([mean.flatten(1) for mean in means], 1)  # (B, K * G * G * D)
     return pooled
@@ -285,11 +287,21 @@ def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[s
             whole = final is None
             pooled[kind] = _final(model, pixels) if whole else _mean_over_places(final, model.num_features)
         elif cells := _stages(kind):
+            _check_cells(kind, cells, stages[0])
             pooled[kind] = torch.cat([F.adaptive_avg_pool2d(stage.float(), cells).flatten(1) for stage in stages], 1)
         else:
             number, cells = _stage(kind)
+            _check_cells(kind, cells, stages[number])
             pooled[kind] = F.adaptive_avg_pool2d(stages[number].float(), cells).flatten(1)
     return pooled
+
+
+def _check_cells(kind: str, cells: int, finest: Tensor) -> None:
+    """More cells than the finest map (B, C, H, W) has places say nothing new, and may be more than memory holds."""
+    height, width = finest.shape[2:]
+    if cells > max(height, width):
+        most = f"{kind.rpartition('x')[0]}x{max(height, width)}"
+        raise UserError(f"features={kind} asks for more cells than {height} x {width} places; write {most} at most.")
 
 
 def _final(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -328,6 +340,12 @@ def _stages(kind: str) -> int:
     """G of `stagesxG`, 1 for `stages`; 0 for every other kind."""
     match = re.fullmatch(r"stages(?:x([1-9]\d*))?", kind)
     return int(match[1] or 1) if match else 0
+
+
+def is_kind(kind: str) -> bool:
+    """Whether some encoder could have such features."""
+    plain = kind in ("cls", "mean", "pool", "pixels")
+    return plain or is_dense(kind) or bool(_last(kind)[0] or _stage(kind) or _stages(kind))
 
 
 def _autocast(device: torch.device):

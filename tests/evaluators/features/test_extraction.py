@@ -135,6 +135,21 @@ def test_stages_are_pooled_maps_of_what_the_blocks_give(pixels):
     assert torch.allclose(everywhere[0].view(4, 64, 2, 2)[:, :, 1, 0], maps[0][:, :, 8:, :8].mean((2, 3)), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind, most",
+    [
+        ("stagesx17", "stagesx16"),
+        ("stage2x5", "stage2x4"),
+        ("stagesx99999999999999999999", "stagesx16"),
+        ("last2x9", "last2x4"),
+    ],
+)
+def test_more_cells_than_places_are_refused_with_how_many_there_can_be(pixels, kind, most):
+    model = vit() if kind.startswith("last") else timm.create_model("resnet18", num_classes=0).eval()
+    with pytest.raises(UserError, match=rf"features={kind} asks for more cells than .* places; write {most} at most"):
+        encoded(model, pixels[:2], kinds=[kind])
+
+
 def test_pixels_are_the_normalised_view(pixels):
     encoder = open_pixels("pixels", beside=opened(vit()))
     (found,) = encode(encoder, batches_of(pixels, torch.zeros(16, dtype=torch.long)), 16, "f").values()
