@@ -253,7 +253,7 @@ def labelled_shards(
     vectors: where labels are findings instead of class numbers. group, one_set: as `Labelled` has them. given: `image`,
     `classes`, `train_select` and `test_select` of `Labelled`; the section's parts are those of its own shards.
 
-    Raises UserError where train or test shards remain unknown.
+    Raises UserError where train or test shards remain unknown, and where runs read pixels by different ranges.
     """
     section = first_section(sources)
     more = {key: given.get(key) or (section and getattr(section, key)) for key in ("image", "classes")}
@@ -271,14 +271,11 @@ def labelled_shards(
             f"evaluate section in the run's config."
         )
     default = "json" if vectors else "cls"
-    said = {}
-    for key in ("range", "max_pixels"):
-        said[key] = next(filter(None, (data.get(key) for data in sections_of(sources, "data"))), None)
     alike = section and bool(section.label_names) == bool(vectors)  # else it speaks of other members
     label = label or (section.label if alike else default)
     more |= {"image": more["image"] or "", "classes": tuple(more["classes"] or ())}
     more |= {"group": group, "one_set": one_set, "named": named}
-    value_range, max_pixels = value_range or said["range"], said["max_pixels"] or MAX_PIXELS
+    value_range, max_pixels = read_as(sources, value_range)
     return Labelled(train, test, label, vectors, value_range, max_pixels, **more)
 
 
@@ -326,6 +323,24 @@ def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
     paths = [Path(source) if is_recipe(source) else run_of(source) for source in sources]
     recipes = (read_recipe(path) if path.is_file() else recorded_config(path) for path in paths if path)
     return filter(None, (recipe.get(name) for recipe in recipes))
+
+
+def read_as(
+    sources: Sequence[str], value_range: ValueRange | Literal["auto"] | None
+) -> tuple[ValueRange | Literal["auto"] | None, int]:
+    """The range of values, where none is given that of the sources' runs, and the largest image.
+
+    Raises UserError where runs differ in their range: all are shown the same images.
+    """
+    sections = list(sections_of(sources, "data"))
+    ranges, limits = ([section[key] for section in sections if section.get(key)] for key in ("range", "max_pixels"))
+    unlike = [each for each in ranges if each != ranges[0]]
+    if unlike and value_range is None:
+        raise UserError(
+            f"The runs of {', '.join(sources)} differ in data.range ({ranges[0]} and {unlike[0]}), and all are shown "
+            f"the same images; write --range LOW,HIGH, or judge them one by one."
+        )
+    return value_range or (ranges or [None])[0], (limits or [MAX_PIXELS])[0]
 
 
 def is_recipe(source: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 class Curve:
     """Something that was logged while pretraining; a lost or repeated step is not in it."""
 
-    name: str  # loss, or a part of one (feature_std, ...), or an online evaluation (online/knn_top1)
+    name: str  # loss, or a part of one (feature_std, ...), or an online evaluation (online/knn)
     steps: list[int]
     values: list[float]
 

@@ -1,8 +1,9 @@
 """The number that stands for a result wherever encoders are compared, its uncertainty, and what things are called.
 
 - Of few-shot it is that of `headline_amount`. Of any other evaluator it is the first.
-- What a number is given with is its 95 % interval where it has one, else its deviation over seeds or draws, else the
-  standard error of the test sample. The deviation over pretraining seeds stands behind that, apart.
+- What a number is given with is its deviation over seeds or draws where there are several, else its 95 % interval
+  where it has one, else the standard error of the test sample. The deviation over pretraining seeds stands behind that.
+- `low` and `high` know of all of these: seeds that agree say nothing of another test sample.
 - A gain is over the same architecture untrained, by the same kind of feature: the one that the pretrained encoder's
   number is of, whatever kind the untrained encoder chose for its own.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.frozen.fewshot import headline_amount
-from prelude.evaluators.results import TITLES, by_frequency
+from prelude.evaluators.results import TITLES, Percent, by_frequency, with_doubt
 
 NAMES = {
     "linear_probe": "linear probe",
@@ -50,20 +51,15 @@ def headline(entry: Entry, evaluator: str) -> Headline | None:
 def number(name: str, found: dict) -> Headline:
     """found: a number as results hold it: value, and se, interval and spread where known; seeds and num_seeds where it
     is a mean over pretrainings."""
-    value, interval = found["value"], found.get("interval")
-    doubt = found.get("se") if found.get("spread") is None else found["spread"]
-    low, high = interval or (value - Z95 * (doubt or 0), value + Z95 * (doubt or 0))
-    text = f"{value:.1f}"
-    if interval:
-        text += f" [{low:.1f}, {high:.1f}]"
-    elif doubt is not None:
-        text += f" ± {doubt:.1f}"
-    seeds = ""
+    value, se, spread, interval = (found.get(key) for key in ("value", "se", "spread", "interval"))
+    low, high = interval or (value - Z95 * (se or 0), value + Z95 * (se or 0))
+    more, seeds = Z95 * (spread or 0), ""
     if "seeds" in found:
         seeds = f"seeds ± {found['seeds']:.1f}"
-        more = _quantile(found["num_seeds"] - 1) * found["seeds"] / math.sqrt(found["num_seeds"])
-        low, high = value - math.hypot(value - low, more), value + math.hypot(high - value, more)
-    return Headline(name, value, low, high, text, seeds)
+        of_mean = _quantile(found["num_seeds"] - 1) * found["seeds"] / math.sqrt(found["num_seeds"])
+        more = math.hypot(more, of_mean)
+    low, high = value - math.hypot(value - low, more), value + math.hypot(high - value, more)
+    return Headline(name, value, low, high, with_doubt(Percent(value, se, spread, interval)), seeds)
 
 
 def _quantile(freedom: int) -> float:

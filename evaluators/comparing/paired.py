@@ -4,7 +4,8 @@
   difference is that of a paired test (Student's; for right and wrong it is McNemar's, up to its continuity), and far
   below what their two intervals suggest.
 - Where both were pretrained with several seeds, the variance of each mean over its seeds comes on top, as in Welch's
-  test, with the degrees of freedom of Welch and Satterthwaite.
+  test, with the degrees of freedom of Welch and Satterthwaite. So does that of the mean difference over draws of few
+  labels, or over an evaluator's seeds, which are the same for both.
 - Told apart: the 95 % interval leaves out 0. Nothing is corrected for the number of pairs that are looked at.
 """
 
@@ -54,25 +55,29 @@ def pair(first: Entry, second: Entry, evaluator: str) -> Pair | None:
     both = [entry.results.get(evaluator) or {} for entry in (first, second)]
     if not all(result.get("right") for result in both) or _images(both[0]) != _images(both[1]):
         return None
-    ours, theirs = (_shares(result) for result in both)  # each (runs, images)
-    difference = 100 * (ours.mean(0) - theirs.mean(0))
-    half = _half_of_interval(difference, [100 * shares.mean(1) for shares in (ours, theirs)])
+    ours, theirs = (100 * _right(result) for result in both)  # each (runs, draws, images)
+    difference = ours.mean((0, 1)) - theirs.mean((0, 1))
+    by_seed = [right.mean((1, 2)) for right in (ours, theirs)]
+    by_draw = [right.mean((0, 2)) for right in (ours, theirs)]
+    doubts = by_seed if min(map(len, by_seed)) > 1 else []
+    if len(by_draw[0]) == len(by_draw[1]) > 1:
+        doubts = [*doubts, by_draw[0] - by_draw[1]]
+    half = _half_of_interval([difference, *doubts])
     points = float(difference.mean())
     counts = (len(ours), len(theirs))
     return Pair(evaluator, first.name, second.name, points, points - half, points + half, len(difference), counts)
 
 
-def _half_of_interval(difference: np.ndarray, by_seed: Sequence[np.ndarray]) -> float:
+def _half_of_interval(samples: Sequence[np.ndarray]) -> float:
+    """Of a sum of means, one over each of the samples, which are independent."""
     from scipy import stats  # here, as it takes a second that no other command needs
 
-    count = len(difference)
-    of_images = difference.var(ddof=1) / count if count > 1 else math.inf
-    if min(map(len, by_seed)) < 2:
-        return float(stats.t.ppf(0.975, count - 1) * math.sqrt(of_images))
-    of_seeds = [values.var(ddof=1) / len(values) for values in by_seed]
-    total = of_images + sum(of_seeds)
-    freedom = [of_images**2 / (count - 1), *(v**2 / (len(x) - 1) for v, x in zip(of_seeds, by_seed, strict=True))]
-    return float(stats.t.ppf(0.975, total**2 / sum(freedom)) * math.sqrt(total)) if total else 0.0
+    if min(map(len, samples)) < 2:
+        return math.inf
+    variances = [values.var(ddof=1) / len(values) for values in samples]
+    total = sum(variances)
+    parts = sum(variance**2 / (len(values) - 1) for variance, values in zip(variances, samples, strict=True))
+    return float(stats.t.ppf(0.975, total**2 / parts) * math.sqrt(total)) if total else 0.0
 
 
 def sentences(comparison: Comparison) -> list[str]:
@@ -129,8 +134,8 @@ def _images(result: dict) -> tuple:
     return test.get("fingerprint"), test.get("num_samples")
 
 
-def _shares(result: dict) -> np.ndarray:
-    """(runs, images): how often each image was right, over a run's draws or seeds."""
+def _right(result: dict) -> np.ndarray:
+    """(runs, draws, images) of 0 and 1: which images were right, in each of a run's draws or seeds."""
     count = result["data"]["test"]["num_samples"]
     right = np.stack([unpacked(text, count) for text in result["right"]]).astype(float)
-    return np.stack([part.mean(0) for part in np.array_split(right, result.get("num_runs", 1))])
+    return right.reshape(result.get("num_runs", 1), -1, count)

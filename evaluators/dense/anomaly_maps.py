@@ -7,7 +7,8 @@
 - Reconstruction: the squared error, in pixels, of a masked autoencoder on the patches that it does not see, the mean
   over many masks. It needs no normal images beside those of pretraining.
 - Pixel AUROC: over all pixels of all test images together. Image AUROC: images with a defect against those without, by
-  the largest score of each. Normal images alone are learned from, and no defect chooses anything.
+  the largest score of each. Normal images alone are learned from, and no defect chooses anything. An image whose mask
+  cannot be read is neither.
 - Intervals are by bootstrap over images.
 """
 
@@ -94,8 +95,8 @@ def _warnings(masks: Tensor, num_normal: int | None = None) -> list[str]:
     warnings = []
     if num_normal is not None and num_normal < FEW_NORMAL:
         warnings.append(f"{num_normal} normal train images are few to learn from how they vary.")
-    defective = (masks == 1).flatten(1).any(1)
-    if defective.all():
+    known, defective = _images(masks)
+    if defective[known].all():
         warnings.append("Every test image has a defect, so there is no image AUROC.")
     return warnings
 
@@ -116,8 +117,9 @@ def level_maps(train: Places, test: Places, normal: Tensor, seed: int, device) -
 
 
 def normal_images(train: dict[str, Places]) -> Tensor:
-    """Rows of train without a defect. Raises UserError where there are fewer than two."""
-    rows = (~(next(iter(train.values())).labels == 1).flatten(1).any(1)).nonzero()[:, 0]
+    """Rows of train that are known to have no defect. Raises UserError where there are fewer than two."""
+    known, defective = _images(next(iter(train.values())).labels)
+    rows = (known & ~defective).nonzero()[:, 0]
     if len(rows) < 2:
         there = "One train image only is" if len(rows) else "No train image is"
         raise UserError(
@@ -137,6 +139,11 @@ def refuse_unless_mixed(masks: Tensor) -> None:
         raise UserError(
             "The test masks are defects all over; write masks that are 0 where an image is as it should be."
         )
+
+
+def _images(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) bool: whether anything is known of an image, and whether it has a defect."""
+    return tuple(found.flatten(1).any(1) for found in (masks != IGNORED, masks == 1))
 
 
 def enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -160,10 +167,11 @@ def numbers(maps: Tensor, masks: Tensor, seed: int) -> dict[str, Percent]:
     exact = 100 * auc(maps[counted], masks[counted] == 1).item()
     draws = 100 * bootstrap(_binned_auc(maps, masks), len(maps), seed)
     found = {"pixel_auroc": Percent(exact, standard_error(draws), interval=interval(draws))}
-    defective = ((masks == 1).flatten(1)).any(1)
+    known, defective = _images(masks)
+    defective = defective[known]
     if defective.any() and not defective.all():
-        largest = maps.masked_fill(~counted, -torch.inf).flatten(1).amax(1)
-        draws = 100 * bootstrap(lambda weights: auc(largest, defective, weights), len(maps), seed)
+        largest = maps.masked_fill(~counted, -torch.inf).flatten(1).amax(1)[known]
+        draws = 100 * bootstrap(lambda weights: auc(largest, defective, weights), len(largest), seed)
         value = 100 * auc(largest, defective).item()
         found["image_auroc"] = Percent(value, standard_error(draws), interval=interval(draws))
     return found

@@ -2,7 +2,8 @@
 
 - A mask is a PNG (or any image of one channel) whose values, or places in a palette, are class numbers from 0 to 254.
   255 counts for nothing, as in Pascal VOC, Cityscapes and ADE20K; other numbers do so where they are named.
-- It has the size of its image. Resized to the view it keeps to its numbers: the nearest pixel is taken.
+- It has the size of its image. Resized to the view it keeps to its numbers: the nearest pixel is taken. A mask of
+  defects keeps what would fall between these pixels, since one of them makes its image a defective one.
 """
 
 import random
@@ -76,10 +77,10 @@ def masks_of(
         if mask is None:
             unreadable += 1
             continue
-        seen = _as_seen(mask, view)
         if of_defects:
-            found[row] = torch.from_numpy(seen != 0)
+            found[row] = torch.from_numpy(_defects_as_seen(mask != 0, view))
             continue
+        seen = _as_seen(mask, view)
         if seen.max() > IGNORED or seen.min() < 0:
             raise UserError(
                 f"The .{index.label} member of sample {index.key(ids[row])} holds class {seen.max()}; write masks with "
@@ -109,9 +110,24 @@ def read_mask(content: bytes, max_pixels: int) -> np.ndarray:
         return np.asarray(opened).astype(np.int64)
 
 
+def _defects_as_seen(defects: np.ndarray, view: View) -> np.ndarray:
+    """(H, W) bool: the nearest pixels; where they miss every defect of the view's box, those in which defects lie."""
+    seen = _as_seen(defects, view)
+    if seen.any():
+        return seen
+    top, left, height, width = _box(defects, view)
+    rows, columns = defects[top : top + height, left : left + width].nonzero()
+    seen[rows * view.size[0] // height, columns * view.size[1] // width] = True
+    return seen
+
+
+def _box(mask: np.ndarray, view: View) -> tuple[int, int, int, int]:
+    return draw(view, *mask.shape, random.Random(0))[0]  # a centre crop draws nothing
+
+
 def _as_seen(mask: np.ndarray, view: View) -> np.ndarray:
     """(H, W): the nearest pixels of the view's box."""
-    (top, left, height, width), _ = draw(view, *mask.shape, random.Random(0))  # a centre crop draws nothing
+    top, left, height, width = _box(mask, view)
     rows, columns = (
         first + ((np.arange(count) + 0.5) * side / count).astype(np.int64)
         for first, side, count in ((top, height, view.size[0]), (left, width, view.size[1]))

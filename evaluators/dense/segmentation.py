@@ -137,7 +137,10 @@ def segment_knn(
     names: Sequence[str] = (),
     drawn: Drawn | None = None,
 ) -> Outcome:
-    """The same of the nearest patches. seed: of the patches too. Errors as above."""
+    """The same of the nearest patches. seed: of the patches too. Errors as above, and UserError for a k or a
+    temperature that is not above 0."""
+    if min(k, temperature) <= 0:
+        raise UserError(f"k={k} and temperature={temperature:g} must be above 0; write k={K} and {TEMPERATURE}.")
     classes, (fit, held) = _classes(train, test), _held_out(train, seed)
     by_kind, held_out, judged = {}, {}, {}
     for kind, places in train.items():

@@ -16,6 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from prelude.data.errors import UserError
 from prelude.data.progress import progress_bar
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, ClassLoss, Heads, Norm, Space
@@ -36,8 +37,10 @@ def linear_probe(
 ) -> Outcome:
     """Test accuracy of a linear head, its weight decay, kind of feature and norm chosen on a held-out part of train.
 
-    seed: of the held-out part, the only random choice.
+    seed: of the held-out part, the only random choice. Raises UserError for a weight decay below 0.
     """
+    if min(weight_decays) < 0:
+        raise UserError(f"weight_decays={list(weight_decays)} must be 0 or more; write powers of ten, such as 0.01.")
     labels, test_labels, num_classes = contiguous_labels(train, test)
     fit_rows, held_rows = hold_out(labels, seed)
     loss, test_labels = ClassLoss(labels.to(device), num_classes), test_labels.to(device)

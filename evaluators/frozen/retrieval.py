@@ -58,13 +58,11 @@ def retrieval(
     or nothing else, and for a k that is no choice.
     """
     same = _same_images(train, test)
-    gallery, by_kind, details, held_out = next(iter(train.values())), {}, {}, {}
+    gallery, by_kind, details, held_out = next(iter(train.values())), {}, {}, None
     ks = _ks(ks, _most_answers(gallery, next(iter(test.values()))))
+    if len(train) > 1 and not same:
+        held_out = _held_out_map(train, seed, device)
     for kind in train:
-        if len(train) > 1 and not same:
-            fit, held = hold_out(gallery.labels.unique(return_inverse=True)[1], seed)
-            found = ranked(train[kind], train[kind], device=device, rows=fit, queries=held, ks=())
-            held_out[kind] = found.numbers["map"].mean().item()
         found = {centred: ranked(train[kind], test[kind], device=device, centred=centred, ks=ks) for centred in (1, 0)}
         by_kind[kind] = {name: _percent(values, found[1].groups, seed) for name, values in found[1].numbers.items()}
         details[kind] = {name: 100 * values.mean().item() for name, values in found[0].numbers.items()}
@@ -83,14 +81,31 @@ def retrieval(
             "seed": seed,
         },
         details={
-            "held_out_map": held_out,
+            "held_out_map": held_out or {},
             "by_features": by_kind,
             "uncentred": details,
             "num_without": found[1].num_without,
         },
         by_kind=by_kind,
-        warnings=_warnings(found[1]),
+        warnings=_warnings(found[1]) + ([_NO_CHOICE] if held_out == {} else []),
     )
+
+
+_NO_CHOICE = (
+    "No held-out image of the gallery has another of its class to be found there, so the kind of feature is the first "
+    "of those asked for, and not chosen."
+)
+
+
+def _held_out_map(gallery: dict[str, Features], seed: int, device: torch.device | str) -> dict[str, float]:
+    """By kind of feature, of a held-out part of the gallery in the rest of it; empty where nothing is to be found."""
+    labels = next(iter(gallery.values())).labels.unique(return_inverse=True)[1]
+    try:
+        fit, held = hold_out(labels, seed)
+        found = {kind: ranked(of, of, device=device, rows=fit, queries=held, ks=()) for kind, of in gallery.items()}
+    except UserError:
+        return {}
+    return {kind: each.numbers["map"].mean().item() for kind, each in found.items()}
 
 
 def _most_answers(gallery: Features, queried: Features) -> int:

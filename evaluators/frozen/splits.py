@@ -34,7 +34,11 @@ def contiguous_labels(train: dict[str, Features], test: dict[str, Features]) -> 
 
 def lacking_warnings(train: dict[str, Features], test: dict[str, Features]) -> list[str]:
     """A warning where test has class numbers that train lacks."""
-    known, found = (next(iter(part.values())).labels for part in (train, test))
+    return lacking(*(next(iter(part.values())).labels for part in (train, test)))
+
+
+def lacking(known: Tensor, found: Tensor) -> list[str]:
+    """The same of class numbers alone. known: (N,) of train; found: (M,) of test."""
     strange = ~torch.isin(found, known)
     if not strange.any():
         return []

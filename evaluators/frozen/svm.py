@@ -26,18 +26,19 @@ CS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
 class HingeLoss(LabelLoss):
-    """Mean squared hinge of N samples with labels (N, L) of 1, 0 and NaN, each label a problem of its own."""
+    """Squared hinge of N samples with labels (N, L) of 1, 0 and NaN, each label a problem of its own: 1 / N of the sum
+    over samples where it is known, so that C weighs each of them alike however many there are."""
 
     def curvature(self) -> Tensor:
         """(L,)"""
-        return 2.0 * len(self) / self.num_known
+        return torch.full_like(self.num_known, 2.0, dtype=torch.float32)
 
     def take(self, rows: Tensor) -> "HingeLoss":
         return HingeLoss(self.labels[rows])
 
     def __call__(self, logits: Tensor, places: slice, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         labels = self.labels[places][:, which, None]  # (n, p, 1)
-        share = labels.isfinite() / self.num_known[which, None]
+        share = labels.isfinite() / len(self)
         side = 2 * labels.nan_to_num(0.0) - 1
         short = (1 - side * logits).clamp(min=0)  # by how much a sample is on the wrong side of its margin
         return -2 * side * short * share, (short.square() * share).sum((0, 2)), (2 * (short > 0) * share).sum(0)

@@ -29,7 +29,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.labelled import labelled_section
 from prelude.pretrain import distributed, stopping
 from prelude.pretrain.config import Config, EvaluateConfig
-from prelude.pretrain.files import save_file, write_whole
+from prelude.pretrain.files import read_lines, save_file, write_whole
 from prelude.pretrain.monitors import Monitor, Report
 from prelude.pretrain.schedules import Progress
 
@@ -74,6 +74,8 @@ class OnlineProbe(Monitor):
 
     def start(self, progress: Progress) -> None:
         self.step = self.first = progress.step
+        told = read_lines(self.run_dir / "online.jsonl")
+        self.known = {record["step"] for record in told if record.get("kind") == "evaluation"}
         path = f"{_PACKAGE_PATH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         threads = str(max(distributed.cores_per_rank() // 4, 1))
         try:
@@ -96,7 +98,7 @@ class OnlineProbe(Monitor):
 
     def wants_encoder(self, progress: Progress) -> bool:
         self.step = progress.step
-        resumed_here = progress.step == self.first > 0
+        resumed_here = progress.step == self.first and progress.step in self.known
         last = progress.step == progress.num_steps
         if self.process is None or resumed_here or (progress.step % self.every and not last):
             return False

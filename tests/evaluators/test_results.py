@@ -8,7 +8,17 @@ import torch
 from rich.console import Console
 
 from prelude.data.errors import UserError
-from prelude.evaluators.results import Outcome, Percent, Result, hits, percent, print_table, write
+from prelude.evaluators.results import (
+    Outcome,
+    Percent,
+    Result,
+    hits,
+    mean_and_spread,
+    percent,
+    print_table,
+    with_doubt,
+    write,
+)
 
 
 @pytest.fixture
@@ -29,6 +39,13 @@ def result():
 def test_uncertainty_is_binomial():
     number = percent(30, 100)
     assert number.value == pytest.approx(30) and number.se == pytest.approx(4.5826, abs=1e-3)
+
+
+def test_a_mean_over_seeds_keeps_what_the_test_sample_leaves_open():
+    found = mean_and_spread([Percent(60.0, 1.0, interval=(58.0, 63.0)), Percent(64.0, 2.0, interval=(60.0, 67.0))])
+    assert (found.value, found.se, found.interval) == (62.0, 1.5, (59.0, 65.0))
+    assert found.spread == pytest.approx(2.828, abs=1e-3) and with_doubt(found) == "62.0 ± 2.8"
+    assert with_doubt(Percent(60.0, 1.0, interval=(58.0, 63.0))) == "60.0 [58.0, 63.0]"
 
 
 def test_hits_rank_equal_scores_by_class_and_miss_unknown_ones():

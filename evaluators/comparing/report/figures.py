@@ -34,6 +34,12 @@ _HEALTH = {  # signs of collapse, which every objective logs under the same name
     "trivial_loss": ("Trivial loss", "loss", "Reached by ignoring the image: a loss that stays there learns nothing."),
 }  # fmt: skip
 HEALTH = _HEALTH | {OF_VOLUMES + name: (f"{t}, of volumes", axis, said) for name, (t, axis, said) in _HEALTH.items()}
+_ONLINE = "Judged while pretraining, on a small labelled subset."
+ONLINE = {
+    "online/knn": ("Online k-NN", "top-1 %", _ONLINE),
+    "online/linear": ("Online linear probe", "top-1 %", _ONLINE),
+    "online/feature_rank_share": ("Online effective rank", "share of what is attainable", _ONLINE),
+}
 MAX_POINTS = 240  # of a line: more cannot be told apart, and would make the page heavy
 SMOOTH_FROM, SMOOTH_SHARE = 30, 0.04  # points from which on a mean over this share of them is drawn
 
@@ -121,7 +127,7 @@ def shared_curves(comparison: Comparison) -> list[Figure]:
     style, found = styles(comparison), []
     for name in names:
         drawn = [_line(e.name, curve, style[e.name]) for e, curve in _curves(comparison) if curve.name == name]
-        title, axis, caption = HEALTH.get(name) or _online(name)
+        title, axis, caption = HEALTH.get(name) or ONLINE[name]
         svg = charts.lines([_without_raw(line) for line in drawn], title, "step", axis, marks=name not in HEALTH)
         found.append(Figure(title, svg, caption, tuple(line.name for line in drawn)))
     return found
@@ -131,7 +137,7 @@ def own_curves(comparison: Comparison) -> list[tuple[str, list[Figure]]]:
     """What only the objective itself logs, run by run."""
     style, found = styles(comparison), {}
     for entry, curve in _curves(comparison):
-        if curve.name != "loss" and not _is_shared(curve.name):
+        if curve.name != "loss" and not _is_shared(curve.name) and not curve.name.startswith("online/"):
             line = _line(entry.name, curve, style[entry.name])
             title = curve.name.replace("_", " ")
             svg = charts.lines([line], f"{title} of {entry.name}", "step", "")
@@ -190,14 +196,8 @@ def _curves(comparison: Comparison) -> Iterator[tuple[Entry, Curve]]:
     return ((entry, curve) for entry in comparison.entries for curve in entry.curves if curve.steps)
 
 
-def _online(name: str) -> tuple[str, str, str]:
-    evaluator, _, key = name.removeprefix("online/").rpartition("_")
-    axis = number_name(evaluator, key)
-    return f"Online {evaluator_name(evaluator)}", axis, "Judged while pretraining, on a small labelled subset."
-
-
 def _is_shared(name: str) -> bool:
-    return name in HEALTH or name.startswith("online/")
+    return name in HEALTH or name in ONLINE
 
 
 def _line(name: str, curve: Curve, style: Style) -> Line:

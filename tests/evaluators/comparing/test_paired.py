@@ -173,3 +173,25 @@ def test_evaluators_say_which_images_are_right(evaluator):
     for part in (40, 13):
         (number,) = evaluator(train, first_of(test, part)).numbers.values()
         assert 100 * right[:, :part].mean().item() == pytest.approx(number.value)
+
+
+def test_95_of_100_intervals_over_draws_of_few_labels_hold_the_truth():
+    """Two encoders that are worth the same; each draw of labels suits one of them better, on all images."""
+    rng, apart = np.random.default_rng(4), 0
+    for _ in range(200):
+        easy = rng.normal(size=2000)
+        lucky = rng.normal(size=(2, 5, 1)) * 0.15
+        ours, theirs = easy + lucky + rng.normal(size=(2, 5, 2000)) * 0.3 > 0
+        apart += pair(entry_of("ours", ours), entry_of("theirs", theirs), "knn").told_apart
+    assert apart < 0.09 * 200
+
+
+def test_draws_that_are_alike_add_their_variance_by_hand():
+    rng = np.random.default_rng(5)
+    ours, theirs = rng.random((5, 300)) < 0.6, rng.random((5, 300)) < 0.5
+    found = pair(entry_of("ours", ours), entry_of("theirs", theirs), "knn")
+    images, draws = (100 * (ours.mean(axis) - theirs.mean(axis)) for axis in (0, 1))
+    parts = [images.var(ddof=1) / 300, draws.var(ddof=1) / 5]
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 299 + parts[1] ** 2 / 4)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
+    assert (found.low, found.high) == pytest.approx((images.mean() - half, images.mean() + half))

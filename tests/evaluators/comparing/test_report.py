@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from prelude.evaluators.comparing.comparison import Comparison, Cost, Curve, Entry, Picture
-from prelude.evaluators.comparing.report import charts, words
+from prelude.evaluators.comparing.report import charts, figures, words
 from prelude.evaluators.comparing.report.charts import Bar, Line, Point, Style
 from prelude.evaluators.comparing.report.page import page
 from prelude.evaluators.comparing.report.scales import linear, logarithmic, round_step, texts
@@ -42,7 +42,8 @@ def interval(value, low, high):
 def comparison(mae=63.12, barlow=55.04, **changes) -> Comparison:
     cost = Cost(1_234_000, 1875, 312.4, 754.0, 0.0131, 3 * 2**30, 2, "cpu")
     loss = Curve("loss", [10, 20, 30], [3.0, 2.0, 1.5])
-    parts = [loss, Curve("feature_std", [10, 20], [0.5, 0.6]), Curve("online/knn_top1", [10, 30], [20.0, 31.0])]
+    online = [Curve("online/knn", [10, 30], [20.0, 31.0]), Curve("online/knn_se", [10, 30], [0.9, 1.1])]
+    parts = [loss, Curve("feature_std", [10, 20], [0.5, 0.6]), *online]
     entries = [
         Entry(
             "mae", "runs/mae", "pretrained", "mae", "vit, 32 px", 5_400_000,
@@ -301,3 +302,11 @@ def test_ticks_are_round_and_hold_all_values():
 
 def test_there_is_no_colour_outside_of_the_style():
     assert not re.search(r'(fill|stroke)="#', page(comparison()))
+
+
+def test_online_evaluations_have_a_chart_of_their_accuracy_and_none_of_its_error():
+    shown = {figure.title: figure for figure in figures.shared_curves(comparison())}
+    assert "Online k-NN" in shown and not any("se" in title.split() for title in shown)
+    axes = [t.text for t in drawn(shown["Online k-NN"].svg).iter("text") if t.get("class") == "axis"]
+    assert axes == ["top-1 %", "step"] and "top-1 %" in str(shown["Online k-NN"].svg)
+    assert not [one for _, own in figures.own_curves(comparison()) for one in own if "online" in one.title]

@@ -221,3 +221,14 @@ def test_the_untouched_stands_beside_the_same_floors(recorded):
     assert list(found) == ["b", "untouched a", "random:b", "pixels 32x32"]
     assert found["b"].untrained == found["untouched a"].untrained == "random:b"
     assert not any(each.started for each in line_up([Named("runs/b")]))
+
+
+def test_seeds_that_agree_say_nothing_of_another_test_sample():
+    """k-NN finds the same with every seed; what one test sample leaves open is left open all the same."""
+    both = comparison(one_kind(60.1, 1.4, spread=0.0), one_kind(60, 1.4, spread=0.0))
+    (found,) = changes(both, ["further"], "new", "linear_probe")
+    assert found.verdict == "level" and found.high - found.points == pytest.approx(1.96 * math.hypot(1.4, 1.4))
+    spread = comparison(one_kind(64.5, 1.0, spread=2.0), one_kind(60, 1.0, spread=0.0))
+    (found,) = changes(spread, ["further"], "new", "linear_probe")
+    assert found.verdict == "level" and found.high - found.points == pytest.approx(1.96 * math.sqrt(1 + 4 + 1))
+    assert found.after.text == "64.5 ± 2.0"  # what is told beside a number stays the deviation over seeds

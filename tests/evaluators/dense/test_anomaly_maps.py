@@ -86,6 +86,21 @@ def test_areas_are_those_of_scikit_learn_and_the_interval_is_of_images(parts):
     assert binned == pytest.approx(expected, abs=1e-3)
 
 
+def test_an_image_whose_mask_cannot_be_read_is_neither_normal_nor_a_defect(parts):
+    train, test = parts
+    maps = torch.randn(30, 9, 16, generator=torch.Generator().manual_seed(1))
+    masks = test.labels.clone()
+    masks[:6] = 255
+    found, without = numbers(maps, masks, seed=0), numbers(maps[6:], masks[6:], seed=0)
+    assert {name: number.value for name, number in found.items()} == pytest.approx(
+        {name: number.value for name, number in without.items()}
+    )
+    of_train = dataclasses.replace(train, labels=train.labels.clone())
+    of_train.labels[:3] = 255
+    normal = anomaly_maps.normal_images({"tokens": of_train})
+    assert normal.tolist() == [i for i in range(3, 60) if i != 7]
+
+
 def test_strange_places_are_found_and_levels_are_added(parts, as_places):
     train, test = parts
     noise = [as_places(torch.randn(len(part), 12, 3), part.labels, (3, 4)) for part in parts]

@@ -47,6 +47,22 @@ def test_a_mask_is_cut_and_resized_as_the_view_is(masked_shard, png):
     assert (mask.numpy() == expected).all()
 
 
+def test_a_defect_between_the_pixels_of_a_view_is_not_lost(masked_shard, png):
+    """64 pixels a side, seen at 8: the nearest pixels are those at 4, 12, 20, ..."""
+    small, large, outside = np.zeros((3, 64, 64), np.uint8)
+    small[17:19, 50:52], large[8:24, 8:24], large[1, 1] = 1, 1, 1
+    wide = np.zeros((64, 128), np.uint8)
+    wide[3, 3] = 1
+    for size, masks, expected in (
+        ((64, 64), [small, large, outside], [{(2, 6)}, {(1, 1), (1, 2), (2, 1), (2, 2)}, set()]),
+        ((64, 128), [wide], [set()]),  # a centre crop does not see it
+    ):
+        index = ShardIndex(masked_shard(f"a{size[1]}", list(map(png, masks)), size=size), "png")
+        view = View((8, 8), crop="center", flip=0.0)
+        found, _ = masks_of(index, torch.arange(len(masks)), view, of_defects=True)
+        assert [set(map(tuple, mask.nonzero().tolist())) for mask in found] == expected
+
+
 def test_masks_of_shapes_come_back_as_they_were_painted(tmp_path):
     write_shards(tmp_path, "train", 25, samples_per_shard=10)
     index = ShardIndex(f"{tmp_path}/train-*.tar", "png")

@@ -86,6 +86,21 @@ def test_the_kind_is_chosen_on_the_gallery_alone(problem):
     assert retrieval.retrieval(train, mixed).chosen == outcome.chosen
 
 
+def test_a_gallery_that_no_kind_can_be_chosen_on_is_searched_by_the_first(problem):
+    """All of one camera, queried from another: within the gallery nothing may be found."""
+    train, test = problem
+    groups = [torch.zeros(len(train["cls"]), dtype=torch.int64), torch.ones(len(test["cls"]), dtype=torch.int64)]
+    gallery, queried = (
+        {kind: dataclasses.replace(of, groups=group, data_fingerprint=str(number)) for kind, of in part.items()}
+        for number, (part, group) in enumerate(zip(problem, groups, strict=True))
+    )
+    outcome = retrieval.retrieval(gallery, queried)
+    alone = retrieval.retrieval({"cls": gallery["cls"]}, {"cls": queried["cls"]})
+    assert list(gallery) == ["cls", "mean"] and outcome.chosen["features"] == "cls"
+    assert outcome.numbers["map"].value == alone.numbers["map"].value
+    assert any("not chosen" in told for told in outcome.warnings) and not alone.warnings
+
+
 def test_knn_searches_once_for_each_centring(problem, monkeypatch):
     train, test = ({"mean": part["mean"]} for part in problem)
     searched, nearest = [], Neighbours.nearest

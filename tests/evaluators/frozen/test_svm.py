@@ -69,6 +69,21 @@ def test_findings_have_machines_of_their_own_and_unknown_ones_count_for_nothing(
     assert outcome.numbers["map"].value == pytest.approx(100 * np.mean(expected), abs=0.3)
 
 
+def test_c_weighs_a_sample_alike_however_few_are_known(classes):
+    """Of a finding that is known of a fifth of the samples, as of all."""
+    values, numbers = classes(300, 12, 4, seed=1, noise=2.0)
+    values = torch.nn.functional.normalize(values, dim=1)
+    labels = (numbers == 0).float()[:, None].repeat(1, 2)
+    labels[torch.arange(300) % 5 > 0, 1] = torch.nan
+    ((_, heads),) = _each(Space.of(values, "none"), HingeLoss(labels), (1.0,), None)
+    found = heads.logits(values)[0].numpy()
+    for label in range(2):
+        known = labels[:, label].isfinite().numpy()
+        own = labels[:, label].numpy()[known]
+        expected = liblinear(values.double().numpy()[known], own, 1.0).decision_function(values.double().numpy())
+        assert np.abs(found[:, label] - expected).max() < 0.01 * np.abs(expected).max()
+
+
 def test_what_cannot_be_is_refused(problem):
     with pytest.raises(UserError, match="above 0"):
         svm(*problem, cs=(0.0,))

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,11 +157,19 @@ def test_a_subset_that_cannot_be_read_is_told_in_a_sentence(folder):
 
 def test_waiting_for_the_last_evaluation_has_an_end(folder, monkeypatch):
     monkeypatch.setattr(online, "LAST_WAIT", 0.01)
-    ready = Ready(config_of(folder), first=20)
+    config = config_of(folder)
+    told_before = Path(config.run_dir) / "online.jsonl"
+    told_before.write_text('{"step": 10, "kind": "evaluation"}\n{"step": 20, "kind": "notice"}\n')
+    ready = Ready(config, first=20)
+    assert ready.offer(20)  # resumed there, where a kill came before the answer
+    ready.probe.close()
+    told_before.write_text('{"step": 20, "kind": "evaluation"}\n')
+    ready = Ready(config, first=20)
     assert not ready.offer(20)  # resumed there: it was judged before
     assert ready.offer(35)
     (told,) = ready.wait()
     assert "given up" in told.text
+    told_before.unlink()
     process = ready.probe.process
     ready.probe.close()
     assert process.poll() is not None  # not left behind
