@@ -113,12 +113,7 @@ def describe_data(
         one = next(iter(features.values()))
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
-        if unlabelled:
-            warnings.append(f"{unlabelled} of {counted(index.num_samples, f'{name} image')} left out, without a label.")
-        if index.num_lost:
-            warnings.append(f"Damage in the {name} shards has cost about {counted(index.num_lost, 'image')}, left out.")
-        if unreadable:
-            warnings.append(f"{unreadable} of {counted(index.num_samples, f'{name} image')} left out, unreadable.")
+        warnings += left_out(name, index, unlabelled, unreadable)
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,
@@ -126,7 +121,19 @@ def describe_data(
             "num_unreadable": unreadable,
             "num_unlabelled": unlabelled,
         }
-    return data, warnings + few_warnings(data["test"]["num_samples"]) + ([] if labelled.one_set else _leaks(*indexes))
+    return data, warnings + few_warnings(data["test"]["num_samples"]) + ([] if labelled.one_set else leaks(*indexes))
+
+
+def left_out(name: str, index: ShardIndex, unlabelled: int, unreadable: int = 0) -> list[str]:
+    """What of train or test is not there. name: which."""
+    found, of = [], counted(index.num_samples, f"{name} image")
+    if unlabelled:
+        found.append(f"{unlabelled} of {of} left out, without a label.")
+    if index.num_lost:
+        found.append(f"Damage in the {name} shards has cost about {counted(index.num_lost, 'image')}, left out.")
+    if unreadable:
+        found.append(f"{unreadable} of {of} left out, unreadable.")
+    return found
 
 
 def few_warnings(num_test: int) -> list[str]:
@@ -154,7 +161,8 @@ def _offsets(index: ShardIndex, shard: int) -> np.ndarray:
     return index.images[end - int(index.counts[shard]) : end][:, 0]
 
 
-def _leaks(train: ShardIndex, test: ShardIndex) -> list[str]:
+def leaks(train: ShardIndex, test: ShardIndex) -> list[str]:
+    """What train and test have in common, and must not."""
     if train.fingerprint == test.fingerprint:
         return ["Train and test are the same shards, so this says nothing about new images."]
     both = num_in_both(test, train)

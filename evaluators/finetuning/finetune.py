@@ -19,20 +19,21 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
 from prelude.data.remote_shards import keep_remote_shards
+from prelude.data.value_range import refuse_other_images
 from prelude.data.waiting import wait_at_most
 from prelude.data.workers import start_workers_by
 from prelude.evaluators.finetuning import attention_labels
 from prelude.evaluators.finetuning.classifier import Classifier
 from prelude.evaluators.finetuning.recipe import NAME, FineTuneOptions, check_recipe, completed, options_for
-from prelude.evaluators.finetuning.samples import Samples, image_labels, labelled_samples
+from prelude.evaluators.finetuning.samples import Samples, labelled_samples
 from prelude.evaluators.finetuning.testing import Found
 from prelude.evaluators.frozen.multilabel import label_warnings
 from prelude.evaluators.judging import labelled_shards
-from prelude.evaluators.labelled import labelled_section, named_by_section, selection
+from prelude.evaluators.labelled import few_warnings, labelled_section, left_out, named_by_section, selection
 from prelude.evaluators.results import Outcome, Result, versions
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig, SelectConfig
-from prelude.pretrain.encoders import build_encoder, seeded
+from prelude.pretrain.encoders import build_encoder, refuse_checkpointing, seeded
 from prelude.pretrain.kept_patches import is_transformer
 from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.recipes import read_recipe, validate_config
@@ -96,12 +97,13 @@ def prepare(
     values["encoder"] = encoder.model_dump(mode="json")
     values["objective"]["weights"] = opened.fingerprint
     pixels = {"channels": encoder.in_chans, "mean": list(opened.mean), "std": list(opened.std)}
-    values["data"] = pixels | {"max_pixels": labelled.max_pixels} | values["data"]
+    seen = {"range": labelled.value_range, "max_pixels": labelled.max_pixels}
+    values["data"] = pixels | seen | values["data"]
     config = validate_config(values, str(recipe), options_for)
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     start_workers_by(config.data.start_method)
-    labelled = image_labels(labelled, config.data.range, config.data.max_pixels)
+    labelled = replace(labelled, value_range=config.data.range, max_pixels=config.data.max_pixels)
     return Task(source, config, opened, labelled_samples(labelled, config.evaluate, task_options(config), config.seed))
 
 
@@ -109,8 +111,11 @@ def check(task: Task, world_size: int) -> None:
     """Refuses, before anything is built, what cannot work. Raises UserError."""
     options, train = task.options, task.config.train
     Classifier.check(options, task.config.encoder)
+    if train.gradient_checkpointing:
+        refuse_checkpointing(task.config.encoder)
     attention_labels.check(options, task.config, task.opened.model)
     channels = task.config.encoder.in_chans
+    refuse_other_images(task.samples.test.index, channels)  # those of train are looked at by their loader
     if options.augment is not None and (channels != 3 or task.samples.train.value_range is not None):
         raise UserError(
             f"objective.augment works on RGB of 8 bits, and images have data.channels={channels}"
@@ -190,9 +195,9 @@ def result_of(
 ) -> Result:
     """What was found, in the shape of every evaluator. curves: by their names, such as `curve` on the test shards."""
     config, options, samples = task.config, task.options, task.samples
-    warnings = list(samples.warnings)
-    if found.unreadable:
-        warnings.append(f"{found.unreadable} test images could not be read and are left out.")
+    test = samples.test
+    warnings = [*samples.warnings, *left_out("test", test.index, test.num_unlabelled, found.unreadable)]
+    warnings += few_warnings(found.total)
     recipe = {
         "seed": config.seed,
         "objective": options.model_dump(mode="json", exclude={"weights", "test_every_epochs"}),
@@ -210,9 +215,11 @@ def result_of(
     outcome = Outcome(NAME, found.numbers, chosen, recipe, details, warnings)
     labelled = labelled_section(config.evaluate)
     data = labelled.described_labels(samples.train)
+    if config.data.range:
+        data["range"] = samples.train.value_range
     if config.evaluate.label_group:
         data["group"] = config.evaluate.label_group
-    for name, index in (("train", samples.train), ("test", samples.test.index)):
+    for name, index in (("train", samples.train), ("test", test.index)):
         data[name] = {
             **labelled.described(name, index),
             "num_samples": found.total if name == "test" else index.num_samples,

@@ -5,7 +5,7 @@
 - Test shards are never part of a choice. That they share groups with the training shards is told.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
 from prelude.data.labels import extension_of
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.labels import class_numbers, group_numbers, label_vectors
+from prelude.evaluators.features.labels import Labels, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.low_label import low_label
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import weights_of_classes, weights_of_findings
 from prelude.evaluators.frozen.multilabel import both_there
-from prelude.evaluators.frozen.splits import hold_out, hold_out_groups
-from prelude.evaluators.labelled import Labelled
+from prelude.evaluators.frozen.splits import hold_out, hold_out_groups, lacking
+from prelude.evaluators.labelled import Labelled, leaks, left_out
 from prelude.pretrain.config import EvaluateConfig
 
 
@@ -32,6 +32,7 @@ class Part:
 
     index: ShardIndex
     groups: Tensor | None = None  # (N,) int64: samples of one group must not be told apart as independent
+    num_unlabelled: int = 0  # of its samples, which are not scored
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,11 @@ def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineT
     groups = (None, None)
     if group := label_group(section):
         groups = group_numbers([whole, test], group)
-    found = _of_findings(labelled, whole, test, options) if labelled.vectors else _of_classes(labelled, whole, options)
-    warnings = [_alike(whole, test, groups)]
+    found = (_of_findings if labelled.vectors else _of_classes)(labelled, whole, test, options)
+    num_unlabelled = int((~found.test.known).sum())
+    warnings = leaks(whole, test) or _shared_groups(groups)
+    warnings += left_out("train", whole, whole.num_samples - len(found.known))
     ids = found.known[low_label(found.strata, per_class=options.per_class, fraction=options.fraction, seed=seed)]
-    if len(found.known) < whole.num_samples:
-        missing = whole.num_samples - len(found.known)
-        warnings.append(f"{missing} training images have no sound label and are left out.")
     fit, held = ids, None
     if options.hold_out:
         fit, held = _held_out(ids, found.values, groups[0], options.hold_out, seed)
@@ -72,22 +72,19 @@ def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineT
     classes = torch.arange(values.shape[1]) if labelled.vectors else values.unique()
     if not labelled.vectors and len(classes) < 2:
         raise UserError(f"The train shards hold one class only ({classes.tolist()}); write shards with two or more.")
+    if not labelled.vectors:
+        warnings += lacking(classes, found.test.values[found.test.known])
     return Samples(
         train=_subset(whole, fit),
         held_out=None if held is None else Part(_subset(whole, held), None if groups[0] is None else groups[0][held]),
-        test=Part(test, groups[1]),
+        test=Part(test, groups[1], num_unlabelled),
         label=labelled.label,
         classes=classes,
         weights=_weights(options, values, classes, labelled.vectors, whole.classes),
         findings=labelled.vectors,
         answers=values if labelled.vectors else None,
-        warnings=tuple(filter(None, warnings)),
+        warnings=tuple(warnings),
     )
-
-
-def image_labels(labelled: Labelled, value_range, max_pixels: int) -> Labelled:
-    """With how images are read, where a config says it."""
-    return replace(labelled, value_range=value_range or labelled.value_range, max_pixels=max_pixels)
 
 
 @dataclass(frozen=True)
@@ -95,9 +92,10 @@ class _Labels:
     values: Tensor  # of all samples of the shards
     known: np.ndarray  # ids of those that have any
     strata: np.ndarray  # of the known ones: what few labels take the same share of
+    test: Labels  # of the test shards
 
 
-def _of_classes(labelled: Labelled, whole: ShardIndex, options: FineTuneOptions) -> _Labels:
+def _of_classes(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options: FineTuneOptions) -> _Labels:
     if options.uncertain != "ignore":
         raise UserError(
             f"objective.uncertain={options.uncertain} is of several findings an image; name them in "
@@ -109,7 +107,7 @@ def _of_classes(labelled: Labelled, whole: ShardIndex, options: FineTuneOptions)
             f"Members .{labelled.label} hold the class number {labels.values.min().item()}; write 0 or more."
         )
     known = np.flatnonzero(labels.known.numpy())
-    return _Labels(labels.values, known, labels.values.numpy()[known])
+    return _Labels(labels.values, known, labels.values.numpy()[known], class_numbers(test))
 
 
 def _of_findings(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options: FineTuneOptions) -> _Labels:
@@ -124,10 +122,11 @@ def _of_findings(labelled: Labelled, whole: ShardIndex, test: ShardIndex, option
             "findings; write objective.fraction."
         )
     labels = label_vectors(whole, labelled.vectors)
-    if not both_there(label_vectors(test, labelled.vectors).values).any():
+    of_test = label_vectors(test, labelled.vectors)
+    if not both_there(of_test.values).any():
         raise UserError("The test shards have no label that is present in some images and absent in others.")
     known = np.flatnonzero(labels.known.numpy())
-    return _Labels(labels.values, known, np.zeros(len(known), np.int64))
+    return _Labels(labels.values, known, np.zeros(len(known), np.int64), of_test)
 
 
 def _held_out(ids: np.ndarray, values: Tensor, groups: Tensor | None, share: float, seed: int):
@@ -155,17 +154,10 @@ def _weights(options: FineTuneOptions, values: Tensor, classes: Tensor, findings
     return weights
 
 
-def _alike(whole: ShardIndex, test: ShardIndex, groups: tuple) -> str:
-    """What train and test have in common, and must not."""
-    if whole.fingerprint == test.fingerprint:
-        return "Train and test are the same shards, so this says nothing about new images."
-    if groups[0] is None:
-        return ""
-    shared = np.intersect1d(groups[0], groups[1])
-    if not len(shared):
-        return ""
-    count = int(torch.isin(groups[1], torch.from_numpy(shared)).sum())
-    return f"{count} test images are of groups that are in the train shards too, so they say little about new ones."
+def _shared_groups(groups: tuple) -> list[str]:
+    if groups[0] is None or not (count := int(torch.isin(groups[1], groups[0]).sum())):
+        return []
+    return [f"{count} test images are of groups that are in the train shards too, so they say little about new ones."]
 
 
 def _subset(index: ShardIndex, ids: np.ndarray) -> ShardIndex:

@@ -17,6 +17,7 @@ from prelude.data.batch import Batch
 from prelude.data.errors import Stopped
 from prelude.data.findings import UNCERTAIN, VectorFormat
 from prelude.data.loader import one_pass
+from prelude.evaluators.features.extraction import NothingReadable
 from prelude.evaluators.finetuning.classifier import Classifier
 from prelude.evaluators.finetuning.samples import Part
 from prelude.evaluators.frozen.multilabel import judge, macro
@@ -61,7 +62,8 @@ class Testing:
         """current: the weights as they are now, and not those that were chosen. intervals: of findings, which take a
         while.
 
-        Raises Stopped on all ranks when one of them is asked to stop while its images do not come.
+        Raises Stopped on all ranks when one of them is asked to stop while its images do not come, and NothingReadable
+        where none of the samples could be scored.
         """
         scored, stopped = [], ""
         training = self.classifier.training
@@ -101,12 +103,14 @@ class Testing:
         num_classes = len(self.classifier.classes)
         counts = sum(scored) if scored else torch.zeros(3 + 2 * num_classes)  # a rank may have had nothing to score
         total, top1, top5, *by_class = map(int, distributed.total(*counts.tolist()))
+        if not total:
+            raise NothingReadable(self.part.index.named)
         numbers = {"top1": percent(top1, total)}
         if num_classes >= TOP5_FROM:
             numbers["top5"] = percent(top5, total)
         if self.classifier.weights is not None:
             numbers["balanced"] = mean_of_classes(by_class[:num_classes], by_class[num_classes:])
-        return Found(numbers, total, self.part.index.num_samples - total)
+        return Found(numbers, total, self._unreadable(total))
 
     def _of_findings(self, scored: list[tuple], intervals: bool) -> Found:
         width = len(self.findings.names)
@@ -114,13 +118,18 @@ class Testing:
         own = [torch.cat(column).numpy() for column in zip(empty, *scored, strict=True)]
         of_ranks = zip(*distributed.of_all(own), strict=True)
         scores, answers, ids = (torch.cat([torch.from_numpy(part) for part in column]) for column in of_ranks)
+        if not len(ids):
+            raise NothingReadable(self.part.index.named)
         answers[answers == UNCERTAIN] = torch.nan
         groups = None if self.part.groups is None else self.part.groups[ids]
-        rest = {"total": len(ids), "unreadable": self.part.index.num_samples - len(ids)}
+        rest = {"total": len(ids), "unreadable": self._unreadable(len(ids))}
         if not intervals:
             return Found({name: Percent(value, None) for name, value in macro(scores, answers, groups).items()}, **rest)
         numbers, by_label = judge(scores, answers, self.findings.names, self.seed, groups)
         return Found(numbers, **rest, by_label=by_label)
+
+    def _unreadable(self, total: int) -> int:
+        return self.part.index.num_samples - self.part.num_unlabelled - total
 
 
 class TestCurve(Monitor):
@@ -132,9 +141,11 @@ class TestCurve(Monitor):
         self.test, self.every_epochs, self.lines = test, every_epochs, Lines(path)
 
     def start(self, progress: Progress) -> None:
-        self.done = math.floor(progress.epoch / self.every_epochs)
+        tested = [0.0]  # epochs; a test that was due when the run ended is made up for
         if distributed.is_main():
             self.lines.start(progress.step)
+            tested += [record["epoch"] for record in self.lines.read()]
+        self.done = math.floor(distributed.from_main(tested[-1]) / self.every_epochs)
 
     def record(self, record: StepRecord) -> None:
         due = math.floor(record.epoch / self.every_epochs)

@@ -1,6 +1,9 @@
+import io
 import math
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -183,6 +186,57 @@ def test_every_test_image_is_scored_once_and_labels_unknown_to_train_are_missed(
     assert scoring(task, classifier)().values["top5"] == 0
 
 
+def test_what_makes_a_number_doubtful_is_told_as_by_every_evaluator(prepared, shards, tmp_path):
+    both = prepared(train=list(shards.values()))
+    assert "45 of 45 test images are train images too, and nothing new." in both.samples.warnings
+    lone = tmp_path / "one.tar"
+    with tarfile.open(sorted(Path(shards["test"]).parent.glob("test-*.tar"))[0]) as tar, tarfile.open(lone, "w") as to:
+        for member in tar.getmembers()[:30]:
+            content = tar.extractfile(member).read()
+            if member.name.endswith(".cls"):
+                content = [b"77", b"", content][int(member.name[-5]) % 3]
+            member.size = len(content)
+            to.addfile(member, io.BytesIO(content))
+    task = prepared(test=str(lone))
+    num_unlabelled, samples = task.samples.test.num_unlabelled, task.samples
+    assert num_unlabelled and "are of classes that train lacks (77), and count as missed" in samples.warnings[0]
+    found = scoring(task, finetune.build(task))()
+    assert found.unreadable == 0 and found.total == samples.test.index.num_samples - num_unlabelled
+    result = finetune.result_of(task, finetune.build(task), found, {}, "prelude finetune", 1.0)
+    assert f"{num_unlabelled} of 10 test images left out, without a label." in result.outcome.warnings
+    assert any("test images are few" in told for told in result.outcome.warnings)
+
+
+def test_test_images_that_cannot_be_taken_are_refused_before_the_training(prepared, tmp_path):
+    with tarfile.open(tmp_path / "damaged.tar", "w") as tar:
+        for number in range(5):
+            for ending, content in (("png", b"no image"), ("cls", b"1")):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    task = prepared(test=str(tmp_path / "damaged.tar"))
+    with pytest.raises(UserError, match="can be read; write other shards"):
+        scoring(task, finetune.build(task))()
+    pixels = np.zeros((16, 16, 5), np.float32)
+    with tarfile.open(tmp_path / "deep.tar", "w") as tar:
+        out = io.BytesIO()
+        np.save(out, pixels)
+        for ending, content in (("npy", out.getvalue()), ("cls", b"1")):
+            member = tarfile.TarInfo(f"0.{ending}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match="have 5 channels, and 3 are asked for"):
+        prepared(test=str(tmp_path / "deep.tar"))
+
+
+def test_pixels_are_read_by_the_range_of_the_run_and_that_is_recorded(prepared, monkeypatch):
+    from prelude.evaluators import judging
+
+    monkeypatch.setattr(judging, "sections_of", lambda sources, name: [{"range": [0, 4095]}] if name == "data" else [])
+    assert prepared().config.data.range == (0, 4095)
+    assert prepared("data.range=[0,255]").config.data.range == (0, 255)
+
+
 def test_the_result_has_what_is_needed_to_redo_it(prepared):
     task = prepared("objective.per_class=2")
     found = Found({"top1": percent(9, 45), "top5": percent(27, 45)}, total=45, unreadable=0)
@@ -215,3 +269,7 @@ def test_the_curve_is_tested_once_an_epoch_and_forgets_what_a_checkpoint_does_no
     for step in range(6, 13):
         curve.record(record(step))
     assert [(line["step"], line["top1"]) for line in curve.lines.read()] == [(4, 10.0), (8, 30.0), (12, 40.0)]
+    curve = TestCurve(test, 1.0, path)
+    curve.start(Progress(17, 20, 4.0))  # killed between the end of epoch 4 and the next logged step
+    curve.record(record(18))
+    assert [line["step"] for line in curve.lines.read()] == [4, 8, 12, 18]
