@@ -5,10 +5,12 @@ the Hugging Face hub's weights, what a run started from, or chance.
 - Every tensor of the model comes from the source, and every tensor of the source has its place or is left out by
   name; or the source is refused.
 - Files are read as safetensors, JSON and plain tensors; nothing in them can run code.
-- `fingerprint` is the same for the same weights, wherever they lie.
+- `fingerprint` is the same for the same weights, wherever they lie. `computation` tells apart what is done with them.
 """
 
+import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from prelude.checkpoints.tensor_files import TensorFiles
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder, lay_out_encoder
+from prelude.pretrain.named_code import digests
 
 EXPORT_SECTION = "prelude"  # of an export's config.json; timm reads past it
 OWN = "own parts of the objective"
@@ -55,6 +58,14 @@ class OpenedEncoder:
     resampling: str = "timm"  # how its table of positions is brought to another grid; see convert/resample.py
     # Of a run that learned from volumes too, what projects their patches: `weight` (D, C, p_h, p_w, p_d), `bias` (D,).
     volume_embed: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def computation(self) -> str:
+        """A hash of what no weight says and features depend on: each layer's kind and its plain settings (heads, ε,
+        pooling), and the source of code of the user's own."""
+        settings = [(name, type(layer).__qualname__, _settings(layer)) for name, layer in self.model.named_modules()]
+        said = json.dumps([settings, digests(self.config.name)], sort_keys=True)
+        return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
@@ -102,6 +113,11 @@ def weights_of(opened: OpenedEncoder) -> Weights:
 def fingerprint(model: nn.Module) -> str:
     """A hash of the names, shapes and bytes of a model's parameters and persistent buffers."""
     return convert.fingerprint(model.state_dict())
+
+
+def _settings(layer: nn.Module) -> dict[str, str]:
+    plain = {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str)}
+    return {name: repr(value) for name, value in plain.items() if name != "training"}
 
 
 # ---- what each kind of source says
@@ -165,7 +181,7 @@ def _describe_checkpoint(folder: Path, network: str = "") -> Description:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         name=name,
-        read=lambda: _read_ours(folder, config, objective, exported),
+        read=lambda: _read_ours(folder, config, objective, exported, meta["exported"]),
         origin={"objective": objective, "step": state["step"], "data": data} | started,
     )
 
@@ -244,19 +260,23 @@ def _read_converted(path: Path, config: EncoderConfig, objective: str | None) ->
     return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule)
 
 
-def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exported: str = "") -> Weights:
-    """The tensors below `exported`, under their names without it; those of the objective's own parts besides.
+def _read_ours(
+    path: Path, config: EncoderConfig, objective: str | None, chosen: str = "", exported: str = ""
+) -> Weights:
+    """The tensors below `chosen`, under their names without it; those of the objective's own parts besides.
 
-    A student whose teacher is exported is left out. path: a checkpoint's folder, or an export's file.
+    Of student and teacher (`exported`) the other one is left out. path: a checkpoint's folder, or an export's file.
     """
-    tensors, own, student = {}, {}, 0
+    tensors, own, left_out = {}, {}, Counter()
     try:
         found = saved.open_tensors(path) if path.is_dir() else TensorFiles.of_file(path)
         for name in found:
-            if name.startswith(exported):
-                tensors[name.removeprefix(exported)] = found[name]
-            elif name.startswith("encoder."):
-                student += 1
+            if name.startswith(chosen):
+                tensors[name.removeprefix(chosen)] = found[name]
+            elif name.startswith(_STUDENT):
+                left_out["student"] += 1
+            elif exported and name.startswith(exported):
+                left_out["teacher"] += 1
             else:
                 own[name] = found[name]
     except (OSError, SafetensorError) as error:
@@ -269,7 +289,7 @@ def _read_ours(path: Path, config: EncoderConfig, objective: str | None, exporte
         resampling=_RESAMPLING.get(objective, "timm"),
         grid=grid_of(model),
         prefix_rows=prefix_rows_of(model),
-        left_out={kind: count for kind, count in ((OWN, len(own)), ("student", student)) if count},
+        left_out=({OWN: len(own)} if own else {}) | left_out,
         own={objective: own} if own and objective else {},
         **facts(model),
     )

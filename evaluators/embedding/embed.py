@@ -21,18 +21,18 @@ import numpy as np
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.absent import told_as
 from prelude.data.class_names import with_class_names
-from prelude.data.decode import MAX_PIXELS, ValueRange
+from prelude.data.decode import ValueRange
 from prelude.data.errors import UserError
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.embedding.formats import beside, format_of, refuse_to_overwrite
+from prelude.evaluators.embedding.formats import beside, format_of, refuse_anothers_list, refuse_to_overwrite
 from prelude.evaluators.embedding.samples import Keys, pixels_of, place_of, places_of
 from prelude.evaluators.embedding.table import Table
 from prelude.evaluators.embedding.writing import write
 from prelude.evaluators.features.bank import Bank, Rows
 from prelude.evaluators.features.extraction import NothingReadable, check_kinds, default_kinds
 from prelude.evaluators.features.labels import Labels, class_numbers
-from prelude.evaluators.judging import described, open_source, sections_of
+from prelude.evaluators.judging import described, open_source, read_as
 from prelude.evaluators.results import versions
 from prelude.pretrain import distributed
 from prelude.pretrain.files import reason, remove, whole, write_whole
@@ -88,6 +88,7 @@ def embed(embedding: Embedding) -> Written | None:
     Raises UserError for whatever cannot be used or written, and where the file is there already.
     """
     refuse_to_overwrite(embedding.to, "--to")
+    refuse_anothers_list(embedding.to, LEFT_OUT_ENDING, "--to")
     index, labels = labelled_index(embedding)
     encoder = open_source(embedding.source, [embedding.source], embedding.seed)
     kinds = _kinds(embedding, encoder)
@@ -138,12 +139,10 @@ def index_as_seen(
 ) -> ShardIndex:
     """With `data.range` and `data.max_pixels` of the source's run, unless a range is given. option: which says
     `select`. named: how shards are spelled where they were given, see `told_as`."""
-    said = {}
-    for key in ("range", "max_pixels"):
-        said[key] = next(filter(None, (data.get(key) for data in sections_of([source], "data"))), None)
+    value_range, max_pixels = read_as([source], value_range)
     shards = shards if isinstance(shards, str) else list(shards)
     with told_as(named):
-        index = ShardIndex(shards, label, value_range or said["range"], said["max_pixels"] or MAX_PIXELS, image)
+        index = ShardIndex(shards, label, value_range, max_pixels, image)
     return selected(index, select, option)
 
 
@@ -235,7 +234,7 @@ def _about(embedding: Embedding, encoder: OpenedEncoder, index: ShardIndex, rows
     return {
         "source": embedding.source,
         "seed": embedding.seed,
-        "encoder": described(encoder),
+        "encoder": described(encoder) | {"computation": encoder.computation},
         "data": data_of(index, encoder, embedding.select),
         "kinds": list(rows),
         "features": next(iter(rows.values())).recipe,

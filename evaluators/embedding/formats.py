@@ -34,6 +34,15 @@ def refuse_to_overwrite(path: str | Path, option: str) -> None:
         raise UserError(f"{path} cannot be written, as {folder} is not writable; write another {option}.")
 
 
+def refuse_anothers_list(path: str | Path, ending: str, option: str) -> None:
+    """Raises UserError where what lies `beside` the file to be written is that of another file of its stem."""
+    others = [
+        other for suffix in SUFFIXES if (other := Path(path).with_suffix(suffix)) != Path(path) and other.exists()
+    ]
+    if others and os.path.lexists(listed := beside(path, ending)):
+        raise UserError(f"{listed} belongs to {others[0]} and would be replaced; write another {option}.")
+
+
 def refuse_no_png(path: str, option: str) -> None:
     """The same of a picture to be written, which has to be a PNG."""
     if not path.lower().endswith(".png"):

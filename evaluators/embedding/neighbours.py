@@ -106,6 +106,11 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
             f"{embedded.name} was made by {made_by.get('name')}, and {encoder.name} has other weights; write --encoder "
             f"with the source that made it."
         )
+    if encoder.computation != made_by.get("computation", encoder.computation):
+        raise UserError(
+            f"{encoder.name} does something else with its weights than when it made {embedded.name} (heads, ε, or its "
+            f"own code); write --encoder with the source that made it, or embed the set again."
+        )
     check_kinds(encoder.model, [embedded.kind], encoder.name)
     extractor = Extractor(encoder, [embedded.kind])
     for path in paths:
@@ -116,7 +121,7 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
     with tempfile.TemporaryDirectory() as folder:
         for number, path in enumerate(paths):
             os.symlink(os.path.abspath(path), Path(folder) / f"{number:08d}.png")  # what it is, its bytes say
-        index = _index(embedded, folder)
+        index = _index(embedded, folder, image="")  # each has one file, by whatever name
         names = [Path(key).stem for key in Keys(index).of(np.arange(index.num_samples))]
         rows = {}
         for batch in one_pass(index, extractor.plan, batch_size=64):
@@ -166,11 +171,12 @@ def read_file(embedded: Embedded, path: str) -> np.ndarray:
     return decode(Path(path).read_bytes(), None, *limits)
 
 
-def _index(embedded: Embedded, shards: str | list[str]) -> ShardIndex:
+def _index(embedded: Embedded, shards: str | list[str], image: str | None = None) -> ShardIndex:
     data = embedded.about["data"]
+    image = data.get("image", "") if image is None else image
     value_range = tuple(data["value_range"]) if data["value_range"] else None
     with told_as("--shards "):
-        return ShardIndex(shards, "", value_range, data["max_pixels"], data.get("image", ""))
+        return ShardIndex(shards, "", value_range, data["max_pixels"], image)
 
 
 def _part(index: ShardIndex, embedded: Embedded) -> ShardIndex:

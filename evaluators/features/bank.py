@@ -1,8 +1,9 @@
 """Frozen features on disk: computed once, then read by every evaluator that wants them.
 
 - An entry is one kind of feature of every readable sample of a set of shards, in the order of their index. It is named
-  by a hash of the encoder's weights, the data's fingerprint, the view, the normalisation, the kind and the precision:
-  what could change a value changes the name. Images written again in place have another fingerprint, copies have not.
+  by a hash of the encoder's weights, of what it does with them (heads, ε, code of one's own), the data's fingerprint,
+  the view, the normalisation, the kind and the precision: what could change a value changes the name. Images written
+  again in place have another fingerprint, copies have not.
 - Values are kept as they were computed, in float32, so that an evaluation from the bank is the one without it.
 - An entry exists whole or not at all: it is written to the side, synced and renamed. Its files carry checksums, which
   are verified before it is used; a damaged one is made again.
@@ -269,6 +270,7 @@ def _identity(extractor: Extractor, index: ShardIndex, kind: str) -> dict:
     return {
         "format": FORMAT,
         "encoder": extractor.encoder.fingerprint,
+        "computation": extractor.encoder.computation,
         "name": extractor.encoder.name,
         "data": index.fingerprint,
         "kind": kind,

@@ -1,9 +1,11 @@
 """Files of features and nearest images, through their doors, against timm's forward and numpy's brute force."""
 
 import csv
+import io
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,38 @@ def test_a_file_holds_the_features_of_timm_with_keys_and_labels(ending, shards, 
     assert [line["key"] for line in lines] == [index.key(sample) for sample in BAD]
     assert all(line["reason"] for line in lines)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_list_of_what_was_left_out_stays_that_of_its_file(shards, tmp_path, capsys):
+    embedded(capsys, "pixels:4", shards, "--to", tmp_path / "f.npz", code=4)
+    listed = (tmp_path / "f.left_out.jsonl").read_bytes()
+    code, told = run(capsys, "embed", "pixels:4", shards, "--to", tmp_path / "f.safetensors")
+    assert (
+        code == 2 and "f.left_out.jsonl belongs to" in told and (tmp_path / "f.left_out.jsonl").read_bytes() == listed
+    )
+    (tmp_path / "f.npz").unlink()
+    embedded(capsys, "pixels:4", shards, "--to", tmp_path / "f.npz", code=4)  # of the same file, written again
+
+
+def test_a_photo_is_looked_for_in_a_set_of_one_of_several_images(tmp_path, capsys):
+    tar = tmp_path / "pairs.tar"
+    with tarfile.open(tar, "w") as to:
+        for number in range(6):
+            for eye, shift in (("left", 0), ("right", 100)):
+                content = io.BytesIO()
+                pixels = np.random.default_rng(number + shift).integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(content, "png")
+                member = tarfile.TarInfo(f"{number}.{eye}.png")
+                member.size = content.tell()
+                to.addfile(member, io.BytesIO(content.getvalue()))
+                if (number, eye) == (3, "left"):
+                    (tmp_path / "photo.png").write_bytes(content.getvalue())
+    embedded(capsys, "pixels:4", tar, "--to", tmp_path / "f.npz", "--image", "left.png")
+    out = tmp_path / "near.csv"
+    code, told = run(capsys, "neighbours", tmp_path / "f.npz", "--of", tmp_path / "photo.png", "--k", 1, "--out", out)
+    assert code == 0, told
+    (row,) = csv.DictReader(open(out))
+    assert row["key"] == "3" and float(row["cosine"]) == pytest.approx(1)
 
 
 def test_float16_is_the_rounded_float32(shards, tmp_path, capsys):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,26 @@ def test_other_weights_views_kinds_and_data_are_other_entries(index, encoder, tm
     bank.rows(open_pixels("pixels:8"), index)
     assert len(bank.entries()) == 6 and len(computed) == 6
     assert bank.rows(open_pixels("pixels:4"), index)["pixels"].values.shape == (50, 48)
+
+
+def test_the_same_weights_in_another_computation_are_another_entry(index, encoder, tmp_path, monkeypatch):
+    """Heads, ε and code of one's own are in no tensor."""
+    bank, found = Bank(tmp_path / "bank"), {}
+    settings = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_classes": 0}
+    for heads in (2, 4):
+        model = timm.create_model("vit_tiny_patch16_224", num_heads=heads, **settings).eval()
+        model.load_state_dict(encoder.model.state_dict())
+        found[heads] = bank.rows(replace(encoder, model=model), index, ["cls"])["cls"].values
+    assert found[2].equal(extract(encoder, index, kinds=["cls"])["cls"].values) and not found[2].equal(found[4])
+    model.norm.eps = 0.1
+    assert not bank.rows(replace(encoder, model=model), index, ["cls"])["cls"].values.equal(found[4])
+    assert len(bank.entries()) == 3
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("def net(): pass")
+    mine = replace(encoder, config=EncoderConfig(name="mine:net", image_size=16))
+    before = mine.computation
+    (tmp_path / "mine.py").write_text("def net(): return")
+    assert mine.computation != before != encoder.computation
 
 
 def test_images_that_cannot_be_read_leave_no_gap(index, tmp_path):
