@@ -14,6 +14,7 @@ What no file tells is said after its name: `mae.pth#num_heads=4`, `ijepa.pth.tar
 """
 
 import difflib
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from prelude.data.errors import UserError
 
 _KEYS = ("num_heads", "grid", "resampling", "pixels", "norm_eps", "image_size")
 _HALF = (0.5, 0.5, 0.5)
-_AMBIGUOUS = "ViT, timm layout"
+_AMBIGUOUS, _TRANSFORMERS = "ViT, timm layout", "transformers"
 _OF_TWO_KINDS_OF_IMAGES = (1024, 4096)  # widths at which DINOv3 was also trained on satellite images, with other pixels
 
 
@@ -60,6 +61,8 @@ def describe_file(source: str) -> Description:
             f"{source} ({weights.format}) does not tell how its pixels were normalised; write {weights.before_word}"
             "pixels=imagenet, or pixels=half for 0.5."
         )
+    if words.image_size and "pos_embed" in weights.tensors:
+        raise UserError(f"{source} has a table of positions, which tells its size; leave image_size out.")
     config = encoder_config(weights, words.image_size)
     if not len(weights.pixels[0]) == len(weights.pixels[1]) == config.in_chans:
         raise UserError(
@@ -80,13 +83,16 @@ def describe_file(source: str) -> Description:
 def read_weights(source: str) -> Weights:
     """The weights of a file, whatever architecture they are for. Raises UserError."""
     path, words = _split(source)
-    settings = read_json(path / CONFIG) if path.is_dir() else None
+    settings, home = (read_json(path / CONFIG), path) if path.is_dir() else (None, None)
     tree = read_folder(path) if settings is not None else read_file(path)
     weights = weights_in(tree, source, words.part, settings)
+    if home is None and weights.format.startswith(_TRANSFORMERS) and is_transformers(path.parent):
+        home = path.parent  # which says what no tensor does, of the file in it too
+        weights = weights_in(tree, source, words.part, read_json(home / CONFIG))
     given = {"num_heads": words.num_heads, "grid": words.grid, "resampling": words.resampling}
     given["norm_eps"] = words.norm_eps
     given["prefix_rows"] = _rows_beside(weights, words.grid)
-    given["pixels"] = words.pixels or weights.pixels or _published_pixels(path, weights)
+    given["pixels"] = words.pixels or weights.pixels or _published_pixels(home, weights)
     return replace(weights, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -132,7 +138,8 @@ def _value(source: str, key: str, value: str):
                 return (IMAGENET_MEAN, IMAGENET_STD) if value == "imagenet" else (_HALF, _HALF)
             case "pixels":
                 numbers = tuple(float(number) for number in value.split("/"))
-                if len(numbers) % 2:
+                std = numbers[len(numbers) // 2 :]
+                if len(numbers) % 2 or not all(map(math.isfinite, numbers)) or min(std) <= 0:
                     raise ValueError
                 return numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
             case "resampling" if value not in RULES:
@@ -156,22 +163,27 @@ def _positive(number):
     return number
 
 
-def _published_pixels(path: Path, weights: Weights) -> tuple[Pixels, Pixels] | None:
-    """All formats with a name take ImageNet's; a folder of `transformers` says its own."""
-    if path.is_dir():
-        if not (path / "preprocessor_config.json").is_file():
-            return None
-        says = read_json(path / "preprocessor_config.json")
-        if "image_mean" not in says or "image_std" not in says:
-            return None
-        return tuple(says["image_mean"]), tuple(says["image_std"])
-    if (
-        weights.format == _AMBIGUOUS
-        or weights.untold
-        or (weights.format == "DINOv3" and _width(weights) in _OF_TWO_KINDS_OF_IMAGES)
-    ):
+def _published_pixels(home: Path | None, weights: Weights) -> tuple[Pixels, Pixels] | None:
+    """All formats with a name take ImageNet's, but for those that were trained with several; a folder of `transformers`
+    says its own. home: that folder."""
+    if home is not None:
+        return _told_pixels(home / "preprocessor_config.json")
+    several = weights.format.endswith("DINOv3") and _width(weights) in _OF_TWO_KINDS_OF_IMAGES
+    if weights.format in (_AMBIGUOUS, _TRANSFORMERS) or weights.untold or several:
         return None
     return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _told_pixels(path: Path) -> tuple[Pixels, Pixels] | None:
+    """By a folder of `transformers`; None where it does not tell. Raises UserError for pixels of another scale."""
+    says = read_json(path) if path.is_file() else {}
+    if abs(says.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3 or says.get("do_rescale") is False:
+        raise UserError(f"{path} has pixels that are not from 0 to 1, which are what an encoder here is shown.")
+    if says.get("do_normalize") is False:
+        return (0.0,) * 3, (1.0,) * 3
+    if "image_mean" not in says or "image_std" not in says:
+        return None
+    return tuple(tuple(v) if isinstance(v, list) else (v,) * 3 for v in (says["image_mean"], says["image_std"]))
 
 
 def _width(weights: Weights) -> int:

@@ -75,7 +75,7 @@ def _of_convnext(names: list[str], blocks: list[int]) -> tuple[dict[str, int], i
         elif not place:
             layers[name] = last + 1
         elif place[1] == "2":
-            layers[name] = 3 + int(place[3] or 0) // 3
+            layers[name] = min(3 + int(place[3] or 0) // 3, last - 1)  # of one that is deeper than any published
         else:
             layers[name] = {"0": 1, "1": 2, "3": last}[place[1]]
     return layers, last + 1

@@ -123,8 +123,10 @@ def _differences(weights: Weights, width: int, depth: int, hidden: int) -> dict:
         kwargs |= {"global_pool": "avg", "fc_norm": False}
     if "reg_token" in tensors:
         kwargs |= {"reg_tokens": tensors["reg_token"].shape[1], "no_embed_class": not weights.prefix_rows}
-    elif has_class and not weights.prefix_rows:  # DSeq-JEPA, whose patches are averaged
-        kwargs |= {"no_embed_class": True, "global_pool": "avg", "fc_norm": False}
+    elif has_class and not weights.prefix_rows:
+        kwargs["no_embed_class"] = True
+        if weights.format.startswith("DSeq-JEPA"):  # whose patches are averaged
+            kwargs |= {"global_pool": "avg", "fc_norm": False}
     if any(name.endswith(".ls1.gamma") for name in tensors):
         kwargs["init_values"] = 1e-5
     if not any(name.endswith(".attn.qkv.bias") for name in tensors):

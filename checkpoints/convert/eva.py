@@ -55,7 +55,7 @@ def eva_config(weights: Weights, image_size: int | None) -> EncoderConfig:
     return EncoderConfig(
         name=name,
         image_size=size[0] if size[0] == size[1] else size,
-        patch_size=None if f"_patch{patch}" in name else patch,
+        patch_size=None if f"_patch{patch}_" in name else patch,
         pos_embed="learned" if "pos_embed" in tensors else "sincos",
         kwargs=more,
     )

@@ -72,7 +72,10 @@ def read_folder(folder: Path) -> dict:
     """The tensors of a `transformers` folder, of all its shards. Raises UserError."""
     for name in _INDEXES:
         if (folder / name).is_file():
-            shards = sorted(set(read_json(folder / name)["weight_map"].values()))
+            index = read_json(folder / name)
+            if not isinstance(index.get("weight_map"), dict):
+                raise UserError(f"{folder / name} does not say what lies where; fetch it again.")
+            shards = sorted(set(index["weight_map"].values()))
             tensors = {}
             for shard in shards:
                 tensors |= read_file(folder / shard)

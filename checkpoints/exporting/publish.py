@@ -11,9 +11,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import get_args
 
 from safetensors import SafetensorError
 
+from prelude.checkpoints.exporting.formats import Format
 from prelude.checkpoints.sources import is_export
 from prelude.data.errors import UserError
 from prelude.pretrain.files import remove, sync_to_disk
@@ -26,7 +28,8 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 def published(to: Path) -> Iterator[Path]:
     """A draft to write into, which takes the place of `to` unless an error comes. Every process has a draft of its own.
 
-    Raises UserError where `to` holds anything but an export of ours or folders of exports, and where the disk refuses.
+    Raises UserError where `to` holds anything but an export of ours, or its folders by format, and where the disk
+    refuses.
     """
     refuse_to_overwrite(to)
     draft = _beside(to, f"{_DRAFT}{os.getpid()}-")
@@ -56,7 +59,7 @@ def _clear_left_behind(to: Path) -> None:
 def refuse_to_overwrite(to: Path) -> None:
     if not to.exists() or is_export(to):
         return
-    if not to.is_dir() or not all(is_export(path) for path in to.iterdir()):
+    if not to.is_dir() or not all(path.name in get_args(Format) and is_export(path) for path in to.iterdir()):
         raise UserError(f"{to} exists and is no earlier export; name a new folder, or empty this one first.")
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from prelude.checkpoints import export
 from prelude.checkpoints.convert.fit import fit
 from prelude.checkpoints.export import export_encoder, export_formats
 from prelude.checkpoints.exporting import timm_folder, transformers_folder
-from prelude.checkpoints.sources import open_encoder, open_weights
+from prelude.checkpoints.sources import is_export, open_encoder, open_weights
 from prelude.checkpoints.store import Store
 from prelude.data.errors import RunStopped, UserError
 from prelude.launch import export as door
@@ -221,6 +222,13 @@ def test_several_formats_come_together_or_not_at_all(source, tmp_path, capsys):
     assert names(to) == ["timm", "transformers"] and open_encoder(str(to / "timm")).config.name.startswith("vit")
     assert door.main([encoder, "--to", str(to)]) == 0
     assert "model.safetensors" in names(to) and names(tmp_path) == ["out", "source"]
+    kept = [tmp_path / "kept" / name for name in ("mae", "timm")]
+    for folder in kept:
+        assert door.main([encoder, "--to", str(folder)]) == 0
+    with pytest.raises(UserError, match="kept exists and is no earlier export"):
+        door.main([encoder, "--to", str(tmp_path / "kept")])  # which holds others, of whatever runs
+    assert all(is_export(folder) for folder in kept)
+    shutil.rmtree(tmp_path / "kept")
     (to.parent / "mine" / "timm").mkdir(parents=True)
     with pytest.raises(UserError, match="mine exists and is no earlier export"):
         door.main([encoder, "--to", str(tmp_path / "mine")])
@@ -362,6 +370,10 @@ def test_teacher_and_student_go_out_by_name(tmp_path, save):
         export_encoder(f"{run}{words}", tmp_path / "out")
         found = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         torch.testing.assert_close(found(images), expected(images), atol=1e-6, rtol=0)
+    other = {name: open_weights(f"{run}{words}").left_out for name, words in (("teacher", ""), ("student", "#student"))}
+    assert set(other["teacher"]) == {"student"} and set(other["student"]) == {
+        "teacher"
+    }  # and no part of the objective's
     with pytest.raises(UserError, match="no network sudent"):
         export_encoder(f"{run}#sudent", tmp_path / "out")
 

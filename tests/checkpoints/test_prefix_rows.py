@@ -28,6 +28,7 @@ def test_rows_of_prefix_tokens_are_told_from_the_table(size, words, tmp_path):
         images = torch.randn(2, 3, *size)
         with torch.no_grad():
             assert torch.equal(opened.forward_features(images), model.forward_features(images))
+            assert torch.equal(opened(images), model(images))  # pooled alike
 
 
 def test_a_class_token_that_is_lost_is_named(tmp_path):

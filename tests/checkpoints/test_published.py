@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import timm
@@ -359,6 +360,52 @@ def test_what_only_a_config_of_transformers_tells_is_not_read_past(kind, setting
     config = tmp_path / "folder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {setting: value}))
     with pytest.raises(UserError, match=f"{setting}={value}.*timm's"):
+        open_encoder(f"{tmp_path}/folder#pixels=half")
+
+
+def test_a_file_out_of_a_folder_of_transformers_is_opened_as_the_folder_is(tmp_path):
+    """Heads, eps and pixels are in no tensor."""
+    model = transformers_model("ViT")
+    model.save_pretrained(tmp_path / "folder")
+    pixels = '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}'
+    (tmp_path / "folder" / "preprocessor_config.json").write_text(pixels)
+    whole, file = (open_encoder(str(tmp_path / "folder" / name)) for name in ("", "model.safetensors"))
+    assert (file.mean, file.std, file.computation) == (whole.mean, whole.std, whole.computation)
+    assert file.fingerprint == whole.fingerprint and file.model.blocks[0].attn.num_heads == 2
+    shutil.copy(tmp_path / "folder" / "model.safetensors", tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match="does not tell how its pixels were normalised"):
+        open_encoder(str(tmp_path / "alone.safetensors"))
+    with pytest.raises(UserError, match="does not tell the number of its attention heads"):
+        open_encoder(f"{tmp_path / 'alone.safetensors'}#pixels=half")
+
+
+@pytest.mark.parametrize(
+    ("says", "mean", "std"),
+    [
+        ({"image_mean": 0.5, "image_std": 0.25}, (0.5,) * 3, (0.25,) * 3),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": False}, (0.0,) * 3, (1.0,) * 3),
+        (
+            {"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "rescale_factor": 0.00392156862745098},
+            (0.1,) * 3,
+            (0.2,) * 3,
+        ),
+    ],
+)
+def test_pixels_are_those_that_a_folder_of_transformers_says(says, mean, std, tmp_path):
+    transformers_model("ViT").save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "preprocessor_config.json").write_text(json.dumps(says))
+    opened = open_encoder(str(tmp_path / "folder"))
+    assert (opened.mean, opened.std) == (mean, std)
+    (tmp_path / "folder" / "preprocessor_config.json").write_text(json.dumps(says | {"rescale_factor": 1 / 127.5}))
+    with pytest.raises(UserError, match="has pixels that are not from 0 to 1"):
+        open_encoder(str(tmp_path / "folder"))
+
+
+def test_an_index_of_shards_that_says_nothing_is_refused(tmp_path):
+    transformers_model("ViT").save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    (tmp_path / "folder" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say what lies where; fetch it again"):
         open_encoder(f"{tmp_path}/folder#pixels=half")
 
 

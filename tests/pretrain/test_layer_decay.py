@@ -74,6 +74,13 @@ def test_the_groups_of_a_convnext_are_the_papers(name, last, depth):
     assert layers["head.norm.weight"] == last + 1
 
 
+def test_no_layer_of_a_very_deep_convnext_learns_as_fast_as_the_head():
+    kwargs = {"depths": [1, 1, 40, 1], "dims": [8, 8, 8, 8], "num_classes": 0}
+    layers, head = layer_numbers(timm.create_model("convnext_tiny", **kwargs))
+    deep = [layers[f"stages.2.blocks.{block}.gamma"] for block in range(40)]
+    assert deep == sorted(deep) and deep[-1] < layers["stages.3.blocks.0.gamma"] < head
+
+
 def test_other_encoders_have_a_layer_a_block_as_timm_groups_them():
     encoder = built("swin_tiny_patch4_window7_224")
     layers, head = layer_numbers(encoder)
