@@ -28,6 +28,7 @@ from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.fetching import check_room, fetch_ahead
 from prelude.data.findings import FindingsReader, VectorFormat
+from prelude.data.image_folder import ImageFolder
 from prelude.data.mixed_order import order_of, passes, seed_of_part
 from prelude.data.order import DEFAULT_SHUFFLE, Shuffle
 from prelude.data.partners import Partners
@@ -113,6 +114,11 @@ def _of_stream(urls: list[str], of_index: dict, plan: ViewPlan) -> dict:
                 f"{key} needs an index, and {next(filter(is_stream, urls))} is a stream; copy the shards to a "
                 f"disk, or leave it out."
             )
+    if folder := next((url for url in urls if isinstance(url, ImageFolder)), None):
+        raise UserError(
+            f"{folder} is a folder of images, which needs an index, and {next(filter(is_stream, urls))} is a stream; "
+            f"write the folder into shards (prelude shards pack), or leave one of the two out."
+        )
     return {key: of_index[key] for key in ("value_range", "max_pixels") if key in of_index}
 
 

@@ -125,6 +125,7 @@ def _of_pil(image: bytes, opened: Image.Image, channels: int | None, deep: bool)
     if opened.mode.startswith(("I", "F")):  # I;16 and its byte orders, I, which older PILs give 16-bit PNGs, and F
         with pil_errors():
             values = np.asarray(opened)
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)  # I;16B holds the other one
         if opened.mode == "I" and opened.format != "TIFF":
             values = values.clip(0, 65535).astype(np.uint16)
         return _fitted(values[:, :, None], channels)

@@ -24,6 +24,7 @@ from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
 from prelude.pretrain import compiling, deepspeed_config, distributed
+from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config, DataConfig
 from prelude.pretrain.data_wait import DataWaitWatch
@@ -38,9 +39,7 @@ from prelude.pretrain.trackers.tracker import trackers_of
 
 def check(config: Config, world_size: int | None = None) -> None:
     """Refuses, before anything is built, what cannot work here, or with that number of ranks. Raises UserError."""
-    check_objective(config)
-    tracker.check(config.log)
-    config.batching(world_size or distributed.launched_world_size())
+    check_settings(config, world_size)
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     start_workers_by(config.data.start_method)
@@ -53,6 +52,13 @@ def check(config: Config, world_size: int | None = None) -> None:
             with told_as(f"{name}="):
                 indexable_shards(getattr(config.evaluate, name.removeprefix("evaluate.")))
         online.check(config.evaluate)
+
+
+def check_settings(config: Config, world_size: int | None = None) -> None:
+    """What of this needs no data. Raises UserError."""
+    check_objective(config)
+    tracker.check(config.log)
+    config.batching(world_size or distributed.launched_world_size())
     deepspeed_config.passed_through(config)
 
 
@@ -168,6 +174,12 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
     )
     if config.train.compile:
         text += f"\ntrain.compile: {compiling.advice(device)}"
+    if engine.accumulation > 1 and has_batch_norms(engine.objective):
+        at_once = counted(engine.micro_batch * distributed.world_size(), "image")
+        text += (
+            f"\nbatch norms see {at_once} at once, so that another train.micro_batch or number of ranks trains "
+            "otherwise; without accumulation they see the whole batch"
+        )
     text = "\n".join([text, *mixture_of(loader)])
     with Tolerant("the console"):
         print(text, file=sys.stderr)

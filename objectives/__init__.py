@@ -60,7 +60,7 @@ def check_objective(config: Config) -> None:
     cls.check(options, config.encoder)
     _refuse_freezing_chance(config)
     _refuse_a_kind_too_many(config, cls)
-    if not cls.accumulates and config.train.global_batch < 2:
+    if cls.compares_samples(options) and config.train.global_batch < 2:
         raise UserError(
             f"objective.name={config.objective['name']} compares the samples of a batch, and train.global_batch=1 has "
             "one; write train.global_batch=256."
@@ -69,6 +69,10 @@ def check_objective(config: Config) -> None:
         from prelude.pretrain import own_encoder  # torch
 
         own_encoder.refuse_settings(config)
+    if config.train.gradient_checkpointing:
+        from prelude.pretrain.encoders import refuse_checkpointing
+
+        refuse_checkpointing(config.encoder)
     if config.train.zero_stage > cls.max_zero_stage:
         raise UserError(
             f"objective.name={config.objective['name']} reads whole weights between steps, which ZeRO stage "

@@ -29,6 +29,7 @@ from prelude.objectives.official_blocks import OfficialMultiBlock
 from prelude.objectives.options import IJEPAOptions
 from prelude.objectives.patch_pictures import Panel, block_panels, page
 from prelude.objectives.predictor import Predictor
+from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import check_encoder, forward_tokens, token_layout
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
@@ -74,8 +75,9 @@ class IJEPA(Objective):
         self.salt = int(torch.randint(2**62, ()))
         self.blocks = _sampler(options, self.grid, self.salt)
         self._initialise()
+        synchronise(self)
         self.teacher = momentum_teacher(encoder)
-        self.accumulates = not options.contrastive_weight
+        self.accumulates = not self.compares_samples(options)
         if options.contrastive_weight:
             self.vicreg = self.contrast(layout.width, options.contrastive_projector)
 
@@ -94,6 +96,10 @@ class IJEPA(Objective):
                 f"heads; write objective.predictor_num_heads=12 with objective.predictor_dim=384, as in the paper."
             )
         _refuse_grid(options, summary.grid)
+
+    @classmethod
+    def compares_samples(cls, options: IJEPAOptions) -> bool:
+        return bool(options.contrastive_weight)
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         (images,) = device_images(batch, self.views)  # (B, C, H, W)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View
 from prelude.data.errors import UserError
 from prelude.objectives.options import ColourOptions, LeJEPAOptions
-from prelude.objectives.several_views import SeveralViews, coloured_view, full_precision, spread_of, wide_share
+from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, full_precision, spread_of
 from prelude.objectives.sigreg import Knots, directions, sigreg
 from prelude.pretrain.collectives import all_reduce, row_counts
 from prelude.pretrain.config import EncoderConfig
@@ -102,14 +102,12 @@ class LeJEPA(SeveralViews):
             agreement = all_reduce((z - centre).square().sum()) / (z.numel() // z.shape[1] * count)
             normality = sigreg(z, along, self.knots, counts)
             total = (1 - o.sigreg_weight) * agreement + o.sigreg_weight * normality
-            health = feature_health(z[0].detach())
             parts = {
                 "agreement": agreement.detach(),
                 "sigreg": normality.detach(),
-                "embedding_rank_share": wide_share(health["feature_rank_share"], health["feature_std"]),
                 TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count)),
             }
-            return Loss(total, parts | spread_of(z[0]))
+            return Loss(total, parts | attained_by(z[0]) | spread_of(z[0]))
 
     def _trivial_loss(self, count: int) -> float:
         """Of views that have nothing in common, embedded as independent normals of the standard deviation s that costs

@@ -31,8 +31,9 @@ from prelude.objectives.masking import PatchMask, in_squares, mask_noise, num_ke
 from prelude.objectives.options import MAEOptions
 from prelude.objectives.patch_decoder import DecodesPatches, PatchDecoder
 from prelude.objectives.patch_target import target_statistics
-from prelude.objectives.pictures import sheet
+from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.token_blocks import xavier_init
+from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import EncoderSummary, block_maps, check_encoder, forward_tokens, token_layout
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
@@ -87,6 +88,7 @@ class MAE(DecodesPatches, Objective):
             encoder.norm.requires_grad_(False)  # the decoder reads maps before it: no gradient would ever come
         self.gradient_decoder = PatchDecoder(encoder, layout, options, area) if options.gradient_weight else None
         self._initialise()
+        synchronise(self)
 
     @classmethod
     def check(cls, options: MAEOptions, encoder: EncoderConfig) -> None:
@@ -185,7 +187,8 @@ class MAE(DecodesPatches, Objective):
         """
         (images,) = device_images(batch, self.views)
         images = images[:_NUM_PICTURES]
-        result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_squares))
+        with evaluating(self):
+            result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_squares))
         restored = self.restored(result).to(images.dtype)  # (B, R, P)
         original = patchify(images, self.patch_size)  # (B, L, P)
         where = result.ids[..., None].expand_as(restored)

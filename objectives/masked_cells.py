@@ -24,7 +24,7 @@ from prelude.data.errors import UserError
 from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MaskedCellsOptions
 from prelude.objectives.patch_target import target_statistics
-from prelude.objectives.pictures import sheet
+from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.sparse_check import Survey, survey, total_stride
 from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
 from prelude.pretrain.config import EncoderConfig
@@ -133,10 +133,8 @@ class MaskedCells(Objective):
         """
         (images,) = device_images(batch, self.views)
         images = images[:_NUM_PICTURES]
-        training = self.training
-        self.eval()  # one rank alone draws: batch statistics would wait for the others, and be moved
-        result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_cells))
-        self.train(training)
+        with evaluating(self):
+            result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_cells))
         mean, scale = target_statistics(result.pixels, self.standardised)
         restored = result.predicted.to(images.dtype) * scale + mean  # (B, R, P)
         original = rearrange(images, "b c (r h) (k w) -> b (r k) (h w c)", h=self.cell, w=self.cell)  # (B, L, P)

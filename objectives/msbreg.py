@@ -26,7 +26,7 @@ from prelude.objectives.embedding_dynamics import kicks, unit
 from prelude.objectives.momentum_teacher import follow_weights, momentum_teacher, train_norms
 from prelude.objectives.options import ColourOptions, MSBRegOptions
 from prelude.objectives.projector import projector
-from prelude.objectives.several_views import SeveralViews, coloured_view, full_precision, spread_of, wide_share
+from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, full_precision, spread_of
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.collectives import all_reduce, row_counts
 from prelude.pretrain.feature_health import feature_health
@@ -87,9 +87,8 @@ class MSBReg(SeveralViews):
             q, t = (unit(rows) for rows in full_precision(predicted, target))
             centroid = self._centroid_term(q, t, counts)
             total, parts = self.regularised(centroid, q, directions, counts)
-            rank_share = feature_health(q[0].detach())["feature_rank_share"]
             apart = (1 - q[0].detach().mean(0).square().sum()).clamp(min=0).sqrt()  # 1 where they point everywhere
-            parts |= {"centroid": centroid.detach(), "embedding_rank_share": wide_share(rank_share, apart)}
+            parts |= {"centroid": centroid.detach()} | attained_by(q[0], apart)
             return Loss(total, parts | spread_of(q[0]))
 
     def _centroid_term(self, q: Tensor, t: Tensor, counts: list[int]) -> Tensor:

@@ -178,6 +178,13 @@ class DSeqJEPAOptions(IJEPAOptions):
     loss_reduction: Literal["patch", "step"] = "patch"  # what counts the same within an image
     contrastive_projector: list[int] = [3072, 3072, 3072]  # widths of the layers before VICReg's terms
 
+    @model_validator(mode="after")
+    def _bands_are_no_components(self):
+        usual = type(self).model_fields["region_min_area"].default
+        if self.region_strategy == "quantiles" and self.region_min_area != usual:
+            raise ValueError("region_min_area has no effect with region_strategy=quantiles; leave it out")
+        return self
+
 
 class MAEOptions(Options):
     mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that is hidden

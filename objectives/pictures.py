@@ -1,10 +1,26 @@
-"""Images side by side."""
+"""Images side by side, and what draws them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 _GAP = 2  # pixels between two images
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and back to what each part was in: one rank alone draws, so that statistics of a batch would wait for
+    the others, and be moved."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def sheet(images: Tensor) -> Image.Image:

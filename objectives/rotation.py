@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.objectives.options import RotationOptions
-from prelude.objectives.pictures import sheet
+from prelude.objectives.pictures import evaluating, sheet
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import check_encoder, pooled_width
@@ -86,10 +86,8 @@ class Rotation(Objective):
         """One row an image: its rotations, framed in green where they are recognised and in red where not."""
         (images,) = device_images(batch, self.views)
         samples = rotated(images[:_NUM_PICTURES], self.quarter_turns)  # (B * K, 3, S, S)
-        training = self.encoder.training
-        self.encoder.eval()  # one rank alone draws: batch statistics would wait for the others, and be moved
-        guesses = self.head(self.encoder(samples)).argmax(1)
-        self.encoder.train(training)
+        with evaluating(self):
+            guesses = self.head(self.encoder(samples)).argmax(1)
         num_classes = len(self.quarter_turns)
         right = guesses.view(-1, num_classes) == torch.arange(num_classes, device=guesses.device)  # (B, K)
         drawn = denormalise(samples, self.views).unflatten(0, (-1, num_classes))  # (B, K, 3, S, S)

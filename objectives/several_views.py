@@ -28,7 +28,7 @@ from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.collectives import row_counts
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import pooled_width
-from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
+from prelude.pretrain.feature_health import FEWEST_RANKED, TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.objective import Loss, Objective
@@ -144,6 +144,20 @@ def full_precision(*embeddings: Tensor) -> tuple[Tensor, ...]:
     return tuple(z.to(torch.promote_types(z.dtype, torch.float32)) for z in embeddings)
 
 
+def attained(share: Tensor, count: int) -> dict[str, Tensor]:
+    """`embedding_rank_share` of `count` embeddings; nothing where these are too few to differ in it."""
+    return {"embedding_rank_share": share} if count >= FEWEST_RANKED else {}
+
+
+def attained_by(embeddings: Tensor, std: Tensor | None = None) -> dict[str, Tensor]:
+    """The same of embeddings (n, D), less where hardly anything varies, see `wide_share`. std: by default their own."""
+    if len(embeddings) < FEWEST_RANKED:
+        return {}
+    health = feature_health(embeddings.detach())
+    std = health["feature_std"] if std is None else std
+    return {"embedding_rank_share": wide_share(health["feature_rank_share"], std)}
+
+
 @torch.no_grad()
 def wide_share(share: Tensor, std: Tensor) -> Tensor:
     """A share of attainable dimensions, less where embeddings that are to have a standard deviation of 1 have hardly
@@ -157,6 +171,10 @@ def spread_of(embeddings: Tensor) -> dict[str, Tensor]:
 
     `embedding_std`: the standard deviation, averaged over dimensions.
     `dead_dimensions`: the share of dimensions whose standard deviation is next to nothing.
+
+    Of one sample nothing.
     """
+    if len(embeddings) < 2:
+        return {}
     spread = embeddings.detach().std(dim=0)
     return {"embedding_std": spread.mean(), "dead_dimensions": (spread < _DEAD).to(embeddings.dtype).mean()}

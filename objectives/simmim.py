@@ -28,8 +28,9 @@ from prelude.data.errors import UserError
 from prelude.objectives.local_statistics import window_statistics
 from prelude.objectives.masking import PatchMask, mask_noise, random_mask
 from prelude.objectives.options import SimMIMOptions
-from prelude.objectives.pictures import sheet
+from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.replaced_patches import ReplacedPatches, check_replaceable, total_stride
+from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
@@ -70,6 +71,7 @@ class SimMIM(Objective):
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.patch_embed.proj.out_channels))
         self.head = nn.Conv2d(encoder.num_features, self.views.channels * self.stride[0] * self.stride[1], 1)
         self._initialise()
+        synchronise(self)
 
     @classmethod
     def check(cls, options: SimMIMOptions, encoder: EncoderConfig) -> None:
@@ -152,7 +154,8 @@ class SimMIM(Objective):
         batch = batch.head(_NUM_PICTURES)
         (images,) = device_images(batch, self.views)
         mask = self.mask(mask_noise(batch.seeds, self.num_cells))
-        predicted = self.decode(self.encode(images, mask.hidden)).to(images.dtype)
+        with evaluating(self):
+            predicted = self.decode(self.encode(images, mask.hidden)).to(images.dtype)
         if self.options.target_window:
             mean, scale = window_statistics(images, self.options.target_window)
             predicted = predicted * scale + mean

@@ -30,7 +30,7 @@ from prelude.objectives.mae import MAE, Gradients, Reconstruction
 from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
 from prelude.objectives.options import Uni4EyeOptions
 from prelude.objectives.patch_decoder import DecodesPatches
-from prelude.objectives.pictures import sheet
+from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.token_blocks import xavier_init
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
@@ -161,7 +161,8 @@ class Uni4Eye(MAE):
         batch = batch.head(_NUM_PICTURES)
         seen = device_volumes(batch, self.views.volumes)
         mask = self.volume_mask(mask_noise(batch.seeds, self.num_cubes))
-        result = self.decode_volumes(seen, self.encode_volumes(seen.standardised, mask.keep), mask)
+        with evaluating(self):
+            result = self.decode_volumes(seen, self.encode_volumes(seen.standardised, mask.keep), mask)
         pictures = {"volume_reconstruction": self._slices(seen.standardised, self.restored(result), result.ids)}
         if result.gradient is not None:
             pictures["volume_gradient"] = self._slices(volume_map(seen), result.gradient.predicted, result.ids)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prelude.objectives.covariance import spread
 from prelude.objectives.options import VICRegOptions
-from prelude.objectives.several_views import TwoViews, full_precision, spread_of, wide_share
+from prelude.objectives.several_views import TwoViews, attained, full_precision, spread_of, wide_share
 from prelude.pretrain.collectives import all_reduce
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, rank_share
 from prelude.pretrain.objective import Loss
@@ -57,9 +57,9 @@ class VICReg(TwoViews):
                 "variance": variance,
                 "covariance": covariance,
                 "effective_dimensions": one.effective_dimensions,
-                "embedding_rank_share": wide_share(rank_share(one.effective_dimensions, count, width), one.std),
                 TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count, width)),
             }
+            parts |= attained(wide_share(rank_share(one.effective_dimensions, count, width), one.std), count)
             return Loss(total, {n: p.detach() for n, p in parts.items()} | spread_of(torch.cat([first, second], dim=1)))
 
     def _trivial_loss(self, count: int, width: int) -> float:

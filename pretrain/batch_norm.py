@@ -35,6 +35,10 @@ def synchronise(module: nn.Module) -> None:
         norm.__class__ = _SYNCHRONISED[type(norm)]
 
 
+def has_batch_norms(module: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
 def normalise_columns(values: Tensor, eps: float = 1e-5) -> Tensor:
     """(n, D), this rank's rows, with each column brought to mean 0 and variance 1 over all ranks' rows.
 

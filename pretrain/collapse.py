@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Protocol
 
-from prelude.pretrain.config import CollapseConfig
+from prelude.pretrain.collapse_config import CollapseConfig
 from prelude.pretrain.feature_health import OF_VOLUMES, TRIVIAL_LOSS
 from prelude.pretrain.files import read_lines
 from prelude.pretrain.monitors import Monitor, Report, StepRecord

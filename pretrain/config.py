@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
+from prelude.pretrain.collapse_config import CollapseConfig
 from prelude.pretrain.log_config import LogConfig
 from prelude.pretrain.options import AnyShards, Count, FilePath, Index, Positive, Section, Share, Text, number
 
@@ -122,9 +123,13 @@ class DataConfig(Section):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(
                     f"{key} has {counted(len(getattr(self, key)), 'value')} and channels={self.channels}; write one "
-                    f"for each "
-                    f"channel, as `prelude shards info SHARDS --channels {self.channels}` tells them"
+                    f"for each channel, as `prelude shards info SHARDS --channels {self.channels}` tells them"
                 )
+        if not (all(0 <= mean <= 1 for mean in self.mean) and max(self.std) <= 1):
+            raise ValueError(
+                "mean and std are of pixels from 0 to 1; divide those of pixels from 0 to 255 by 255, or take what "
+                "`prelude shards info SHARDS` tells"
+            )
         if self.shown_channels and (len(self.shown_channels) > 3 or max(self.shown_channels) >= self.channels):
             raise ValueError(f"shown_channels takes one to three numbers from 0 to {self.channels - 1}")
         return self
@@ -202,6 +207,8 @@ class OptimizerConfig(Section):
             raise ValueError(f"{self.name} has no {unread}; write {read}")
         if self.nesterov and self.name != "sgd":
             raise ValueError(f"{self.name} has no nesterov; leave it out, or write name=sgd")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov has no effect at momentum=0; write momentum=0.9, or leave it out")
         if self.decay_vectors and self._is_set("spared_lr_ratio"):
             raise ValueError("decay_vectors leaves nothing undecayed for spared_lr_ratio; write one of the two")
         if self.milestones and self.min_lr:
@@ -276,21 +283,6 @@ class EvaluateConfig(Section):
     num_train: int = Field(2000, ge=2)  # images to learn from, as many of each class as far as it goes
     num_test: int = Field(1000, ge=1)  # images to report on, drawn likewise
     device: Literal["auto", "cpu"] = "auto"  # auto: the accelerator of rank 0, where there is one
-
-
-class CollapseConfig(Section):
-    """When a run is taken for collapsed; `pretrain/collapse.py` says what each sign means."""
-
-    stop: bool = False  # end the run, with exit code 3, rather than only tell
-    grace: float = Field(0.1, ge=0, le=1)  # share of the run in which nothing is judged
-    sustained: float = Field(0.05, ge=0, le=1)  # share of the run over whose last part a sign must stand
-    max_cosine: float = Field(0.999, gt=0, le=1)  # above it: cosine of the features of two images, on average
-    min_std: float = Field(1e-4, ge=0)  # below it: standard deviation of a feature, over images
-    # Below it: effective rank of the features; 0: one line, 1: all that is attainable
-    min_rank: float = Field(0.0025, ge=0, lt=1)
-    min_embedding_rank: float = Field(0.0125, ge=0, lt=1)  # below it: the same of what views are compared by
-    min_teacher_cosine: float = Field(0.2, ge=-1, lt=1)  # below it: cosine of encoder and teacher, on the same patches
-    trivial_tolerance: float = Field(0.02, ge=0, lt=1)  # within it: the loss around its trivial value, as a share of it
 
 
 class Config(Section):

@@ -73,6 +73,16 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     )
 
 
+def refuse_checkpointing(config: EncoderConfig) -> None:
+    """Raises UserError for an encoder that cannot compute its activations again."""
+    try:
+        lay_out_encoder(config).set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError):  # as timm's models say so
+        raise UserError(
+            f"encoder.name={config.name} has no gradient checkpointing; write train.gradient_checkpointing=false."
+        ) from None
+
+
 def _summary_of_own(model: nn.Module, config: EncoderConfig, tokens: bool) -> EncoderSummary:
     found = gives(model)
     if tokens and found.tokens is None:

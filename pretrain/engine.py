@@ -36,6 +36,7 @@ from prelude.pretrain import (
     precision,
     stopping,
 )
+from prelude.pretrain.bad_share import refuse_many
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_code, peak_memory
 from prelude.pretrain.guarded_step import GuardedStep
@@ -90,8 +91,8 @@ class Engine:
         self.utilisation.look_at(objective, config, self.precision.name)
         self.deepspeed = deepspeed_engine.initialised(objective, config, self.precision.name)
         bucket = deepspeed_config.bucket_size(deepspeed_engine.numel(objective))
-        clipping = config.train.gradient_clipping
-        self.guarded_step = GuardedStep(self.deepspeed, list(objective.parameters()), clipping, bucket)
+        trained, clipping = list(objective.parameters()), config.train.gradient_clipping
+        self.guarded_step = GuardedStep(self.deepspeed, trained, clipping, bucket)
         self.applied = Later()
         self.stop_reason = ""  # of a monitor, on rank 0
         self.has_ended = False  # says the objective, before the last step
@@ -152,6 +153,7 @@ class Engine:
         )
         step, fetched, loss_sum = self.progress.step + 1, self.ahead, torch.zeros((), device=self.device)
         self._begin_to_fetch(step + 1)
+        self.guarded_step.begin()
         for micro in range(self.accumulation):
             if micro:
                 self._fetch_ahead(batches, meter)
@@ -234,11 +236,9 @@ class Engine:
         )
         if refused:
             raise RunStopped(distributed.from_main(self.stop_reason))
-        if read and not without_data and bad / read > self.config.data.max_bad_share and bad > self.micro_batch:
-            raise RunStopped(
-                f"{bad:.0f} of {read:.0f} samples could not be read, more than data.max_bad_share="
-                f"{self.config.data.max_bad_share}; see {self.run_dir / 'bad_samples.jsonl'}."
-            )
+        if not without_data:
+            share, few = self.config.data.max_bad_share, self.config.train.global_batch
+            refuse_many(bad, read, share, few, self.run_dir / "bad_samples.jsonl")
         no_data = next(filter(None, distributed.of_all(self.no_data))) if without_data else ""
         return _Agreed(bool(stops), int(bad), no_data, bool(saved))
 

@@ -1,4 +1,4 @@
-"""The optimizer's step, which is not taken where loss or gradient are not finite.
+"""The optimizer's step, which is not taken where loss or gradient are not finite, and then leaves nothing behind.
 
 The norm of all gradients decides. They are averaged over ranks already, so it is finite on every rank or on none; and
 it is looked at on the device, so that the host can go on to the next step without knowing.
@@ -6,10 +6,13 @@ it is looked at on the device, so that the host can go on to the next step witho
 - AdamW's fused kernel leaves weights, moments and step counts as they are where it is told to.
 - What any other optimizer changed is put back, which takes a second copy of weights and moments while it steps. A count
   of steps on the host, as timm's LAMB keeps one, counts refused steps too.
+- So are the running statistics of norms, which the forward pass has moved: what is no number would stay in them for
+  good, and show only where the encoder is evaluated.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from prelude.pretrain.collectives import sum_over_ranks
 from prelude.pretrain.gradient_mean import GradientMean
@@ -36,8 +39,18 @@ class GuardedStep:
             engine.enable_backward_allreduce = False
             self.mean = GradientMean(parameters, bucket_size, engine.is_gradient_accumulation_boundary)
         self._before: dict[Tensor, Tensor] = {}
+        norms = [module for module in engine.module.modules() if isinstance(module, _NormBase)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        kinds = {buffer.dtype for buffer in buffers}  # means and variances, and counts of batches
+        self.statistics = [[buffer for buffer in buffers if buffer.dtype == kind] for kind in kinds]
+        self._statistics_before: list[list[Tensor]] = []
         optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._end)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before a step's first forward pass."""
+        self._statistics_before = list(map(_copied, self.statistics))
 
     def __call__(self, at_boundary: bool) -> None:
         if at_boundary and self.zero is None:
@@ -45,6 +58,9 @@ class GuardedStep:
         self.engine.step()
         if at_boundary and self.held is not None:
             self.held.zero_()
+        if at_boundary:
+            for of_a_kind, before in zip(self.statistics, self._statistics_before, strict=True):
+                self._put_back(of_a_kind, before)
 
     def _look_and_clip(self) -> None:
         """At stage 0, where nothing below us averages the gradients, looks at them or clips them."""
@@ -73,25 +89,34 @@ class GuardedStep:
         if _is_fused(optimizer):
             optimizer.found_inf = self.refused.float()
             return
-        if moved := _moved(optimizer):  # copied in a few kernels, where `clone` would take one for each tensor
-            self._before = dict(zip(moved, torch._foreach_mul(list(map(_bits, moved)), 1), strict=True))
+        if moved := _moved(optimizer):
+            self._before = dict(zip(moved, _copied(moved), strict=True))
 
     @torch.no_grad()
     def _end(self, optimizer: torch.optim.Optimizer, *_) -> None:
-        """Puts back what was there where the step is refused. As whole numbers: what was computed may be no number, and
-        0 times that is none either."""
         moved, kept = _moved(optimizer), self._before
         if _is_fused(optimizer) or not moved:
             return
         self._before = {}
-        now = list(map(_bits, moved))
-        for tensor, bits in zip(moved, now, strict=True):
+        for tensor in moved:
             if tensor not in kept:  # a moment that this step has made; at 0, the next step treats it as new
-                kept[tensor] = torch.zeros_like(bits)
-        before, refused = [kept[tensor] for tensor in moved], self.refused.to(now[0].dtype)
+                kept[tensor] = torch.zeros_like(_bits(tensor))
+        self._put_back(moved, [kept[tensor] for tensor in moved])
+
+    @torch.no_grad()
+    def _put_back(self, tensors: list[Tensor], before: list[Tensor]) -> None:
+        """Where the step is refused, what was there, as `_copied` has it; `before` is used up. As whole numbers: what
+        was computed may be no number, and 0 times that is none either."""
+        now = list(map(_bits, tensors))
+        refused = self.refused.to(now[0].dtype)
         torch._foreach_mul_(now, 1 - refused)
         torch._foreach_mul_(before, refused)
         torch._foreach_add_(now, before)
+
+
+def _copied(tensors: list[Tensor]) -> list[Tensor]:
+    """Their bits, in a few kernels, where `clone` would take one for each tensor."""
+    return torch._foreach_mul(list(map(_bits, tensors)), 1)
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from prelude.data.errors import UserError
 DEFAULT_PORT = "29500"
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 _NUMBERS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 0, "LOCAL_SIZE": 0}  # and from where on
+# What else torchrun and DeepSpeed tell their ranks
+_BESIDE = ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "CROSS_RANK", "CROSS_SIZE")
 _FIRST_SPECIAL_STEP = 0xFFFFFFFA  # Slurm numbers steps from 0; from here on are interactive shells and batch scripts
 
 
@@ -70,6 +72,12 @@ def world_size(env: MutableMapping[str, str] = os.environ) -> int:
 def rank(env: MutableMapping[str, str] = os.environ) -> int:
     """Of this process. Raises UserError as `complete` does."""
     return int(_completed(env)["RANK"])
+
+
+def without_rank(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that a rank starts and that is none: it starts ranks of its own, or is alone."""
+    ours = {*_NUMBERS, *_BESIDE, "MASTER_ADDR", "MASTER_PORT", *(one.rank for one in (_SRUN, *_LAUNCHERS))}
+    return {name: value for name, value in env.items() if name not in ours and not name.startswith("TORCHELASTIC_")}
 
 
 def _completed(env: MutableMapping[str, str]) -> dict[str, str]:

@@ -72,6 +72,11 @@ class Objective(nn.Module, ABC):
         """
         check_encoder(encoder, tokens=False)
 
+    @classmethod
+    def compares_samples(cls, options: Options) -> bool:
+        """Whether the loss is a statistic of the batch with these options, for which one sample is none."""
+        return not cls.accumulates
+
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         """The method's computation for one micro-batch of this rank, whose views are uint8 until `images` makes them

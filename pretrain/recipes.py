@@ -155,7 +155,10 @@ def shipped_recipes() -> list[str]:
 def find_recipe(recipe: str | Path) -> Path:
     """A file, or the name of one of the recipes that ship in configs/ (`quickstart`)."""
     given = Path(os.path.expanduser(recipe))
-    for candidate in (given, SHIPPED / given.name, SHIPPED / f"{recipe}.yaml"):
+    shipped = (
+        [SHIPPED / given.name] if given.parent.name in ("", SHIPPED.name) else []
+    )  # elsewhere it is the user's own
+    for candidate in (given, *shipped, SHIPPED / f"{recipe}.yaml"):
         if os.path.isfile(candidate):
             return candidate
     near = nearest_recipe(given.stem)

@@ -90,7 +90,8 @@ def main() -> int:
     about = json.loads(sys.stdin.readline())
     folder, name = Path(about["records"]), about["service"]
     with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks: two starts of a run never overlap for long
+            fcntl.flock(lock, fcntl.LOCK_EX)
         # Whatever a package raises is its own: the run goes on, and is told.
         try:
             records = Records(folder / f"{name}.json").of(about["place"], about["id"])

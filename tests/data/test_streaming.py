@@ -76,6 +76,12 @@ def test_what_cannot_work_is_refused(shards, changes, sentence):
         build(shards, **changes)
 
 
+def test_a_folder_of_images_beside_a_stream_is_refused(tmp_path, image):
+    (tmp_path / "7.png").write_bytes(image(0))
+    with pytest.raises(UserError, match="is a folder of images, which needs an index, and pipe:cat x.tar is a stream"):
+        build([str(tmp_path), "pipe:cat x.tar"])
+
+
 @pytest.mark.parametrize("command", ["pipe:false", "pipe:echo no tar", "pipe:cat /nowhere/x.tar 2> /dev/null"])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_pipe_that_never_works_stops_the_run(command, num_workers):

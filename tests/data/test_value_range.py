@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from prelude.data.batch import View, ViewPlan
@@ -42,6 +43,18 @@ def test_a_range_is_linear_and_clipped(format):
     values = np.array([[0, 1000, 1500, 2000, 4000]], np.uint16)
     pixels = decode(encoded(values, format), value_range=(1000, 2000))
     assert pixels.dtype == np.float32 and pixels.tolist() == [[[v] * 3 for v in (0, 0, 127.5, 255, 255)]]
+
+
+def test_both_byte_orders_of_a_tiff_are_the_same_image():
+    """ImageJ writes the big end first."""
+    values = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+    files = {order: io.BytesIO() for order in "<>"}
+    for order, file in files.items():
+        tifffile.imwrite(file, values, byteorder=order)
+    little, big = (file.getvalue() for file in files.values())
+    assert little[:2] == b"II" and big[:2] == b"MM"
+    assert (decode(big) == decode(little)).all() and (decode(big)[..., 0] == values >> 8).all()
+    assert (decode(big, value_range=(0, 63000)) == decode(little, value_range=(0, 63000))).all()
 
 
 def test_floats_have_pixels_where_a_range_is_given():

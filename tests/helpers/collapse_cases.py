@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prelude.pretrain.collapse import CollapseWatch
-from prelude.pretrain.config import CollapseConfig
+from prelude.pretrain.collapse_config import CollapseConfig
 from prelude.pretrain.monitors import Report, StepRecord
 
 HEALTHY = {"feature_cosine": 0.9, "feature_std": 0.3, "feature_rank": 20.0, "feature_rank_share": 0.15}

@@ -22,6 +22,7 @@ from prelude.checkpoints.store import Store
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import RunStopped
 from prelude.pretrain import distributed, precision
+from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.images import images
@@ -43,6 +44,9 @@ CASES = {
     "bad_steps_sgd": {"train": {}, "bad_steps": [0, 3], "optimizer": {"name": "sgd", "nesterov": True}},
     "bad_steps_lars": {"train": {"gradient_clipping": 0.05}, "bad_steps": [0, 3], "optimizer": {"name": "lars"}},
     "bad_steps_sgd_zero2": {"train": {"zero_stage": 2}, "bad_steps": [2], "optimizer": {"name": "sgd"}},
+    # Activations that overflow, before a norm that keeps statistics of them
+    "bad_activations": {"train": {}, "bad_steps": [2], "norm": True},
+    "bad_activations_zero1": {"train": {"zero_stage": 1}, "bad_steps": [2], "norm": True},
     "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
     "bf16": {"train": {"precision": "bf16"}},
     # What each rank measures; and what a second start of the run does, on another machine
@@ -54,21 +58,26 @@ CASES = {
 
 
 class Regression(Objective):
-    """A model small enough to be checked by hand, with an EMA copy and a loss that can be poisoned."""
+    """A model small enough to be checked by hand, with an EMA copy and a loss, or activations, that can be poisoned."""
 
-    def __init__(self, bad_steps=()):
+    def __init__(self, bad_steps=(), norm=False):
         super().__init__(nn.Linear(3 * SIZE * SIZE, 4), Options(), image_size=(SIZE, SIZE), mean=None, std=None)
         self.views = ViewPlan((View((SIZE, SIZE)),))
         self.head = nn.Linear(4, 1)
         self.register_buffer("average", self.head.weight.detach().clone())
         self.bad_steps = set(bad_steps)
+        self.norm = nn.BatchNorm1d(4) if norm else None
+        synchronise(self)
 
     def forward(self, batch, progress):
         hidden = self.encoder(images(batch, self.views)[0].flatten(1)).tanh()
+        # Poisoned on one rank only: every rank must still decide alike.
+        bad = progress.step in self.bad_steps and distributed.rank() == distributed.world_size() - 1
+        if self.norm is not None:
+            hidden = self.norm(hidden * math.inf if bad else hidden)
         target = (batch.seeds % 7).float()[:, None] / 7
         loss = (self.head(hidden).float() - target).square().mean()
-        # Poisoned on one rank only: every rank must still decide alike.
-        if progress.step in self.bad_steps and distributed.rank() == distributed.world_size() - 1:
+        if bad:
             loss = loss * math.nan
         return Loss(loss, {"mean_output": hidden.detach().mean()})
 
@@ -142,7 +151,7 @@ def run_case(name: str, out: Path) -> None:
     case = CASES[name]
     config = config_of(case, out)
     torch.manual_seed(0)
-    objective = Regression(case.get("bad_steps", ()))
+    objective = Regression(case.get("bad_steps", ()), case.get("norm", False))
     recorder, store = Recorder(), store_of(case, out)
     micro_batch, _ = config.batching(distributed.world_size())
 

@@ -64,6 +64,21 @@ def small_transformer(image_size, patch_size=4, width=16, depth=1):
     return SmallTransformer(image_size, patch_size, width, depth)
 
 
+class Normed(SmallTransformer):
+    """Features behind a batch norm, whose statistics are of all tokens that are seen."""
+
+    def __init__(self, image_size):
+        super().__init__(image_size, 4, 16, 1)
+        self.bn = nn.BatchNorm1d(16)
+
+    def forward_tokens(self, images, keep=None):
+        return self.bn(super().forward_tokens(images, keep).transpose(1, 2)).transpose(1, 2)
+
+
+def normed(image_size):
+    return Normed(image_size)
+
+
 class Leaky(SmallTransformer):
     """Adds the mean of all patches to each that is kept: hidden pixels reach every token."""
 

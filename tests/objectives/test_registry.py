@@ -1,4 +1,5 @@
 import importlib.metadata
+import re
 import types
 from pathlib import Path
 
@@ -113,6 +114,31 @@ def test_what_cannot_work_is_refused_before_anything_is_built(changes, message, 
     monkeypatch.setattr(building, "build_encoder", lambda *args, **kwargs: pytest.fail("built"))
     with pytest.raises(UserError, match=message):
         check_objective(a_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            "barlow_cifar10",
+            ["encoder.name=dla34", "encoder.kwargs={}", "train.gradient_checkpointing=true"],
+            "encoder.name=dla34 has no gradient checkpointing; write train.gradient_checkpointing=false.",
+        ),
+        (
+            "ijepa_cifar10",
+            ["objective.contrastive_weight=0.001", "train.global_batch=1"],
+            "objective.name=ijepa compares the samples of a batch, and train.global_batch=1 has one",
+        ),
+        (
+            "dseqjepa_cifar10",
+            ["objective.region_strategy=quantiles", "objective.region_min_area=0.1"],
+            "region_min_area has no effect with region_strategy=quantiles",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(recipe, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_objective(load_config(recipe, overrides, options_for))
 
 
 def test_what_works_passes_the_check():

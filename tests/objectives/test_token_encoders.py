@@ -6,6 +6,7 @@ import torch
 
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
+from prelude.pretrain import batch_norm
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.step_cost import blank_batch
@@ -60,3 +61,28 @@ def test_a_family_trains_and_goes_back_to_timm(objective, name):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(plain(images), exported(images))
+
+
+@pytest.mark.parametrize(("objective", "own"), [("mae", {}), ("ijepa", {"depth_scaled_init": False})])
+def test_batch_norms_of_an_own_encoder_are_those_of_all_ranks_and_pictures_move_none(objective, own):
+    config = validate_config(
+        {
+            "run_dir": "x",
+            "data": {"shards": "x"},
+            "encoder": {"name": "own_networks:normed", "image_size": 32},
+            "objective": {"name": objective} | OBJECTIVES[objective] | own,
+            "train": {"epochs": 1, "global_batch": 4},
+            "optimizer": {"lr": 1e-3},
+        },
+        "normed",
+        options_for,
+    )
+    built = build_objective(config).train()
+    norms = [module for module in built.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+    assert norms and all(isinstance(norm, batch_norm._AcrossRanks) for norm in norms)
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    assert built.pictures(blank_batch(built.views, 4))
+    assert all(value.equal(before[name]) for name, value in built.state_dict().items())
+    assert built.encoder.bn.training
+    built(blank_batch(built.views, 4), Progress(0, 10, 1.0))
+    assert not built.encoder.bn.running_mean.equal(before["encoder.bn.running_mean"])

@@ -8,7 +8,7 @@ import torch
 from collapse_cases import HEALTHY, a_record, a_watch, an_evaluation
 
 from prelude.pretrain.collapse import REMEDIES, signs
-from prelude.pretrain.config import CollapseConfig
+from prelude.pretrain.collapse_config import CollapseConfig
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
 from prelude.pretrain.schedules import Progress
 
@@ -262,7 +262,17 @@ def test_the_rank_is_measured_against_what_is_attainable():
         assert full["feature_rank_share"] > 0.9
     line = torch.randn(64, 1, generator=generator) * torch.ones(16)
     assert feature_health(line)["feature_rank_share"].item() == pytest.approx(0, abs=1e-5)
-    assert feature_health(torch.ones(1, 16))["feature_rank_share"].isfinite()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_healthy_features_of_few_images_are_no_collapse(count):
+    """Of one there is nothing to compare, and two have one direction between them, whatever they are."""
+    health = feature_health(torch.randn(count, 64, generator=torch.Generator().manual_seed(0)))
+    assert all(value.isfinite() for value in health.values())
+    assert signs({name: value.item() for name, value in health.items()}, CollapseConfig()) == []
+    assert set(health) >= {"feature_std", "feature_cosine"} if count > 1 else health == {}
+    alike = {name: value.item() for name, value in feature_health(torch.ones(count, 64)).items()}
+    assert [sign.cause for sign in signs(alike, CollapseConfig())] == ["same_features"] * (count > 1)
 
 
 def test_a_teacher_is_compared_image_by_image():

@@ -131,6 +131,12 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("encoder.in_chans=1", "follows from data.channels=3; write data.channels alone"),
         ("data.in_channels=1", "did you mean data.channels?"),
         ("data.mean=[0.5]", "mean has 1 value and channels=3"),
+        (
+            "data.mean=[123.7, 116.3, 103.5]",
+            "mean and std are of pixels from 0 to 1; divide those of pixels from 0 to 255",
+        ),
+        ("data.std=[58.4, 57.1, 57.4]", "mean and std are of pixels from 0 to 1; divide those of pixels from 0 to 255"),
+        ("optimizer={name: sgd, lr: 1, nesterov: true, momentum: 0}", "nesterov has no effect at momentum=0"),
         ("data.std=[1, 0, 1]", "write a list of numbers above 0"),
         ("encoder.depth=3", "did you mean encoder.kwargs.depth?"),
         ("mask_ratio=0.5", "did you mean objective.mask_ratio?"),

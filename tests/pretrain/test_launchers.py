@@ -128,3 +128,9 @@ def test_threads_are_the_first_of_a_list(text, threads):
 def test_what_is_no_number_of_threads_is_a_sentence(text):
     with pytest.raises(UserError, match="is no number of threads; write one of 1 or more, or unset it"):
         launchers.num_threads({"OMP_NUM_THREADS": text})
+
+
+def test_what_a_rank_starts_is_no_rank_by_any_launcher():
+    for env in (TORCHRUN | ADDRESS, STEP | ADDRESS, OPEN_MPI | ADDRESS, HYDRA):
+        alone = launchers.without_rank(env)
+        assert completed(alone)[:4] == ALONE[:4] and launchers.world_size(dict(alone)) == 1
