@@ -42,8 +42,9 @@ def write_shards(
     """Writes `SPLIT-000000.tar`, ... into `folder`, each sample a `.jpg`, its `.cls`, and its mask as a `.png`;
     returns the shards in order.
 
-    Nothing is written when the same data set is already there; another one of the same split is replaced.
-    Raises UserError for an unknown split, or a count, seed or size that cannot be drawn.
+    Nothing is written when the same data set is already there; another made-up one of the same split is replaced.
+    Raises UserError for an unknown split, a count, seed or size that cannot be drawn, and where shards of other images
+    have these names.
     """
     check(split, num_samples, seed, image_size, samples_per_shard)
     wanted = {"version": _VERSION, "num_samples": num_samples, "seed": seed, "image_size": image_size}
@@ -55,17 +56,20 @@ def written_once(
     folder: Path, name: str, wanted: dict, samples_per_shard: int, made: Callable[[int, int], bytes]
 ) -> list[Path]:
     """Shards `name`-N.tar, unless those that are there were made as `wanted` says. made: a shard of samples from the
-    first number up to the second."""
-    record = folder / f"{name}.json"  # written last: where it agrees with the shards, they are complete
+    first number up to the second. Raises UserError where shards of that name were made by something else."""
+    record = folder / f"{name}.json"  # has sizes last: where they are those of the shards, these are complete
     num_samples = wanted["num_samples"]
     starts = range(0, num_samples, samples_per_shard)
     shards = [folder / f"{name}-{number:06d}.tar" for number in range(len(starts))]
-    if recorded(record) == {**wanted, "sizes": sizes_of(shards)}:
+    before, there = recorded(record), sorted(folder.glob(f"{name}-*.tar"))
+    if before == {**wanted, "sizes": sizes_of(shards)}:
         return shards
+    if there and not (isinstance(before, dict) and "version" in before):
+        raise UserError(f"{there[0]} is there already and is no made-up data; write another folder.")
 
     folder.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
-    for stale in set(folder.glob(f"{name}-*.tar")) - set(shards):
+    replace_whole(record, json.dumps(wanted).encode())
+    for stale in set(there) - set(shards):
         stale.unlink(missing_ok=True)
     for shard, start in zip(shards, starts, strict=True):
         replace_whole(shard, made(start, min(start + samples_per_shard, num_samples)))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from prelude.launch.exit_codes import PREEMPTED
 from prelude.pretrain import stopping
+from prelude.pretrain.launchers import without_rank
 
 DOORS = Path(__file__).resolve().parent
 _OF_A_CHILD = {"FORCE_COLOR": ""}  # a notebook's kernel sets it, and would have a bar drawn into our pipe
@@ -51,7 +52,7 @@ def run_door(
     command = [sys.executable, *(launcher if num_ranks > 1 else []), *script]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        env=os.environ | _OF_A_CHILD | {stopping.PARENT: str(os.getpid())} | dict(environment or {}),
+        env=without_rank(os.environ) | _OF_A_CHILD | {stopping.PARENT: str(os.getpid())} | dict(environment or {}),
     )  # fmt: skip
     try:
         with stopping.postponed(lambda: _signal(process, signal.SIGTERM)):

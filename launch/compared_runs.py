@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from prelude.data.data_sets import DataSet, index_of, index_of_volumes
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing.comparison import Entry
@@ -20,9 +21,12 @@ from prelude.evaluators.comparing.gathering import Named
 from prelude.evaluators.comparing.run_record import is_finished
 from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
 from prelude.evaluators.judging import Labelled, is_recipe
+from prelude.evaluators.labelled import selection
 from prelude.launch.children import run_door
+from prelude.launch.training import data_of, seen_as
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within
+from prelude.pretrain.config import Config
 from prelude.pretrain.recipes import find_recipe, load_config, objective_named, read_recipe
 
 
@@ -39,9 +43,7 @@ def recipe_of(source: str) -> Path | None:
         return None
 
 
-def named_runs(
-    args: argparse.Namespace, source: str, recipe: Path | None, labelled: Labelled, index: ShardIndex | None
-) -> list[Named]:
+def named_runs(args: argparse.Namespace, source: str, recipe: Path | None, labelled: Labelled) -> list[Named]:
     """The source itself, or the runs that a recipe has become, one for each seed of pretraining."""
     if recipe is None:
         return [Named(source)]
@@ -52,7 +54,7 @@ def named_runs(
         try:
             seed = seed_of(args, recipe) + number
             run_dir = run_dir.with_name(f"{recipe.stem}-seed{seed}") if number else run_dir
-            problem = pretrained(args, recipe, run_dir, labelled, index, seed)
+            problem = pretrained(args, recipe, run_dir, labelled, seed)
         except UserError as error:
             problem = str(error)
         named.append(Named(str(run_dir), run_dir.name, problem and f"Pretraining failed: {problem}", objective))
@@ -65,24 +67,33 @@ def seed_of(args: argparse.Namespace, recipe: Path) -> int:
     return seed if isinstance(seed, int) else 0  # another kind is refused with the rest of the config
 
 
-def pretrained(
-    args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, index: ShardIndex, seed: int
-) -> str | None:
+def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, seed: int) -> str | None:
     """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
     overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
     own = ["data.num_samples=null", "data.mix={}", "data.select=null"]  # what a recipe says of other images
+    own += [f"data.image={labelled.image}"] if labelled.image and not args.shards else []
     seeds = [f"seed={seed}"] if args.pretraining_seeds > 1 else []
     overrides = last_of_each([*overrides, *own, *shared_settings(labelled), *args.set, *seeds])
     config = load_config(recipe, overrides, options_for)
+    indexes = learned_from(config)
     if args.images:
-        overrides = last_of_each([*overrides, *within(config, args.images, index.num_samples)])
+        num_samples = sum(index.num_samples for index in indexes)
+        overrides = last_of_each([*overrides, *within(config, args.images, num_samples)])
         config = load_config(recipe, overrides, options_for)
-    index = index.with_range(config.data.range, config.data.max_pixels)
-    options = options_for(config.objective["name"])
-    if is_finished(config, options, (index.fingerprint, index.layout_fingerprint())):
+    known_by = [[index.fingerprint for index in indexes], [index.layout_fingerprint() for index in indexes]]
+    if is_finished(config, options_for(config.objective["name"]), list(map("_".join, known_by))):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None
     return run_door("pretrain", ["--config", str(recipe), *overrides], num_ranks=num_ranks(args), name=run_dir.name)
+
+
+def learned_from(config: Config) -> list[ShardIndex]:
+    """What a run's epoch consists of: images, and volumes where it takes them. Raises UserError."""
+    indexes = [index_of(data_of(config.data), **seen_as(config.data))]
+    if of := config.data.volumes:
+        volumes = DataSet(of.shards, image=of.image or "", select=selection(of.select))
+        indexes.append(index_of_volumes(volumes, value_range=of.range, max_pixels=config.data.max_pixels))
+    return indexes
 
 
 def last_of_each(overrides: list[str]) -> list[str]:
@@ -96,6 +107,9 @@ def shared_settings(labelled: Labelled) -> list[str]:
     if labelled.vectors:
         form = labelled.vectors
         values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group_field}
+    selects = {"train_select": labelled.train_select, "test_select": labelled.test_select}
+    values |= {key: select.said() for key, select in selects.items() if select}
+    values |= {key: given for key, given in (("classes", labelled.classes), ("image", labelled.image)) if given}
     looks = [f"data.range={json.dumps(labelled.value_range)}"] if labelled.value_range else []
     return [*(f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()), *looks]
 

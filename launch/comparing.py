@@ -62,12 +62,13 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     judging = Judging(evaluators, labelled, kinds=kinds, bank=args.bank, keep_fits=True, **settings)
     judging.check()
     keeping = keeping_of(args, judging)
-    index = _unlabelled(args, labelled) if recipes else None
+    if recipes:
+        _look_at_unlabelled(args, labelled)
     given = [source for source in unlike(args.sources) if source not in recipes]
     if distributed.is_main():
         tell_unopened([(source, source, None) for source in given])
     try:
-        runs = [named_runs(args, each, recipes.get(each), labelled, index) for each in unlike(args.sources)]
+        runs = [named_runs(args, each, recipes.get(each), labelled) for each in unlike(args.sources)]
         contestants = gathering.line_up(sum(runs, []), floors=not args.no_floors, starts=keeping is not None)
         if keeping and not recipes:
             refuse_nothing_kept(contestants)
@@ -111,13 +112,14 @@ def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
         given = [name for name in given if name != "--ranks"]
     if given and not recipes:
         raise UserError(f"{' and '.join(given)} has no effect without a recipe among the sources; leave it out.")
-    chosen_by = [f"--{name.replace('_', '-')}" for name in ("train_select", "test_select", "classes", "image")
-                 if getattr(args, name)]  # fmt: skip
-    if args.finetune and chosen_by:
-        raise UserError(f"{chosen_by[0]} does not reach --finetune; write it into the evaluate section of its recipe.")
     stems = [path.stem for path in {path.resolve(): path for path in recipes.values()}.values()]
     if double := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(f"Two recipes are named {double[0]} and would train into one folder; rename one of them.")
+    for given, words in (("--set", args.set), *((f"--finetune {recipe}", words) for recipe, *words in args.finetune)):
+        if any(word.partition("=")[0].strip() == "run_dir" for word in words):
+            raise UserError(
+                f"{given} run_dir=... is each run's own in a comparison; write --out DIR for the folder of all."
+            )
     if args.images is not None and args.images < 1:
         raise UserError(f"--images {args.images} leaves nothing to do; write 1 or more.")
 
@@ -138,10 +140,11 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
     return labelled, [partial(multilabel, names=form.names)]
 
 
-def _unlabelled(args: argparse.Namespace, labelled: Labelled) -> ShardIndex:
-    """What recipes are pretrained on."""
+def _look_at_unlabelled(args: argparse.Namespace, labelled: Labelled) -> None:
+    """At what recipes are pretrained on, before anything begins. Raises UserError."""
+    images = [word.removeprefix("data.image=") for word in args.set if word.startswith("data.image=")]
     with told_as(*(("--shards ",) if args.shards else labelled.named_as("train"))):
-        return ShardIndex(args.shards or labelled.train)
+        ShardIndex(args.shards or labelled.train, image=images[-1] if images else labelled.image)
 
 
 def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 from rich.console import Console
 from rich.progress import Progress
@@ -42,6 +43,8 @@ def info(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Exit code 1 where an image is damaged; duplicates are told of."""
     index = _index(args)
+    if args.to:
+        _refuse_to_write(args.to, index)
     channels = _channels(index, args)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("decoding", total=index.num_samples)
@@ -77,6 +80,16 @@ def verify(args: argparse.Namespace) -> int:
                 f"--to {args.to} cannot be written ({error.strerror}); {remedy(error, 'choose another file')}."
             ) from None
     return 1 if problems else 0
+
+
+def _refuse_to_write(to: str, index: ShardIndex) -> None:
+    """Before hours of decoding: what could not be written then, and what must not be, such as the first of a shell's
+    list of shards behind --to."""
+    if to.endswith(".tar") or os.path.realpath(to) in map(os.path.realpath, index.paths):
+        raise UserError(f"--to {to} is a shard, which a list would replace; write a file such as found.jsonl.")
+    folder = os.path.dirname(to) or "."
+    if os.path.isdir(to) or not os.access(folder, os.W_OK):
+        raise UserError(f"--to {to} cannot be written; write a file in a folder that is there and can be written.")
 
 
 def index_file(args: argparse.Namespace) -> int:

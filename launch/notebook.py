@@ -12,7 +12,6 @@ import importlib
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,12 +157,17 @@ class Run:
             sources, ranks = source_words(self.folder, others), as_count(ranks, "ranks")
             words = [*sources, *option_words(options, parser)]
             out = Path(parse(parser, words).out or self.folder / "evaluations")
-        begun = time.time()
+        before = _stamps(out)
         _ask(door or command, words, ranks, lambda sentence: of_options(sentence, parser))
-        written = [path for path in out.glob("*.json") if path.stat().st_mtime >= begun - 1]
+        written = [path for path, stamp in _stamps(out).items() if before.get(path) != stamp]
         results = [json.loads(path.read_text()) for path in sorted(written)]
         ours = [result for result in results if result.get("command") == f"prelude {command} {shlex.join(words)}"]
         return sorted(ours, key=lambda result: sources.index(result["source"]))
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What tells a result that was written again from what was there, whatever the clocks say."""
+    return {path: ((found := path.stat()).st_ino, found.st_mtime_ns) for path in folder.glob("*.json")}
 
 
 def _parser_of(door: str, command: str = "") -> argparse.ArgumentParser:

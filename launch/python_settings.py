@@ -208,4 +208,5 @@ def _refuse_no_word(name: str, value: Any, action: argparse.Action) -> None:
 
 def source_words(folder: Path, others: Sequence[Any]) -> list[str]:
     """The run's folder and the sources beside it. Raises UserError."""
-    return [str(folder), *(str(as_path(getattr(one, "folder", one), "a source", "text, or a run")) for one in others)]
+    paths = [folder, *(as_path(getattr(one, "folder", one), "a source", "text, or a run") for one in others)]
+    return [arguments.source(str(one)) for one in paths]

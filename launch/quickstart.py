@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     refuse_ranks("quickstart")
     from prelude.checkpoints.export import export_encoder
+    from prelude.checkpoints.store import recorded_config
+    from prelude.data.errors import UserError
     from prelude.data.shapes import write_shards
     from prelude.evaluators.frozen.knn import knn
     from prelude.evaluators.frozen.linear_probe import linear_probe
@@ -35,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.results import print_table
 
     console, run = Console(stderr=True, highlight=False), Path(args.run_dir)
-    shards = run / "shapes"
+    shards, before = run / "shapes", recorded_config(run).get("seed", args.seed)
+    if before != args.seed:
+        raise UserError(f"{run} was made with --seed {before}; write that seed, or --run-dir with another folder.")
     console.print(f"[bold]1 of 4[/] making {NUM_TRAIN} + {NUM_TEST} images of shapes in {shards}")
     write_shards(shards, "train", NUM_TRAIN, seed=args.seed)
     write_shards(shards, "test", NUM_TEST, seed=args.seed)

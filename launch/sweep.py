@@ -25,7 +25,7 @@ from prelude.launch.pretrain import refuse_absent_data
 def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     combinations = combinations_of(args.recipe, args.overrides, args.out)
-    if not (args.slurm or args.table):  # which need no data here
+    if not (args.slurm or args.table):
         for combination in combinations:
             refuse_absent_data(combination.config)
     from prelude.launch.sweeping import sweep

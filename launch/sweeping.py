@@ -54,8 +54,9 @@ def sweep(args: argparse.Namespace, combinations: Sequence[Combination]) -> int:
             "A sweep starts the ranks of its runs itself; start it without a launcher, and write --ranks N."
         )
     num_ranks = args.ranks or max(torch.cuda.device_count(), 1)
+    check = training.check_settings if args.slurm or args.table else training.check  # these need no data here
     for combination in combinations:
-        training.check(combination.config, num_ranks)
+        check(combination.config, num_ranks)
     if args.slurm:
         print(batch_script(combinations), end="")
         return 0

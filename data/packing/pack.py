@@ -91,7 +91,13 @@ def pack(
     """
     packing.check()
     _refuse_inside(name, packing)
-    source = open_source(name, replace(options, classes=options.classes or _written_classes(packing)))
+    written = _written_classes(packing)
+    if options.classes and written and options.classes[: len(written)] != written:
+        raise UserError(
+            f"--classes numbers the classes otherwise than {os.path.join(packing.to, CLASSES)}, by which other shards "
+            f"of the folder have their labels; leave it out, begin with those names, or write another --to."
+        )
+    source = open_source(name, replace(options, classes=options.classes or written))
     _check_classes(source)
     plan = deal(
         len(source.names), name=packing.name, per_shard=packing.per_shard, seed=packing.seed,

@@ -128,6 +128,33 @@ def test_a_damaged_or_missing_shard_is_written_again(tmp_path):
     assert [shard.read_bytes() for shard in shards] == whole
 
 
+def test_shards_of_somebody_else_are_left_alone(tmp_path):
+    for name, record in (("train-000000.tar", None), ("train-000007.tar", "[]")):
+        mine = tmp_path / name[6:12] / name
+        mine.parent.mkdir()
+        mine.write_bytes(b"photos of a year")
+        if record:
+            (mine.parent / "train.json").write_text(record)
+        with pytest.raises(UserError, match="is there already and is no made-up data; write another folder"):
+            write_shards(mine.parent, "train", 20)
+        assert mine.read_bytes() == b"photos of a year" and len(list(mine.parent.glob("*.tar"))) == 1
+
+
+def test_what_was_interrupted_is_made_to_its_end(tmp_path, monkeypatch):
+    whole, written = shapes.replace_whole, []
+
+    def dies(path, content):
+        if path.name == "train-000001.tar" and not written:
+            written.append(path)
+            raise KeyboardInterrupt
+        whole(path, content)
+
+    monkeypatch.setattr(shapes, "replace_whole", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, "train", 30, samples_per_shard=10)
+    assert len(write_shards(tmp_path, "train", 30, samples_per_shard=10)) == 3
+
+
 def test_another_data_set_replaces_the_split_and_leaves_the_other_split(tmp_path):
     write_shards(tmp_path, "train", 30, samples_per_shard=10)
     (kept,) = write_shards(tmp_path, "test", 10)

@@ -73,3 +73,15 @@ def test_a_signal_is_passed_on_and_the_child_ends_in_its_own_way(number, a_door,
     with pytest.raises(Preempted):
         run_door(door, [], num_ranks=1, name="mae")
     assert saved.read_text() == "all" and signal.getsignal(number) is before
+
+
+def test_the_child_of_a_rank_is_no_rank(a_door, monkeypatch, capfd):
+    """As of one that a launcher started: it would wait for the other ranks, which have ended."""
+    of_a_rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501",
+                 "TORCHELASTIC_USE_AGENT_STORE": "True", "OMPI_COMM_WORLD_RANK": "0", "SLURM_PROCID": "0"}  # fmt: skip
+    for name, value in of_a_rank.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    door = a_door(f"import os; print(sorted(set(os.environ) & {{*{sorted(of_a_rank)}, 'SLURM_JOB_ID'}}))")
+    assert run_door(door, [], num_ranks=1, name="mae") is None
+    assert "[mae] ['SLURM_JOB_ID']" in capfd.readouterr().err

@@ -13,6 +13,7 @@ import yaml
 from runs import BIN, ROOT, deepspeed
 
 from prelude.data.errors import UserError
+from prelude.data.shape_volumes import write_volumes
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
 from prelude.evaluators.frozen import knn, ncm
@@ -20,6 +21,8 @@ from prelude.evaluators.frozen.multilabel import multilabel
 from prelude.evaluators.labelled import Labelled
 from prelude.launch import compare, compared_runs, comparing, prelude
 from prelude.launch.exit_codes import INCOMPLETE, door
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import load_config
 
 NUM_IMAGES = 64
 
@@ -369,10 +372,46 @@ def test_findings_are_judged_as_findings():
     assert shared[3:] == ['evaluate.label_names=["x", "y"]', 'evaluate.label_field=""', 'evaluate.label_group="p"']
 
 
+def test_a_budget_is_of_the_part_that_a_run_learns_from(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compared_runs, "run_door", lambda door, words, **_: asked.append(words) or "it is not trained.")
+    argv = [
+        *argv_of(folder, str(folder / "filling.yaml")),
+        "--images",
+        "96",
+        "--no-floors",
+        "--out",
+        f"{folder}/budget",
+    ]
+    assert prelude.main(["compare", *argv, "--set", "data.select.share=0.5"]) == INCOMPLETE
+    (epochs,) = (float(word.partition("=")[2]) for word in asked[0] if word.startswith("train.epochs="))
+    assert epochs * 60 == pytest.approx(96)  # of the 120, half
+
+
+def test_an_epoch_of_a_run_that_takes_volumes_is_of_both_kinds(folder):
+    write_volumes(folder / "volumes", "train", 30)
+    shards = [f"data.shards={folder}/train-*.tar", f"data.volumes.shards={folder}/volumes/volumes-train-*.tar"]
+    config = load_config("uni4eye_shapes", shards, options_for)
+    assert [index.num_samples for index in compared_runs.learned_from(config)] == [120, 30]
+
+
+def test_fine_tuning_and_recipes_are_given_the_same_part_of_the_shards():
+    argv = ["pixels:4", "--train", "a", "--test", "b", "--finetune", "finetune_vit_cifar10", "--image", "left.jpg"]
+    argv += ["--train-select", "share=0.5", "--test-select", "label=cls", "--test-select", "values=[1,2]"]
+    args = compare.parser().parse_args(argv)
+    comparing.refuse_without_effect(args, {})
+    labelled, _ = comparing.task_of(args, args.sources)
+    shared = dict(setting.split("=", 1) for setting in compared_runs.shared_settings(labelled))
+    assert json.loads(shared["evaluate.train_select"]) == {"share": 0.5}
+    assert json.loads(shared["evaluate.test_select"]) == {"label": "cls", "values": [1, 2]}
+    assert shared["evaluate.image"] == '"left.jpg"'
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
         (["--images", "100"], "--images has no effect"),
+        (["--finetune", "finetune_vit_cifar10", "run_dir=x"], "run_dir=... is each run's own in a comparison"),
         (["--pretraining-seeds", "2"], "--pretraining-seeds has no effect without a recipe among the sources"),
         (["--names", "a", "--evaluators", "knn"], "--evaluators is for class numbers"),
         (["--train", "/nowhere.tar"], "/nowhere.tar"),

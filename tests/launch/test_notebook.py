@@ -1,8 +1,10 @@
 """Runs from Python: what is asked reaches the doors, an interrupt leaves a checkpoint, a refusal is one sentence."""
 
 import io
+import json
 import os
 import queue
+import shlex
 import time
 from pathlib import Path
 
@@ -202,6 +204,25 @@ def test_sources_beside_a_run_may_be_runs_and_an_export_lies_where_the_command_w
     assert [word[1:] for word in asked] == [
         [], ["--format", "onnx"], ["--format", "timm", "onnx"], ["--format", "onnx", "--to", str(tmp_path / "c")],
     ]  # fmt: skip
+
+
+def test_results_are_known_by_what_was_written_whatever_the_clock_says(monkeypatch, tmp_path):
+    """A file server may be behind; and `~` is the home folder, as at the door."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a" / "evaluations").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+
+    def judge(door, words, **_):
+        for number, source in enumerate(words[1::-1]):
+            path = tmp_path / "a" / "evaluations" / f"{number}.json"
+            path.write_text(json.dumps({"source": source, "command": f"prelude {door} {shlex.join(words)}"}))
+            os.utime(path, (1, 1))
+
+    monkeypatch.setattr(notebook, "run_door", judge)
+    (tmp_path / "a" / "evaluations" / "old.json").write_text(json.dumps({"source": "x", "command": "prelude knn"}))
+    run = prelude.open_run(tmp_path / "a")
+    assert [result["source"] for result in run.knn("~/b")] == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 def test_a_run_that_somebody_else_ended_is_no_interrupt_of_ours(monkeypatch):

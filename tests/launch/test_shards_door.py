@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from prelude.data.shards import ShardIndex
-from prelude.launch import prelude
+from prelude.launch import inspection, prelude
 from prelude.launch.exit_codes import door
 
 
@@ -106,6 +106,19 @@ def test_info_and_verify_of_a_folder_and_of_its_shards_agree(photos, tmp_path, c
     pixels = [np.asarray(Image.open(path)) / 255 for path in photos.rglob("*.png")]
     assert np.allclose(mean, np.mean(pixels, (0, 1, 2)), atol=1e-4)
     assert np.allclose(std, np.std(np.stack(pixels), (0, 1, 2)), atol=1e-4)
+
+
+def test_a_list_that_cannot_or_must_not_be_written_is_refused_before_the_decoding(
+    photos, tmp_path, capsys, monkeypatch
+):
+    run(capsys, "pack", photos, "--to", tmp_path / "s", "--per-shard", 10)
+    first, *others = sorted((tmp_path / "s").glob("train-*.tar"))
+    before = first.read_bytes()
+    monkeypatch.setattr(inspection, "survey", lambda *args, **kwargs: pytest.fail("decoded"))
+    code, _, err = run(capsys, "verify", "--to", first, *others)  # a shell's list behind --to
+    assert code == 2 and "is a shard, which a list would replace" in err and first.read_bytes() == before
+    code, _, err = run(capsys, "verify", first, "--to", tmp_path / "nowhere" / "found.jsonl")
+    assert code == 2 and "write a file in a folder that is there" in err
 
 
 def test_damage_is_exit_code_1(photos, capsys):

@@ -146,6 +146,7 @@ def test_mistakes_are_one_sentence_before_anything_runs(wrong, told, small, tmp_
 def test_the_batch_script_gives_each_index_its_combination_and_requeues(small, tmp_path, capsys):
     out = tmp_path / "with space"
     argv = ["sweep", str(small / "tiny.yaml"), "optimizer.lr=[0.01,0.02]", "seed=[1,2]", "data.channels=3"]
+    argv += ["data.shards=/only/on/nodes/{0..9}.tar"]
     assert prelude.main([*argv, "--out", str(out), "--slurm"]) == 0
     script = capsys.readouterr().out
     assert "--array=0-3" in script and not out.exists()
@@ -164,5 +165,6 @@ def test_the_batch_script_gives_each_index_its_combination_and_requeues(small, t
     given = (tmp_path / "given").read_text().splitlines()
     assert given[2].endswith("launch/pretrain.py") and given[3:5] == ["--config", str(small / "tiny.yaml")]
     run_dir = f"run_dir={out}/lr=0.02,seed=1"
-    assert given[5:] == [run_dir, "data.channels=3", "optimizer.lr=0.02", "seed=1"]
+    there = "data.shards=/only/on/nodes/{0..9}.tar"
+    assert given[5:] == [run_dir, "data.channels=3", there, "optimizer.lr=0.02", "seed=1"]
     assert "requeue 7_2" in (tmp_path / "asked").read_text()

@@ -107,6 +107,17 @@ def test_train_and_val_from_two_folders_number_classes_alike(write_files, pictur
         packed(stranger, name="test")
 
 
+def test_given_classes_that_number_others_than_the_folder_has_are_refused(write_files, picture, packed, tmp_path):
+    folder, _ = packed(write_files("t", {f"{c}/1.png": picture(n) for n, c in enumerate("ab")}))
+    more = write_files("v", {f"{c}/1.png": picture(n) for n, c in enumerate("abc")})
+    with pytest.raises(UserError, match="numbers the classes otherwise than .*classes.txt"):
+        packed(more, name="val", options={"classes": ("b", "a", "c")})
+    assert not list(folder.glob("val-*.tar"))
+    packed(more, name="val", options={"classes": ("a", "b", "c")})
+    assert {s["cls"] for s in read_shards(folder, "val")} == {b"0", b"1", b"2"}
+    assert (folder / "classes.txt").read_text().split() == ["a", "b", "c"]
+
+
 # ---- in place
 
 
