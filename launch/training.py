@@ -66,12 +66,12 @@ def train(config: Config) -> int:
     """The exit code of the run."""
     device = distributed.start(config.train.rank_timeout_seconds)
     deepspeed_config.check(config)
-    start = start_of(config, Store(Path(config.run_dir) / "checkpoints", keep=config.checkpoint.keep))
+    store = Store(Path(config.run_dir) / "checkpoints", keep=config.checkpoint.keep)
+    start = start_of(config, store)
     config = start.config
     with run_folder(config) as folder:
         objective = build_objective(config, start.warm)
         loader = loader_of(config, objective.views)
-        store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         monitors = [*folder.monitors, *monitors_of(config, folder.path, store, loader.num_workers)]
         engine = Engine(config, objective, loader, store, monitors, peak_flops)
         stop_when(engine.stop_wanted)

@@ -88,7 +88,8 @@ def test_the_record_says_what_a_run_started_from_and_checks_it(tmp_path):
 
 
 @pytest.mark.parametrize("own_parts", [False, True])
-def test_an_earlier_run_is_gone_on_from_at_another_size(own_parts, tmp_path, save):
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_an_earlier_run_is_gone_on_from_at_another_size(network, own_parts, tmp_path, save):
     options, encoder, _ = OBJECTIVES["ijepa"]
     earlier = config_of(options, encoder, seed=5)
     state = build_objective(earlier).state_dict()
@@ -96,13 +97,15 @@ def test_an_earlier_run_is_gone_on_from_at_another_size(own_parts, tmp_path, sav
     meta |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     state = {name: tensor + 1 if name.startswith("encoder.") else tensor for name, tensor in state.items()}
     save(Store(tmp_path / "run" / "checkpoints"), 7, meta=meta, encoder=state)
-    larger = encoder | {"image_size": 24, "weights": str(tmp_path / "run"), "own_parts": own_parts}
+    place, other = ("teacher", "student") if network == "teacher" else ("encoder", "teacher")
+    weights = f"{tmp_path / 'run'}#student" if network == "student" else str(tmp_path / "run")
+    larger = encoder | {"image_size": 24, "weights": weights, "own_parts": own_parts}
     start = start_of(config_of(options, larger))
     objective = build_objective(start.config, start.warm)
     for name, tensor in objective.encoder.state_dict().items():
-        assert name == "pos_embed" or torch.equal(tensor, state[f"teacher.{name}"])
+        assert name == "pos_embed" or torch.equal(tensor, state[f"{place}.{name}"])
     assert "29 of 29 tensors loaded, position table resampled from 4 x 4 to 6 x 6 (by its formula)" in start.sentence
-    assert "student (29)" in start.sentence
+    assert f"{other} (29)" in start.sentence
     predictor = {f"predictor.{name}": tensor for name, tensor in objective.predictor.state_dict().items()}
     same = [torch.equal(tensor, state[name]) for name, tensor in predictor.items()]
     assert all(same) if own_parts else not all(same)
