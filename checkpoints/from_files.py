@@ -177,13 +177,16 @@ def _published_pixels(home: Path | None, weights: Weights) -> tuple[Pixels, Pixe
 def _told_pixels(path: Path) -> tuple[Pixels, Pixels] | None:
     """By a folder of `transformers`; None where it does not tell. Raises UserError for pixels of another scale."""
     says = read_json(path) if path.is_file() else {}
-    if abs(says.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3 or says.get("do_rescale") is False:
-        raise UserError(f"{path} has pixels that are not from 0 to 1, which are what an encoder here is shown.")
+    scale = says.get("rescale_factor") or 1 / 255
+    if abs(scale * 255 - 1) > 1e-3 or says.get("do_rescale") is False:
+        raise UserError(
+            f"{path} has pixels that are not from 0 to 1, which are what an encoder here is shown; write "
+            "#pixels=M/M/M/S/S/S with mean and standard deviation of such pixels."
+        )
     if says.get("do_normalize") is False:
         return (0.0,) * 3, (1.0,) * 3
-    if "image_mean" not in says or "image_std" not in says:
-        return None
-    return tuple(tuple(v) if isinstance(v, list) else (v,) * 3 for v in (says["image_mean"], says["image_std"]))
+    told = says.get("image_mean"), says.get("image_std")
+    return None if None in told else tuple(tuple(v) if isinstance(v, list) else (v,) * 3 for v in told)
 
 
 def _width(weights: Weights) -> int:
