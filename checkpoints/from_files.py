@@ -177,6 +177,15 @@ def _published_pixels(home: Path | None, weights: Weights) -> tuple[Pixels, Pixe
 def _told_pixels(path: Path) -> tuple[Pixels, Pixels] | None:
     """By a folder of `transformers`; None where it does not tell. Raises UserError for pixels of another scale."""
     says = read_json(path) if path.is_file() else {}
+    try:
+        return _pixels_in(says, path)
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"{path} does not say mean and standard deviation of pixels in numbers; write #pixels=M/M/M/S/S/S."
+        ) from None
+
+
+def _pixels_in(says: dict, path: Path) -> tuple[Pixels, Pixels] | None:
     scale = says.get("rescale_factor") or 1 / 255
     if abs(scale * 255 - 1) > 1e-3 or says.get("do_rescale") is False:
         raise UserError(
@@ -186,7 +195,12 @@ def _told_pixels(path: Path) -> tuple[Pixels, Pixels] | None:
     if says.get("do_normalize") is False:
         return (0.0,) * 3, (1.0,) * 3
     told = says.get("image_mean"), says.get("image_std")
-    return None if None in told else tuple(tuple(v) if isinstance(v, list) else (v,) * 3 for v in told)
+    if None in told:
+        return None
+    mean, std = (tuple(map(float, v)) if isinstance(v, list) else (float(v),) * 3 for v in told)
+    if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError
+    return mean, std
 
 
 def _width(weights: Weights) -> int:

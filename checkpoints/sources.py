@@ -156,10 +156,16 @@ def _is_published(source: str) -> bool:
 
 def is_export(folder: Path) -> bool:
     """Whether an export of ours lies in a folder, in whatever format."""
+    return export_section(folder) is not None
+
+
+def export_section(folder: Path) -> dict | None:
+    """What an export says of itself; None where there is none."""
     try:
-        return EXPORT_SECTION in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
-        return False
+        found = json.loads((folder / "config.json").read_text())
+        return found[EXPORT_SECTION] if isinstance(found[EXPORT_SECTION], dict) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _describe_checkpoint(folder: Path, network: str = "") -> Description:

@@ -82,11 +82,23 @@ def verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _is_list(path: str) -> bool:
+    """Whether a file is what an earlier `verify` wrote: lines that each say their kind, or none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = file.readline()
+        return not first or "kind" in json.loads(first)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _refuse_to_write(to: str, index: ShardIndex) -> None:
     """Before hours of decoding: what could not be written then, and what must not be, such as the first of a shell's
     list of shards behind --to."""
     if to.endswith(".tar") or os.path.realpath(to) in map(os.path.realpath, index.paths):
         raise UserError(f"--to {to} is a shard, which a list would replace; write a file such as found.jsonl.")
+    if os.path.isfile(to) and not _is_list(to):
+        raise UserError(f"--to {to} is there already and is no list of findings; write another file.")
     folder = os.path.dirname(to) or "."
     if os.path.isdir(to) or not os.access(folder, os.W_OK):
         raise UserError(f"--to {to} cannot be written; write a file in a folder that is there and can be written.")

@@ -16,7 +16,7 @@ from typing import get_args
 from safetensors import SafetensorError
 
 from prelude.checkpoints.exporting.formats import Format
-from prelude.checkpoints.sources import is_export
+from prelude.checkpoints.sources import export_section, is_export
 from prelude.data.errors import UserError
 from prelude.pretrain.files import remove, sync_to_disk
 
@@ -59,7 +59,9 @@ def _clear_left_behind(to: Path) -> None:
 def refuse_to_overwrite(to: Path) -> None:
     if not to.exists() or is_export(to):
         return
-    if not to.is_dir() or not all(path.name in get_args(Format) and is_export(path) for path in to.iterdir()):
+    parts = {path.name: export_section(path) for path in to.iterdir()} if to.is_dir() else {"": None}
+    of_formats = parts.keys() <= set(get_args(Format)) and None not in parts.values()
+    if not of_formats or len({part.get("fingerprint") for part in parts.values()}) > 1:
         raise UserError(f"{to} exists and is no earlier export; name a new folder, or empty this one first.")
 
 

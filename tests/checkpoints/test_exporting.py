@@ -222,6 +222,15 @@ def test_several_formats_come_together_or_not_at_all(source, tmp_path, capsys):
     assert names(to) == ["timm", "transformers"] and open_encoder(str(to / "timm")).config.name.startswith("vit")
     assert door.main([encoder, "--to", str(to)]) == 0
     assert "model.safetensors" in names(to) and names(tmp_path) == ["out", "source"]
+    others = tmp_path / "others"  # of two encoders, each in a folder with the name of a format
+    shutil.copytree(to, others / "timm")
+    shutil.copytree(to, others / "torch")
+    section = json.loads((others / "torch" / "config.json").read_text())
+    section["prelude"]["fingerprint"] = "0" * 32
+    (others / "torch" / "config.json").write_text(json.dumps(section))
+    with pytest.raises(UserError, match="others exists and is no earlier export"):
+        door.main([encoder, "--to", str(others)])
+    shutil.rmtree(others)
     kept = [tmp_path / "kept" / name for name in ("mae", "timm")]
     for folder in kept:
         assert door.main([encoder, "--to", str(folder)]) == 0

@@ -399,6 +399,11 @@ def test_pixels_are_those_that_a_folder_of_transformers_says(says, mean, std, tm
     (tmp_path / "folder" / "preprocessor_config.json").write_text(json.dumps(says | {"rescale_factor": 1 / 127.5}))
     with pytest.raises(UserError, match="has pixels that are not from 0 to 1"):
         open_encoder(str(tmp_path / "folder"))
+    for odd in ([], "x", {"rescale_factor": "x"}, {"image_mean": "a"}, {"image_std": [0, 0, 0]}, {"image_mean": [[1]]}):
+        odd = says | {"do_normalize": True} | odd if isinstance(odd, dict) else odd
+        (tmp_path / "folder" / "preprocessor_config.json").write_text(json.dumps(odd))
+        with pytest.raises(UserError, match="does not say mean and standard deviation of pixels in numbers"):
+            open_encoder(str(tmp_path / "folder"))
 
 
 def test_an_index_of_shards_that_says_nothing_is_refused(tmp_path):

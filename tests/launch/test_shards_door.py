@@ -117,6 +117,11 @@ def test_a_list_that_cannot_or_must_not_be_written_is_refused_before_the_decodin
     monkeypatch.setattr(inspection, "survey", lambda *args, **kwargs: pytest.fail("decoded"))
     code, _, err = run(capsys, "verify", "--to", first, *others)  # a shell's list behind --to
     assert code == 2 and "is a shard, which a list would replace" in err and first.read_bytes() == before
+    for name in ("classes.txt", "train.pack.json"):
+        kept = (tmp_path / "s" / name).read_bytes()
+        code, _, err = run(capsys, "verify", first, "--to", tmp_path / "s" / name)
+        assert code == 2 and "is there already and is no list of findings" in err
+        assert (tmp_path / "s" / name).read_bytes() == kept
     code, _, err = run(capsys, "verify", first, "--to", tmp_path / "nowhere" / "found.jsonl")
     assert code == 2 and "write a file in a folder that is there" in err
 
