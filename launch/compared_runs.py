@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from prelude.data.data_sets import DataSet, index_of, index_of_volumes
+from prelude.data.data_sets import index_of, index_of_volumes
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing.comparison import Entry
@@ -21,9 +21,8 @@ from prelude.evaluators.comparing.gathering import Named
 from prelude.evaluators.comparing.run_record import is_finished
 from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
 from prelude.evaluators.judging import Labelled, is_recipe
-from prelude.evaluators.labelled import selection
 from prelude.launch.children import run_door
-from prelude.launch.training import data_of, seen_as
+from prelude.launch.training import data_of, seen_as, volumes_of
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within
 from prelude.pretrain.config import Config
@@ -91,8 +90,8 @@ def learned_from(config: Config) -> list[ShardIndex]:
     """What a run's epoch consists of: images, and volumes where it takes them. Raises UserError."""
     indexes = [index_of(data_of(config.data), **seen_as(config.data))]
     if of := config.data.volumes:
-        volumes = DataSet(of.shards, image=of.image or "", select=selection(of.select))
-        indexes.append(index_of_volumes(volumes, value_range=of.range, max_pixels=config.data.max_pixels))
+        seen = {"value_range": of.range, "max_pixels": config.data.max_pixels}
+        indexes.append(index_of_volumes(volumes_of(config.data), **seen))
     return indexes
 
 

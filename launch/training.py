@@ -94,7 +94,7 @@ def loader_of(config: Config, views, world_size: int | None = None):
     images = build_loader(data_of(config.data), views, num_workers=-(-workers // 2), **settings, **of_data, **seen)
     return alternating_loader(
         images,
-        DataSet(of.shards, image=of.image or "", select=selection(of.select)),
+        volumes_of(config.data),
         views.volumes,
         of.share,
         config.train.global_batch,
@@ -113,6 +113,12 @@ def data_of(data: DataConfig) -> Data:
         name: DataSet(part.shards, part.weight, part.image or "", selection(part.select))
         for name, part in data.mix.items()
     }
+
+
+def volumes_of(data: DataConfig) -> DataSet:
+    """Where there are any."""
+    of = data.volumes
+    return DataSet(of.shards, image=of.image or "", select=selection(of.select))
 
 
 def seen_as(data: DataConfig) -> dict[str, Any]:

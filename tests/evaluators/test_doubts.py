@@ -276,3 +276,31 @@ def test_what_takes_long_says_how_far_it_is(shards, tmp_path, monkeypatch, capsy
     assert prelude.main([*argv, "--bank", str(tmp_path / "b")]) == 0
     told = capsys.readouterr().err
     assert "few-shot draws" in told and "4/4" in told and "encoding images" in told
+
+
+# ---- what cannot be asked
+
+
+def test_runs_that_read_pixels_by_two_ranges_are_not_shown_the_same_images(monkeypatch):
+    ranges = [{"range": [0, 4095]}, {"range": None}, {"range": [0, 255]}]
+    monkeypatch.setattr(judging, "sections_of", lambda sources, name: ranges[: len(sources)])
+    assert judging.read_as(["a", "b"], None)[0] == [0, 4095]
+    assert judging.read_as(["a", "b", "c"], (0, 9))[0] == (0, 9)
+    with pytest.raises(UserError, match=r"differ in data.range \(\[0, 4095\] and \[0, 255\]\).*write --range LOW,HIGH"):
+        judging.read_as(["a", "b", "c"], None)
+
+
+def test_settings_that_have_no_answer_are_refused():
+    train, test = drawn(CLASSES), drawn(CLASSES, "b", 1)
+    with pytest.raises(UserError, match=r"weight_decays=\[-1.0\] must be 0 or more"):
+        linear_probe(train, test, weight_decays=(-1.0,))
+    for setting in ({"temperature": 0.0}, {"temperature": -1.0}, {"k": 0}):
+        with pytest.raises(UserError, match="must be above 0; write k=20 and 0.07"):
+            segment_knn({}, {}, **setting)
+
+
+def test_a_quickstart_with_another_seed_leaves_the_run_of_before_alone(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match="was made with --seed 0; write that seed, or --run-dir with another folder"):
+        prelude.main(["quickstart", "--seed", "1", "--run-dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
