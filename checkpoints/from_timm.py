@@ -15,13 +15,12 @@ from torch import nn
 from prelude.checkpoints.convert.fit import facts, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.weights import Weights
 from prelude.checkpoints.description import Description
+from prelude.checkpoints.source_names import FOLDER, HUB, TIMM
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import of_timm, seeded
-
-TIMM, HUB, FOLDER = "timm:", "hf-hub:", "local-dir:"
 
 
 def describe_timm(source: str) -> Description:

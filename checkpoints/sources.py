@@ -22,9 +22,10 @@ from prelude.checkpoints.convert import weights as convert
 from prelude.checkpoints.convert.fit import facts, fit, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.round_trip import as_it_was
 from prelude.checkpoints.convert.weights import Weights
-from prelude.checkpoints.description import RANDOM, START, Description, has_folder, path_of
+from prelude.checkpoints.description import Description
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
+from prelude.checkpoints.source_names import RANDOM, START, has_folder, path_of
 from prelude.checkpoints.tensor_files import TensorFiles
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
@@ -135,14 +136,20 @@ def describe(source: str) -> Description:
     network = source.removeprefix(str(folder)).removeprefix("#") if str(folder) != source else ""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; write {_KINDS}.")
-    if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
-        return _describe_checkpoint(folder, network)
+    if checkpoint := checkpoint_of(folder):
+        return _describe_checkpoint(checkpoint, network)
     if (folder / "config.json").exists():
         return _describe_export(folder)
-    for checkpoints in (folder / "checkpoints", folder):
-        if newest := store.Store(checkpoints).newest():
-            return _describe_checkpoint(newest, network)
     raise UserError(f"{folder} holds no complete checkpoint and no export; write {_KINDS}.")
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """The checkpoint that a folder is, or the newest complete one of the run; None for an export, and where none is."""
+    if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
+        return folder
+    if (folder / "config.json").exists():
+        return None
+    return store.Store(folder / "checkpoints").newest() or store.Store(folder).newest()
 
 
 def _is_published(source: str) -> bool:

@@ -148,7 +148,7 @@ class Loader(EndlessLoader):
     ):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         self.index, self.shuffle = index.with_label(label), shuffle
-        self.num_samples = index.num_samples
+        self.num_samples, self.label = index.num_samples, label
         self.fingerprint = index.fingerprint + (f"_{self.index.label_fingerprint()}" if label else "")
         self.findings = findings
         self.partners = Partners(index, plan.group, seed) if plan.group else None
@@ -187,10 +187,18 @@ class Loader(EndlessLoader):
             "window": self.shuffle.window,
             "span": self.shuffle.span,
             "views": self.plan.fingerprint(),
-            **({"findings": [self.findings.field, *self.findings.names]} if self.findings else {}),
+            **self._identity_of_labels(),
             **({"groups": self.partners.fingerprint} if self.partners else {}),
             **self._identity_of_parts(),
         }
+
+    def _identity_of_labels(self) -> dict:
+        """What a label says, which a head learns by its number."""
+        if not self.label:
+            return {}
+        about = {"classes": list(self.index.classes)} if self.index.classes else {}
+        about |= {"findings": [self.findings.field, *self.findings.names]} if self.findings else {}
+        return {"label": self.index.label, **about}
 
     def _identity_of_parts(self) -> dict:
         about = {}
@@ -214,7 +222,9 @@ class Loader(EndlessLoader):
 
     def in_todays_terms(self, state: dict) -> dict:
         """Runs of 0.1 knew names, sizes and offsets of the images and nothing of labels: theirs are the same data if
-        these are."""
+        these are. What a label says was not recorded at first."""
+        labels = self._identity_of_labels()
+        state = {key: labels[key] for key in ("label", "classes") if key in labels and "label" not in state} | state
         if state.get("fingerprint") in (self.fingerprint, None):
             return state
         if state["fingerprint"] != self.index.layout_fingerprint():

@@ -75,8 +75,13 @@ class EndlessLoader(ABC):
         now = {"version": STATE_VERSION, **self.identity()}
         was = {key: value for key, value in self.in_todays_terms(state).items() if key != "samples"}
         changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+        listed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in changed)
+        if {"label", "classes", "findings"} & set(changed):
+            raise UserError(
+                f"The labels are not those that the checkpoint learned ({listed}), and its outputs would be taken for "
+                f"others; restore them, or write another run_dir."
+            )
         if changed and (not allow_changed_data or "version" in changed):
-            listed = ", ".join(f"{key} {was.get(key)} -> {now.get(key)}" for key in changed)
             raise UserError(
                 f"The data are not those that the checkpoint was made with ({listed}); restore them, or write "
                 f"resume.allow_changed_data=true."

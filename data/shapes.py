@@ -56,7 +56,8 @@ def written_once(
     folder: Path, name: str, wanted: dict, samples_per_shard: int, made: Callable[[int, int], bytes]
 ) -> list[Path]:
     """Shards `name`-N.tar, unless those that are there were made as `wanted` says. made: a shard of samples from the
-    first number up to the second. Raises UserError where shards of that name were made by something else."""
+    first number up to the second. Raises UserError where shards of that name were made by something else, and where
+    nothing can be written."""
     record = folder / f"{name}.json"  # has sizes last: where they are those of the shards, these are complete
     num_samples = wanted["num_samples"]
     starts = range(0, num_samples, samples_per_shard)
@@ -64,16 +65,21 @@ def written_once(
     before, there = recorded(record), sorted(folder.glob(f"{name}-*.tar"))
     if before == {**wanted, "sizes": sizes_of(shards)}:
         return shards
-    if there and not (isinstance(before, dict) and "version" in before):
-        raise UserError(f"{there[0]} is there already and is no made-up data; write another folder.")
-
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_whole(record, json.dumps(wanted).encode())
-    for stale in set(there) - set(shards):
-        stale.unlink(missing_ok=True)
-    for shard, start in zip(shards, starts, strict=True):
-        replace_whole(shard, made(start, min(start + samples_per_shard, num_samples)))
-    replace_whole(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
+    others = [*there, record] if record.exists() else there
+    if others and not (isinstance(before, dict) and {"version", "num_samples"} <= before.keys()):
+        raise UserError(f"{others[0]} is there already and is no made-up data; write another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_whole(record, json.dumps(wanted).encode())
+        for stale in set(there) - set(shards):
+            stale.unlink(missing_ok=True)
+        for shard, start in zip(shards, starts, strict=True):
+            replace_whole(shard, made(start, min(start + samples_per_shard, num_samples)))
+        replace_whole(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); make room there, or write another folder."
+        ) from None
     return shards
 
 
@@ -284,7 +290,7 @@ def replace_whole(path: Path, content: bytes) -> None:
 def recorded(record: Path) -> dict | None:
     try:
         return json.loads(record.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
 
 

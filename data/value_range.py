@@ -41,7 +41,8 @@ def resolved(index, value_range: ValueRange | Literal["auto"] | None) -> ValueRa
         return 0.0, 1.0
     raise UserError(
         f"data.range=auto cannot be found: values in {index.named} go from {lowest:g} to {highest:g}, "
-        f"and may go further; write data.range=[{lowest:g},{highest:g}], or the range that is meant."
+        f"and may go further; write data.range=[{lowest:g},{highest:g}] (of an evaluation "
+        f"--range {lowest:g},{highest:g}), or the range that is meant."
     )
 
 

@@ -13,15 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from prelude.checkpoints.description import RANDOM, has_folder, path_of
+from prelude.checkpoints.source_names import RANDOM, has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder, describe, open_encoder
 from prelude.checkpoints.store import recorded_config
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import tell_if_dark
-from prelude.evaluators.features.bank import Bank, Rows
+from prelude.evaluators.features.bank import Bank
 from prelude.evaluators.features.extraction import Features, crops_plan
+from prelude.evaluators.features.joining import joined
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
@@ -223,19 +224,6 @@ def keep(result: Result, sources: Sequence[str], out: str | Path | None, say: Ca
     say(done + written)
 
 
-def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str, Features]:
-    """Features with labels, of the samples that have both. Values stay mapped where that is all of them."""
-    found = {}
-    for kind, part in rows.items():
-        has_label = labels.known[part.sample_ids]
-        values, ids = part.values, part.sample_ids
-        if not has_label.all():
-            values, ids = values[has_label], ids[has_label]
-        groups = None if labels.groups is None else labels.groups[ids]
-        found[kind] = Features(values, labels.values[ids], ids, index.fingerprint, kind, part.recipe, groups)
-    return found
-
-
 def labelled_shards(
     sources: Sequence[str],
     train: str | Sequence[str] | None = None,
@@ -256,7 +244,9 @@ def labelled_shards(
     Raises UserError where train or test shards remain unknown, and where runs read pixels by different ranges.
     """
     section = first_section(sources)
-    more = {key: given.get(key) or (section and getattr(section, key)) for key in ("image", "classes")}
+    more = {"image": given.get("image") or (section and section.image), "classes": given.get("classes")}
+    if section and label in (None, "", section.label):  # another label has other classes
+        more["classes"] = more["classes"] or section.classes
     for name, shards in (("train_select", train), ("test_select", test)):
         of_section = selection(getattr(section, name)) if section and not shards else None
         more[name] = given.get(name) or of_section
@@ -393,4 +383,6 @@ def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path
 
 
 def described(encoder: OpenedEncoder) -> dict:
-    return {"name": encoder.name, "fingerprint": encoder.fingerprint, "origin": encoder.origin}
+    """For the record. computation: what tells apart two that have the same weights."""
+    told = {"name": encoder.name, "fingerprint": encoder.fingerprint, "computation": encoder.computation}
+    return {**told, "origin": encoder.origin}

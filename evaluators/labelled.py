@@ -75,6 +75,10 @@ class Labelled:
             found["classes"] = list(index.classes)
         if self.image:
             found["image"] = self.image
+        if self.vectors:
+            found["names"] = list(self.vectors.names)
+            asked = {"field": self.vectors.field, "group": self.vectors.group_field}
+            found |= {name: value for name, value in asked.items() if value}
         return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pydantic import ValidationError
 
+from prelude.checkpoints.source_names import FOLDER, bare
 from prelude.data.absent import refuse_absent
 from prelude.data.errors import UserError
 from prelude.pretrain import overrides
@@ -41,7 +42,15 @@ _SHARD = re.compile(r"\.(tar|tgz)\b|[*?{]|::|://")
 def documented_parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose help is a door's docstring: its first line above the arguments, the rest below, as written."""
     first, _, rest = doc.partition("\n\n")
-    return argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return DoorParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+class DoorParser(argparse.ArgumentParser):
+    """Takes `--range -1000,400`, whose value argparse before Python 3.14 holds for an option."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -121,9 +130,30 @@ def finite(text: str) -> float:
     return found
 
 
+def above_zero(text: str) -> float:
+    """Of an option that takes finite numbers above 0."""
+    if (found := finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be; write a number above 0")
+    return found
+
+
+def from_zero(text: str) -> float:
+    """Of an option that takes 0 and finite numbers above it."""
+    if (found := finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be; write 0 or a number above it")
+    return found
+
+
+def percent(text: str) -> float:
+    """Of an option that takes a share in percent, but not nothing."""
+    if not 0 < (found := finite(text)) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be; write a number above 0, of 100 at most")
+    return found
+
+
 def source(text: str) -> str:
-    """A source with its `~` expanded, behind `random:` and `start:` too."""
-    place = text.removeprefix("random:").removeprefix("start:")
+    """A source with its `~` expanded, behind `random:` and its like too."""
+    place = bare(text).removeprefix(FOLDER)
     return text.removesuffix(place) + path(place)
 
 
@@ -211,7 +241,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=path, metavar="DIR", help="where remote shards are kept (default: in $PRELUDE_CACHE)"
     )
-    parser.add_argument("--cache-gib", type=finite, metavar="N", help="of them at most (default: 64)")
+    parser.add_argument("--cache-gib", type=above_zero, metavar="N", help="of them at most (default: 64)")
 
 
 def door_parser(
@@ -232,7 +262,9 @@ def door_parser(
     parser.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="of every random choice and of random: (default: 0)"
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="mean and spread over N seeds (default: 1)")
+    parser.add_argument(
+        "--seeds", type=whole(1), default=1, metavar="N", help="mean and spread over N seeds (default: 1)"
+    )
     add_reading(parser)
     return parser
 
@@ -258,7 +290,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="(default: 256)")
     parser.add_argument(
         "--timeout-seconds",
-        type=finite,
+        type=above_zero,
         metavar="N",
         help="how long to wait for images that do not come (default: 300)",
     )

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from prelude.checkpoints import manifest
 from prelude.checkpoints.saved import open_tensors
-from prelude.checkpoints.store import Store
+from prelude.checkpoints.source_names import FOLDER, RANDOM, START, has_folder, path_of
+from prelude.checkpoints.sources import checkpoint_of
 from prelude.data.batch import ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.progress import progress_bar
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.dense.hidden_errors import errors_by_patch
-from prelude.evaluators.judging import run_of
+from prelude.evaluators.features.extraction import autocast
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.mae import MAE
@@ -26,19 +27,22 @@ BATCH = 64
 
 
 def open_autoencoder(source: str) -> MAE | None:
-    """The newest one of a run; None for a source that is no run of MAE. Raises UserError for a damaged checkpoint."""
-    run = None if source.startswith(("random:", "start:")) else run_of(source)
-    newest = Store(run / "checkpoints").newest() if run else None
-    if newest is None:
+    """That of a checkpoint, or of a run's newest one; None for a source that is neither (an export has no decoder), or
+    not of MAE. Raises UserError for a damaged checkpoint."""
+    own = has_folder(source) and not source.startswith((RANDOM, START, FOLDER))
+    checkpoint = checkpoint_of(path_of(source)) if own else None
+    if checkpoint is None:
         return None
-    config = json.loads((newest / manifest.STATE).read_text())["meta"]["config"]
+    config = json.loads((checkpoint / manifest.STATE).read_text())["meta"]["config"]
     if config.get("objective", {}).get("name") != "mae":
         return None
-    model = build_objective(validate_config(config, f"the config of {run}", options_for))
+    model = build_objective(validate_config(config, f"the config of {checkpoint}", options_for))
     try:
-        model.load_state_dict(dict(open_tensors(newest)))
+        model.load_state_dict(dict(open_tensors(checkpoint)))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{newest} does not hold the autoencoder of its config ({error}); write another run.") from None
+        raise UserError(
+            f"{checkpoint} does not hold the autoencoder of its config ({error}); write another run."
+        ) from None
     return model.eval().requires_grad_(False)
 
 
@@ -50,7 +54,8 @@ def hidden_errors(
     model = model.to(device)
 
     def fill(images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        found = model.reconstruct(images, noise)
+        with autocast(torch.device(device)):
+            found = model.reconstruct(images, noise)
         return found.mask.removed, (model.restored(found) - found.pixels).square().mean(2)
 
     found = []

@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "from weights",
     )
     recipes = parser.add_argument_group("recipes that are pretrained first")
-    recipes.add_argument("--images", type=int, metavar="N", help="that each sees, repeats counted (default: its own)")
+    recipes.add_argument(
+        "--images", type=whole(1), metavar="N", help="that each sees, repeats counted (default: its own)"
+    )
     recipes.add_argument(
         "--shards", action=Shards, metavar="SHARDS", help="without labels, for all (default: those of --train)"
     )
@@ -67,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         help="pretrain each with N seeds: means, and the deviation between pretrainings apart (default: 1)",
     )
     recipes.add_argument(
-        "--ranks", type=int, metavar="N", help="processes that train (default: one for each GPU, else one)"
+        "--ranks", type=whole(1), metavar="N", help="processes that train (default: one for each GPU, else one)"
     )
     parser.add_argument(
         "--finetune",

@@ -19,6 +19,7 @@ from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing.comparison import Entry
 from prelude.evaluators.comparing.gathering import Named
 from prelude.evaluators.comparing.run_record import is_finished
+from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
 from prelude.evaluators.judging import Labelled, is_recipe
 from prelude.launch.children import run_door
@@ -72,7 +73,7 @@ def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: 
     own = ["data.num_samples=null", "data.mix={}", "data.select=null"]  # what a recipe says of other images
     own += [f"data.image={labelled.image}"] if labelled.image and not args.shards else []
     seeds = [f"seed={seed}"] if args.pretraining_seeds > 1 else []
-    overrides = last_of_each([*overrides, *own, *shared_settings(labelled), *args.set, *seeds])
+    overrides = last_of_each([*overrides, *own, *shared_settings(labelled), *reading_settings(args), *args.set, *seeds])
     config = load_config(recipe, overrides, options_for)
     indexes = learned_from(config)
     if args.images:
@@ -113,6 +114,12 @@ def shared_settings(labelled: Labelled) -> list[str]:
     return [*(f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()), *looks]
 
 
+def reading_settings(args: argparse.Namespace) -> list[str]:
+    """What this process was told of remote shards and of waiting, for those that it starts."""
+    told = {key: getattr(args, key) for key in ("cache_dir", "cache_gib", "timeout_seconds")}
+    return [f"data.{key}={json.dumps(value)}" for key, value in told.items() if value is not None]
+
+
 def with_fine_tuning(
     args: argparse.Namespace, entries: list[Entry], labelled: Labelled
 ) -> tuple[list[Entry], list[str]]:
@@ -123,6 +130,10 @@ def with_fine_tuning(
             result, problem = fine_tuned(args, entry, labelled)
             warnings += [f"{entry.name} was not fine-tuned: {problem}"] if problem else []
             entry = replace(entry, results=entry.results | ({FINE_TUNE: result} if result else {}))
+        elif args.finetune and not (entry.problem or is_pixels(entry.source)):
+            print(
+                f"{entry.name} is not fine-tuned: it is a mark to compare with, see docs/evaluators.md", file=sys.stderr
+            )
         found.append(entry)
     return found, warnings
 
@@ -132,7 +143,8 @@ def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tu
     problem = None
     for recipe, *overrides in args.finetune:
         run_dir = Path(args.out) / "finetune" / f"{slug(entry.name)}-{Path(recipe).stem}"
-        settings = last_of_each([f"run_dir={run_dir}", *shared_settings(labelled), *overrides])
+        shared = [*shared_settings(labelled), *reading_settings(args)]
+        settings = last_of_each([f"run_dir={run_dir}", *shared, *overrides])
         arguments = [entry.source, "--config", recipe, *settings]
         problem = run_door("finetune", arguments, num_ranks=num_ranks(args), name=f"fine-tuning {entry.name}")
         if problem is None:

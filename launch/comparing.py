@@ -23,6 +23,7 @@ from prelude.evaluators.comparing.report.page import page
 from prelude.evaluators.comparing.table import markdown, print_comparison, to_json
 from prelude.evaluators.defaults import COMPARED
 from prelude.evaluators.features.pixels import is_pixels
+from prelude.evaluators.finetuning.recipe import check_recipe
 from prelude.evaluators.frozen.anomaly import anomaly
 from prelude.evaluators.frozen.fewshot import fewshot
 from prelude.evaluators.frozen.knn import knn
@@ -32,7 +33,7 @@ from prelude.evaluators.frozen.ncm import ncm
 from prelude.evaluators.judging import Evaluator, Judging, Labelled, first_section, labelled_shards, vector_format
 from prelude.evaluators.results import versions
 from prelude.launch.children import Preempted
-from prelude.launch.compared_runs import named_runs, recipe_of, with_fine_tuning
+from prelude.launch.compared_runs import last_of_each, named_runs, recipe_of, with_fine_tuning
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
@@ -120,8 +121,8 @@ def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
             raise UserError(
                 f"{given} run_dir=... is each run's own in a comparison; write --out DIR for the folder of all."
             )
-    if args.images is not None and args.images < 1:
-        raise UserError(f"--images {args.images} leaves nothing to do; write 1 or more.")
+    for recipe, *words in args.finetune:
+        check_recipe(recipe, last_of_each(["run_dir=of-the-comparison", *words]))
 
 
 def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled, list[Evaluator]]:
@@ -144,7 +145,8 @@ def _look_at_unlabelled(args: argparse.Namespace, labelled: Labelled) -> None:
     """At what recipes are pretrained on, before anything begins. Raises UserError."""
     images = [word.removeprefix("data.image=") for word in args.set if word.startswith("data.image=")]
     with told_as(*(("--shards ",) if args.shards else labelled.named_as("train"))):
-        ShardIndex(args.shards or labelled.train, image=images[-1] if images else labelled.image)
+        of_labelled = "" if args.shards else labelled.image
+        ShardIndex(args.shards or labelled.train, image=images[-1] if images else of_labelled)
 
 
 def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
@@ -160,7 +162,8 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     label, evaluators = asked.label, judging.evaluators
     if asked.vectors:  # the old images have class numbers all the same
         label, evaluators = "cls", [EVALUATORS[name] for name in dict.fromkeys(args.evaluators or COMPARED)]
-    old = Labelled(*args.keep, label, value_range=asked.value_range, max_pixels=asked.max_pixels, named=("", ""))
+    seen_as = {"value_range": asked.value_range, "max_pixels": asked.max_pixels, "image": asked.image}
+    old = Labelled(*args.keep, label, **seen_as, named=("", ""))
     keeping = replace(judging, evaluators=evaluators, labelled=old)
     try:
         keeping.check()

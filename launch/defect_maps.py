@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prelude.data.batch import ViewPlan
+from prelude.data.errors import UserError
 from prelude.evaluators.dense.anomaly_maps import gaussian_maps, reconstruction_maps
 from prelude.evaluators.dense.drawing import cells, heat
 from prelude.evaluators.dense.judging import DenseJudging
@@ -32,6 +33,7 @@ class DefectJudging(DrawnJudging):
         evaluators = [partial(gaussian_maps, drawn=found.__setitem__)]
         autoencoder = open_autoencoder(source)
         if autoencoder is not None:
+            refuse_unhidden(autoencoder.num_patches, autoencoder.num_keep, self.num_masks)
             index, device = self.indexes[1], distributed.device()
             errors = partial(hidden_errors, autoencoder, index, plan, num_masks=self.num_masks, device=device)
             settings = {"num_masks": self.num_masks, "drawn": found.__setitem__}
@@ -52,3 +54,13 @@ class DefectJudging(DrawnJudging):
             limits = maps.min().item(), maps.max().item()
             lines.append((what, [heat(image, one, limits) for image, one in zip(images, maps[rows], strict=True)]))
         return lines
+
+
+def refuse_unhidden(num_patches: int, num_keep: int, num_masks: int) -> None:
+    """Raises UserError where too few masks leave patches that none of them hides, and so nothing is said of."""
+    hidden = num_patches - num_keep
+    if -(-num_patches // num_masks) > hidden:
+        raise UserError(
+            f"--masks {num_masks} cannot hide each of {num_patches} patches, as a mask of this run hides {hidden}; "
+            f"write {-(-num_patches // hidden)} or more."
+        )

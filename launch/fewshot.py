@@ -15,7 +15,7 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import DRAWS, PER_CLASS, SHARES
-from prelude.launch.arguments import door_parser, finite, parse_present
+from prelude.launch.arguments import door_parser, parse_present, percent, whole
 from prelude.launch.exit_codes import door
 
 
@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = door_parser(__doc__)
-    parser.add_argument("--per-class", nargs="*", type=int, metavar="N", help="labelled images a class (1 5 10)")
-    parser.add_argument("--share", nargs="*", type=finite, metavar="P", help="labelled percent of each class (1 10)")
-    parser.add_argument("--draws", type=int, default=DRAWS, metavar="N", help=f"(default: {DRAWS})")
+    parser.add_argument("--per-class", nargs="+", type=whole(1), metavar="N", help="labelled images a class (1 5 10)")
+    parser.add_argument("--share", nargs="+", type=percent, metavar="P", help="labelled percent of each class (1 10)")
+    parser.add_argument("--draws", type=whole(1), default=DRAWS, metavar="N", help=f"(default: {DRAWS})")
     return parser
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from prelude.data.errors import UserError
 from prelude.data.select import Selection
 from prelude.data.waiting import wait_at_most
+from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.judging import Evaluator, Judging, evaluate, judge_all, labelled_shards
 from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Result, print_table
@@ -71,14 +72,17 @@ def results_of(
 
 
 def settings_of(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:
-    """Of `Judging`, those that doors of frozen features have in common. Joins the other ranks, if there are any."""
+    """Of `Judging`, those that doors of frozen features have in common. Joins the other ranks, if there are any.
+
+    Raises UserError for kinds of feature where nothing but pixels is judged, which have one.
+    """
+    if args.features and all(map(is_pixels, args.sources)):
+        raise UserError("--features has no effect on pixels, which are one kind of feature; leave it out.")
     return {"kinds": args.features, "bank": args.bank, **common(args, name, argv)}
 
 
 def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:
     """What every evaluation is told, under the names that it has there. Joins the other ranks, if there are any."""
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds} leaves nothing to do; write 1 or more.")
     return {
         **reading(args, argv),
         "seed": args.seed,
@@ -92,8 +96,6 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
 def reading(args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
     """How images are read. Joins the other ranks, if there are any."""
     if args.timeout_seconds is not None:
-        if not args.timeout_seconds > 0:
-            raise UserError(f"--timeout-seconds {args.timeout_seconds:g} cannot be; write a number of seconds above 0.")
         wait_at_most(args.timeout_seconds, "--timeout-seconds")
     use_cache(args)
     if distributed.launched_world_size() > 1:

@@ -130,12 +130,13 @@ def _threads(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> ShardIndex:
     with told_as(""):
+        seen_as = {"value_range": args.range, "image": args.image or ""}
         if args.label:
-            return ShardIndex(args.shards, args.label, args.range)
+            return ShardIndex(args.shards, args.label, **seen_as)
         try:
-            return ShardIndex(args.shards, "cls", args.range)
+            return ShardIndex(args.shards, "cls", **seen_as)
         except UserError:  # a folder whose labels are not clear, or what raises again
-            return ShardIndex(args.shards, "", args.range)
+            return ShardIndex(args.shards, "", **seen_as)
 
 
 def _channels(index: ShardIndex, args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import TEMPERATURE, K
-from prelude.launch.arguments import door_parser, finite, parse_present
+from prelude.launch.arguments import above_zero, door_parser, parse_present, whole
 from prelude.launch.exit_codes import door
 
 
@@ -30,9 +30,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = door_parser(__doc__)
-    parser.add_argument("--k", nargs="+", type=int, default=[K], metavar="K", help=f"neighbours (default: {K})")
+    parser.add_argument("--k", nargs="+", type=whole(1), default=[K], metavar="K", help=f"neighbours (default: {K})")
     parser.add_argument(
-        "--temperature", nargs="+", type=finite, default=[TEMPERATURE], metavar="T", help=f"(default: {TEMPERATURE})"
+        "--temperature",
+        nargs="+",
+        type=above_zero,
+        default=[TEMPERATURE],
+        metavar="T",
+        help=f"(default: {TEMPERATURE})",
     )
     return parser
 

@@ -19,7 +19,7 @@ from functools import partial
 
 from prelude.data.errors import UserError
 from prelude.evaluators.defaults import PROTOCOLS
-from prelude.launch.arguments import door_parser, finite, parse_present
+from prelude.launch.arguments import door_parser, finite, from_zero, parse_present
 from prelude.launch.exit_codes import door
 
 OF_PROTOCOLS = ("learning_rates", "epochs", "global_batch")
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="heads on features of variance 1, as BatchNorm without affine makes them (default), or on plain ones",
     )
     parser.add_argument(
-        "--weight-decays", nargs="+", type=finite, metavar="WD", help="(default: 16, or the protocol's)"
+        "--weight-decays", nargs="+", type=from_zero, metavar="WD", help="(default: 16, or the protocol's)"
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="train heads as in a paper, on augmented images")
     parser.add_argument("--learning-rates", nargs="+", type=finite, metavar="LR", help="(default: the protocol's)")

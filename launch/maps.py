@@ -54,12 +54,12 @@ def main(argv: list[str] | None = None) -> int:
 
     refuse_pixels(args.sources)
     refuse_unknown(args.sources)
+    seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
+    named = "--images " if args.images else "evaluate.test_shards="
+    index = index_as_seen(args.sources, shards_of(args), **seen_as, named=named)
     blocks, told = [], []
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
-        seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
-        named = "--images " if args.images else "evaluate.test_shards="
-        index = index_as_seen(name, shards_of(args), **seen_as, named=named)
         samples = chosen_samples(index, args.of, args.count, opened.config.in_chans)
         plan = dense_plan(evaluation_plan(opened))
         pixels = read_samples(index, plan, samples.ids)

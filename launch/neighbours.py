@@ -23,6 +23,7 @@ from prelude.evaluators.embedding.formats import refuse_to_overwrite
 from prelude.launch.arguments import (
     KINDS,
     Shards,
+    add_image,
     add_range,
     add_reading,
     add_select,
@@ -78,8 +79,9 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
 
     common = reading(args, argv)
     if is_embedding(args.features):
-        if args.select:
-            raise UserError("--select has no effect beside a file, which has its images; leave it out.")
+        for option in ("select", "image"):
+            if getattr(args, option):
+                raise UserError(f"--{option} has no effect beside a file, which has its images; leave it out.")
         return read(args.features, args.kind), None
     if not args.shards:
         raise UserError(
@@ -90,7 +92,8 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
         raise UserError(f"--encoder has no effect beside {args.features}, which is one; leave it out.")
     encoder = open_source(args.features, [args.features], args.seed)
     bank = args.bank or bank_folder(args.features, [args.features])
-    images = {"kind": args.kind, "value_range": args.range, "select": part_of(args.select), **common}
+    seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
+    images = {"kind": args.kind, **seen_as, **common}
     return embedded_of(encoder, args.features, args.shards, bank, **images), encoder
 
 
@@ -124,14 +127,26 @@ def show(rows: Sequence[tuple], title: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from prelude.evaluators.table_text import folded, print_whole
+
     labelled = any(row[COLUMNS.index("label")] != "" for row in rows)
     names = [name for name in COLUMNS if name != "label" or labelled]
-    table = Table(*names, box=box.SIMPLE, title=title)
-    for row in rows:
-        cells = dict(zip(COLUMNS, row, strict=True))
-        cells |= {"shard": Path(cells["shard"]).name, "query": cells["query"] if cells["rank"] == 1 else ""}
-        table.add_row(*(Text(str(cells[name])) for name in names))
-    Console(highlight=False).print(table)
+    cells = [dict(zip(COLUMNS, map(str, row), strict=True)) for row in rows]
+    for row in cells:
+        row |= {"shard": Path(row["shard"]).name, "query": row["query"] if row["rank"] == "1" else ""}
+
+    def build(width: int) -> Table:
+        table = Table(box=box.SIMPLE, title=title)
+        for name in names:
+            table.add_column(name, no_wrap=True)
+        for row in cells:
+            table.add_row(*(Text(folded(row[name], width)) for name in names))
+        return table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # another program reads the keys
+        console.width = 10_000
+    print_whole(console, build, [row[name] for row in cells for name in names])
 
 
 def keep(place: str, content: str | bytes) -> None:
@@ -164,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
         help="the images: those that a source is to see, or where those of a file are now",
     )
     add_select(parser, "--select", "the shards that a source is to see")
+    add_image(parser)
     parser.add_argument("--k", type=whole(1), default=8, metavar="K", help="neighbours (default: 8)")
     offering(parser.add_argument("--kind", metavar="KIND", help="of feature (default: the first)"), KINDS)
     parser.add_argument("--sheet", type=path, metavar="FILE.png", help="a contact sheet of the images")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prelude.checkpoints.source_names import path_of
 from prelude.data.errors import UserError
 from prelude.launch.arguments import parse
 from prelude.launch.children import Preempted, run_door
@@ -80,7 +81,7 @@ class Run:
     """A run's folder, and the doors that take it as their source."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder.absolute()  # a notebook may go to another folder later
 
     def __repr__(self) -> str:
         records = self.metrics()
@@ -156,18 +157,26 @@ class Run:
         with _in_python(parser):
             sources, ranks = source_words(self.folder, others), as_count(ranks, "ranks")
             words = [*sources, *option_words(options, parser)]
-            out = Path(parse(parser, words).out or self.folder / "evaluations")
-        before = _stamps(out)
+            out = parse(parser, words).out
+        folders = [Path(out)] if out else _evaluations_of(sources)
+        before = _stamps(folders)
         _ask(door or command, words, ranks, lambda sentence: of_options(sentence, parser))
-        written = [path for path, stamp in _stamps(out).items() if before.get(path) != stamp]
+        written = [path for path, stamp in _stamps(folders).items() if before.get(path) != stamp]
         results = [json.loads(path.read_text()) for path in sorted(written)]
         ours = [result for result in results if result.get("command") == f"prelude {command} {shlex.join(words)}"]
         return sorted(ours, key=lambda result: sources.index(result["source"]))
 
 
-def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+def _evaluations_of(sources: Sequence[str]) -> list[Path]:
+    """Where results may be written: with the run of each source, in which its checkpoint or export may lie."""
+    places = [path_of(source).absolute() for source in sources]
+    return [folder / "evaluations" for place in places for folder in (place, *place.parents[:2])]
+
+
+def _stamps(folders: Sequence[Path]) -> dict[Path, tuple[int, int]]:
     """What tells a result that was written again from what was there, whatever the clocks say."""
-    return {path: ((found := path.stat()).st_ino, found.st_mtime_ns) for path in folder.glob("*.json")}
+    paths = {path for folder in folders for path in folder.glob("*.json")}
+    return {path: ((found := path.stat()).st_ino, found.st_mtime_ns) for path in paths}
 
 
 def _parser_of(door: str, command: str = "") -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ from prelude.launch.objective_checks import (
 )
 from prelude.objectives import check_objective, objective_class, options_for
 from prelude.pretrain import overrides as setting
-from prelude.pretrain.config import Config, EncoderConfig
+from prelude.pretrain.config import Config, EncoderConfig, is_dropout
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.recipes import objective_named, read_recipe, refuse_fine_tuning, validate_config
@@ -98,7 +98,7 @@ def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:
     encoder = dict(values.get("encoder") or {})
     kwargs = encoder.get("kwargs") or {}
     # What draws from torch's generator by design (drop path) would hide what must not.
-    encoder["kwargs"] = {key: value for key, value in kwargs.items() if not key.endswith("_rate")}
+    encoder["kwargs"] = {key: value for key, value in kwargs.items() if not is_dropout(key)}
     if _drops_paths(encoder):  # by timm's own default, as Swin does
         encoder["kwargs"]["drop_path_rate"] = 0.0
     for key in ("weights", "weights_fingerprint", "own_parts"):

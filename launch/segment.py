@@ -19,7 +19,7 @@ from functools import partial
 
 from prelude.evaluators.defaults import TEMPERATURE, K
 from prelude.evaluators.embedding.formats import refuse_no_png
-from prelude.launch.arguments import door_parser, finite, parse_present, path, whole
+from prelude.launch.arguments import above_zero, door_parser, parse_present, path, whole
 from prelude.launch.exit_codes import door
 
 LABEL, SHOWN = "png", 8
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--k", type=whole(1), default=K, metavar="K", help=f"nearest patches (default: {K})")
     parser.add_argument(
-        "--temperature", type=finite, default=TEMPERATURE, metavar="T", help=f"(default: {TEMPERATURE})"
+        "--temperature", type=above_zero, default=TEMPERATURE, metavar="T", help=f"(default: {TEMPERATURE})"
     )
     parser.add_argument("--pictures", type=path, metavar="FILE.png", help=f"what is predicted of {SHOWN} test images")
     return parser

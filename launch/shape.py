@@ -39,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.judging import refuse_unknown
     from prelude.evaluators.results import print_table
     from prelude.launch.frozen import given_words, say
-    from prelude.launch.shape_judged import judge_shape
+    from prelude.launch.shape_judged import images_of, judge_shape
 
     refuse_unknown(args.sources)
-    results = [judge_shape(name, args, command=f"prelude shape {given_words(argv)}", say=say) for name in args.sources]
+    shown, command = images_of(args), f"prelude shape {given_words(argv)}"
+    results = [judge_shape(name, shown, args, command=command, say=say) for name in args.sources]
     print_table(results)
     return 0
 

@@ -17,7 +17,7 @@ from prelude.evaluators.dense.global_shape import TILES, global_shape
 from prelude.evaluators.dense.samples import all_over
 from prelude.evaluators.embedding.embed import index_as_seen
 from prelude.evaluators.features.dense import dense_plan
-from prelude.evaluators.features.extraction import Extractor, evaluation_plan, pool
+from prelude.evaluators.features.extraction import Extractor, autocast, evaluation_plan, pool
 from prelude.evaluators.judging import described, first_section, keep, open_source
 from prelude.evaluators.labelled import selection
 from prelude.evaluators.results import Result, versions
@@ -29,10 +29,11 @@ BATCH, NUM_IMAGES = 64, 500
 TEST_SELECT = "--test-select"
 
 
-def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Callable[[str], None]) -> Result:
-    """Raises UserError for a source or shards that cannot be used."""
-    encoder = open_source(source, args.sources, args.seed)
-    index, data = _images(source, args)
+def judge_shape(
+    source: str, shown: tuple[ShardIndex, dict], args: argparse.Namespace, *, command: str, say: Callable[[str], None]
+) -> Result:
+    """shown: of `images_of`. Raises UserError for a source or shards that cannot be used."""
+    encoder, (index, data) = open_source(source, args.sources, args.seed), shown
     plan, started = dense_plan(evaluation_plan(encoder)), time.monotonic()
     extractor = Extractor(encoder, args.features, distributed.device(), plan)
     size = encoder.config.size
@@ -49,7 +50,8 @@ def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Cal
                 advance(len(batch))
 
     def features(images: Tensor) -> dict[str, Tensor]:
-        return pool(extractor.model, images, extractor.kinds)
+        with autocast(extractor.device):
+            return pool(extractor.model, images, extractor.kinds)
 
     with torch.no_grad():
         outcome = global_shape(batches(), features, tiles=tiles, shards=index.named)
@@ -68,15 +70,17 @@ def judge_shape(source: str, args: argparse.Namespace, *, command: str, say: Cal
     return result
 
 
-def _images(source: str, args: argparse.Namespace) -> tuple[ShardIndex, dict]:
-    """What is looked at, and what is recorded of it: as given, or as the run's evaluate section has it."""
+def images_of(args: argparse.Namespace) -> tuple[ShardIndex, dict]:
+    """What all sources look at, and what is recorded of it: as given, or as the run's evaluate section has it."""
     section = first_section(args.sources)
     shards = args.test or (section and section.test_shards)
     if not shards:
-        raise UserError(f"There are no images to judge {source} on; write --test SHARDS.")
+        raise UserError(f"There are no images to judge {', '.join(args.sources)} on; write --test SHARDS.")
     of_section = None if args.test or not section else selection(section.test_select)
     part = part_of(args.test_select, TEST_SELECT) or of_section
     image = args.image or (section and section.image) or ""
     named = "--test " if args.test else "evaluate.test_shards="
-    index = index_as_seen(source, shards, "", args.range, image, part, TEST_SELECT, named)
-    return index, {"shards": shards, **({"select": part.said()} if part else {})}
+    index = index_as_seen(args.sources, shards, "", args.range, image, part, TEST_SELECT, named)
+    chosen = {"select": part.said()} if part else {}
+    chosen |= {"image": image} if image else {}
+    return index, {"shards": shards, **chosen, **({"range": index.value_range} if index.value_range else {})}

@@ -2,7 +2,17 @@
 
 import argparse
 
-from prelude.launch.arguments import add_cache, documented_parser, finite, offering, path, seed, value_range, whole
+from prelude.launch.arguments import (
+    add_cache,
+    add_image,
+    documented_parser,
+    finite,
+    offering,
+    path,
+    seed,
+    value_range,
+    whole,
+)
 
 _QUALITY = 90  # of JPEGs, where nothing else is asked for
 
@@ -45,6 +55,7 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=whole(1), metavar="N", help=there)
     values = "values of deep images that are black and white, or auto"
     offering(parser.add_argument("--range", type=value_range, metavar="LOW,HIGH", help=values), ["auto"])
+    add_image(parser)
     add_cache(parser)
 
 

@@ -15,7 +15,7 @@ if __name__ == "__main__" and not __package__:
 import argparse
 from functools import partial
 
-from prelude.launch.arguments import door_parser, finite, parse_present, whole
+from prelude.launch.arguments import above_zero, door_parser, parse_present, whole
 from prelude.launch.exit_codes import door
 
 
@@ -25,14 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.judging import vector_format
     from prelude.launch.frozen import judge
 
-    form = vector_format(args.sources, args.names, args.field, "") if args.names else None
+    form = vector_format(args.sources, args.names, args.field, "") if args.names or args.field else None
     return judge(args, [partial(svm, cs=args.c or CS)], "svm", argv, settings={"crops": args.crops}, vectors=form)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = door_parser(__doc__)
     parser.add_argument(
-        "--c", nargs="+", type=finite, metavar="C", help="of the slack, to choose from (default: 0.01 to 1000)"
+        "--c", nargs="+", type=above_zero, metavar="C", help="of the slack, to choose from (default: 0.01 to 1000)"
     )
     parser.add_argument(
         "--crops", type=whole(1, 64), default=1, metavar="N", help="of an image, their features averaged (default: 1)"

@@ -73,20 +73,26 @@ def sweep(args: argparse.Namespace, combinations: Sequence[Combination]) -> int:
     rows = write(combinations, problems)
     print_rows(rows)
     print(f"written to {folder_of(combinations) / 'sweep.md'} and sweep.json", file=sys.stderr)
-    return INCOMPLETE if problems else 0
+    return INCOMPLETE if any(row.problem for row in rows) else 0
 
 
 def trained(combination: Combination, num_ranks: int) -> str | None:
     """Why it failed, in a sentence, if it did."""
-    if is_done(combination):
+    done, problem = is_done(combination)
+    if done:
         print(f"{combination.name} is finished", file=sys.stderr)
-        return None
+    if done or problem:
+        return problem
     arguments = ["--config", str(combination.recipe), *combination.overrides]
     return run_door("pretrain", arguments, num_ranks=num_ranks, name=combination.name)
 
 
-def is_done(combination: Combination) -> bool:
-    return is_finished_as(combination.config, options_for(combination.config.objective["name"]))
+def is_done(combination: Combination) -> tuple[bool, str | None]:
+    """And why nobody can say so, where its checkpoints cannot be used."""
+    try:
+        return is_finished_as(combination.config, options_for(combination.config.objective["name"])), None
+    except UserError as error:
+        return False, str(error)
 
 
 def batch_script(combinations: Sequence[Combination]) -> str:
@@ -136,7 +142,8 @@ def row_of(combination: Combination, problem: str | None) -> Row:
         for name in PROBES
         if f"online/{name}" in curves
     }
-    return Row(combination, steps, loss, probes, is_done(combination), problem)
+    finished, unusable = is_done(combination)
+    return Row(combination, steps, loss, probes, finished, problem or unusable)
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:

@@ -51,7 +51,7 @@ def check(config: Config, world_size: int | None = None) -> None:
         for name in ("evaluate.train_shards", "evaluate.test_shards"):
             with told_as(f"{name}="):
                 indexable_shards(getattr(config.evaluate, name.removeprefix("evaluate.")))
-        online.check(config.evaluate)
+        online.check(config)
 
 
 def check_settings(config: Config, world_size: int | None = None) -> None:

@@ -135,6 +135,11 @@ class DataConfig(Section):
         return self
 
 
+def is_dropout(argument: str) -> bool:
+    """Whether an argument of an encoder drops units, paths or patches, and so is of the training alone."""
+    return "drop" in argument and argument.endswith("_rate")
+
+
 class EncoderConfig(Section):
     name: Text  # an architecture of timm, or module:function of your own
     image_size: Count | tuple[Count, Count]  # pixels of a side; (height, width) where they differ
@@ -152,7 +157,7 @@ class EncoderConfig(Section):
     @classmethod
     def _are_possible(cls, value):
         for name, given in value.items():
-            if name.endswith("_rate") and not (type(given) in (int, float) and 0 <= given < 1):
+            if is_dropout(name) and not (type(given) in (int, float) and 0 <= given < 1):
                 raise ValueError(f"write a number of 0 or more and below 1 for {name}")
             if isinstance(given, (int, float)) and not 0 <= given < math.inf:
                 raise ValueError(f"write a finite number of 0 or more for {name}")

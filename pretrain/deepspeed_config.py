@@ -55,6 +55,13 @@ def build(config: Config, *, micro_batch: int, accumulation: int, precision: str
     }
 
 
+def notices(config: Config) -> list[str]:
+    """What a person should know that a stage leaves out."""
+    if config.train.zero_stage < 3 or not config.log.pictures_every_steps:
+        return []
+    return ["no pictures are drawn at train.zero_stage=3, where no rank has all weights; stages 0 to 2 draw them"]
+
+
 def bucket_size(numel: int) -> int:
     """Elements in a message of gradients, for a model of that many parameters; DeepSpeed wants an even number."""
     wanted = min(_MAX_BUCKET, max(numel // _BUCKETS, min(_MIN_BUCKET, numel)))

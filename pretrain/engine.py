@@ -101,7 +101,7 @@ class Engine:
     def run(self) -> Outcome:
         """Trains to the end, or until asked to stop. Collective. Raises RunStopped when it cannot go on."""
         with distributed.explained():
-            notices = self._resume()
+            notices = [*deepspeed_config.notices(self.config), *self._resume()]
         for monitor in self.monitors:
             monitor.start(self.progress)
         self._tell(Report(self.progress.step, "notice", text) for text in notices)

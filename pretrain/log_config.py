@@ -30,6 +30,6 @@ class MlflowConfig(Section):
 
 class LogConfig(Section):
     every_steps: int = Field(10, ge=1)  # between two lines of metrics
-    pictures_every_steps: int = Field(500, ge=0)  # between two pictures; 0: none
+    pictures_every_steps: int = Field(500, ge=0)  # between two pictures; 0: none, as at train.zero_stage=3
     wandb: WandbConfig | None = None  # curves in Weights & Biases too
     mlflow: MlflowConfig | None = None  # curves in MLflow too

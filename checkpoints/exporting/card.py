@@ -8,10 +8,10 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from prelude.checkpoints.description import has_folder, path_of
 from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.checkpoints.exporting.parity import Proof
 from prelude.checkpoints.own_export import own_card
+from prelude.checkpoints.source_names import has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.errors import UserError
 from prelude.pretrain.own_encoder import is_own

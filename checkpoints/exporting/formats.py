@@ -4,3 +4,7 @@ from typing import Literal
 
 Format = Literal["timm", "onnx", "torch", "transformers"]
 DType = Literal["float32", "float16", "bfloat16"]
+FILES = (  # that any of them writes
+    "README.md", "config.json", "preprocessor_config.json", "model.safetensors", "volume_embed.safetensors",
+    "encoder.pt2", "encoder.onnx", "encoder.onnx.data",
+)  # fmt: skip

@@ -15,7 +15,7 @@ from typing import get_args
 
 from safetensors import SafetensorError
 
-from prelude.checkpoints.exporting.formats import Format
+from prelude.checkpoints.exporting.formats import FILES, Format
 from prelude.checkpoints.sources import export_section, is_export
 from prelude.data.errors import UserError
 from prelude.pretrain.files import remove, sync_to_disk
@@ -57,12 +57,22 @@ def _clear_left_behind(to: Path) -> None:
 
 
 def refuse_to_overwrite(to: Path) -> None:
-    if not to.exists() or is_export(to):
+    if not to.exists():
         return
-    parts = {path.name: export_section(path) for path in to.iterdir()} if to.is_dir() else {"": None}
-    of_formats = parts.keys() <= set(get_args(Format)) and None not in parts.values()
-    if not of_formats or len({part.get("fingerprint") for part in parts.values()}) > 1:
-        raise UserError(f"{to} exists and is no earlier export; name a new folder, or empty this one first.")
+    if is_export(to):
+        folders = [to]
+    else:
+        folders = list(to.iterdir()) if to.is_dir() else []
+        parts = {path.name: export_section(path) for path in folders}
+        of_formats = to.is_dir() and parts.keys() <= set(get_args(Format)) and None not in parts.values()
+        if not of_formats or len({part.get("fingerprint") for part in parts.values()}) > 1:
+            raise UserError(f"{to} exists and is no earlier export; name a new folder, or empty this one first.")
+    others = sorted(str(path) for folder in folders for path in folder.iterdir() if path.name not in FILES)
+    if others:
+        raise UserError(
+            f"{others[0]} is no file of an export, and would be lost with the earlier one in {to}; move it away "
+            "first, or name another folder."
+        )
 
 
 def _publish(draft: Path, to: Path) -> None:

@@ -15,6 +15,7 @@ from prelude.checkpoints.exporting.parity import DTYPES, Proof, rounded
 from prelude.checkpoints.own_export import own_config, own_reloaded
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
 from prelude.data.errors import RunStopped
+from prelude.pretrain.config import is_dropout
 from prelude.pretrain.encoders import of_timm, seeded
 from prelude.pretrain.files import save_file
 from prelude.pretrain.own_encoder import gives, is_own
@@ -70,7 +71,7 @@ def timm_config(encoder: OpenedEncoder) -> dict:
 def _model_arguments(encoder: OpenedEncoder) -> dict:
     """Arguments of timm.create_model that shape the weights; what regularised the pretraining stays behind."""
     config = encoder.config
-    arguments = {key: value for key, value in config.kwargs.items() if not key.endswith("_rate")}
+    arguments = {key: value for key, value in config.kwargs.items() if not is_dropout(key)}
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
     if config.in_chans != 3:

@@ -2,6 +2,7 @@
 
 import os
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.image_files import folders_of, image_extension_of, list_images
 from prelude.data.packing.labels import class_labels
@@ -31,7 +32,7 @@ class FolderSource(Source):
         folders = None if which == "none" else folders_of(self.names, which, root)
         if folders:
             self.labels = class_labels(folders, options.classes or sorted(set(folders)), f"The folders of {root}")
-            self.notes.append(f"classes from the names of {len(self.labels.classes)} folders")
+            self.notes.append(f"classes from the names of {counted(len(set(folders)), 'folder')}")
         if options.group:
             if options.group not in ("parent", "top"):
                 raise UserError(f"--group {options.group} is no group of a folder of images; write parent or top.")

@@ -77,7 +77,10 @@ class TarSource(Source):
 
     def _label(self, options: SourceOptions) -> None:
         if options.group:
-            self.groups = strings(self._field(number, "json", options.group) for number in range(len(self.names)))
+            field = options.group.removeprefix("json:")
+            self.groups = strings(self._field(number, "json", field) for number in range(len(self.names)))
+            if not any(self.groups):
+                raise UserError(f"No sample of {named(self.paths)} has the field {field!r} in a .json member.")
         if not options.label:
             return
         if len(options.label) > 1:

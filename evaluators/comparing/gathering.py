@@ -10,9 +10,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from prelude.checkpoints import sources
-from prelude.checkpoints.description import RANDOM, START, bare, has_folder, path_of
+from prelude.checkpoints.source_names import RANDOM, START, bare, has_folder, path_of
 from prelude.data.errors import UserError
 from prelude.evaluators.comparing.comparison import Entry, Picture
 from prelude.evaluators.comparing.report.pictures import pictures_of
@@ -100,20 +101,19 @@ def gather(contestant: Contestant, judging: Judging, keeping: Judging | None = N
         started=contestant.started,
         problem=contestant.problem,
     )
+    run = run_of(contestant.source) if contestant.kind == "pretrained" else None
     try:
-        if contestant.kind == "pretrained" and (run := run_of(contestant.source)):
-            entry = replace(
-                entry,
-                cost=cost_of(run, contestant.step),
-                curves=curves_of(run, contestant.step),
-                pictures=pictures_of_run(run),
-                recipe=recipe_of(run),
-            )
+        if run:
+            told = {"pictures": pictures_of_run(run), "recipe": recipe_of(run)}
+            entry = replace(entry, **_taken_by(run, contestant.step), **told)
         if entry.problem:
             return entry
         opened = open_source(contestant.source, contestant.beside, judging.seed)
         measured = _measured(contestant, judging)
         kept = _measured(contestant, keeping) if keeping else {}
+        judged = next((each["encoder"]["origin"].get("step") for each in measured.values()), None)
+        if run and judged != contestant.step:  # it has trained on since it was lined up
+            entry = replace(entry, **_taken_by(run, judged))
         pictures = entry.pictures
         if contestant.kind == "pretrained":
             pictures = [*pictures, *_drawn(contestant, judging, opened, measured)]
@@ -121,6 +121,10 @@ def gather(contestant: Contestant, judging: Judging, keeping: Judging | None = N
         return replace(entry, problem=str(error))
     num_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     return replace(entry, num_parameters=num_parameters, results=measured, kept=kept, pictures=pictures)
+
+
+def _taken_by(run: Path, step: int | None) -> dict:
+    return {"cost": cost_of(run, step), "curves": curves_of(run, step)}
 
 
 def _measured(contestant: Contestant, judging: Judging) -> dict[str, dict]:

@@ -22,6 +22,7 @@ from prelude.pretrain.feature_health import OF_VOLUMES, TRIVIAL_LOSS
 from prelude.pretrain.files import read_lines
 from prelude.pretrain.resume import changed_settings
 
+_OF_DATA = ("shards", "mix", "image", "select")  # keys that name what is learned from
 _NOT_PLOTTED = (TRIVIAL_LOSS, OF_VOLUMES + TRIVIAL_LOSS)  # constants
 _PICTURE = re.compile(r"(?P<title>.+)-(?P<step>\d{8})")
 
@@ -108,10 +109,15 @@ def is_finished(config: Config, options: type[BaseModel], data: Collection[str])
 def is_finished_as(config: Config, options: type[BaseModel]) -> bool:
     """`is_finished` by the names of the shards, where nobody has opened them."""
     saved = _saved(config)
-    named = config.model_dump(mode="json")["data"]
-    return _has_ended(saved, config, options) and all(
-        saved["meta"]["config"]["data"].get(key) == named[key] for key in ("shards", "mix", "image", "select")
+    return _has_ended(saved, config, options) and _named(saved["meta"]["config"]) == _named(
+        config.model_dump(mode="json")
     )
+
+
+def _named(config: dict) -> list[dict]:
+    """The images and the volumes that a config names."""
+    images = config["data"]
+    return [{key: (part or {}).get(key) for key in _OF_DATA} for part in (images, images.get("volumes"))]
 
 
 def _saved(config: Config) -> dict | None:

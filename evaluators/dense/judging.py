@@ -20,9 +20,10 @@ from prelude.evaluators.features.dense import (
     patches_like,
 )
 from prelude.evaluators.features.extraction import evaluation_plan
+from prelude.evaluators.features.joining import joined
 from prelude.evaluators.features.labels import Labels
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
-from prelude.evaluators.judging import Judging, bank_folder, joined, open_source
+from prelude.evaluators.judging import Judging, bank_folder, open_source
 from prelude.pretrain import distributed
 
 
@@ -62,6 +63,10 @@ class DenseJudging(Judging):
                 self.say(f"{counted(unreadable, 'mask')} of {index.named} unreadable, which count for nothing.")
             found.append({kind: _places(of_kind, masks, grids[kind]) for kind, of_kind in part.items()})
         return found
+
+    def described_data(self, train: dict[str, Places], test: dict[str, Places]) -> tuple[dict, list[str]]:
+        data, warnings = super().described_data(train, test)
+        return data | ({"ignored": sorted(set(self.ignored))} if self.ignored else {}), warnings
 
     def _kinds(self, source: str, sources: Sequence[str], encoder: OpenedEncoder) -> Sequence[str]:
         if is_pixels(source):

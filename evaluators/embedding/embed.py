@@ -25,6 +25,7 @@ from prelude.data.decode import ValueRange
 from prelude.data.errors import UserError
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
+from prelude.data.value_range import tell_if_dark
 from prelude.evaluators.embedding.formats import beside, format_of, refuse_anothers_list, refuse_to_overwrite
 from prelude.evaluators.embedding.samples import Keys, pixels_of, place_of, places_of
 from prelude.evaluators.embedding.table import Table
@@ -113,7 +114,7 @@ def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
     """Raises UserError for labels that were asked for and are none."""
     label = embedding.label or LABEL
     seen_as = embedding.value_range, embedding.image
-    index = index_as_seen(embedding.source, embedding.shards, label, *seen_as, select=embedding.select)
+    index = index_as_seen([embedding.source], embedding.shards, label, *seen_as, select=embedding.select)
     if embedding.label:
         (index,) = with_class_names([index])
         return index, class_numbers(index)
@@ -128,7 +129,7 @@ def labelled_index(embedding: Embedding) -> tuple[ShardIndex, Labels | None]:
 
 
 def index_as_seen(
-    source: str,
+    sources: Sequence[str],
     shards: str | Sequence[str],
     label: str = "",
     value_range: ValueRange | Literal["auto"] | None = None,
@@ -137,12 +138,16 @@ def index_as_seen(
     option: str = SELECT,
     named: str = "",
 ) -> ShardIndex:
-    """With `data.range` and `data.max_pixels` of the source's run, unless a range is given. option: which says
-    `select`. named: how shards are spelled where they were given, see `told_as`."""
-    value_range, max_pixels = read_as([source], value_range)
+    """With `data.range` and `data.max_pixels` of the runs of the sources that are to see it, unless a range is given.
+    option: which says `select`. named: how shards are spelled where they were given, see `told_as`.
+
+    Raises UserError where runs differ in their range."""
+    value_range, max_pixels = read_as(sources, value_range)
     shards = shards if isinstance(shards, str) else list(shards)
     with told_as(named):
         index = ShardIndex(shards, label, value_range, max_pixels, image)
+    if distributed.is_main():
+        tell_if_dark(index)
     return selected(index, select, option)
 
 
@@ -234,7 +239,7 @@ def _about(embedding: Embedding, encoder: OpenedEncoder, index: ShardIndex, rows
     return {
         "source": embedding.source,
         "seed": embedding.seed,
-        "encoder": described(encoder) | {"computation": encoder.computation},
+        "encoder": described(encoder),
         "data": data_of(index, encoder, embedding.select),
         "kinds": list(rows),
         "features": next(iter(rows.values())).recipe,

@@ -1,6 +1,7 @@
 """What a file of features may be called, and whether it may be written. Needs no torch, so that a door asks first."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -35,12 +36,23 @@ def refuse_to_overwrite(path: str | Path, option: str) -> None:
 
 
 def refuse_anothers_list(path: str | Path, ending: str, option: str) -> None:
-    """Raises UserError where what lies `beside` the file to be written is that of another file of its stem."""
-    others = [
-        other for suffix in SUFFIXES if (other := Path(path).with_suffix(suffix)) != Path(path) and other.exists()
-    ]
-    if others and os.path.lexists(listed := beside(path, ending)):
-        raise UserError(f"{listed} belongs to {others[0]} and would be replaced; write another {option}.")
+    """Raises UserError where the list `beside` the file to be written is that of another file of its stem, or none of
+    images by shard and key, such as that of packed shards."""
+    if not os.path.lexists(listed := beside(path, ending)):
+        return
+    others = [other for suffix in SUFFIXES if (other := Path(path).with_suffix(suffix)) != Path(path)]
+    owner = next((f"belongs to {other}" for other in others if other.exists()), "")
+    if owner or not _is_ours(listed):
+        raise UserError(f"{listed} {owner or 'is there already'} and would be replaced; write another {option}.")
+
+
+def _is_ours(listed: Path) -> bool:
+    """Whether it was left by an earlier file of the same name."""
+    try:
+        with open(listed, encoding="utf-8") as file:
+            return {"shard", "key", "reason"} == json.loads(file.readline()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def refuse_no_png(path: str, option: str) -> None:

@@ -138,12 +138,13 @@ def embedded_of(
     *,
     kind: str | None = None,
     value_range: ValueRange | None = None,
+    image: str = "",
     select: Selection | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> Embedded:
     """The features of shards out of a bank, which makes those that it lacks. source: of the encoder."""
-    index = index_as_seen(source, shards, "", value_range, select=select, named="--shards ")
+    index = index_as_seen([source], shards, "", value_range, image, select, named="--shards ")
     kind = kind or default_kinds(encoder.model)[0]
     rows = Bank(bank).rows(encoder, index, [kind], batch_size=batch_size, num_workers=num_workers)[kind]
     ids, keys = rows.sample_ids.numpy(), Keys(index)

@@ -50,6 +50,7 @@ UNFINISHED = ".unfinished-"
 FITS = "fits"  # folder of what was found on them, see `evaluators.kept_fits`
 COPY_BYTES = 2**24
 _ENTRY = re.compile(rf"[0-9a-f]{{24}}|{re.escape(UNFINISHED)}[0-9a-f]+")  # nothing else is ours
+_FIT = re.compile(r"\.?[0-9a-f]{32}\.json(\.\d+)?")  # among what was found on them, its drafts too
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,22 @@ class Bank:
         ours = [path for path in found if path.is_dir() and _ENTRY.fullmatch(path.name)]
         return [Entry(path, _about(path) or {}, _num_bytes(path)) for path in ours]
 
-    def clear(self) -> int:
-        """Removes every entry, what was never finished, and what was found on them; returns the bytes that this gave
-        back."""
-        entries, fits = self.entries(), self.folder / FITS
-        num_bytes = sum(entry.num_bytes for entry in entries) + _num_bytes(fits)
-        for folder in (*(entry.folder for entry in entries), fits):
-            shutil.rmtree(folder, ignore_errors=folder == fits)
-        return num_bytes
+    def clear(self) -> None:
+        """Removes every entry, what was never finished, and what was found on them. Raises UserError where the folder
+        does not let it."""
+        fits = self.folder / FITS
+        try:
+            for entry in self.entries():
+                shutil.rmtree(entry.folder)
+            for path in fits.iterdir() if fits.is_dir() else ():
+                if _FIT.fullmatch(path.name):
+                    path.unlink()
+            with suppress(OSError):  # it holds something that is not ours, or is not there
+                fits.rmdir()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be cleared ({error.strerror}: {error.filename}); ask its owner to do it."
+            ) from None
 
     def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size, num_workers, told) -> None:
         refuse_differences({"features": identities})

@@ -222,7 +222,7 @@ class Extractor:
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """(B, D) float32 on the device, by kind."""
         views = images(batch.to(self.device), self.plan)
-        with _autocast(self.device):
+        with autocast(self.device):
             found = [pool(self.model, pixels, self.kinds) for pixels in views]
         return {kind: sum(one[kind] for one in found) / len(found) for kind in found[0]}
 
@@ -348,7 +348,8 @@ def is_kind(kind: str) -> bool:
     return plain or is_dense(kind) or bool(_last(kind)[0] or _stage(kind) or _stages(kind))
 
 
-def _autocast(device: torch.device):
+def autocast(device: torch.device):
+    """The precision that a recipe of features tells."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 

@@ -16,7 +16,7 @@ from prelude.data.class_names import label_reader, plain_reader
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
-from prelude.data.labels import in_words
+from prelude.data.labels import extension_of, in_words
 from prelude.data.members import label_members
 from prelude.data.shards import ShardIndex
 
@@ -72,12 +72,17 @@ def not_class_numbers(label: str, dtype, shape: Sequence[int]) -> UserError:
     )
 
 
+def label_group(label: str, group: str) -> str:
+    """The label whose values group the samples; a field's name alone is of the member that holds the labels."""
+    return group if ":" in group or not group else f"{extension_of(label)}:{group}"
+
+
 def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
-    """Raises UserError where no member has the format, or where none of the names ever occurs."""
+    """Raises UserError where no member has the format, none of the names ever occurs, or nothing has the group."""
     if ":" in index.label:
         raise UserError(f"--label {index.label} names a field where findings are; write --label json --field FIELD.")
-    values, known, groups = [], [], []
-    for i, content in enumerate(label_members(index)):
+    values, known = [], []
+    for content in label_members(index):
         try:
             parsed = json.loads(content) if content is not None else None
         except (ValueError, RecursionError):
@@ -85,17 +90,14 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
         vector = form.vector(parsed) if isinstance(parsed, (dict, list)) else None
         values.append(vector or [math.nan] * len(form.names))
         known.append(vector is not None)
-        group = parsed.get(form.group_field) if form.group_field and isinstance(parsed, dict) else None
-        groups.append(("group", str(group)) if group is not None else ("sample", i))
     if not any(known):
         where = f"the field {form.field!r} of .{index.label} members" if form.field else f".{index.label} members"
         raise UserError(
             f"No sample in {index.named} has labels in {where}; write lists of names, or objects from "
             f"names to 1, 0 and -1."
         )
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     labels = torch.tensor(values)
     if not (labels == 1).any():
         raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names.")
-    by_group = torch.tensor([numbers[group] for group in groups]) if form.group_field else None
-    return Labels(labels, torch.tensor(known), by_group)
+    group = label_group(index.label, form.group_field)
+    return Labels(labels, torch.tensor(known), group_numbers([index], group)[0] if group else None)

@@ -28,7 +28,7 @@ from prelude.evaluators.finetuning.recipe import NAME, FineTuneOptions, check_re
 from prelude.evaluators.finetuning.samples import Samples, labelled_samples
 from prelude.evaluators.finetuning.testing import Found
 from prelude.evaluators.frozen.multilabel import label_warnings
-from prelude.evaluators.judging import labelled_shards
+from prelude.evaluators.judging import described, labelled_shards
 from prelude.evaluators.labelled import few_warnings, labelled_section, left_out, named_by_section, selection
 from prelude.evaluators.results import Outcome, Result, versions
 from prelude.pretrain import distributed
@@ -217,8 +217,8 @@ def result_of(
     data = labelled.described_labels(samples.train)
     if config.data.range:
         data["range"] = samples.train.value_range
-    if config.evaluate.label_group:
-        data["group"] = config.evaluate.label_group
+    asked = {"field": config.evaluate.label_field, "group": config.evaluate.label_group}
+    data |= {name: value for name, value in asked.items() if value}
     for name, index in (("train", samples.train), ("test", test.index)):
         data[name] = {
             **labelled.described(name, index),
@@ -233,9 +233,7 @@ def result_of(
         "std": list(config.data.std),
         "precision": "bf16" if distributed.device().type == "cuda" else "fp32",
     }
-    opened = task.opened
-    encoder = {"name": opened.name, "fingerprint": opened.fingerprint, "origin": opened.origin}
-    return Result(task.source, encoder, data, features, outcome, command, round(seconds, 3), versions())
+    return Result(task.source, described(task.opened), data, features, outcome, command, round(seconds, 3), versions())
 
 
 # ---- what has to be known beforehand

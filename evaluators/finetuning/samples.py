@@ -14,9 +14,8 @@ from torch import Tensor
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
-from prelude.data.labels import extension_of
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.labels import Labels, class_numbers, group_numbers, label_vectors
+from prelude.evaluators.features.labels import Labels, class_numbers, group_numbers, label_group, label_vectors
 from prelude.evaluators.features.low_label import low_label
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import weights_of_classes, weights_of_findings
@@ -48,17 +47,11 @@ class Samples:
     warnings: tuple[str, ...]
 
 
-def label_group(section: EvaluateConfig) -> str:
-    """The label whose values group the samples; a field's name alone is of the member that holds the labels."""
-    group = section.label_group
-    return group if ":" in group or not group else f"{extension_of(section.label)}:{group}"
-
-
 def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineTuneOptions, seed: int) -> Samples:
     """section: of the config. seed: of the draws. Raises UserError for shards, or labels, that cannot be used."""
     whole, test = labelled.indexes()
     groups = (None, None)
-    if group := label_group(section):
+    if group := label_group(section.label, section.label_group):
         groups = group_numbers([whole, test], group)
     found = (_of_findings if labelled.vectors else _of_classes)(labelled, whole, test, options)
     num_unlabelled = int((~found.test.known).sum())

@@ -187,8 +187,12 @@ def ranked(
         kept.append(some[has])
     kept = torch.cat(kept)
     if not len(kept):
+        outside, or_else = "", ""
+        if gallery.groups is not None:
+            outside, or_else = " outside its own group", ", or leave --group out"
         raise UserError(
-            "No test image has another of its class to be found in the gallery; write shards with classes in common."
+            f"No test image has another of its class to be found in the gallery{outside}; write shards with classes in "
+            f"common{or_else}."
         )
     groups = None if queried.groups is None else queried.groups[kept]
     numbers = {name: torch.cat(values) for name, values in found.items()}

@@ -26,9 +26,10 @@ from torch import Tensor
 import prelude
 from prelude.data.class_names import plain_reader
 from prelude.data.errors import UserError
+from prelude.data.value_range import refuse_other_images
 from prelude.evaluators.labelled import labelled_section
 from prelude.pretrain import distributed, stopping
-from prelude.pretrain.config import Config, EvaluateConfig
+from prelude.pretrain.config import Config
 from prelude.pretrain.files import read_lines, save_file, write_whole
 from prelude.pretrain.monitors import Monitor, Report
 from prelude.pretrain.schedules import Progress
@@ -39,9 +40,10 @@ _PACKAGE_PATH = Path(prelude.__file__).resolve().parents[1]
 _ENDED = {"ended": True}
 
 
-def check(section: EvaluateConfig) -> None:
+def check(config: Config) -> None:
     """Refuses, before a run begins, labelled shards that its encoder cannot be judged on. Raises UserError."""
-    labelled, keys = labelled_section(section), ("train_shards", "test_shards")
+    section, seen = config.evaluate, config.data
+    labelled, keys = labelled_section(section, seen.range, seen.max_pixels), ("train_shards", "test_shards")
     for key, index in zip(keys, labelled.opened(), strict=True):
         shards = getattr(section, key)
         if not (index.labels[:, 0] >= 0).any():
@@ -55,6 +57,7 @@ def check(section: EvaluateConfig) -> None:
                 f"evaluate.label={section.label} is no class number in evaluate.{key}={shards}, and a run's encoder "
                 "is judged by those; write evaluate.label with their extension, or evaluate.every_steps=0."
             )
+        refuse_other_images(index, seen.channels)
     labelled.indexes()  # names of classes that do not fit together
 
 

@@ -23,6 +23,11 @@ class _Pretraining(ModuleType):
     """The package of that name, which can be called: `prelude.launch.notebook.pretrain` says how."""
 
     def __call__(self, recipe, *, ranks=1, **settings):
+        """Trains an encoder by a recipe, in processes of its own, and returns its `Run`; the same call goes on with it.
+
+        recipe: a YAML file, or the name of a shipped recipe. ranks: processes, one for each device. settings: keys of
+        the config, such as `epochs=5`. Raises `RunError`.
+        """
         from prelude.launch.notebook import pretrain
 
         return pretrain(recipe, ranks=ranks, **settings)

@@ -28,6 +28,9 @@ ARCHITECTURES = {
         name="vit_base_patch16_reg4_gap_256", image_size=(32, 64), patch_size=8, kwargs=SMALL | {"drop_path_rate": 0.1}
     ),
     "resnet": EncoderConfig(name="resnet18", image_size=32, kwargs={"channels": [8, 16, 32, 64]}),
+    "densenet": EncoderConfig(
+        name="densenet121", image_size=32, kwargs={"growth_rate": 4, "block_config": [1, 1, 1, 1]}
+    ),
     "convnext": EncoderConfig(
         name="convnext_atto", image_size=64, kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
     ),
@@ -100,6 +103,19 @@ def test_every_source_of_the_same_weights_opens_the_same_encoder(make_run, tmp_p
     assert [encoder.name for encoder in opened] == ["run/step-00000007"] * 3 + ["export", "to-transformers"]
     older = open_encoder(str(run / "checkpoints" / "step-00000005"))
     assert older.fingerprint != opened[0].fingerprint
+
+
+@pytest.mark.parametrize("format", ["timm", "transformers"])
+@pytest.mark.parametrize(("dtype", "close"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_an_export_in_half_precision_comes_back_with_its_fixed_table(make_run, tmp_path, format, dtype, close):
+    run, teacher = make_run(ARCHITECTURES["class token"])
+    assert ARCHITECTURES["class token"].pos_embed == "sincos"
+    export_encoder(str(run), tmp_path / "half", format=format, dtype=dtype)
+    opened, images = open_encoder(str(tmp_path / "half")), pixels(ARCHITECTURES["class token"])
+    assert opened.config.pos_embed == "sincos"
+    with torch.no_grad():
+        expected = teacher(images)
+        assert (opened.model(images) - expected).abs().max() <= close * expected.abs().max()
 
 
 def test_random_weights_have_the_same_architecture_and_depend_on_the_seed_alone(make_run):

@@ -15,6 +15,7 @@ import webdataset as wds
 
 from prelude.data import source
 from prelude.data.batch import View, ViewPlan
+from prelude.data.class_names import with_class_names
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.loader import Loader, build_loader
 from prelude.data.order import Shuffle
@@ -210,6 +211,28 @@ def test_changed_data_are_refused_and_can_be_accepted(index, write_shards):
     assert grown.samples == 74  # the start of its next epoch
     ids = [i for batch in take(grown, 10) for i in batch.sample_ids.tolist()]
     assert sorted(ids[:37]) == list(range(37))
+
+
+def test_labels_that_say_something_else_are_never_accepted(tmp_path, write_tar, image):
+    """A head has learned classes by their numbers."""
+    members = []
+    for n in range(8):
+        label = {"site": "ab"[n % 2], "sex": "fm"[n // 4]}
+        members += [(f"{n}.jpg", image(n)), (f"{n}.json", json.dumps(label).encode())]
+    write_tar(tmp_path / "a.tar", members)
+
+    def loader(field, *names):
+        (index,) = with_class_names([ShardIndex(str(tmp_path / "a.tar"), f"json:{field}")], names)
+        return loader_of(index, label=f"json:{field}")
+
+    state = loader("site", "a", "b").state_dict()
+    loader("site", "a", "b").load_state_dict(state)
+    for other in (loader("sex", "f", "m"), loader("site", "0", "a", "b")):
+        with pytest.raises(UserError, match="labels are not those that the checkpoint learned .*another run_dir"):
+            other.load_state_dict(state, allow_changed_data=True)
+    older = {key: value for key, value in state.items() if key not in ("label", "classes")}
+    assert older != state
+    loader("site", "a", "b").load_state_dict(older)
 
 
 def test_a_state_of_another_version_is_never_accepted(index):

@@ -138,6 +138,19 @@ def test_shards_of_somebody_else_are_left_alone(tmp_path):
         with pytest.raises(UserError, match="is there already and is no made-up data; write another folder"):
             write_shards(mine.parent, "train", 20)
         assert mine.read_bytes() == b"photos of a year" and len(list(mine.parent.glob("*.tar"))) == 1
+    notes = tmp_path / "coco" / "train.json"
+    notes.parent.mkdir()
+    for content in ('{"images": [], "version": 1}', "not json"):
+        notes.write_text(content)
+        with pytest.raises(UserError, match="train.json is there already and is no made-up data"):
+            write_shards(notes.parent, "train", 20)
+        assert notes.read_text() == content
+
+
+def test_a_place_that_takes_no_shards_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be written .*; make room there, or write another folder"):
+        write_shards(tmp_path / "file", "train", 20)
 
 
 def test_what_was_interrupted_is_made_to_its_end(tmp_path, monkeypatch):

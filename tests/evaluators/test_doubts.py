@@ -74,6 +74,14 @@ def test_a_gallery_in_which_every_answer_is_right_is_refused():
             retrieval(gallery, queried)
 
 
+def test_a_gallery_in_which_groups_leave_no_answer_is_refused_with_its_cause():
+    images = drawn([0, 0, 1, 1], groups=torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(UserError, match="found in the gallery outside its own group; .* or leave --group out"):
+        retrieval(images, images)
+    with pytest.raises(UserError, match="found in the gallery; write shards with classes in common.$"):
+        retrieval(drawn([0, 0]), drawn([1, 1], "b"))
+
+
 def test_queries_that_cannot_fail_are_told():
     groups = torch.tensor([0] * 20 + [1] * 40)
     gallery = drawn([0] * 20 + [0, 1] * 20, groups=groups)

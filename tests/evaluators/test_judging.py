@@ -12,6 +12,7 @@ from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
 from prelude.evaluators import judging as frozen
 from prelude.evaluators.features.labels import VectorFormat
+from prelude.evaluators.features.pixels import Pixels
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
 from prelude.evaluators.judging import evaluate, labelled_shards, run_of, vector_format
@@ -63,6 +64,18 @@ def test_one_table_of_every_source_by_every_evaluator(shapes):
     ]
     assert all(r.data["train"]["num_samples"] == 120 and r.data["test"]["num_samples"] == 60 for r in results)
     assert "120 train and 60 test images" in said[0]
+
+
+@pytest.mark.parametrize("evaluator", [knn, linear_probe])
+def test_features_that_are_no_numbers_are_refused_with_their_image(evaluator, shapes, tmp_path, monkeypatch):
+    def broken(self, pixels):
+        values = pixels.flatten(1).float()
+        values[100:101] = float("nan")  # of one batch of all
+        return values
+
+    monkeypatch.setattr(Pixels, "forward", broken)
+    with pytest.raises(UserError, match=r"The pixels features of train-000100 in .*train-000001.tar are not finite"):
+        evaluate(["pixels:8"], [evaluator], shapes, bank=tmp_path)
 
 
 def test_an_untrained_encoder_goes_the_whole_way(shapes):
@@ -222,9 +235,42 @@ def test_the_door_to_several_findings(tmp_path, capsys):
     (path,) = (tmp_path / "out").glob("svm-*.json")
     found = json.loads(path.read_text())
     assert set(found["numbers"]) == {"map"} and found["numbers"]["map"]["value"] > 90
+    assert found["data"]["names"] == ["bright", "dark"] and found["data"]["field"] == "labels"
+    other = ["dark" if word == "bright" else "even" if word == "dark" else word for word in machines]
+    assert prelude.main(["svm", *other]) == 0
+    assert len(list((tmp_path / "out").glob("svm-*.json"))) == 2 and path.is_file()  # other findings are another result
     assert found["data"]["label"] == "json" and found["data"]["test"]["num_samples"] == 40
     assert door(lambda: prelude.main(["multilabel", *argv])) == 2
     assert "--names" in capsys.readouterr().err
+
+
+def test_classes_of_a_run_are_those_of_its_label(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluate"] |= {"label": "txt", "classes": ["cat", "dog"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert labelled_shards([str(run)]).classes == labelled_shards([str(run)], label="txt").classes == ("cat", "dog")
+    assert labelled_shards([str(run)], label="png").classes == ()
+    assert labelled_shards([str(run)], label="png", classes=["ground"]).classes == ("ground",)
+
+
+def test_a_field_alone_asks_for_the_findings_of_the_run(run, capsys):
+    assert door(lambda: prelude.main(["svm", str(run), "--field", "labels", "--label", "json"])) == 2
+    assert "have no names; write --names" in capsys.readouterr().err
+
+
+def test_the_same_weights_that_compute_something_else_are_another_result(shapes, tmp_path, monkeypatch):
+    small = frozen.open_pixels("pixels:8")
+    with_heads = {}
+    for heads in (1, 2):
+        model = type(small.model)()
+        model.num_heads = heads
+        with_heads[f"w#{heads}"] = OpenedEncoder(model, small.config, small.mean, small.std, "w", "the same weights")
+    monkeypatch.setattr(frozen, "open_encoder", lambda source, seed=0: with_heads[source])
+    monkeypatch.setattr(frozen, "describe", lambda source: None)
+    evaluate(list(with_heads), [knn], shapes, out=tmp_path / "out", bank=tmp_path / "bank")
+    found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert sorted(each["source"] for each in found) == ["w#1", "w#2"]
+    assert len({each["encoder"]["computation"] for each in found}) == 2
 
 
 def test_a_run_says_where_its_findings_are_written(run):
@@ -245,8 +291,8 @@ def test_settings_without_effect_are_refused(shapes, capsys):
     argv = ["pixels:4", "--train", shapes.train, "--test", shapes.test]
     for wrong, told in (
         (["--epochs", "3"], "--epochs has no effect"),
+        (["--features", "last4"], "--features has no effect on pixels"),
         (["--protocol", "mae", "--norm", "none"], "--norm is the protocol's"),
-        (["--seeds", "0"], "--seeds 0"),
     ):
         assert door(lambda wrong=wrong: prelude.main(["probe", *argv, *wrong])) == 2
         assert told in capsys.readouterr().err

@@ -332,11 +332,13 @@ def test_a_source_that_is_gone_leaves_a_gap_and_one_that_was_moved_is_found_by_i
 
 
 def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder, monkeypatch):
+    for_vits, for_convnets = "finetune_vit_cifar10", "finetune_convnet_cifar10"
+
     def tune(door, arguments, *, num_ranks, name):
         source, _, recipe, run_dir, *overrides = arguments
         assert door == "finetune" and f'evaluate.train_shards="{folder}/train-*.tar"' in overrides
-        assert ("seed=3" in overrides) == (recipe == "for_vits")
-        if recipe == "for_vits" and "turning" in source:
+        assert ("seed=3" in overrides) == (recipe == for_vits)
+        if recipe == for_vits and "turning" in source:
             return "Not for convnets."
         if source == f"random:{folder}/out/runs/turning":
             return "Out of luck."
@@ -351,10 +353,14 @@ def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder,
     out = folder / "tuned"
     argv = argv_of(folder, *(f"{folder}/out/runs/{name}" for name in ("filling", "turning")))
     argv += ["--out", str(out), "--features", "mean", "pool"]
-    code = prelude.main(["compare", *argv, "--finetune", "for_vits", "seed=3", "--finetune", "for_convnets"])
+    code = prelude.main(["compare", *argv, "--finetune", for_vits, "seed=3", "--finetune", for_convnets])
     comparison = json.loads((out / "comparison.json").read_text())
     tuned = {e["name"]: e["results"]["fine_tune"]["by"] for e in comparison["entries"] if "fine_tune" in e["results"]}
-    assert tuned == {"filling": "for_vits", "random:filling": "for_vits", "turning": "for_convnets"}
+    assert tuned == {
+        "filling": for_vits,
+        "random:filling": for_vits,
+        "turning": for_convnets,
+    }
     assert comparison["warnings"] == ["random:turning was not fine-tuned: Out of luck."] and code == INCOMPLETE
     assert comparison["evaluators"] == ["knn", "ncm", "fine_tune"]
     assert "fine-tuned, top-1 %" in (out / "table.md").read_text()
@@ -388,6 +394,20 @@ def test_a_budget_is_of_the_part_that_a_run_learns_from(folder, monkeypatch):
     assert epochs * 60 == pytest.approx(96)  # of the 120, half
 
 
+def test_what_is_started_keeps_remote_shards_and_waits_as_the_comparison_does(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compared_runs, "run_door", lambda door, words, **_: asked.append(words) or "it is not trained.")
+    argv = [*argv_of(folder, str(folder / "filling.yaml"), "random:timm:test_vit.r160_in1k"), "--no-floors"]
+    argv += ["--finetune", "finetune_vit_cifar10", "data.timeout_seconds=7", "--out", f"{folder}/remote"]
+    argv += ["--cache-dir", f"{folder}/kept", "--cache-gib", "0.5", "--timeout-seconds", "90"]
+    assert prelude.main(["compare", *argv]) == INCOMPLETE
+    pretrained, tuned = asked
+    for words, seconds in ((pretrained, "90.0"), (tuned, "7")):
+        assert {f'data.cache_dir="{folder}/kept"', "data.cache_gib=0.5", f"data.timeout_seconds={seconds}"} <= set(
+            words
+        )
+
+
 def test_an_epoch_of_a_run_that_takes_volumes_is_of_both_kinds(folder):
     write_volumes(folder / "volumes", "train", 30)
     shards = [f"data.shards={folder}/train-*.tar", f"data.volumes.shards={folder}/volumes/volumes-train-*.tar"]
@@ -411,6 +431,8 @@ def test_fine_tuning_and_recipes_are_given_the_same_part_of_the_shards():
     ("wrong", "told"),
     [
         (["--images", "100"], "--images has no effect"),
+        (["--finetune", "finetune_vit_cifra10"], "did you mean finetune_vit_cifar10"),
+        (["--finetune", "finetune_vit_cifar10", "objective.droppath=0.1"], "objective.droppath does not exist"),
         (["--finetune", "finetune_vit_cifar10", "run_dir=x"], "run_dir=... is each run's own in a comparison"),
         (["--pretraining-seeds", "2"], "--pretraining-seeds has no effect without a recipe among the sources"),
         (["--names", "a", "--evaluators", "knn"], "--evaluators is for class numbers"),

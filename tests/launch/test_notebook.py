@@ -140,7 +140,7 @@ def test_options_are_those_of_the_command():
         (lambda: prelude.open_run(None), "folder=None cannot be; write the folder"),
         (lambda: prelude.Run(Path("x")).config, "x/config.yaml is not there"),
         (lambda: prelude.Run(Path("x")).knn(kk=3), "kk is no option of `prelude knn`; did you mean k?"),
-        (lambda: prelude.Run(Path("x")).knn(k="x"), "k: invalid int value: 'x'."),
+        (lambda: prelude.Run(Path("x")).knn(k="x"), "k: 'x' cannot be; write a whole number of 1 or more"),
         (lambda: prelude.Run(Path("x")).knn(batch_size=0), "batch_size: '0' cannot be; write a whole number"),
         (lambda: prelude.Run(Path("x")).knn(train=3), "train=3 cannot be; write a path or pattern."),
         (lambda: prelude.Run(Path("x")).knn(train=[]), "train=[] names nothing"),
@@ -206,16 +206,25 @@ def test_sources_beside_a_run_may_be_runs_and_an_export_lies_where_the_command_w
     ]  # fmt: skip
 
 
+def test_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    run = prelude.open_run("a")
+    monkeypatch.chdir("/")
+    assert run.folder == tmp_path / "a" and run.untrained == f"random:{tmp_path / 'a'}"
+
+
 def test_results_are_known_by_what_was_written_whatever_the_clock_says(monkeypatch, tmp_path):
-    """A file server may be behind; and `~` is the home folder, as at the door."""
+    """With each source's run. A file server may be behind; and `~` is the home folder, as at the door."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a" / "evaluations").mkdir(parents=True)
     for name in ("a", "b"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "evaluations").mkdir()
 
     def judge(door, words, **_):
         for number, source in enumerate(words[1::-1]):
-            path = tmp_path / "a" / "evaluations" / f"{number}.json"
+            name = "a" if source == str(tmp_path / "a") else "b"
+            path = tmp_path / name / "evaluations" / f"{number}.json"
             path.write_text(json.dumps({"source": source, "command": f"prelude {door} {shlex.join(words)}"}))
             os.utime(path, (1, 1))
 
@@ -223,6 +232,9 @@ def test_results_are_known_by_what_was_written_whatever_the_clock_says(monkeypat
     (tmp_path / "a" / "evaluations" / "old.json").write_text(json.dumps({"source": "x", "command": "prelude knn"}))
     run = prelude.open_run(tmp_path / "a")
     assert [result["source"] for result in run.knn("~/b")] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    (tmp_path / "b" / "export").mkdir()
+    for other in (f"local-dir:{tmp_path / 'b' / 'export'}", f"{tmp_path / 'b'}#student"):
+        assert [result["source"] for result in run.knn(other)] == [str(tmp_path / "a"), other]
 
 
 def test_a_run_that_somebody_else_ended_is_no_interrupt_of_ours(monkeypatch):

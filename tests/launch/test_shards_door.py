@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -38,6 +39,9 @@ def run(capsys, *argv) -> tuple[int, str, str]:
 def test_pack_tells_what_was_understood_and_what_to_write_next(photos, tmp_path, capsys):
     code, out, err = run(capsys, "pack", photos, "--to", tmp_path / "s", "--short-side", 16, "--val-share", 0.2)
     assert code == 0 and "classes from the names of 2 folders" in err
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    more = ["--to", tmp_path / "more", "--classes", tmp_path / "names.txt"]
+    assert "classes from the names of 2 folders" in run(capsys, "pack", photos, *more)[2]
     written = [line.split("'")[1] for line in out.splitlines() if line.startswith("data.shards=")]
     assert [ShardIndex(shards).num_samples for shards in written] == [20, 5]
 
@@ -47,6 +51,17 @@ def test_an_image_that_is_left_out_is_exit_code_4(photos, tmp_path, capsys):
     code, out, _ = run(capsys, "pack", photos, "--to", tmp_path / "s")
     assert code == 4 and "1 x not an image" in out and "train.left_out.jsonl" in out
     assert run(capsys, "pack", photos, "--to", tmp_path / "s")[:2] == (4, out)  # told again, not packed again
+
+
+def test_one_of_several_images_of_a_sample_is_looked_at(photos, tmp_path, capsys):
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        for n, path in enumerate(sorted(photos.rglob("*.png"))[:4]):
+            tar.add(path, f"{n}.left.png")
+            tar.add(path, f"{n}.right.png")
+    for action in ("info", "verify"):
+        code, out, _ = run(capsys, action, tmp_path / "pairs.tar", "--image", "left.png")
+        assert code == 0 and "4 x PNG" in out and "data.mean=" in out
+        assert run(capsys, action, tmp_path / "pairs.tar")[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,14 @@ import pytest
 import yaml
 
 from prelude.data.shapes import write_shards
+from prelude.evaluators.comparing import run_record
 from prelude.launch import prelude, sweeping
 from prelude.launch.children import Preempted
 from prelude.launch.combinations import combinations_of
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED, door
 from prelude.launch.sweeping import Row, in_order
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import load_config
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,31 @@ def test_a_run_that_fails_ends_no_other_and_the_exit_code_says_so(small, tmp_pat
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["problem"] for row in rows] == [None, "It ran out of luck.", None, None]
     assert "It ran out of luck." in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_run_whose_checkpoints_cannot_be_used_ends_no_other(small, tmp_path, trained):
+    asked, _ = trained
+    damaged = tmp_path / "lr=0.01" / "checkpoints" / "step-00000003"
+    damaged.mkdir(parents=True)
+    (damaged.parent / "latest").write_text(damaged.name)
+    argv = ["sweep", str(small / "tiny.yaml"), "optimizer.lr=[0.01,0.02]", "--out", str(tmp_path)]
+    for words in (argv, [*argv, "--table"]):
+        assert prelude.main(words) == INCOMPLETE and asked == ["lr=0.02"]
+        problems = [row["problem"] for row in json.loads((tmp_path / "sweep.json").read_text())]
+        assert "has checkpoints and none can be used" in problems[0] and problems[1] is None
+
+
+def test_runs_on_other_volumes_are_not_finished(tmp_path, monkeypatch):
+    def config(**volumes):
+        shards = [f"data.volumes.{key}={value}" for key, value in volumes.items()]
+        return load_config("uni4eye_shapes", [f"run_dir={tmp_path}", "data.shards=a.tar", *shards], options_for)
+
+    meta = {"config": config(shards="v.tar").model_dump(mode="json"), "num_steps": 7}
+    monkeypatch.setattr(run_record, "_saved", lambda _: {"step": 7, "meta": meta})
+    options = options_for("uni4eye")
+    assert run_record.is_finished_as(config(shards="v.tar"), options)
+    for other in ({"shards": "w.tar"}, {"image": "oct.npy"}, {"select.share": 0.5}):
+        assert not run_record.is_finished_as(config(**{"shards": "v.tar"} | other), options)
 
 
 def test_a_sweep_that_is_asked_to_end_ends_and_goes_on_later(small, tmp_path, trained):

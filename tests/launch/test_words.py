@@ -12,8 +12,21 @@ from runs import ROOT
 
 from prelude.data.errors import UserError
 from prelude.evaluators import defaults
-from prelude.launch import compare, finetune, knn, multilabel, ncm, prelude, pretrain
+from prelude.launch import (
+    compare,
+    fewshot,
+    finetune,
+    knn,
+    linear_probe,
+    multilabel,
+    ncm,
+    prelude,
+    pretrain,
+    segment,
+    svm,
+)
 from prelude.launch.arguments import parse
+from prelude.launch.shards_arguments import shards_parser
 from prelude.pretrain.recipes import find_recipe
 
 LIGHT = """
@@ -159,6 +172,8 @@ def test_braces_that_the_shell_expanded_are_one_list_again_and_no_other_key_is_s
 def test_a_range_of_values_is_two_numbers_or_auto(capsys):
     words = ["runs/x", "--train", "a.tar", "--test", "b.tar", "--range"]
     assert parse(knn.parser(), [*words, "0,4095"]).range == (0, 4095)
+    assert parse(knn.parser(), [*words, "-1000,400"]).range == (-1000, 400)
+    assert parse(shards_parser(""), ["info", "ct", "--range", "-1000,400"]).range == (-1000, 400)
     assert parse(knn.parser(), [*words, "auto"]).range == "auto"
     for wrong in ("5", "9,2", "a,b", "1,2,3", ""):
         with pytest.raises(SystemExit):
@@ -167,28 +182,40 @@ def test_a_range_of_values_is_two_numbers_or_auto(capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("door", "option", "value", "right"),
     [
-        ("--batch-size", "0"),
-        ("--batch-size", "many"),
-        ("--num-workers", "-1"),
-        ("--seed", "-1"),
-        ("--seed", "2147483648"),
-        ("--temperature", "nan"),
-        ("--timeout-seconds", "inf"),
+        (knn, "--batch-size", "0", "a whole number of 1 or more"),
+        (knn, "--batch-size", "many", "a whole number of 1 or more"),
+        (knn, "--num-workers", "-1", "a whole number of 0 or more"),
+        (knn, "--seed", "-1", "a whole number from 0 to 2147483647"),
+        (knn, "--seed", "2147483648", "a whole number from 0 to 2147483647"),
+        (knn, "--seeds", "0", "a whole number of 1 or more"),
+        (knn, "--k", "0", "a whole number of 1 or more"),
+        (knn, "--temperature", "nan", "a finite number"),
+        (knn, "--temperature", "0", "a number above 0"),
+        (knn, "--timeout-seconds", "inf", "a finite number"),
+        (knn, "--timeout-seconds", "-1", "a number above 0"),
+        (segment, "--temperature", "-0.1", "a number above 0"),
+        (linear_probe, "--weight-decays", "-1", "0 or a number above it"),
+        (svm, "--c", "0", "a number above 0"),
+        (fewshot, "--per-class", "0", "a whole number of 1 or more"),
+        (fewshot, "--share", "101", "a number above 0, of 100 at most"),
+        (fewshot, "--draws", "0", "a whole number of 1 or more"),
+        (compare, "--images", "0", "a whole number of 1 or more"),
+        (compare, "--ranks", "0", "a whole number of 1 or more"),
     ],
 )
-def test_a_number_that_cannot_be_is_told_with_those_that_can(option, value, capsys):
+def test_a_number_that_cannot_be_is_told_with_those_that_can(door, option, value, right, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(knn.parser(), ["runs/x", option, value])
+        parse(door.parser(), ["runs/x", option, value])
     assert stop.value.code == 2
-    assert re.search(f"argument {option}: '{value}' cannot be; write a (whole|finite) number", capsys.readouterr().err)
+    assert f"argument {option}: '{value}' cannot be; write {right}" in capsys.readouterr().err
 
 
 def test_a_home_folder_is_found_in_sources_and_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    args = parse(ncm.parser(), ["random:~/runs/x", "~/y", "--out=~/results", "--bank=~/bank"])
-    assert args.sources == ["random:/home/somebody/runs/x", "/home/somebody/y"]
+    args = parse(ncm.parser(), ["random:~/runs/x", "~/y", "local-dir:~/z", "--out=~/results", "--bank=~/bank"])
+    assert args.sources == ["random:/home/somebody/runs/x", "/home/somebody/y", "local-dir:/home/somebody/z"]
     assert (args.out, args.bank) == ("/home/somebody/results", "/home/somebody/bank")
 
 

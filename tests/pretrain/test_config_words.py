@@ -189,6 +189,7 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("encoder.name=resnet18", "encoder.name=resnet18 builds a ResNet, which cannot run on a part of its patches"),
         ("encoder.kwargs.heads=3", "encoder.kwargs.heads is no setting of encoder.name=vit_tiny_patch16_224"),
         ("encoder.kwargs.num_heads=-3", "write a finite number of 0 or more for num_heads"),
+        ("encoder.kwargs.drop_path_rate=1", "write a number of 0 or more and below 1 for drop_path_rate"),
     ],
 )
 def test_a_sentence_says_what_to_write(override, sentence):

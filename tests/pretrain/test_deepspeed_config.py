@@ -4,7 +4,8 @@ import pytest
 
 from prelude.data.errors import UserError
 from prelude.pretrain.config import Config
-from prelude.pretrain.deepspeed_config import bucket_size, build, check
+from prelude.pretrain.deepspeed_config import bucket_size, build, check, notices
+from prelude.pretrain.log_config import LogConfig
 
 
 def config(deepspeed=None, **train) -> Config:
@@ -32,6 +33,14 @@ def test_what_deepspeed_would_choose_itself_is_always_written():
     assert settings["zero_optimization"]["reduce_bucket_size"] == 10_240  # left out, 2 GB are allocated
     assert settings["torch_autocast"] == {"enabled": False}
     assert built(config(zero_stage=2, gradient_clipping=0.5))["gradient_clipping"] == 0.5
+
+
+def test_it_is_told_that_stage_3_draws_no_pictures():
+    assert notices(config()) == notices(config(zero_stage=2)) == []
+    settings = config(zero_stage=3)
+    (note,) = notices(settings)
+    assert "no pictures are drawn at train.zero_stage=3" in note
+    assert notices(settings.model_copy(update={"log": LogConfig(pictures_every_steps=0)})) == []
 
 
 def test_pass_through_is_merged_from_a_dictionary_or_a_file(tmp_path):

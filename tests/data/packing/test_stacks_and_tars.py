@@ -188,6 +188,11 @@ def test_texts_and_json_fields_become_classes(shards, packed, label, field):
                 groups.setdefault(patient, set()).add(split)
     assert len(groups) == 4 and all(len(splits) == 1 for splits in groups.values())
     assert summary["unlabelled"] == 2
+    other, _ = packed(shards, to="other", options={"label": (label,), "group": "json:patient"}, val_share=0.3)
+    for split in ("train", "val"):
+        assert [s["key"] for s in read_shards(other, split)] == [s["key"] for s in read_shards(folder, split)]
+    with pytest.raises(UserError, match="has the field 'pateint' in a .json member"):
+        packed(shards, to="third", options={"group": "pateint"})
 
 
 def test_the_image_is_taken_by_name(tmp_path, write_tar, picture, packed):

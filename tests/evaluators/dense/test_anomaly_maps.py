@@ -13,6 +13,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
 from prelude.checkpoints import store as stores
+from prelude.checkpoints.manifest import STATE
 from prelude.checkpoints.state.portable import PortableState
 from prelude.data.errors import UserError
 from prelude.data.shape_defects import write_defects
@@ -23,6 +24,7 @@ from prelude.evaluators.dense.drawing import GAP, TILE
 from prelude.evaluators.dense.hidden_errors import errors_by_patch
 from prelude.launch import prelude
 from prelude.launch.autoencoder import open_autoencoder
+from prelude.launch.defect_maps import refuse_unhidden
 from prelude.launch.exit_codes import door
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
@@ -185,6 +187,37 @@ def run(tmp_path, monkeypatch):
     store.save(3, None, meta)
     store.finish()
     return folder, model
+
+
+def test_the_autoencoder_is_that_of_the_checkpoint_that_is_named(run, monkeypatch):
+    folder, model = run
+    before = folder / "checkpoints" / "step-00000003"
+    meta = json.loads((before / STATE).read_text())["meta"]
+    tensors = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    moments = {"encoder.cls_token/exp_avg": torch.zeros_like(tensors["encoder.cls_token"])}
+    state = PortableState(tensors=tensors, optimizer="AdamW", moments=moments, scalars={})
+    monkeypatch.setattr(stores, "gather_state", lambda engine: state)
+    store = stores.Store(folder / "checkpoints")
+    store.save(6, None, meta | {"step": 6})
+    store.finish()
+    of = {step: open_autoencoder(str(place)).mask_token for step, place in ((3, before), (6, folder))}
+    assert torch.equal(of[3] + 1, of[6]) and torch.equal(of[3], model.mask_token)
+    (folder / "export").mkdir()
+    (folder / "export" / "config.json").write_text("{}")
+    assert open_autoencoder(str(folder / "export")) is None
+
+
+@pytest.mark.parametrize(("num_patches", "num_keep", "least"), [(16, 4, 2), (196, 157, 6), (9, 6, 3)])
+def test_masks_too_few_to_hide_every_patch_are_refused(num_patches, num_keep, least):
+    def fill(images, noise):
+        hidden = noise.argsort(1)[:, num_keep:]
+        return hidden, torch.ones(hidden.shape)
+
+    errors = errors_by_patch(fill, torch.zeros(2, 3, 4, 4), torch.arange(2), num_patches, least)
+    assert (errors == 1).all()
+    refuse_unhidden(num_patches, num_keep, least)
+    with pytest.raises(UserError, match=f"--masks {least - 1} cannot hide each .*; write {least} or more"):
+        refuse_unhidden(num_patches, num_keep, least - 1)
 
 
 def test_the_whole_autoencoder_comes_back(run):

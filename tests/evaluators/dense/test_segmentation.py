@@ -1,6 +1,7 @@
 """Segmentation of frozen features against scikit-learn and loops."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -177,6 +178,10 @@ def test_the_door_draws_masks_in_colours_of_their_classes(tmp_path, capsys):
         assert {tuple(colour) for colour in row.reshape(-1, 3).tolist()} <= known
     assert door(lambda: prelude.main(argv)) == 2
     assert "segmented.png exists" in capsys.readouterr().err
+    plain, before = argv[: argv.index("--pictures")], set((tmp_path / "out").iterdir())
+    assert prelude.main([*plain, "--ignore", "0", "--heads", "linear"]) == 0  # is told apart from what counts all
+    (path,) = set((tmp_path / "out").iterdir()) - before
+    assert json.loads(path.read_text())["data"]["ignored"] == [0]
 
 
 def test_classes_have_any_numbers_and_those_that_train_lacks_are_missed(places):

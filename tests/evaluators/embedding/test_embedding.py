@@ -27,6 +27,7 @@ from prelude.evaluators.embedding.writing import write
 from prelude.evaluators.features.extraction import Extractor
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
+from prelude.launch.neighbours import show
 
 FORMATS = ["parquet", "npz", "npy", "safetensors"]
 BAD = [3, 7, 41]
@@ -138,6 +139,11 @@ def test_a_list_of_what_was_left_out_stays_that_of_its_file(shards, tmp_path, ca
     )
     (tmp_path / "f.npz").unlink()
     embedded(capsys, "pixels:4", shards, "--to", tmp_path / "f.npz", code=4)  # of the same file, written again
+    packed = tmp_path / "train.left_out.jsonl"
+    for content in ('{"source": "a.png", "reason": "no image", "lost": true}\n', ""):
+        packed.write_text(content)
+        code, told = run(capsys, "embed", "pixels:4", shards, "--to", tmp_path / "train.npz")
+        assert code == 2 and "train.left_out.jsonl is there already" in told and packed.read_text() == content
 
 
 def test_a_photo_is_looked_for_in_a_set_of_one_of_several_images(tmp_path, capsys):
@@ -159,6 +165,30 @@ def test_a_photo_is_looked_for_in_a_set_of_one_of_several_images(tmp_path, capsy
     assert code == 0, told
     (row,) = csv.DictReader(open(out))
     assert row["key"] == "3" and float(row["cosine"]) == pytest.approx(1)
+    of_source = [
+        "neighbours",
+        "pixels:4",
+        "--shards",
+        tar,
+        "--of",
+        "3",
+        "--bank",
+        tmp_path / "bank",
+        "--num-workers",
+        0,
+    ]
+    assert run(capsys, *of_source)[0] == 2
+    code, told = run(capsys, *of_source, "--image", "left.png")
+    assert code == 0, told
+    code, told = run(capsys, "neighbours", tmp_path / "f.npz", "--of", "3", "--image", "left.png")
+    assert code == 2 and "--image has no effect beside a file" in told
+
+
+def test_keys_are_told_whole_to_another_program(capsys):
+    keys = [f"{name}_site-4_camera-12_frame-000123_of-the-eleventh-of-may" for name in ("a", "b")]
+    show([(keys[0], 1, 0.9, keys[1], "", "there/shard.tar")], "nearest")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if keys[0] in line] == [[keys[0], "1", "0.9", keys[1], "shard.tar"]]
 
 
 def test_float16_is_the_rounded_float32(shards, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -311,5 +312,24 @@ def test_clearing_leaves_what_is_not_the_banks(index, tmp_path):
     bank = Bank(tmp_path / "bank")
     bank.rows(open_pixels("pixels:4"), index)
     (tmp_path / "bank" / "photographs").mkdir()
+    (tmp_path / "bank" / "fits").mkdir()
+    for name in ("0" * 32 + ".json", "." + "0" * 32 + ".json.7", "m31.fits"):
+        (tmp_path / "bank" / "fits" / name).write_text("")
+    bank.clear()
+    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == ["fits", "photographs"]
+    assert [path.name for path in (tmp_path / "bank" / "fits").iterdir()] == ["m31.fits"]
+    (tmp_path / "bank" / "fits" / "m31.fits").unlink()
     bank.clear()
     assert [path.name for path in (tmp_path / "bank").iterdir()] == ["photographs"]
+
+
+def test_a_folder_that_cannot_be_cleared_is_told(index, tmp_path, monkeypatch):
+    bank = Bank(tmp_path / "bank")
+    bank.rows(open_pixels("pixels:4"), index)
+
+    def refused(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.raises(UserError, match="bank cannot be cleared .Permission denied: .*; ask its owner"):
+        bank.clear()

@@ -80,7 +80,8 @@ def test_groups_are_numbered_alike_in_train_and_test_and_who_has_none_is_alone(t
         group_numbers(indexes, "txt")
 
 
-def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(tmp_path):
+@pytest.mark.parametrize("group", ["patient", "json:patient"])
+def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(group, tmp_path):
     contents = [
         {"labels": ["a"], "patient": "x"},
         {"labels": "a", "patient": "x"},
@@ -89,11 +90,13 @@ def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(tmp_path):
         {"labels": []},
         {"labels": {"a": 2}},
     ]
-    form = VectorFormat(("a",), "labels", "patient")
-    labels = label_vectors(shard(tmp_path / "a.tar", [json.dumps(c).encode() for c in contents] + [b"{"], "json"), form)
+    index = shard(tmp_path / "a.tar", [json.dumps(c).encode() for c in contents] + [b"{"], "json")
+    labels = label_vectors(index, VectorFormat(("a",), "labels", group))
     assert labels.known.tolist() == [True, False, False, True, True, False, False]
     groups = labels.groups.tolist()
     assert groups[0] == groups[1] != groups[3] == groups[2] and groups[4] not in groups[:4]
+    with pytest.raises(UserError, match="field 'pateint' in a .json member"):
+        label_vectors(index, VectorFormat(("a",), "labels", group.replace("patient", "pateint")))
 
 
 def test_findings_that_never_occur_are_refused(tmp_path):

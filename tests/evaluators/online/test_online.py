@@ -81,9 +81,9 @@ def test_a_subset_is_as_large_as_asked_for_and_new_weights_give_new_numbers(fold
 
 
 def test_labels_that_cannot_judge_are_refused_before_the_run(folder, tmp_path):
-    online.check(config_of(folder).evaluate)
+    online.check(config_of(folder))
     with pytest.raises(UserError, match="has no image with a .json member; write evaluate.label"):
-        online.check(config_of(folder, label="json").evaluate)
+        online.check(config_of(folder, label="json"))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in (("0.jpg", b"x"), ("0.json", b"[0.5, 1]")):
             member = tarfile.TarInfo(name)
@@ -91,7 +91,14 @@ def test_labels_that_cannot_judge_are_refused_before_the_run(folder, tmp_path):
             tar.addfile(member, io.BytesIO(content))
     shards = {"train_shards": str(tmp_path / "a.tar"), "test_shards": str(tmp_path / "a.tar"), "label": "json"}
     with pytest.raises(UserError, match="evaluate.label=json is no class number in evaluate.train_shards="):
-        online.check(config_of(folder, **shards).evaluate)
+        online.check(config_of(folder, **shards))
+
+
+def test_images_that_the_run_would_not_read_are_refused_before_it(folder):
+    config = config_of(folder)
+    data = config.data.model_copy(update={"channels": 6})
+    with pytest.raises(UserError, match="train-.* have 3 channels, and 6 are asked for"):
+        online.check(config.model_copy(update={"data": data}))
 
 
 def test_stage_3_is_refused_with_what_to_write(folder):

@@ -1,0 +1,23 @@
+"""How sources are spelled, and which path a spelling names. Needs no torch, so that doors ask first."""
+
+from pathlib import Path
+
+RANDOM = "random:"  # before a source: the same architecture, with weights drawn from a seed
+START = "start:"  # before a run, or what was kept of it: its encoder before the first step, from `encoder.weights`
+TIMM, HUB, FOLDER = "timm:", "hf-hub:", "local-dir:"  # before what timm itself fetches or opens
+
+
+def has_folder(source: str) -> bool:
+    """Whether a source is a path on this machine, rather than a name of timm's or of the Hugging Face hub's."""
+    return not bare(source).startswith((TIMM, HUB))
+
+
+def bare(source: str) -> str:
+    """Without the words before it."""
+    return source.removeprefix(RANDOM).removeprefix(START)
+
+
+def path_of(source: str) -> Path:
+    """The folder or file that a source lies in; see `has_folder`."""
+    path = bare(source).removeprefix(FOLDER)
+    return Path(path if Path(path).exists() else path.partition("#")[0])
