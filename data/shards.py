@@ -164,11 +164,15 @@ class ShardIndex:
         return self.paths[int(np.searchsorted(self.ends, sample_id, side="right"))]
 
     def key(self, sample_id: int) -> str:
-        """A sample's key in its shard. Walks the shard's headers: for people to read, not for every sample."""
+        """A sample's key in its shard, or where it lies in one that cannot be asked. Walks the shard's headers: for
+        people to read, not for every sample."""
         path, offset = self.shard_of(sample_id), int(self.images[sample_id, 0])
         if isinstance(path, RemoteShard) and not path.is_here():
             return f"byte {offset}"
-        return called(lambda: keys_in(path).get(offset, "?"), f"the headers of {path}")
+        try:
+            return called(lambda: keys_in(path).get(offset, "?"), f"the headers of {path}")
+        except (OSError, UserError):  # it may be for this that a name is asked for: the shard is gone, or another file
+            return f"byte {offset}"
 
     def with_label(self, label: str) -> "ShardIndex":
         """The same samples, with the places of another label."""

@@ -1,7 +1,10 @@
+import gzip
 import json
 import logging
 import os
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +106,39 @@ def test_a_shard_that_shrinks_or_vanishes_is_bad_samples_and_no_crash(write_shar
     os.truncate(loader.index.paths[0], 3000)
     take(loader, 8)
     assert {reason for _, reason in loader.bad.counts} == {"the shard has become shorter"}
+
+
+def image_offsets(path: str) -> set[int]:
+    with tarfile.open(path) as tar:
+        return {member.offset_data for member in tar if member.name.endswith(".ppm")}
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "a gzip file"])
+def test_samples_of_a_shard_that_cannot_be_asked_for_keys_are_listed_by_their_bytes(becomes, write_shards, tmp_path):
+    paths = write_shards([10, 30])
+    loader = loader_of(ShardIndex(paths), label="", bad_samples_log=tmp_path / "bad.jsonl")
+    offsets, size = image_offsets(paths[0]), os.path.getsize(paths[0])
+    os.remove(paths[0])
+    if becomes == "a gzip file":
+        with gzip.open(paths[0], "wb") as file:
+            file.write(np.random.bytes(size))
+    batches = take(loader, 8)  # one epoch
+    assert all(len(batch) == 5 and (batch.sample_ids >= 10).all() for batch in batches)
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert len(lines) == loader.bad.num_bad and {line["shard"] for line in lines} == {paths[0]}
+    assert {line["key"] for line in lines} == {f"byte {offset}" for offset in offsets}
+
+
+def test_a_run_whose_shards_have_all_vanished_stops_in_a_sentence(write_shards, tmp_path):
+    paths = write_shards([10, 10])
+    for log in (None, tmp_path / "bad.jsonl"):
+        loader = loader_of(ShardIndex(paths), label="", bad_samples_log=log)
+        for path in paths:
+            os.rename(path, f"{path}.away")
+        with pytest.raises(RunStopped, match=r"one of them is byte \d+ in .*\.tar \(cannot be read: No such file"):
+            next(loader)
+        for path in paths:
+            os.rename(f"{path}.away", path)
 
 
 def test_a_sample_with_a_spoilt_or_missing_label_is_bad(tmp_path, write_tar, image):
