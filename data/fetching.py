@@ -2,7 +2,8 @@
 
 - The order is known, so the shards of the next positions are fetched by threads beside the reading, those that come
   first at first. Processes of a node share the work: a shard that another one is fetching is passed over.
-- No further ahead than the cache has room for; what will be needed soon is not removed.
+- No further ahead than the cache has room for; what will be needed soon is not removed. Those that read side by side,
+  images and volumes, have a part of the room each.
 - A fetch ahead that fails is no end of the run: whoever needs the shard tries again, and tells.
 """
 
@@ -10,7 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -30,13 +33,14 @@ _REST_SECONDS = 1.0  # when all that has room is there, and after a failure
 _PLAN_SECONDS = 2.0  # for which a plan is good
 
 
-def fetch_ahead(steps, source, index: ShardIndex):
-    """Passes steps on while the shards of later ones are fetched. source: has `ahead`."""
+def fetch_ahead(steps, source, index: ShardIndex, room: float = 1.0):
+    """Passes steps on while the shards of later ones are fetched. source: has `ahead`. room: the share of the cache
+    that they may fill."""
     threads = _own_share(*worker()) if any(isinstance(path, RemoteShard) for path in index.paths) else 0
     if not threads:
         yield from steps
         return
-    ahead = _Ahead(index, source.ahead)
+    ahead = _Ahead(index, source.ahead, room)
     for _ in range(threads):
         threading.Thread(target=ahead.run, daemon=True).start()
     try:
@@ -56,8 +60,8 @@ def _own_share(number: int, num_workers: int) -> int:
 class _Ahead:
     """The shards that come next, and the threads that fetch them."""
 
-    def __init__(self, index: ShardIndex, samples_from: Callable[[int], Iterator[np.ndarray]]):
-        self.paths, self.ends, self.samples_from = index.paths, index.ends, samples_from
+    def __init__(self, index: ShardIndex, samples_from: Callable[[int], Iterator[np.ndarray]], room: float):
+        self.paths, self.ends, self.samples_from, self.room = index.paths, index.ends, samples_from, room
         self.nth, self.left = 0, threading.Event()
         self.lock, self.plan, self.planned_for, self.planned_at = threading.Lock(), [], -1, -_PLAN_SECONDS
         self.failed_at: dict[str, float] = {}
@@ -110,7 +114,7 @@ class _Ahead:
                 shard = self.paths[number]
                 if number in found or not isinstance(shard, RemoteShard):
                     continue
-                room = shard.cache.limit - largest if room is None else room
+                room = self.room * shard.cache.limit - largest if room is None else room
                 room -= shard.size
                 if room < 0 and found:
                     return list(found.values())
@@ -123,38 +127,74 @@ class _Ahead:
 # ---- room
 
 
-def check_room(index: ShardIndex, shuffle: Shuffle, seed: int, tell: bool, anywhere: bool = False) -> None:
-    """Raises UserError where the order would fetch shards again and again, saying which order or cache would not.
-    tell: how much is fetched an epoch where the cache cannot hold everything. anywhere: samples are read out of order
-    too."""
-    remote = [path for path in index.paths if isinstance(path, RemoteShard)]
-    sizes = np.array([path.size if isinstance(path, RemoteShard) else 0 for path in index.paths], np.int64)
-    total = sum(shard.size for shard in set(remote))
-    if not remote or total <= (limit := remote[0].cache.limit):
-        return
-    if anywhere:
+@dataclass(frozen=True)
+class Reading:
+    """What is read of an index: all of it in the order of a seed. anywhere: other samples at the same time, too."""
+
+    index: ShardIndex
+    seed: int
+    anywhere: bool = False
+
+    @cached_property
+    def remote(self) -> set[RemoteShard]:
+        return {path for path in self.index.paths if isinstance(path, RemoteShard)}
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(num_shards,) bytes that each takes of the cache."""
+        return np.array([path.size if isinstance(path, RemoteShard) else 0 for path in self.index.paths], np.int64)
+
+
+def shares_of_room(readings: Sequence[Reading], shuffle: Shuffle, tell: bool) -> list[float]:
+    """The share of the cache that each of those that are read side by side may fill ahead.
+
+    Raises UserError where their orders would fetch shards again and again, saying which order or cache would not. tell:
+    how much is fetched where the cache cannot hold everything.
+    """
+    remote = set().union(*(reading.remote for reading in readings))
+    total = _bytes(remote)
+    if not remote or total <= (limit := next(iter(remote)).cache.limit):
+        return [1.0] * len(readings)
+    if (anywhere := sum(_bytes(reading.remote) for reading in readings if reading.anywhere)) > limit:
         raise UserError(
-            f"objective.pair_by reads images out of order, from any of {total / GIB:.3g} GiB of remote shards, and "
-            f"data.cache_gib={limit / GIB:.3g} cannot hold them; write data.cache_gib={1.01 * total / GIB:.3g} or more."
+            f"objective.pair_by reads images out of order, from any of {anywhere / GIB:.3g} GiB of remote shards, and "
+            f"data.cache_gib={limit / GIB:.3g} cannot hold them; write data.cache_gib={1.01 * anywhere / GIB:.3g} or "
+            f"more."
         )
-    at_once, fetched = _demand(index, sizes, shuffle, seed)
+    demands = [_demand(reading, shuffle) for reading in readings]
+    at_once, fetched = (sum(column) for column in zip(*demands, strict=True))
     if at_once > limit:
+        together = ", images and volumes together," if len(readings) > 1 else ","
         raise UserError(
-            f"data.shuffle reads shards of {at_once / GIB:.3g} GiB side by side, and data.cache_gib={limit / GIB:.3g} "
-            f"would have them fetched again and again; write {_way_out(index, sizes, shuffle, seed, limit)}."
+            f"data.shuffle reads shards of {at_once / GIB:.3g} GiB side by side{together} and "
+            f"data.cache_gib={limit / GIB:.3g} would have them fetched again and again; write "
+            f"{_way_out(readings, shuffle, limit)}."
         )
-    if not tell:
-        return
-    log.warning(
-        "%.3g GiB of remote shards do not fit into data.cache_gib=%.3g: each node fetches about %.3g GiB an epoch%s",
-        total / GIB, limit / GIB, fetched / GIB,
-        f"; data.shuffle.span={index.counts.max()} fetches each shard once" if fetched > 2 * total else "",
-    )  # fmt: skip
+    if tell:
+        log.warning(
+            "%.3g GiB of remote shards do not fit into data.cache_gib=%.3g: each node fetches about %.3g GiB %s%s",
+            total / GIB, limit / GIB, fetched / GIB,
+            "an epoch" if len(readings) == 1 else "for a pass through images and one through volumes",
+            f"; data.shuffle.span={_largest(readings)} fetches each shard once" if fetched > 2 * total else "",
+        )  # fmt: skip
+    return [of_reading / max(at_once, 1) for of_reading, _ in demands]
 
 
-def _demand(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int) -> tuple[int, int]:
+def _bytes(shards: set[RemoteShard]) -> int:
+    return sum(shard.size for shard in shards)
+
+
+def _largest(readings: Sequence[Reading]) -> int:
+    """Samples of the shard that has most."""
+    return max(int(reading.index.counts.max()) for reading in readings)
+
+
+def _demand(reading: Reading, shuffle: Shuffle) -> tuple[int, int]:
     """(bytes of the shards that are read side by side at most, bytes that are fetched in an epoch)."""
-    order = order_of(index, seed, shuffle)
+    if reading.anywhere:  # and so all of them, at any time
+        return _bytes(reading.remote), _bytes(reading.remote)
+    index, sizes = reading.index, reading.sizes
+    order = order_of(index, reading.seed, shuffle)
     if not index.parts:
         return _demand_of(order, index.ends, sizes)
     of_parts = [  # windows of parts move on apart, so that the largest of each may come together
@@ -177,16 +217,20 @@ def _demand_of(order: Order, ends: np.ndarray, sizes: np.ndarray) -> tuple[int, 
     return at_once, fetched
 
 
-def _way_out(index: ShardIndex, sizes: np.ndarray, shuffle: Shuffle, seed: int, limit: int) -> str:
+def _way_out(readings: Sequence[Reading], shuffle: Shuffle, limit: int) -> str:
     """The settings that are nearest to what was asked for and leave half of the cache for what comes next."""
-    whole = int(index.counts.max())
+    whole = _largest(readings)
+
+    def at_once_by(other: Shuffle) -> int:
+        return sum(_demand(reading, other)[0] for reading in readings)
+
     for window in (shuffle.window, *(whole * times for times in (32, 16, 8, 4, 2, 1))):
         for streams in (shuffle.streams, 4, 2):
             if window <= shuffle.window and streams <= shuffle.streams:
-                at_once, _ = _demand(index, sizes, Shuffle(streams, whole, window), seed)
+                at_once = at_once_by(Shuffle(streams, whole, window))
                 if 2 * at_once <= limit:
                     return (
                         f"data.shuffle.span={whole} data.shuffle.window={window} data.shuffle.streams={streams}, which "
                         f"reads shards whole, {at_once / GIB:.3g} GiB side by side, or a larger data.cache_gib"
                     )
-    return f"data.cache_gib={2 * _demand(index, sizes, Shuffle(2, whole, whole), seed)[0] / GIB:.3g} or more"
+    return f"data.cache_gib={2 * at_once_by(Shuffle(2, whole, whole)) / GIB:.3g} or more"

@@ -26,7 +26,7 @@ from prelude.data.counting import counted
 from prelude.data.data_sets import Data, DataSet, found, index_of, index_of_volumes
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
-from prelude.data.fetching import check_room, fetch_ahead
+from prelude.data.fetching import Reading, fetch_ahead, shares_of_room
 from prelude.data.findings import FindingsReader, VectorFormat
 from prelude.data.image_folder import ImageFolder
 from prelude.data.mixed_order import order_of, passes, seed_of_part
@@ -79,7 +79,7 @@ def build_loader(
             f"data.num_samples={num_samples} has no effect on shards that are files, which are counted; leave it out."
         )
     index = index_of(data, label=label, **of_index)
-    check_room(index, shuffle, seed, tell=rank == 0, anywhere=bool(plan.group))
+    shares_of_room([Reading(index, seed, bool(plan.group))], shuffle, tell=rank == 0)
     return Loader(index, plan, shuffle=shuffle, **common)
 
 
@@ -98,11 +98,15 @@ def alternating_loader(
     max_pixels: int = MAX_PIXELS,
     **common,
 ) -> AlternatingLoader:
-    """`images` in turn with volumes. common: of `Loader`. Raises UserError as `index_of_volumes` and `Loader` do."""
+    """`images` in turn with volumes. common: of `Loader`. Raises UserError for a cache of remote shards that is too
+    small for both orders, and as `index_of_volumes` and `Loader` do."""
     seed_of_volumes = seed_of_part(seed, "volumes")
     index = index_of_volumes(volumes, max_bad_share=max_bad_share, value_range=value_range, max_pixels=max_pixels)
-    check_room(index, shuffle, seed_of_volumes, tell=common.get("rank", 0) == 0)
     loader = Loader(index, plan, seed=seed_of_volumes, shuffle=shuffle, num_workers=num_workers, **common)
+    cached = [one for one in (images, loader) if isinstance(one, Loader) and one.reading().remote]
+    tell = loader.rank == 0 and loader in cached  # of images alone it has been told
+    for one, room in zip(cached, shares_of_room([one.reading() for one in cached], shuffle, tell), strict=True):
+        one.room = room
     return AlternatingLoader(images, loader, share, global_batch, seed)
 
 
@@ -130,6 +134,8 @@ class Loader(EndlessLoader):
     listed. Raises UserError if there is a `label` and no such member, and where no image can be read as `plan` and
     index ask for.
     """
+
+    room = 1.0  # the share of the cache of remote shards that it may fill ahead of need
 
     def __init__(
         self,
@@ -164,6 +170,10 @@ class Loader(EndlessLoader):
         """Of all data sets together."""
         return self.index.num_shards
 
+    def reading(self) -> Reading:
+        """What it takes of a cache of remote shards."""
+        return Reading(self.index, self.seed, anywhere=bool(self.plan.group))
+
     def preview(self, count: int) -> list[str]:
         """Where the next `count` samples of all ranks come from: shard and key."""
         ids = order_of(self.index, self.seed, self.shuffle).samples_at(self.samples + np.arange(count))
@@ -174,7 +184,7 @@ class Loader(EndlessLoader):
         source = EndlessSource(
             self.index, self.shuffle, self.seed, self.samples, self.micro_batch, self.rank, self.world_size
         )
-        return _stages(source, self.reader)
+        return _stages(source, self.reader, self.room)
 
     def identity(self) -> dict:
         """What a resume must find unchanged."""
@@ -284,8 +294,8 @@ def one_pass(
     return OnePass(index, plan, batch_size, rank, world_size, num_workers, label, findings, seed, samples)
 
 
-def _stages(source, reader: MicroBatchReader) -> list:
-    ahead = functools.partial(fetch_ahead, source=source, index=reader.index)
+def _stages(source, reader: MicroBatchReader, room: float = 1.0) -> list:
+    ahead = functools.partial(fetch_ahead, source=source, index=reader.index, room=room)
     return [source, ahead, functools.partial(announce, reader=reader), wds.map(reader)]
 
 

@@ -2,15 +2,20 @@
 
 import io
 import json
+import re
+import time
 from collections import Counter
 from fractions import Fraction
+from glob import glob
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from servers import Server, serving
 
-from prelude.data import shape_volumes
+from prelude.data import remote_shards, shape_volumes
 from prelude.data.alternating import BLOCK, AlternatingLoader
 from prelude.data.batch import View, ViewPlan, VolumePlan
 from prelude.data.data_sets import DataSet, index_of_volumes
@@ -310,6 +315,53 @@ def test_all_volumes_damaged_ends_the_run_in_a_sentence(write_shards, write_volu
     with pytest.raises(RunStopped, match="cannot be read, and nor can"):
         for _ in range(BLOCK):
             next(loader)
+
+
+# ---- both from a store, through one cache
+
+
+@pytest.fixture
+def from_a_store(write_shards, write_volumes, monkeypatch):
+    """from_a_store(room, **settings) -> a loader of images and volumes in eight shards each, all of one size, with a
+    cache that has room for some of the sixteen; and the server."""
+    monkeypatch.setattr(remote_shards, "_setting", remote_shards.CacheSetting())
+    paths = [*write_shards([10] * 8, folder="images"), *sorted(glob(write_volumes([10] * 8)))]
+    files = {"-".join(path.split("/")[-2:]): Path(path).read_bytes() for path in paths}
+    assert len(set(map(len, files.values()))) == 1
+    with serving(Server(files=files)) as server:
+
+        def make(room: int, **settings) -> AlternatingLoader:
+            remote_shards.keep_remote_shards(None, room * len(files["images-000.tar"]) / 2**30)
+            common = dict(seed=7, micro_batch=4) | settings
+            images = build_loader(f"{server.url}/images-{{000..007}}.tar", IMAGES, **common)
+            volumes = DataSet(f"{server.url}/volumes-{{000..007}}.tar")
+            return alternating_loader(images, volumes, PLAN, 0.5, 4, **common)
+
+        yield make, server
+
+
+def test_orders_of_both_kinds_that_the_cache_cannot_hold_together_are_refused_with_one_that_it_can(from_a_store):
+    make, _ = from_a_store
+    with pytest.raises(UserError, match="side by side, images and volumes together, and data.cache_gib=") as error:
+        make(room=12)  # for all of either kind
+    names = ("span", "window", "streams")
+    order = {name: int(re.search(rf"data.shuffle.{name}=(\d+)", str(error.value))[1]) for name in names}
+    assert make(room=12, shuffle=Shuffle(**order)).num_samples == 160
+    assert make(room=16).num_samples == 160
+
+
+def test_two_kinds_that_fill_the_cache_side_by_side_leave_each_other_room(from_a_store):
+    """Either kind alone would be fetched as a whole; together the shards of one would push out those of the other."""
+    make, server = from_a_store
+    loader = make(room=12, shuffle=Shuffle(streams=1, span=10, window=10))
+    kinds = set()
+    while len(kinds) < 2:
+        kinds.add(next(loader).of_volumes)
+    fetched, until = -1, time.monotonic() + 60
+    while fetched != (fetched := sum(server.asked.values())):
+        assert time.monotonic() < until, "shards are fetched again and again"
+        time.sleep(1.5)
+    loader.close()
 
 
 # ---- volumes made of shapes
