@@ -94,12 +94,12 @@ class Store:
         return self.folder / name
 
     def _outcome(self) -> str | None:
-        """Of this rank's thread. Who waits for others here can be told from the one whose disk is waited for."""
-        if not self.writing:
-            return None
-        self.writing.own_done.wait()
+        """Of this rank's thread, if it has one. Who waits for others here can be told from the one whose disk is waited
+        for. All ranks pass the same places, or those that write nothing would seem to be ahead."""
+        if self.writing:
+            self.writing.own_done.wait()
         with attendance.collective():
-            return self.writing.result()
+            return self.writing.result() if self.writing else None
 
     def wait(self) -> None:
         """Returns when this rank writes no file any more. For a run that ends by an error: not collective."""

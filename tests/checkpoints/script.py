@@ -1,7 +1,8 @@
 """What the tests of this folder start with the real `deepspeed` command: `script.py JSON`, a list of jobs.
 
 A job is {"stage", "optimizer", "steps", "load", "save", "dump"} or {"look", "answers"}; jobs run one after another in
-one launch, and what rank 0 has to say is written to `dump` as safetensors and JSON.
+one launch, and what rank 0 has to say is written to `dump` as safetensors and JSON. `places` gets how many each rank
+passed of the places by which the one is told that others wait for.
 """
 
 import json
@@ -21,7 +22,7 @@ from prelude.checkpoints import checking, manifest  # noqa: E402
 from prelude.checkpoints import store as stores  # noqa: E402
 from prelude.checkpoints.state.portable import gather_state  # noqa: E402
 from prelude.data.errors import RunStopped, UserError  # noqa: E402
-from prelude.pretrain import distributed  # noqa: E402
+from prelude.pretrain import attendance, distributed  # noqa: E402
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
@@ -131,7 +132,7 @@ def fail_to_sync(*_):
 
 def run(job: dict) -> None:
     facts: dict = {"rank_errors": None}
-    error, step, full, apart = None, 0, False, False
+    error, step, full, apart, place = None, 0, False, False, attendance._Here.place
     engine = build(job)
     store = stores.Store(job["folder"], keep=job.get("keep", 3)) if "folder" in job else None
     try:
@@ -163,6 +164,10 @@ def run(job: dict) -> None:
         stores.os.fsync = sync
     if apart:
         stores.os.access = access
+    if job.get("places"):
+        passed = distributed.of_all(attendance._Here.place - place)
+        if distributed.is_main():
+            Path(job["places"]).write_text(json.dumps(passed))
     if job.get("errors"):
         errors = [error]
         if distributed.world_size() > 1:

@@ -98,7 +98,7 @@ def runs(tmp_path_factory) -> Path:
         refused("full-elsewhere", load="step-00000003", steps=1, save=True, disk_full=1),
     ]
     pairs = [job for stage, optimizer in PAIRS for job in saved_and_resumed(stage, 2, optimizer)]
-    apart = dict(stage=2, steps=3, save=True, apart=1, folder=store(2, 2, "apart"))
+    apart = dict(stage=2, steps=3, save=True, apart=1, folder=store(2, 2, "apart"), places=dump("places.json"))
     launch([*pairs, apart, *crossings(2), *refusals], folder, world=2)
     launch(crossings(1), folder, world=1)
     looks = [dict(look=str(damaged_copy(Path(store(1, 2)), folder / name)), answers=dump(f"{name}.json"))
@@ -229,6 +229,12 @@ def test_where_a_rank_does_not_see_the_folder_rank_0_writes_the_whole(runs):
     files = sorted(path.name for path in (runs / "store-2on2-apart" / "step-00000003").iterdir())
     assert files == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert not list((runs / "store-2on2-apart").glob(".tmp-*"))
+
+
+def test_where_rank_0_writes_the_whole_no_rank_seems_to_be_behind_the_others(runs):
+    """Or the one with fewer places would be named as the one that all wait for."""
+    first, second = json.loads((runs / "places.json").read_text())
+    assert first == second > 0
 
 
 @pytest.mark.parametrize("case, readers", [("some-damaged", {0, 1, 2}), ("blind", {0, 2})])
