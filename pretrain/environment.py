@@ -13,6 +13,7 @@ import torch
 from prelude.pretrain import distributed
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "simplejpeg", "numpy")
+_OURS = ("data", "pretrain", "objectives", "checkpoints", "evaluators", "launch")  # what lies beside them runs nothing
 
 
 def describe_environment() -> dict:
@@ -29,11 +30,13 @@ def describe_environment() -> dict:
 
 
 def describe_code() -> dict[str, str]:
-    """What computes: the versions of Python and of the packages, and a hash of our own source files."""
+    """What computes: the versions of Python and of the packages, and a hash of our own source files, wherever they lie
+    in our packages."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(root.glob("*/*.py")):
-        digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+    sources = [path for package in _OURS for path in (root / package).rglob("*.py")]
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in sources):
+        digest.update(name.encode() + path.read_bytes())
     versions = {name: _version(name) for name in _PACKAGES}
     return {"prelude": digest.hexdigest(), "python": platform.python_version(), **versions}
 
