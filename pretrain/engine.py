@@ -4,8 +4,7 @@
   samples, crops, masks and learning rates at any number of ranks and after any interruption.
 - A step whose loss or gradient is not finite is not applied, on any rank; too many in a row stop the run.
 - Between two logged steps the host never waits for the device: it learns a step later whether one was applied.
-- SIGTERM, SIGUSR1, Ctrl-C or a file named STOP in the run folder end the run after the current step, with a
-  checkpoint.
+- SIGTERM, SIGUSR1, Ctrl-C or a file STOP in the run folder end the run after the current step, with a checkpoint.
 - A step's batches are fetched during the step before, one for each that it computes on, and before the ranks agree on
   its end: whoever gets none, or is asked to stop while waiting, says so there, and the run ends between two steps on
   all ranks alike.
@@ -106,13 +105,14 @@ class Engine:
             monitor.start(self.progress)
         self._tell(Report(self.progress.step, "notice", text) for text in notices)
         self._hand_over_encoder()
-        try:
-            with stopping.postponed(), distributed.explained(), attention.kernels_for(self.objective):
-                return self._train()
-        finally:
-            self.store.wait()
-            for monitor in self.monitors:
-                monitor.close()
+        with stopping.postponed():  # to the end: a monitor that waits for others asks whether the run was to end
+            try:
+                with distributed.explained(), attention.kernels_for(self.objective):
+                    return self._train()
+            finally:
+                self.store.wait()
+                for monitor in self.monitors:
+                    monitor.close()
 
     def _train(self) -> Outcome:
         meter = Meter(self.config.train.global_batch)

@@ -5,7 +5,8 @@
 - What fails is told once, and again only when it had worked in between. Training goes on.
 - What the service does not take in time waits in memory, up to `MOST` records; beyond that, records are left out until
   it has taken them all.
-- At the end the process is waited for, up to `LAST_WAIT` seconds, or `STOP_WAIT` where the run was asked to end.
+- At the end the process is waited for, up to `LAST_WAIT` seconds, or `STOP_WAIT` where the run was asked to end, before
+  that or meanwhile.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MOST = 10_000  # records that wait for the service
 STOP_WAIT = 15.0  # seconds; who asked the run to end may kill it soon
+_LOOK_UP = 0.05  # seconds between two looks at the process, and at whether the run was asked to end meanwhile
 NAMES = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
 # The settings that say where a run lies; the others may change between two starts of it.
 PLACE = {"wandb": ("project", "entity"), "mlflow": ("experiment", "tracking_uri")}
@@ -111,12 +114,14 @@ class Tracker:
         """After `end`, waits for the service to have it all."""
         if self.process is None:
             return
-        try:
-            self.process.wait(STOP_WAIT if stopping.requested() else LAST_WAIT)
-        except subprocess.TimeoutExpired:
-            self.given_up = True
-            self._tell("it does not answer, and what it has not taken yet is lost")
-            self.process.kill()
+        began = time.monotonic()
+        while self.process.poll() is None:
+            if time.monotonic() - began > (STOP_WAIT if stopping.requested() else LAST_WAIT):
+                self.given_up = True
+                self._tell("it does not answer, and what it has not taken yet is lost")
+                self.process.kill()
+                break
+            time.sleep(_LOOK_UP)
         self.listener.join(LAST_WAIT)
 
     def _add(self, message: dict) -> None:

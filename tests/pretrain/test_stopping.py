@@ -8,10 +8,14 @@ import threading
 import time
 
 import pytest
+from engine_cases import NUM_SAMPLES, Regression, batch_at, config_of
 from forked import code_of
+from in_memory import MemoryLoader, NoStore
 from runs import ROOT
 
 from prelude.pretrain import distributed, stopping
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.monitors import Monitor
 
 # In C most of the time, as in a collective or an import.
 STUCK_IN_C = "import ctypes\nwhile True: ctypes.CDLL(None).pause()\n"
@@ -142,3 +146,21 @@ def test_a_rank_that_leaves_is_not_disturbed_by_others_that_leave_when_they_hear
 
     told = threading.Event()
     assert code_of(act) == 75
+
+
+def test_a_run_that_was_asked_to_end_knows_it_until_its_monitors_are_closed(tmp_path):
+    class Asking(Monitor):
+        closed_when_asked: list[bool] = []
+
+        def record(self, record):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def close(self):
+            self.closed_when_asked.append(stopping.requested())
+
+    distributed.start()
+    loader = MemoryLoader(8, NUM_SAMPLES, batch_at)
+    outcome = Engine(config_of({"train": {}}, tmp_path), Regression(), loader, NoStore(), [Asking()]).run()
+    distributed.stop()
+    assert outcome.reason == "preempted"
+    assert Asking.closed_when_asked == [True] and not stopping.requested()

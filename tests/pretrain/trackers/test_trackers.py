@@ -217,6 +217,17 @@ def test_a_service_that_has_caught_up_is_told_everything_again(tmp_path, monkeyp
     assert ["8 records behind" in message for message in caplog.messages] == [True, True]
 
 
+def test_a_run_that_is_asked_to_end_while_it_waits_for_a_service_waits_less(tmp_path, monkeypatch, caplog):
+    slow = "import time\ndef log(self, *_, **__): pass\ndef finish(self, **_): time.sleep(20)\n"
+    (tmp_path / "wandb.py").write_text(f"{slow}{SOUND}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    answers = iter([False])
+    monkeypatch.setattr(tracker.stopping, "requested", lambda: next(answers, True))
+    monkeypatch.setattr(tracker, "STOP_WAIT", 0.5)
+    watch(config_of(tmp_path / "run", wandb={"project": "eyes"}), 0, [1, 2])
+    assert ["does not answer" in message for message in caplog.messages] == [True]  # after 20 seconds it would
+
+
 KILLED_RUN = """
 import os, signal, sys, time
 from prelude.pretrain.config import Config
