@@ -36,7 +36,7 @@ _PLAN_SECONDS = 2.0  # for which a plan is good
 def fetch_ahead(steps, source, index: ShardIndex, room: float = 1.0):
     """Passes steps on while the shards of later ones are fetched. source: has `ahead`. room: the share of the cache
     that they may fill."""
-    threads = _own_share(*worker()) if any(isinstance(path, RemoteShard) for path in index.paths) else 0
+    threads = num_threads(*worker()) if any(isinstance(path, RemoteShard) for path in index.paths) else 0
     if not threads:
         yield from steps
         return
@@ -51,8 +51,8 @@ def fetch_ahead(steps, source, index: ShardIndex, room: float = 1.0):
         ahead.left.set()
 
 
-def _own_share(number: int, num_workers: int) -> int:
-    """Threads of one worker, so that a node has `AT_ONCE`, or one a rank where there are more ranks."""
+def num_threads(number: int, num_workers: int) -> int:
+    """Of one worker, so that a node has `AT_ONCE`, or one a rank where there are more ranks."""
     of_rank = max(AT_ONCE // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 1)
     return of_rank // num_workers + (number < of_rank % num_workers)
 

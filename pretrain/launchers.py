@@ -1,7 +1,8 @@
 """Who started this process, and as which rank: read from the environment, and from nothing else.
 
 - DeepSpeed's launcher and torchrun say it in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. For srun, Open
-  MPI and the PMI of MPICH and Intel MPI those are filled in from their own variables.
+  MPI and the PMI of MPICH and Intel MPI those are filled in from their own variables. How many ranks a machine has
+  DeepSpeed says in LOCAL_SIZE, and everybody here reads in LOCAL_WORLD_SIZE.
 - A job's batch script has Slurm's variables too and is one process: only a step that srun started has ranks.
 - What is said by halves is refused in a sentence, and never waited for.
 """
@@ -120,6 +121,8 @@ def complete(env: MutableMapping[str, str] = os.environ) -> None:
         raise UserError(f"MASTER_PORT={env['MASTER_PORT']} is no port; write one from 1024 to 65535.")
     if (local := _number(env, "LOCAL_RANK", at_least=0)) >= max(int(env[told]), 1):
         raise UserError(f"LOCAL_RANK={local} is no rank of {told}={env[told]}; ranks of a machine are numbered from 0.")
+    if "LOCAL_SIZE" in env:
+        env.setdefault("LOCAL_WORLD_SIZE", env["LOCAL_SIZE"])
 
 
 def faults(env: Mapping[str, str]) -> list[str]:

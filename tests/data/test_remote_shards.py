@@ -16,6 +16,7 @@ from servers import Server, serving
 from prelude.data import index_file, node_cache, remote_shards, waiting
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, Stopped, UserError
+from prelude.data.fetching import num_threads
 from prelude.data.loader import build_loader, one_pass
 from prelude.data.order import Shuffle
 from prelude.data.remote_index import write_for
@@ -264,6 +265,14 @@ def test_a_small_cache_stays_small_and_changes_nothing(server, shards, cache, se
         assert_same([next(remote)], [next(local)])
         assert sum(sizes_in(cache / "shards").values()) <= 2.2 * largest
     remote.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8, 16])
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 5, 9])
+def test_a_node_fetches_eight_shards_at_once_whatever_its_ranks_and_workers(ranks, num_workers, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    of_rank = sum(num_threads(worker, num_workers) for worker in range(num_workers))
+    assert of_rank == {1: 8, 3: 2, 8: 1, 16: 1}[ranks]
 
 
 def sizes_in(folder: Path) -> dict[str, int]:

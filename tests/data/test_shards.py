@@ -184,12 +184,3 @@ def test_many_may_build_the_cache_at_once(write_shards, cache):
         built = list(threads.map(lambda _: ShardIndex(paths), range(6)))
     assert all(same(index, built[0]) for index in built)
     assert {path.suffix for path in (cache / "index").rglob("*")} == {"", ".npz", ".images", ".hash"}
-
-
-def test_ranks_of_a_node_begin_at_different_shards(write_shards, monkeypatch):
-    paths = write_shards([1, 2, 3, 4, 5])
-    whole = ShardIndex(paths)
-    for rank in range(3):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert same(ShardIndex(paths), whole)

@@ -16,6 +16,7 @@ OPEN_MPI = {
 }
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+DEEPSPEED = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
 
 
 def completed(env: dict) -> tuple:
@@ -54,6 +55,7 @@ def test_one_process_is_a_world_of_one(env):
     "env, expected",
     [
         (TORCHRUN | ADDRESS, ("2", "4", "0", "2", "node1", "29777")),
+        (DEEPSPEED | ADDRESS, ("2", "4", "0", "2", "node1", "29777")),
         (STEP | ADDRESS, ("5", "10", "1", "4", "node1", "29777")),
         (STEP | {"SLURM_NODEID": "2"} | ADDRESS, ("5", "10", "1", "2", "node1", "29777")),
         (OPEN_MPI | {"MASTER_ADDR": "node1"}, ("3", "4", "1", "2", "node1", "29500")),
@@ -65,6 +67,13 @@ def test_one_process_is_a_world_of_one(env):
 def test_a_rank_of_many_finds_its_place(env, expected):
     assert completed(env) == expected
     assert launchers.world_size(env) == int(expected[1])
+
+
+@pytest.mark.parametrize("env", [TORCHRUN, DEEPSPEED, STEP, OPEN_MPI, HYDRA])
+def test_how_many_ranks_a_machine_has_is_told_by_one_name_under_every_launcher(env):
+    env = env | ADDRESS
+    launchers.complete(env)
+    assert env["LOCAL_WORLD_SIZE"] == ("4" if "SLURM_NODEID" in env else "2")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +140,6 @@ def test_what_is_no_number_of_threads_is_a_sentence(text):
 
 
 def test_what_a_rank_starts_is_no_rank_by_any_launcher():
-    for env in (TORCHRUN | ADDRESS, STEP | ADDRESS, OPEN_MPI | ADDRESS, HYDRA):
+    for env in (TORCHRUN | ADDRESS, DEEPSPEED | ADDRESS, STEP | ADDRESS, OPEN_MPI | ADDRESS, HYDRA):
         alone = launchers.without_rank(env)
         assert completed(alone)[:4] == ALONE[:4] and launchers.world_size(dict(alone)) == 1
