@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from prelude.data.errors import RunStopped
-from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, shared_memory, state_of
+from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, patience, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
 SENT_BYTES = 2**20  # of views to a CPU: fewer cost less by a pipe than by a descriptor of shared memory
@@ -83,7 +83,9 @@ class Workers:
                 prefetch_factor=MICRO_BATCHES_AHEAD,
                 pin_memory=pinned,
                 multiprocessing_context=context,
-                worker_init_fn=functools.partial(_start, board=self.board, ends_with=ends_with),
+                worker_init_fn=functools.partial(
+                    _start, board=self.board, ends_with=ends_with, timeout_seconds=patience.timeout_seconds
+                ),
                 generator=torch.Generator(),  # or torch draws from the global one at each start
             )
             with _signals_held_back():
@@ -200,8 +202,12 @@ def _signals_held_back() -> Iterator[None]:
 # ---- in a worker
 
 
-def _start(number: int, board: Board, ends_with: Literal["parent", "starter", "nobody"]) -> None:
-    """ends_with: `starter`, where another process than the parent asked for this one."""
+def _start(
+    number: int, board: Board, ends_with: Literal["parent", "starter", "nobody"], timeout_seconds: float
+) -> None:
+    """ends_with: `starter`, where another process than the parent asked for this one. timeout_seconds: how long the
+    trainer waits, which a store is given a part of."""
+    patience.timeout_seconds = timeout_seconds
     for name in _IGNORED:
         signal.signal(name, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)

@@ -13,8 +13,9 @@ import time
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
-from prelude.data import waiting, workers
+from prelude.data import stores, waiting, workers
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.data.loader import Loader, build_loader, one_pass
@@ -211,6 +212,26 @@ def test_labels_that_hang_are_named(write_shards, hung, patience):
 
 
 # ---- workers
+
+
+class Stall(IterableDataset):
+    """How long a server may be silent, as this process sees it."""
+
+    def __iter__(self):
+        yield {"seconds": stores.stall_seconds()}
+
+
+def test_a_worker_that_imports_everything_anew_gives_a_store_a_part_of_the_trainers_patience(monkeypatch):
+    """As by `spawn` and `forkserver`, which leave behind what was set in the trainer."""
+    start = workers._start
+
+    def anew(*arguments, **settings):
+        waiting.patience.timeout_seconds = waiting.TIMEOUT_SECONDS
+        start(*arguments, **settings)
+
+    monkeypatch.setattr(workers, "_start", anew)
+    waiting.wait_at_most(40.0, "data.timeout_seconds")
+    assert [told["seconds"] for told in workers.Workers(Stall(), 1).results()] == [10.0]
 
 
 # By a pipe that has no room for a whole batch, so that workers are in the middle of one most of the time.
