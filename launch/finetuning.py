@@ -22,7 +22,7 @@ from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
-from prelude.pretrain.files import read_lines
+from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.stopping import PREEMPTED
@@ -54,7 +54,7 @@ def run(task: finetune.Task, command: str) -> int:
         found = test(intervals=True)
         if distributed.is_main():
             seconds = time.monotonic() - started
-            read = {name: read_lines(folder.path / file) for name, file in _FILES.items()}
+            read = {name: Lines(folder.path / file).read() for name, file in _FILES.items()}
             result = finetune.result_of(task, classifier, found, read, command, seconds)
             print_table([result])  # first: a full disk is no reason not to tell
             if task.samples.findings:

@@ -196,8 +196,11 @@ class Lines(Growing):
         self.append(json.dumps(record).encode() + b"\n")
 
     def read(self) -> list[dict]:
-        """The records, those that wait for the disk with them."""
-        return [*read_lines(self.path), *map(json.loads, self.waiting)]
+        """The records, those that wait for the disk with them. Of a file that cannot be read none, which is told."""
+        known: list[dict] = []
+        with self.tolerant:
+            known = read_lines(self.path)
+        return [*known, *map(json.loads, self.waiting)]
 
 
 def read_lines(path: Path) -> list[dict]:

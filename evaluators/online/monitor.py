@@ -77,7 +77,9 @@ class OnlineProbe(Monitor):
 
     def start(self, progress: Progress) -> None:
         self.step = self.first = progress.step
-        told = read_lines(self.run_dir / "online.jsonl")
+        told: list[dict] = []
+        with suppress(OSError):  # that it cannot be read is told where it is written
+            told = read_lines(self.run_dir / "online.jsonl")
         self.known = {record["step"] for record in told if record.get("kind") == "evaluation"}
         path = f"{_PACKAGE_PATH}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         threads = str(max(distributed.cores_per_rank() // 4, 1))

@@ -263,6 +263,21 @@ def test_a_run_that_has_ended_early_trains_no_more(one, arguments):
     assert result_of(one)["numbers"] == before["numbers"] and last_step(one) < FINDINGS_STEPS
 
 
+def test_a_curve_that_cannot_be_read_is_missing_in_the_result_and_ends_no_run(one, arguments, tmp_path, monkeypatch):
+    shutil.copytree(one.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
+    read = Path.read_bytes
+
+    def refused(path):
+        if path.name == "validation.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    again = run_here(arguments, tmp_path / "run")
+    assert result_of(again)["details"]["held_out_curve"] == []
+    assert result_of(again)["numbers"] == result_of(one)["numbers"]
+
+
 def test_two_ranks_train_and_decide_as_one(one, two):
     assert [line["loss"] for line in two.metrics()] == pytest.approx([line["loss"] for line in one.metrics()], rel=1e-4)
     assert last_step(two) == last_step(one)

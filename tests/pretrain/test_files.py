@@ -80,6 +80,20 @@ def test_a_pipe_in_a_files_place_is_told_and_not_waited_for(tmp_path, caplog):
     assert caplog.messages and lines.read() == [{"step": 6}]  # kept for a better day
 
 
+def test_lines_that_cannot_be_read_are_not_known_and_that_is_told_once(tmp_path, monkeypatch, caplog):
+    def refused(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    lines = Lines(tmp_path / "test.jsonl")
+    lines.add({"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Path, "read_bytes", refused)
+        lines.start(5)
+        assert lines.read() == []
+    assert len(caplog.messages) == 1 and "test.jsonl" in caplog.messages[0] and "Input/output" in caplog.messages[0]
+    assert lines.read() == [{"step": 1}]
+
+
 def test_what_is_not_worth_the_memory_is_dropped(tmp_path):
     file = Growing(tmp_path / "run" / "events")
     file.append(b"picture", keep=False)

@@ -273,3 +273,16 @@ def test_the_curve_is_tested_once_an_epoch_and_forgets_what_a_checkpoint_does_no
     curve.start(Progress(17, 20, 4.0))  # killed between the end of epoch 4 and the next logged step
     curve.record(record(18))
     assert [line["step"] for line in curve.lines.read()] == [4, 8, 12, 18]
+
+
+def test_a_curve_that_cannot_be_read_is_not_known_and_ends_no_start(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "test.jsonl").write_text('{"step": 4, "epoch": 1.0}\n')
+    curve = TestCurve(None, 1.0, tmp_path / "test.jsonl")
+    curve.start(Progress(5, 20, 4.0))
+    assert curve.done == 1
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    curve.start(Progress(5, 20, 4.0))
+    assert curve.done == 0

@@ -130,6 +130,21 @@ def at(step: int) -> Progress:
     return Progress(step, 35, 10.0)
 
 
+def test_evaluations_that_cannot_be_read_again_are_not_known_and_end_no_start(folder, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "online.jsonl").write_text('{"step": 10, "kind": "evaluation"}\n')
+    probe = OnlineProbe(config_of(folder).model_copy(update={"run_dir": str(tmp_path)}))
+    with monkeypatch.context() as patch:
+        patch.setattr(online.subprocess, "Popen", refused)  # it is of no use here
+        probe.start(at(10))
+        assert probe.known == {10}
+        patch.setattr(Path, "read_bytes", refused)
+        probe.start(at(10))
+    assert probe.known == set()
+
+
 def test_a_run_is_judged_beside_it_and_a_dead_process_is_told(folder):
     ready = Ready(config_of(folder))
     assert ready.offer(0)
