@@ -5,6 +5,7 @@
 - `stream` separates uses (a mask, a colour, a rotation) that read the same seeds.
 """
 
+import hashlib
 import math
 
 import torch
@@ -55,3 +56,15 @@ def normal(seeds: Tensor, count: int, stream: int) -> Tensor:
     length, angle = uniform(seeds, 2 * -(-count // 2), stream).chunk(2, dim=1)
     radius, angle = (-2 * (1 - length).log()).sqrt(), 2 * math.pi * angle
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+
+
+def reseed(device: torch.device, *numbers: int) -> None:
+    """Torch's own generators by all of these numbers, for what draws from them (drop path), so that no generator's
+    state is saved."""
+    # Hashed: the CPU's generator takes the lower 32 bits of a seed, and leaves the others without a word.
+    hashed = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    seed = int.from_bytes(hashed, "little") >> 1
+    # torch.manual_seed would look for every other kind of device too, which takes longer than a small layer.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -30,6 +30,7 @@ from prelude.pretrain import (
     deepspeed_config,
     deepspeed_engine,
     distributed,
+    draws,
     named_code,
     optimizers,
     precision,
@@ -147,7 +148,7 @@ class Engine:
     # ---- one optimizer step
 
     def _step(self, batches, meter: Meter) -> "_Agreed":
-        self._seed_step()
+        draws.reseed(self.device, self.config.seed, self.progress.step, distributed.rank())
         self.lr, self.weight_decay = optimizers.apply_schedule(
             self.deepspeed.optimizer.param_groups, self.config, self.progress
         )
@@ -252,14 +253,6 @@ class Engine:
 
     def _is_finished(self) -> bool:
         return self.has_ended or self.progress.step == self.progress.num_steps
-
-    def _seed_step(self) -> None:
-        """Seeds what draws from torch's global generator (drop path), so that no generator's state is saved."""
-        seed = (self.config.seed << 32) + self.progress.step * 4096 + distributed.rank()
-        # torch.manual_seed would look for every other kind of device too, which takes longer than a small layer.
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     # ---- watching
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -22,6 +23,7 @@ from prelude.checkpoints.store import Store
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import RunStopped
 from prelude.pretrain import distributed, precision
+from prelude.pretrain import engine as engines
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
@@ -31,6 +33,11 @@ from prelude.pretrain.objective import Loss, Objective, Options
 NUM_SAMPLES = 40
 SIZE = 8
 COMMON = {"epochs": 1.2, "global_batch": 8, "precision": "fp32"}
+# Small parameters, which all of these are, would be kept whole
+IN_PARTS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+RARELY = {"every_steps": 100}
+PEAK_MEMORY = 1000  # of rank 0; of rank 1 twice as much
+BAD_A_STEP = 4  # samples that cannot be read, beside 8 that can
 CASES = {
     "plain": {"train": {}},
     "accumulated": {"train": {"micro_batch": 2}},
@@ -40,6 +47,9 @@ CASES = {
     "one_bad_step": {"train": {}, "bad_steps": [2]},
     "one_bad_step_accumulated": {"train": {"micro_batch": 2}, "bad_steps": [2]},
     "one_bad_step_zero1": {"train": {"zero_stage": 1}, "bad_steps": [2]},
+    "one_bad_step_zero3": {"train": {"zero_stage": 3}, "bad_steps": [2], "deepspeed": IN_PARTS},
+    # Of which the host learns a step later
+    "one_bad_step_hardly_logged": {"train": {}, "bad_steps": [2], "log": RARELY},
     # Optimizers that know nothing of refused steps; the first step makes their moments
     "bad_steps_sgd": {"train": {}, "bad_steps": [0, 3], "optimizer": {"name": "sgd", "nesterov": True}},
     "bad_steps_lars": {"train": {"gradient_clipping": 0.05}, "bad_steps": [0, 3], "optimizer": {"name": "lars"}},
@@ -47,8 +57,20 @@ CASES = {
     # Activations that overflow, before a norm that keeps statistics of them
     "bad_activations": {"train": {}, "bad_steps": [2], "norm": True},
     "bad_activations_zero1": {"train": {"zero_stage": 1}, "bad_steps": [2], "norm": True},
+    "bad_activations_accumulated": {"train": {"micro_batch": 2}, "bad_steps": [2], "norm": True},
     "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
+    "all_bad_hardly_logged": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100), "log": RARELY},
     "bf16": {"train": {"precision": "bf16"}},
+    # Whose gradients are scaled; Adam would not mind, so that it is SGD that shows whether they are brought back
+    "fp16_clipped": {"train": {"precision": "fp16", "gradient_clipping": 0.05}, "optimizer": {"name": "sgd"}},
+    "fp16_one_bad_step": {"train": {"precision": "fp16"}, "bad_steps": [2]},
+    # What is drawn from torch's generator, as drop path does; then again, and with another seed
+    "drawing": {"train": {}, "draws": True},
+    "drawing_again": {"train": {}, "draws": True},
+    "drawing_with_another_seed": {"train": {}, "draws": True, "seed": 1},
+    # A third of what is read
+    "bad_samples_above_the_share": {"train": {}, "data": {"max_bad_share": 0.3}},
+    "bad_samples_below_the_share": {"train": {}, "data": {"max_bad_share": 0.4}},
     # What each rank measures; and what a second start of the run does, on another machine
     "auto_by_rank_0": {"train": {"precision": "auto"}, "ratios": [0.5, 9.0]},
     "auto_and_on_elsewhere": {"train": {"precision": "auto"}, "ratios": [0.5, 0.5], "later": 9.0, "store": "plain"},
@@ -58,31 +80,61 @@ CASES = {
 
 
 class Regression(Objective):
-    """A model small enough to be checked by hand, with an EMA copy and a loss, or activations, that can be poisoned."""
+    """A model small enough to be checked by hand, with an EMA copy and a loss, or activations, that can be poisoned.
 
-    def __init__(self, bad_steps=(), norm=False):
+    follows: whether the EMA copy does. draws: whether what torch's generator gives is logged.
+    """
+
+    def __init__(self, bad_steps=(), norm=False, follows=True, draws=False):
         super().__init__(nn.Linear(3 * SIZE * SIZE, 4), Options(), image_size=(SIZE, SIZE), mean=None, std=None)
         self.views = ViewPlan((View((SIZE, SIZE)),))
         self.head = nn.Linear(4, 1)
         self.register_buffer("average", self.head.weight.detach().clone())
-        self.bad_steps = set(bad_steps)
+        self.bad_steps, self.follows, self.draws = set(bad_steps), follows, draws
         self.norm = nn.BatchNorm1d(4) if norm else None
+        self.statistics: list[dict[str, list]] = []  # of the norm, after each step
         synchronise(self)
 
     def forward(self, batch, progress):
         hidden = self.encoder(images(batch, self.views)[0].flatten(1)).tanh()
-        # Poisoned on one rank only: every rank must still decide alike.
-        bad = progress.step in self.bad_steps and distributed.rank() == distributed.world_size() - 1
+        # Poisoned on one rank only: every rank must still decide alike; and in the first of a step's micro-batches.
+        last, first = distributed.world_size() - 1, batch.positions[0] % 8 < distributed.world_size()
+        bad = progress.step in self.bad_steps and distributed.rank() == last and first
         if self.norm is not None:
             hidden = self.norm(hidden * math.inf if bad else hidden)
         target = (batch.seeds % 7).float()[:, None] / 7
         loss = (self.head(hidden).float() - target).square().mean()
         if bad:
             loss = loss * math.nan
-        return Loss(loss, {"mean_output": hidden.detach().mean()})
+        parts = {"mean_output": hidden.detach().mean()} | ({"drawn": torch.rand(())} if self.draws else {})
+        return Loss(loss, parts)
 
     def after_step(self, progress, applied):
-        self.average.lerp_(self.head.weight.detach(), 0.5 * applied)
+        if self.follows:
+            self.average.lerp_(self.head.weight.detach(), 0.5 * applied)
+        if self.norm is not None:
+            self.statistics.append({name: buffer.tolist() for name, buffer in self.norm.named_buffers()})
+
+
+def objective_of(case: dict, bad_steps=()) -> Regression:
+    """At ZeRO stage 3 nothing can follow weights of which each rank has a part."""
+    follows = case["train"].get("zero_stage", 0) < 3
+    return Regression(bad_steps, case.get("norm", False), follows, case.get("draws", False))
+
+
+class PartlyUnreadable(MemoryLoader):
+    """Four samples of twelve cannot be read, all of them the last rank's; for a batch a step."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.bad = SimpleNamespace(num_bad=0, num_read=0)
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            bad = BAD_A_STEP if distributed.rank() == distributed.world_size() - 1 else 0
+            self.bad.num_bad += bad
+            self.bad.num_read += len(batch) + bad
+            yield batch
 
 
 def batch_at(positions: torch.Tensor) -> Batch:
@@ -98,14 +150,16 @@ def config_of(case: dict, out: Path) -> Config:
     return Config.model_validate(
         {
             "run_dir": str(out),
-            "data": {"shards": "none"},
+            "seed": case.get("seed", 0),
+            "data": {"shards": "none"} | case.get("data", {}),
             "encoder": {"name": "none", "image_size": SIZE},
             "objective": {"name": "regression"},
             "train": COMMON | case["train"],
             "optimizer": {"lr": 0.02, "lr_rule": "absolute", "warmup_epochs": 0.5, "weight_decay_end": 0.2}
             | case.get("optimizer", {}),
-            "log": {"every_steps": 1},
+            "log": {"every_steps": 1} | case.get("log", {}),
             "checkpoint": {"every_steps": case.get("saves_every", 1000)},
+            "deepspeed": case.get("deepspeed", {}),
         }
     )
 
@@ -151,13 +205,14 @@ def run_case(name: str, out: Path) -> None:
     case = CASES[name]
     config = config_of(case, out)
     torch.manual_seed(0)
-    objective = Regression(case.get("bad_steps", ()), case.get("norm", False))
+    objective = objective_of(case, case.get("bad_steps", ()))
     recorder, store = Recorder(), store_of(case, out)
     micro_batch, _ = config.batching(distributed.world_size())
+    loader = PartlyUnreadable if "data" in case else MemoryLoader
 
     def engine_at(ratio: float) -> Engine:
         precision.product_ratio = lambda: ratio
-        return Engine(config, objective, MemoryLoader(micro_batch, NUM_SAMPLES, batch_at), store, [recorder])
+        return Engine(config, objective, loader(micro_batch, NUM_SAMPLES, batch_at), store, [recorder])
 
     engine = engine_at(case.get("ratios", [9.0, 9.0])[distributed.rank()])
     message, outcome = "", None
@@ -165,17 +220,30 @@ def run_case(name: str, out: Path) -> None:
         outcome = engine.run()
     except RunStopped as error:
         message = str(error)
+    step = engine.progress.step
     if "later" in case:
         engine = engine_at(case["later"])
+    weights = whole_weights(objective)
+    of_ranks = distributed.of_all({"message": message, "drawn": [r.parts.get("drawn") for r in recorder.records]})
     if distributed.is_main():
-        torch.save(objective.state_dict(), out / f"{name}.pt")
+        torch.save(weights, out / f"{name}.pt")
         records = [vars(record) for record in recorder.records]
-        found = {"records": records, "message": message, "outcome": outcome and vars(outcome)}
-        found |= {"precision": str(engine.precision), "notice": engine.notice}
-        (out / f"{name}.json").write_text(json.dumps(found | {"saved": getattr(store, "saved", None)}))
+        found = {"records": records, "message": message, "outcome": outcome and vars(outcome), "step": step}
+        found |= {"precision": str(engine.precision), "notice": engine.notice, "of_ranks": of_ranks}
+        found |= {"statistics": objective.statistics, "saved": getattr(store, "saved", None)}
+        (out / f"{name}.json").write_text(json.dumps(found))
+
+
+def whole_weights(objective: Regression) -> dict[str, torch.Tensor]:
+    """Collective: at ZeRO stage 3 each rank keeps a part of them elsewhere."""
+    import deepspeed  # after the start, which quiets it
+
+    with deepspeed.zero.GatheredParameters(list(objective.parameters())):
+        return {key: value.clone() for key, value in objective.state_dict().items()}
 
 
 def cases(out: Path) -> None:
+    engines.peak_memory = lambda: PEAK_MEMORY * (1 + distributed.rank())
     for name in CASES:
         run_case(name, out)
 
