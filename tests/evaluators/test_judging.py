@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.decode import MAX_PIXELS
 from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
 from prelude.evaluators import judging as frozen
@@ -15,7 +16,7 @@ from prelude.evaluators.features.labels import VectorFormat
 from prelude.evaluators.features.pixels import Pixels
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
-from prelude.evaluators.judging import evaluate, labelled_shards, run_of, vector_format
+from prelude.evaluators.judging import evaluate, labelled_shards, read_as, run_of, vector_format
 from prelude.evaluators.labelled import Labelled
 from prelude.launch import knn as knn_door
 from prelude.launch import prelude
@@ -148,6 +149,15 @@ def test_what_is_given_goes_before_what_the_run_says(run, shapes):
         labelled_shards(["timm:resnet18"])
     with pytest.raises(UserError, match="write --test SHARDS"):
         labelled_shards(["timm:resnet18"], train="a.tar")
+
+
+def test_an_encoder_is_judged_on_images_as_large_as_its_run_took(run):
+    """Who says nothing of it, as runs of before, takes the limit of today."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for data, limit in ({}, MAX_PIXELS), ({"max_pixels": 1000}, 1000):
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": data}))
+        assert read_as(["pixels:8", str(run)], (0, 255)) == ((0, 255), limit)
+        assert [index.max_pixels for index in labelled_shards(["pixels:8", str(run)]).indexes()] == [limit, limit]
 
 
 def test_shards_that_cannot_be_opened_are_told_as_they_were_given(run, shapes, tmp_path):

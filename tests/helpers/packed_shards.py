@@ -1,8 +1,23 @@
-"""What plain tools (tarfile, json) read from packed shards."""
+"""What plain tools (tarfile, json) read from packed shards, and shards that they write."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def grey(side: int) -> bytes:
+    """A PPM file of so many pixels in each direction."""
+    return f"P6 {side} {side} 255\n".encode() + bytes([128]) * (3 * side * side)
 
 
 def read_tar(path: Path) -> dict[str, dict[str, bytes]]:

@@ -1,9 +1,15 @@
 """What a config may say of its data: shards or a mix, and what is taken of them."""
 
-import pytest
+import io
+import json
 
+import numpy as np
+import pytest
+from packed_shards import grey, write_tar
+
+from prelude.data.batch import View, ViewPlan, VolumePlan
 from prelude.data.errors import UserError
-from prelude.launch.training import data_of, seen_as
+from prelude.launch.training import data_of, loader_of, seen_as
 from prelude.pretrain import overrides
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.objective import Options
@@ -40,6 +46,52 @@ def test_a_selection_is_written_below_data():
                        "data.image=left.jpg")  # fmt: skip
     select = seen_as(config.data)["select"]
     assert (select.label, select.values, seen_as(config.data)["image"]) == ("json:kind", [3, "cat"], "left.jpg")
+
+
+VIEWS = ViewPlan((View((8, 8)),), volumes=VolumePlan((4, 4, 4)))
+
+
+@pytest.fixture
+def of_both_kinds(tmp_path, monkeypatch):
+    """of_both_kinds(images, volumes, *settings): a config of shards with these members."""
+    monkeypatch.setenv("PRELUDE_CACHE", str(tmp_path / "cache"))
+
+    def config(images: dict, volumes: dict, *given: str):
+        shards = write_tar(tmp_path / "images.tar", images), write_tar(tmp_path / "volumes.tar", volumes)
+        data = [f"data.shards={shards[0]}", f"data.volumes.shards={shards[1]}", "data.num_workers=0"]
+        return config_of(f"run_dir={tmp_path}", *data, *given)
+
+    return config
+
+
+def dark_volume(side: int) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.zeros((side,) * 3, np.uint8))
+    return file.getvalue()
+
+
+def test_images_and_volumes_above_the_limit_of_pixels_are_bad_samples_and_are_listed(of_both_kinds, tmp_path):
+    """Of 100 and 64 pixels, and of 400 and 512."""
+    images, volumes = {"a.ppm": grey(10), "b.ppm": grey(20)}, {"c.npy": dark_volume(4), "d.npy": dark_volume(8)}
+    config = of_both_kinds(images, volumes, "data.max_pixels=300")
+    loader = loader_of(config, VIEWS)
+    batches = [next(loader) for _ in range(8)]
+    assert {(batch.of_volumes, sample) for batch in batches for sample in batch.sample_ids.tolist()} == {
+        (False, 0),
+        (True, 0),
+    }
+    listed = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(line["key"], line["reason"]) for line in listed} == {("b", "too many pixels"), ("d", "too many pixels")}
+    assert loader.bad.num_bad == len(listed) and loader.bad.num_read == 8 * 4 + len(listed)
+
+
+@pytest.mark.parametrize("damaged", ["images", "volumes"])
+def test_shards_that_have_lost_more_than_the_share_of_bad_samples_are_refused(of_both_kinds, damaged):
+    sound = {"images": {"a.ppm": grey(8)}, "volumes": {"a.npy": dark_volume(4)}}
+    members = sound | {damaged: sound[damaged] | {"b.txt": b""}}
+    assert loader_of(of_both_kinds(*members.values(), "data.max_bad_share=0.5"), VIEWS).num_samples == 2
+    with pytest.raises(UserError, match="1 sample .* lost or damaged, beside 1 sound one.*raise data.max_bad_share"):
+        loader_of(of_both_kinds(*members.values(), "data.max_bad_share=0.4"), VIEWS)
 
 
 @pytest.mark.parametrize(
