@@ -11,11 +11,14 @@ import torch
 from collapse_cases import a_record, a_watch
 from jepa_models import a_batch
 
+from prelude.checkpoints.store import Store
 from prelude.data.batch import Batch
+from prelude.launch.training import monitors_of
 from prelude.objectives import objective_class, options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.dseqjepa import DSeqJEPA
 from prelude.objectives.ijepa import IJEPA
+from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.encoders import forward_tokens
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
@@ -53,9 +56,9 @@ OBJECTIVES = {
 }
 
 
-def built(name: str, **changes):
+def config_of(name: str, **changes):
     options, encoder = OBJECTIVES[name]
-    config = validate_config(
+    return validate_config(
         {
             "run_dir": "x",
             "data": {"shards": "x"},
@@ -67,7 +70,10 @@ def built(name: str, **changes):
         "a test",
         options_for,
     )
-    return build_objective(config)
+
+
+def built(name: str, **changes):
+    return build_objective(config_of(name, **changes))
 
 
 def batch_for(objective, step: int) -> Batch:
@@ -115,6 +121,17 @@ def in_turn_with_volumes(change=lambda batch: batch):
     turns, planes = itertools.count(), IMAGES.views[0][:, :1, ::2, ::2, None]
     volumes = ((planes + 40.0) * torch.linspace(0.3, 0.8, 8)).to(torch.uint8)  # (B, 1, 16, 16, 8)
     return lambda batch: change(replace(batch, views=(volumes,)) if next(turns) % 2 else batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "patience"),
+    [("ijepa", 0.99, 300), ("msbreg", 0.9, 30), ("ijepa", 1.0, 0), ("mae", None, 0)],
+)
+def test_a_teacher_has_three_times_the_steps_that_it_averages_over_to_follow(name, momentum, patience, tmp_path):
+    config = config_of(name, **({"momentum": momentum} if momentum else {}))
+    monitors = monitors_of(config, tmp_path, Store(tmp_path), num_workers=1)
+    (watch,) = [monitor for monitor in monitors if isinstance(monitor, CollapseWatch)]
+    assert watch.teacher_patience == pytest.approx(patience)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
