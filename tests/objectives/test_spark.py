@@ -13,8 +13,11 @@ from prelude.objectives import check_objective, options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.masked_cells import Reconstruction
 from prelude.objectives.masking import mask_noise, random_mask
+from prelude.objectives.spark import SparK
+from prelude.objectives.sparse_check import total_stride
+from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.recipes import validate_config
+from prelude.pretrain.recipes import load_config, validate_config
 from prelude.pretrain.schedules import Progress
 
 RESNET = {
@@ -162,15 +165,18 @@ def test_the_number_of_parameters_is_the_published_one(name, millions):
     assert sum(p.numel() for p in model.decoder.parameters()) / 1e6 == pytest.approx(23.18, abs=0.006)
 
 
-@pytest.mark.parametrize("encoder", [RESNET, CONVNEXT, AT_FULL_SIZE], ids=["resnet", "convnext", "at full size"])
+# Whose residual branches would else start at zero, and keep the gradient from all that is before
+BRANCHES = RESNET | {"kwargs": RESNET["kwargs"] | {"zero_init_last": False}}
+
+
+@pytest.mark.parametrize("encoder", [BRANCHES, CONVNEXT, AT_FULL_SIZE], ids=["resnet", "convnext", "at full size"])
 def test_every_parameter_that_wants_a_gradient_gets_one(encoder):
     model = a_model(encoder)
     model(a_batch(size=(encoder["image_size"],) * 2), START).total.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    # What leads to a batch norm by way of residual branches that start at zero has no gradient yet
-    assert all("layer" in name and "conv" in name or "bn" in name for name in without), without
+    assert without == []
     idle = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert idle == ([] if encoder is RESNET else ["encoder.head.norm.weight", "encoder.head.norm.bias"])
+    assert idle == ([] if encoder is BRANCHES else ["encoder.head.norm.weight", "encoder.head.norm.bias"])
 
 
 def test_decayed_and_spared_parameters_are_told_apart_by_name():
@@ -313,8 +319,31 @@ def test_small_images_work_where_the_stride_fits(encoder):
     check_objective(a_config(encoder))
 
 
-def test_the_paper_s_recipes_have_the_published_number_of_visible_cells():
-    for path in Path(__file__).parents[2].glob("configs/spark_*.yaml"):
-        text = path.read_text()
-        if "ImageNet" in text:
-            assert "mask_ratio: 0.6" in text and "crop_scale: [0.67, 1.0]" in text, path
+RECIPES = {  # cells, and those of them that stay visible
+    "spark_convnext_base": (49, 20),
+    "spark_convnext_cifar10": (16, 6),
+    "spark_convnext_large": (49, 20),
+    "spark_convnext_small": (49, 20),
+    "spark_convnext_tiny_224": (49, 20),
+    "spark_convnext_tiny_96": (36, 14),
+    "spark_resnet101": (49, 20),
+    "spark_resnet152": (49, 20),
+    "spark_resnet18_cifar10": (16, 6),
+    "spark_resnet200": (49, 20),
+    "spark_resnet50": (49, 20),
+    "spark_resnet50_224": (49, 20),
+    "spark_resnet50_96": (9, 4),
+}
+
+
+def test_every_recipe_hides_as_much_as_the_paper_s():
+    """As it is resolved: most are built on others."""
+    found = {}
+    for path in (Path(__file__).parents[2] / "configs").glob("spark_*.yaml"):
+        config = load_config(path, [], options_for)
+        settings, (height, width) = config.objective, config.encoder.size
+        cell = settings["mask_patch"] or total_stride(lay_out_encoder(config.encoder), path.stem, (height, width))
+        num_cells = (height // cell) * (width // cell)
+        found[path.stem] = (num_cells, SparK.kept(num_cells, settings["mask_ratio"]))
+        assert (settings["mask_ratio"], settings["crop_scale"]) == (0.6, (0.67, 1.0)), path
+    assert found == RECIPES
