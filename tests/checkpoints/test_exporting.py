@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from forked import is_killed
+from PIL import Image
 from safetensors.torch import save_file
 
 from prelude.checkpoints import export
@@ -58,6 +59,7 @@ EXPORTS = {  # name -> (kind, formats, dtype)
 }
 CASES = [(name, format) for name, (_, formats, _) in EXPORTS.items() for format in formats]
 TOLERANCES = {"float32": 1e-5, "float16": 3e-2, "bfloat16": 1e-1}  # of the largest feature
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.35]
 
 # What each README.md says, run where nothing of ours can be imported.
 OPENER = """
@@ -92,7 +94,7 @@ def make_source(folder, kind, change=lambda name, tensor: None):
     size = arguments.get("img_size", 64)
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    fed = {"num_classes": 0, "input_size": [3, size, size], "mean": [0.5] * 3, "std": [0.5] * 3}
+    fed = {"num_classes": 0, "input_size": [3, size, size], "mean": MEAN, "std": STD}
     settings = {"architecture": name, "num_classes": 0, "model_args": arguments, "pretrained_cfg": fed}
     (folder / "config.json").write_text(json.dumps(settings))
     images = torch.randn(3, 3, size, size)
@@ -170,6 +172,37 @@ def test_what_went_out_comes_in_again_or_says_that_it_does_not(exported, name, f
         assert again.fingerprint == reports[name, format].fingerprint
 
 
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_an_export_says_how_pixels_are_normalised(exported, name, format):
+    report = exported[1][name, format]
+    config = json.loads((report.path / "config.json").read_text())
+    if format == "transformers" and report.note != "TimmWrapperModel":
+        told = json.loads((report.path / "preprocessor_config.json").read_text())
+        assert (told["image_mean"], told["image_std"]) == (MEAN, STD)
+    else:
+        told = config.get("pretrained_cfg", config)
+        assert (told["mean"], told["std"]) == (MEAN, STD)
+    says = "| Pixels | in [0, 1], minus [0.5, 0.4, 0.3], divided by [0.2, 0.25, 0.35] |"
+    assert says in (report.path / "README.md").read_text()
+
+
+def test_transformers_feeds_its_folder_as_in_training_and_so_do_we_without_our_section(exported, tmp_path):
+    from transformers import AutoImageProcessor
+
+    folder = tmp_path / "vit"
+    shutil.copytree(exported[1]["vit", "transformers"].path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["prelude"]
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = open_encoder(str(folder))
+    assert (list(opened.mean), list(opened.std)) == (MEAN, STD)
+    image = Image.new("RGB", (48, 40), (51, 102, 204))
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt")["pixel_values"]
+    expected = (torch.tensor([0.2, 0.4, 0.8]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert pixels.shape == (1, 3, *opened.config.size)
+    torch.testing.assert_close(pixels, expected[:, None, None].expand_as(pixels))
+
+
 def test_a_convnet_takes_other_sizes(exported):
     (source, *_), report = exported[0]["ResNet"], exported[1]["resnet", "torch"]
     assert report.note.endswith("any size from there on")
@@ -209,6 +242,24 @@ def test_what_computes_something_else_is_not_published(source, tmp_path, monkeyp
     monkeypatch.setattr(transformers_folder, "convert", damaged)
     with pytest.raises(RunStopped, match="differ from ours by .*, so nothing was exported"):
         export_encoder(encoder, tmp_path / "out", format="transformers")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+class Pixels(torch.nn.Module):
+    """What `ARCHITECTURES["ViT"]` gives, by shape alone."""
+
+    def forward(self, images):
+        values = images.flatten(1)
+        return values[:, :32], values[:, : 17 * 32].unflatten(1, (17, 32))
+
+
+def test_a_program_that_computes_something_else_is_not_published(source, tmp_path, monkeypatch):
+    encoder, *_ = source("ViT")
+    any_number = {"images": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Pixels(), (torch.ones(2, 3, 32, 32),), dynamic_shapes=any_number)
+    monkeypatch.setattr(export, "trace", lambda *_: (program, False))
+    with pytest.raises(RunStopped, match="features that torch .* differ from ours by .*, so nothing was exported"):
+        export_encoder(encoder, tmp_path / "out", format="torch")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
