@@ -321,6 +321,34 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(tmp_path,
     assert found == sorted(found) and found[0] == 1.0 and found[-1] == 2.0
 
 
+def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path, saving, monkeypatch):
+    """All files are on the disk before the manifest that vouches for them, their names before the checkpoint has its
+    own, and that one before the earlier checkpoint goes."""
+    save, files = saving
+    store, done = Store(tmp_path, keep=1), []
+    save(store, 1)
+    fsync, rename, rmtree = os.fsync, os.rename, shutil.rmtree
+
+    def note(what, path):
+        done.append((what, os.path.basename(path)))
+
+    def synced(descriptor):
+        note("on the disk", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", lambda path, to: (note("named", to), rename(path, to)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (note("removed", path), rmtree(path)))
+    save(store, 2)
+    count = len(files)
+    assert set(done[:count]) == {("on the disk", name) for name in files}
+    assert done[count - 1] == ("on the disk", manifests.MANIFEST)
+    assert done[count][0] == "on the disk" and done[count][1].startswith(".tmp-step-00000002")
+    assert done[count + 1 : count + 3] == [("named", "step-00000002"), ("on the disk", tmp_path.name)]
+    assert done[-2:] == [("named", ".tmp-step-00000001"), ("removed", ".tmp-step-00000001")]
+    assert names(store) == ["latest", "step-00000002"]
+
+
 def killed_at(moment: int, action) -> bool:
     """Runs `action` in a child that kills itself at its n-th chance; False when it came to an end before."""
     return is_killed(lambda: (kill_at(moment), action()))
