@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -9,6 +11,7 @@ from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import class_targets
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.host_waits import counted
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.step_cost import blank_batch
@@ -26,7 +29,7 @@ RESNET = EncoderConfig(
 )
 
 
-def classifier(encoder=VIT, **options) -> Classifier:
+def classifier(encoder=VIT, findings=False, **options) -> Classifier:
     torch.manual_seed(0)
     return Classifier(
         build_encoder(encoder, seed=0),
@@ -35,6 +38,7 @@ def classifier(encoder=VIT, **options) -> Classifier:
         image_size=encoder.size,
         mean=(0.5, 0.5, 0.5),
         std=(0.2, 0.2, 0.2),
+        findings=findings,
     )
 
 
@@ -107,6 +111,45 @@ def test_the_average_follows_the_weights_as_a_loop_does(encoder):
     with torch.no_grad():
         model.head.weight.add_(1.0)
     assert torch.equal(model.scores(batch), before)  # what is tested is the average
+
+
+@pytest.mark.parametrize("encoder", [VIT, RESNET], ids=["vit", "resnet"])
+def test_a_refused_step_leaves_the_average_as_it_was(encoder):
+    model = classifier(encoder, ema_decay=0.8)
+    before = {name: value.clone() for name, value in model.average.state_dict().items()}
+    with torch.no_grad():
+        for value in [*model.encoder.parameters(), *model.head.parameters()]:
+            value.add_(1.0)
+    for applied in (0.0, 1.0):
+        model.after_step(Progress(1, 3, 1.0), torch.tensor(applied))
+        same = [torch.equal(value, before[name]) for name, value in model.average.state_dict().items()]
+        assert all(same) == (applied == 0)
+
+
+ANSWERS = [[1.0, 0.0, math.nan, -1.0], [math.nan] * 4, [0.0, 1.0, -1.0, 0.0], [1.0, 1.0, 0.0, math.nan]]
+OF_CLASSES = {
+    "mixup and CutMix": {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+    "MaskMix with TransMix": {"mixup": 0.8, "cutmix": 1.0, "cutmix_cell": 8, "attention_labels": "transmix"},
+    "CutMix with MixPro": {"cutmix": 1.0, "attention_labels": "mixpro"},
+}
+OF_FINDINGS = {
+    "unknown findings": {"loss": "sigmoid"},
+    "uncertain and mixed findings": {"loss": "sigmoid", "uncertain": "smoothed", "mixup": 0.8, "cutmix": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OF_CLASSES | OF_FINDINGS)
+def test_the_host_waits_for_nothing_between_two_steps(name):
+    findings = name in OF_FINDINGS
+    model = classifier(findings=findings, ema_decay=0.9, **(OF_CLASSES | OF_FINDINGS)[name])
+    batch = labelled_batch(model, ANSWERS if findings else [2, 3, 7, 11])
+    with counted() as found:
+        model(batch, Progress(0, 10, 1.0)).total.backward()
+        model.after_step(Progress(1, 10, 1.0), torch.ones(()))
+    with counted() as of_one_hot:  # on a CPU alone it looks whether all classes are there
+        torch.nn.functional.one_hot(torch.zeros(4, dtype=torch.int64), 4)
+    expected = [] if findings else of_one_hot
+    assert [line.split()[0] for line in found] == [line.split()[0] for line in expected], "\n".join(found)
 
 
 def test_each_parameter_is_stepped_at_its_layers_rate():
