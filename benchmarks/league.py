@@ -15,11 +15,13 @@ the newest run of the same arm, setting and method, and at first from that of a 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ from league_arms import (  # noqa: E402
     Training,
     num_pictures,
     pictures_of,
+    recipe,
     train,
     versions,
 )
@@ -225,13 +228,31 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
     for name, here in same.items():
         if record and (then := record.get(name, [])) != here:
             refuse(f"{args.out} was begun with {name} {then}, here it is {here}; write another --out.")
-    installed = versions(args.peers_python)
+    recipes = {named(method): digest_of(method, args.set) for method in args.methods}
+    for name, digest in recipes.items():
+        if record.get("recipes", {}).get(name, digest) != digest:
+            refuse(
+                f"{args.out} has measured another recipe {name}; write another --out, or give the file another name."
+            )
+    try:
+        installed = versions(args.peers_python)
+    except (OSError, subprocess.CalledProcessError) as error:
+        refuse(
+            f"--peers-python {args.peers_python} cannot be started ({error}); write an interpreter that has the peers."
+        )
     for arm in args.arms:
         if arm in PEERS and arm not in installed:
             print(f"{arm} is not installed for {args.peers_python}: its arm is left out", file=sys.stderr)
     empty = {"ways": {}, "speeds": {}, "untrained": {}, "entries": {}}
     told = {"shards": data, "versions": record.get("versions", {}) | installed}
+    told |= {"recipes": record.get("recipes", {}) | recipes}
     return empty | record | same | features | told
+
+
+def digest_of(method: str, changes: list[str]) -> str:
+    """Of all settings of a recipe: its file may be another one tomorrow, under the same name."""
+    settings = json.dumps(recipe(method, changes).model_dump(mode="json"), sort_keys=True)
+    return hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
 
 
 def named(method: str) -> str:
@@ -293,4 +314,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        refuse(str(error))

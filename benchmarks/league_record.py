@@ -34,6 +34,11 @@ def main() -> int:
         if old and old.get(key, []) != about[key]:
             print(f"the record was measured with {key} {old.get(key, [])}, this with {about[key]}: not to be compared")
             return 1
+    for key, of in (("shards", ("data", "test")), ("machine", ("cpu", "cores"))):
+        then, now = ({name: each[key].get(name) for name in of} for each in (old or about, about))
+        if then != now:
+            print(f"the record was measured on {key} {then}, this on {now}: not to be compared")
+            return 1
     told = f"{best[0]['method']}: {mean(best, 'linear'):.1f} ± {spread(best):.1f} over {len(best)} seeds"
     if old and not beats(best, old["entries"]):
         before = old["entries"]

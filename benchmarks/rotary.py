@@ -1,8 +1,8 @@
 """Rotary positions beside a table of positions: does an EVA learn what a plain ViT learns?
 
-For each seed, the recipes `mae_cifar10` and `ijepa_cifar10` twice: with their own encoder, a plain ViT with a learned
-table of positions, and with a timm EVA of DINOv3's kind, of the same depth and width, whose only positions are the
-rotations of its attention. Images, order, masks, steps and rates are the same. Then `prelude compare` judges them
+For each seed, the recipes `mae_cifar10` and `ijepa_cifar10` twice: with their own encoder, a plain ViT with the fixed
+table of sines and cosines, and with a timm EVA of DINOv3's kind, of the same depth and width, whose only positions are
+the rotations of its attention. Images, order, masks, steps and rates are the same. Then `prelude compare` judges them
 beside their untrained twins, and the table has mean and standard deviation over seeds. Run again, it goes on where it
 stopped; `--train-only` leaves the judging to another time. It says nothing about speed.
 

@@ -25,7 +25,6 @@ import numpy as np
 
 from prelude.data.stored import (
     ALWAYS_ENOUGH,
-    FORMATS,
     MAX_PIXELS,
     MAX_PIXELS_PER_BYTE,
     BadImage,
@@ -43,7 +42,6 @@ except ImportError:
 
 __all__ = [
     "ALWAYS_ENOUGH",
-    "FORMATS",
     "MAX_PIXELS",
     "MAX_PIXELS_PER_BYTE",
     "Backend",

@@ -35,11 +35,11 @@ ALWAYS_ENOUGH = 4 * 2**20
 # A list of our own: PIL also registers formats that start other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_NPY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NPY = b"\x93NUMPY"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as JPEG and PIL have it
-_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277
 
 # What PIL's parsers have been seen to raise, or plausibly raise, on damaged bytes.
 _PIL_ERRORS = (
@@ -68,11 +68,11 @@ def stored_values(image: bytes, channels: int | None, max_pixels: int = MAX_PIXE
 
     deep: whether more than 8 bits of a colour matter; without, PIL's upper 8 do. Raises BadImage.
     """
-    if image.startswith(_NPY):
+    if image.startswith(NPY):
         from prelude.data import arrays  # here: only those who have such images pay for it
 
         return _fitted(arrays.of_npy(image, channels, max_pixels), channels)
-    is_tiff = image.startswith(_TIFF)
+    is_tiff = image.startswith(TIFF)
     try:
         with open_image(image, max_pixels) as opened:
             if not (is_tiff and _is_for_tifffile(opened, channels, deep)):
@@ -95,7 +95,7 @@ def open_image(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
         Image.MAX_IMAGE_PIXELS = max_pixels  # PIL's own limit would be met first; ours is checked just below
     try:
-        opened = Image.open(io.BytesIO(image), formats=_installed_formats())
+        opened = Image.open(io.BytesIO(image), formats=installed_formats())
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels") from error
     except _PIL_ERRORS as error:
@@ -157,8 +157,8 @@ def _png_of_16_bits(image: bytes) -> np.ndarray:
 def _is_for_tifffile(opened: Image.Image, channels: int | None, deep: bool) -> bool:
     """Whether PIL would lose channels, pages or bits of a TIFF that it opens."""
     with pil_errors():
-        samples = int(opened.tag_v2.get(_SAMPLES_PER_PIXEL, 1))
-        bits = int(max(opened.tag_v2.get(_BITS_PER_SAMPLE, (1,))))
+        samples = int(opened.tag_v2.get(SAMPLES_PER_PIXEL, 1))
+        bits = int(max(opened.tag_v2.get(BITS_PER_SAMPLE, (1,))))
         if samples > 1 and (channels not in (1, 3) or (deep and bits > 8)):
             return True
         has_pages = samples == 1 and bits > 1 and opened.mode != "P" and channels not in (None, 1)
@@ -181,6 +181,6 @@ def _fitted(values: np.ndarray, channels: int | None, colours: bool = False) -> 
 
 
 @functools.cache
-def _installed_formats() -> tuple[str, ...]:
+def installed_formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from prelude.checkpoints.source_names import FOLDER, bare
 from prelude.data.absent import refuse_absent
+from prelude.data.class_list import read_classes
 from prelude.data.errors import UserError
 from prelude.pretrain import overrides
 from prelude.pretrain.config import DataConfig, SelectConfig
@@ -215,11 +216,7 @@ def chosen(args: argparse.Namespace) -> dict:
     for name in ("train_select", "test_select"):
         found[name] = select_section(getattr(args, name), f"--{name.replace('_', '-')}")
     if args.classes:
-        try:
-            with open(args.classes, encoding="utf-8-sig") as file:
-                found["classes"] = [line.strip() for line in file if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--classes {args.classes} cannot be read ({error}); write a file of names.") from None
+        found["classes"] = read_classes(args.classes)
     return found
 
 

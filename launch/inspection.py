@@ -28,7 +28,7 @@ def info(args: argparse.Namespace) -> int:
     table = _counts(index, args.label)
     if args.images:
         chosen = spread(index.num_samples, args.images)
-        found = survey(index, chosen, channels=channels, threads=args.workers)
+        found = survey(index, chosen, channels=channels, threads=args.workers or cores_per_rank())
         _describe(
             table, found, f"of {counted(len(chosen), 'image')}" if len(chosen) < index.num_samples else "of all images"
         )
@@ -50,7 +50,12 @@ def verify(args: argparse.Namespace) -> int:
         task = bar.add_task("decoding", total=index.num_samples)
         every = spread(index.num_samples, index.num_samples)
         found = survey(
-            index, every, channels=channels, threads=_threads(args), duplicates=True, progress=lambda: bar.advance(task)
+            index,
+            every,
+            channels=channels,
+            threads=args.workers or cores_per_rank(),
+            duplicates=True,
+            progress=lambda: bar.advance(task),
         )
     table = _counts(index, args.label)
     _describe(table, found, "of all images")
@@ -120,12 +125,6 @@ def index_file(args: argparse.Namespace) -> int:
     )
     _list(_problems(index))
     return 1 if index.num_problems else 0
-
-
-def _threads(args: argparse.Namespace) -> int:
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers} leaves nobody to decode; write 1 or more.")
-    return args.workers or cores_per_rank()
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:

@@ -27,6 +27,7 @@ from prelude.launch.python_settings import as_count, as_path, keys_of, option_wo
 from prelude.launch.python_words import of_options, of_settings
 from prelude.objectives import options_for
 from prelude.pretrain.config_keys import Keys
+from prelude.pretrain.files import read_lines
 from prelude.pretrain.log_config import EVERY_STEP
 from prelude.pretrain.recipes import load_config, read_recipe
 
@@ -109,10 +110,7 @@ class Run:
 
     def metrics(self) -> list[dict]:
         """One mapping for each logged step: `step`, `epoch`, `loss`, `parts`, `lr`, `images_per_second`, ..."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may still be being written
-        return list({record["step"]: record for record in records}.values())
+        return list({record["step"]: record for record in read_lines(self.folder / "metrics.jsonl")}.values())
 
     def probe(self, *others: str, ranks: int = 1, **options: Any) -> list[dict]:
         """`prelude probe`: a linear probe of this run's encoder, and of other sources beside it.

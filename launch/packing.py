@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prelude.data.class_list import read_classes
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.packing.images import QUALITY
-from prelude.data.packing.pack import Packing, pack, read_classes
+from prelude.data.packing.pack import Packing, pack
 from prelude.data.packing.source import SourceOptions
 from prelude.launch.exit_codes import INCOMPLETE
 from prelude.pretrain.distributed import cores_per_rank

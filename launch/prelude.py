@@ -57,7 +57,7 @@ commands:
 `prelude COMMAND --help` says what a command takes. To train on several
 devices or nodes, start the same door with a launcher:
 
-    deepspeed --num_gpus 8 launch/pretrain.py --config ..."""
+    deepspeed --num_gpus 8 --module prelude.launch.pretrain --config ..."""
 
 
 def main(argv: list[str] | None = None) -> int:

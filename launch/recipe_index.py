@@ -6,6 +6,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,15 @@ def header_of(path: Path) -> dict[str, str]:
     return found
 
 
+def as_typed(command: str) -> str:
+    """A command of a recipe's header as it works here: in a checkout as it stands, else by the names that an installed
+    package has for its doors and its recipes."""
+    if (SHIPPED.parent / "pyproject.toml").is_file():
+        return command
+    command = re.sub(r"\blaunch/(\w+)\.py", r"--module prelude.launch.\1", command)
+    return re.sub(r"\bconfigs/(\w+)\.yaml", r"\1", command)
+
+
 def as_json(recipes: Iterable[Recipe]) -> str:
     return json.dumps([asdict(recipe) for recipe in recipes], indent=1)
 
@@ -101,6 +111,7 @@ def as_page(recipes: Iterable[Recipe]) -> str:
 
 def _recipe(path: Path, figures: dict) -> Recipe:
     header, values = header_of(path), read_recipe(path)
+    header |= {"command": as_typed(header["command"])}
     objective, encoder = values.get("objective") or {}, values.get("encoder") or {}
     train, figure = values.get("train") or {}, figures.get(path.stem, {})
     return Recipe(

@@ -68,8 +68,11 @@ def _device_name() -> str:
 
 
 def _commit() -> str:
-    """The commit of this code, marked when the tree has changes; empty where there is no git."""
+    """The commit of this code, marked when the tree has changes; empty where there is no git, or only that of a project
+    around the place where this is installed."""
     root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -70,13 +70,8 @@ def gives(model: nn.Module) -> Gives | None:
 
 def arguments(config: EncoderConfig) -> dict[str, Any]:
     """What the function is called with."""
-    channels = {} if num_channels(config) == _CHANNELS else {"in_chans": num_channels(config)}
+    channels = {} if config.in_chans == _CHANNELS else {"in_chans": config.in_chans}
     return {"image_size": config.size, **channels, **config.kwargs}
-
-
-def num_channels(config: EncoderConfig) -> int:
-    """C of the images (B, C, H, W)."""
-    return getattr(config, "in_chans", _CHANNELS)
 
 
 def create(config: EncoderConfig) -> nn.Module:
@@ -134,7 +129,7 @@ def check_tokens(config: EncoderConfig) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = describe(create(config), config).eval()
-        images, other = torch.randn(2, 2, num_channels(config), *config.size)
+        images, other = torch.randn(2, 2, config.in_chans, *config.size)
     layout = gives(model).tokens
     num_patches = layout.grid[0] * layout.grid[1]
     keep = torch.stack([torch.randperm(num_patches, generator=torch.Generator().manual_seed(i)) for i in range(2)])
@@ -191,10 +186,10 @@ def _function(config: EncoderConfig) -> Callable:
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return function
-    if num_channels(config) != _CHANNELS and "in_chans" not in parameters:
+    if config.in_chans != _CHANNELS and "in_chans" not in parameters:
         raise UserError(
             f"encoder.name={config.name} has no parameter in_chans, and images have "
-            f"{counted(num_channels(config), 'channel')}; "
+            f"{counted(config.in_chans, 'channel')}; "
             "write one, which takes their number."
         )
     for key in config.kwargs:
@@ -219,7 +214,7 @@ def _is_timms(model: nn.Module) -> bool:
 
 def _images(model: nn.Module, config: EncoderConfig) -> Tensor:
     device = next(model.parameters()).device
-    return torch.zeros(2, num_channels(config), *config.size, device=device)
+    return torch.zeros(2, config.in_chans, *config.size, device=device)
 
 
 def _run(method: Callable, config: EncoderConfig, *inputs: Any) -> Any:
@@ -229,7 +224,7 @@ def _run(method: Callable, config: EncoderConfig, *inputs: Any) -> Any:
         height, width = config.size
         raise UserError(
             f"encoder.name={config.name}: {method.__name__} fails on 2 images of "
-            f"{num_channels(config)} x {height} x {width} with {named_code.reason(error, config.name)}."
+            f"{config.in_chans} x {height} x {width} with {named_code.reason(error, config.name)}."
         ) from error
 
 

@@ -32,6 +32,13 @@ def smoke(folder, *words, code=0):
     return done.stderr if code else json.loads((folder / "smoke.json").read_text())
 
 
+def test_mistakes_are_told_in_a_sentence(tmp_path):
+    command = [sys.executable, f"{BENCHMARKS}/league.py", "--methods", "mae", "--arms", "prelude", "--busy", "1"]
+    for words, told in ((["--data", "nosuch-*.tar", "--test", "t.tar"], "nosuch-*.tar"),):
+        done = subprocess.run([*command, *words, "--out", f"{tmp_path}/o.json"], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr
+
+
 def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated(tmp_path, capsys):
     words = ("--arms", "prelude", "--features", "mean", "stages")  # which a transformer does not have
     assert "mae has no features=stages" in smoke(tmp_path, "--arms", "prelude", "--features", "stages", code=2)
@@ -58,6 +65,10 @@ def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated
 
     before = (run / "metrics.jsonl").stat().st_mtime_ns
     assert smoke(tmp_path, *words)["entries"] == record["entries"]
+    assert "cannot be started" in smoke(tmp_path, *words, "--peers-python", "nosuch", code=2)
+    record["recipes"]["mae"] = "0123456789abcdef"  # as if the file had been another one
+    (tmp_path / "smoke.json").write_text(json.dumps(record))
+    assert "has measured another recipe mae; write another --out" in smoke(tmp_path, *words, code=2)
     assert "was begun with features ['mean', 'stages'], here it is" in smoke(tmp_path, *words, "cls", code=2)
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 

@@ -13,16 +13,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from prelude.data.decode import FORMATS, BadImage, OtherChannels, decode, deep_values
+from prelude.data.decode import BadImage, OtherChannels, decode, deep_values
 from prelude.data.image_files import ARRAY_EXTENSION, MAX_IMAGE_BYTES
 from prelude.data.packing.source import LeftOut
-from prelude.data.stored import stored_values
+from prelude.data.stored import (
+    BITS_PER_SAMPLE,
+    NPY,
+    SAMPLES_PER_PIXEL,
+    TIFF,
+    installed_formats,
+    stored_values,
+)
 
 QUALITY = 90
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif",
                "PPM": "ppm", "JPEG2000": "jp2", "AVIF": "avif"}  # fmt: skip
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "LA": 2, "PA": 4, "RGB": 3, "RGBA": 4, "CMYK": 4, "YCbCr": 3, "LAB": 3, "HSV": 3}
 
 
@@ -85,13 +90,13 @@ def form_of(content: bytes) -> Form:
     if extension_of(content) == ARRAY_EXTENSION:
         return _form_of_array(content, "NPY")
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=installed_formats()) as image:
             return Form(
                 image.format, image.mode, image.height, image.width, _channels(image), _bits(image, content),
                 image.has_transparency_data or image.mode in ("LA", "PA", "RGBA"), getattr(image, "n_frames", 1),
             )  # fmt: skip
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if content.startswith(_TIFF):
+        if content.startswith(TIFF):
             return _form_of_array(content, "TIFF")
         raise BadImage("not an image") from error
 
@@ -104,10 +109,10 @@ def _form_of_array(content: bytes, name: str) -> Form:
 def extension_of(content: bytes) -> str:
     """By the content alone; "" where it is no image."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=installed_formats()) as image:
             return _EXTENSIONS.get(image.format, "")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return "tif" if content.startswith(_TIFF) else ARRAY_EXTENSION if content.startswith(b"\x93NUMPY") else ""
+        return "tif" if content.startswith(TIFF) else ARRAY_EXTENSION if content.startswith(NPY) else ""
 
 
 def as_png(pixels: np.ndarray) -> bytes:
@@ -148,7 +153,7 @@ def _unfit_for_jpeg(form: Form) -> str | None:
 
 def _channels(image: Image.Image) -> int:
     if image.format == "TIFF":
-        return int(image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)) if image.mode != "P" else 3
+        return int(image.tag_v2.get(SAMPLES_PER_PIXEL, 1)) if image.mode != "P" else 3
     return _CHANNELS.get(image.mode, 1)
 
 
@@ -158,7 +163,7 @@ def _bits(image: Image.Image, content: bytes) -> int:
     if image.format == "PNG":
         return content[24]
     if image.format == "TIFF":
-        return int(max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))))
+        return int(max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))))
     if image.format == "PPM":
         header = re.sub(rb"#[^\n]*\n", b" ", content[:4096]).split(maxsplit=4)
         return 1 if header[0] in (b"P1", b"P4") else int(header[3]).bit_length()

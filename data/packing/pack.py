@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prelude.data.class_list import read_classes
 from prelude.data.counting import counted
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import PassedOver
@@ -238,19 +239,6 @@ def _written_classes(packing: Packing) -> tuple[str, ...] | None:
     """Those of another packing in the same folder: the numbers of train and val must mean the same."""
     path = os.path.join(packing.to, CLASSES)
     return read_classes(path) if os.path.exists(path) else None
-
-
-def read_classes(path: str) -> tuple[str, ...]:
-    """The names in a file of one class a line. Raises UserError where it cannot be read or has a name twice."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            names = [line.rstrip("\n") for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); write a text file with one class a line.") from None
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise UserError(f"{path} has the class {twice!r} twice; write each once.")
-    return tuple(names)
 
 
 def _check_classes(source: Source) -> None:

@@ -11,6 +11,7 @@ import os
 
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PassedOver
+from prelude.data.labels import field_of
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
 from prelude.data.remote_shards import named
@@ -102,9 +103,8 @@ class TarSource(Source):
         try:
             if not field:
                 return content.decode().strip()
-            found = json.loads(content)
-            return found.get(field) if isinstance(found, dict) else None
-        except ValueError:
+            return field_of(json.loads(content), field)
+        except (ValueError, RecursionError):
             return None
 
     def _content(self, shard: int, offset: int, size: int) -> bytes:

@@ -6,12 +6,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from prelude.data.decode import BadImage, decode
-from prelude.data.image_folder import ImageFolder
 from prelude.data.open_files import OpenFiles
 from prelude.data.remote_shards import RemoteShard
-from prelude.data.shards import ShardIndex
+from prelude.data.shards import ShardIndex, keys_in
 from prelude.data.stores import without_signature
-from prelude.data.tar_index import keys_by_offset
 from prelude.data.waiting import called
 
 
@@ -35,8 +33,7 @@ class Keys:
     def _of_shard(self, shard: int) -> dict[int, str]:
         if shard != self._shard:
             path = self.index.paths[shard]
-            read = path.keys_by_offset if isinstance(path, ImageFolder) else lambda: keys_by_offset(path)
-            self._keys, self._shard = called(read, f"the headers of {path}"), shard
+            self._keys, self._shard = called(lambda: keys_in(path), f"the headers of {path}"), shard
         return self._keys
 
 

@@ -14,6 +14,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from prelude.checkpoints.convert.fit import fit
+from prelude.checkpoints.source_names import RANDOM
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
@@ -40,7 +41,6 @@ from prelude.pretrain.recipes import read_recipe, validate_config
 
 _NORMS = ("fc_norm", "final_norm", "use_fc_norm", "use_post_transformer_norm")  # arguments that place the last norm
 _FROM_SCRATCH = "_from_scratch"
-_RANDOM = "random:"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def prepare(
     values = completed(values, labelled)
     options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
-        source = source if source.startswith(_RANDOM) else _RANDOM + source
+        source = source if source.startswith(RANDOM) else RANDOM + source
         values["run_dir"] += _FROM_SCRATCH
     opened = open_encoder(source, seed=values.get("seed", 0))
     options_of.pop("name")

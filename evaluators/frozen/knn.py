@@ -103,29 +103,6 @@ def few_warnings(ks: Sequence[int], count: int, of_what: str) -> list[str]:
     return [f"k={max(beyond)} asks for more than the {count} {of_what}, so that all of them vote."] if beyond else []
 
 
-def search(
-    bank: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    num_classes: int,
-    ks: Sequence[int],
-    *,
-    weighted: bool = True,
-    centred: bool = True,
-    temperature: float = TEMPERATURE,
-) -> dict[int, dict[str, Percent]]:
-    """Accuracy by k, on the bank's device.
-
-    bank: (N, D) with labels (N,) in 0..C-1. queries: (Q, D) with query_labels (Q,), -1 where the bank lacks the
-    class. A k above N means all N; of `ks`, those above N are left out, except the headline's.
-    """
-    neighbours = Neighbours(bank, labels, centred=centred, device=bank.device)
-    temperatures = (temperature if weighted else None,)
-    found = classify(neighbours, queries, query_labels, num_classes, ks, temperatures, always=(K,))
-    return {k: numbers for (k, _), numbers in found.items()}
-
-
 def classify(
     bank: Neighbours,
     queries: Tensor,

@@ -87,7 +87,8 @@ class OnlineProbe(Monitor):
             write_whole(self.log, "")
             with open(self.log, "a") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "prelude.evaluators.online.worker"],
+                    # -P: nothing where the run was started hides a module that is found elsewhere.
+                    [sys.executable, "-P", "-m", "prelude.evaluators.online.worker"],
                     env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,

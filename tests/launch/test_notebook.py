@@ -214,6 +214,14 @@ def test_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
     assert run.folder == tmp_path / "a" and run.untrained == f"random:{tmp_path / 'a'}"
 
 
+def test_a_damaged_line_of_a_log_is_left_out(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    lines = ['{"step": 1, "loss": 2.0}', '{"step": 2, "lo\x00', '{"step": 3, "loss": 1.0}', '{"step": 4, "l']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    run = prelude.open_run(tmp_path)
+    assert [record["step"] for record in run.metrics()] == [1, 3] and "step 3, loss 1.0000" in repr(run)
+
+
 def test_results_are_known_by_what_was_written_whatever_the_clock_says(monkeypatch, tmp_path):
     """With each source's run. A file server may be behind; and `~` is the home folder, as at the door."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -9,8 +9,8 @@ import pytest
 from runs import ROOT
 
 from prelude.data.errors import UserError
-from prelude.launch import prelude, recipes
-from prelude.launch.recipe_index import as_page, shipped
+from prelude.launch import prelude, recipe_index, recipes
+from prelude.launch.recipe_index import as_page, as_typed, shipped
 from prelude.objectives import OURS, options_for
 from prelude.pretrain.recipes import load_config
 
@@ -153,3 +153,13 @@ def test_a_line_that_does_not_fit_ends_with_a_whole_word(monkeypatch, capsys):
     cut = [line for line in told if line.endswith(" …")]
     assert cut and max(map(len, told)) <= 80
     assert all(line.split()[-2].rstrip(".;") in {word.rstrip(".;") for word in words} for line in cut)
+
+
+def test_commands_work_where_there_is_no_checkout(monkeypatch, tmp_path):
+    command = RECIPES["mae_vit_base"].command
+    assert "launch/pretrain.py --config configs/mae_vit_base.yaml" in command and as_typed(command) == command
+    monkeypatch.setattr(recipe_index, "SHIPPED", tmp_path / "prelude" / "configs")
+    assert as_typed(command) == command.replace(
+        "launch/pretrain.py --config configs/mae_vit_base.yaml",
+        "--module prelude.launch.pretrain --config mae_vit_base",
+    )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prelude.data.packing.images import extension_of
 from prelude.data.shards import ShardIndex
 from prelude.launch import inspection, prelude
 from prelude.launch.exit_codes import door
@@ -51,6 +52,14 @@ def test_an_image_that_is_left_out_is_exit_code_4(photos, tmp_path, capsys):
     code, out, _ = run(capsys, "pack", photos, "--to", tmp_path / "s")
     assert code == 4 and "1 x not an image" in out and "train.left_out.jsonl" in out
     assert run(capsys, "pack", photos, "--to", tmp_path / "s")[:2] == (4, out)  # told again, not packed again
+
+
+def test_an_image_library_without_a_format_reads_the_others(photos, capsys, monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    assert run(capsys, "info", photos)[0] == 0
+    np.save(photos / "a" / "deep.npy", np.zeros((5, 5, 1), np.uint16))
+    assert extension_of((photos / "a" / "deep.npy").read_bytes()) == "npy"
 
 
 def test_one_of_several_images_of_a_sample_is_looked_at(photos, tmp_path, capsys):

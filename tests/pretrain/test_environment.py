@@ -1,4 +1,5 @@
 import resource
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -40,3 +41,13 @@ def test_a_change_in_any_package_that_is_installed_is_other_code_and_nothing_els
     for path in others:
         path.write_text("x = 2\n")
     assert describe_code()["prelude"] == codes[-1]
+
+
+def test_a_project_around_an_installed_package_gives_it_no_commit(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages" / "prelude" / "pretrain" / "x.py"))
+    assert environment.describe_environment()["commit"] == ""
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "pretrain" / "x.py"))
+    assert len(environment.describe_environment()["commit"]) == 40

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.errors import UserError
-from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing.comparison import Picture
 from prelude.evaluators.dense import attention
 from prelude.evaluators.dense.correspondence import rows_of, see
 from prelude.evaluators.dense.drawing import GAP, PAPER, TILE, heat, tile, to_png
+from prelude.evaluators.dense.samples import read_samples
 from prelude.evaluators.features.dense import default_dense_kind
 from prelude.evaluators.features.extraction import Features, evaluation_plan
 from prelude.evaluators.frozen.exact_search import Neighbours
@@ -42,7 +42,7 @@ def pictures_of(
     indexes: the shards of train and of test. train, test: features of one kind, which decide what is near.
     """
     rows = spread_over_classes(test.labels, NUM_IMAGES, seed)
-    queries = read(opened, indexes[1], test.sample_ids[rows])
+    queries = read_samples(indexes[1], evaluation_plan(opened), test.sample_ids[rows].tolist())
     pictures = [neighbours(opened, indexes[0], train, test, rows, queries)]
     return [*pictures, *filter(None, (heat_maps(opened, queries), alike(opened, queries)))]
 
@@ -50,10 +50,11 @@ def pictures_of(
 def neighbours(
     opened: OpenedEncoder, index: ShardIndex, train: Features, test: Features, rows: Tensor, queries: Tensor
 ) -> Picture:
-    """rows: (Q,) of the test images that `queries` (Q, C, H, W) shows, as `read` does. index: of the train images."""
+    """rows: (Q,) of the test images, which `queries` (Q, C, H, W) are views of. index: of the train images."""
     plan = evaluation_plan(opened)
     near = nearest(train.values, test.values[rows], NUM_NEIGHBOURS)  # (Q, k)
-    found = shown(read(opened, index, train.sample_ids[near.flatten()]), plan).unflatten(0, near.shape)
+    seen = read_samples(index, plan, train.sample_ids[near.flatten()].tolist())
+    found = shown(seen, plan).unflatten(0, near.shape)
     queries = shown(queries, plan)
     same = same_label(train.labels[near], test.labels[rows][:, None])
     side = TILE + 2 * GAP
@@ -140,15 +141,6 @@ def same_label(mine: Tensor, theirs: Tensor) -> Tensor:
     """(Q, k) bool of class numbers (Q, k) and (Q, 1), or of findings (Q, k, L) and (Q, 1, L), all of them alike."""
     equal = (mine == theirs) | (mine.isnan() & theirs.isnan())
     return equal if mine.ndim == 2 else equal.all(-1)
-
-
-def read(opened: OpenedEncoder, index: ShardIndex, sample_ids: Tensor) -> Tensor:
-    """(n, C, H, W) views that the encoder is judged on, in the order of `sample_ids`; repeats are fine."""
-    wanted = np.unique(sample_ids.numpy())
-    by_id = {}
-    for batch in one_pass(index, evaluation_plan(opened), batch_size=len(wanted), samples=wanted):
-        by_id |= dict(zip(batch.sample_ids.tolist(), batch.views[0], strict=True))
-    return torch.stack([by_id[sample] for sample in sample_ids.tolist()])
 
 
 def _frame(page: Image.Image, corner: tuple[int, int], same: bool) -> None:

@@ -195,6 +195,15 @@ def test_texts_and_json_fields_become_classes(shards, packed, label, field):
         packed(shards, to="third", options={"group": "pateint"})
 
 
+def test_a_field_within_a_field_is_a_label(tmp_path, write_tar, picture, packed):
+    said = [{"patient": {"sex": sex}} for sex in ("f", "m", "f")]
+    members = [(f"{n}.png", picture(n, "PNG")) for n in range(3)]
+    members += [(f"{n}.json", json.dumps(one).encode()) for n, one in enumerate(said)]
+    write_tar(tmp_path / "old" / "0.tar", sorted(members))
+    folder, _ = packed(tmp_path / "old" / "0.tar", options={"label": ("json:patient.sex",)})
+    assert (folder / "classes.txt").read_text().splitlines() == ["f", "m"]
+
+
 def test_the_image_is_taken_by_name(tmp_path, write_tar, picture, packed):
     names = ("left.png", "right.png", "png", "jpg")
     content = {name: picture(n, "JPEG" if name == "jpg" else "PNG") for n, name in enumerate(names)}

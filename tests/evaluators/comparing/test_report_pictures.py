@@ -15,7 +15,8 @@ from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing.report import pictures
 from prelude.evaluators.comparing.report.pictures import pictures_of
 from prelude.evaluators.dense import attention, drawing
-from prelude.evaluators.features.extraction import extract
+from prelude.evaluators.dense.samples import read_samples
+from prelude.evaluators.features.extraction import evaluation_plan, extract
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.pretrain.config import EncoderConfig
 
@@ -143,7 +144,7 @@ def test_the_sheet_shows_each_query_beside_its_neighbours_framed_by_their_class(
     near_sheet, looked_at, correspond = pictures_of(encoder, shards, train, test, seed=1)
     rows = pictures.spread_over_classes(test.labels, pictures.NUM_IMAGES, 1)
     near = brute_force(train.values, test.values[rows], pictures.NUM_NEIGHBOURS)
-    images = pictures.read(encoder, shards[0], train.sample_ids)  # (N, 3, 16, 16)
+    images = read_samples(shards[0], evaluation_plan(encoder), train.sample_ids.tolist())  # (N, 3, 16, 16)
     page = np.asarray(Image.open(io.BytesIO(near_sheet.png)).convert("RGB")).astype(int)
     same = 0
     for r, (row, chosen) in enumerate(zip(rows.tolist(), near, strict=True)):

@@ -13,10 +13,19 @@ from prelude.evaluators.features.extraction import extract
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.evaluators.frozen import knn as module
 from prelude.evaluators.frozen import pieces
-from prelude.evaluators.frozen.knn import knn, search
+from prelude.evaluators.frozen.exact_search import Neighbours
+from prelude.evaluators.frozen.knn import K, classify, knn
 from prelude.evaluators.frozen.splits import hold_out
 
 CIFAR = Path(__file__).resolve().parents[4] / "shared" / "data" / "cifar10"
+
+
+def search(bank, labels, queries, query_labels, num_classes, ks, *, weighted=True, centred=True, temperature=0.07):
+    """Accuracy by k of one bank (N, D), as `knn` counts it; without `weighted`, every neighbour has one vote."""
+    neighbours = Neighbours(bank, labels, centred=centred, device=bank.device)
+    temperatures = (temperature if weighted else None,)
+    found = classify(neighbours, queries, query_labels, num_classes, ks, temperatures, always=(K,))
+    return {k: numbers for (k, _), numbers in found.items()}
 
 
 def brute_force(bank, labels, queries, num_classes, k, temperature, weighted, centred):
