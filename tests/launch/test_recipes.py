@@ -159,7 +159,5 @@ def test_commands_work_where_there_is_no_checkout(monkeypatch, tmp_path):
     command = RECIPES["mae_vit_base"].command
     assert "launch/pretrain.py --config configs/mae_vit_base.yaml" in command and as_typed(command) == command
     monkeypatch.setattr(recipe_index, "SHIPPED", tmp_path / "prelude" / "configs")
-    assert as_typed(command) == command.replace(
-        "launch/pretrain.py --config configs/mae_vit_base.yaml",
-        "--module prelude.launch.pretrain --config mae_vit_base",
-    )
+    here = "launch/pretrain.py --config configs/mae_vit_base.yaml"
+    assert as_typed(command) == command.replace(here, "--module prelude.launch.pretrain --config mae_vit_base")
