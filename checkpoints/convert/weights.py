@@ -58,7 +58,7 @@ class Weights:
 
 def _rounding(values: Tensor) -> float:
     """How far values up to 1 may be off that were kept in half precision, whatever they have now."""
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float16):  # what the first can hold, the second almost always can
         if torch.equal(values.to(dtype).to(values.dtype), values):
             return torch.finfo(dtype).eps / 2
     return 0.0

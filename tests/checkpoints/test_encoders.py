@@ -224,10 +224,10 @@ def test_an_export_replaces_an_export_and_nothing_else(make_run, tmp_path):
     run, _ = make_run(ARCHITECTURES["resnet"], steps=(5, 7))
     to = tmp_path / "export"
     first = export_encoder(str(run / "checkpoints" / "step-00000005"), to)
-    (to / "leftover").touch()
+    (to / "encoder.onnx").touch()  # left of another format
     second = export_encoder(str(run), to)
     assert open_encoder(str(to)).fingerprint == second.fingerprint != first.fingerprint
-    assert not (to / "leftover").exists()
+    assert not (to / "encoder.onnx").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").touch()

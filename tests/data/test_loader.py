@@ -166,6 +166,7 @@ def test_the_state_is_small_and_plain(index):
     assert len(json.dumps(state)) < 400
     assert set(state) == {
         "version", "exact", "seed", "samples", "num_samples", "fingerprint", "streams", "window", "span", "views",
+        "label",
     }  # fmt: skip
 
 

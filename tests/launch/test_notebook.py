@@ -229,10 +229,13 @@ def test_results_are_known_by_what_was_written_whatever_the_clock_says(monkeypat
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "evaluations").mkdir()
 
+    written = []
+
     def judge(door, words, **_):
-        for number, source in enumerate(words[1::-1]):
+        for source in words[1::-1]:
             name = "a" if source == str(tmp_path / "a") else "b"
-            path = tmp_path / name / "evaluations" / f"{number}.json"
+            written.append(source)
+            path = tmp_path / name / "evaluations" / f"{len(written)}.json"
             path.write_text(json.dumps({"source": source, "command": f"prelude {door} {shlex.join(words)}"}))
             os.utime(path, (1, 1))
 

@@ -173,7 +173,7 @@ def test_a_range_of_values_is_two_numbers_or_auto(capsys):
     words = ["runs/x", "--train", "a.tar", "--test", "b.tar", "--range"]
     assert parse(knn.parser(), [*words, "0,4095"]).range == (0, 4095)
     assert parse(knn.parser(), [*words, "-1000,400"]).range == (-1000, 400)
-    assert parse(shards_parser(""), ["info", "ct", "--range", "-1000,400"]).range == (-1000, 400)
+    assert shards_parser("").parse_args(["info", "ct", "--range", "-1000,400"]).range == (-1000, 400)
     assert parse(knn.parser(), [*words, "auto"]).range == "auto"
     for wrong in ("5", "9,2", "a,b", "1,2,3", ""):
         with pytest.raises(SystemExit):

@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(group, tmp_path)
     assert labels.known.tolist() == [True, False, False, True, True, False, False]
     groups = labels.groups.tolist()
     assert groups[0] == groups[1] != groups[3] == groups[2] and groups[4] not in groups[:4]
-    with pytest.raises(UserError, match="field 'pateint' in a .json member"):
+    with pytest.raises(UserError, match="no field 'pateint'"):
         label_vectors(index, VectorFormat(("a",), "labels", group.replace("patient", "pateint")))
 
 
