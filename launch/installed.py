@@ -26,6 +26,7 @@ from prelude.launch.loading import PACKAGES
 
 DISTRIBUTION = "prelude-ssl"
 PATIENCE_SECONDS = 300
+_LAST_WORDS_SECONDS = 5.0
 DRIVER = Path("/proc/driver/nvidia/version")
 PCI = Path("/sys/bus/pci/devices")
 _NVIDIA, _DISPLAYS = "0x10de", "0x03"
@@ -134,7 +135,8 @@ class Loading:
                 errors="replace", start_new_session=True,
             )  # fmt: skip
             threading.Thread(target=self._read, daemon=True).start()
-            threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+            self.listening = threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True)
+            self.listening.start()
         except (OSError, RuntimeError) as error:  # a limit on files, on processes, on threads
             self.not_started = str(error)
         return self
@@ -179,6 +181,7 @@ class Loading:
         again = f"reinstall it (`pip install --force-reinstall {name}`), and compare its version with torch's"
         if about is None:
             code = self.process.wait()
+            self.listening.join(_LAST_WORDS_SECONDS)  # not for good: a process that it started may hold the pipe
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             last = next((line.strip() for line in reversed(self.errors) if line.strip()), "it said nothing")
             hint = "it is built for other processors" if code == -signal.SIGILL else f"the last that it said: {last}"
