@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -133,9 +134,11 @@ def _has_ended(saved: dict | None, config: Config, options: type[BaseModel]) -> 
 
 
 def _records(path: Path, step: int | None, kind: str | None = None) -> list[dict]:
-    """By growing step, each step once; only those of `kind` where it is given."""
-    found = {}
-    for record in read_lines(path):
+    """By growing step, each step once; only those of `kind` where it is given. None of a file that cannot be read."""
+    found, lines = {}, []
+    with suppress(OSError):
+        lines = read_lines(path)
+    for record in lines:
         if (step is None or record["step"] <= step) and (kind is None or record.get("kind") == kind):
             found[record["step"]] = record
     return [found[number] for number in sorted(found)]

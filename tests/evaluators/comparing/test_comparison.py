@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from prelude.data.errors import UserError
-from prelude.evaluators.comparing import gathering
+from prelude.evaluators.comparing import gathering, run_record
 from prelude.evaluators.comparing.comparison import Comparison, Entry, Picture
 from prelude.evaluators.comparing.gathering import Named, in_words, line_up
 from prelude.evaluators.comparing.headline import gain, headline
@@ -66,6 +66,14 @@ def test_an_early_checkpoint_is_not_charged_for_the_whole_run(run):
 
 def test_a_run_that_logged_nothing_has_no_cost(tmp_path):
     assert cost_of(tmp_path) is None and curves_of(tmp_path) == []
+
+
+def test_a_log_that_cannot_be_read_costs_nobody_a_comparison(run, monkeypatch):
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(run_record, "read_lines", unreadable)
+    assert cost_of(run) is None and curves_of(run) == []
 
 
 def test_curves_take_the_later_of_two_lines_of_a_step(run):
