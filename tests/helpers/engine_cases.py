@@ -35,7 +35,7 @@ SIZE = 8
 COMMON = {"epochs": 1.2, "global_batch": 8, "precision": "fp32"}
 # Small parameters, which all of these are, would be kept whole
 IN_PARTS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-RARELY = {"every_steps": 100}
+RARELY, HALF = {"every_steps": 100}, {"precision": "fp16"}
 PEAK_MEMORY = 1000  # of rank 0; of rank 1 twice as much
 BAD_A_STEP = 4  # samples that cannot be read, beside 8 that can
 CASES = {
@@ -61,9 +61,10 @@ CASES = {
     "all_bad": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100)},
     "all_bad_hardly_logged": {"train": {"max_nonfinite_steps": 3}, "bad_steps": range(100), "log": RARELY},
     "bf16": {"train": {"precision": "bf16"}},
-    # Whose gradients are scaled; Adam would not mind, so that it is SGD that shows whether they are brought back
-    "fp16_clipped": {"train": {"precision": "fp16", "gradient_clipping": 0.05}, "optimizer": {"name": "sgd"}},
-    "fp16_one_bad_step": {"train": {"precision": "fp16"}, "bad_steps": [2]},
+    # Whose gradients are scaled, and overflow at first unless the loss is small. Adam would not mind the scale, so that
+    # it is SGD that shows whether they are brought back
+    "fp16_clipped": {"train": HALF | {"gradient_clipping": 0.05}, "optimizer": {"name": "sgd"}, "loss_weight": 0.1},
+    "fp16_one_bad_step": {"train": HALF, "bad_steps": [2], "loss_weight": 0.1},
     # What is drawn from torch's generator, as drop path does; then again, and with another seed
     "drawing": {"train": {}, "draws": True},
     "drawing_again": {"train": {}, "draws": True},
@@ -82,15 +83,15 @@ CASES = {
 class Regression(Objective):
     """A model small enough to be checked by hand, with an EMA copy and a loss, or activations, that can be poisoned.
 
-    follows: whether the EMA copy does. draws: whether what torch's generator gives is logged.
+    follows: whether the EMA copy does. draws: whether what torch's generator gives is logged. weight: of the loss.
     """
 
-    def __init__(self, bad_steps=(), norm=False, follows=True, draws=False):
+    def __init__(self, bad_steps=(), norm=False, follows=True, draws=False, weight=1.0):
         super().__init__(nn.Linear(3 * SIZE * SIZE, 4), Options(), image_size=(SIZE, SIZE), mean=None, std=None)
         self.views = ViewPlan((View((SIZE, SIZE)),))
         self.head = nn.Linear(4, 1)
         self.register_buffer("average", self.head.weight.detach().clone())
-        self.bad_steps, self.follows, self.draws = set(bad_steps), follows, draws
+        self.bad_steps, self.follows, self.draws, self.weight = set(bad_steps), follows, draws, weight
         self.norm = nn.BatchNorm1d(4) if norm else None
         self.statistics: list[dict[str, list]] = []  # of the norm, after each step
         synchronise(self)
@@ -103,7 +104,7 @@ class Regression(Objective):
         if self.norm is not None:
             hidden = self.norm(hidden * math.inf if bad else hidden)
         target = (batch.seeds % 7).float()[:, None] / 7
-        loss = (self.head(hidden).float() - target).square().mean()
+        loss = self.weight * (self.head(hidden).float() - target).square().mean()
         if bad:
             loss = loss * math.nan
         parts = {"mean_output": hidden.detach().mean()} | ({"drawn": torch.rand(())} if self.draws else {})
@@ -119,7 +120,8 @@ class Regression(Objective):
 def objective_of(case: dict, bad_steps=()) -> Regression:
     """At ZeRO stage 3 nothing can follow weights of which each rank has a part."""
     follows = case["train"].get("zero_stage", 0) < 3
-    return Regression(bad_steps, case.get("norm", False), follows, case.get("draws", False))
+    others = case.get("draws", False), case.get("loss_weight", 1.0)
+    return Regression(bad_steps, case.get("norm", False), follows, *others)
 
 
 class PartlyUnreadable(MemoryLoader):

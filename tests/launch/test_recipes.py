@@ -11,12 +11,36 @@ from runs import ROOT
 from prelude.data.errors import UserError
 from prelude.launch import prelude, recipe_index, recipes
 from prelude.launch.recipe_index import as_page, as_typed, shipped
-from prelude.objectives import OURS, options_for
+from prelude.objectives import OURS, objective_class, options_for
+from prelude.objectives.sparse_check import total_stride
+from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.recipes import load_config
 
 RECIPES = {recipe.name: recipe for recipe in shipped()}
 ONE_GPU = [name for name, recipe in RECIPES.items() if "on one GPU of 24 GiB" in recipe.trains]
 VITS, CONVNETS = {"mae", "simmim", "ijepa", "dseqjepa"}, {"spark", "fcmae"}  # alone; the others take all three
+# Cells, and how many of them stay so: a share of 0.4, by SparK to the nearest number, by FCMAE rounded down
+VISIBLE = {
+    "spark_convnext_base": (49, 20),
+    "spark_convnext_cifar10": (16, 6),
+    "spark_convnext_large": (49, 20),
+    "spark_convnext_small": (49, 20),
+    "spark_convnext_tiny_224": (49, 20),
+    "spark_convnext_tiny_96": (36, 14),
+    "spark_resnet101": (49, 20),
+    "spark_resnet152": (49, 20),
+    "spark_resnet18_cifar10": (16, 6),
+    "spark_resnet200": (49, 20),
+    "spark_resnet50": (49, 20),
+    "spark_resnet50_224": (49, 20),
+    "spark_resnet50_96": (9, 4),
+    "fcmae_cifar10": (16, 6),
+    "fcmae_convnext_tiny_224": (49, 19),
+    "fcmae_convnext_tiny_96": (36, 14),
+    "fcmae_convnextv2_base": (49, 19),
+    "fcmae_resnet50_224": (49, 19),
+    "fcmae_resnet50_96": (9, 3),
+}
 
 
 def told(capsys, *argv: str) -> str:
@@ -141,6 +165,22 @@ def test_a_recipe_of_one_gpu_is_what_its_name_says(name):
     if config.encoder.name == "resnet50" and config.objective["name"] in CONVNETS:
         assert accumulation == 1  # batch norm sees what is held at once
     assert micro_batch & (micro_batch - 1) == 0
+
+
+def test_a_convnet_s_images_are_hidden_in_as_many_cells_as_its_recipe_says():
+    """As it is resolved: most are built on others."""
+    found = {}
+    for name, recipe in RECIPES.items():
+        if recipe.objective not in CONVNETS:
+            continue
+        config = load_config(name, [], options_for)
+        settings, (height, width) = config.objective, config.encoder.size
+        cell = settings.get("mask_patch") or total_stride(lay_out_encoder(config.encoder), name, (height, width))
+        cells = (height // cell) * (width // cell)
+        found[name] = (cells, objective_class(recipe.objective).kept(cells, settings["mask_ratio"]))
+        published = {"spark": (0.67, 1.0), "fcmae": (0.2, 1.0)}[recipe.objective]
+        assert (settings["mask_ratio"], settings["crop_scale"]) == (0.6, published), name
+    assert found == VISIBLE
 
 
 def test_a_line_that_does_not_fit_ends_with_a_whole_word(monkeypatch, capsys):

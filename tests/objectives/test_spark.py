@@ -1,7 +1,5 @@
 """SparK: what is hidden, what is predicted, what the loss reads, and what cannot work."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
@@ -13,11 +11,8 @@ from prelude.objectives import check_objective, options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.masked_cells import Reconstruction
 from prelude.objectives.masking import mask_noise, random_mask
-from prelude.objectives.spark import SparK
-from prelude.objectives.sparse_check import total_stride
-from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.recipes import load_config, validate_config
+from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
 
 RESNET = {
@@ -317,33 +312,3 @@ def test_what_cannot_work_is_refused_with_what_can(encoder, objective, message):
 @pytest.mark.parametrize("encoder", [RESNET, CONVNEXT, {"name": "resnet18", "image_size": 64}])
 def test_small_images_work_where_the_stride_fits(encoder):
     check_objective(a_config(encoder))
-
-
-RECIPES = {  # cells, and those of them that stay visible
-    "spark_convnext_base": (49, 20),
-    "spark_convnext_cifar10": (16, 6),
-    "spark_convnext_large": (49, 20),
-    "spark_convnext_small": (49, 20),
-    "spark_convnext_tiny_224": (49, 20),
-    "spark_convnext_tiny_96": (36, 14),
-    "spark_resnet101": (49, 20),
-    "spark_resnet152": (49, 20),
-    "spark_resnet18_cifar10": (16, 6),
-    "spark_resnet200": (49, 20),
-    "spark_resnet50": (49, 20),
-    "spark_resnet50_224": (49, 20),
-    "spark_resnet50_96": (9, 4),
-}
-
-
-def test_every_recipe_hides_as_much_as_the_paper_s():
-    """As it is resolved: most are built on others."""
-    found = {}
-    for path in (Path(__file__).parents[2] / "configs").glob("spark_*.yaml"):
-        config = load_config(path, [], options_for)
-        settings, (height, width) = config.objective, config.encoder.size
-        cell = settings["mask_patch"] or total_stride(lay_out_encoder(config.encoder), path.stem, (height, width))
-        num_cells = (height // cell) * (width // cell)
-        found[path.stem] = (num_cells, SparK.kept(num_cells, settings["mask_ratio"]))
-        assert (settings["mask_ratio"], settings["crop_scale"]) == (0.6, (0.67, 1.0)), path
-    assert found == RECIPES
