@@ -18,6 +18,7 @@ from prelude.checkpoints.exporting.programs import Traced, trace, write_program
 from prelude.checkpoints.exporting.publish import published
 from prelude.checkpoints.exporting.timm_folder import takes_any_size, write_timm
 from prelude.checkpoints.exporting.transformers_folder import is_converted, write_transformers
+from prelude.checkpoints.source_names import has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.errors import UserError
 from prelude.pretrain.own_encoder import is_own
@@ -74,6 +75,9 @@ def export_formats(
     """`export_encoder` to one format or more. Several lie in folders of `to`, each named as its format, and all of them
     appear together or none does."""
     to, formats = Path(to), list(dict.fromkeys(formats))
+    read_back = {"timm", "transformers"} & set(formats)
+    if not read_back and has_folder(source) and path_of(source).absolute() == to.absolute():
+        raise UserError(f"{to} would be replaced by programs, whose weights are not read back; name another folder.")
     with published(to) as draft:
         encoder = open_encoder(source)
         for format in formats:

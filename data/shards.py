@@ -32,7 +32,7 @@ from prelude.data.labels import extension_of, label_name
 from prelude.data.patterns import expand, is_remote
 from prelude.data.places import Chained, Places, Taken
 from prelude.data.remote_shards import RemoteShard, named, remote_shards, shard_name
-from prelude.data.tar_index import keys_by_offset
+from prelude.data.tar_index import SEVERAL, keys_by_offset
 from prelude.data.value_range import resolved
 from prelude.data.waiting import called, moved
 
@@ -266,11 +266,17 @@ class ShardIndex:
     def _nothing_found(self, shards) -> str:
         found = [problem for problems in self.problems.values() for problem in problems]
         first = f" (the first problem: {found[0].reason}, {found[0].where})" if found else ""
+        there = f"data.shards={shards!r} matches {counted(len(self.paths), 'file')} on {socket.gethostname()}"
+        if any(problem.reason == SEVERAL for problem in found):
+            return (
+                f"{there} whose samples hold several images{first}; say which is meant by its extension, as "
+                "data.image=left.jpg or --image left.jpg."
+            )
+        if name := next(filter(None, self.images_named), ""):
+            return f"{there} without a single .{name} member{first}; correct data.image, or --image, or leave it out."
         return (
-            f"data.shards={shards!r} matches {counted(len(self.paths), 'file')} on {socket.gethostname()} without a "
-            f"single "
-            f"image{first}; write tar files whose members are named like 000123.jpg, or make them of what is there: "
-            f"prelude shards pack SOURCE --to DIR."
+            f"{there} without a single image{first}; write tar files whose members are named like 000123.jpg, or make "
+            "them of what is there: prelude shards pack SOURCE --to DIR."
         )
 
 

@@ -38,6 +38,7 @@ _SAMPLED = 64  # images of a shard whose middle is part of its content's hash, b
 MOST_LABELS = 32  # extensions of one shard that are looked for at once
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own metadata members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+SEVERAL = "several images under one key"
 
 
 class Problem(NamedTuple):
@@ -212,7 +213,7 @@ def _with_image(
             problems.append(Problem(f"no .{named} member" if named else "no image", key))
         elif "." in extension and images > 1:  # `photo.1.jpg`, `photo.2.jpg`
             where = f"{key} (a key ends at the first dot of a file's name)"
-            problems.append(Problem("several images under one key", where, images))
+            problems.append(Problem(SEVERAL, where, images))
         elif files[extension].size == 0 or files[extension].size > MAX_IMAGE_BYTES:
             reason = "image too large" if files[extension].size else "empty image"
             problems.append(Problem(reason, f"{key}.{extension}"))

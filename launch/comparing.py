@@ -1,6 +1,7 @@
 """A comparison from its sources to its page: what has to be trained is trained, all are judged, all is written."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -58,6 +59,8 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             f"`prelude compare` without one, and write --ranks {distributed.world_size()}."
         )
     refuse_without_effect(args, recipes)
+    if distributed.is_main():
+        refuse_no_folder(args.out)
     labelled, evaluators = task_of(args, [str(recipes.get(source, source)) for source in args.sources])
     kinds, settings["out"] = gathering.kinds_of(args.features), None
     judging = Judging(evaluators, labelled, kinds=kinds, bank=args.bank, keep_fits=True, **settings)
@@ -123,6 +126,14 @@ def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
             )
     for recipe, *words in args.finetune:
         check_recipe(recipe, last_of_each(["run_dir=of-the-comparison", *words]))
+
+
+def refuse_no_folder(out: str) -> None:
+    """Before hours of work: what could not be written then. Raises UserError."""
+    place = Path(out).absolute()
+    there = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"--out {out} is no folder that can be written; choose another.")
 
 
 def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled, list[Evaluator]]:

@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.results import print_table
 
     console, run = Console(stderr=True, highlight=False), Path(args.run_dir)
-    shards, before = run / "shapes", recorded_config(run).get("seed", args.seed)
-    if before != args.seed:
+    shards, recorded = run / "shapes", recorded_config(run)
+    if recorded and not shards.is_dir():
+        raise UserError(f"{run} holds a run that quickstart has not made; write --run-dir with another folder.")
+    if (before := recorded.get("seed", args.seed)) != args.seed:
         raise UserError(f"{run} was made with --seed {before}; write that seed, or --run-dir with another folder.")
     console.print(f"[bold]1 of 4[/] making {NUM_TRAIN} + {NUM_TEST} images of shapes in {shards}")
     write_shards(shards, "train", NUM_TRAIN, seed=args.seed)

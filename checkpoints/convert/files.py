@@ -37,17 +37,12 @@ def read_file(path: Path) -> dict:
             f"{path} is no plain file of weights ({_reason(error)}), and a pickle can run code; where you trust it, "
             "load it yourself and save its tensors with safetensors.torch.save_file."
         ) from None
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        SafetensorError,
-        zipfile.BadZipFile,
-    ) as error:
+    except UserError:
+        raise
+    except (OSError, RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); fetch or save it again.") from None
+    except Exception:  # torch takes any bytes for a pickle, whose machine then fails in any way
+        raise UserError(f"{path} is no file of weights; write one that is, or a folder of a run.") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__} and no weights by name; write a file that does.")
     return tree

@@ -16,7 +16,7 @@ from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
 from prelude.data.remote_shards import named
 from prelude.data.shards import expand_shards, is_remote
-from prelude.data.tar_index import image_extension, samples_of
+from prelude.data.tar_index import SEVERAL, image_extension, samples_of
 
 
 class TarSource(Source):
@@ -67,7 +67,7 @@ class TarSource(Source):
             images = [ext for ext in files if ext.rpartition(".")[2] in known]
             several = not image and extension is not None and "." in extension and len(images) > 1
             if extension is None or several:
-                reason = "several images under one key" if several else f"no {image or 'image'}"
+                reason = SEVERAL if several else f"no {image or 'image'}"
                 self.passed_over.append(PassedOver(name, reason, True))
                 continue
             self.names.append(name)

@@ -53,7 +53,11 @@ def group_numbers(indexes: Sequence[ShardIndex], group: str) -> list[Tensor]:
     found = []
     for place, index in enumerate(indexes):
         index = index.with_label(group)
-        reader, groups = plain_reader(index), torch.zeros(index.num_samples, dtype=torch.int64)
+        try:
+            reader = plain_reader(index)
+        except UserError as error:
+            raise UserError(f"Groups of images cannot be read from {group}: {error}") from None
+        groups = torch.zeros(index.num_samples, dtype=torch.int64)
         for i, content in enumerate(label_members(index)):
             try:
                 key = ("alone", place, i) if content is None else ("group", str(reader.plain(content)))

@@ -289,6 +289,8 @@ def test_several_formats_come_together_or_not_at_all(source, tmp_path, capsys):
         door.main([encoder, "--to", str(tmp_path / "kept")])  # which holds others, of whatever runs
     assert all(is_export(folder) for folder in kept)
     shutil.rmtree(tmp_path / "kept")
+    with pytest.raises(UserError, match="out would be replaced by programs, whose weights are not read back"):
+        door.main([str(to), "--to", str(to), "--format", "torch"])
     (to / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=f"{to / 'notes.txt'} is no file of an export, and would be lost"):
         door.main([encoder, "--to", str(to)])

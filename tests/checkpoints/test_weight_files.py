@@ -5,6 +5,7 @@ import torch
 from published import METHODS
 from safetensors.torch import save_file
 
+from prelude.checkpoints.convert.files import read_file
 from prelude.checkpoints.sources import open_encoder
 from prelude.data.errors import UserError
 
@@ -63,3 +64,14 @@ def test_a_pickle_named_safetensors_is_read(tmp_path):
 def test_a_wrapped_encoder_alone_is_not_taken_for_a_fine_tuned_one(tmp_path):
     encoder = {name: tensor for name, tensor in state().items() if not name.startswith("head.")}
     assert opened({"model": encoder, "epoch": 3}, tmp_path / "weights.pth").origin["format"] == "ViT, timm layout"
+
+
+@pytest.mark.parametrize(
+    "content", [b"step-00000320", b".", b"hello", b"run_dir: runs/mae\nseed: 0\n", b"\x80\x02", b"(" * 50]
+)
+def test_a_file_of_something_else_is_a_sentence(content, tmp_path):
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(
+        UserError, match=f"{tmp_path / 'latest'} (is no file of weights|is no plain file|cannot be read)"
+    ):
+        read_file(tmp_path / "latest")

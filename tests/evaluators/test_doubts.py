@@ -307,8 +307,16 @@ def test_settings_that_have_no_answer_are_refused():
             segment_knn({}, {}, **setting)
 
 
+def test_a_quickstart_leaves_a_run_that_is_not_its_own_alone(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match="holds a run that quickstart has not made; write --run-dir"):
+        prelude.main(["quickstart", "--run-dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_a_quickstart_with_another_seed_leaves_the_run_of_before_alone(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "shapes").mkdir()
     with pytest.raises(UserError, match="was made with --seed 0; write that seed, or --run-dir with another folder"):
         prelude.main(["quickstart", "--seed", "1", "--run-dir", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert not list((tmp_path / "shapes").iterdir())

@@ -431,6 +431,7 @@ def test_fine_tuning_and_recipes_are_given_the_same_part_of_the_shards():
     ("wrong", "told"),
     [
         (["--images", "100"], "--images has no effect"),
+        (["--out", "/proc/nowhere"], "--out /proc/nowhere is no folder that can be written; choose another"),
         (["--finetune", "finetune_vit_cifra10"], "did you mean finetune_vit_cifar10"),
         (["--finetune", "finetune_vit_cifar10", "objective.droppath=0.1"], "objective.droppath does not exist"),
         (["--finetune", "finetune_vit_cifar10", "run_dir=x"], "run_dir=... is each run's own in a comparison"),

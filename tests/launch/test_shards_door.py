@@ -73,7 +73,10 @@ def test_one_of_several_images_of_a_sample_is_looked_at(photos, tmp_path, capsys
     for action in ("info", "verify"):
         code, out, _ = run(capsys, action, tmp_path / "pairs.tar", "--image", "left.png")
         assert code == 0 and "4 x PNG" in out and "data.mean=" in out
-        assert run(capsys, action, tmp_path / "pairs.tar")[0] == 2
+        code, _, err = run(capsys, action, tmp_path / "pairs.tar")
+        assert code == 2 and "hold several images" in err and "--image left.jpg" in err
+        code, _, err = run(capsys, action, tmp_path / "pairs.tar", "--image", "middle.png")
+        assert code == 2 and "without a single .middle.png member" in err and "correct data.image, or --image" in err
 
 
 @pytest.mark.parametrize(
