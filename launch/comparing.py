@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -132,8 +133,10 @@ def refuse_no_folder(out: str) -> None:
     """Before hours of work: what could not be written then. Raises UserError."""
     place = Path(out).absolute()
     there = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"--out {out} is no folder that can be written; choose another.")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError:
+        raise UserError(f"--out {out} is no folder that can be written; choose another.") from None
 
 
 def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled, list[Evaluator]]:

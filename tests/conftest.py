@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from prelude.data.remote_shards import keep_remote_shards
+
 
 def pytest_collection_modifyitems(items):
     """The files that launch come first: they take longest, and whichever file comes last leaves other cores idle."""
@@ -27,6 +29,13 @@ def nobody_is_a_rank():
     _forget_ranks()
     yield
     _forget_ranks()
+
+
+@pytest.fixture(autouse=True)
+def remote_shards_are_kept_where_they_usually_are():
+    """Whatever folder of its own a test names for its process."""
+    yield
+    keep_remote_shards(None, None)
 
 
 def _forget_ranks() -> None:
