@@ -19,7 +19,6 @@ from prelude.data.errors import UserError
 
 CONFIG = "config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError)
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 

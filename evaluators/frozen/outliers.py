@@ -33,8 +33,6 @@ OTHER = torch.iinfo(torch.int64).min  # the label of an image of another data se
 K, COMPONENTS, ROUNDS = 50, 4, 50  # neighbours; Gaussians a class, and rounds of k-means at most
 PASS = 0.95  # of the known
 
-Score = Callable[[Features, Features, int, object], Tensor]  # (train, test, seed, device) to (N,) on the CPU
-
 
 def outliers(
     train: dict[str, Features],
