@@ -1,9 +1,7 @@
 """A comparison from its sources to its page: what has to be trained is trained, all are judged, all is written."""
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -39,7 +37,7 @@ from prelude.launch.compared_runs import last_of_each, named_runs, recipe_of, wi
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
-from prelude.pretrain.files import remedy, write_whole
+from prelude.pretrain.files import refuse_unwritable, remedy, write_whole
 from prelude.pretrain.recipes import nearest_recipe
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
@@ -61,7 +59,7 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
         )
     refuse_without_effect(args, recipes)
     if distributed.is_main():
-        refuse_no_folder(args.out)
+        refuse_unwritable(Path(args.out))
     labelled, evaluators = task_of(args, [str(recipes.get(source, source)) for source in args.sources])
     kinds, settings["out"] = gathering.kinds_of(args.features), None
     judging = Judging(evaluators, labelled, kinds=kinds, bank=args.bank, keep_fits=True, **settings)
@@ -127,16 +125,6 @@ def refuse_without_effect(args: argparse.Namespace, recipes: dict) -> None:
             )
     for recipe, *words in args.finetune:
         check_recipe(recipe, last_of_each(["run_dir=of-the-comparison", *words]))
-
-
-def refuse_no_folder(out: str) -> None:
-    """Before hours of work: what could not be written then. Raises UserError."""
-    place = Path(out).absolute()
-    there = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError:
-        raise UserError(f"--out {out} is no folder that can be written; choose another.") from None
 
 
 def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled, list[Evaluator]]:
@@ -257,6 +245,10 @@ def compared(
 
 def write(comparison: Comparison, out: Path) -> None:
     files = {"comparison.json": to_json(comparison), "table.md": markdown(comparison), "report.html": page(comparison)}
+    if not comparison.evaluators and (out / "comparison.json").exists():
+        print_comparison(comparison)
+        print(f"none was judged, so the earlier comparison in {out} is kept", file=sys.stderr)
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

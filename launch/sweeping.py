@@ -27,7 +27,7 @@ from prelude.launch.combinations import Combination
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.objectives import options_for
 from prelude.pretrain import distributed
-from prelude.pretrain.files import reason, remedy, write_whole
+from prelude.pretrain.files import reason, refuse_unwritable, remedy, write_whole
 
 PROBES = ("linear", "knn")  # the first decides the order
 TITLES = {"linear": "online linear, top-1 %", "knn": "online k-NN, top-1 %"}
@@ -60,6 +60,7 @@ def sweep(args: argparse.Namespace, combinations: Sequence[Combination]) -> int:
     if args.slurm:
         print(batch_script(combinations), end="")
         return 0
+    refuse_unwritable(folder_of(combinations))
     problems: dict[str, str] = {}
     for combination in [] if args.table else combinations:
         try:

@@ -13,10 +13,13 @@ import logging
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from prelude.data.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +87,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Before hours of work for what --out could not take then. Raises UserError."""
+    place = folder.absolute()
+    there = next(known for known in (place, *place.parents) if os.path.lexists(known))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError:
+        raise UserError(f"--out {folder} is no folder that can be written; choose another.") from None
 
 
 def sync_to_disk(path: Path) -> None:

@@ -34,6 +34,7 @@ class _State:
     interruptible = False  # Ctrl-C is a KeyboardInterrupt, which the door catches
     postponed = False
     asked = False
+    obeyed = False  # a request to end was heard and has been done
     then: Callable[[], None] | None = None
     interrupted_at: float | None = None
     before_leaving: list[Callable[[int], None]] = []
@@ -65,6 +66,7 @@ def postponed(then: Callable[[], None] | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        _State.obeyed = _State.obeyed or _State.asked
         _State.postponed, _State.asked, _State.then = False, False, None
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -119,7 +121,8 @@ def _obey(number: int) -> None:
         if again or not (_State.postponed or _State.interruptible):
             _leave(INTERRUPTED, "interrupted")
     elif number in _ENDING and not _State.postponed:
-        _leave(PREEMPTED, f"{signal.Signals(number).name}: ended at once, as there was nothing to save; run it again")
+        why = "" if _State.obeyed else ", as there was nothing to save; run it again"
+        _leave(PREEMPTED, f"{signal.Signals(number).name}: ended at once{why}")
 
 
 def _leave(code: int, text: str) -> None:

@@ -131,6 +131,16 @@ def test_what_cannot_be_had_is_told_before_the_hours_of_pretraining(command, fol
     assert "spark_resnet18_cifar will not be judged: Did you mean the recipe spark_resnet18_cifar10? There is" in told
 
 
+def test_where_none_was_judged_an_earlier_comparison_is_kept(folder, tmp_path, capsys):
+    argv = ["compare", f"{folder}/nothing", "--no-floors", "--out", str(tmp_path / "out")]
+    argv += ["--train", f"{folder}/train-*.tar", "--test", f"{folder}/test-*.tar"]
+    assert prelude.main(argv) == INCOMPLETE and (tmp_path / "out" / "table.md").exists()  # there was none
+    (tmp_path / "out" / "comparison.json").write_text("of hours")
+    assert prelude.main(argv) == INCOMPLETE
+    assert (tmp_path / "out" / "comparison.json").read_text() == "of hours"
+    assert "none was judged, so the earlier comparison" in capsys.readouterr().err
+
+
 def test_a_table_and_a_page_are_written(first, folder):
     table = (folder / "out" / "table.md").read_text()
     assert "| filling | mae |" in table and "- filling: vit_tiny_patch16_224 at 16 px (patch 4" in table

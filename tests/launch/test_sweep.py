@@ -171,6 +171,13 @@ def test_mistakes_are_one_sentence_before_anything_runs(wrong, told, small, tmp_
     assert told in capsys.readouterr().err and trained[0] == [] and not out.exists()
 
 
+def test_a_place_that_takes_no_table_is_refused_before_anything_runs(small, trained, capsys):
+    argv = ["sweep", str(small / "tiny.yaml"), "optimizer.lr=[1e-3]", "--out", "/proc/nowhere"]
+    assert door(lambda: prelude.main(argv)) == 2
+    assert "--out /proc/nowhere is no folder that can be written; choose another" in capsys.readouterr().err
+    assert trained[0] == []
+
+
 def test_the_batch_script_gives_each_index_its_combination_and_requeues(small, tmp_path, capsys):
     out = tmp_path / "with space"
     argv = ["sweep", str(small / "tiny.yaml"), "optimizer.lr=[0.01,0.02]", "seed=[1,2]", "data.channels=3"]

@@ -69,6 +69,13 @@ def test_a_postponed_signal_is_a_request(number, tmp_path):
     assert output.splitlines()[1:] == ["asked", "left"]
 
 
+def test_who_is_told_to_end_once_more_after_saving_is_not_told_that_nothing_was_saved(tmp_path):
+    body = "waiting = False\n" + POSTPONED.replace("raise SystemExit(7)", STUCK_IN_C)
+    process = Process(body, tmp_path).until("here").signal(signal.SIGTERM).until("left")
+    code, output = process.signal(signal.SIGTERM).end()
+    assert code == 75 and output.splitlines()[-1] == "SIGTERM: ended at once"
+
+
 def test_terminating_twice_is_still_a_request_and_ctrl_c_twice_is_not(tmp_path):
     body = "stopping._SAME_INTERRUPT = 0.0\nwaiting = True\n" + POSTPONED
     process = Process(body, tmp_path).until("here")
