@@ -230,7 +230,7 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
             refuse(f"{args.out} was begun with {name} {then}, here it is {here}; write another --out.")
     recipes = {named(method): digest_of(method, args.set) for method in args.methods}
     for name, digest in recipes.items():
-        if record.get("recipes", {}).get(name, digest) != digest:
+        if record.get("recipes", {}).get(name, digest) != digest and has_measured(record, name):
             refuse(
                 f"{args.out} has measured another recipe {name}; write another --out, or give the file another name."
             )
@@ -247,6 +247,11 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
     told = {"shards": data, "versions": record.get("versions", {}) | installed}
     told |= {"recipes": record.get("recipes", {}) | recipes}
     return empty | record | same | features | told
+
+
+def has_measured(record: dict, name: str) -> bool:
+    entries = record["entries"].items()
+    return any(key.startswith(f"{name}/") and "failed" not in entry for key, entry in entries)
 
 
 def digest_of(method: str, changes: list[str]) -> str:

@@ -4,11 +4,16 @@ Only the first rank speaks. The others end at once, unless steps are measured, i
 """
 
 import argparse
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 from prelude.data.counting import counted
+from prelude.data.errors import Stopped
 from prelude.launch.plain_tables import columns, pairs, paragraph
 from prelude.pretrain import compiling, devices, distributed, precision
 from prelude.pretrain.config import Config, LogConfig, ResumeConfig
@@ -96,7 +101,9 @@ def tell_measured(
     device = distributed.start(config.train.rank_timeout_seconds)
     (micro_batch, accumulation), world = planned.preview.batching, distributed.world_size()
     at_once = min(micro_batch, _IMAGES_ON_CPU) if device.type == "cpu" else micro_batch
-    records = _records_of(_short(config, at_once, world, planned.preview.num_samples), objective, loader_of)
+    with _passing_folder() as folder:
+        short = _short(config, at_once, world, planned.preview.num_samples, folder)
+        records = _records_of(short, objective, loader_of)
     if distributed.is_main():
         seconds = median(record.step_seconds for record in records[1:]) * accumulation * micro_batch / at_once
         wait = median(record.data_wait for record in records[1:])
@@ -115,19 +122,33 @@ def tell_measured(
     distributed.stop()
 
 
+@contextmanager
+def _passing_folder() -> Iterator[str]:
+    """For what a run writes beside its store, of one name on all ranks: they compare their configs."""
+    folder = distributed.from_main(tempfile.mkdtemp() if distributed.is_main() else None)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _records_of(config: Config, objective: Objective, loader_of) -> list[StepRecord]:
     loader, kept = loader_of(config), Kept()
-    Engine(config, objective, loader, Nowhere(), [kept]).run()
+    outcome = Engine(config, objective, loader, Nowhere(), [kept]).run()
     loader.close()
+    if outcome.reason == "preempted":
+        raise Stopped("while steps were measured")
     return kept.records
 
 
-def _short(config: Config, micro_batch: int, world_size: int, num_samples: int) -> Config:
+def _short(config: Config, micro_batch: int, world_size: int, num_samples: int, run_dir: str) -> Config:
     """A few steps of it, beginning anew and kept nowhere."""
     batch = micro_batch * world_size
     train = {"global_batch": batch, "micro_batch": micro_batch, "epochs": (_STEPS - 0.5) * batch / num_samples}
     changes = {
-        "train": config.train.model_copy(update=train),
+        "run_dir": run_dir,
+        "train": config.train.model_copy(update=train | {"profile_steps": 0}),
         "log": LogConfig(every_steps=_LOGGED_EVERY, pictures_every_steps=0),
         "resume": ResumeConfig(),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Device:
     name: str  # as a person writes it
-    known_as: str  # a part of what torch calls it
+    known_as: str  # words of what torch calls it; an L40 is no L4
     bf16: float  # TFLOP/s; 0 where it has no such units
     fp16: float
     fp32: float

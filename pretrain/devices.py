@@ -5,6 +5,7 @@ otherwise, without TensorFloat-32. No run reaches its device's peak; MFU, model 
 """
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def here(device: torch.device, precision: str, num_local: int | None = None) -> 
         memory = host_memory() / (num_local or launchers.local_world_size()) - _LIBRARIES
         return Figures(None, memory * _USABLE, "this machine")
     properties = torch.cuda.get_device_properties(device)
-    known = next((one for one in KNOWN if one.known_as in properties.name), None)
+    known = next((one for one in KNOWN if re.search(rf"\b{one.known_as}\b", properties.name)), None)
     peak = getattr(known, precision) * 1e12 if known else 0.0
     source = f"{known.name}'s data sheet" if peak else "this machine"
     return Figures(peak or None, properties.total_memory * _USABLE, source)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from functools import cache
@@ -23,6 +23,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from prelude.data.errors import UserError
 from prelude.pretrain import attendance, launchers, stopping
 from prelude.pretrain.meeting import meet
 
@@ -77,12 +78,13 @@ def start(rank_timeout: float = RANK_TIMEOUT) -> torch.device:
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
-        # One core is left to the loader: threads that wait for each other on a busy core take many times longer.
-        torch.set_num_threads(launchers.num_threads() or max(cores_per_rank() - 1, 1))
     else:
-        torch.cuda.set_device(local_rank())
+        _choose_device()
     if not dist.is_initialized():
         _join("gloo" if on_cpu else "nccl", rank_timeout)
+    if on_cpu:
+        # One core is left to the loader: threads that wait for each other on a busy core take many times longer.
+        torch.set_num_threads(launchers.num_threads() or max(cores_per_rank() - 1, 1))
     with nothing_printed():
         import deepspeed
 
@@ -98,6 +100,20 @@ def start(rank_timeout: float = RANK_TIMEOUT) -> torch.device:
     return device()
 
 
+def _choose_device() -> None:
+    """Slurm may show each rank the one GPU that is its own, as number 0; other launchers show all to all."""
+    mine, seen = local_rank(), torch.cuda.device_count()
+    if mine >= seen > 1:
+        raise UserError(
+            f"Rank {os.environ['RANK']} is number {mine} of {host()}, which has {seen} GPUs, numbered from 0; start as "
+            "many ranks a host as it has GPUs."
+        )
+    if seen == 1:
+        _Given.holds["GPU"] = str(torch.cuda.get_device_properties(0).uuid)
+        os.environ["LOCAL_RANK"] = "0"  # by which DeepSpeed chooses, too
+    torch.cuda.set_device(local_rank())
+
+
 def _join(backend: str, rank_timeout: float) -> None:
     """Forms the process group. Here and not in DeepSpeed, whose start has no name for a rank that does not come."""
     mine, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -105,9 +121,14 @@ def _join(backend: str, rank_timeout: float) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     warn_after = min(_WARN_AFTER, rank_timeout / 2)
-    meeting = meet(mine, world, limit=rank_timeout, warn_after=warn_after)
+    meeting = meet(mine, world, limit=rank_timeout, warn_after=warn_after, holds={"cores": _cores(), **_Given.holds})
+    _Given.sharing = meeting.sharing
     _Watching.watch = attendance.Watch(meeting, rank_timeout, warn_after)
     stopping.before_leaving(left)
+    if (sharing := meeting.sharing.get("GPU", 1)) > 1:
+        raise UserError(
+            f"{sharing} ranks of {host()} have one and the same GPU; start as many ranks a host as it has GPUs."
+        )
     # torch's own limit comes later: it knows no rank's name.
     timeout = timedelta(seconds=2 * rank_timeout + 60)
     group = dist.PrefixStore("group", meeting.store)
@@ -121,6 +142,13 @@ def _binding(backend: str) -> dict:
     if backend != "nccl" or (2, 6, 0) < version < (2, 7, 1):
         return {}
     return {"device_id": device()}
+
+
+class _Given:
+    """To this rank, of its host."""
+
+    holds: dict[str, str] = {}
+    sharing: Mapping[str, int] = {}  # with how many ranks
 
 
 class _Watching:
@@ -174,7 +202,12 @@ def leave(code: int) -> NoReturn:
 
 
 def cores_per_rank() -> int:
-    return max(num_cores() // launchers.local_world_size(), 1)
+    """Its share of those that it may use: a launcher may have given each rank its own already."""
+    return max(num_cores() // _Given.sharing.get("cores", launchers.local_world_size()), 1)
+
+
+def _cores() -> str:
+    return ",".join(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else "all"
 
 
 def num_cores() -> int:

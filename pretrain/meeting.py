@@ -8,8 +8,10 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 
 import torch.distributed as dist
 
@@ -28,15 +30,22 @@ class Meeting:
     store: dist.Store
     keeps_store: bool  # in this process
     hosts: tuple[str, ...]  # of all ranks; only of those up to this one except on rank 0
+    sharing: Mapping[str, int]  # ranks of this host that hold the same as this one, itself included; by what is held
 
     def connect(self) -> dist.Store:
         """A connection of its own: one that waits keeps nobody else waiting."""
         return _prefixed(dist.TCPStore(*self.address, is_master=False, wait_for_workers=False))
 
 
-def meet(rank: int, world_size: int, *, limit: float, warn_after: float) -> Meeting:
-    """Returns once all ranks have come. Raises UserError when the port is taken, RunStopped after `limit` seconds; who
-    is missing is printed after `warn_after` seconds."""
+def meet(
+    rank: int, world_size: int, *, limit: float, warn_after: float, holds: Mapping[str, str] = MappingProxyType({})
+) -> Meeting:
+    """Returns once all ranks have come. holds: what this rank was given of its host, by kind; the meeting tells with
+    how many ranks it is shared.
+
+    Raises UserError when the port is taken, RunStopped after `limit` seconds; who is missing is printed after
+    `warn_after` seconds.
+    """
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     until = time.monotonic() + limit
@@ -45,17 +54,22 @@ def meet(rank: int, world_size: int, *, limit: float, warn_after: float) -> Meet
         me = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
         if store.compare_set(f"came/{rank}", "", me).decode() != me:
             raise UserError(_taken(address, f"another job's rank {rank} has come there"))
+        held = {kind: f"holds/{kind}/{socket.gethostname()}/{what}" for kind, what in holds.items()}
+        for key in held.values():
+            store.add(key, 1)
+        store.set(f"here/{rank}", "")
         if rank == 0:
             _wait_for_all(store, world_size, address, until, warn_after)
         else:
             _wait_for_first(store, rank, address, until)
         hosts = [store.get(f"came/{other}").decode().split()[0] for other in range(world_size if rank == 0 else 1)]
+        sharing = {kind: store.add(key, 0) for kind, key in held.items()}
     except dist.DistError as error:
         raise RunStopped(
             f"Rank {rank} on {socket.gethostname()} lost the store at {_text(address)} while it waited for the others "
             f"({first_line(error)}); rank 0 has most likely ended, and says why."
         ) from None
-    return Meeting(rank, world_size, address, store, keeps_store, tuple(hosts))
+    return Meeting(rank, world_size, address, store, keeps_store, tuple(hosts), sharing)
 
 
 def first_line(error: Exception) -> str:
@@ -111,7 +125,7 @@ def _unreachable(address: tuple[str, int]) -> str:
 
 def _wait_for_all(store: dist.Store, world_size: int, address, until: float, warn_after: float) -> None:
     started, missing, warned = time.monotonic(), list(range(world_size)), False
-    while missing := [rank for rank in missing if not store.check([f"came/{rank}"])]:
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
         waited = time.monotonic() - started
         if time.monotonic() > until:
             here = sorted({store.get(f"came/{rank}").decode().split()[0] for rank in range(world_size)

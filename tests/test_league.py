@@ -65,9 +65,11 @@ def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated
 
     before = (run / "metrics.jsonl").stat().st_mtime_ns
     assert smoke(tmp_path, *words)["entries"] == record["entries"]
+    record["recipes"]["mae"] = "0123456789abcdef"  # as if the file had been another one, with which nothing came out
+    failed = record | {"entries": {ENTRY.format("prelude", "ours"): {"failed": "typing error"}}}
+    (tmp_path / "smoke.json").write_text(json.dumps(failed))
     assert "cannot be started" in smoke(tmp_path, *words, "--peers-python", "nosuch", code=2)
-    record["recipes"]["mae"] = "0123456789abcdef"  # as if the file had been another one
-    (tmp_path / "smoke.json").write_text(json.dumps(record))
+    (tmp_path / "smoke.json").write_text(json.dumps(record))  # with which something did
     assert "has measured another recipe mae; write another --out" in smoke(tmp_path, *words, code=2)
     assert "was begun with features ['mean', 'stages'], here it is" in smoke(tmp_path, *words, "cls", code=2)
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before

@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import BIN, ROOT, deepspeed
 
-from prelude.launch import prelude
+from prelude.data.errors import Stopped
+from prelude.launch import planning, prelude
 from prelude.launch.exit_codes import door
 from prelude.pretrain import distributed
+from prelude.pretrain.engine import Outcome
 
 
 def run(capsys, *argv: str) -> tuple[int, str]:
@@ -74,10 +77,11 @@ def measured(recipe, tmp_path_factory) -> tuple[str, Path]:
     """What a dry run on two ranks tells, started from another folder, and its run folder."""
     folder = tmp_path_factory.mktemp("measured")
     command = [*deepspeed(2), str(ROOT / "launch/pretrain.py"), "--config", str(recipe), "--dry-run", "--measure"]
+    command += [f"run_dir={folder / 'run'}", "train.profile_steps=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
-    done = subprocess.run(
-        [*command, f"run_dir={folder / 'run'}"], cwd=folder, env=env, capture_output=True, text=True, timeout=240
-    )
+    (folder / "run").mkdir()
+    (folder / "run" / "STOP").touch()  # as a run leaves it that was ended by it
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, folder / "run"
 
@@ -91,7 +95,19 @@ def test_a_dry_run_measures_on_the_ranks_that_are_started_and_the_first_tells(me
     told, run_dir = measured
     for expected in ("parameters", "first samples", "measured with 2 ranks on cpu", "waiting for data"):
         assert told.count(expected) == 1
-    assert not run_dir.exists()
+    assert [path.name for path in run_dir.iterdir()] == ["STOP"]
+
+
+def test_a_measurement_that_is_ended_tells_no_times(monkeypatch):
+    class Ended:
+        def __init__(self, *_): ...
+
+        def run(self) -> Outcome:
+            return Outcome("preempted", 1)
+
+    monkeypatch.setattr(planning, "Engine", Ended)
+    with pytest.raises(Stopped, match="while steps were measured"):
+        planning._records_of(None, None, lambda config: SimpleNamespace(close=lambda: None))
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in prelude.COMMANDS)])

@@ -1,9 +1,12 @@
 """Who started a process, told from the environment alone; what is said by halves is refused and never waited for."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from prelude.data.errors import UserError
-from prelude.pretrain import launchers
+from prelude.pretrain import distributed, launchers
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_NTASKS": "10", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
 STEP = SLURM | {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2),2"}
@@ -143,3 +146,47 @@ def test_what_a_rank_starts_is_no_rank_by_any_launcher():
     for env in (TORCHRUN | ADDRESS, DEEPSPEED | ADDRESS, STEP | ADDRESS, OPEN_MPI | ADDRESS, HYDRA):
         alone = launchers.without_rank(env)
         assert completed(alone)[:4] == ALONE[:4] and launchers.world_size(dict(alone)) == 1
+
+
+@pytest.mark.parametrize(
+    "given, cores",
+    [
+        ({}, 2),  # nobody has met: all of the host's ranks are thought to have the same
+        ({"cores": 8}, 2),
+        ({"cores": 1}, 16),  # srun with cores for each task, deepspeed --bind_cores_to_rank
+    ],
+)
+def test_a_rank_divides_its_cores_by_those_that_have_the_same(given, cores, monkeypatch):
+    monkeypatch.setattr(distributed, "num_cores", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(distributed._Given, "sharing", given)
+    assert distributed.cores_per_rank() == cores
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """As many as a test says; which one was taken."""
+    taken = []
+    monkeypatch.setattr(distributed._Given, "holds", {})
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: taken.append(number))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid="GPU-5"))
+
+    def have(count: int, local_rank: int) -> list[int]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("RANK", str(local_rank))
+        distributed._choose_device()
+        return taken
+
+    return have
+
+
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_is_shown(gpus):
+    assert gpus(8, 3) == [3] and not distributed._Given.holds
+    assert gpus(1, 5) == [3, 0] and distributed._Given.holds == {"GPU": "GPU-5"}
+    assert distributed.local_rank() == 0  # DeepSpeed chooses by it
+
+
+def test_more_ranks_than_gpus_are_a_sentence(gpus):
+    with pytest.raises(UserError, match="Rank 4 is number 4 of .*, which has 4 GPUs, numbered from 0; start as many"):
+        gpus(4, 4)

@@ -21,10 +21,10 @@ def port(monkeypatch) -> int:
     return number
 
 
-def of_ranks(*ranks: int, world_size: int, limit: float) -> list[Meeting | Exception]:
+def of_ranks(*ranks: int, world_size: int, limit: float, holding=lambda rank: {}) -> list[Meeting | Exception]:
     def one(rank: int):
         try:
-            return meet(rank, world_size, limit=limit, warn_after=limit / 2)
+            return meet(rank, world_size, limit=limit, warn_after=limit / 2, holds=holding(rank))
         except (UserError, RunStopped) as error:
             return error
 
@@ -39,6 +39,16 @@ def test_all_meet_and_rank_0_knows_every_host(port):
     assert {meeting.address for meeting in meetings} == {("127.0.0.1", port)}
     meetings[0].connect().set("word", "heard")
     assert meetings[1].store.get("word") == b"heard"
+
+
+def test_all_are_told_with_how_many_they_share_what_they_were_given():
+    meetings = of_ranks(
+        0, 1, 2, 3, world_size=4, limit=WAIT, holding=lambda rank: {"cores": "0,1" if rank else "2", "GPU": str(rank)}
+    )
+    assert [dict(meeting.sharing) for meeting in meetings] == [
+        {"cores": 1, "GPU": 1},
+        *({"cores": 3, "GPU": 1} for _ in range(3)),
+    ]
 
 
 def test_those_who_came_all_name_those_who_did_not(capsys):

@@ -3,6 +3,7 @@
 import importlib.util
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,10 +204,26 @@ def test_a_named_device_is_an_estimate_and_says_so():
 
 
 @pytest.mark.parametrize(
-    "name, known_as", [("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA A10", "a10"), ("NVIDIA L40S", "l40s")]
+    "name, sheet",
+    [
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A4000", None),
+    ],
 )
-def test_a_device_is_known_by_what_torch_calls_it(name, known_as):
-    assert next(device.name for device in devices.KNOWN if device.known_as in name) == known_as
+def test_a_device_is_known_by_what_torch_calls_it(name, sheet, monkeypatch):
+    properties = SimpleNamespace(name=name, total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    figures = devices.here(torch.device("cuda", 0), "fp16")
+    assert figures.source.partition("'s data sheet")[0] == (sheet or "this machine")
+    assert (figures.peak is None) == (sheet is None)  # and is measured
 
 
 def test_durations_have_the_unit_that_suits_them():
