@@ -7,7 +7,8 @@
   each kind.
 - Macro AUC and mAP are means over the labels that test has often enough (`MIN_POSITIVES` images with and without, or
   groups of them). Rarer ones are named and left out, never counted as 0 or as a half.
-- Confidence intervals are bootstrapped over test images, or over groups where they are known, for the same labels.
+- Confidence intervals are bootstrapped over test images, or over groups where they are known, for the same labels. Test
+  images of one group have none.
 """
 
 import math
@@ -27,6 +28,7 @@ from prelude.evaluators.frozen.ranking import (
     auc_within,
     average_precision,
     bootstrap,
+    group_warnings,
     interval,
     standard_error,
 )
@@ -97,6 +99,7 @@ def multilabel(
         },
         details={"grid": grid, "by_features": by_features},
         warnings=label_warnings(names, labels, chosen["by_label"])
+        + group_warnings(first_test.groups)
         + edge_warnings("weight decay", chosen["weight_decay"], weight_decays),
         by_kind={kind: found["test"] for kind, found in by_features.items()},
     )

@@ -111,6 +111,18 @@ def test_groups_widen_the_interval_of_repeated_images(features):
     assert by_patient.value == plain.value and by_patient.se > 2 * plain.se
 
 
+def test_a_test_set_of_one_group_has_no_interval(parts):
+    train, test = parts
+    groups = torch.zeros(400, dtype=torch.int64)
+    plain = multilabel(train, test, names=NAMES)
+    grouped = multilabel(train, {"mean": dataclasses.replace(test["mean"], groups=groups)}, names=NAMES)
+    assert grouped.numbers["auc"].value == plain.numbers["auc"].value
+    for number in grouped.numbers.values():
+        assert number.se is None and number.interval is None
+    assert any(told.startswith("All test images are of one group") for told in grouped.warnings)
+    assert not any("one group" in told for told in plain.warnings)
+
+
 def test_permuting_test_labels_changes_no_choice(parts):
     train, test = parts
     mixed = {"mean": dataclasses.replace(test["mean"], labels=test["mean"].labels.roll(7, 0))}
