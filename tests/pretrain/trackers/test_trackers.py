@@ -257,7 +257,7 @@ def test_silent_services_are_waited_for_together_and_less_where_a_run_ends_early
     now = [0.0]
     sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)  # noqa: E731
     monkeypatch.setattr(tracker, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-    monkeypatch.setattr(tracker.subprocess, "Popen", Silent)
+    monkeypatch.setattr(tracker, "subprocess", SimpleNamespace(Popen=Silent, PIPE=subprocess.PIPE))
     config = config_of(tmp_path / "run", wandb={"project": "eyes"}, mlflow={"experiment": "eyes"})
     with stopping.postponed(besides=lambda: now[0] >= asked_after):
         watch(config, 0, [1, 2], finished=finished)
