@@ -106,7 +106,7 @@ class Engine:
             monitor.start(self.progress)
         self._tell(Report(self.progress.step, "notice", text) for text in notices)
         self._hand_over_encoder()
-        with stopping.postponed():  # to the end: a monitor that waits for others asks whether the run was to end
+        with stopping.postponed(besides=self.stop_wanted):  # to the end: monitors that wait for others ask about it
             try:
                 with distributed.explained(), attention.kernels_for(self.objective):
                     return self._train()

@@ -36,6 +36,7 @@ class _State:
     asked = False
     obeyed = False  # a request to end was heard and has been done
     then: Callable[[], None] | None = None
+    besides: Callable[[], bool] | None = None
     interrupted_at: float | None = None
     before_leaving: list[Callable[[int], None]] = []
 
@@ -59,15 +60,18 @@ def interruptible() -> None:
 
 
 @contextmanager
-def postponed(then: Callable[[], None] | None = None) -> Iterator[None]:
-    """Inside, who asks the process to end is heard and not obeyed: see `requested`. Calls `then` at each request."""
-    _State.postponed, _State.asked, _State.then = True, False, then
+def postponed(then: Callable[[], None] | None = None, besides: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Inside, who asks the process to end is heard and not obeyed: see `requested`. Calls `then` at each request.
+
+    besides: whether the process is asked to end in another way than by a signal, see `wanted`.
+    """
+    _State.postponed, _State.asked, _State.then, _State.besides = True, False, then, besides
     before = {} if _State.listening or not _in_main_thread() else _handle()
     try:
         yield
     finally:
         _State.obeyed = _State.obeyed or _State.asked
-        _State.postponed, _State.asked, _State.then = False, False, None
+        _State.postponed, _State.asked, _State.then, _State.besides = False, False, None, None
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -75,6 +79,11 @@ def postponed(then: Callable[[], None] | None = None) -> Iterator[None]:
 def requested() -> bool:
     """Whether this process was asked to end since `postponed` began; never outside of it."""
     return _State.asked
+
+
+def wanted() -> bool:
+    """`requested`, or asked for in the other way that `postponed` was told of. For who waits at the end of a run."""
+    return _State.asked or (_State.besides is not None and _State.besides())
 
 
 def before_leaving(act: Callable[[int], None]) -> None:

@@ -3,7 +3,8 @@
 - Of few-shot it is that of `headline_amount`. Of any other evaluator it is the first.
 - What a number is given with is its deviation over seeds or draws where there are several, else its 95 % interval
   where it has one, else the standard error of the test sample. The deviation over pretraining seeds stands behind that.
-- `low` and `high` know of all of these: seeds that agree say nothing of another test sample.
+- `low` and `high` know of all of these: seeds that agree say nothing of another test sample. Where nothing is known of
+  that (`ranking.FEWEST_DRAWS`), they are infinite, so that nothing is told apart by such a number.
 - A gain is over the same architecture untrained, by the same kind of feature: the one that the pretrained encoder's
   number is of, whatever kind the untrained encoder chose for its own.
 """
@@ -32,11 +33,16 @@ class Headline:
 
     number: str  # its key among the result's numbers
     value: float
-    low: float  # ends of the 95 % interval; over several pretraining seeds, of their mean too
+    low: float  # ends of the 95 % interval; over several pretraining seeds, of their mean too; infinite if not known
     high: float
     text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
     seeds: str = ""  # seeds ± 1.2: the deviation over pretrainings, where there are several
     kind: str = ""  # of feature; where draws or seeds differ, the one chosen most often. "": there is no choice of one
+
+    @property
+    def bar(self) -> tuple[float, float]:
+        """The ends of an error bar in a chart: both are the number where the interval is not known."""
+        return (self.low, self.high) if math.isfinite(self.high - self.low) else (self.value, self.value)
 
 
 def headline(entry: Entry, evaluator: str) -> Headline | None:
@@ -52,7 +58,8 @@ def number(name: str, found: dict) -> Headline:
     """found: a number as results hold it: value, and se, interval and spread where known; seeds and num_seeds where it
     is a mean over pretrainings."""
     value, se, spread, interval = (found.get(key) for key in ("value", "se", "spread", "interval"))
-    low, high = interval or (value - Z95 * (se or 0), value + Z95 * (se or 0))
+    half = math.inf if se is None else Z95 * se
+    low, high = interval or (value - half, value + half)
     more, seeds = Z95 * (spread or 0), ""
     if "seeds" in found:
         seeds = f"seeds ± {found['seeds']:.1f}"

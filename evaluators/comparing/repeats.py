@@ -2,7 +2,8 @@
 
 - Its numbers are means over the runs. The standard error stays that of the test sample, which all share; the deviation
   over the runs stands apart, as `seeds`.
-- What is told of one run (cost, curves, pictures, recipe) is of the first that has results.
+- What is told of one run (cost, curves, pictures, recipe) is of the first that has results. Draws of few labels are
+  those of all runs: the mean is named after the kind of feature that most of them chose.
 """
 
 import statistics
@@ -62,9 +63,22 @@ def _mean_result(results: Sequence[dict]) -> dict:
         "by_kind": {kind: _mean_numbers([result["by_kind"][kind] for result in results]) for kind in kinds},
         "chosen": chosen,
         "right": [each for result in results for each in result.get("right", [])],
+        "details": _details(results),
         "num_runs": len(results),
         "warnings": list(dict.fromkeys(text for result in results for text in result.get("warnings", []))),
     }
+
+
+def _details(results: Sequence[dict]) -> dict:
+    """The first's, with the draws of few labels of all."""
+    details = dict(results[0].get("details") or {})
+    if "by_amount" not in details:
+        return details
+    joined = {}
+    for name, about in details["by_amount"].items():
+        of_all = [result["details"]["by_amount"].get(name, {}).get("draws", []) for result in results]
+        joined[name] = {**about, "draws": [draw for draws in of_all for draw in draws]}
+    return {**details, "by_amount": joined}
 
 
 def _mean_numbers(found: Sequence[dict]) -> dict:

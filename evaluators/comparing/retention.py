@@ -3,11 +3,12 @@
 - Old and new images are two labelled sets; the evaluators and kinds of feature are the same before and after.
 - A change is as sure as both numbers are: the ends of the two 95 % intervals are combined as if the numbers were
   independent. They are of the same test images, so the truth is narrower, and a verdict errs on the side of none.
+  Where one of the two intervals is not known, neither is the change's, and there is no verdict.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import hypot
+from math import hypot, isfinite
 from typing import Literal
 
 from prelude.evaluators.comparing.comparison import Comparison, Entry
@@ -23,9 +24,9 @@ class Change:
 
     before: Headline  # of the untouched encoder, by the kind of feature of `after`
     after: Headline
-    low: float  # ends of the change's 95 % interval
+    low: float  # ends of the change's 95 % interval, infinite if not known
     high: float
-    verdict: str  # new: won, lost or level; old: kept, lost or won
+    verdict: str  # new: won, lost or level; old: kept, lost or won; either: no verdict
 
     @property
     def points(self) -> float:
@@ -35,6 +36,8 @@ class Change:
     def text(self) -> str:
         """+3.1 ± 1.2, or +3.1 [2.0, 5.1] where its two sides differ. ± is half of the 95 % interval."""
         down, up = self.points - self.low, self.high - self.points
+        if not isfinite(up):
+            return f"{self.points:+.1f} ± unknown"
         if round(down, 1) == round(up, 1):
             return f"{self.points:+.1f} ± {up:.1f}"
         return f"{self.points:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
@@ -73,5 +76,5 @@ def _change(before: Headline, after: Headline, side: Side) -> Change:
     points = after.value - before.value
     low = points - hypot(after.value - after.low, before.high - before.value)
     high = points + hypot(after.high - after.value, before.value - before.low)
-    same = "level" if side == "new" else "kept"
+    same = "no verdict" if not isfinite(high) else "level" if side == "new" else "kept"
     return Change(before, after, low, high, "won" if low > 0 else "lost" if high < 0 else same)

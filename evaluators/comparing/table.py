@@ -31,7 +31,8 @@ from prelude.evaluators.table_text import fits, folded, print_whole
 NOTHING = "–"
 CHANGES = (
     "Won, lost: the 95 % interval of the change from the untouched encoder, by the same kind of feature, leaves out 0; "
-    "else level on the new images and kept on the old. ± behind a change is half of that interval."
+    "else level on the new images and kept on the old. ± behind a change is half of that interval; where one of the "
+    "two numbers has none, there is no verdict."
 )
 SEEDS = (
     "Behind “seeds” stands the deviation over pretrainings that differ in their seed, of which the number is the mean."

@@ -8,7 +8,7 @@
   over many masks. It needs no normal images beside those of pretraining.
 - Pixel AUROC: over all pixels of all test images together. Image AUROC: images with a defect against those without, by
   the largest score of each. Normal images alone are learned from, and no defect chooses anything. An image whose mask
-  cannot be read is neither.
+  cannot be read, or whose defects all lie outside of what is seen of it, is neither.
 - Intervals are by bootstrap over images.
 """
 

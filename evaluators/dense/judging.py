@@ -58,9 +58,13 @@ class DenseJudging(Judging):
         for index, labels in zip(self.indexes, self.labels, strict=True):
             part = joined(kept.rows(encoder, index, kinds, plan=plan, **reading), labels, index)
             ids = next(iter(part.values())).sample_ids
-            masks, unreadable = masks_of(index, ids, plan.views[0], self.ignored, channels, self.of_defects)
+            seen_as = plan.views[0], self.ignored, channels, self.of_defects
+            masks, unreadable, unseen = masks_of(index, ids, *seen_as)
             if unreadable:
                 self.say(f"{counted(unreadable, 'mask')} of {index.named} unreadable, which count for nothing.")
+            if unseen:
+                only = "with defects outside of the centre square only"
+                self.say(f"{counted(unseen, 'image')} of {index.named} {only}, left out.")
             found.append({kind: _places(of_kind, masks, grids[kind]) for kind, of_kind in part.items()})
         return found
 

@@ -3,7 +3,8 @@
 - A mask is a PNG (or any image of one channel) whose values, or places in a palette, are class numbers from 0 to 254.
   255 counts for nothing, as in Pascal VOC, Cityscapes and ADE20K; other numbers do so where they are named.
 - It has the size of its image. Resized to the view it keeps to its numbers: the nearest pixel is taken. A mask of
-  defects keeps what would fall between these pixels, since one of them makes its image a defective one.
+  defects keeps what would fall between these pixels, since one of them makes its image a defective one; an image whose
+  defects all lie outside of the view is neither that nor a good one.
 """
 
 import random
@@ -55,8 +56,9 @@ def masks_of(
     ignored: Collection[int] = (),
     channels: int = 3,
     of_defects: bool = False,
-) -> tuple[Tensor, int]:
-    """(n, H, W) uint8 as the view shows the images, and how many could not be read, which are `IGNORED` all over.
+) -> tuple[Tensor, int, int]:
+    """(n, H, W) uint8 as the view shows the images, how many could not be read, and how many have defects of which the
+    view shows none. These two are `IGNORED` all over.
 
     ignored: class numbers that count for nothing. of_defects: a mask is 1 wherever it is not 0, and an image without
     one is 0 all over. Raises UserError for masks that are none, that have another size than
@@ -65,7 +67,7 @@ def masks_of(
     ids = sample_ids.tolist()
     _check_sizes(index, ids, channels)
     found = torch.full((len(ids), *view.size), IGNORED, dtype=torch.uint8)
-    unreadable = 0
+    unreadable = unseen = 0
     for row, content in enumerate(label_members(index, ids)):
         if content is None and of_defects:
             found[row] = 0
@@ -78,7 +80,11 @@ def masks_of(
             unreadable += 1
             continue
         if of_defects:
-            found[row] = torch.from_numpy(_defects_as_seen(mask != 0, view))
+            defects = _defects_as_seen(mask != 0, view)
+            if defects is None:
+                unseen += 1
+            else:
+                found[row] = torch.from_numpy(defects)
             continue
         seen = _as_seen(mask, view)
         if seen.max() > IGNORED or seen.min() < 0:
@@ -94,7 +100,7 @@ def masks_of(
             f"None of the {counted(len(ids), f'.{index.label} member')} of {index.named} is an image; write "
             "--label with the extension of the masks, such as png."
         )
-    return found, unreadable
+    return found, unreadable, unseen
 
 
 def read_mask(content: bytes, max_pixels: int) -> np.ndarray:
@@ -110,13 +116,16 @@ def read_mask(content: bytes, max_pixels: int) -> np.ndarray:
         return np.asarray(opened).astype(np.int64)
 
 
-def _defects_as_seen(defects: np.ndarray, view: View) -> np.ndarray:
-    """(H, W) bool: the nearest pixels; where they miss every defect of the view's box, those in which defects lie."""
+def _defects_as_seen(defects: np.ndarray, view: View) -> np.ndarray | None:
+    """(H, W) bool: the nearest pixels; where they miss every defect of the view's box, those in which defects lie. None
+    where there are defects, and none of them in the box."""
     seen = _as_seen(defects, view)
-    if seen.any():
+    if seen.any() or not defects.any():
         return seen
     top, left, height, width = _box(defects, view)
     rows, columns = defects[top : top + height, left : left + width].nonzero()
+    if not len(rows):
+        return None
     seen[rows * view.size[0] // height, columns * view.size[1] // width] = True
     return seen
 

@@ -4,6 +4,8 @@
   by a hash of the encoder's weights, of what it does with them (heads, ε, code of one's own), the data's fingerprint,
   the view, the normalisation, the kind and the precision: what could change a value changes the name. Images written
   again in place have another fingerprint, copies have not.
+- What could not be read when an entry was made is tried at each use of it: where some of it can be read by now, the
+  entry is made again. Kinds of feature that lack different samples are given without these.
 - Values are kept as they were computed, in float32, so that an evaluation from the bank is the one without it.
 - An entry exists whole or not at all: it is written to the side, synced and renamed. Its files carry checksums, which
   are verified before it is used; a damaged one is made again.
@@ -22,7 +24,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,13 +106,15 @@ class Bank:
         extractor = Extractor(encoder, kinds, device, plan)
         identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}
         folders = {kind: self.folder / _digest(identity) for kind, identity in identities.items()}
-        sound = {kind: distributed.is_main() and _is_sound(folders[kind], identities[kind]) for kind in folders}
-        missing = distributed.from_main([kind for kind in folders if not sound[kind]])
-        if missing:
+        missing = []
+        if distributed.is_main():
+            lacking = {kind: _lacking(folders[kind], identities[kind], index.num_samples) for kind in folders}
+            missing = _to_be_made(lacking, index, extractor.plan, batch_size)
+        if missing := distributed.from_main(missing):
             extractor.kinds = tuple(missing)
             identities_of_missing = {kind: identities[kind] for kind in missing}
             self._fill(extractor, index, identities_of_missing, batch_size, num_workers, told)
-        return {kind: self._read(folders[kind], extractor.recipe) for kind in folders}
+        return _common({kind: self._read(folders[kind], extractor.recipe) for kind in folders}, index)
 
     def entries(self) -> list[Entry]:
         found = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
@@ -210,8 +214,8 @@ class Bank:
             file.flush()
             os.fsync(file.fileno())
         final = self.folder / _digest(identity)
-        if not _is_sound(final, identity):
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        if not (_is_sound(final, identity) and _covers(_about(final) or {}, about)):
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one that lacks images
         with suppress(FileExistsError):  # another process was faster, and has the same
             try:
                 os.rename(written, final)
@@ -314,6 +318,45 @@ def _is_sound(folder: Path, identity: dict) -> bool:
         return about.get("checksums") == _checksums(folder)
     except OSError:
         return False
+
+
+def _covers(entry: dict, about: dict) -> bool:
+    """Whether an entry is of the same samples as another, or of more of them, by what they say of themselves."""
+    same = entry.get("checksums", {}).get(SAMPLE_IDS) == about["checksums"][SAMPLE_IDS]
+    return same or entry.get("num_samples", 0) > about["num_samples"]
+
+
+def _lacking(folder: Path, identity: dict, num_samples: int) -> np.ndarray | None:
+    """(n,) ids of the samples that an entry has no rows of; None where it is not sound."""
+    if not _is_sound(folder, identity):
+        return None
+    without = np.ones(num_samples, bool)
+    with suppress(OSError):  # it has gone meanwhile, and lacks all
+        without[np.fromfile(folder / SAMPLE_IDS, "<i8")] = False
+    return without.nonzero()[0]
+
+
+def _to_be_made(lacking: dict[str, np.ndarray | None], index: ShardIndex, plan: ViewPlan, batch_size: int) -> list[str]:
+    """Kinds without a sound entry, and those whose entry lacks samples of which some can be read by now."""
+    asked = {ids.tobytes(): ids for ids in lacking.values() if ids is not None and len(ids)}
+    readable = set()
+    for key, ids in asked.items():
+        with closing(iter(one_pass(index, plan, batch_size=batch_size, samples=ids))) as batches:
+            if next(batches, None) is not None:
+                readable.add(key)
+    return [kind for kind, ids in lacking.items() if ids is None or ids.tobytes() in readable]
+
+
+def _common(found: dict[str, Rows], index: ShardIndex) -> dict[str, Rows]:
+    """The rows of samples that all kinds have: what is paired by place is of the same images."""
+    first, *others = (rows.sample_ids for rows in found.values())
+    if all(ids.equal(first) for ids in others):
+        return found
+    shared = first[torch.stack([torch.isin(first, ids) for ids in others]).all(0)]
+    if not len(shared):
+        raise NothingReadable(index.named)
+    kept = {kind: torch.isin(rows.sample_ids, shared) for kind, rows in found.items()}
+    return {kind: Rows(r.values[kept[kind]], r.sample_ids[kept[kind]], r.recipe) for kind, r in found.items()}
 
 
 def _checksums(folder: Path) -> dict[str, int]:

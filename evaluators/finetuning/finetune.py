@@ -197,7 +197,7 @@ def result_of(
     config, options, samples = task.config, task.options, task.samples
     test = samples.test
     warnings = [*samples.warnings, *left_out("test", test.index, test.num_unlabelled, found.unreadable)]
-    warnings += few_warnings(found.total)
+    warnings += [*few_warnings(found.total), *found.warnings]
     recipe = {
         "seed": config.seed,
         "objective": options.model_dump(mode="json", exclude={"weights", "test_every_epochs"}),

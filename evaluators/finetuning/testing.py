@@ -6,6 +6,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from prelude.evaluators.features.extraction import NothingReadable
 from prelude.evaluators.finetuning.classifier import Classifier
 from prelude.evaluators.finetuning.samples import Part
 from prelude.evaluators.frozen.multilabel import judge, macro
+from prelude.evaluators.frozen.ranking import group_warnings
 from prelude.evaluators.results import TOP5_FROM, Percent, hits, percent
 from prelude.pretrain import distributed
 from prelude.pretrain.files import Lines
@@ -38,6 +40,7 @@ class Found:
     total: int  # samples that were scored
     unreadable: int
     by_label: dict[str, dict] = field(default_factory=dict)  # of findings, see `frozen.multilabel.judge`
+    warnings: Sequence[str] = ()
 
     @property
     def values(self) -> dict[str, float]:
@@ -126,7 +129,7 @@ class Testing:
         if not intervals:
             return Found({name: Percent(value, None) for name, value in macro(scores, answers, groups).items()}, **rest)
         numbers, by_label = judge(scores, answers, self.findings.names, self.seed, groups)
-        return Found(numbers, **rest, by_label=by_label)
+        return Found(numbers, **rest, by_label=by_label, warnings=group_warnings(groups))
 
     def _unreadable(self, total: int) -> int:
         return self.part.index.num_samples - self.part.num_unlabelled - total

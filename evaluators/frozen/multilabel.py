@@ -7,7 +7,8 @@
   each kind.
 - Macro AUC and mAP are means over the labels that test has often enough (`MIN_POSITIVES` images with and without, or
   groups of them). Rarer ones are named and left out, never counted as 0 or as a half.
-- Confidence intervals are bootstrapped over test images, or over groups where they are known, for the same labels.
+- Confidence intervals are bootstrapped over test images, or over groups where they are known, for the same labels. Test
+  images of one group have none.
 """
 
 import math
@@ -27,7 +28,9 @@ from prelude.evaluators.frozen.ranking import (
     auc_within,
     average_precision,
     bootstrap,
+    group_warnings,
     interval,
+    is_one_group,
     standard_error,
 )
 from prelude.evaluators.frozen.splits import edge_warnings
@@ -50,7 +53,8 @@ def multilabel(
 ) -> Outcome:
     """Macro AUC and mAP on test. Features' labels are (N, L) of 1, 0 and NaN, one column for each of `names`.
 
-    seed: of the folds and the bootstrap. Raises UserError where test has no label both with and without.
+    seed: of the folds and the bootstrap. Raises UserError where test has no label both with and without, and where
+    train is one group.
     """
     first, first_test = next(iter(train.values())), next(iter(test.values()))
     labels, wanted = first.labels, first_test.labels
@@ -78,6 +82,9 @@ def multilabel(
                     "converged": head.converged[0],
                 }
     chosen = max(by_features.values(), key=_preference)
+    told = edge_warnings("weight decay", chosen["weight_decay"], weight_decays)
+    if not any(row["num_labels"] for row in grid):
+        told = [_NO_CHOICE] if len(grid) > 1 else []
     return Outcome(
         evaluator="multilabel",
         numbers=chosen["test"],
@@ -96,10 +103,15 @@ def multilabel(
             "seed": seed,
         },
         details={"grid": grid, "by_features": by_features},
-        warnings=label_warnings(names, labels, chosen["by_label"])
-        + edge_warnings("weight decay", chosen["weight_decay"], weight_decays),
+        warnings=label_warnings(names, labels, chosen["by_label"]) + group_warnings(first_test.groups) + told,
         by_kind={kind: found["test"] for kind, found in by_features.items()},
     )
+
+
+_NO_CHOICE = (
+    "No label is present in some held-out train images and absent in others of the same fold, so weight decay, norm "
+    "and kind of feature are not chosen by macro AUC."
+)
 
 
 def judge(
@@ -156,7 +168,12 @@ def _by_label(metric: Callable, scores: Tensor, labels: Tensor, weights: Tensor 
 
 
 def group_folds(num_samples: int, groups: Tensor | None, seed: int) -> Tensor:
-    """(N,) the fold in which each sample is held out; a group is in one fold."""
+    """(N,) the fold in which each sample is held out; a group is in one fold. Raises UserError for a single group."""
+    if is_one_group(groups):
+        raise UserError(
+            "The train shards hold one group only, so nothing can be held out to choose by; write shards of several "
+            "groups, or leave --group (evaluate.label_group) out."
+        )
     groups = torch.arange(num_samples) if groups is None else groups.unique(return_inverse=True)[1]
     turn = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(seed)) % FOLDS
     return turn[groups]
@@ -191,6 +208,7 @@ def _cross_validated(
                 "norm": norm,
                 "weight_decay": decay,
                 "held_out_auc": macro,
+                "num_labels": len(found),  # that it is the mean of
                 "held_out_loss": held_out_loss,
                 "converged": bool(converged[h]),
             }

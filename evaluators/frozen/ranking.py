@@ -6,7 +6,8 @@
 - Average precision: sum over distinct scores of (recall gained) x precision; no interpolation.
 - Bootstrap: samples, or groups of them such as a patient's images, are drawn with replacement. A draw is a weight for
   each sample, so scores are sorted once. A mean over labels or classes is always over the same ones: a draw that has no
-  sample of one of them is left out, and `MIN_POSITIVES` keeps such draws rare.
+  sample of one of them is left out, and `MIN_POSITIVES` keeps such draws rare. Of a single group every draw is the
+  whole, which says nothing of another one: there is no error and no interval.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +52,13 @@ def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None =
 def bootstrap(
     statistic: Callable[[Tensor], Tensor], num_samples: int, seed: int, groups: Tensor | None = None
 ) -> Tensor:
-    """What the statistic is on `NUM_DRAWS` draws. statistic: weights (b, N) to (b, ...). groups: (N,) int64."""
+    """What the statistic is on `NUM_DRAWS` draws, NaN where there is a single sample or group, so that they are alike.
+
+    statistic: weights (b, N) to (b, ...). groups: (N,) int64.
+    """
+    if num_samples < 2 or is_one_group(groups):
+        whole = statistic(torch.ones(1, num_samples, dtype=torch.float64))
+        return torch.full((NUM_DRAWS, *whole.shape[1:]), torch.nan, dtype=whole.dtype)
     return torch.cat([statistic(weights) for weights in _draws(num_samples, seed, groups)])
 
 
@@ -68,6 +75,21 @@ def standard_error(draws: Tensor) -> float | None:
     """The deviation of draws (B,), as `interval` takes them."""
     draws = draws[draws.isfinite()]
     return draws.std().item() if len(draws) >= FEWEST_DRAWS else None
+
+
+def is_one_group(groups: Tensor | None) -> bool:
+    """groups: (N,) int64, None where each sample stands for itself."""
+    return groups is not None and len(groups.unique()) < 2
+
+
+def group_warnings(groups: Tensor | None) -> list[str]:
+    """A warning where the test images, of groups (N,), say nothing of another group."""
+    if not is_one_group(groups):
+        return []
+    return [
+        "All test images are of one group, so there is no standard error or interval: how much another group would "
+        "change is not known."
+    ]
 
 
 def _draws(num_samples: int, seed: int, groups: Tensor | None) -> Iterator[Tensor]:

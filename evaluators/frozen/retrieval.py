@@ -25,7 +25,7 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.exact_search import Neighbours
-from prelude.evaluators.frozen.ranking import bootstrap, standard_error
+from prelude.evaluators.frozen.ranking import bootstrap, group_warnings, standard_error
 from prelude.evaluators.frozen.splits import HELD_OUT, hold_out
 from prelude.evaluators.results import Outcome, Percent
 
@@ -148,7 +148,7 @@ def _warnings(found: Ranked) -> list[str]:
         warnings.append(
             f"{counted(found.num_sure, 'query')} with nothing but images of the same class to be found, and so right."
         )
-    return warnings
+    return warnings + group_warnings(found.groups)
 
 
 def ranked(

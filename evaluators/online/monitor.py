@@ -128,9 +128,9 @@ class OnlineProbe(Monitor):
 
     def finish(self) -> None:
         until = time.monotonic() + LAST_WAIT
-        while self.judging is not None and (left := until - time.monotonic()) > 0 and not stopping.requested():
+        while self.judging is not None and (left := until - time.monotonic()) > 0 and not stopping.wanted():
             self._take_answers(wait=min(left, _LOOK_UP))
-        if self.judging is not None and stopping.requested():
+        if self.judging is not None and stopping.wanted():
             self._note(f"the evaluation of step {self.judging} was given up, as the run was asked to end")
         elif self.judging is not None:
             self._note(f"the evaluation of step {self.judging} took more than {LAST_WAIT:.0f} s and was given up")

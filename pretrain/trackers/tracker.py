@@ -5,8 +5,8 @@
 - What fails is told once, and again only when it had worked in between. Training goes on.
 - What the service does not take in time waits in memory, up to `MOST` records; beyond that, records are left out until
   it has taken them all.
-- At the end the process is waited for, up to `LAST_WAIT` seconds, or `STOP_WAIT` where the run was asked to end, before
-  that or meanwhile.
+- From the end on the process is waited for, up to `LAST_WAIT` seconds, or `STOP_WAIT` where the run ends early, or is
+  asked to end meanwhile. Several services have that time together.
 """
 
 import importlib.util
@@ -107,6 +107,7 @@ class Tracker:
 
     def end(self, finished: bool) -> None:
         """No more is coming. finished: whether the run has come to its own end."""
+        self.finished, self.ended_at = finished, time.monotonic()
         self.waiting.put({"finished": finished})
         self.waiting.put(None)
 
@@ -114,9 +115,9 @@ class Tracker:
         """After `end`, waits for the service to have it all."""
         if self.process is None:
             return
-        began = time.monotonic()
         while self.process.poll() is None:
-            if time.monotonic() - began > (STOP_WAIT if stopping.requested() else LAST_WAIT):
+            in_haste = stopping.wanted() or not self.finished
+            if time.monotonic() - self.ended_at > (STOP_WAIT if in_haste else LAST_WAIT):
                 self.given_up = True
                 self._tell("it does not answer, and what it has not taken yet is lost")
                 self.process.kill()

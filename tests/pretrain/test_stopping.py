@@ -155,19 +155,24 @@ def test_a_rank_that_leaves_is_not_disturbed_by_others_that_leave_when_they_hear
     assert code_of(act) == 75
 
 
-def test_a_run_that_was_asked_to_end_knows_it_until_its_monitors_are_closed(tmp_path):
+@pytest.mark.parametrize("by_signal", [True, False], ids=["by a signal", "by its file"])
+def test_a_run_that_was_asked_to_end_knows_it_until_its_monitors_are_closed(by_signal, tmp_path):
     class Asking(Monitor):
-        closed_when_asked: list[bool] = []
+        closed_when_asked: list[tuple[bool, bool]] = []
 
         def record(self, record):
-            os.kill(os.getpid(), signal.SIGTERM)
+            if by_signal:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                (tmp_path / "STOP").touch()
 
         def close(self):
-            self.closed_when_asked.append(stopping.requested())
+            self.closed_when_asked.append((stopping.requested(), stopping.wanted()))
 
     distributed.start()
     loader = MemoryLoader(8, NUM_SAMPLES, batch_at)
     outcome = Engine(config_of({"train": {}}, tmp_path), Regression(), loader, NoStore(), [Asking()]).run()
     distributed.stop()
     assert outcome.reason == "preempted"
-    assert Asking.closed_when_asked == [True] and not stopping.requested()
+    assert Asking.closed_when_asked == [(by_signal, True)]
+    assert not (stopping.requested() or stopping.wanted())

@@ -84,7 +84,7 @@ def accuracy(comparison: Comparison) -> list[Figure]:
         for entry, found in shown:
             mark = untrained_value(entry, evaluator, comparison)
             own = style[entry.name] if entry.kind == "pretrained" else Style(None)
-            rows.append(Bar(entry.name, found.value, found.low, found.high, found.text, own, mark))
+            rows.append(Bar(entry.name, found.value, *found.bar, found.text, own, mark))
         floors = [(entry.name, h.value) for entry, h in judged if entry.kind == "floor"]
         title = evaluator_name(evaluator)
         axis = number_name(evaluator, shown[0][1].number)
@@ -98,7 +98,7 @@ def going_on(comparison: Comparison) -> list[Figure]:
     for title, changes in columns_of_changes(comparison):
         rows = [
             Bar(
-                entry.name, change.after.value, change.after.low, change.after.high, f"{change.text}, {change.verdict}",
+                entry.name, change.after.value, *change.after.bar, f"{change.text}, {change.verdict}",
                 style[entry.name], change.before.value, "untouched",
             )
             for entry, change in zip(entries, changes, strict=True)
@@ -161,7 +161,7 @@ def few_labels(comparison: Comparison) -> Figure | None:
         places.sort(key=lambda place: place[0])
         if len(places) > 1:
             xs, found = zip(*places, strict=True)
-            errors = [(n.low, n.high) for n in found]
+            errors = [n.bar for n in found]
             drawn.append(Line(entry.name, xs, [n.value for n in found], style[entry.name], errors=errors))
     if not drawn:
         return None
@@ -181,7 +181,7 @@ def against_time(comparison: Comparison) -> list[Figure]:
         unit, factor = ("s", 1) if longest < 180 else ("min", 60) if longest < 3 * 3600 else ("h", 3600)
         points = [
             Point(
-                entry.name, entry.cost.seconds / factor, h.value, h.low, h.high, style[entry.name],
+                entry.name, entry.cost.seconds / factor, h.value, *h.bar, style[entry.name],
                 f"{h.text} after {entry.cost.seconds / factor:.3g} {unit}",
             )
             for entry, h in runs

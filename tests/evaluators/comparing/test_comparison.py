@@ -17,6 +17,7 @@ from prelude.evaluators.comparing import gathering, run_record
 from prelude.evaluators.comparing.comparison import Comparison, Entry, Picture
 from prelude.evaluators.comparing.gathering import Named, in_words, line_up
 from prelude.evaluators.comparing.headline import gain, headline
+from prelude.evaluators.comparing.repeats import as_one
 from prelude.evaluators.comparing.run_record import cost_of, curves_of, pictures_of_run
 from prelude.evaluators.comparing.table import cells, in_order, markdown, notes, plain, print_comparison, to_json
 from prelude.evaluators.features.extraction import fair_kinds, kinds_among
@@ -25,6 +26,7 @@ from prelude.evaluators.frozen.fewshot import fewshot
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
 from prelude.evaluators.frozen.ncm import ncm
+from prelude.evaluators.results import by_frequency
 from prelude.pretrain.config import EncoderConfig
 
 
@@ -228,6 +230,21 @@ def test_evaluators_give_the_number_of_each_kind_and_so_gains_can_be_had(problem
     entries = [an_entry("a", untrained="b", results=found), an_entry("b", "untrained", results=blind)]
     both = Comparison("", entries, [outcome.evaluator], {}, "", "", 0, None, {})
     assert gain(entries[0], outcome.evaluator, both) == pytest.approx(0)
+
+
+def test_the_kind_of_feature_of_few_labels_is_the_one_that_most_draws_of_all_pretrainings_chose():
+    def few(cls: float, mean: float, *chosen: str) -> dict:
+        by_kind = {kind: {"1 %": {"value": value, "se": 1}} for kind, value in (("cls", cls), ("mean", mean))}
+        about = {"1 %": {"draws": [{"features": kind} for kind in chosen]}}
+        more = {"chosen": {"features": by_frequency(chosen)}, "by_kind": by_kind, "details": {"by_amount": about}}
+        return {"fewshot": result("fewshot") | {"numbers": by_kind[chosen[0]]} | more}
+
+    runs = [("cls", "cls", "mean"), ("mean", "mean", "mean"), ("mean", "mean", "mean")]
+    entries = [an_entry(f"ours-{i}", untrained="fresh", results=few(50, 40, *chosen)) for i, chosen in enumerate(runs)]
+    (ours,), _ = as_one(entries, {"ours": [entry.source for entry in entries]})
+    fresh = an_entry("fresh", "untrained", results=few(49, 30, "cls"))
+    assert headline(ours, "fewshot").kind == "mean"
+    assert gain(ours, "fewshot", Comparison("", [ours, fresh], ["fewshot"], {}, "", "", 0, None, {})) == 10
 
 
 def test_rows_are_grouped_by_objective_and_floors_come_last(comparison):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,19 @@ def test_uneven_intervals_are_combined_end_by_end():
     (found,) = changes(both, ["further"], "old", "linear_probe")
     assert (found.low, found.high) == pytest.approx((10 - math.hypot(4, 4), 10 + math.hypot(1, 2)))
     assert found.text == "+10.0 [+4.3, +12.2]"
+
+
+def test_a_number_without_an_interval_gives_no_verdict_and_no_leader():
+    """Findings that hardly a draw of the test images holds have neither a standard error nor an interval, by design."""
+    both = comparison(one_kind(90, None), one_kind(60))
+    found = [changes(both, ["further"], side, "linear_probe")[0] for side in ("new", "old")]
+    assert [(change.verdict, change.text) for change in found] == [("no verdict", "+30.0 ± unknown")] * 2
+    assert "+30.0 by linear probe (no verdict)" in words.summary(both)
+    shown = page(both)
+    assert "<strong>no verdict</strong> +30.0 ± unknown" in shown and not re.search(r"\b(inf|nan)\b", shown, re.I)
+    ahead = replace(both.entries[2], results=judged("linear_probe", "cls", {"cls": number(95, None)}))
+    two = replace(both, entries=[both.entries[0], ahead])
+    assert "The leader is not told apart from further (linear probe" in words.summary(two)
 
 
 def test_numbers_are_of_the_kind_of_feature_that_the_run_chose_on_each_side():

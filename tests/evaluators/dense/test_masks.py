@@ -11,7 +11,9 @@ from prelude.data.batch import View
 from prelude.data.errors import UserError
 from prelude.data.shapes import MASKED, paint_with_masks, write_shards
 from prelude.data.shards import ShardIndex
+from prelude.evaluators.dense.judging import DenseJudging
 from prelude.evaluators.dense.masks import every_sample, mask_labels, masks_of
+from prelude.evaluators.labelled import Labelled
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
 
@@ -29,11 +31,11 @@ def test_numbers_are_read_from_grey_palettes_and_deep_masks_alike(masked_shard, 
     masks = [png(numbers), png(palette), png(numbers.astype(np.uint16)), None, b"no image", png(numbers > 2)]
     index = ShardIndex(masked_shard("a", masks), "png")
     assert mask_labels(index).known.tolist() == [True, True, True, False, True, True]
-    found, unreadable = masks_of(index, torch.tensor([0, 1, 2, 4, 5]), VIEW)
+    found, unreadable, _ = masks_of(index, torch.tensor([0, 1, 2, 4, 5]), VIEW)
     assert unreadable == 1 and (found[3] == 255).all()
     assert all((found[i].numpy() == numbers).all() for i in range(3))
     assert (found[4].numpy() == (numbers > 2)).all()
-    without, _ = masks_of(index, torch.tensor([0]), VIEW, ignored=(0, 3))
+    without, *_ = masks_of(index, torch.tensor([0]), VIEW, ignored=(0, 3))
     assert (without[0].numpy() == np.where(np.isin(numbers, (0, 3)), 255, numbers)).all()
 
 
@@ -41,7 +43,7 @@ def test_a_mask_is_cut_and_resized_as_the_view_is(masked_shard, png):
     wide = np.zeros((16, 40), np.uint8)
     wide[:, 12:20], wide[:, 20:28], wide[:4, 12:28] = 1, 2, 3  # the centre square
     index = ShardIndex(masked_shard("a", [png(wide)], size=(16, 40)), "png")
-    (mask,), _ = masks_of(index, torch.tensor([0]), View((8, 8), crop="center", flip=0.0))
+    (mask,), *_ = masks_of(index, torch.tensor([0]), View((8, 8), crop="center", flip=0.0))
     expected = np.full((8, 8), 1)
     expected[:, 4:], expected[:2] = 2, 3
     assert (mask.numpy() == expected).all()
@@ -49,24 +51,33 @@ def test_a_mask_is_cut_and_resized_as_the_view_is(masked_shard, png):
 
 def test_a_defect_between_the_pixels_of_a_view_is_not_lost(masked_shard, png):
     """64 pixels a side, seen at 8: the nearest pixels are those at 4, 12, 20, ..."""
-    small, large, outside = np.zeros((3, 64, 64), np.uint8)
+    small, large, good = np.zeros((3, 64, 64), np.uint8)
     small[17:19, 50:52], large[8:24, 8:24], large[1, 1] = 1, 1, 1
-    wide = np.zeros((64, 128), np.uint8)
-    wide[3, 3] = 1
-    for size, masks, expected in (
-        ((64, 64), [small, large, outside], [{(2, 6)}, {(1, 1), (1, 2), (2, 1), (2, 2)}, set()]),
-        ((64, 128), [wide], [set()]),  # a centre crop does not see it
-    ):
-        index = ShardIndex(masked_shard(f"a{size[1]}", list(map(png, masks)), size=size), "png")
-        view = View((8, 8), crop="center", flip=0.0)
-        found, _ = masks_of(index, torch.arange(len(masks)), view, of_defects=True)
-        assert [set(map(tuple, mask.nonzero().tolist())) for mask in found] == expected
+    index = ShardIndex(masked_shard("a", list(map(png, (small, large, good))), size=(64, 64)), "png")
+    found, _, unseen = masks_of(index, torch.arange(3), View((8, 8), crop="center", flip=0.0), of_defects=True)
+    expected = [{(2, 6)}, {(1, 1), (1, 2), (2, 1), (2, 2)}, set()]
+    assert [set(map(tuple, mask.nonzero().tolist())) for mask in found] == expected and unseen == 0
+
+
+def test_an_image_with_defects_outside_of_the_view_only_is_neither_good_nor_defective(masked_shard, png, tmp_path):
+    outside, both, good = np.zeros((3, 64, 128), np.uint8)
+    outside[3, 3], both[3, 3], both[20, 70] = 1, 1, 1
+    shard = masked_shard("a", list(map(png, (outside, both, good))), size=(64, 128))
+    index = ShardIndex(shard, "png")
+    view = View((8, 8), crop="center", flip=0.0)
+    found, unreadable, unseen = masks_of(index, torch.arange(3), view, of_defects=True)
+    assert (unreadable, unseen) == (0, 1) and (found[0] == 255).all()
+    assert found[1].nonzero().tolist() == [[2, 4]] and not found[2].any()
+    told: list[str] = []
+    judging = DenseJudging([], Labelled(shard, shard, "png"), bank=tmp_path / "bank", of_defects=True, say=told.append)
+    judging.features("pixels:8", ["pixels:8"], judging.opened("pixels:8", ["pixels:8"], 0))
+    assert [text.startswith("1 image of ") and "outside of the centre square" in text for text in told] == [True, True]
 
 
 def test_masks_of_shapes_come_back_as_they_were_painted(tmp_path):
     write_shards(tmp_path, "train", 25, samples_per_shard=10)
     index = ShardIndex(f"{tmp_path}/train-*.tar", "png")
-    found, _ = masks_of(index, torch.arange(25), View((32, 32), crop="center", flip=0.0))
+    found, *_ = masks_of(index, torch.arange(25), View((32, 32), crop="center", flip=0.0))
     assert (found.numpy() == paint_with_masks("train", np.arange(25))[2]).all() and found.max() < len(MASKED)
 
 

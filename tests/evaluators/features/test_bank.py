@@ -64,6 +64,15 @@ def damage(index, sample_ids):
             file.write(b"\0" * size)
 
 
+def contents_of(index) -> dict[Path, bytes]:
+    return {Path(path): Path(path).read_bytes() for path in index.paths}
+
+
+def put_back(contents) -> None:
+    for path, content in contents.items():
+        path.write_bytes(content)
+
+
 def test_features_from_the_bank_are_those_without_it_first_and_later(index, encoder, tmp_path, computed):
     bank = Bank(tmp_path / "bank")
     plain = extract(encoder, index, batch_size=16)
@@ -148,6 +157,40 @@ def test_images_that_cannot_be_read_leave_no_gap(index, tmp_path):
     kept = [i for i in range(50) if i not in (0, 7, 49)]
     assert rows.sample_ids.tolist() == kept
     assert rows.values.equal(whole[kept])
+
+
+def test_images_that_can_be_read_again_are_taken_into_the_entry_that_lacks_them(index, tmp_path, computed):
+    bank, encoder = Bank(tmp_path / "bank"), open_pixels("pixels:4")
+    whole, contents = extract(encoder, index)["pixels"].values, contents_of(index)
+    damage(index, [0, 7, 49])
+    bank.rows(encoder, index)
+    computed.clear()
+    assert len(bank.rows(encoder, index)["pixels"].values) == 47 and not computed  # as they cannot be read yet
+    put_back(contents)
+    damage(index, [9])
+    rows = bank.rows(encoder, index)["pixels"]
+    kept = [i for i in range(50) if i != 9]
+    assert rows.sample_ids.tolist() == kept and rows.values.equal(whole[kept])
+    put_back(contents)
+    damage(index, [3])  # as many as before, and others
+    kept = [i for i in range(50) if i != 3]
+    assert bank.rows(encoder, index)["pixels"].sample_ids.tolist() == kept
+    put_back(contents)
+    assert bank.rows(encoder, index)["pixels"].values.equal(whole) and len(bank.entries()) == 1
+
+
+def test_kinds_that_lack_different_images_are_given_without_these(index, encoder, tmp_path):
+    bank, kinds = Bank(tmp_path / "bank"), ["cls", "mean"]
+    plain, contents = extract(encoder, index, kinds=kinds), contents_of(index)
+    bank.rows(encoder, index, ["cls"])
+    damage(index, [4, 9])
+    found = bank.rows(encoder, index, kinds)
+    kept = [i for i in range(50) if i not in (4, 9)]
+    for kind in kinds:
+        assert found[kind].sample_ids.tolist() == kept
+        assert torch.allclose(found[kind].values, plain[kind].values[kept], atol=1e-5)
+    put_back(contents)
+    assert [rows.sample_ids.tolist() for rows in bank.rows(encoder, index, kinds).values()] == [list(range(50))] * 2
 
 
 def test_parts_of_ranks_are_closed_up(tmp_path, monkeypatch):

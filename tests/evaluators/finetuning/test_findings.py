@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,10 @@ def test_macro_auc_and_map_are_scikit_learns_without_what_is_uncertain(task):
         assert found.numbers[name].value == pytest.approx(np.mean(each), abs=1e-4)
         assert quick.values[name] == found.numbers[name].value and found.numbers[name].interval
     assert (found.total, found.unreadable) == (45, 0)
+    one_patient = replace(task.samples.test, groups=torch.zeros(45, dtype=torch.int64))
+    of_one = replace(scoring(task, classifier), part=one_patient)(intervals=True)
+    assert of_one.numbers["auc"].interval is of_one.numbers["auc"].se is None
+    assert "of one group" in of_one.warnings[0] and not found.warnings
 
 
 def test_the_loss_of_a_batch_is_of_its_answers(task):

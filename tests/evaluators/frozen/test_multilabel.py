@@ -101,6 +101,23 @@ def test_a_group_is_never_on_both_sides():
     assert torch.bincount(folds).min() >= 15 and len(folds.unique()) == 5
 
 
+def test_train_images_of_one_group_are_refused(parts):
+    train = {"mean": dataclasses.replace(parts[0]["mean"], groups=torch.full((500,), 4))}
+    with pytest.raises(UserError, match="hold one group only.*; write shards of several groups, or leave --group"):
+        multilabel(train, parts[1], names=NAMES)
+
+
+def test_where_no_fold_can_judge_a_label_it_is_told_that_nothing_was_chosen(parts, features):
+    values, _ = findings(60, 1)
+    groups = torch.arange(60) % 2
+    train = {"mean": dataclasses.replace(features(values, 1.0 - groups[:, None]), groups=groups)}
+    test = {"mean": dataclasses.replace(parts[1]["mean"], labels=parts[1]["mean"].labels[:, :1])}
+    outcome = multilabel(train, test, names=("a",), weight_decays=(0.1, 1.0))
+    assert any("not chosen by macro AUC" in told for told in outcome.warnings)
+    assert not any("edge of the grid" in told for told in outcome.warnings)
+    assert not any("not chosen" in told for told in multilabel(*parts, names=NAMES, weight_decays=(0.1, 1.0)).warnings)
+
+
 def test_groups_widen_the_interval_of_repeated_images(features):
     values, labels = findings(60, 2, unknown=0)
     repeated = features(values.repeat(10, 1), labels.repeat(10, 1))
@@ -109,6 +126,18 @@ def test_groups_widen_the_interval_of_repeated_images(features):
     grouped = dataclasses.replace(repeated, groups=torch.arange(60).repeat(10))
     by_patient = multilabel(train, {"mean": grouped}, names=NAMES).numbers["auc"]
     assert by_patient.value == plain.value and by_patient.se > 2 * plain.se
+
+
+def test_a_test_set_of_one_group_has_no_interval(parts):
+    train, test = parts
+    groups = torch.zeros(400, dtype=torch.int64)
+    plain = multilabel(train, test, names=NAMES)
+    grouped = multilabel(train, {"mean": dataclasses.replace(test["mean"], groups=groups)}, names=NAMES)
+    assert grouped.numbers["auc"].value == plain.numbers["auc"].value
+    for number in grouped.numbers.values():
+        assert number.se is None and number.interval is None
+    assert any(told.startswith("All test images are of one group") for told in grouped.warnings)
+    assert not any("one group" in told for told in plain.warnings)
 
 
 def test_permuting_test_labels_changes_no_choice(parts):

@@ -54,6 +54,14 @@ def test_groups_are_drawn_whole():
         assert (weights[:, [0, 3, 5]].sum(1) == 3).all()
 
 
+def test_what_cannot_be_drawn_otherwise_has_no_error():
+    values = torch.rand(6, 2, dtype=torch.float64)
+    for count, groups in ((6, torch.full((6,), 7)), (1, None)):
+        draws = bootstrap(lambda weights, count=count: weights @ values[:count], count, seed=0, groups=groups)
+        assert draws.shape == (1000, 2) and draws.isnan().all()
+        assert standard_error(draws[:, 0]) is None and interval(draws[:, 0]) is None
+
+
 def test_an_area_within_parts_does_not_rank_across_them(ranked):
     scores, positive = ranked
     parts = torch.arange(200) % 3

@@ -1,5 +1,6 @@
 """A run's records in Weights & Biases and MLflow, by the real packages in their offline modes, and by broken ones."""
 
+import io
 import json
 import os
 import re
@@ -7,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import wandb_files
 from PIL import Image
 
 from prelude.data.errors import UserError
+from prelude.pretrain import stopping
 from prelude.pretrain.config import Config
 from prelude.pretrain.monitors import CurvesMonitor, Report, StepRecord
 from prelude.pretrain.schedules import Progress
@@ -72,6 +76,7 @@ def watched(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
         patch.setenv("WANDB_SILENT", "true")
+        patch.setattr(tracker, "STOP_WAIT", tracker.LAST_WAIT)  # the real packages take a while
         uri = f"file:{folder}/mlruns"
         kept = {"wandb": {"project": "eyes", "mode": "offline"}, "mlflow": {"experiment": "eyes", "tracking_uri": uri}}
         config = config_of(folder / "run", **kept)
@@ -125,6 +130,7 @@ def test_another_project_gets_a_run_of_its_own(watched, tmp_path, monkeypatch):
     folder = tmp_path
     shutil.copytree(watched[0] / "run", folder / "run")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(tracker, "STOP_WAIT", tracker.LAST_WAIT)
     config = config_of(folder / "run", wandb={"project": "ears", "mode": "offline", "name": "again"})
     watch(config, 2, [3])
     *earlier, last = wandb_files.runs(folder / "run")
@@ -175,7 +181,7 @@ def test_a_failure_that_passes_costs_what_was_recorded_meanwhile(tmp_path, monke
     log += "    if 'train/loss' in values: open(FILE, 'a').write(f'{step} ')\n"
     (tmp_path / "wandb.py").write_text(f"FILE = {str(tmp_path / 'steps')!r}\n{log}{SOUND}")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    watch(config_of(tmp_path / "run", wandb={"project": "eyes"}), 0, [1, 2, 3, 4, 5])
+    watch(config_of(tmp_path / "run", wandb={"project": "eyes"}), 0, [1, 2, 3, 4, 5], finished=True)
     assert (tmp_path / "steps").read_text().split() == ["1", "4", "5"] and len(caplog.messages) == 1
     kept = json.loads((tmp_path / "run" / "trackers" / "wandb.json").read_text())
     assert kept["steps"]["train"] == 5
@@ -184,7 +190,7 @@ def test_a_failure_that_passes_costs_what_was_recorded_meanwhile(tmp_path, monke
 def test_what_waits_for_a_service_has_a_limit(tmp_path, monkeypatch, caplog):
     (tmp_path / "wandb.py").write_text(f"{BROKEN['never answers']}\n{SOUND}")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(tracker, "LAST_WAIT", 0.1)
+    monkeypatch.setattr(tracker, "STOP_WAIT", 0.1)
     monkeypatch.setattr(tracker, "MOST", 8)
     watch(config_of(tmp_path / "run", wandb={"project": "eyes"}), 0, list(range(1, 300)))
     assert "it is 8 records behind" in caplog.messages[0] and len(caplog.messages) == 2
@@ -217,15 +223,46 @@ def test_a_service_that_has_caught_up_is_told_everything_again(tmp_path, monkeyp
     assert ["8 records behind" in message for message in caplog.messages] == [True, True]
 
 
-def test_a_run_that_is_asked_to_end_while_it_waits_for_a_service_waits_less(tmp_path, monkeypatch, caplog):
-    slow = "import time\ndef log(self, *_, **__): pass\ndef finish(self, **_): time.sleep(20)\n"
-    (tmp_path / "wandb.py").write_text(f"{slow}{SOUND}")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    answers = iter([False])
-    monkeypatch.setattr(tracker.stopping, "requested", lambda: next(answers, True))
-    monkeypatch.setattr(tracker, "STOP_WAIT", 0.5)
-    watch(config_of(tmp_path / "run", wandb={"project": "eyes"}), 0, [1, 2])
-    assert ["does not answer" in message for message in caplog.messages] == [True]  # after 20 seconds it would
+class Silent:
+    """A process that takes what it is given and never answers."""
+
+    def __init__(self, *_, **__):
+        self.stdin, self.stdout, self.returncode, self.killed = io.StringIO(), io.StringIO(), None, threading.Event()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -signal.SIGKILL
+        self.killed.set()
+
+    def wait(self) -> int:
+        self.killed.wait()
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    "finished, asked_after, waited",
+    [
+        (True, 1e9, tracker.LAST_WAIT),
+        (False, 1e9, tracker.STOP_WAIT),
+        (True, 0.0, tracker.STOP_WAIT),
+        (True, 20.0, 20.0),
+    ],
+)
+def test_silent_services_are_waited_for_together_and_less_where_a_run_ends_early(
+    finished, asked_after, waited, tmp_path, monkeypatch, caplog
+):
+    """By a clock that moves where somebody sleeps. A run is asked to end by its STOP file, which is no signal."""
+    now = [0.0]
+    sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)  # noqa: E731
+    monkeypatch.setattr(tracker, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(tracker, "subprocess", SimpleNamespace(Popen=Silent, PIPE=subprocess.PIPE))
+    config = config_of(tmp_path / "run", wandb={"project": "eyes"}, mlflow={"experiment": "eyes"})
+    with stopping.postponed(besides=lambda: now[0] >= asked_after):
+        watch(config, 0, [1, 2], finished=finished)
+    assert ["does not answer" in message for message in caplog.messages] == [True, True]
+    assert waited <= now[0] < waited + 1
 
 
 KILLED_RUN = """
