@@ -144,7 +144,10 @@ def describe(source: str) -> Description:
 
 
 def checkpoint_of(folder: Path) -> Path | None:
-    """The checkpoint that a folder is, or the newest complete one of the run; None for an export, and where none is."""
+    """The checkpoint that a folder is, or the newest complete one of the run; None for an export, for a file, and where
+    none is."""
+    if not folder.is_dir():
+        return None
     if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
         return folder
     if (folder / "config.json").exists():
