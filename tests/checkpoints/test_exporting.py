@@ -306,6 +306,25 @@ def test_several_formats_come_together_or_not_at_all(source, tmp_path, capsys):
             door.main([*words, "--to", str(to)])
 
 
+def test_no_export_takes_the_place_of_the_only_weights(source, tmp_path):
+    encoder, *_ = source("ViT")
+    to, link = tmp_path / "encoders", tmp_path / "link"
+    before, _ = export_formats(encoder, to, FOLDERS)
+    link.symlink_to(to)
+    kept = f"{to}/timm"
+    spelled = [kept, f"local-dir:{kept}", f"{to}/transformers/../timm", f"{link}/timm", "encoders/timm"]
+    for inside in (*spelled, f"{kept}/model.safetensors#pixels=imagenet"):
+        with pytest.raises(UserError, match="would be replaced by programs, whose weights are not read back"):
+            export_encoder(inside, to, format="torch")
+    with pytest.raises(UserError, match="link/timm would be replaced by programs"):
+        export_formats(kept, link / "timm", ("onnx", "torch"))
+    for drawn in (f"random:{kept}", f"start:{kept}"):
+        with pytest.raises(UserError, match=f"would be replaced by other weights than those of {kept}"):
+            export_encoder(drawn, to)
+    assert open_encoder(kept).fingerprint == before.fingerprint
+    assert export_encoder(kept, to).fingerprint == before.fingerprint == open_encoder(str(to)).fingerprint
+
+
 @pytest.fixture
 def small_disk():
     """`with small_disk():` no file grows beyond 16 KiB, in whatever language it is written."""
