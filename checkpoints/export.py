@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from prelude.checkpoints.exporting.card import Card, check_card, write_card
-from prelude.checkpoints.exporting.formats import DType, Format
+from prelude.checkpoints.exporting.formats import VOLUMES, DType, Format
 from prelude.checkpoints.exporting.parity import Proof
 from prelude.checkpoints.exporting.programs import Traced, trace, write_program
 from prelude.checkpoints.exporting.publish import published
@@ -77,12 +77,15 @@ def export_formats(
     """`export_encoder` to one format or more. Several lie in folders of `to`, each named as its format, and all of them
     appear together or none does."""
     to, formats = Path(to), list(dict.fromkeys(formats))
-    if _lies_in(source, to):
+    replaced = _lies_in(source, to)
+    if replaced:
         _refuse_loss(source, to, formats)
     with published(to) as draft:
         encoder = open_encoder(source)
         for format in formats:
             _refuse(encoder, source, format)
+        if replaced:
+            _refuse_loss_of_volumes(encoder, source, to, formats)
         traced = cache(lambda: trace(encoder, dtype, takes_any_size(encoder)))  # of two programs only once
         reports = []
         for format in formats:
@@ -140,14 +143,28 @@ def _refuse_loss(source: str, to: Path, formats: Sequence[Format]) -> None:
         raise UserError(f"{to} would be replaced by other weights than those of {bare(source)}; name another folder.")
 
 
+def _refuse_loss_of_volumes(encoder: OpenedEncoder, source: str, to: Path, formats: Sequence[Format]) -> None:
+    """As `_refuse_loss`, of what lies beside an encoder's weights in a file that not every format has."""
+    held = [*to.glob(VOLUMES), *to.glob(f"*/{VOLUMES}")]
+    if held and not (encoder.volume_embed and any(_has_timm(encoder, format) for format in formats)):
+        raise UserError(
+            f"{held[0]} would be lost, for what is written of {source} has none; write --format timm of the folder "
+            f"{held[0].parent}, or name another folder than {to}."
+        )
+
+
+def _has_timm(encoder: OpenedEncoder, format: Format) -> bool:
+    """Whether timm's folder is written, as it is for transformers too where that has no such architecture."""
+    return format == "timm" or (format == "transformers" and not is_converted(encoder))
+
+
 def _refuse(encoder: OpenedEncoder, source: str, format: Format) -> None:
     if is_own(encoder.config) and format != "timm":
         raise UserError(
             f"{encoder.config.name} is exported as weights and the name of its function, not as {format}; leave out "
             "--format."
         )
-    needs_timm = format == "timm" or (format == "transformers" and not is_converted(encoder))
-    if encoder.config.norm_eps is not None and needs_timm:
+    if encoder.config.norm_eps is not None and _has_timm(encoder, format):
         others = ", ".join(name for name in get_args(Format) if name not in ("timm", format))
         raise UserError(
             f"{source} has LayerNorms of eps {encoder.config.norm_eps:g}, which timm's config.json cannot say; write "
