@@ -146,7 +146,8 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
 def _look_at_unlabelled(args: argparse.Namespace, labelled: Labelled) -> None:
     """At what recipes are pretrained on, before anything begins. Raises UserError."""
     images = [word.removeprefix("data.image=") for word in args.set if word.startswith("data.image=")]
-    with told_as(*(("--shards ",) if args.shards else labelled.named_as("train"))):
+    of_shards = ("--shards ", "", "--set data.image=")
+    with told_as(*(of_shards if args.shards else labelled.named_as("train"))):
         of_labelled = "" if args.shards else labelled.image
         ShardIndex(args.shards or labelled.train, image=images[-1] if images else of_labelled)
 

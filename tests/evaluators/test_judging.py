@@ -175,6 +175,9 @@ def test_shards_that_cannot_be_opened_are_told_as_they_were_given(run, shapes, t
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     told = refused(labelled_shards([str(run)], train=shapes.train))
     assert told.endswith(f"correct evaluate.test_shards={absent!r}, or write --test SHARDS.")
+    given = labelled_shards(["pixels:4"], train=shapes.train, test=shapes.test, image="up.jpg")
+    told = refused(given)
+    assert "--test " in told and told.endswith("correct --image, or leave it out.")
 
 
 def test_testing_on_the_training_shards_is_told(shapes):
