@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prelude.data.class_names import label_reader, plain_reader
+from prelude.data.class_names import label_reader
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
+from prelude.data.groups import group_names
 from prelude.data.labels import extension_of, in_words
 from prelude.data.members import label_members
 from prelude.data.shards import ShardIndex
@@ -47,25 +48,26 @@ def class_numbers(index: ShardIndex) -> Labels:
 
 
 def group_numbers(indexes: Sequence[ShardIndex], group: str) -> list[Tensor]:
-    """(N,) int64 for each index: samples with one value of the label `group` share a number, in all of the indexes; a
-    sample without a value is alone. Raises UserError where no sample of an index has one."""
-    numbers: dict[tuple, int] = {}
-    found = []
-    for place, index in enumerate(indexes):
-        index = index.with_label(group)
-        try:
-            reader = plain_reader(index)
-        except UserError as error:
-            raise UserError(f"Groups of images cannot be read from {group}: {error}") from None
-        groups = torch.zeros(index.num_samples, dtype=torch.int64)
-        for i, content in enumerate(label_members(index)):
-            try:
-                key = ("alone", place, i) if content is None else ("group", str(reader.plain(content)))
-            except BadImage:
-                key = ("alone", place, i)
-            groups[i] = numbers.setdefault(key, len(numbers))
-        found.append(groups)
-    return found
+    """(N,) int64 for each index: samples whose label `group` is written alike share a number, in all of the indexes; a
+    sample without one is alone. Raises UserError where no sample of an index has one."""
+    numbers: dict[str | tuple[int, int], int] = {}
+    return [_numbered(_named_groups(index, group), numbers, place) for place, index in enumerate(indexes)]
+
+
+def _named_groups(index: ShardIndex, group: str) -> list[str | None]:
+    names = group_names(index, group)
+    if not any(names):
+        raise UserError(
+            f"Groups of images cannot be read from {group}: no sample in {index.named} has a {in_words(group)} with a "
+            "value in it; write another --group or evaluate.label_group, or none."
+        )
+    return names
+
+
+def _numbered(names: Sequence[str | None], numbers: dict, place: int) -> Tensor:
+    """place: of the index among others, as a sample without a name is like none of theirs."""
+    keys = ((place, i) if name is None else name for i, name in enumerate(names))
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
 
 
 def not_class_numbers(label: str, dtype, shape: Sequence[int]) -> UserError:
