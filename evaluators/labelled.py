@@ -11,6 +11,7 @@ from prelude.data.absent import told_as
 from prelude.data.class_names import with_class_names
 from prelude.data.counting import counted
 from prelude.data.decode import MAX_PIXELS, ValueRange
+from prelude.data.labels import in_words
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
@@ -122,6 +123,9 @@ def describe_data(
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         warnings += left_out(name, index, unlabelled, unreadable)
+        if label.ungrouped:
+            missing = in_words(label.ungrouped)
+            warnings.append(f"No {name} image has a {missing}, so each counts as a group of its own.")
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,

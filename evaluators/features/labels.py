@@ -29,6 +29,7 @@ class Labels:
     values: Tensor  # (N,) int64 class numbers, or (N, L) float32 of 1, 0 and NaN for unknown
     known: Tensor  # (N,) bool: whether the sample has a label at all
     groups: Tensor | None = None  # (N,) int64: samples of one group (a patient) must not be told apart as independent
+    ungrouped: str = ""  # the label that was to say it, and is nowhere
 
 
 def class_numbers(index: ShardIndex) -> Labels:
@@ -51,17 +52,18 @@ def group_numbers(indexes: Sequence[ShardIndex], group: str) -> list[Tensor]:
     """(N,) int64 for each index: samples whose label `group` is written alike share a number, in all of the indexes; a
     sample without one is alone. Raises UserError where no sample of an index has one."""
     numbers: dict[str | tuple[int, int], int] = {}
-    return [_numbered(_named_groups(index, group), numbers, place) for place, index in enumerate(indexes)]
+    named = [group_names(index, group) for index in indexes]
+    for index, names in zip(indexes, named, strict=True):
+        if not any(names):
+            raise _no_group(index, group)
+    return [_numbered(names, numbers, place) for place, names in enumerate(named)]
 
 
-def _named_groups(index: ShardIndex, group: str) -> list[str | None]:
-    names = group_names(index, group)
-    if not any(names):
-        raise UserError(
-            f"Groups of images cannot be read from {group}: no sample in {index.named} has a {in_words(group)} with a "
-            "value in it; write another --group or evaluate.label_group, or none."
-        )
-    return names
+def _no_group(index: ShardIndex, group: str) -> UserError:
+    return UserError(
+        f"Groups of images cannot be read from {group}: no sample in {index.named} has a {in_words(group)} with a "
+        "value in it; name another in --group or evaluate.label_group, or leave it out."
+    )
 
 
 def _numbered(names: Sequence[str | None], numbers: dict, place: int) -> Tensor:
@@ -84,7 +86,8 @@ def label_group(label: str, group: str) -> str:
 
 
 def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
-    """Raises UserError where no member has the format, none of the names ever occurs, or nothing has the group."""
+    """Raises UserError where no member has the format, none of the names ever occurs, or nothing has a group that is
+    asked for."""
     if ":" in index.label:
         raise UserError(f"--label {index.label} names a field where findings are; write --label json --field FIELD.")
     values, known = [], []
@@ -106,4 +109,8 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
     if not (labels == 1).any():
         raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names.")
     group = label_group(index.label, form.group_field)
-    return Labels(labels, torch.tensor(known), group_numbers([index], group)[0] if group else None)
+    names = group_names(index, group) if group else []
+    if group and form.group_asked and not any(names):
+        raise _no_group(index, group)
+    groups = _numbered(names, {}, 0) if any(names) else None
+    return Labels(labels, torch.tensor(known), groups, ungrouped=group if groups is None else "")
