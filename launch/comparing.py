@@ -167,6 +167,9 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
         label, evaluators = "cls", [EVALUATORS[name] for name in dict.fromkeys(args.evaluators or COMPARED)]
     seen_as = {"value_range": asked.value_range, "max_pixels": asked.max_pixels, "image": asked.image}
     old = Labelled(*args.keep, label, **seen_as, named=("", ""))
+    plain = replace(old, image="")  # of the new images one of several is meant, of the old there may be one alone
+    if not _opens(old) and _opens(plain):
+        old = plain
     keeping = replace(judging, evaluators=evaluators, labelled=old)
     try:
         keeping.check()
@@ -176,6 +179,14 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
         if old.fingerprint == new.fingerprint:
             raise UserError(f"--keep {given} holds the new images themselves; write labelled shards of the old ones.")
     return keeping
+
+
+def _opens(labelled: Labelled) -> bool:
+    try:
+        labelled.opened()
+    except UserError:
+        return False
+    return True
 
 
 def refuse_nothing_kept(contestants: Sequence[Contestant]) -> None:
