@@ -5,6 +5,7 @@
 - The folder appears whole, or not at all (`exporting/publish.py`).
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import get_args
 
 from prelude.checkpoints.exporting.card import Card, check_card, write_card
-from prelude.checkpoints.exporting.formats import DType, Format
+from prelude.checkpoints.exporting.formats import VOLUMES, DType, Format
 from prelude.checkpoints.exporting.parity import Proof
 from prelude.checkpoints.exporting.programs import Traced, trace, write_program
 from prelude.checkpoints.exporting.publish import published
 from prelude.checkpoints.exporting.timm_folder import takes_any_size, write_timm
 from prelude.checkpoints.exporting.transformers_folder import is_converted, write_transformers
-from prelude.checkpoints.source_names import has_folder, path_of
+from prelude.checkpoints.source_names import bare, has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.errors import UserError
 from prelude.pretrain.own_encoder import is_own
@@ -56,8 +57,9 @@ def export_encoder(
     dtype: of the weights; of a program also what it computes in. license: an identifier of the hub's, for README.md.
     check_hub: whether README.md must be what the hub takes.
 
-    Raises UserError when `to` holds anything that is not an export of ours, the disk refuses, the format cannot hold
-    this encoder, or the hub would refuse; RunStopped when the features differ from ours. Nothing is then published.
+    Raises UserError when `to` holds anything that is not an export of ours, or the only weights of `source`, the disk
+    refuses, the format cannot hold this encoder, or the hub would refuse; RunStopped when the features differ from
+    ours. Nothing is then published.
     """
     (report,) = export_formats(source, to, (format,), dtype=dtype, license=license, check_hub=check_hub)
     return report
@@ -75,13 +77,15 @@ def export_formats(
     """`export_encoder` to one format or more. Several lie in folders of `to`, each named as its format, and all of them
     appear together or none does."""
     to, formats = Path(to), list(dict.fromkeys(formats))
-    read_back = {"timm", "transformers"} & set(formats)
-    if not read_back and has_folder(source) and path_of(source).absolute() == to.absolute():
-        raise UserError(f"{to} would be replaced by programs, whose weights are not read back; name another folder.")
+    replaced = _lies_in(source, to)
+    if replaced:
+        _refuse_loss(source, to, formats)
     with published(to) as draft:
         encoder = open_encoder(source)
         for format in formats:
             _refuse(encoder, source, format)
+        if replaced:
+            _refuse_loss_of_volumes(encoder, source, to, formats)
         traced = cache(lambda: trace(encoder, dtype, takes_any_size(encoder)))  # of two programs only once
         reports = []
         for format in formats:
@@ -126,14 +130,41 @@ def _section(encoder: OpenedEncoder) -> dict:
     }
 
 
+def _lies_in(source: str, to: Path) -> bool:
+    """Whether what takes the place of `to` takes the source away, however the two are spelled."""
+    return has_folder(source) and Path(os.path.realpath(path_of(source))).is_relative_to(os.path.realpath(to))
+
+
+def _refuse_loss(source: str, to: Path, formats: Sequence[Format]) -> None:
+    """Of the source's weights, where it lies in `to` and none are written that could be opened in their place."""
+    if not {"timm", "transformers"} & set(formats):
+        raise UserError(f"{to} would be replaced by programs, whose weights are not read back; name another folder.")
+    if bare(source) != source:
+        raise UserError(f"{to} would be replaced by other weights than those of {bare(source)}; name another folder.")
+
+
+def _refuse_loss_of_volumes(encoder: OpenedEncoder, source: str, to: Path, formats: Sequence[Format]) -> None:
+    """As `_refuse_loss`, of what lies beside an encoder's weights in a file that not every format has."""
+    held = [*to.glob(VOLUMES), *to.glob(f"*/{VOLUMES}")]
+    if held and not (encoder.volume_embed and any(_has_timm(encoder, format) for format in formats)):
+        raise UserError(
+            f"{held[0]} would be lost, for what is written of {source} has none; write --format timm of the folder "
+            f"{held[0].parent}, or name another folder than {to}."
+        )
+
+
+def _has_timm(encoder: OpenedEncoder, format: Format) -> bool:
+    """Whether timm's folder is written, as it is for transformers too where that has no such architecture."""
+    return format == "timm" or (format == "transformers" and not is_converted(encoder))
+
+
 def _refuse(encoder: OpenedEncoder, source: str, format: Format) -> None:
     if is_own(encoder.config) and format != "timm":
         raise UserError(
             f"{encoder.config.name} is exported as weights and the name of its function, not as {format}; leave out "
             "--format."
         )
-    needs_timm = format == "timm" or (format == "transformers" and not is_converted(encoder))
-    if encoder.config.norm_eps is not None and needs_timm:
+    if encoder.config.norm_eps is not None and _has_timm(encoder, format):
         others = ", ".join(name for name in get_args(Format) if name not in ("timm", format))
         raise UserError(
             f"{source} has LayerNorms of eps {encoder.config.norm_eps:g}, which timm's config.json cannot say; write "

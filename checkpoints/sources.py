@@ -23,6 +23,7 @@ from prelude.checkpoints.convert.fit import facts, fit, grid_of, prefix_rows_of
 from prelude.checkpoints.convert.round_trip import as_it_was
 from prelude.checkpoints.convert.weights import Weights
 from prelude.checkpoints.description import Description
+from prelude.checkpoints.exporting.formats import VOLUMES
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
 from prelude.checkpoints.source_names import RANDOM, START, has_folder, path_of
@@ -144,7 +145,10 @@ def describe(source: str) -> Description:
 
 
 def checkpoint_of(folder: Path) -> Path | None:
-    """The checkpoint that a folder is, or the newest complete one of the run; None for an export, and where none is."""
+    """The checkpoint that a folder is, or the newest complete one of the run; None for an export, for a file, and where
+    none is."""
+    if not folder.is_dir():
+        return None
     if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
         return folder
     if (folder / "config.json").exists():
@@ -251,7 +255,7 @@ def _describe_export(folder: Path) -> Description:
             mean=tuple(ours["mean"]),
             std=tuple(ours["std"]),
             name=folder.absolute().name,
-            read=lambda: read(folder / "model.safetensors", config, objective),
+            read=lambda: _with_volumes(read(folder / "model.safetensors", config, objective), folder, objective),
             origin=ours["origin"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -271,6 +275,19 @@ def _read_converted(path: Path, config: EncoderConfig, objective: str | None) ->
     tensors = as_it_was(weights, model.state_dict(), prefix)
     rule = _RESAMPLING.get(objective, "timm")
     return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule)
+
+
+def _with_volumes(weights: Weights, folder: Path, objective: str | None) -> Weights:
+    """With what projects patches of volumes, where the export has it."""
+    path = folder / VOLUMES
+    if not path.exists():
+        return weights
+    try:
+        found = TensorFiles.of_file(path)
+        own = {f"{_VOLUMES}{name}": found[name].float() for name in found}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); export again.") from None
+    return replace(weights, left_out=weights.left_out | {OWN: len(own)}, own={objective or "": own})
 
 
 def _read_ours(

@@ -1,6 +1,7 @@
 """Shards that plainly are not there, and how that is told. Imports nothing heavy: doors ask before anything else.
 
-Whoever opens shards names them `data.shards`, as most are; who was given them by another name says so (`told_as`).
+Whoever opens shards names them `data.shards`, and the image of a sample that holds several `data.image`, as most are;
+who was given them by other names says so (`told_as`).
 """
 
 import glob
@@ -15,21 +16,24 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from prelude.data.errors import RunStopped, UserError
 
 _KEY = re.compile(r"\bdata\.shards\b(=)?")
+_IMAGE = re.compile(r"\bdata\.image\b(=)?")
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 
 
 @contextmanager
-def told_as(name: str, otherwise: str = "") -> Iterator[None]:
+def told_as(name: str, otherwise: str = "", image: str = "--image ") -> Iterator[None]:
     """What is refused inside speaks of the shards as they were given.
 
     name: what stands before the pattern, such as `--test ` or `evaluate.test_shards=`; "" where nothing does.
-    otherwise: what may be written instead of correcting that, such as `--test SHARDS`.
+    otherwise: what may be written instead of correcting that, such as `--test SHARDS`. image: what stands before the
+    extension of an image's member, such as `evaluate.image=`.
     """
     try:
         yield
     except (UserError, RunStopped) as error:
         alone = name.strip(" =") or "the shards"
         text = _KEY.sub(lambda found: name if found[1] else alone, str(error))
+        text = _IMAGE.sub(lambda found: image if found[1] else image.strip(" ="), text)
         text = f"{text.removesuffix('.')}, or write {otherwise}." if otherwise else text
         raise type(error)(text) from None
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from prelude.data.class_list import refuse_repeats
 from prelude.data.counting import counted
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
@@ -44,11 +45,14 @@ def with_class_names(indexes: Sequence[ShardIndex], given: Sequence[str] = ()) -
     """The same indexes (train and test), which agree on the numbers of class names; unchanged where labels are numbers
     and no names are given.
 
-    Reads all labels that are text. Raises UserError for a label that is not among the given names, or beyond them.
+    Reads all labels that are text. Raises UserError for a label that is not among the given names, or beyond them, and
+    for a name that is given twice where labels are text.
     """
     readers = [plain_reader(index) for index in indexes]
     if not given and not any(reader.is_text for reader in readers):
         return list(indexes)
+    if any(reader.is_text for reader in readers):
+        refuse_repeats(given, "The list of classes that is given")
     found: set[str] = set()
     for index, reader in zip(indexes, readers, strict=True):
         values, count = _values(index, reader)

@@ -116,7 +116,7 @@ def _sound(index: ShardIndex, shards: str | list[str], max_bad_share: float) -> 
 def _told_as(key: str, function):
     """`function()`, whose complaints name the key of a config."""
     try:
-        with told_as(f"{key}.shards="):
+        with told_as(f"{key}.shards=", image=f"{key}.image="):
             return function()
     except (UserError, RunStopped) as error:
         raise type(error)(f"{key} cannot be used: {error}") from None

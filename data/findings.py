@@ -24,6 +24,7 @@ class VectorFormat:
     names: tuple[str, ...]
     field: str = ""  # of the JSON object; "": the whole member
     group_field: str = ""  # whose values group the samples, such as `patient`; "": every sample on its own
+    group_asked: bool = True  # by who judges; else by a run, whose images may name groups where these do not
 
     def vector(self, content: dict | list) -> list[float] | None:
         """L values of 1, 0 and NaN for what is not known; None where there is no such thing in `content`."""

@@ -10,7 +10,6 @@ names.
 """
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -18,8 +17,9 @@ import numpy as np
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
+from prelude.data.groups import group_reader
 from prelude.data.kept_files import kept_numbers
-from prelude.data.labels import JSON, TEXTS, field_of, in_words, label_name, no_label
+from prelude.data.labels import in_words, label_name, no_label
 from prelude.data.members import label_members
 from prelude.data.order import hashed
 from prelude.data.remote_shards import named
@@ -117,18 +117,11 @@ def _group_numbers(index: ShardIndex, group: str, parts: list[list[int]]) -> tup
 
 
 def _reader(group: str):
-    """From a member's bytes to the group's name, None where there is none. Numbers are compared as they are written."""
-    extension, _, field = group.partition(":")
-    kind = extension.rpartition(".")[2]
-    if not (kind in JSON and (field or ":" not in group) or kind in TEXTS and ":" not in group):
-        raise UserError(f"objective.pair_by={group} names no group; write json:FIELD, or the extension of a text.")
+    """From a member's bytes to the group's name, None where there is no text and no number."""
+    written = group_reader(group, f"objective.pair_by={group}")
 
     def value_of(content: bytes) -> str | None:
-        try:
-            raw = json.loads(content, parse_int=str, parse_float=str) if kind in JSON else content.decode()
-        except (ValueError, RecursionError):
-            return None
-        value = field_of(raw, field) if field else raw
+        value = written(content)
         return value.strip() or None if isinstance(value, str) else None
 
     return value_of

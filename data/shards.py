@@ -270,10 +270,10 @@ class ShardIndex:
         if any(problem.reason == SEVERAL for problem in found):
             return (
                 f"{there} whose samples hold several images{first}; say which is meant by its extension, as "
-                "data.image=left.jpg or --image left.jpg."
+                "data.image=left.jpg."
             )
         if name := next(filter(None, self.images_named), ""):
-            return f"{there} without a single .{name} member{first}; correct data.image, or --image, or leave it out."
+            return f"{there} without a single .{name} member{first}; correct data.image, or leave it out."
         return (
             f"{there} without a single image{first}; write tar files whose members are named like 000123.jpg, or make "
             "them of what is there: prelude shards pack SOURCE --to DIR."

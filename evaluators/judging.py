@@ -287,8 +287,8 @@ def vector_format(
             f"evaluate.label_names in the run's config."
         )
     field = section.label_field if section and field is None else field or ""
-    group = section.label_group if section and group is None else group or ""
-    return VectorFormat(tuple(names), field, group)
+    of_section = section.label_group if section else ""
+    return VectorFormat(tuple(names), field, of_section if group is None else group, group_asked=group is not None)
 
 
 def run_of(source: str) -> Path | None:

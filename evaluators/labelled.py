@@ -11,6 +11,7 @@ from prelude.data.absent import told_as
 from prelude.data.class_names import with_class_names
 from prelude.data.counting import counted
 from prelude.data.decode import MAX_PIXELS, ValueRange
+from prelude.data.labels import in_words
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
@@ -19,6 +20,7 @@ from prelude.evaluators.features.labels import Labels, VectorFormat
 from prelude.pretrain.config import EvaluateConfig, SelectConfig
 
 _SECTION = "evaluate."
+IMAGE_OF_SECTION = f"{_SECTION}image="
 FEW = 20  # images: of fewer, one alone is 5 points or more
 
 
@@ -40,6 +42,8 @@ class Labelled:
     one_set: bool = False  # test alone, which is train as well: for what leaves each sample out in turn
     # How they are spelled where they were given, see `told_as`
     named: tuple[str, str] = field(default=("--train ", "--test "), compare=False)
+    image_named: str = field(default="--image ", compare=False)
+    has_options: bool = field(default=True, compare=False)  # --train and --test, in the place of what a section says
 
     def opened(self) -> list[ShardIndex]:
         """Of train and test. Raises UserError as `ShardIndex`, and for a part that is not there."""
@@ -53,10 +57,11 @@ class Labelled:
             train = ShardIndex(self.train, *read_as)
         return [selected(train, self.train_select, "train_select"), test]
 
-    def named_as(self, side: str) -> tuple[str, str]:
-        """How train or test is spelled, and what else may be written where that is a section of the run's."""
+    def named_as(self, side: str) -> tuple[str, str, str]:
+        """How train or test is spelled, what else may be written where that is a section's, and how an image is."""
         name = self.named[("train", "test").index(side)]
-        return name, f"--{side} SHARDS" if name.startswith(_SECTION) else ""
+        otherwise = f"--{side} SHARDS" if self.has_options and name.startswith(_SECTION) else ""
+        return name, otherwise, self.image_named
 
     def indexes(self) -> list[ShardIndex]:
         """The same, which agree on the numbers of class names. Raises UserError for labels that are no classes, too."""
@@ -88,7 +93,7 @@ def labelled_section(section: EvaluateConfig, value_range=None, max_pixels: int 
     named = {"image": section.image or "", "classes": tuple(section.classes)}
     shards = section.train_shards, section.test_shards
     found = Labelled(*shards, section.label, None, value_range, max_pixels, **named, **selects)
-    return replace(found, named=named_by_section())
+    return replace(found, named=named_by_section(), image_named=IMAGE_OF_SECTION, has_options=False)
 
 
 def named_by_section(train: bool = True, test: bool = True) -> tuple[str, str]:
@@ -118,6 +123,9 @@ def describe_data(
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         warnings += left_out(name, index, unlabelled, unreadable)
+        if label.ungrouped:
+            missing = in_words(label.ungrouped)
+            warnings.append(f"No {name} image has a {missing}, so each counts as a group of its own.")
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,

@@ -5,7 +5,8 @@
     prelude compare runs/mine --keep 'old/train-*.tar' 'old/test-*.tar'
     prelude compare mae_cifar10 barlow_cifar10 --images 200000 \\
         --pretraining-seeds 3 --train 'train-{0..9}.tar' --test test-0.tar
-    deepspeed --num_gpus 8 launch/compare.py runs/mae runs/barlow
+    deepspeed --num_gpus 8 --module prelude.launch.compare \\
+        runs/mae runs/barlow
 
 A recipe among the sources is pretrained first, into OUT/runs; ranks of a
 launcher share the work of encoders that are. The same command, run again, goes

@@ -146,7 +146,8 @@ def task_of(args: argparse.Namespace, sources: Sequence[str]) -> tuple[Labelled,
 def _look_at_unlabelled(args: argparse.Namespace, labelled: Labelled) -> None:
     """At what recipes are pretrained on, before anything begins. Raises UserError."""
     images = [word.removeprefix("data.image=") for word in args.set if word.startswith("data.image=")]
-    with told_as(*(("--shards ",) if args.shards else labelled.named_as("train"))):
+    of_shards = ("--shards ", "", "--set data.image=")
+    with told_as(*(of_shards if args.shards else labelled.named_as("train"))):
         of_labelled = "" if args.shards else labelled.image
         ShardIndex(args.shards or labelled.train, image=images[-1] if images else of_labelled)
 
@@ -166,6 +167,9 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
         label, evaluators = "cls", [EVALUATORS[name] for name in dict.fromkeys(args.evaluators or COMPARED)]
     seen_as = {"value_range": asked.value_range, "max_pixels": asked.max_pixels, "image": asked.image}
     old = Labelled(*args.keep, label, **seen_as, named=("", ""))
+    plain = replace(old, image="")  # of the new images one of several is meant, of the old there may be one alone
+    if not _opens(old) and _opens(plain):
+        old = plain
     keeping = replace(judging, evaluators=evaluators, labelled=old)
     try:
         keeping.check()
@@ -175,6 +179,14 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
         if old.fingerprint == new.fingerprint:
             raise UserError(f"--keep {given} holds the new images themselves; write labelled shards of the old ones.")
     return keeping
+
+
+def _opens(labelled: Labelled) -> bool:
+    try:
+        labelled.opened()
+    except UserError:
+        return False
+    return True
 
 
 def refuse_nothing_kept(contestants: Sequence[Contestant]) -> None:

@@ -2,7 +2,8 @@
 
     prelude embed runs/mae 'train-{0..9}.tar' --to features.parquet
     prelude embed timm:resnet50 photos/ --kind pool stages --to photos.npz
-    deepspeed launch/embed.py runs/mae 'train-*.tar' --to features.safetensors
+    deepspeed --module prelude.launch.embed runs/mae 'train-*.tar' \\
+        --to features.safetensors
 
 Killed, the same command goes on. What could not be read is listed beside the
 file, and the exit code is 4. docs/embedding.md says what the file holds.

@@ -2,10 +2,10 @@
 
     prelude finetune runs/mae --config finetune_vit_cifar10 \\
         --train 'train-*.tar' --test 'test-*.tar'
-    deepspeed --num_gpus 8 launch/finetune.py runs/mae \\
-        --config configs/finetune_vit_base.yaml run_dir=runs/tuned
-    deepspeed --num_gpus 8 launch/finetune.py runs/mae \\
-        --config configs/finetune_vit_base.yaml --from-scratch
+    deepspeed --num_gpus 8 --module prelude.launch.finetune runs/mae \\
+        --config finetune_vit_base run_dir=runs/tuned
+    deepspeed --num_gpus 8 --module prelude.launch.finetune runs/mae \\
+        --config finetune_vit_base --from-scratch
 
 The same command, run again, goes on from the run's newest checkpoint. Exit
 codes as those of pretraining.

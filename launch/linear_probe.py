@@ -3,7 +3,8 @@
     prelude probe runs/mae random:runs/mae pixels \\
         --train 'train-{0..9}.tar' --test test-0.tar
     prelude probe runs/mae --norm batch none --features cls mean last4 --seeds 3
-    deepspeed --num_gpus 8 launch/linear_probe.py runs/mae --protocol mae
+    deepspeed --num_gpus 8 --module prelude.launch.linear_probe runs/mae \\
+        --protocol mae
 
 Without --protocol, heads are trained to their optimum on features of one fixed
 view. With it, they are trained as in that paper, on augmented images. Several

@@ -25,21 +25,23 @@ _LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by
 
 
 def peek(args: argparse.Namespace) -> int:
-    plan, seen_as = None, {}
+    plan, seen_as, image = None, {}, args.image or ""
     if args.config:
         given = ["data.mix={}", f"data.shards={json.dumps(args.shards)}", *args.set]
         config = load_config(args.config, given, options_for)
         plan = build_objective(config).views
         seen_as = read_as(config.data)
+        image = image or seen_as["image"]
     elif args.set:
         raise UserError(f"--set {args.set[0]} has no effect without --config; leave it out.")
     else:
         with told_as(""):
-            channels = channels_of(ShardIndex(args.shards))
+            channels = channels_of(ShardIndex(args.shards, image=image))
         plan = ViewPlan((_PLAIN_VIEW,), (0.5,) * channels, (0.25,) * channels)
     if args.count < 1:
         raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
-    loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, **seen_as)
+    with told_as(""):
+        loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, **seen_as | {"image": image})
     names = loader.preview(args.count)
     batch = next(loader)
     rows: list[list] = [[] for _ in range(args.count)]

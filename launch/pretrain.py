@@ -1,8 +1,8 @@
 """Train an encoder on unlabelled shards.
 
     prelude pretrain --config mae_cifar10 'data.shards=/data/{000..099}.tar'
-    deepspeed --num_gpus 8 launch/pretrain.py \\
-        --config configs/mae_vit_base.yaml 'data.shards=/data/{000..099}.tar'
+    deepspeed --num_gpus 8 --module prelude.launch.pretrain \\
+        --config mae_vit_base 'data.shards=/data/{000..099}.tar'
 
 The same command, run again, goes on from the run's newest checkpoint, at any
 number of ranks. Exit codes: 0 finished, 2 a mistake in the command or config,

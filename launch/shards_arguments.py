@@ -38,6 +38,7 @@ def shards_parser(doc: str) -> argparse.ArgumentParser:
     )
     sheet.add_argument("--count", type=int, default=8, metavar="N", help="images (default: 8)")
     sheet.add_argument("--seed", type=seed, default=0, metavar="N", help="of the order and the views (default: 0)")
+    add_image(sheet)
     add_cache(sheet)
     listing = actions.add_parser("index", help="write the index file that lies beside shards behind a URL")
     listing.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, URLs, braces, *, ::")

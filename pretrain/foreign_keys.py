@@ -58,8 +58,8 @@ _OTHERWISE = {
     "aim logger loggers report_to tensorboard",
     "an encoder has no classifier here, and `prelude finetune` counts the classes; leave it out": "num_classes "
     "nb_classes num_labels n_classes",
-    "the launcher says on how many devices a run is; write deepspeed --num_gpus N launch/pretrain.py": "gpus num_gpus "
-    "devices nodes num_nodes world_size ngpus ngpus_per_node strategy accelerator",
+    "the launcher says on how many devices a run is; write deepspeed --num_gpus N --module prelude.launch.pretrain": ""
+    "gpus num_gpus devices nodes num_nodes world_size ngpus ngpus_per_node strategy accelerator",
     "the learning rate falls by a cosine, or at optimizer.milestones; write one of their settings": "scheduler "
     "lr_scheduler lr_scheduler_type sched schedule",
 }

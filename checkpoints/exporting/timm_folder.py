@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from prelude.checkpoints.exporting.formats import VOLUMES
 from prelude.checkpoints.exporting.parity import DTYPES, Proof, rounded
 from prelude.checkpoints.own_export import own_config, own_reloaded
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
@@ -22,7 +23,6 @@ from prelude.pretrain.own_encoder import gives, is_own
 
 # The same weights in the same operations on the same machine; relative to the largest feature.
 TOLERANCE = 1e-6
-VOLUMES = "volume_embed.safetensors"
 
 
 def write_timm(encoder: OpenedEncoder, folder: Path, dtype: str, section: dict) -> Proof:

@@ -218,7 +218,8 @@ def _tested(scores: Scores, places: Places, classes: Classes, seed: int, names: 
     ):
         if share:
             name = names[number] if number < len(names) else str(number)
-            by_class[name] = {"iou": 100 * iou, "share_of_pixels": 100 * share}
+            told = f"{name} ({number})" if name in by_class else name
+            by_class[told] = {"iou": 100 * iou, "share_of_pixels": 100 * share}
     return {
         "numbers": overlap.numbers(seed),
         "by_class": by_class,

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prelude.data.class_names import label_reader, plain_reader
+from prelude.data.class_names import label_reader
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
+from prelude.data.groups import group_names
 from prelude.data.labels import extension_of, in_words
 from prelude.data.members import label_members
 from prelude.data.shards import ShardIndex
@@ -28,6 +29,7 @@ class Labels:
     values: Tensor  # (N,) int64 class numbers, or (N, L) float32 of 1, 0 and NaN for unknown
     known: Tensor  # (N,) bool: whether the sample has a label at all
     groups: Tensor | None = None  # (N,) int64: samples of one group (a patient) must not be told apart as independent
+    ungrouped: str = ""  # the label that was to say it, and is nowhere
 
 
 def class_numbers(index: ShardIndex) -> Labels:
@@ -47,25 +49,27 @@ def class_numbers(index: ShardIndex) -> Labels:
 
 
 def group_numbers(indexes: Sequence[ShardIndex], group: str) -> list[Tensor]:
-    """(N,) int64 for each index: samples with one value of the label `group` share a number, in all of the indexes; a
-    sample without a value is alone. Raises UserError where no sample of an index has one."""
-    numbers: dict[tuple, int] = {}
-    found = []
-    for place, index in enumerate(indexes):
-        index = index.with_label(group)
-        try:
-            reader = plain_reader(index)
-        except UserError as error:
-            raise UserError(f"Groups of images cannot be read from {group}: {error}") from None
-        groups = torch.zeros(index.num_samples, dtype=torch.int64)
-        for i, content in enumerate(label_members(index)):
-            try:
-                key = ("alone", place, i) if content is None else ("group", str(reader.plain(content)))
-            except BadImage:
-                key = ("alone", place, i)
-            groups[i] = numbers.setdefault(key, len(numbers))
-        found.append(groups)
-    return found
+    """(N,) int64 for each index: samples whose label `group` is written alike share a number, in all of the indexes; a
+    sample without one is alone. Raises UserError where no sample of an index has one."""
+    numbers: dict[str | tuple[int, int], int] = {}
+    named = [group_names(index, group) for index in indexes]
+    for index, names in zip(indexes, named, strict=True):
+        if not any(names):
+            raise _no_group(index, group)
+    return [_numbered(names, numbers, place) for place, names in enumerate(named)]
+
+
+def _no_group(index: ShardIndex, group: str) -> UserError:
+    return UserError(
+        f"Groups of images cannot be read from {group}: no sample in {index.named} has a {in_words(group)} with a "
+        "value in it; name another in --group or evaluate.label_group, or leave it out."
+    )
+
+
+def _numbered(names: Sequence[str | None], numbers: dict, place: int) -> Tensor:
+    """place: of the index among others, as a sample without a name is like none of theirs."""
+    keys = ((place, i) if name is None else name for i, name in enumerate(names))
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
 
 
 def not_class_numbers(label: str, dtype, shape: Sequence[int]) -> UserError:
@@ -82,7 +86,8 @@ def label_group(label: str, group: str) -> str:
 
 
 def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
-    """Raises UserError where no member has the format, none of the names ever occurs, or nothing has the group."""
+    """Raises UserError where no member has the format, none of the names ever occurs, or nothing has a group that is
+    asked for."""
     if ":" in index.label:
         raise UserError(f"--label {index.label} names a field where findings are; write --label json --field FIELD.")
     values, known = [], []
@@ -104,4 +109,8 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
     if not (labels == 1).any():
         raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names.")
     group = label_group(index.label, form.group_field)
-    return Labels(labels, torch.tensor(known), group_numbers([index], group)[0] if group else None)
+    names = group_names(index, group) if group else []
+    if group and form.group_asked and not any(names):
+        raise _no_group(index, group)
+    groups = _numbered(names, {}, 0) if any(names) else None
+    return Labels(labels, torch.tensor(known), groups, ungrouped=group if groups is None else "")

@@ -30,7 +30,14 @@ from prelude.evaluators.finetuning.samples import Samples, labelled_samples
 from prelude.evaluators.finetuning.testing import Found
 from prelude.evaluators.frozen.multilabel import label_warnings
 from prelude.evaluators.judging import described, labelled_shards
-from prelude.evaluators.labelled import few_warnings, labelled_section, left_out, named_by_section, selection
+from prelude.evaluators.labelled import (
+    IMAGE_OF_SECTION,
+    few_warnings,
+    labelled_section,
+    left_out,
+    named_by_section,
+    selection,
+)
 from prelude.evaluators.results import Outcome, Result, versions
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config, EncoderConfig, SelectConfig
@@ -85,7 +92,8 @@ def prepare(
         _findings(section),
         **_of_recipe(section, train, test),
     )
-    labelled = replace(labelled, named=named_by_section(train=not train, test=not test))
+    named = named_by_section(train=not train, test=not test)
+    labelled = replace(labelled, named=named, image_named=IMAGE_OF_SECTION)
     values = completed(values, labelled)
     options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:

@@ -17,7 +17,7 @@ import timm
 import torch
 from forked import is_killed
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prelude.checkpoints import export
 from prelude.checkpoints.convert.fit import fit
@@ -304,6 +304,57 @@ def test_several_formats_come_together_or_not_at_all(source, tmp_path, capsys):
     ]:
         with pytest.raises(UserError, match=why):
             door.main([*words, "--to", str(to)])
+
+
+def test_no_export_takes_the_place_of_the_only_weights(source, tmp_path):
+    encoder, *_ = source("ViT")
+    to, link = tmp_path / "encoders", tmp_path / "link"
+    before, _ = export_formats(encoder, to, FOLDERS)
+    link.symlink_to(to)
+    kept = f"{to}/timm"
+    spelled = [kept, f"local-dir:{kept}", f"{to}/transformers/../timm", f"{link}/timm", "encoders/timm"]
+    for inside in (*spelled, f"{kept}/model.safetensors#pixels=imagenet"):
+        with pytest.raises(UserError, match="would be replaced by programs, whose weights are not read back"):
+            export_encoder(inside, to, format="torch")
+    with pytest.raises(UserError, match="link/timm would be replaced by programs"):
+        export_formats(kept, link / "timm", ("onnx", "torch"))
+    for drawn in (f"random:{kept}", f"start:{kept}"):
+        with pytest.raises(UserError, match=f"would be replaced by other weights than those of {kept}"):
+            export_encoder(drawn, to)
+    assert open_encoder(kept).fingerprint == before.fingerprint
+    assert export_encoder(kept, to).fingerprint == before.fingerprint == open_encoder(str(to)).fingerprint
+
+
+def test_what_projects_volumes_goes_out_again_or_the_export_is_refused(tmp_path, save):
+    kwargs = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    config = EncoderConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=8, kwargs=kwargs)
+    own = {"weight": torch.randn(32, 1, 8, 8, 4), "bias": torch.randn(32)}
+    tensors = {f"encoder.{name}": tensor for name, tensor in build_encoder(config, seed=1).state_dict().items()}
+    tensors |= {f"volume_embed.{name}": tensor for name, tensor in own.items()} | {"mask_token": torch.ones(32)}
+    meta = {
+        "step": 3,
+        "encoder": config.model_dump(mode="json"),
+        "exported": "encoder.",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "config": {"objective": {"name": "uni4eye"}},
+    }
+    save(Store(tmp_path / "run" / "checkpoints"), 3, meta=meta, encoder=tensors)
+    out, again, both = (tmp_path / name for name in ("out", "again", "both"))
+    export_encoder(str(tmp_path / "run"), out)
+    export_encoder(str(out), out)
+    export_encoder(str(out), again)
+    export_formats(str(again), both, FOLDERS)
+    for folder in (out, again, both / "timm"):
+        found = load_file(folder / "volume_embed.safetensors")
+        assert found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
+        assert "projects patches of 1 x 8 x 8 x 4 voxels" in (folder / "README.md").read_text()
+    lost = {(str(out), out, "transformers"): out, (f"{both}/transformers", both, "timm"): both / "timm"}
+    for (source, to, format), holds in lost.items():
+        with pytest.raises(UserError, match=f"{holds}/volume_embed.safetensors would be lost, .*--format timm"):
+            export_encoder(source, to, format=format)
+        assert (holds / "volume_embed.safetensors").exists()
+    export_encoder(str(out), tmp_path / "elsewhere", format="transformers")
 
 
 @pytest.fixture

@@ -234,14 +234,18 @@ def test_a_changed_part_is_refused_by_its_name(mix, write_shards):
 def test_what_cannot_be_mixed_is_refused_by_its_name(mix, write_shards, write_tar, tmp_path):
     empty = str(write_tar(tmp_path / "empty.tar", [("1.txt", b"x")]))
     damaged = write_shards([1], folder="damaged") + [str(write_tar(tmp_path / "cut.tar", [("1.ppm", b"")] * 3))]
+    pairs = str(write_tar(tmp_path / "pairs.tar", [("1.left.ppm", b"x"), ("1.right.ppm", b"x")]))
     for shards, said in (
         (empty, "data.mix.odd cannot be used: .*without a single image"),
         (str(tmp_path / "none.tar"), "data.mix.odd cannot be used: .*does not exist"),
         ("pipe:cat x.tar", "data.mix.odd cannot be used: pipe:cat x.tar is a stream, whose samples nobody can count"),
         (damaged, "data.mix.odd cannot be used: .* lost or damaged"),
+        (pairs, "hold several images .* extension, as data.mix.odd.image=left.jpg.$"),
     ):
         with pytest.raises(UserError, match=said):
             build(mix | {"odd": DataSet(shards, 1.0)}, max_bad_share=0.5)
+    with pytest.raises(UserError, match="without a single .up.ppm member .*; correct data.mix.odd.image, or leave it"):
+        build(mix | {"odd": DataSet(pairs, 1.0, image="up.ppm")}, max_bad_share=0.5)
     with pytest.raises(UserError, match="data.num_samples=3 has no effect"):
         build(mix, num_samples=3)
 

@@ -168,11 +168,14 @@ def test_volumes_that_none_can_be_read_of_are_refused_at_the_start(write_volumes
         Loader(index_of_volumes(DataSet(write_volumes(make=make))), PLAN, seed=0, micro_batch=2)
 
 
-def test_what_is_not_there_is_told_by_its_key(tmp_path):
+def test_what_is_not_there_is_told_by_its_key(tmp_path, write_tar):
     with pytest.raises(UserError, match="^data.volumes cannot be used: "):
         index_of_volumes(DataSet(f"{tmp_path}/none-*.tar"))
     with pytest.raises(UserError, match="data.volumes cannot be used: .* is a stream"):
         index_of_volumes(DataSet("pipe:cat x.tar"))
+    pairs = str(write_tar(tmp_path / "pairs.tar", [("1.left.jpg", b"x"), ("1.right.jpg", b"x")]))
+    with pytest.raises(UserError, match="hold several images .* extension, as data.volumes.image=left.jpg.$"):
+        index_of_volumes(DataSet(pairs))
 
 
 # ---- in turn with images

@@ -175,6 +175,9 @@ def test_shards_that_cannot_be_opened_are_told_as_they_were_given(run, shapes, t
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     told = refused(labelled_shards([str(run)], train=shapes.train))
     assert told.endswith(f"correct evaluate.test_shards={absent!r}, or write --test SHARDS.")
+    given = labelled_shards(["pixels:4"], train=shapes.train, test=shapes.test, image="up.jpg")
+    told = refused(given)
+    assert "--test " in told and told.endswith("correct --image, or leave it out.")
 
 
 def test_testing_on_the_training_shards_is_told(shapes):
@@ -220,19 +223,22 @@ def test_test_images_are_looked_for_among_themselves(shapes, tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
-def test_the_door_to_several_findings(tmp_path, capsys):
-    def shard(name):
-        with tarfile.open(tmp_path / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for i in range(40):
-                findings = {"labels": [["dark"], [], ["bright", "even"]][i % 3], "patient": i // 2}
-                pixels = b"P6 8 8 255\n" + bytes([i % 3 * 100 + i]) * 192
-                for member, content in ((f"{i}.ppm", pixels), (f"{i}.json", json.dumps(findings).encode())):
-                    info = tarfile.TarInfo(member)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        return str(tmp_path / name)
+def bright_and_dark(path, patients=True) -> str:
+    """A shard of findings; patients: whether it names them, of two images each."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(40):
+            findings = {"labels": [["dark"], [], ["bright", "even"]][i % 3]} | ({"patient": i // 2} if patients else {})
+            pixels = b"P6 8 8 255\n" + bytes([i % 3 * 100 + i]) * 192
+            for member, content in ((f"{i}.ppm", pixels), (f"{i}.json", json.dumps(findings).encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
 
-    argv = ["pixels:4", "--train", shard("a.tar"), "--test", shard("b.tar"), "--num-workers", "0"]
+
+def test_the_door_to_several_findings(tmp_path, capsys):
+    train, test = (bright_and_dark(tmp_path / name) for name in ("a.tar", "b.tar"))
+    argv = ["pixels:4", "--train", train, "--test", test, "--num-workers", "0"]
     argv += ["--out", str(tmp_path / "out"), "--field", "labels", "--group", "patient"]
     assert prelude.main(["multilabel", *argv, "--names", "bright", "dark"]) == 0
     (path,) = (tmp_path / "out").glob("*.json")
@@ -252,6 +258,25 @@ def test_the_door_to_several_findings(tmp_path, capsys):
     assert found["data"]["label"] == "json" and found["data"]["test"]["num_samples"] == 40
     assert door(lambda: prelude.main(["multilabel", *argv])) == 2
     assert "--names" in capsys.readouterr().err
+
+
+def test_images_that_lack_the_patients_of_a_run_are_judged_one_by_one_unless_they_are_asked_for(
+    run, any_encoder, tmp_path, capsys
+):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    findings = {"label": "json", "label_names": ["bright", "dark"], "label_field": "labels", "label_group": "patient"}
+    config["evaluate"] |= findings
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    train, test = bright_and_dark(tmp_path / "a.tar"), bright_and_dark(tmp_path / "b.tar", patients=False)
+    argv = ["multilabel", str(run), "--train", train, "--test", test, "--num-workers", "0", "--out", str(tmp_path)]
+    assert prelude.main(argv) == 0
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert found["recipe"]["grouped"] and [warning for warning in found["warnings"] if "patient" in warning] == [
+        "No test image has a field 'patient' in a .json member, so each counts as a group of its own."
+    ]
+    assert door(lambda: prelude.main([*argv, "--group", "patient"])) == 2
+    assert "no sample in" in (told := capsys.readouterr().err) and "has a field 'patient'" in told
 
 
 def test_classes_of_a_run_are_those_of_its_label(run):
@@ -292,7 +317,8 @@ def test_a_run_says_where_its_findings_are_written(run):
         "label_group": "patient",
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    assert vector_format([str(run)]) == VectorFormat(("a", "b"), "labels", "patient")
+    assert vector_format([str(run)]) == VectorFormat(("a", "b"), "labels", "patient", group_asked=False)
+    assert vector_format([str(run)], group="patient") == VectorFormat(("a", "b"), "labels", "patient")
     assert vector_format([str(run)], ["c"], "", "") == VectorFormat(("c",))
     assert labelled_shards([str(run)], vectors=VectorFormat(("c",))).label == "json"
 

@@ -124,6 +124,20 @@ def test_what_names_no_class_is_refused(shards, label, said):
         Labelled(str(shards / "train.tar"), str(shards / "test.tar"), label, image="left.png").indexes()
 
 
+def test_a_list_names_two_classes_alike_where_labels_are_numbers(shards, tmp_path, capsys):
+    names = [*NAMES[:9], NAMES[0]]
+    (tmp_path / "names").write_text("\n".join(names))
+    command = ["knn", "pixels:8", "--train", str(shards / "train.tar"), "--test", str(shards / "test.tar")]
+    command += ["--image", "left.png", "--num-workers", "0"]
+    command += ["--classes", str(tmp_path / "names"), "--out", str(tmp_path / "out")]
+    assert door(lambda: prelude.main([*command, "--label", "json:about.number"])) == 0, capsys.readouterr()
+    (written,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(written.read_text())["data"]["classes"] == names
+    assert door(lambda: prelude.main([*command, "--label", "json:about.kind"])) == 2
+    told = capsys.readouterr().err
+    assert "has the class 'zebra' more than once" in told and "keep every line" in told
+
+
 def test_a_part_by_label_and_share(shards):
     parts = {"image": "left.png", "train_select": Selection(share=0.5),
              "test_select": Selection(label="json:site", values=("A",))}  # fmt: skip

@@ -18,6 +18,7 @@ from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
 from prelude.evaluators.frozen import knn, ncm
 from prelude.evaluators.frozen.multilabel import multilabel
+from prelude.evaluators.judging import Judging
 from prelude.evaluators.labelled import Labelled
 from prelude.launch import compare, compared_runs, comparing, prelude
 from prelude.launch.exit_codes import INCOMPLETE, door
@@ -376,6 +377,38 @@ def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder,
     assert "fine-tuned, top-1 %" in (out / "table.md").read_text()
     kinds = {e["name"]: set(e["results"]["ncm"]["details"]["by_features"]) for e in comparison["entries"]}
     assert kinds["filling"] == {"mean"} and kinds["turning"] == {"pool"}
+
+
+def write_images(path: Path, extensions: tuple[str, ...]) -> str:
+    """A shard of four labelled samples that hold an image of each extension."""
+    with tarfile.open(path, "w") as tar:
+        for sample in range(4):
+            image = b"P6 1 1 255\n" + bytes([50 * sample]) * 3
+            for extension, content in (*((one, image) for one in extensions), ("cls", str(sample % 2).encode())):
+                member = tarfile.TarInfo(f"{sample}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "image"), [(("left.ppm", "right.ppm"), "left.ppm"), (("ppm",), ""), (("a.ppm", "b.ppm"), None)]
+)
+def test_old_images_are_the_same_of_several_as_the_new_ones_or_the_only_ones(extensions, image, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRELUDE_CACHE", str(tmp_path / "cache"))
+    new = [write_images(tmp_path / name, ("left.ppm", "right.ppm")) for name in ("new-train.tar", "new-test.tar")]
+    old = [write_images(tmp_path / name, extensions) for name in ("old-train.tar", "old-test.tar")]
+    argv = ["pixels:4", "--train", new[0], "--test", new[1], "--image", "left.ppm", "--keep", *old]
+    args = compare.parser().parse_args(argv)
+    labelled, evaluators = comparing.task_of(args, args.sources)
+    judging = Judging(evaluators, labelled)
+    if image is None:
+        with pytest.raises(UserError, match="--keep .* cannot be used: .* without a single .left.ppm member"):
+            comparing.keeping_of(args, judging)
+        return
+    keeping = comparing.keeping_of(args, judging)
+    assert keeping.labelled.image == image and [index.num_samples for index in keeping.indexes] == [4, 4]
+    assert judging.labelled.image == "left.ppm"
 
 
 def test_findings_are_judged_as_findings():

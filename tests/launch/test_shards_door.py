@@ -65,18 +65,37 @@ def test_an_image_library_without_a_format_reads_the_others(photos, capsys, monk
     assert extension_of((photos / "a" / "deep.npy").read_bytes()) == "npy"
 
 
-def test_one_of_several_images_of_a_sample_is_looked_at(photos, tmp_path, capsys):
+@pytest.fixture
+def pairs(photos, tmp_path):
+    """A shard whose samples hold two images."""
     with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
         for n, path in enumerate(sorted(photos.rglob("*.png"))[:4]):
             tar.add(path, f"{n}.left.png")
             tar.add(path, f"{n}.right.png")
+    return tmp_path / "pairs.tar"
+
+
+def test_one_of_several_images_of_a_sample_is_looked_at(pairs, recipe, tmp_path, capsys):
     for action in ("info", "verify"):
-        code, out, _ = run(capsys, action, tmp_path / "pairs.tar", "--image", "left.png")
+        code, out, _ = run(capsys, action, pairs, "--image", "left.png")
         assert code == 0 and "4 x PNG" in out and "data.mean=" in out
-        code, _, err = run(capsys, action, tmp_path / "pairs.tar")
+        code, _, err = run(capsys, action, pairs)
         assert code == 2 and "hold several images" in err and "--image left.jpg" in err
-        code, _, err = run(capsys, action, tmp_path / "pairs.tar", "--image", "middle.png")
-        assert code == 2 and "without a single .middle.png member" in err and "correct data.image, or --image" in err
+        code, _, err = run(capsys, action, pairs, "--image", "middle.png")
+        assert code == 2 and "without a single .middle.png member" in err and "correct --image, or leave it out" in err
+    sheet = ["--to", tmp_path / "sheet.png", "--count", 2]
+    for seen_as in ([], ["--config", recipe]):
+        code, out, _ = run(capsys, "peek", pairs, *sheet, *seen_as, "--image", "left.png")
+        assert code == 0 and "2 images, 1 view each" in out
+        code, _, err = run(capsys, "peek", pairs, *sheet, *seen_as)
+        assert code == 2 and "hold several images" in err and "as --image left.jpg" in err
+
+
+def test_shards_of_several_images_get_an_index_file_once_they_are_packed_by_one(pairs, tmp_path, capsys):
+    code, _, err = run(capsys, "index", pairs, "--to", tmp_path / "s")
+    assert code == 2 and "as in prelude shards pack SHARDS --to DIR --image left.jpg" in err
+    assert run(capsys, "pack", pairs, "--to", tmp_path / "s", "--image", "left.png")[0] == 0
+    assert run(capsys, "index", tmp_path / "s" / "train-*.tar", "--to", tmp_path / "s")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from prelude.launch import (
 )
 from prelude.launch.arguments import parse
 from prelude.launch.shards_arguments import shards_parser
+from prelude.pretrain.foreign_keys import SENTENCES
 from prelude.pretrain.recipes import find_recipe
 
 LIGHT = """
@@ -119,6 +120,18 @@ def test_help_fits_80_columns(command, capsys, monkeypatch):
     except SystemExit:
         pass
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("command", "module"), [(name, module) for name, (module, _) in prelude.COMMANDS.items()])
+def test_help_names_doors_as_an_installed_package_has_them(command, module, capsys):
+    with pytest.raises(SystemExit):
+        prelude.main([command, "--help"])
+    told = capsys.readouterr().out
+    assert "launch/" not in told and set(re.findall(r"--module ([\w.]+)", told)) <= {f"prelude.launch.{module}"}
+
+
+def test_the_sentence_about_devices_names_a_door_that_an_installed_package_has():
+    assert SENTENCES["num_gpus"].endswith("deepspeed --num_gpus N --module prelude.launch.pretrain")
 
 
 def test_the_version_is_that_of_the_project(capsys):

@@ -207,6 +207,13 @@ def test_the_autoencoder_is_that_of_the_checkpoint_that_is_named(run, monkeypatc
     assert open_autoencoder(str(folder / "export")) is None
 
 
+@pytest.mark.parametrize("name", ["mae_pretrain_vit_base.pth", "step-300.safetensors"])
+def test_a_file_of_weights_has_no_autoencoder(name, tmp_path):
+    (tmp_path / name).write_bytes(b"weights")
+    for words in ("", "#num_heads=12"):
+        assert open_autoencoder(f"{tmp_path / name}{words}") is None
+
+
 @pytest.mark.parametrize(("num_patches", "num_keep", "least"), [(16, 4, 2), (196, 157, 6), (9, 6, 3)])
 def test_masks_too_few_to_hide_every_patch_are_refused(num_patches, num_keep, least):
     def fill(images, noise):

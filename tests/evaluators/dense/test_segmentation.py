@@ -193,6 +193,8 @@ def test_classes_have_any_numbers_and_those_that_train_lacks_are_missed(places):
     renamed = segment_linear({"tokens": other[0]}, {"tokens": other[1]}, names=("zero",))
     assert renamed.numbers["miou"].value == pytest.approx(plain.numbers["miou"].value, abs=0.5)
     assert set(renamed.details["by_features"]["tokens"]["by_class"]) == {"zero", "7", "254"}
+    alike = segment_linear({"tokens": other[0]}, {"tokens": other[1]}, names=("zero",) * 8)
+    assert set(alike.details["by_features"]["tokens"]["by_class"]) == {"zero", "zero (7)", "254"}
     table[2] = 9
     unseen = dataclasses.replace(test, labels=table[test.labels.long()])
     outcome = segment_linear({"tokens": other[0]}, {"tokens": unseen})

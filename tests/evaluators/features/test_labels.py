@@ -80,6 +80,18 @@ def test_groups_are_numbered_alike_in_train_and_test_and_who_has_none_is_alone(t
         group_numbers(indexes, "txt")
 
 
+@pytest.mark.parametrize(("group", "extension"), [("json:patient", "json"), ("txt", "txt")])
+def test_groups_are_told_apart_as_they_are_written(group, extension, tmp_path):
+    written = ["0012", "12", "1.0", "ab", str(2**70), str(2**70 + 1), "0012", " 12 ", "", " "]
+    contents = [name if extension == "txt" else json.dumps({"patient": name}) for name in written]
+    if extension == "json":
+        contents += ['{"patient": 12}', f'{{"patient": {2**70}}}', '{"patient": null}', '{"patient": NaN}']
+        written += ["12", str(2**70), "", ""]
+    (groups,) = group_numbers([shard(tmp_path / "a.tar", [text.encode() for text in contents], extension)], group)
+    names = [name.strip() or f"alone {i}" for i, name in enumerate(written)]
+    assert groups.tolist() == [list(dict.fromkeys(names)).index(name) for name in names]
+
+
 @pytest.mark.parametrize("group", ["patient", "json:patient"])
 def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(group, tmp_path):
     contents = [
@@ -95,7 +107,7 @@ def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(group, tmp_path)
     assert labels.known.tolist() == [True, False, False, True, True, False, False]
     groups = labels.groups.tolist()
     assert groups[0] == groups[1] != groups[3] == groups[2] and groups[4] not in groups[:4]
-    with pytest.raises(UserError, match="no field 'pateint'"):
+    with pytest.raises(UserError, match="no sample in .* has a field 'pateint' .* with a value in it"):
         label_vectors(index, VectorFormat(("a",), "labels", group.replace("patient", "pateint")))
 
 

@@ -169,7 +169,7 @@ def test_what_was_found_is_told_and_written_once(tmp_path):
 
 MISTAKES = {
     "patience without images": (["objective.patience=3"], "objective.patience has no effect where nothing is held out"),
-    "no group of that name": (["evaluate.label_group=patient"], "cls:patient names no field"),
+    "no group of that name": (["evaluate.label_group=patient"], "'cls:patient' names no group; write json:FIELD"),
     "a share that leaves few": (["objective.hold_out=0.6"], "objective.hold_out=0.6 is refused"),
     "a policy for classes": (["objective.uncertain=ones"], "name them in evaluate.label_names, or leave it out."),
     "a class that is not there": (["objective.class_weights={11: 2}"], "write some of 0, 1, 2"),

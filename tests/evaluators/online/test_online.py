@@ -84,14 +84,18 @@ def test_labels_that_cannot_judge_are_refused_before_the_run(folder, tmp_path):
     online.check(config_of(folder))
     with pytest.raises(UserError, match="has no image with a .json member; write evaluate.label"):
         online.check(config_of(folder, label="json"))
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("0.jpg", b"x"), ("0.json", b"[0.5, 1]")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    shards = {"train_shards": str(tmp_path / "a.tar"), "test_shards": str(tmp_path / "a.tar"), "label": "json"}
+    members = {"a": [("0.jpg", b"x"), ("0.json", b"[0.5, 1]")], "pairs": [("0.a.jpg", b"x"), ("0.b.jpg", b"x")]}
+    for shard, inside in members.items():
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for name, content in inside:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    one, several = ({f"{side}_shards": f"{tmp_path}/{shard}.tar" for side in ("train", "test")} for shard in members)
     with pytest.raises(UserError, match="evaluate.label=json is no class number in evaluate.train_shards="):
-        online.check(config_of(folder, **shards))
+        online.check(config_of(folder, **one, label="json"))
+    with pytest.raises(UserError, match="evaluate.test_shards=.* extension, as evaluate.image=left.jpg.$"):
+        online.check(config_of(folder, **several))
 
 
 def test_images_that_the_run_would_not_read_are_refused_before_it(folder):
