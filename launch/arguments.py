@@ -22,6 +22,7 @@ from prelude.pretrain.config import DataConfig, SelectConfig
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.config_words import sentences
 from prelude.pretrain.data_sheets import KNOWN
+from prelude.pretrain.recipe_yaml import written
 
 ENCODERS = (
     "a run folder (its newest checkpoint), a checkpoint or export folder, a file or folder of published weights "
@@ -332,7 +333,7 @@ def _gathered(settings: list[str]) -> list[str]:
             )
         if not key.endswith("shards"):
             raise UserError(f"{key} is set {len(given)} times, to {' and '.join(given)}; write it once.")
-    return [f"{key}={json.dumps(given) if len(given) > 1 else given[0]}" for key, given in values.items()]
+    return [f"{key}={written(given) if len(given) > 1 else given[0]}" for key, given in values.items()]
 
 
 def _numbered(values: list[str]) -> bool:

@@ -57,7 +57,8 @@ def combinations_of(recipe: str, overrides: Sequence[str], out: str | None) -> l
     for chosen in product(*swept.values()):
         values = dict(zip(swept, chosen, strict=True))
         name = _name(values)
-        own = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+        texts = {key: value if isinstance(value, str) else recipe_yaml.written(value) for key, value in values.items()}
+        own = [f"{key}={text}" for key, text in texts.items()]
         told = [f"run_dir={folder / name}", *fixed, *own]
         found.append(Combination(name, values, path, told, load_config(path, told, options_for)))
     return found

@@ -27,6 +27,7 @@ from prelude.launch.training import data_of, seen_as, volumes_of
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within
 from prelude.pretrain.config import Config
+from prelude.pretrain.recipe_yaml import written
 from prelude.pretrain.recipes import find_recipe, load_config, objective_named, read_recipe
 
 
@@ -69,7 +70,7 @@ def seed_of(args: argparse.Namespace, recipe: Path) -> int:
 
 def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, seed: int) -> str | None:
     """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
-    overrides = [f"run_dir={run_dir}", f"data.shards={json.dumps(args.shards or labelled.train)}"]
+    overrides = [f"run_dir={run_dir}", f"data.shards={written(args.shards or labelled.train)}"]
     own = ["data.num_samples=null", "data.mix={}", "data.select=null"]  # what a recipe says of other images
     own += [f"data.image={labelled.image}"] if labelled.image and not args.shards else []
     seeds = [f"seed={seed}"] if args.pretraining_seeds > 1 else []
@@ -110,14 +111,14 @@ def shared_settings(labelled: Labelled) -> list[str]:
     selects = {"train_select": labelled.train_select, "test_select": labelled.test_select}
     values |= {key: select.said() for key, select in selects.items() if select}
     values |= {key: given for key, given in (("classes", labelled.classes), ("image", labelled.image)) if given}
-    looks = [f"data.range={json.dumps(labelled.value_range)}"] if labelled.value_range else []
-    return [*(f"evaluate.{key}={json.dumps(value)}" for key, value in values.items()), *looks]
+    looks = [f"data.range={written(labelled.value_range)}"] if labelled.value_range else []
+    return [*(f"evaluate.{key}={written(value)}" for key, value in values.items()), *looks]
 
 
 def reading_settings(args: argparse.Namespace) -> list[str]:
     """What this process was told of remote shards and of waiting, for those that it starts."""
     told = {key: getattr(args, key) for key in ("cache_dir", "cache_gib", "timeout_seconds")}
-    return [f"data.{key}={json.dumps(value)}" for key, value in told.items() if value is not None]
+    return [f"data.{key}={written(value)}" for key, value in told.items() if value is not None]
 
 
 def with_fine_tuning(

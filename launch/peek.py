@@ -1,10 +1,12 @@
 """`prelude shards peek`: a sheet of what an objective sees after augmentation."""
 
 import argparse
-import json
+import os
 import sys
+from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from prelude.data.absent import told_as
 from prelude.data.batch import View, ViewPlan
@@ -17,17 +19,20 @@ from prelude.launch.training import seen_as as read_as
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.patch_pictures import page
+from prelude.pretrain.files import whole
 from prelude.pretrain.images import denormalise, images
+from prelude.pretrain.recipe_yaml import written
 from prelude.pretrain.recipes import load_config
 
 _PLAIN_VIEW = View((128, 128), crop="center", flip=0.0)
+_MADE_BY = "Software", "prelude shards peek"  # in a sheet's PNG, so that it is known again
 _LEAST_SIDE = 96  # pixels of a picture in a sheet; smaller ones are enlarged by whole factors
 
 
 def peek(args: argparse.Namespace) -> int:
     plan, seen_as, image = None, {}, args.image or ""
     if args.config:
-        given = ["data.mix={}", f"data.shards={json.dumps(args.shards)}", *args.set]
+        given = ["data.mix={}", f"data.shards={written(args.shards)}", *args.set]
         config = load_config(args.config, given, options_for)
         plan = build_objective(config).views
         seen_as = read_as(config.data)
@@ -40,6 +45,7 @@ def peek(args: argparse.Namespace) -> int:
         plan = ViewPlan((_PLAIN_VIEW,), (0.5,) * channels, (0.25,) * channels)
     if args.count < 1:
         raise UserError(f"--count {args.count} leaves nothing to draw; write 1 or more.")
+    _refuse_to_replace(args.to)
     with told_as(""):
         loader = build_loader(args.shards, plan, seed=args.seed, micro_batch=args.count, **seen_as | {"image": image})
     names = loader.preview(args.count)
@@ -49,13 +55,33 @@ def peek(args: argparse.Namespace) -> int:
         pictures = denormalise(view, plan).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
         for row, picture in zip(rows, pictures, strict=True):
             row.append((f"view {v + 1}" if args.config else "", _enlarged(picture)))
-    try:
-        page(rows).save(args.to)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--to {args.to} cannot be written ({error}); write the name of a .png file.") from None
+    _write(page(rows), args.to)
     print("\n".join(names), file=sys.stderr)
     print(f"{counted(args.count, 'image')}, {counted(len(plan.views), 'view')} each: {args.to}")
     return 0
+
+
+def _refuse_to_replace(to: str) -> None:
+    """A photo of the user's, such as the first of a shell's list behind --to."""
+    try:
+        is_ours = Image.open(to).info.get(_MADE_BY[0]) == _MADE_BY[1]
+    except (OSError, ValueError, Image.DecompressionBombError):
+        is_ours = False
+    if os.path.lexists(to) and not is_ours:
+        raise UserError(f"--to {to} is there already, and only a .png that peek drew is replaced; write another file.")
+
+
+def _write(sheet: Image.Image, to: str) -> None:
+    kind = Image.registered_extensions().get(Path(to).suffix.lower())
+    mark = PngInfo()
+    mark.add_text(*_MADE_BY)
+    try:
+        if kind is None:
+            raise ValueError("no kind of picture ends so")
+        with whole(Path(to)) as file:
+            sheet.save(file, format=kind, pnginfo=mark)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--to {to} cannot be written ({error}); write the name of a .png file.") from None
 
 
 def _enlarged(picture):

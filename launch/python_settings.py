@@ -5,7 +5,6 @@ A value of a kind that cannot be meant is refused here, where its type is still 
 
 import argparse
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from prelude.pretrain.annotations import takes, takes_texts
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.config_words import shown, wanted
 from prelude.pretrain.overrides import is_another_kind, value_of
+from prelude.pretrain.recipe_yaml import written
 from prelude.pretrain.recipes import objective_named, read_recipe
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -103,9 +103,9 @@ def _written(key: str, value: Any, field: FieldInfo | None) -> str:
     plain = _plain(value, key)
     if field is not None and (takes(field.annotation, str) or takes_texts(field.annotation)):
         _refuse_no_text(key, plain, field)
-    text = plain if isinstance(plain, str) else json.dumps(plain)
+    text = plain if isinstance(plain, str) else written(plain)
     as_text = isinstance(plain, str) and field is not None and takes(field.annotation, str)
-    return json.dumps(plain, ensure_ascii=False) if as_text and value_of(text, field) != plain else text
+    return written(plain) if as_text and value_of(text, field) != plain else text
 
 
 def _refuse_no_text(key: str, value: Any, field: FieldInfo) -> None:
@@ -195,7 +195,7 @@ def _of_pairs(name: str, given: dict, action: argparse.Action) -> list[str]:
     """Of an option that takes KEY=VALUE several times, as `train_select={"share": 0.1}`."""
     if not isinstance(action, argparse._AppendAction):
         raise UserError(f"{name} cannot be a dict; write text, a number, or a list of these.")
-    pairs = [f"{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in given.items()]
+    pairs = [f"{key}={one if isinstance(one, str) else written(one)}" for key, one in given.items()]
     return [word for pair in pairs for word in (action.option_strings[0], pair)]
 
 

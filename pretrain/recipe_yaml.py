@@ -5,6 +5,7 @@
 - What is wrong is told with its line and column; whose text it is, says who reads it.
 """
 
+import json
 import re
 from typing import Any
 
@@ -109,6 +110,12 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     if error.context and begun:
         text += f", {error.context} that begins in {_place(begun.line, begun.column)}"
     return " ".join(text.split())
+
+
+def written(value: Any) -> str:
+    """A value of lists, texts and numbers as the text after `key=`, which `load` reads as the same: JSON, but for its
+    `\\u`, of which YAML makes two characters where one is meant."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def dump(values: dict) -> str:

@@ -155,9 +155,8 @@ def shipped_recipes() -> list[str]:
 def find_recipe(recipe: str | Path) -> Path:
     """A file, or the name of one of the recipes that ship in configs/ (`quickstart`)."""
     given = Path(os.path.expanduser(recipe))
-    shipped = (
-        [SHIPPED / given.name] if given.parent.name in ("", SHIPPED.name) else []
-    )  # elsewhere it is the user's own
+    by_name = given.parent in (Path(), Path(SHIPPED.name))  # elsewhere it is the user's own
+    shipped = [SHIPPED / given.name] if by_name else []
     for candidate in (given, *shipped, SHIPPED / f"{recipe}.yaml"):
         if os.path.isfile(candidate):
             return candidate

@@ -470,6 +470,15 @@ def test_fine_tuning_and_recipes_are_given_the_same_part_of_the_shards():
     assert shared["evaluate.image"] == '"left.jpg"'
 
 
+def test_paths_with_any_letter_reach_the_runs_that_are_started():
+    train, test = "data/😀/train-*.tar", "data/\U00020000/test.tar"
+    argv = ["mae_cifar10", "--train", train, "--test", test, "--image", "left 😀.jpg"]
+    labelled, _ = comparing.task_of(compare.parser().parse_args(argv), ["mae_cifar10"])
+    config = load_config("mae_cifar10", compared_runs.shared_settings(labelled), options_for)
+    assert config.evaluate.train_shards == train and config.evaluate.test_shards == test
+    assert config.evaluate.image == "left 😀.jpg"
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

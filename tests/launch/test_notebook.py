@@ -39,6 +39,11 @@ def test_settings_are_named_in_full_or_by_their_last_part():
     assert overrides({"shards": [Path("a.tar"), "b.tar"]}) == ['data.shards=["a.tar", "b.tar"]']
 
 
+def test_lists_of_paths_with_any_letter_arrive_as_they_are():
+    shards = ["data/😀/a.tar", "data/ü/b.tar"]
+    assert load_config("mae_cifar10", overrides({"shards": shards}), options_for).data.shards == shards
+
+
 def test_a_section_that_names_another_kind_begins_anew_as_in_a_recipe():
     told = overrides({"objective": {"name": "vicreg"}, "encoder": {"image_size": 64}})
     assert told == ['objective={"name": "vicreg"}', "encoder.image_size=64"]

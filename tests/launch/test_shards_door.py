@@ -195,6 +195,12 @@ def test_peek_draws_what_the_objective_sees(photos, recipe, tmp_path, capsys):
     assert not np.array_equal(np.asarray(Image.open(sheet)), drawn)
     code, _, err = run(capsys, "peek", photos, "--to", tmp_path / "sheet.nothing")
     assert code == 2 and "write the name of a .png file" in err
+    assert not (tmp_path / "sheet.nothing").exists()
+    photo = tmp_path / "of-mine.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    before = photo.read_bytes()
+    code, _, err = run(capsys, "peek", photos, "--to", photo)
+    assert code == 2 and "only a .png that peek drew is replaced" in err and photo.read_bytes() == before
 
 
 def test_a_run_trains_and_is_probed_from_a_folder_in_place(photos, recipe, tmp_path, capsys):
