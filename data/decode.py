@@ -31,6 +31,7 @@ from prelude.data.stored import (
     OtherChannels,
     check_size,
     has_8_bits,
+    has_alpha,
     open_image,
     stored_values,
 )
@@ -92,11 +93,13 @@ def decode(
 
 
 def deep_values(image: bytes) -> np.ndarray | None:
-    """(H, W, C) stored values of an image with more than 8 bits; None for any other. Raises BadImage."""
+    """(H, W, C) stored values, but for opacity, of an image of more than 8 bits; None for others. Raises BadImage."""
     if image.startswith(_JPEG) or has_8_bits(image):
         return None
     values = stored_values(image, None)
-    return None if values.dtype in (np.uint8, np.bool_) else values
+    if values.dtype in (np.uint8, np.bool_):
+        return None
+    return values[:, :, :-1] if has_alpha(image) else values
 
 
 def on_8_bits(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:

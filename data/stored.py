@@ -72,17 +72,28 @@ def stored_values(image: bytes, channels: int | None, max_pixels: int = MAX_PIXE
         from prelude.data import arrays  # here: only those who have such images pay for it
 
         return _fitted(arrays.of_npy(image, channels, max_pixels), channels)
-    is_tiff = image.startswith(TIFF)
+    is_tiff, colours = image.startswith(TIFF), False
     try:
         with open_image(image, max_pixels) as opened:
             if not (is_tiff and _is_for_tifffile(opened, channels, deep)):
                 return _of_pil(image, opened, channels, deep)
+            colours = opened.mode in ("RGB", "RGBA")
     except BadImage as error:
         if not is_tiff or str(error) != "not an image":
             raise
     from prelude.data import arrays
 
-    return _fitted(arrays.of_tiff(image, channels, max_pixels), channels)
+    return _fitted(arrays.of_tiff(image, channels, max_pixels), channels, colours)
+
+
+def has_alpha(image: bytes) -> bool:
+    """Whether the last channel of a PNG or a TIFF is its opacity."""
+    if image.startswith(_PNG):
+        return image[25:26] in (b"\x04", b"\x06")
+    try:
+        return image.startswith(TIFF) and open_image(image).mode in ("LA", "RGBA")
+    except BadImage:
+        return False
 
 
 def has_8_bits(image: bytes) -> bool:

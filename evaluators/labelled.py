@@ -47,15 +47,19 @@ class Labelled:
 
     def opened(self) -> list[ShardIndex]:
         """Of train and test. Raises UserError as `ShardIndex`, and for a part that is not there."""
-        read_as = (self.label, self.value_range, self.max_pixels, self.image)
-        with told_as(*self.named_as("test")):
-            test = ShardIndex(self.test, *read_as)
-        test = selected(test, self.test_select, "test_select")
         if self.one_set:
-            return [test, test]
-        with told_as(*self.named_as("train")):
-            train = ShardIndex(self.train, *read_as)
-        return [selected(train, self.train_select, "train_select"), test]
+            return 2 * [self._part("test", self.value_range)]
+        if self.value_range == "auto":  # found among train, so that the same values are black and white in test
+            train = self._part("train", "auto")
+            return [train, self._part("test", train.value_range)]
+        test = self._part("test", self.value_range)
+        return [self._part("train", self.value_range), test]
+
+    def _part(self, side: str, value_range: ValueRange | Literal["auto"] | None) -> ShardIndex:
+        with told_as(*self.named_as(side)):
+            index = ShardIndex(getattr(self, side), self.label, value_range, self.max_pixels, self.image)
+        select = f"{side}_select"
+        return selected(index, getattr(self, select), select)
 
     def named_as(self, side: str) -> tuple[str, str, str]:
         """How train or test is spelled, what else may be written where that is a section's, and how an image is."""

@@ -31,6 +31,11 @@ class RunFolder:
     path: Path
     monitors: list["StartOfRun"]  # first among the engine's: what they write, others read
 
+    def record(self, config: Config) -> None:
+        """What config.yaml is to say, where more is known by now."""
+        for monitor in self.monitors:
+            monitor.config = config
+
     def note(self, **facts) -> None:
         """What environment.json says besides, of what is known once the engine is built."""
         for monitor in self.monitors:

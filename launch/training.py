@@ -32,6 +32,7 @@ from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.files import Tolerant
 from prelude.pretrain.monitors import ConsoleMonitor, CurvesMonitor, JsonlMonitor, Monitor, ReportsMonitor
+from prelude.pretrain.resume import with_found_range
 from prelude.pretrain.stopping import PREEMPTED
 from prelude.pretrain.trackers import tracker
 from prelude.pretrain.trackers.tracker import trackers_of
@@ -72,6 +73,8 @@ def train(config: Config) -> int:
     with run_folder(config) as folder:
         objective = build_objective(config, start.warm)
         loader = loader_of(config, objective.views)
+        config = with_found_range(config, images_of(loader).value_range)
+        folder.record(config)
         monitors = [*folder.monitors, *monitors_of(config, folder.path, store, loader.num_workers)]
         engine = Engine(config, objective, loader, store, monitors, peak_flops)
         stop_when(engine.stop_wanted)
@@ -104,6 +107,12 @@ def loader_of(config: Config, views, world_size: int | None = None):
         value_range=of.range,
         **settings,
     )
+
+
+def images_of(loader):
+    """The index of a run's images, or the stream of them."""
+    images = loader.loaders["images"] if isinstance(loader, AlternatingLoader) else loader
+    return getattr(images, "index", images)
 
 
 def data_of(data: DataConfig) -> Data:

@@ -145,8 +145,22 @@ def changed_settings(saved: dict, config: Config, options: type[BaseModel]) -> l
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(set(then) | set(now))
-        if then.get(key) != now.get(key) and not _may_change(key)
+        if then.get(key) != now.get(key) and not _may_change(key) and not _is_found(key, then, now)
     ]
+
+
+def with_found_range(config: Config, found: tuple[float, float] | None) -> Config:
+    """With `data.range: auto` as what was found, so that evaluations of a run read their images as it did, whatever is
+    in theirs."""
+    if config.data.range != "auto":
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"range": found})})
+
+
+def _is_found(key: str, then: dict, now: dict) -> bool:
+    """Whether a range is said as `auto` by one side, and as what was found by the other: the data's fingerprint tells
+    whether the same was found."""
+    return key == "data.range" and "auto" in (then.get(key), now.get(key))
 
 
 def _may_change(key: str) -> bool:

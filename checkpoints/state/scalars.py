@@ -55,8 +55,9 @@ def restored_scalars(saved: dict, holder: Holder) -> dict:
         if isinstance(number, dict):
             dtype = getattr(torch, number["dtype"])
             value = torch.tensor(number["value"], dtype=dtype, device=holder.tensor.device if on_device else "cpu")
-        if in_group:
-            holder.group[key.removeprefix(_IN_GROUP)] = value
+        if in_group:  # a tensor is counted up in place by some releases of timm, and by all as a number is
+            number = value if torch.is_tensor(value) else torch.tensor(float(value))
+            holder.group[key.removeprefix(_IN_GROUP)] = number
         else:
             held[key] = value
     return held

@@ -45,6 +45,7 @@ from prelude.pretrain.encoders import build_encoder, refuse_checkpointing, seede
 from prelude.pretrain.kept_patches import is_transformer
 from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.recipes import read_recipe, validate_config
+from prelude.pretrain.resume import with_found_range
 
 _NORMS = ("fc_norm", "final_norm", "use_fc_norm", "use_post_transformer_norm")  # arguments that place the last norm
 _FROM_SCRATCH = "_from_scratch"
@@ -112,7 +113,9 @@ def prepare(
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     start_workers_by(config.data.start_method)
     labelled = replace(labelled, value_range=config.data.range, max_pixels=config.data.max_pixels)
-    return Task(source, config, opened, labelled_samples(labelled, config.evaluate, task_options(config), config.seed))
+    samples = labelled_samples(labelled, config.evaluate, task_options(config), config.seed)
+    config = with_found_range(config, samples.train.value_range)
+    return Task(source, config, opened, samples)
 
 
 def check(task: Task, world_size: int) -> None:

@@ -27,8 +27,9 @@ class OutlierJudging(Judging):
         said = self.labelled
         if not self.others:
             return None
+        value_range = self._known[0].value_range if said.value_range == "auto" else said.value_range
         with told_as("--others "):
-            return ShardIndex(self.others, said.label, said.value_range, said.max_pixels, said.image)
+            return ShardIndex(self.others, said.label, value_range, said.max_pixels, said.image)
 
     @cached_property
     def _known(self) -> list[ShardIndex]:

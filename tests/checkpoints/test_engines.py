@@ -15,8 +15,12 @@ import pytest
 import torch
 from runs import LAUNCHED, deepspeed
 from safetensors.torch import load_file
+from timm.optim import Lamb
+from torch import nn
 
 from prelude.checkpoints.saved import open_checkpoint
+from prelude.checkpoints.state.holders import Holder
+from prelude.checkpoints.state.scalars import restored_scalars
 
 SCRIPT = Path(__file__).with_name("script.py")
 # (stage, optimizer): every stage with Adam; the others where they may be used.
@@ -255,3 +259,15 @@ def test_what_any_rank_finds_damaged_is_refused_by_all(runs):
         for rank in (0, 1):
             assert refusal.count(f"model-0000{rank}-of-00002.safetensors does not match its checksum") == 2
         assert f"step-0000000{step}: model-" in refusal
+
+
+@pytest.mark.parametrize("saved", [3, {"value": 3.0, "dtype": "float32"}])
+def test_lamb_counts_on_from_a_number_of_whatever_release_of_timm(saved):
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = Lamb([parameter])
+    holder = Holder(parameter, optimizer.param_groups[0], {"weight": parameter.shape}, lambda *_: (0, 3, 0), False)
+    moments = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    optimizer.state[parameter] = restored_scalars({"group.step": saved}, holder) | moments
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert float(optimizer.param_groups[0]["step"]) == 4

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from prelude.data.batch import View, ViewPlan
-from prelude.data.decode import MAX_PIXELS, BadImage, decode
+from prelude.data.decode import MAX_PIXELS, BadImage, decode, deep_values
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader, build_loader, one_pass
 from prelude.data.order import Shuffle
@@ -103,6 +103,25 @@ def test_colour_pngs_of_16_bits_keep_them_with_a_range_and_their_upper_half_with
 def test_colour_tiffs_of_16_bits_keep_them():
     values = noise(9, 8, 3)
     same(decode(tiff(values, photometric="rgb"), value_range=FULL), values)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colour_tiffs_of_16_bits_are_what_pngs_are_without_alpha_and_as_grey(channels):
+    values = noise(9, 8, channels)
+    image = tiff(values, photometric="rgb", extrasamples=["unassalpha"] if channels == 4 else None)
+    same(decode(image, value_range=FULL), values[:, :, :3])
+    luma = (values[:, :, :3] @ np.array([0.299, 0.587, 0.114])).round()[:, :, None]
+    assert np.abs(decode(image, value_range=FULL, channels=1) - scaled(luma)).max() <= 255 / 65535
+
+
+def test_opacity_says_nothing_of_black_and_white():
+    values = noise(9, 8, 4) >> 4
+    values[:, :, 3] = 65535
+    png = cv2.imencode(".png", values[:, :, [2, 1, 0, 3]])[1].tobytes()
+    for image in (png, tiff(values, photometric="rgb", extrasamples=["unassalpha"])):
+        assert np.array_equal(deep_values(image), values[:, :, :3])
+    stains = tiff(values, photometric="minisblack", planarconfig="contig")
+    assert np.array_equal(deep_values(stains), values)  # a fourth channel like others
 
 
 def test_one_channel_is_grey_and_colour_becomes_luma():

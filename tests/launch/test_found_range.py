@@ -1,0 +1,56 @@
+"""`data.range: auto` is found once, by what a run learns from, and is what its evaluations read images by."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from prelude.checkpoints.store import recorded_config
+from prelude.evaluators.judging import read_as
+from prelude.evaluators.labelled import Labelled
+from prelude.launch import prelude
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Shards of 16-bit images whose brightest values need 12 and 14 bits."""
+    folder = tmp_path_factory.mktemp("deep")
+
+    def image(highest: int, n: int) -> bytes:
+        values = np.linspace(0, highest, 256).round().astype(np.uint16).reshape(16, 16)
+        file = io.BytesIO()
+        Image.fromarray(np.roll(values, n, 0)).save(file, "PNG")
+        return file.getvalue()
+
+    for bits in (12, 14):
+        with tarfile.open(folder / f"of-{bits}.tar", "w") as tar:
+            for n in range(16):
+                for kind, content in (("png", image(2**bits - 9, n)), ("cls", str(n % 2).encode())):
+                    member = tarfile.TarInfo(f"{n}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def test_test_images_are_read_by_the_range_of_train(deep):
+    sets = (str(deep / f"of-{bits}.tar") for bits in (12, 14))
+    assert [index.value_range for index in Labelled(*sets, "cls", value_range="auto").opened()] == 2 * [(0, 4095)]
+    alone = Labelled("", str(deep / "of-14.tar"), "cls", value_range="auto", one_set=True)
+    assert [index.value_range for index in alone.opened()] == 2 * [(0, 2**14 - 1)]
+
+
+def test_a_run_records_what_was_found_and_the_same_command_goes_on(deep, recipe, tmp_path, capsys):
+    values = yaml.safe_load(recipe.read_text())
+    values["data"] |= {"shards": str(deep / "of-12.tar"), "range": "auto", "num_workers": 0, "shuffle": {}}
+    values["run_dir"], values["train"]["epochs"] = str(tmp_path / "run"), 1
+    (tmp_path / "auto.yaml").write_text(yaml.safe_dump(values))
+    argv = ["pretrain", "--config", str(tmp_path / "auto.yaml")]
+    assert prelude.main(argv) == 0
+    assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]
+    assert read_as([str(tmp_path / "run")], None)[0] == [0, 4095]
+    assert prelude.main([*argv, "train.epochs=2"]) == 0
+    assert "step 2" in capsys.readouterr().out
+    assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]
