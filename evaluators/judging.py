@@ -324,6 +324,7 @@ def read_as(
     """
     sections = list(sections_of(sources, "data"))
     ranges, limits = ([section[key] for section in sections if section.get(key)] for key in ("range", "max_pixels"))
+    ranges = [each for each in ranges if each != "auto"] or ranges  # what was found for one does for a recipe beside it
     unlike = [each for each in ranges if each != ranges[0]]
     if unlike and value_range is None:
         raise UserError(

@@ -50,7 +50,8 @@ def test_a_run_records_what_was_found_and_the_same_command_goes_on(deep, recipe,
     argv = ["pretrain", "--config", str(tmp_path / "auto.yaml")]
     assert prelude.main(argv) == 0
     assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]
-    assert read_as([str(tmp_path / "run")], None)[0] == [0, 4095]
+    beside = [str(tmp_path / "auto.yaml"), str(tmp_path / "run")]  # as in `prelude compare`
+    assert read_as(beside[1:], None)[0] == read_as(beside, None)[0] == [0, 4095]
     assert prelude.main([*argv, "train.epochs=2"]) == 0
     assert "step 2" in capsys.readouterr().out
     assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]
