@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from prelude.data import index_file, stores
+from prelude.data.absent import unreadable
 from prelude.data.checksums import Digests
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
@@ -64,7 +65,8 @@ def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | Non
     """Writes the index files of shards, local or remote, into `folder`; returns their paths. What a file there says of
     other shards stays, where these lie beside it.
 
-    sha256: of shards by path, where it is known. Raises UserError for two shards of one name, and OSError.
+    sha256: of shards by path, where it is known. Raises UserError for two shards of one name and for one that cannot be
+    read, RunStopped for one that a store does not give, and OSError where the folder cannot be written.
     """
     paths = list(dict.fromkeys(paths))
     _refuse_one_name(paths)
@@ -122,19 +124,25 @@ def _entry_of(path: str) -> Entry:
     kept = _read(path) if isinstance(path, RemoteShard) else None
     if kept is not None:
         return kept
-    indexes = index_every_label(path)
-    return Entry(path.size if isinstance(path, RemoteShard) else os.path.getsize(path), "", indexes)
+    try:
+        indexes = index_every_label(path)
+        return Entry(path.size if isinstance(path, RemoteShard) else os.path.getsize(path), "", indexes)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _sha256(path: str) -> str:
     """ "" of a remote shard that would have to be fetched for it."""
     if isinstance(path, RemoteShard) and not path.is_here():
         return ""
-    fd = open_shard(path)
     try:
-        return Digests(("sha256",)).of_file(fd, moved)["sha256"]
-    finally:
-        os.close(fd)
+        fd = open_shard(path)
+        try:
+            return Digests(("sha256",)).of_file(fd, moved)["sha256"]
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelude.data import index_file, stored
+from prelude.data import index_file, remote_index, stored
 from prelude.data.packing import images
 from prelude.data.packing.images import extension_of
 from prelude.data.shards import ShardIndex
@@ -119,6 +119,20 @@ def test_shards_of_one_name_do_not_share_an_index_file(photos, tmp_path, capsys)
     both = [tmp_path / folder / "train-*.tar" for folder in ("a", "b")]
     code, _, err = run(capsys, "index", *both, "--to", tmp_path / "index")
     assert code == 2 and "b/train-000000.tar have the same name" in err and not (tmp_path / "index").exists()
+
+
+def test_what_has_no_index_file_is_told_by_its_own_name(photos, tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    code, _, err = run(capsys, "index", photos, "--to", tmp_path / "index")
+    assert code == 2 and f"{photos} is a folder of images, which needs no index file" in err
+    assert f"prelude shards pack {photos} --to DIR" in err
+    run(capsys, "pack", photos, "--to", tmp_path / "s")
+    monkeypatch.setattr(remote_index, "index_every_label", refuse)
+    code, _, err = run(capsys, "index", tmp_path / "s" / "train-*.tar", "--to", tmp_path / "index")
+    assert code == 2 and "train-000000.tar cannot be read on" in err and "leave it out of the shards" in err
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize(
