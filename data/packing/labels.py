@@ -83,8 +83,13 @@ def label_columns(columns: dict[str, Sequence], what: str) -> Labels:
     return Labels([dict(zip(columns, row, strict=True)) for row in rows], tuple(columns), several=True)
 
 
+def is_missing(value) -> bool:
+    """None, or the NaN that stands for nothing in a column of numbers."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _text(value, what: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         return ""
     if isinstance(value, (list, tuple, dict, bytes)):
         raise UserError(f"{what} holds {value!r:.60} and not one class; write another --label.")
