@@ -1,4 +1,5 @@
-"""Shards that plainly are not there, and how that is told. Imports nothing heavy: doors ask before anything else.
+"""Shards that plainly are not there or cannot be read, and how that is told. Imports nothing heavy: doors ask before
+anything else.
 
 Whoever opens shards names them `data.shards`, and the image of a sample that holds several `data.image`, as most are;
 who was given them by other names says so (`told_as`).
@@ -74,3 +75,10 @@ def missing(path: str, pattern: str, name: str = "data.shards=") -> UserError:
 
 def no_match(path: str, pattern: str, name: str = "data.shards=") -> UserError:
     return UserError(f"No file matches {path!r} on {socket.gethostname()}; correct {name}{pattern!r}.")
+
+
+def unreadable(path: str, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}); mend it, or leave it out of "
+        f"data.shards."
+    )

@@ -11,7 +11,6 @@
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from prelude.data import index_file, remote_index
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.absent import unreadable
+from prelude.data.errors import RunStopped
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
 from prelude.data.index_file import Entry
@@ -121,7 +121,7 @@ def _states(paths: Sequence[str]) -> list[list]:
             try:
                 status = os.stat(path)
             except OSError as error:
-                raise _unreadable(path, error) from None
+                raise unreadable(path, error) from None
             # The second time changes even where a tool puts the first one back.
             found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
             moved()
@@ -250,7 +250,7 @@ def _know_local(shard: tuple) -> Entry:
     try:
         entry = Entry(state[1], "", index_every_label(path, image))
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     write_whole(_kept_file(path, state, image), index_file.write({shard_name(path): entry}))
     return entry
 
@@ -288,7 +288,7 @@ def _in_memory(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
         try:
             return index_tar(path, label, image)
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
 
     remote_index.read_index_files([path for path, image in zip(paths, images, strict=True) if not image])
     pairs = list(zip(paths, images, strict=True))
@@ -302,11 +302,4 @@ def _of_indexes(parts: Sequence[TarIndex]) -> Kept:
         [Shard(len(part.images), part.content, part.ended, part.problems) for part in parts],
         [part.label_content for part in parts],
         "",
-    )
-
-
-def _unreadable(path: str, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}); mend it, or leave it out of "
-        f"data.shards."
     )

@@ -28,7 +28,7 @@ _DTYPES = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
 _SHORT, _MOST_KNOWN = 32, 4096  # bytes of a label, and labels, that are remembered
 _LOOKED_AT = 64  # labels, to find out what a label is
 _FORMATS = ".cls (an integer), .txt (a class name), .json (a number or a list of numbers, or json:FIELD) or .npy"
-_WHOLE = re.compile(r"[+-]?\d+")
+WHOLE = re.compile(r"[+-]?\d+")
 
 
 def label_name(text: str) -> str:
@@ -126,7 +126,7 @@ class LabelReader:
     def _value(self, content: bytes) -> np.ndarray | str | None:
         """None where there is no label in it."""
         raw = self._raw(content)
-        if isinstance(raw, str) and not _WHOLE.fullmatch(raw.strip()):
+        if isinstance(raw, str) and not WHOLE.fullmatch(raw.strip()):
             return raw.strip() or None
         label = self._array(raw)
         if label is None or label.dtype.kind not in _DTYPES:

@@ -6,7 +6,7 @@
 - A file whose size, times of change or place on the disk are not those that were noted is hashed before it is read;
   a damaged one is brought again.
 - Before a file is brought, the ones that were used longest ago make room for it. Reading holds no file open, so that
-  what is removed takes no room.
+  what is removed takes no room. What else lies in the folder is neither counted nor removed.
 - Progress of whoever brings a file is progress of those who wait for it.
 """
 
@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ GIB = 2**30
 _LOOK_SECONDS = 0.05
 _TOUCH_SECONDS = 1.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_OWN = re.compile(r"[0-9a-f]{32}\.(tar|partial)")
 
 
 class Writer:
@@ -61,7 +63,8 @@ class Writer:
 
 
 class NodeCache:
-    """Files in `folder`, at most `limit` bytes together. Safe between threads and processes."""
+    """Files in `folder`, at most `limit` bytes together. Safe between threads and processes. A name is 32 hexadecimal
+    digits, which tell it from names that people give."""
 
     def __init__(self, folder: str, limit: int):
         self.folder, self.limit = folder, limit
@@ -273,15 +276,14 @@ class NodeCache:
         return False
 
     def _files(self) -> dict[str, int]:
-        """Bytes of everything that takes room, by path. What a killed process has left is removed."""
+        """Bytes of everything of the cache that takes room, by path. What a killed process has left is removed."""
         found = {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.name.endswith(".partial") and _is_left(entry.path):
+                    if not _OWN.fullmatch(entry.name) or entry.name.endswith(".partial") and _is_left(entry.path):
                         continue
-                    if entry.name.endswith((".tar", ".partial")):
-                        found[entry.path] = entry.stat().st_size
+                    found[entry.path] = entry.stat().st_size
         return found
 
     def _by_use(self) -> list[str]:
@@ -290,7 +292,7 @@ class NodeCache:
         now, used = time.time() + 60, []
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if entry.name.endswith(".tar"):
+                if _OWN.fullmatch(entry.name) and entry.name.endswith(".tar"):
                     name = entry.name.removesuffix(".tar")
                     with contextlib.suppress(FileNotFoundError):
                         when = _changed(self._record(name)) or entry.stat().st_mtime_ns

@@ -8,13 +8,16 @@ import functools
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
 from prelude.data import index_file, stores
+from prelude.data.absent import unreadable
 from prelude.data.checksums import Digests
+from prelude.data.counting import counted
+from prelude.data.errors import UserError
 from prelude.data.host import cache_folder
 from prelude.data.index_file import Entry
 from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
@@ -59,42 +62,87 @@ def load(shard: RemoteShard, image: str = "") -> Entry:
 
 
 def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | None = None) -> list[str]:
-    """Writes the index files of shards, local or remote, into `folder`; returns their paths.
+    """Writes the index files of shards, local or remote, into `folder`; returns their paths. What a file there says of
+    other shards stays, where these lie beside it.
 
-    sha256: of shards by path, where it is known. Raises OSError.
+    sha256: of shards by path, where it is known. Raises UserError for two shards of one name and for one that cannot be
+    read, RunStopped for one that a store does not give, and OSError where the folder cannot be written.
     """
+    paths = list(dict.fromkeys(paths))
+    _refuse_one_name(paths)
     files: dict[str, dict[str, Entry]] = {}
     for path, entry in zip(paths, in_threads(_entry_of, paths, lambda path: f"the headers of {path}"), strict=True):
         entry = replace(entry, sha256=(sha256 or {}).get(path) or entry.sha256 or _sha256(path))
         files.setdefault(index_file.name_for(shard_name(path)), {})[shard_name(path)] = entry
     os.makedirs(folder, exist_ok=True)
-    for name, entries in files.items():
+    for name, given in files.items():
+        entries = _of_others(os.path.join(folder, name), given) | given
         aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
         with open(aside, "wb") as file:
-            file.write(index_file.write(entries))
+            file.write(index_file.write(dict(sorted(entries.items()))))
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, os.path.join(folder, name))
     return [os.path.join(folder, name) for name in files]
 
 
+def _refuse_one_name(paths: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for path in paths:
+        first = seen.setdefault(shard_name(path), path)
+        if first != path:
+            raise UserError(
+                f"{first} and {path} have the same name, by which an index file knows a shard; write one for each "
+                f"folder, with another --to."
+            )
+
+
+def _of_others(path: str, given: Container[str]) -> dict[str, Entry]:
+    """What the index file that is there says of other shards, of which those that do not lie beside it may have been
+    made anew since, with as many bytes."""
+    try:
+        with open(path, "rb") as file:
+            entries = index_file.read(file.read())
+    except (FileNotFoundError, ValueError):
+        return {}
+    others = {name: entry for name, entry in entries.items() if name not in given}
+    folder = os.path.dirname(path)
+    kept = {name: entry for name, entry in others.items() if _lies_at(os.path.join(folder, name), entry.size)}
+    if len(kept) < len(others):
+        log.warning(
+            "%s no longer holds %s, which do not lie beside it with the sizes that it told",
+            path, counted(len(others) - len(kept), "other shard"),
+        )  # fmt: skip
+    return kept
+
+
+def _lies_at(path: str, size: int) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) == size
+
+
 def _entry_of(path: str) -> Entry:
     kept = _read(path) if isinstance(path, RemoteShard) else None
     if kept is not None:
         return kept
-    indexes = index_every_label(path)
-    return Entry(path.size if isinstance(path, RemoteShard) else os.path.getsize(path), "", indexes)
+    try:
+        indexes = index_every_label(path)
+        return Entry(path.size if isinstance(path, RemoteShard) else os.path.getsize(path), "", indexes)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _sha256(path: str) -> str:
     """ "" of a remote shard that would have to be fetched for it."""
     if isinstance(path, RemoteShard) and not path.is_here():
         return ""
-    fd = open_shard(path)
     try:
-        return Digests(("sha256",)).of_file(fd, moved)["sha256"]
-    finally:
-        os.close(fd)
+        fd = open_shard(path)
+        try:
+            return Digests(("sha256",)).of_file(fd, moved)["sha256"]
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:

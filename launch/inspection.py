@@ -11,6 +11,7 @@ from rich.table import Table
 from prelude.data.absent import told_as
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
+from prelude.data.image_folder import ImageFolder
 from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
@@ -114,10 +115,11 @@ def index_file(args: argparse.Namespace) -> int:
     # Of samples that hold several images an index file says nothing; packed by the one that is named, they hold one.
     with told_as("", image="in prelude shards pack SHARDS --to DIR --image "):
         index = ShardIndex(args.shards)
-    try:
-        written = write_for(index.paths, args.to)
-    except OSError as error:
-        raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another folder.") from None
+        _refuse_folders(index)
+        try:
+            written = write_for(index.paths, args.to)
+        except OSError as error:
+            raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another folder.") from None
     print(
         "\n".join(
             f"{counted(index.num_samples, 'sample')} in {counted(index.num_shards, 'shard')}: {path}"
@@ -126,6 +128,15 @@ def index_file(args: argparse.Namespace) -> int:
     )
     _list(_problems(index))
     return 1 if index.num_problems else 0
+
+
+def _refuse_folders(index: ShardIndex) -> None:
+    for path in index.paths:
+        if isinstance(path, ImageFolder):
+            raise UserError(
+                f"{path} is a folder of images, which needs no index file; leave it out, or pack it first: prelude "
+                f"shards pack {path} --to DIR."
+            )
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:

@@ -3,14 +3,13 @@
 import datetime
 import decimal
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prelude.data.counting import named
 from prelude.data.errors import UserError
 from prelude.data.image_files import image_extension_of
-from prelude.data.packing.labels import class_labels, label_columns, named_numbers, split_labels
+from prelude.data.packing.labels import class_labels, is_missing, label_columns, named_numbers, split_labels
 from prelude.data.packing.source import Source, SourceOptions, strings
 
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path")
@@ -116,4 +115,4 @@ def _plain(value):
         return float(value)
     if isinstance(value, bytes):
         raise UserError("A column of bytes cannot be kept as a field; leave it out of --fields and --group.")
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if is_missing(value) else value

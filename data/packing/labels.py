@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 
-_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
+_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")  # tables write 3.0 for 3 in a column that lacks a value
 _YES_OR_NO = {"": None, "nan": None, "null": None, "none": None, "true": 1, "yes": 1, "false": 0, "no": 0}
 _TRUTH = {1.0: 1, 0.0: 0, -1.0: -1}
 
@@ -32,15 +32,16 @@ class Labels:
         return Labels([self.values[n] for n in numbers], self.classes, self.several)
 
 
-def class_labels(values: Sequence, given: Sequence[str] | None, what: str) -> Labels:
+def class_labels(values: Sequence, given: Sequence[str] | None, what: str, whole: re.Pattern = _WHOLE) -> Labels:
     """One class an image. values: text, whole numbers, or None and "" for no label; a negative number is none, too.
 
     given: the names in the order of their numbers, if that is fixed. what: where the labels come from, for messages.
+    whole: matches the text of a whole number.
     Raises UserError for a value that is no class, or not among the given.
     """
     texts = [_text(value, what) for value in values]
     present = {text for text in texts if text}
-    if present and all(_WHOLE.fullmatch(text) for text in present) and not (given and present <= set(given)):
+    if present and all(whole.fullmatch(text) for text in present) and not (given and present <= set(given)):
         numbers = [int(text.partition(".")[0]) if text else None for text in texts]
         numbers = [number if number is not None and number >= 0 else None for number in numbers]
         if given and any(number >= len(given) for number in numbers if number is not None):
@@ -82,8 +83,13 @@ def label_columns(columns: dict[str, Sequence], what: str) -> Labels:
     return Labels([dict(zip(columns, row, strict=True)) for row in rows], tuple(columns), several=True)
 
 
+def is_missing(value) -> bool:
+    """None, or the NaN that stands for nothing in a column of numbers."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _text(value, what: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         return ""
     if isinstance(value, (list, tuple, dict, bytes)):
         raise UserError(f"{what} holds {value!r:.60} and not one class; write another --label.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import PassedOver
-from prelude.data.packing.labels import Labels
+from prelude.data.packing.labels import Labels, is_missing
 
 _CONTENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,90}")
@@ -137,5 +137,5 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def strings(values: Iterable) -> list[str | None]:
-    """Group values as text; None and "" are no group."""
-    return [None if value is None or value == "" else str(value) for value in values]
+    """Group values as text; None, NaN and "" are no group."""
+    return [None if is_missing(value) or value == "" else str(value) for value in values]

@@ -5,6 +5,7 @@ are packed as PNG, all others as `.npy`; neither loses anything.
 """
 
 import os
+import zipfile
 
 import numpy as np
 
@@ -98,9 +99,13 @@ def open_zarr(path: str, options: SourceOptions) -> Source:
 
 def _load(path: str, mmap_mode: str | None) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        loaded = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as .npy ({' '.join(str(error).split()):.80}); correct it.") from None
+    if not isinstance(loaded, np.ndarray):
+        loaded.close()
+        raise UserError(f"{path} cannot be read as .npy (it is an .npz archive); save one array with np.save.")
+    return loaded
 
 
 def _layout(array, name: str) -> tuple[str, bool]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelude.data import stored
+from prelude.data import index_file, remote_index, stored
 from prelude.data.packing import images
 from prelude.data.packing.images import extension_of
 from prelude.data.shards import ShardIndex
@@ -96,6 +96,43 @@ def test_shards_of_several_images_get_an_index_file_once_they_are_packed_by_one(
     assert code == 2 and "as in prelude shards pack SHARDS --to DIR --image left.jpg" in err
     assert run(capsys, "pack", pairs, "--to", tmp_path / "s", "--image", "left.png")[0] == 0
     assert run(capsys, "index", tmp_path / "s" / "train-*.tar", "--to", tmp_path / "s")[0] == 0
+
+
+def test_an_index_of_one_shard_keeps_what_is_said_of_those_beside_it(photos, tmp_path, capsys, caplog):
+    to = tmp_path / "s"
+    run(capsys, "pack", photos, "--to", to, "--per-shard", 10)
+    first, second, third = sorted(to.glob("train-*.tar"))
+    written = to / "train.index.npz"
+    whole = written.read_bytes()
+    assert run(capsys, "index", third, "--to", to)[0] == 0
+    assert written.read_bytes() == whole and "no longer" not in caplog.text
+    first.unlink()
+    with open(second, "ab") as file:
+        file.write(bytes(512))
+    assert run(capsys, "index", third, "--to", to)[0] == 0
+    assert list(index_file.read(written.read_bytes())) == [third.name] and "2 other shards" in caplog.text
+
+
+def test_shards_of_one_name_do_not_share_an_index_file(photos, tmp_path, capsys):
+    for folder in ("a", "b"):
+        run(capsys, "pack", photos, "--to", tmp_path / folder)
+    both = [tmp_path / folder / "train-*.tar" for folder in ("a", "b")]
+    code, _, err = run(capsys, "index", *both, "--to", tmp_path / "index")
+    assert code == 2 and "b/train-000000.tar have the same name" in err and not (tmp_path / "index").exists()
+
+
+def test_what_has_no_index_file_is_told_by_its_own_name(photos, tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    code, _, err = run(capsys, "index", photos, "--to", tmp_path / "index")
+    assert code == 2 and f"{photos} is a folder of images, which needs no index file" in err
+    assert f"prelude shards pack {photos} --to DIR" in err
+    run(capsys, "pack", photos, "--to", tmp_path / "s")
+    monkeypatch.setattr(remote_index, "index_every_label", refuse)
+    code, _, err = run(capsys, "index", tmp_path / "s" / "train-*.tar", "--to", tmp_path / "index")
+    assert code == 2 and "train-000000.tar cannot be read on" in err and "leave it out of the shards" in err
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize(

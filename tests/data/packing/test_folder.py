@@ -9,6 +9,7 @@ import pytest
 from packed_shards import image_of, left_out, read_shards
 
 from prelude.data.batch import View, ViewPlan
+from prelude.data.class_names import label_reader
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader, one_pass
 from prelude.data.open_files import OpenFiles
@@ -138,6 +139,34 @@ def test_a_folder_read_in_place_has_the_samples_of_its_shards(photos, packed):
     assert numbered == content_of(in_shards)
     assert len(content_of(in_place)) == len(ODD_NAMES)
     assert {in_place.key(n) for n in range(in_place.num_samples)} == set(ODD_NAMES)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"dog": 1, "cat": 0}, {"cat ": 0, "dog": 1}, {str(n): n for n in range(10)}, {str(n): n for n in range(11)},
+        {"1": 1, "2": 2, "3": 3}, {f"{n:02}": n for n in range(12)}, {"1.0": 0, "2.0": 1},
+    ],
+    ids=["names", "a space", "0 to 9", "0 to 10", "1 to 3", "00 to 11", "versions"],
+)  # fmt: skip
+def test_a_folder_in_place_and_its_shards_number_classes_alike(write_files, picture, packed, numbers):
+    images = {folder: picture(n) for n, folder in enumerate(numbers)}
+    source = write_files("numbered", {f"{folder}/1.png": image for folder, image in images.items()})
+    shards, _ = packed(source)
+    for index in (ShardIndex(str(source), "cls"), ShardIndex(str(shards / "train-*.tar"), "cls")):
+        reader = label_reader(index, "cls")
+        found = {image: int(reader(label)) for image, label in content_of(index)}
+        assert found == {images[folder]: number for folder, number in numbers.items()}
+
+
+def test_a_packing_into_a_folder_with_numbers_of_names_keeps_to_them(write_files, picture, packed):
+    """Earlier versions listed folders 0 to 10 as names, in the order of text."""
+    names = sorted(str(n) for n in range(11))
+    write_files("shards", {"classes.txt": "".join(f"{name}\n" for name in names).encode()})
+    folder, _ = packed(write_files("numbered", {f"{n}/1.png": picture(n) for n in range(11)}), name="val")
+    found = {s["source"].partition("/")[0]: int(s["cls"]) for s in read_shards(folder, "val")}
+    assert found == {name: number for number, name in enumerate(names)}
+    assert (folder / "classes.txt").read_text().splitlines() == names
 
 
 def test_a_folder_in_place_trains_in_workers_and_resumes_exactly(photos):

@@ -128,6 +128,19 @@ def test_stacks_that_cannot_be_held_are_refused(packed, tmp_path, array, sentenc
         packed(tmp_path / "x.npy")
 
 
+def test_an_archive_of_arrays_is_refused_as_images_and_as_labels(packed, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
+    np.savez(tmp_path / "y.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.zeros(4, int))
+    with pytest.raises(UserError, match="y.npz cannot be read as .npy .*; save one array with np.save"):
+        packed(tmp_path / "x.npy", options={"label": (str(tmp_path / "y.npz"),)})
+    renamed = (tmp_path / "y.npz").rename(tmp_path / "y.npy")
+    with pytest.raises(UserError, match="y.npy cannot be read as .npy .*; save one array with np.save"):
+        packed(renamed)
+    renamed.write_bytes(b"PK\3\4 of which the rest is lost")
+    with pytest.raises(UserError, match="y.npy cannot be read as .npy"):
+        packed(renamed)
+
+
 def test_pickles_are_refused(packed, write_files):
     with pytest.raises(UserError, match="pickles, whose reading can run code"):
         packed(write_files("py", {"data_batch_1": b"\x80\x02", "batches.meta": b"\x80\x02"}))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -211,6 +212,18 @@ def test_bytes_that_are_no_image_are_told(images, packed, tmp_path):
     folder, _ = packed(tmp_path / "x.parquet")
     reasons = {name[-1]: found for name, found in left_out(folder).items()}
     assert reasons == {"1": ("empty image", True), "2": ("empty image", True), "3": ("not an image", True)}
+
+
+def test_rows_whose_group_is_nan_are_of_no_group(images, packed, tmp_path):
+    nothing = [math.nan] * len(ROWS)
+    lines = [{"file": name, "patient": patient} for (name, _, _), patient in zip(ROWS, nothing, strict=True)]
+    (images / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    content = [(images / name).read_bytes() for name, _, _ in ROWS]
+    pq.write_table(pa.table({"image": content, "patient": nothing}), tmp_path / "t.parquet")
+    for source in (images / "t.jsonl", tmp_path / "t.parquet"):
+        folder, summary = packed(source, to=f"of {source.name}", options={"group": "patient"}, val_share=0.5)
+        assert [summary["splits"][split]["images"] for split in ("train", "val")] == [2, 2]
+        assert all(json.loads(sample["json"]) == {"patient": None} for sample in read_shards(folder))
 
 
 def test_splits_are_asked_for_and_name_the_shards(images, packed, tmp_path):
