@@ -310,3 +310,15 @@ def test_online_evaluations_have_a_chart_of_their_accuracy_and_none_of_its_error
     axes = [t.text for t in drawn(shown["Online k-NN"].svg).iter("text") if t.get("class") == "axis"]
     assert axes == ["top-1 %", "step"] and "top-1 %" in str(shown["Online k-NN"].svg)
     assert not [one for _, own in figures.own_curves(comparison()) for one in own if "online" in one.title]
+
+
+@pytest.mark.parametrize(("count", "fewest"), [(60, 60), (1000, 100)])
+def test_marks_of_online_evaluations_are_what_was_measured_however_many_there_are(count, fewest):
+    measured = {10 * i: round(0.1123 + i % 7 / 10, 4) for i in range(1, count + 1)}
+    curve = Curve("online/feature_rank_share", list(measured), list(measured.values()))
+    run = Entry("mae", "runs/mae", "pretrained", "mae", "vit", None, {}, curves=[curve])
+    (figure,) = figures.shared_curves(comparison(entries=[run]))
+    titles = [re.fullmatch(r"mae: (\S+) at (\d+)", title.text) for title in drawn(figure.svg).iter("title")]
+    marks = {int(found[2]): float(found[1]) for found in titles if found}
+    assert figure.title == "Online effective rank" and fewest <= len(marks) <= 240
+    assert marks.items() <= measured.items() and 10 * count in marks
