@@ -13,6 +13,7 @@ from prelude.evaluators.comparing.report import charts, figures, words
 from prelude.evaluators.comparing.report.charts import Bar, Line, Point, Style
 from prelude.evaluators.comparing.report.page import page
 from prelude.evaluators.comparing.report.scales import linear, logarithmic, round_step, texts
+from prelude.evaluators.comparing.table import markdown
 
 HOSTILE = """<script>alert("x")</script><img src=x onerror=alert(1)>'&"</style></svg>"""
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -148,6 +149,11 @@ def test_every_number_is_there_with_its_uncertainty(document):
 def test_the_best_pretrained_encoder_of_each_column_is_marked(document):
     # Raw pixels have the best k-NN of all, and are no pretrained encoder.
     assert document.marked == ["Marked", "63.1 ± 0.7", "47.1 ± 0.7", "34.6 ± 2.4", "70.2 [68.9, 71.3]"]
+
+
+def test_pretrained_encoders_that_are_equal_are_both_marked_as_in_the_table():
+    equal = comparison(mae=55.04, barlow=55.04)
+    assert Document(page(equal)).marked.count("55.0 ± 0.7") == markdown(equal).count("**55.0 ± 0.7**") == 2
 
 
 def test_an_entry_with_a_problem_says_so(document):
