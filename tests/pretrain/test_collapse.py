@@ -6,10 +6,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from collapse_cases import HEALTHY, a_record, a_watch, an_evaluation
+from engine_cases import NUM_SAMPLES, Regression, batch_at, config_of
+from in_memory import MemoryLoader, NoStore
 
+from prelude.pretrain import distributed
 from prelude.pretrain.collapse import REMEDIES, signs
 from prelude.pretrain.collapse_config import CollapseConfig
+from prelude.pretrain.engine import Engine
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
+from prelude.pretrain.monitors import Monitor
 from prelude.pretrain.schedules import Progress
 
 SIGNS = [
@@ -202,6 +207,31 @@ def test_evaluations_are_judged_too_on_their_own():
         watch.record(a_record(step))  # the batch looks well all the while
     (report,) = watch.found()
     assert report.step == 900 and report.cause == "same_features"
+
+
+def test_the_verdict_knows_of_evaluations_that_come_after_the_last_step(tmp_path):
+    heard = []
+
+    class Probe(Monitor):
+        late: list = []
+
+        def finish(self):
+            self.late = [an_evaluation(step, feature_cosine=0.99999) for step in (49, 50)]
+
+        def found(self):
+            late, self.late = self.late, []
+            return late
+
+    class Listener(Monitor):
+        def report(self, report):
+            heard.append((report.kind, report.cause))
+
+    distributed.start()
+    config, loader = config_of({"train": {"epochs": 10}}, tmp_path), MemoryLoader(8, NUM_SAMPLES, batch_at)
+    Engine(config, Regression(), loader, NoStore(), [Probe(), a_watch(), Listener()]).run()
+    distributed.stop()
+    told = [one for one in heard if one[0] != "notice"]
+    assert told == [("evaluation", "")] * 2 + [("collapse", "same_features"), ("verdict", "collapsed")]
 
 
 def test_a_teacher_that_averages_over_many_steps_has_time_to_follow():
