@@ -46,14 +46,15 @@ class DefectJudging(DrawnJudging):
 
     def _rows(self, places, plan: ViewPlan, found: dict[str, Tensor]) -> list[Row]:
         """Of the first images that have a defect."""
-        rows = (places.labels == 1).flatten(1).any(1).nonzero()[: self.num_shown, 0]
+        defective = (places.labels == 1).flatten(1).any(1)
+        rows = self.rows(places.sample_ids, lambda: defective.nonzero()[: self.num_shown, 0])
         images, line = self.images(plan, places.sample_ids[rows])
         masks = (places.labels[rows] == 1)[..., None].expand(-1, -1, -1, 3).to(torch.uint8) * 255
         lines = [line, ("defects", [cells(mask, tuple(images.shape[2:])) for mask in masks])]
         for what, maps in found.items():
             limits = maps.min().item(), maps.max().item()
             lines.append((what, [heat(image, one, limits) for image, one in zip(images, maps[rows], strict=True)]))
-        return lines
+        return self.in_columns(places.sample_ids[rows], lines)
 
 
 def refuse_unhidden(num_patches: int, num_keep: int, num_masks: int) -> None:

@@ -57,10 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
     named = "--images " if args.images else "evaluate.test_shards="
     index = index_as_seen(args.sources, shards_of(args), **seen_as, named=named)
-    blocks, told = [], []
+    blocks, told, samples = [], [], None
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
-        samples = chosen_samples(index, args.of, args.count, opened.config.in_chans)
+        samples = samples or chosen_samples(index, args.of, args.count, opened.config.in_chans)  # alike in all blocks
         plan = dense_plan(evaluation_plan(opened))
         pixels = read_samples(index, plan, samples.ids)
         seen = see(opened, pixels, plan, point=args.point, kind=args.features or "")

@@ -2,6 +2,7 @@
 is left to the exception that tells it, and what the launcher says of itself is left out."""
 
 import re
+import shutil
 import sys
 from typing import TextIO
 
@@ -28,7 +29,10 @@ class ProgressLine:
             step, steps = map(int, found.groups())
             done = _BAR * step // steps
             text = f"{'█' * done}{'░' * (_BAR - done)} {line}"
-            self.stream.write(f"\r{text.ljust(self.width)}")
+            # What is wrapped is never taken back
+            room = shutil.get_terminal_size().columns - 1 if self.stream.isatty() else None
+            text = text[:room]
+            self.stream.write(f"\r{text.ljust(self.width)[:room]}")
             self.width = len(text)
         elif not line.startswith("error: ") and not _LAUNCHER.match(line):
             self.end()

@@ -27,14 +27,15 @@ class SegmentJudging(DrawnJudging):
     def _block(self, source: str, sources: Sequence[str], found: dict) -> tuple[str, list[Row]]:
         encoder = self.opened(source, sources, self.seed)
         _, test = self.features(source, sources, encoder)
-        masks = next(iter(test.values())).labels
-        rows = _with_most_classes(masks, self.num_shown)
+        places = next(iter(test.values()))
+        masks = places.labels
+        rows = self.rows(places.sample_ids, lambda: _with_most_classes(masks, self.num_shown))
         plan = dense_plan(evaluation_plan(encoder))
-        images, line = self.images(plan, next(iter(test.values())).sample_ids[rows])
+        images, line = self.images(plan, places.sample_ids[rows])
         size = tuple(images.shape[2:])
         drawn = {"masks": masks[rows]} | {what: predict(rows) for what, predict in found.items()}
         lines = [(what, [cells(class_colours(one), size) for one in maps]) for what, maps in drawn.items()]
-        return encoder.name, [line, *lines]
+        return encoder.name, self.in_columns(places.sample_ids[rows], [line, *lines])
 
 
 def _with_most_classes(masks: Tensor, count: int) -> Tensor:

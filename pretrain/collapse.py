@@ -116,6 +116,7 @@ class CollapseWatch(Monitor):
         self.told: dict[tuple[bool, str], int] = {}  # (of volumes, cause): the step at which it was told
         self.judged: set[str] = set()  # sources
         self.watched = False
+        self.concluded = False  # a verdict on the finished run was given by an earlier start
         self.healthy_step: int | None = None
         self.reports: list[Report] = []
 
@@ -131,6 +132,8 @@ class CollapseWatch(Monitor):
                 self._observe("evaluation", line["step"], line["numbers"])
             elif line["kind"] == "collapse":
                 self.told.setdefault((_ON_VOLUMES in line["text"], line["cause"]), line["step"])
+            elif line["kind"] == "verdict":
+                self.concluded = line["step"] == progress.step == progress.num_steps
         self.store, self.reports = store, []
 
     def _lines(self, log: str, step: int) -> list[dict]:
@@ -146,6 +149,7 @@ class CollapseWatch(Monitor):
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
+            self.concluded = False  # it may be another now
             self._observe("evaluation", report.step, report.numbers)
 
     def found(self) -> list[Report]:
@@ -153,6 +157,8 @@ class CollapseWatch(Monitor):
         return reports
 
     def finish(self) -> None:
+        if self.concluded:
+            return
         standing = [sign for signs_of in self.standing.values() for sign in signs_of.values()]
         step = max((seen[-1].step for seen in self.seen.values() if seen), default=self.num_steps)
         if standing:

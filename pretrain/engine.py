@@ -142,6 +142,7 @@ class Engine:
             return Outcome("preempted", self.progress.step)
         for monitor in self.monitors:
             monitor.finish()
+            self._tell(monitor.found())  # those behind it have heard of all when they sum up
         self._pass_on_reports()
         return Outcome("finished", self.progress.step)
 

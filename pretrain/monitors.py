@@ -100,7 +100,8 @@ class Monitor:
         """Told of what any monitor found out."""
 
     def finish(self) -> None:
-        """Called once when the run has come to its end: the last chance to wait for something."""
+        """Called once when the run has come to its end: the last chance to wait for something. What was found is passed
+        on at once, before those behind it in the list are called."""
 
     def record(self, record: StepRecord) -> None:
         """Told of each logged step."""

@@ -114,6 +114,14 @@ def best(comparison: Comparison, evaluator: str) -> Entry | None:
     return max(found, key=lambda entry: headline(entry, evaluator).value, default=None)
 
 
+def leads(entry: Entry, evaluator: str, comparison: Comparison) -> bool:
+    """Whether no pretrained encoder has a higher headline than this one, which is pretrained; of equals all lead."""
+    mine = headline(entry, evaluator)
+    if entry.kind != "pretrained" or not mine:
+        return False
+    return mine.value == headline(best(comparison, evaluator), evaluator).value
+
+
 def evaluator_name(evaluator: str) -> str:
     return NAMES.get(evaluator, evaluator.replace("_", " "))
 

@@ -72,11 +72,16 @@ def curves_of(run: Path, step: int | None = None) -> list[Curve]:
 # What the pictures of our objectives show; those of others speak for themselves.
 CAPTIONS = {
     "reconstruction": "What the encoder sees, what is predicted, the original. ",
-    "blocks": "An image, the patches that the encoder sees, and, in orange, each block that is predicted from them. ",
+    "gradient": "Where an image changes: in what the encoder sees, as predicted, in the original. ",
+    "volume_reconstruction": "Three slices of a volume, each as the encoder sees it, as predicted, the original. ",
+    "volume_gradient": "Where these slices change: in what the encoder sees, as predicted, in the original. ",
+    "blocks": "An image, the patches that the encoder sees, and, in orange, each block that is predicted from them, as "
+    "at the run's first step. ",
     "regions": "An image, what the teacher finds salient, its regions in order, and each step: in orange what is "
     "predicted from the regions before it. ",
     "views": "Images, each in the views that are to be embedded alike. ",
-    "rotations": "Images in four turns; a green frame where the turn was recognised, red where not. ",
+    "rotations": "Images, each in the turns that are to be told apart; a green frame where the turn was recognised, "
+    "red where not. ",
 }
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prelude.evaluators.comparing.comparison import Comparison, Entry
-from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, number_name
+from prelude.evaluators.comparing.headline import evaluator_name, gain, headline, leads, number_name
 from prelude.evaluators.comparing.label_table import positives
 from prelude.evaluators.comparing.paired import pairs, sentences, unlike_encoders
 from prelude.evaluators.comparing.retention import SIDES, Change, Side, changes, evaluators_of, gone_on, seen
@@ -72,9 +72,9 @@ def cells(comparison: Comparison, entry: Entry) -> list[Cell]:
         if number is None:
             found.append(Cell(NOTHING, "", "", False))
             continue
-        leads = entry.kind == "pretrained" and number.value == headline(best(comparison, evaluator), evaluator).value
         text = ", ".join(filter(None, (number.text, number.seeds)))
-        found.append(Cell(text, number.kind, "" if more is None else f"{more:+.1f}", leads))
+        marked = leads(entry, evaluator, comparison)
+        found.append(Cell(text, number.kind, "" if more is None else f"{more:+.1f}", marked))
     return found
 
 

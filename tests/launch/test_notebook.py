@@ -262,6 +262,20 @@ def test_a_run_that_somebody_else_ended_is_no_interrupt_of_ours(monkeypatch):
         prelude.pretrain("mae_cifar10")
 
 
+def test_a_step_is_one_line_on_a_terminal_however_narrow(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown, text = Terminal(), "step 2/4  loss 1.5000  lr 1.00e-03  321 images/s  250 ms a step"
+    line = ProgressLine(shown, live=True)
+    for columns in ("60", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        line(text)
+    drawn = f"{'█' * 10}{'░' * 10} {text}"
+    assert shown.getvalue().split("\r") == ["", drawn[:59], drawn[:39]]
+
+
 def test_steps_are_one_line_that_moves_and_all_else_stays():
     shown = io.StringIO()
     line = ProgressLine(shown, live=True)

@@ -6,10 +6,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from collapse_cases import HEALTHY, a_record, a_watch, an_evaluation
+from engine_cases import NUM_SAMPLES, Regression, batch_at, config_of
+from in_memory import MemoryLoader, NoStore
 
+from prelude.pretrain import distributed
 from prelude.pretrain.collapse import REMEDIES, signs
 from prelude.pretrain.collapse_config import CollapseConfig
+from prelude.pretrain.engine import Engine
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
+from prelude.pretrain.monitors import Monitor, ReportsMonitor
 from prelude.pretrain.schedules import Progress
 
 SIGNS = [
@@ -204,6 +209,31 @@ def test_evaluations_are_judged_too_on_their_own():
     assert report.step == 900 and report.cause == "same_features"
 
 
+def test_the_verdict_knows_of_evaluations_that_come_after_the_last_step(tmp_path):
+    heard = []
+
+    class Probe(Monitor):
+        late: list = []
+
+        def finish(self):
+            self.late = [an_evaluation(step, feature_cosine=0.99999) for step in (49, 50)]
+
+        def found(self):
+            late, self.late = self.late, []
+            return late
+
+    class Listener(Monitor):
+        def report(self, report):
+            heard.append((report.kind, report.cause))
+
+    distributed.start()
+    config, loader = config_of({"train": {"epochs": 10}}, tmp_path), MemoryLoader(8, NUM_SAMPLES, batch_at)
+    Engine(config, Regression(), loader, NoStore(), [Probe(), a_watch(), Listener()]).run()
+    distributed.stop()
+    told = [one for one in heard if one[0] != "notice"]
+    assert told == [("evaluation", "")] * 2 + [("collapse", "same_features"), ("verdict", "collapsed")]
+
+
 def test_a_teacher_that_averages_over_many_steps_has_time_to_follow():
     lagging = {"teacher_cosine": -0.5}
     assert len(told(a_watch(), range(10, 1001, 10), **lagging)) == 1
@@ -226,6 +256,23 @@ def test_a_resumed_run_remembers_what_it_has_logged(tmp_path):
     later.start(Progress(1000, 2000, 10.0))
     assert told(later, range(1010, 1200, 10), feature_cosine=0.9999) == []  # it was told of before
     assert verdict(later).cause == "collapsed"
+
+
+def test_a_finished_run_that_is_started_again_has_one_verdict_unless_it_is_judged_anew(tmp_path):
+    logged = [asdict(a_record(step)) for step in range(10, 2001, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    for evaluations, expected in ((0, 1), (0, 1), (1, 2)):
+        watch, kept = a_watch(run_dir=tmp_path), ReportsMonitor(tmp_path / "online.jsonl")
+        for monitor in (watch, kept):
+            monitor.start(Progress(2000, 2000, 10.0))
+        for _ in range(evaluations):
+            watch.report(an_evaluation(2000))
+        watch.finish()
+        for report in watch.found():
+            kept.report(report)
+        kept.close()
+        lines = map(json.loads, (tmp_path / "online.jsonl").read_text().splitlines())
+        assert [(line["kind"], line["cause"]) for line in lines] == [("verdict", "healthy")] * expected
 
 
 def test_the_last_healthy_checkpoint_is_kept_from_the_first_doubt_on():

@@ -110,7 +110,7 @@ def lines(
             _line(group, across(x), upright(low), across(x), upright(high), "error")
         if marks:
             for x, y in zip(line.xs, line.ys, strict=True):
-                _title(_mark(group, across(x), upright(y), line.style), f"{line.name}: {y:.1f} at {x:g}")
+                _title(_mark(group, across(x), upright(y), line.style), f"{line.name}: {y:.4g} at {x:g}")
     return _markup(root)
 
 

@@ -201,8 +201,11 @@ def _is_shared(name: str) -> bool:
 
 
 def _line(name: str, curve: Curve, style: Style) -> Line:
-    """The curve itself, or, of a long one, running means over the curve."""
+    """The curve itself, or, of a long one, running means over the curve. Of online evaluations each place is one that
+    was measured, the last among them."""
     bucket = -(-len(curve.steps) // MAX_POINTS)
+    if curve.name in ONLINE:
+        return Line(name, curve.steps[::-bucket][::-1], curve.values[::-bucket][::-1], style)
     xs = curve.steps[bucket - 1 :: bucket]
     values = [_mean(curve.values[i * bucket : (i + 1) * bucket]) for i in range(len(xs))]
     if len(values) < SMOOTH_FROM:

@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from prelude.evaluators.comparing.comparison import Comparison, Entry, Picture
-from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, number, number_name
+from prelude.evaluators.comparing.headline import evaluator_name, gain, headline, leads, number, number_name
 from prelude.evaluators.comparing.label_table import positives
 from prelude.evaluators.comparing.paired import sentences, unlike_encoders
 from prelude.evaluators.comparing.report import charts, figures, words
@@ -103,14 +103,13 @@ def _column(comparison: Comparison, evaluator: str) -> dict:
 
 def _groups(comparison: Comparison) -> list[tuple[str, list[dict]]]:
     """(title, rows) of the table, in the order of the entries."""
-    leader = {evaluator: best(comparison, evaluator) for evaluator in comparison.evaluators}
 
     def row(entry: Entry) -> dict:
         cells = [
             {
                 "headline": headline(entry, evaluator),
                 "gain": gain(entry, evaluator, comparison),
-                "best": leader[evaluator] is entry,
+                "best": leads(entry, evaluator, comparison),
             }
             for evaluator in comparison.evaluators
         ]

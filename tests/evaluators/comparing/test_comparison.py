@@ -11,6 +11,7 @@ import timm
 import torch
 import yaml
 from rich.console import Console
+from small_objectives import built
 
 from prelude.data.errors import UserError
 from prelude.evaluators.comparing import gathering, run_record
@@ -27,6 +28,8 @@ from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
 from prelude.evaluators.frozen.ncm import ncm
 from prelude.evaluators.results import by_frequency
+from prelude.launch.made_up_data import made_up_batch, made_up_volumes
+from prelude.objectives import OURS
 from prelude.pretrain.config import EncoderConfig
 
 
@@ -93,6 +96,22 @@ def test_the_newest_picture_of_each_kind(run):
         (run / "pictures" / f"{name}.png").write_bytes(name.encode())
     found = {picture.title: picture.png for picture in pictures_of_run(run)}
     assert found == {"masks": b"masks-00000020", "full-view": b"full-view-00000010"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_picture_of_our_objectives_has_a_caption(name):
+    objective = built(name, **({"gradient_weight": 1.0} if name == "mae" else {}))
+    drawn = {*objective.pictures(made_up_batch(torch.arange(2), objective.views, 8))}
+    if objective.views.volumes:
+        drawn |= {*objective.pictures(made_up_volumes(torch.arange(2), objective.views.volumes, 8))}
+    assert drawn and drawn <= run_record.CAPTIONS.keys()
+
+
+def test_blocks_are_said_to_be_those_of_the_first_step(run):
+    (run / "pictures").mkdir()
+    (run / "pictures" / "blocks-00000020.png").write_bytes(b"png")
+    (picture,) = pictures_of_run(run)
+    assert picture.caption.endswith("as at the run's first step. Drawn by the run after 20 steps.")
 
 
 # ---- who takes part

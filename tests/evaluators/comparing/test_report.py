@@ -13,6 +13,7 @@ from prelude.evaluators.comparing.report import charts, figures, words
 from prelude.evaluators.comparing.report.charts import Bar, Line, Point, Style
 from prelude.evaluators.comparing.report.page import page
 from prelude.evaluators.comparing.report.scales import linear, logarithmic, round_step, texts
+from prelude.evaluators.comparing.table import markdown
 
 HOSTILE = """<script>alert("x")</script><img src=x onerror=alert(1)>'&"</style></svg>"""
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -148,6 +149,11 @@ def test_every_number_is_there_with_its_uncertainty(document):
 def test_the_best_pretrained_encoder_of_each_column_is_marked(document):
     # Raw pixels have the best k-NN of all, and are no pretrained encoder.
     assert document.marked == ["Marked", "63.1 ± 0.7", "47.1 ± 0.7", "34.6 ± 2.4", "70.2 [68.9, 71.3]"]
+
+
+def test_pretrained_encoders_that_are_equal_are_both_marked_as_in_the_table():
+    equal = comparison(mae=55.04, barlow=55.04)
+    assert Document(page(equal)).marked.count("55.0 ± 0.7") == markdown(equal).count("**55.0 ± 0.7**") == 2
 
 
 def test_an_entry_with_a_problem_says_so(document):
@@ -310,3 +316,15 @@ def test_online_evaluations_have_a_chart_of_their_accuracy_and_none_of_its_error
     axes = [t.text for t in drawn(shown["Online k-NN"].svg).iter("text") if t.get("class") == "axis"]
     assert axes == ["top-1 %", "step"] and "top-1 %" in str(shown["Online k-NN"].svg)
     assert not [one for _, own in figures.own_curves(comparison()) for one in own if "online" in one.title]
+
+
+@pytest.mark.parametrize(("count", "fewest"), [(60, 60), (1000, 100)])
+def test_marks_of_online_evaluations_are_what_was_measured_however_many_there_are(count, fewest):
+    measured = {10 * i: round(0.1123 + i % 7 / 10, 4) for i in range(1, count + 1)}
+    curve = Curve("online/feature_rank_share", list(measured), list(measured.values()))
+    run = Entry("mae", "runs/mae", "pretrained", "mae", "vit", None, {}, curves=[curve])
+    (figure,) = figures.shared_curves(comparison(entries=[run]))
+    titles = [re.fullmatch(r"mae: (\S+) at (\d+)", title.text) for title in drawn(figure.svg).iter("title")]
+    marks = {int(found[2]): float(found[1]) for found in titles if found}
+    assert figure.title == "Online effective rank" and fewest <= len(marks) <= 240
+    assert marks.items() <= measured.items() and 10 * count in marks

@@ -22,9 +22,11 @@ from prelude.evaluators.dense import anomaly_maps
 from prelude.evaluators.dense.anomaly_maps import SIGMA, gaussian_maps, level_maps, numbers, smoothed
 from prelude.evaluators.dense.drawing import GAP, TILE
 from prelude.evaluators.dense.hidden_errors import errors_by_patch
+from prelude.evaluators.judging import judge_all
+from prelude.evaluators.labelled import Labelled
 from prelude.launch import prelude
 from prelude.launch.autoencoder import open_autoencoder
-from prelude.launch.defect_maps import refuse_unhidden
+from prelude.launch.defect_maps import DefectJudging, refuse_unhidden
 from prelude.launch.exit_codes import door
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
@@ -262,3 +264,20 @@ def test_the_door(run, tmp_path, capsys):
         assert told in capsys.readouterr().err
     assert door(lambda: prelude.main(["defects", "pixels:8", *argv, "--label", "png"])) == 2
     assert "No test image has a defect" in capsys.readouterr().err
+
+
+def test_a_later_encoder_is_shown_the_images_that_the_first_has_chosen(tmp_path):
+    write_shards(tmp_path, "train", 40, image_size=16)
+    test = write_defects(tmp_path, "test", 40, image_size=16)
+    labelled = Labelled(f"{tmp_path}/train-000000.tar", str(test), "defect.png")
+    first = DefectJudging((), labelled, of_defects=True, num_shown=2, bank=tmp_path / "bank")
+    later = dataclasses.replace(first, chosen=[], blocks=[])
+    judge_all(["pixels:8"], first)
+    later.chosen.extend(first.chosen[::-1])
+    judge_all(["pixels:8"], later)
+    ((_, rows),), ((_, turned),) = first.blocks, later.blocks
+    assert [what for what, _ in rows] == ["images", "defects", "Gaussian"]
+    for (_, tiles), (_, others) in zip(rows, turned, strict=True):
+        assert [one.tobytes() for one in others] == [one.tobytes() for one in tiles[::-1]]
+    one, other = rows[0][1]
+    assert one.tobytes() != other.tobytes()

@@ -7,6 +7,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from prelude.data.shapes import write_shards
+from prelude.evaluators.dense import samples
 from prelude.evaluators.dense.correspondence import principal_colours, similarity
 from prelude.evaluators.dense.drawing import GAP, HEAT, TILE, cells, heat, mark, tile
 from prelude.launch import prelude
@@ -98,6 +99,15 @@ def test_the_door_draws_a_block_for_each_encoder(shards, tmp_path, capsys):
         assert prelude.main(["maps", sources[0], *argv]) == 0
     assert "images: test-000007, test-000001" in capsys.readouterr().out
     assert one.read_bytes() != other.read_bytes()
+
+
+def test_all_encoders_are_shown_the_images_that_the_first_has_chosen(shards, tmp_path, capsys, monkeypatch):
+    """The second would choose another, as where it reads other channels."""
+    chosen, keys = samples.chosen_samples, iter(["test-000001", "test-000002"])
+    monkeypatch.setattr(samples, "chosen_samples", lambda index, *_: chosen(index, [next(keys)], 1))
+    sources, to = [f"random:timm:test_{name}.r160_in1k" for name in ("vit", "resnet")], str(tmp_path / "maps.png")
+    assert prelude.main(["maps", *sources, "--images", shards, "--to", to]) == 0
+    assert "images: test-000001\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Segmentation of frozen features against scikit-learn and loops."""
 
 import dataclasses
+import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, jaccard_score
+from webdataset import TarWriter
 
 from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
@@ -21,8 +24,11 @@ from prelude.evaluators.dense.places import predicted, shares
 from prelude.evaluators.dense.segmentation import Classes, segment_knn, segment_linear
 from prelude.evaluators.dense.share_loss import ShareLoss
 from prelude.evaluators.frozen.convex import Space
+from prelude.evaluators.judging import judge_all
+from prelude.evaluators.labelled import Labelled
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
+from prelude.launch.segment_maps import SegmentJudging
 
 
 def shares_by_hand(masks, grid, num_classes):
@@ -182,6 +188,43 @@ def test_the_door_draws_masks_in_colours_of_their_classes(tmp_path, capsys):
     assert prelude.main([*plain, "--ignore", "0", "--heads", "linear"]) == 0  # is told apart from what counts all
     (path,) = set((tmp_path / "out").iterdir()) - before
     assert json.loads(path.read_text())["data"]["ignored"] == [0]
+
+
+COLOURS = ((250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250), (250, 0, 250))
+
+
+def middles(tiles):
+    return [one.getpixel((TILE // 2, TILE // 2)) for one in tiles]
+
+
+def test_all_encoders_predict_the_images_that_the_first_has_chosen(tmp_path, png):
+    """Images of one colour, each mostly of a class of its own; at 4 pixels other masks have most classes than at 16."""
+    masks = np.empty((6, 16, 16), np.uint8)
+    masks[:] = 10 + np.arange(6)[:, None, None]
+    masks[:3, 0, [0, 5, 9]], masks[3:, 2, 2] = (1, 2, 3), 4
+    with TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for number, (colour, mask) in enumerate(zip(COLOURS, masks, strict=True)):
+            image = io.BytesIO()
+            Image.new("RGB", (16, 16), colour).save(image, "JPEG", quality=95)
+            tar.write({"__key__": f"{number:04d}", "jpg": image.getvalue(), "png": png(mask)})
+    labelled = Labelled(str(tmp_path / "a.tar"), str(tmp_path / "a.tar"), "png")
+    judging = SegmentJudging([partial(segment_knn, k=1)], labelled, num_shown=3, bank=tmp_path / "bank")
+    judge_all(["pixels:16", "pixels:4"], judging)
+    assert [name for name, _ in judging.blocks] == ["pixels 16x16", "pixels 4x4"]
+    own = class_colours(torch.arange(10, 13, dtype=torch.uint8)[None])[0].tolist()
+    for _, rows in judging.blocks:
+        assert [what for what, _ in rows] == ["images", "masks", "nearest patches"]
+        images, _, found = (middles(tiles) for _, tiles in rows)
+        assert np.abs(np.array(images) - COLOURS[:3]).max() < 20 and list(map(list, found)) == own
+
+
+def test_an_image_that_a_later_encoder_cannot_read_is_left_blank_there():
+    judging = SegmentJudging([], Labelled("a.tar", "a.tar", "png"), chosen=[7, 5, 9])
+    readable, (one, other) = torch.tensor([2, 7, 9]), (Image.new("RGB", (TILE, TILE), c) for c in COLOURS[:2])
+    rows = judging.rows(readable, lambda: pytest.fail("the images are chosen"))
+    assert rows.tolist() == [1, 2]
+    ((what, tiles),) = judging.in_columns(readable[rows], [("images", [one, other])])
+    assert what == "images" and middles(tiles) == [COLOURS[0], (255, 255, 255), COLOURS[1]]
 
 
 def test_classes_have_any_numbers_and_those_that_train_lacks_are_missed(places):

@@ -80,6 +80,13 @@ def test_a_subset_is_as_large_as_asked_for_and_new_weights_give_new_numbers(fold
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
 
+def test_test_images_that_are_train_images_too_are_told(folder):
+    config = config_of(folder, test_shards=f"{folder}/shapes/*-000000.tar")  # 60 of train, 40 of test
+    judge = Judge(config, torch.device("cpu"))
+    assert judge.leaks == ["60 of 100 test images are train images too, and nothing new."]
+    assert Judge(config_of(folder), torch.device("cpu")).leaks == []
+
+
 def test_labels_that_cannot_judge_are_refused_before_the_run(folder, tmp_path):
     online.check(config_of(folder))
     with pytest.raises(UserError, match="has no image with a .json member; write evaluate.label"):
