@@ -29,6 +29,7 @@ from prelude.objectives.official_blocks import OfficialMultiBlock
 from prelude.objectives.options import IJEPAOptions
 from prelude.objectives.patch_pictures import Panel, block_panels, page
 from prelude.objectives.predictor import Predictor
+from prelude.objectives.token_blocks import added_by
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import check_encoder, forward_tokens, token_layout
@@ -234,7 +235,7 @@ class IJEPA(Objective):
                     module.reset_parameters()
             if self.options.depth_scaled_init:
                 for layer, block in enumerate(part.blocks, start=1):
-                    for written in (block.attn.proj, block.mlp.fc2):
+                    for written in added_by(block):
                         written.weight.data.div_((2 * layer) ** 0.5)
         of_encoder = [] if is_warm(self.encoder) else prefix_tokens(self.encoder)
         for token in (*of_encoder, self.predictor.mask_token):

@@ -27,6 +27,7 @@ from prelude.data.errors import UserError
 from prelude.objectives.options import ColourOptions, LeJEPAOptions
 from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, full_precision, spread_of
 from prelude.objectives.sigreg import Knots, directions, sigreg
+from prelude.pretrain import own_encoder
 from prelude.pretrain.collectives import all_reduce, row_counts
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
@@ -34,6 +35,7 @@ from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import images as device_images
 from prelude.pretrain.named_code import REFUSALS
 from prelude.pretrain.objective import Loss
+from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.schedules import Progress
 
 _LOCAL_SHARE = 7 / 16  # of the image's side: 98 of 224 pixels
@@ -142,9 +144,21 @@ def _refuse_size(options: LeJEPAOptions, config: EncoderConfig) -> None:
         with torch.no_grad():
             model.eval()(torch.empty(2, config.in_chans, *size, device="meta"))
     except REFUSALS as error:
+        if is_own(config) and _takes(config, size):
+            return
         raise UserError(
             f"encoder.name={config.name} built for {config.size[0]} x {config.size[1]} pixels takes no local views of "
             f"{height} x {width} ({' '.join(str(error).split())[:200]}); write "
             "encoder.kwargs={dynamic_img_size: true} for a vision transformer, another objective.local_size, or "
             "objective.num_local=0 and objective.num_global=4."
         ) from error
+
+
+def _takes(config: EncoderConfig, size: tuple[int, int]) -> bool:
+    """Whether a network of one's own, which may read values, takes images (height, width) with numbers in them."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            own_encoder.create(config).eval()(torch.zeros(2, config.in_chans, *size))
+    except REFUSALS:
+        return False
+    return True

@@ -50,6 +50,7 @@ class MSBReg(SeveralViews):
         self.predictor = projector(options.projector[-1], [*options.predictor, options.projector[-1]], bias="all")
         synchronise(self.predictor)
         self.teacher, self.teacher_projector = momentum_teacher(encoder), momentum_teacher(self.projector)
+        self.train()
 
     @classmethod
     def colours(cls, options: MSBRegOptions) -> dict[str, ColourOptions]:

@@ -30,6 +30,7 @@ from prelude.objectives.masking import PatchMask, mask_noise, random_mask
 from prelude.objectives.options import SimMIMOptions
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.replaced_patches import ReplacedPatches, check_replaceable, total_stride
+from prelude.objectives.token_blocks import added_by
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
@@ -185,7 +186,7 @@ class SimMIM(Objective):
         for token in prefix_tokens(self.encoder):
             _draw_cut(token)
         for layer, block in enumerate(self.encoder.blocks, start=1):
-            for written in (block.attn.proj, block.mlp.fc2):
+            for written in added_by(block):
                 written.weight.data.div_((2 * layer) ** 0.5)
 
 

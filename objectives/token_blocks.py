@@ -1,11 +1,13 @@
-"""Small transformers over patch tokens: the decoders and predictors that objectives put behind an encoder."""
+"""Blocks of transformers over patch tokens, and the small ones that objectives put behind an encoder."""
 
+import re
 from functools import partial
 
 from timm.models.vision_transformer import Block
 from torch import nn
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+_ADDS = re.compile(r"(.*\.)?(attn\.proj|mlp\.fc2|(attn_|mlp_)?out_proj)")
 
 
 def transformer_blocks(width: int, depth: int, num_heads: int) -> nn.ModuleList:
@@ -13,6 +15,11 @@ def transformer_blocks(width: int, depth: int, num_heads: int) -> nn.ModuleList:
     return nn.ModuleList(
         Block(width, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
     )
+
+
+def added_by(block: nn.Module) -> list[nn.Linear]:
+    """The layers whose products a block of timm's adds to its tokens, one after the other or side by side."""
+    return [layer for name, layer in block.named_modules() if _ADDS.fullmatch(name) and isinstance(layer, nn.Linear)]
 
 
 def xavier_init(module: nn.Module) -> None:

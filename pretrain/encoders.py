@@ -68,7 +68,7 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
         grid=patches.grid_size if patches else None,
         patch_size=patches.patch_size if patches else None,
         depth=len(model.blocks) if transformer else None,
-        num_heads=getattr(getattr(model.blocks[0], "attn", None), "num_heads", None) if transformer else None,
+        num_heads=_num_heads(model) if transformer else None,
         has_class_token=transformer and model.cls_token is not None,
     )
 
@@ -163,8 +163,14 @@ def token_layout(encoder: nn.Module) -> TokenLayout:
     """Of an encoder that `check_encoder(tokens=True)` has accepted."""
     if found := gives(encoder):
         return found.tokens
-    embed, num_heads = encoder.patch_embed, encoder.blocks[0].attn.num_heads
-    return TokenLayout(embed.patch_size, embed.grid_size, encoder.embed_dim, encoder.num_prefix_tokens, num_heads)
+    embed, prefix = encoder.patch_embed, encoder.num_prefix_tokens
+    return TokenLayout(embed.patch_size, embed.grid_size, encoder.embed_dim, prefix, _num_heads(encoder))
+
+
+def _num_heads(vit: nn.Module) -> int | None:
+    """None where a block has several attentions side by side."""
+    block = vit.blocks[0]
+    return getattr(getattr(block, "attn", block), "num_heads", None)
 
 
 @contextmanager

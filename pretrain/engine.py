@@ -87,7 +87,7 @@ class Engine:
             self.goes_on_from, meta = found_checkpoint(self.store, config)
             self.precision, self.notice = precision.agreed(config, self.device, meta)
         self.utilisation = Utilisation(peak_flops and peak_flops(self.device, self.precision.name))
-        self.objective = objective.to(self.device)
+        self.objective = objective.to(self.device).train()  # whatever mode an encoder of one's own was made in
         self.utilisation.look_at(objective, config, self.precision.name)
         self.deepspeed = deepspeed_engine.initialised(objective, config, self.precision.name)
         bucket = deepspeed_config.bucket_size(deepspeed_engine.numel(objective))

@@ -207,7 +207,7 @@ def run_case(name: str, out: Path) -> None:
     case = CASES[name]
     config = config_of(case, out)
     torch.manual_seed(0)
-    objective = objective_of(case, case.get("bad_steps", ()))
+    objective = objective_of(case, case.get("bad_steps", ())).eval()  # as a network of one's own may come
     recorder, store = Recorder(), store_of(case, out)
     micro_batch, _ = config.batching(distributed.world_size())
     loader = PartlyUnreadable if "data" in case else MemoryLoader

@@ -180,7 +180,7 @@ def test_a_refused_step_leaves_the_teacher_alone():
 
 
 def test_the_teachers_norms_see_its_own_batch_and_nothing_is_dropped():
-    objective = msbreg(Normed()).train()
+    objective = msbreg(Normed())  # as an engine gets it
     assert [module.training for module in objective.teacher.children()] == [False, False, True, False]
     step_of(objective, 0)
     norm, of_student = objective.teacher[2], objective.encoder[2]
