@@ -230,10 +230,14 @@ def begun(args: argparse.Namespace, record: dict) -> dict:
             refuse(f"{args.out} was begun with {name} {then}, here it is {here}; write another --out.")
     recipes = {named(method): digest_of(method, args.set) for method in args.methods}
     for name, digest in recipes.items():
-        if record.get("recipes", {}).get(name, digest) != digest and has_measured(record, name):
+        if record.get("recipes", {}).get(name, digest) == digest:
+            continue
+        if has_measured(record, name):
             refuse(
                 f"{args.out} has measured another recipe {name}; write another --out, or give the file another name."
             )
+        for kind in ("ways", "speeds"):  # of the other one
+            record[kind] = {key: value for key, value in record[kind].items() if not key.startswith(f"{name}/")}
     try:
         installed = versions(args.peers_python)
     except (OSError, subprocess.CalledProcessError) as error:

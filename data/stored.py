@@ -39,7 +39,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NPY = b"\x93NUMPY"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as JPEG and PIL have it
-BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 258, 277, 338
 
 # What PIL's parsers have been seen to raise, or plausibly raise, on damaged bytes.
 _PIL_ERRORS = (
@@ -77,7 +77,8 @@ def stored_values(image: bytes, channels: int | None, max_pixels: int = MAX_PIXE
         with open_image(image, max_pixels) as opened:
             if not (is_tiff and _is_for_tifffile(opened, channels, deep)):
                 return _of_pil(image, opened, channels, deep)
-            colours = opened.mode in ("RGB", "RGBA")
+            unspecified = opened.tag_v2.get(EXTRA_SAMPLES) == (0,)  # a fourth band such as infrared, and no opacity
+            colours = opened.mode in ("RGB", "RGBA") and not unspecified
     except BadImage as error:
         if not is_tiff or str(error) != "not an image":
             raise

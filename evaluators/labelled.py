@@ -109,6 +109,11 @@ def selection(section: SelectConfig | None) -> Selection | None:
     return Selection(**section.model_dump()) if section else None
 
 
+def ungrouped(name: str, group: str) -> str:
+    """Of train or test, whose images do not have the label that a run groups by."""
+    return f"No {name} image has a {in_words(group)}, so each counts as a group of its own."
+
+
 def describe_data(
     labelled: Labelled,
     indexes: Sequence[ShardIndex],
@@ -127,9 +132,7 @@ def describe_data(
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         warnings += left_out(name, index, unlabelled, unreadable)
-        if label.ungrouped:
-            missing = in_words(label.ungrouped)
-            warnings.append(f"No {name} image has a {missing}, so each counts as a group of its own.")
+        warnings += [ungrouped(name, label.ungrouped)] if label.ungrouped else []
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,

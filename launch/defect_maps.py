@@ -41,20 +41,24 @@ class DefectJudging(DrawnJudging):
         results = DenseJudging.results(replace(self, evaluators=evaluators), source, sources)
         if self.num_shown:
             _, test = self.features(source, sources, encoder)
-            self.blocks.append((encoder.name, self._rows(next(iter(test.values())), plan, found)))
+            self._draw(encoder.name, next(iter(test.values())), plan, found)
         return results
 
-    def _rows(self, places, plan: ViewPlan, found: dict[str, Tensor]) -> list[Row]:
-        """Of the first images that have a defect."""
+    def _draw(self, name: str, places, plan: ViewPlan, found: dict[str, Tensor]) -> None:
+        """The first images that have a defect."""
         defective = (places.labels == 1).flatten(1).any(1)
         rows = self.rows(places.sample_ids, lambda: defective.nonzero()[: self.num_shown, 0])
-        images, line = self.images(plan, places.sample_ids[rows])
-        masks = (places.labels[rows] == 1)[..., None].expand(-1, -1, -1, 3).to(torch.uint8) * 255
-        lines = [line, ("defects", [cells(mask, tuple(images.shape[2:])) for mask in masks])]
-        for what, maps in found.items():
-            limits = maps.min().item(), maps.max().item()
-            lines.append((what, [heat(image, one, limits) for image, one in zip(images, maps[rows], strict=True)]))
-        return self.in_columns(places.sample_ids[rows], lines)
+
+        def block() -> list[Row]:
+            images, line = self.images(plan, places.sample_ids[rows])
+            masks = (places.labels[rows] == 1)[..., None].expand(-1, -1, -1, 3).to(torch.uint8) * 255
+            lines = [line, ("defects", [cells(mask, tuple(images.shape[2:])) for mask in masks])]
+            for what, maps in found.items():
+                limits = maps.min().item(), maps.max().item()
+                lines.append((what, [heat(image, one, limits) for image, one in zip(images, maps[rows], strict=True)]))
+            return lines
+
+        self.add(name, places.sample_ids[rows], block)
 
 
 def refuse_unhidden(num_patches: int, num_keep: int, num_masks: int) -> None:

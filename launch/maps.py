@@ -57,10 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
     named = "--images " if args.images else "evaluate.test_shards="
     index = index_as_seen(args.sources, shards_of(args), **seen_as, named=named)
-    blocks, told, samples = [], [], None
+    blocks, told, chosen = [], [], {}
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
-        samples = samples or chosen_samples(index, args.of, args.count, opened.config.in_chans)  # alike in all blocks
+        channels = opened.config.in_chans
+        if channels not in chosen:  # alike in all blocks, as far as their encoders read the same images
+            chosen[channels] = chosen_samples(index, args.of, args.count, channels)
+        samples = chosen[channels]
         plan = dense_plan(evaluation_plan(opened))
         pixels = read_samples(index, plan, samples.ids)
         seen = see(opened, pixels, plan, point=args.point, kind=args.features or "")
@@ -72,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.dense.drawing import FILE_BYTES, to_png
 
     keep(args.to, to_png(sheet(blocks), FILE_BYTES))
-    print("\n".join([f"images: {', '.join(samples.keys)}", *told]))
+    images = dict.fromkeys(f"images: {', '.join(samples.keys)}" for samples in chosen.values())
+    print("\n".join([*images, *told]))
     return 0
 
 

@@ -36,6 +36,13 @@ class DrawnJudging(DenseJudging):
         places = {sample: row for row, sample in enumerate(sample_ids.tolist())}
         return torch.tensor([places[sample] for sample in self.chosen if sample in places], dtype=torch.long)
 
+    def add(self, name: str, sample_ids: Tensor, block: Callable[[], list[Row]]) -> None:
+        """A source's rows. sample_ids: of those that it can show; one that can show none is not in the picture."""
+        if len(sample_ids):
+            self.blocks.append((name, self.in_columns(sample_ids, block())))
+        else:
+            self.say(f"{name} can show none of the images of the picture, and is not in it.")
+
     def images(self, plan: ViewPlan, sample_ids: Tensor) -> tuple[Tensor, Row]:
         """Test images as an encoder sees them, (N, 3, H, W) uint8, and their row."""
         found = shown(read_samples(self.indexes[1], plan, sample_ids.tolist()), plan)

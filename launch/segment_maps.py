@@ -21,21 +21,24 @@ class SegmentJudging(DrawnJudging):
         evaluators = [partial(evaluator, drawn=found.__setitem__) for evaluator in self.evaluators]
         results = DrawnJudging.results(replace(self, evaluators=evaluators), source, sources)
         if self.num_shown:
-            self.blocks.append(self._block(source, sources, found))
+            self._draw(source, sources, found)
         return results
 
-    def _block(self, source: str, sources: Sequence[str], found: dict) -> tuple[str, list[Row]]:
+    def _draw(self, source: str, sources: Sequence[str], found: dict) -> None:
         encoder = self.opened(source, sources, self.seed)
         _, test = self.features(source, sources, encoder)
         places = next(iter(test.values()))
         masks = places.labels
         rows = self.rows(places.sample_ids, lambda: _with_most_classes(masks, self.num_shown))
-        plan = dense_plan(evaluation_plan(encoder))
-        images, line = self.images(plan, places.sample_ids[rows])
-        size = tuple(images.shape[2:])
-        drawn = {"masks": masks[rows]} | {what: predict(rows) for what, predict in found.items()}
-        lines = [(what, [cells(class_colours(one), size) for one in maps]) for what, maps in drawn.items()]
-        return encoder.name, self.in_columns(places.sample_ids[rows], [line, *lines])
+        plan, ids = dense_plan(evaluation_plan(encoder)), places.sample_ids[rows]
+
+        def block() -> list[Row]:
+            images, line = self.images(plan, ids)
+            size = tuple(images.shape[2:])
+            drawn = {"masks": masks[rows]} | {what: predict(rows) for what, predict in found.items()}
+            return [line, *((what, [cells(class_colours(one), size) for one in maps]) for what, maps in drawn.items())]
+
+        self.add(encoder.name, ids, block)
 
 
 def _with_most_classes(masks: Tensor, count: int) -> Tensor:

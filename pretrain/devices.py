@@ -14,7 +14,7 @@ import torch
 
 from prelude.data.errors import UserError
 from prelude.pretrain import launchers
-from prelude.pretrain.data_sheets import KNOWN
+from prelude.pretrain.data_sheets import KNOWN, Device
 
 # Shares of the peak that good code reaches with vision transformers in bf16: an estimate, not a measurement of ours.
 USUAL_MFU = (0.22, 0.35)
@@ -57,10 +57,15 @@ def here(device: torch.device, precision: str, num_local: int | None = None) -> 
         memory = host_memory() / (num_local or launchers.local_world_size()) - _LIBRARIES
         return Figures(None, memory * _USABLE, "this machine")
     properties = torch.cuda.get_device_properties(device)
-    known = next((one for one in KNOWN if re.search(rf"\b{one.known_as}\b", properties.name)), None)
+    known = next((one for one in KNOWN if _is(one, properties.name)), None)
     peak = getattr(known, precision) * 1e12 if known else 0.0
     source = f"{known.name}'s data sheet" if peak else "this machine"
     return Figures(peak or None, properties.total_memory * _USABLE, source)
+
+
+def _is(known: Device, name: str) -> bool:
+    """name: as torch has it. A variant with words of its own, and a part of a card, are other devices."""
+    return bool(re.search(rf"\b{known.known_as}\b(?! (Ti|D|SUPER|NVL|Laptop)\b)", name)) and " MIG " not in name
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

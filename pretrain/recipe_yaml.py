@@ -19,6 +19,7 @@ _FLOAT = (
     re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)"),
     list("-+.0123456789inIN"),
 )
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")  # names that are no UTF-8 among them
 _MERGE = "tag:yaml.org,2002:merge", re.compile(r"<<"), ["<"]
 
 
@@ -113,9 +114,9 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def written(value: Any) -> str:
-    """A value of lists, texts and numbers as the text after `key=`, which `load` reads as the same: JSON, but for its
-    `\\u`, of which YAML makes two characters where one is meant."""
-    return json.dumps(value, ensure_ascii=False)
+    """A value of lists, texts and numbers as the text after `key=`, which `load` reads as the same: JSON, with a `\\u`
+    for what YAML does not take as it stands alone. Of the two for one letter beyond U+FFFF, YAML would make two."""
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def dump(values: dict) -> str:

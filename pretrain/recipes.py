@@ -157,7 +157,8 @@ def find_recipe(recipe: str | Path) -> Path:
     given = Path(os.path.expanduser(recipe))
     by_name = given.parent in (Path(), Path(SHIPPED.name))  # elsewhere it is the user's own
     shipped = [SHIPPED / given.name] if by_name else []
-    for candidate in (given, *shipped, SHIPPED / f"{recipe}.yaml"):
+    shipped += [SHIPPED / f"{given.name}.yaml"] if given.parent == Path() else []
+    for candidate in (given, *shipped):
         if os.path.isfile(candidate):
             return candidate
     near = nearest_recipe(given.stem)

@@ -29,10 +29,7 @@ class Progress:
 def beginning(config, num_samples: int) -> Progress:
     """Of a run that sees `num_samples` an epoch, before its first step."""
     steps_per_epoch = num_samples / config.train.global_batch
-    steps = config.train.epochs * steps_per_epoch
-    whole = round(steps)  # 50 epochs of 1.1 steps are 55, which floating point has a little more of
-    num_steps = whole if math.isclose(steps, whole, rel_tol=1e-9) else math.ceil(steps)
-    return Progress(0, max(num_steps, 1), steps_per_epoch)
+    return Progress(0, max(-int(-config.train.epochs * steps_per_epoch // 1), 1), steps_per_epoch)
 
 
 def cosine(start: float, end: float, fraction: float) -> float:

@@ -5,6 +5,7 @@ count that belongs to the parameter group has `group.` before its name.
 """
 
 import torch
+from timm.optim import lamb
 
 from prelude.checkpoints.state.holders import Holder
 from prelude.data.errors import UserError
@@ -13,6 +14,7 @@ Number = bool | int | float | None
 # timm's LAMB counts its steps in the parameter group instead of in each parameter's state.
 _GROUP_COUNTERS = ("step",)
 _IN_GROUP = "group."
+_COUNTS_IN_TENSOR = hasattr(lamb, "_init_scalar")  # newer releases of timm; others in a number
 
 
 def is_moment(value) -> bool:
@@ -55,9 +57,8 @@ def restored_scalars(saved: dict, holder: Holder) -> dict:
         if isinstance(number, dict):
             dtype = getattr(torch, number["dtype"])
             value = torch.tensor(number["value"], dtype=dtype, device=holder.tensor.device if on_device else "cpu")
-        if in_group:  # a tensor is counted up in place by some releases of timm, and by all as a number is
-            number = value if torch.is_tensor(value) else torch.tensor(float(value))
-            holder.group[key.removeprefix(_IN_GROUP)] = number
+        if in_group:
+            holder.group[key.removeprefix(_IN_GROUP)] = torch.tensor(float(value)) if _COUNTS_IN_TENSOR else int(value)
         else:
             held[key] = value
     return held

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prelude.data.class_list import refuse_repeats
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 
@@ -48,6 +49,7 @@ def class_labels(values: Sequence, given: Sequence[str] | None, what: str, whole
             largest = max(number for number in numbers if number is not None)
             raise UserError(f"{what} holds class {largest}, but there are {len(given)} class names; correct either.")
         return Labels(numbers, tuple(given or ()))
+    refuse_repeats(given or (), "The list of classes")
     classes = tuple(given or sorted(present))
     number_of = {name: number for number, name in enumerate(classes)}
     unknown = sorted(present - set(classes))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prelude.data.class_list import read_classes, refuse_repeats
+from prelude.data.class_list import read_classes
 from prelude.data.counting import counted
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.image_files import PassedOver
@@ -98,9 +98,7 @@ def pack(
             f"--classes numbers the classes otherwise than {os.path.join(packing.to, CLASSES)}, by which other shards "
             f"of the folder have their labels; leave it out, begin with those names, or write another --to."
         )
-    classes = options.classes or written
-    refuse_repeats(classes or (), "--classes" if options.classes else os.path.join(packing.to, CLASSES))
-    source = open_source(name, replace(options, classes=classes))
+    source = open_source(name, replace(options, classes=options.classes or written))
     _check_classes(source)
     plan = deal(
         len(source.names), name=packing.name, per_shard=packing.per_shard, seed=packing.seed,

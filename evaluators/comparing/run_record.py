@@ -113,7 +113,10 @@ def is_finished(config: Config, options: type[BaseModel], data: Collection[str])
 
 
 def is_finished_as(config: Config, options: type[BaseModel]) -> bool:
-    """`is_finished` by the names of the shards, where nobody has opened them."""
+    """`is_finished` by the names of the shards, where nobody has opened them; none is as one that is yet to find its
+    range in them."""
+    if config.data.range == "auto":
+        return False
     saved = _saved(config)
     return _has_ended(saved, config, options) and _named(saved["meta"]["config"]) == _named(
         config.model_dump(mode="json")

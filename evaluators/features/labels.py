@@ -48,15 +48,19 @@ def class_numbers(index: ShardIndex) -> Labels:
     return Labels(values, known)
 
 
-def group_numbers(indexes: Sequence[ShardIndex], group: str) -> list[Tensor]:
+def group_numbers(indexes: Sequence[ShardIndex], group: str, each: bool = True) -> list[Tensor | None]:
     """(N,) int64 for each index: samples whose label `group` is written alike share a number, in all of the indexes; a
-    sample without one is alone. Raises UserError where no sample of an index has one."""
+    sample without one is alone.
+
+    Raises UserError where no sample of an index has one; without `each`, where no sample of any index has, and the
+    others' answer is None.
+    """
     numbers: dict[str | tuple[int, int], int] = {}
     named = [group_names(index, group) for index in indexes]
-    for index, names in zip(indexes, named, strict=True):
-        if not any(names):
-            raise _no_group(index, group)
-    return [_numbered(names, numbers, place) for place, names in enumerate(named)]
+    without = [index for index, names in zip(indexes, named, strict=True) if not any(names)]
+    if without and (each or len(without) == len(indexes)):
+        raise _no_group(without[0], group)
+    return [_numbered(names, numbers, place) if any(names) else None for place, names in enumerate(named)]
 
 
 def _no_group(index: ShardIndex, group: str) -> UserError:

@@ -21,7 +21,7 @@ from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import weights_of_classes, weights_of_findings
 from prelude.evaluators.frozen.multilabel import both_there
 from prelude.evaluators.frozen.splits import hold_out, hold_out_groups, lacking
-from prelude.evaluators.labelled import Labelled, leaks, left_out
+from prelude.evaluators.labelled import Labelled, leaks, left_out, ungrouped
 from prelude.pretrain.config import EvaluateConfig
 
 
@@ -52,10 +52,12 @@ def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineT
     whole, test = labelled.indexes()
     groups = (None, None)
     if group := label_group(section.label, section.label_group):
-        groups = group_numbers([whole, test], group)
+        groups = group_numbers([whole, test], group, each=False)
     found = (_of_findings if labelled.vectors else _of_classes)(labelled, whole, test, options)
     num_unlabelled = int((~found.test.known).sum())
     warnings = leaks(whole, test) or _shared_groups(groups)
+    sides = zip(("train", "test"), groups, strict=True)
+    warnings += [ungrouped(name, group) for name, numbers in sides if group and numbers is None]
     warnings += left_out("train", whole, whole.num_samples - len(found.known))
     ids = found.known[low_label(found.strata, per_class=options.per_class, fraction=options.fraction, seed=seed)]
     fit, held = ids, None
@@ -148,7 +150,7 @@ def _weights(options: FineTuneOptions, values: Tensor, classes: Tensor, findings
 
 
 def _shared_groups(groups: tuple) -> list[str]:
-    if groups[0] is None or not (count := int(torch.isin(groups[1], groups[0]).sum())):
+    if None in (groups[0], groups[1]) or not (count := int(torch.isin(groups[1], groups[0]).sum())):
         return []
     return [f"{count} test images are of groups that are in the train shards too, so they say little about new ones."]
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from prelude.data.batch import View, ViewPlan
-from prelude.data.decode import MAX_PIXELS, BadImage, decode, deep_values
+from prelude.data.decode import MAX_PIXELS, BadImage, OtherChannels, decode, deep_values
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader, build_loader, one_pass
 from prelude.data.order import Shuffle
@@ -111,7 +111,7 @@ def test_colour_tiffs_of_16_bits_are_what_pngs_are_without_alpha_and_as_grey(cha
     image = tiff(values, photometric="rgb", extrasamples=["unassalpha"] if channels == 4 else None)
     same(decode(image, value_range=FULL), values[:, :, :3])
     luma = (values[:, :, :3] @ np.array([0.299, 0.587, 0.114])).round()[:, :, None]
-    assert np.abs(decode(image, value_range=FULL, channels=1) - scaled(luma)).max() <= 255 / 65535
+    assert np.abs(decode(image, value_range=FULL, channels=1) - scaled(luma)).max() <= 255 / 65535 + 1e-4
 
 
 def test_opacity_says_nothing_of_black_and_white():
@@ -120,6 +120,10 @@ def test_opacity_says_nothing_of_black_and_white():
     png = cv2.imencode(".png", values[:, :, [2, 1, 0, 3]])[1].tobytes()
     for image in (png, tiff(values, photometric="rgb", extrasamples=["unassalpha"])):
         assert np.array_equal(deep_values(image), values[:, :, :3])
+    infrared = tiff(values, photometric="rgb", extrasamples=["unspecified"])
+    with pytest.raises(OtherChannels):
+        decode(infrared, value_range=FULL)
+    assert np.array_equal(deep_values(infrared), values)
     stains = tiff(values, photometric="minisblack", planarconfig="contig")
     assert np.array_equal(deep_values(stains), values)  # a fourth channel like others
 

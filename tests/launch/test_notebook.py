@@ -40,7 +40,7 @@ def test_settings_are_named_in_full_or_by_their_last_part():
 
 
 def test_lists_of_paths_with_any_letter_arrive_as_they_are():
-    shards = ["data/😀/a.tar", "data/ü/b.tar"]
+    shards = ["data/😀/a.tar", "data/ü/b.tar", os.fsdecode(b"caf\xe9/c.tar"), "line\u2028end.tar", "a\x85.tar"]
     assert load_config("mae_cifar10", overrides({"shards": shards}), options_for).data.shards == shards
 
 

@@ -104,6 +104,7 @@ def test_a_file_of_ones_own_is_shown_in_the_same_way(capsys, tmp_path):
         (["mae_cifar1"], "No config at mae_cifar1; did you mean mae_cifar10?"),
         (["nowhere/mae_cifar10.yaml"], "No config at nowhere/mae_cifar10.yaml"),  # and not the one that ships
         (["nowhere/configs/mae_cifar10.yaml"], "No config at nowhere/configs/mae_cifar10.yaml"),
+        (["../configs/mae_cifar10"], "No config at ../configs/mae_cifar10"),
         (["--objective", "sparc"], "no recipe is of it; did you mean spark?"),
         (["mae_cifar10", "--markdown"], "are of the whole list"),
     ],

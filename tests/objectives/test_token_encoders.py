@@ -16,12 +16,15 @@ ENCODERS = {  # name: (further arguments of timm, whether there is a class token
     "eva02_base_patch14_224": ({"use_fc_norm": False, "use_post_transformer_norm": True}, True),
     "vit_base_patch16_siglip_224": ({"global_pool": "avg", "fc_norm": False}, False),
     "vit_medium_patch16_reg4_gap_256": ({"fc_norm": False, "final_norm": True}, False),
+    "vit_small_patch16_18x2_224": ({}, True),  # attentions side by side
+    "vit_base_patch16_xp_224": ({}, True),  # attention beside its MLP
     "beit_base_patch16_224": ({"global_pool": "token", "drop_path_rate": 0.1}, True),
 }
 OBJECTIVES = {
     "mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-    "ijepa": {"predictor_dim": 16, "predictor_depth": 1, "depth_scaled_init": True},
-    "dseqjepa": {"predictor_dim": 16, "predictor_depth": 1, "lambda_start": 1.0},
+    "ijepa": {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "depth_scaled_init": True},
+    "dseqjepa": {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2, "lambda_start": 1.0},
+    "simmim": {"mask_patch": 8},
 }
 CASES = [(o, e) for o in OBJECTIVES for e, (_, has_class) in ENCODERS.items() if has_class or o != "dseqjepa"]
 

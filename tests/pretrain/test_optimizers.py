@@ -4,7 +4,7 @@ from torch import nn
 
 from prelude.pretrain.config import Config
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer, parameter_groups, scheduled
-from prelude.pretrain.schedules import Progress, beginning, cosine, warmup_cosine
+from prelude.pretrain.schedules import Progress, cosine, warmup_cosine
 
 
 class Model(nn.Module):
@@ -113,18 +113,3 @@ def test_lars_computes_the_reference_steps():
     # timm divides by |g| + wd |p| where the reference divides by |g + wd p|: equal to 3e-5 here
     torch.testing.assert_close(model.weight.detach(), expected, rtol=3e-5, atol=0)
     torch.testing.assert_close(model.bias.detach(), torch.tensor([0.855, -1.0725]))
-
-
-@pytest.mark.parametrize(
-    ("epochs", "num_samples", "global_batch", "steps"),
-    [
-        (50, 1100, 1000, 55),
-        (0.07, 25_600, 256, 7),
-        (50, 1101, 1000, 56),
-        (1e-9, 100, 10, 1),
-        (100 * 64 / 30_000, 30_000, 64, 100),
-    ],
-)
-def test_a_run_is_as_many_whole_steps_as_its_epochs_need(epochs, num_samples, global_batch, steps):
-    values = config().model_dump() | {"train": {"epochs": epochs, "global_batch": global_batch}}
-    assert beginning(Config.model_validate(values), num_samples).num_steps == steps

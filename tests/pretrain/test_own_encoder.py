@@ -21,7 +21,7 @@ from prelude.pretrain.step_cost import step_cost
 SERVES = {
     "small_convnet": {"barlow_twins", "vicreg", "msbreg", "lejepa", "rotation", "spark", "fcmae"},
     "small_transformer": {"barlow_twins", "vicreg", "msbreg", "rotation", "mae", "ijepa"},
-    "needs_numbers": {"barlow_twins", "vicreg", "msbreg", "rotation"},
+    "needs_numbers": {"barlow_twins", "vicreg", "msbreg", "lejepa", "rotation"},
     "resnet_for_small_images": {"barlow_twins", "vicreg", "msbreg", "lejepa", "rotation", "spark", "fcmae"},
 }
 

@@ -216,6 +216,10 @@ def test_a_named_device_is_an_estimate_and_says_so():
         ("NVIDIA L40", None),
         ("NVIDIA A10G", None),
         ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_a_device_is_known_by_what_torch_calls_it(name, sheet, monkeypatch):

@@ -136,7 +136,10 @@ def test_uncertain_and_unknown_findings_are_kept_apart(images, packed):
         ({"label": ("species", "patient")}, "'species' .*holds 'cat'; write 1, 0, -1 or nothing"),
         ({"split": "test"}, "--split has no effect on a table"),
         ({"label": ("species",), "classes": ("cat", "dog")}, "the class 'emu'"),
-        ({"classes": ("cat", "dog", "cat", "emu")}, "--classes has the class 'cat' more than once"),
+        (
+            {"label": ("species",), "classes": ("cat", "dog", "cat", "emu")},
+            "The list of classes has the class 'cat' more than once",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(images, packed, options, sentence):

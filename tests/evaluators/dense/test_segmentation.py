@@ -227,6 +227,14 @@ def test_an_image_that_a_later_encoder_cannot_read_is_left_blank_there():
     assert what == "images" and middles(tiles) == [COLOURS[0], (255, 255, 255), COLOURS[1]]
 
 
+def test_an_encoder_that_can_read_none_of_them_is_not_in_the_picture():
+    told = []
+    judging = SegmentJudging([], Labelled("a.tar", "a.tar", "png"), chosen=[7, 5, 9], say=told.append)
+    rows = judging.rows(torch.tensor([2, 3]), lambda: pytest.fail("the images are chosen"))
+    judging.add("resnet18", torch.tensor([2, 3])[rows], lambda: pytest.fail("there is nothing to draw"))
+    assert judging.blocks == [] and told == ["resnet18 can show none of the images of the picture, and is not in it."]
+
+
 def test_classes_have_any_numbers_and_those_that_train_lacks_are_missed(places):
     train, test = places(30, seed=1), places(10, seed=2)
     plain = segment_linear({"tokens": train}, {"tokens": test})

@@ -92,6 +92,16 @@ def test_groups_are_told_apart_as_they_are_written(group, extension, tmp_path):
     assert groups.tolist() == [list(dict.fromkeys(names)).index(name) for name in names]
 
 
+def test_where_one_of_train_and_test_names_no_group_the_other_keeps_its_own(tmp_path):
+    known = shard(tmp_path / "a.tar", [b'{"patient": 1}', b'{"patient": 1}', b"{}"], "json")
+    unknown = shard(tmp_path / "b.tar", [b"{}", b"{}"], "json")
+    of_known, of_unknown = group_numbers([known, unknown], "json:patient", each=False)
+    assert of_known.tolist() == [0, 0, 1] and of_unknown is None
+    for indexes, each in (([known, unknown], True), ([unknown, unknown], False)):
+        with pytest.raises(UserError, match="no sample in .*b.tar has a field 'patient'"):
+            group_numbers(indexes, "json:patient", each=each)
+
+
 @pytest.mark.parametrize("group", ["patient", "json:patient"])
 def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(group, tmp_path):
     contents = [
