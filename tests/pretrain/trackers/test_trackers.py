@@ -244,9 +244,9 @@ class Silent:
 @pytest.mark.parametrize(
     "finished, asked_after, waited",
     [
-        (True, 1e9, tracker.LAST_WAIT),
-        (False, 1e9, tracker.STOP_WAIT),
-        (True, 0.0, tracker.STOP_WAIT),
+        (True, 1e9, 60.0),
+        (False, 1e9, 15.0),
+        (True, 0.0, 15.0),
         (True, 20.0, 20.0),
     ],
 )
@@ -254,6 +254,7 @@ def test_silent_services_are_waited_for_together_and_less_where_a_run_ends_early
     finished, asked_after, waited, tmp_path, monkeypatch, caplog
 ):
     """By a clock that moves where somebody sleeps. A run is asked to end by its STOP file, which is no signal."""
+    monkeypatch.setattr(tracker, "STOP_WAIT", 15.0)  # a fixture of this file has another
     now = [0.0]
     sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)  # noqa: E731
     monkeypatch.setattr(tracker, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
