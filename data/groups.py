@@ -1,4 +1,5 @@
-"""Which group a sample is of (a patient, a place, a track): what its field or member says, as it is written."""
+"""Which group a sample is of (a patient, a place, a track): what its field or member says, as it is written but
+for spaces around it."""
 
 import json
 from collections.abc import Callable

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import secrets
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -76,7 +76,7 @@ def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | Non
         files.setdefault(index_file.name_for(shard_name(path)), {})[shard_name(path)] = entry
     os.makedirs(folder, exist_ok=True)
     for name, given in files.items():
-        entries = _of_others(os.path.join(folder, name), given) | given
+        entries = _kept(os.path.join(folder, name), given) | given
         aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
         with open(aside, "wb") as file:
             file.write(index_file.write(dict(sorted(entries.items()))))
@@ -97,7 +97,7 @@ def _refuse_one_name(paths: Sequence[str]) -> None:
             )
 
 
-def _of_others(path: str, given: Container[str]) -> dict[str, Entry]:
+def _kept(path: str, given: Mapping[str, Entry]) -> dict[str, Entry]:
     """What the index file that is there says of other shards, of which those that do not lie beside it may have been
     made anew since, with as many bytes."""
     try:
@@ -106,6 +106,9 @@ def _of_others(path: str, given: Container[str]) -> dict[str, Entry]:
     except (FileNotFoundError, ValueError):
         return {}
     others = {name: entry for name, entry in entries.items() if name not in given}
+    for name, entry in given.items():
+        if name in entries and (entries[name].size, entries[name].sha256) != (entry.size, entry.sha256):
+            log.warning("%s told of another %s, of %d bytes, which is replaced", path, name, entries[name].size)
     folder = os.path.dirname(path)
     kept = {name: entry for name, entry in others.items() if _lies_at(os.path.join(folder, name), entry.size)}
     if len(kept) < len(others):

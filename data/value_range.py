@@ -7,7 +7,7 @@
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -44,6 +44,14 @@ def resolved(index, value_range: ValueRange | Literal["auto"] | None) -> ValueRa
         f"and may go further; write data.range=[{lowest:g},{highest:g}] (of an evaluation "
         f"--range {lowest:g},{highest:g}), or the range that is meant."
     )
+
+
+def may_be_found(value_range: Sequence[float] | None) -> bool:
+    """Whether a range is one that "auto" can come to."""
+    if value_range is None:
+        return True
+    low, high = value_range
+    return low == 0 and (high == 1 or (high >= 255 and high == _whole_bits(int(high))))
 
 
 def tell_if_dark(index) -> None:

@@ -284,7 +284,7 @@ def vector_format(
     if not names:
         raise UserError(
             f"The findings that {', '.join(sources)} are to be judged on have no names; write --names NAME ..., or "
-            f"evaluate.label_names in the run's config."
+            f"evaluate.label_names in the run's config, or leave out what is of findings (--field, --group)."
         )
     field = section.label_field if section and field is None else field or ""
     of_section = section.label_group if section else ""

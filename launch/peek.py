@@ -63,6 +63,8 @@ def peek(args: argparse.Namespace) -> int:
 
 def _refuse_to_replace(to: str) -> None:
     """A photo of the user's, such as the first of a shell's list behind --to."""
+    if not to.lower().endswith(".png"):
+        raise UserError(f"--to {to} is no PNG; write the name of a .png file.")
     try:
         is_ours = Image.open(to).info.get(_MADE_BY[0]) == _MADE_BY[1]
     except (OSError, ValueError, Image.DecompressionBombError):
@@ -72,15 +74,12 @@ def _refuse_to_replace(to: str) -> None:
 
 
 def _write(sheet: Image.Image, to: str) -> None:
-    kind = Image.registered_extensions().get(Path(to).suffix.lower())
     mark = PngInfo()
     mark.add_text(*_MADE_BY)
     try:
-        if kind is None:
-            raise ValueError("no kind of picture ends so")
         with whole(Path(to)) as file:
-            sheet.save(file, format=kind, pnginfo=mark)
-    except (OSError, ValueError) as error:
+            sheet.save(file, format="PNG", pnginfo=mark)
+    except OSError as error:
         raise UserError(f"--to {to} cannot be written ({error}); write the name of a .png file.") from None
 
 

@@ -308,6 +308,11 @@ def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
             f"encoder.name={config.name} reads three channels only, and data.channels is {config.in_chans}; write "
             "another encoder.name, or data.channels=3."
         )
+    if ":" in key:
+        return _NoSetting(
+            f"encoder.kwargs has {key} for one word, as YAML has it; write a space after each colon, as in "
+            f"encoder.kwargs={{{key.replace(':', ': ', 1)}}}."
+        )
     where, instead = ("patch_size", "null") if key == "patch_size" else ("kwargs", "{}")
     name = f"encoder.{where}" if where == key else f"encoder.{where}.{key}"
     return _NoSetting(

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from prelude.checkpoints.manifest import STATE
 from prelude.checkpoints.store import Store, recorded_config
+from prelude.data.value_range import may_be_found
 from prelude.evaluators.comparing.comparison import Cost, Curve, Picture
 from prelude.pretrain.config import Config
 from prelude.pretrain.feature_health import OF_VOLUMES, TRIVIAL_LOSS
@@ -113,14 +114,13 @@ def is_finished(config: Config, options: type[BaseModel], data: Collection[str])
 
 
 def is_finished_as(config: Config, options: type[BaseModel]) -> bool:
-    """`is_finished` by the names of the shards, where nobody has opened them; none is as one that is yet to find its
-    range in them."""
-    if config.data.range == "auto":
-        return False
+    """`is_finished` by the names of the shards, where nobody has opened them."""
     saved = _saved(config)
-    return _has_ended(saved, config, options) and _named(saved["meta"]["config"]) == _named(
-        config.model_dump(mode="json")
-    )
+    if not _has_ended(saved, config, options):
+        return False
+    then = saved["meta"]["config"]
+    found = config.data.range != "auto" or may_be_found(then["data"]["range"])
+    return found and _named(then) == _named(config.model_dump(mode="json"))
 
 
 def _named(config: dict) -> list[dict]:

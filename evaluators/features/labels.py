@@ -111,7 +111,8 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
         )
     labels = torch.tensor(values)
     if not (labels == 1).any():
-        raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names.")
+        within = "" if form.field else ", or write in --field (evaluate.label_field) which field has the findings"
+        raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names{within}.")
     group = label_group(index.label, form.group_field)
     names = group_names(index, group) if group else []
     if group and form.group_asked and not any(names):

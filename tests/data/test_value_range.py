@@ -12,6 +12,7 @@ from prelude.data.decode import BadImage, decode
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader, build_loader, one_pass
 from prelude.data.shards import ShardIndex
+from prelude.data.value_range import may_be_found
 
 PLAN = ViewPlan((View((8, 8), crop="center", flip=0.0),))
 
@@ -74,6 +75,11 @@ def test_auto_is_a_number_of_whole_bits(deep, highest, bits):
     index = ShardIndex(deep(highest), value_range="auto")
     assert index.value_range == (0, 2**bits - 1)
     assert brightest(index) == round(255 * highest / (2**bits - 1))
+
+
+def test_what_auto_can_come_to_is_told_from_other_ranges():
+    assert all(map(may_be_found, [None, (0.0, 1.0), [0, 255], [0.0, 4095.0], [0, 2**32 - 1]]))
+    assert not any(map(may_be_found, [[0, 1000], [1, 4095], [0.0, 0.5], [-1024, 3071]]))
 
 
 def test_auto_without_deep_images_changes_nothing(write_shards):

@@ -9,9 +9,12 @@ import yaml
 from PIL import Image
 
 from prelude.checkpoints.store import recorded_config
+from prelude.evaluators.comparing.run_record import is_finished_as
 from prelude.evaluators.judging import read_as
 from prelude.evaluators.labelled import Labelled
 from prelude.launch import prelude
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import load_config
 
 
 @pytest.fixture(scope="module")
@@ -52,5 +55,7 @@ def test_a_run_records_what_was_found_and_the_same_command_goes_on(deep, recipe,
     assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]
     beside = [str(tmp_path / "auto.yaml"), str(tmp_path / "run")]  # as in `prelude compare`
     assert read_as(beside[1:], None)[0] == read_as(beside, None)[0] == [0, 4095]
+    config = load_config(argv[-1], [], options_for)
+    assert is_finished_as(config, options_for("mae"))  # a sweep does not train it again
     assert prelude.main(argv) == 0  # the end of the run is there, and `auto` is no change
     assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]

@@ -111,6 +111,11 @@ def test_an_index_of_one_shard_keeps_what_is_said_of_those_beside_it(photos, tmp
         file.write(bytes(512))
     assert run(capsys, "index", third, "--to", to)[0] == 0
     assert list(index_file.read(written.read_bytes())) == [third.name] and "2 other shards" in caplog.text
+    other = tmp_path / "other" / third.name
+    other.parent.mkdir()
+    other.write_bytes(second.read_bytes())
+    assert "is replaced" not in caplog.text and run(capsys, "index", other, "--to", to)[0] == 0
+    assert f"told of another {third.name}" in caplog.text
 
 
 def test_shards_of_one_name_do_not_share_an_index_file(photos, tmp_path, capsys):

@@ -198,7 +198,7 @@ REFUSED = [
     (config(img_size=32), r"kwargs.img_size has its own key; write encoder.image_size"),
     (config(num_classes=10), r"kwargs.num_classes is the same for every encoder"),
     (config(dpeth=None), r"encoder.kwargs.dpeth is no setting of .*leave it out"),
-    (config(**{"depth:3": None}), r"encoder.kwargs.depth:3 is no setting of .*leave it out"),
+    (config(**{"depth:3": None}), r"write a space after each colon, as in encoder.kwargs=\{depth: 3\}"),
     (config(num_heads=5), r"timm cannot build .*divisible by num_heads"),
     (config(dpeth=3), r"encoder.kwargs.dpeth is no setting of .*leave it out"),
     (config("resnet18", image_size=64), r"encoder.patch_size is no setting of encoder.name=resnet18"),
