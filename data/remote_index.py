@@ -76,7 +76,7 @@ def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | Non
         files.setdefault(index_file.name_for(shard_name(path)), {})[shard_name(path)] = entry
     os.makedirs(folder, exist_ok=True)
     for name, given in files.items():
-        entries = _kept(os.path.join(folder, name), given) | given
+        entries = _of_others(os.path.join(folder, name), given) | given
         aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
         with open(aside, "wb") as file:
             file.write(index_file.write(dict(sorted(entries.items()))))
@@ -97,7 +97,7 @@ def _refuse_one_name(paths: Sequence[str]) -> None:
             )
 
 
-def _kept(path: str, given: Mapping[str, Entry]) -> dict[str, Entry]:
+def _of_others(path: str, given: Mapping[str, Entry]) -> dict[str, Entry]:
     """What the index file that is there says of other shards, of which those that do not lie beside it may have been
     made anew since, with as many bytes."""
     try:
