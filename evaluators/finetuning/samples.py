@@ -150,7 +150,7 @@ def _weights(options: FineTuneOptions, values: Tensor, classes: Tensor, findings
 
 
 def _shared_groups(groups: tuple) -> list[str]:
-    if None in (groups[0], groups[1]) or not (count := int(torch.isin(groups[1], groups[0]).sum())):
+    if any(side is None for side in groups) or not (count := int(torch.isin(groups[1], groups[0]).sum())):
         return []
     return [f"{count} test images are of groups that are in the train shards too, so they say little about new ones."]
 

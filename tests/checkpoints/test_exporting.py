@@ -331,15 +331,7 @@ def test_what_projects_volumes_goes_out_again_or_the_export_is_refused(tmp_path,
     own = {"weight": torch.randn(32, 1, 8, 8, 4), "bias": torch.randn(32)}
     tensors = {f"encoder.{name}": tensor for name, tensor in build_encoder(config, seed=1).state_dict().items()}
     tensors |= {f"volume_embed.{name}": tensor for name, tensor in own.items()} | {"mask_token": torch.ones(32)}
-    meta = {
-        "step": 3,
-        "encoder": config.model_dump(mode="json"),
-        "exported": "encoder.",
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "config": {"objective": {"name": "uni4eye"}},
-    }
-    save(Store(tmp_path / "run" / "checkpoints"), 3, meta=meta, encoder=tensors)
+    save(Store(tmp_path / "run" / "checkpoints"), 3, meta=meta_of(config, "encoder.", "uni4eye"), encoder=tensors)
     out, again, both = (tmp_path / name for name in ("out", "again", "both"))
     export_encoder(str(tmp_path / "run"), out)
     export_encoder(str(out), out)
@@ -462,21 +454,25 @@ def test_only_in_a_run_an_export_has_a_place_of_its_own(tmp_path, save, source):
     assert sorted(path.name for path in (run / "exports").iterdir()) == ["timm", "transformers"]
 
 
+def meta_of(config: EncoderConfig, exported: str, objective: str) -> dict:
+    """Of a run's third step."""
+    return {
+        "step": 3,
+        "encoder": config.model_dump(mode="json"),
+        "exported": exported,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "loader": {"fingerprint": "0123abcd"},
+        "config": {"objective": {"name": objective}},
+    }
+
+
 def make_run(folder, save):
     config = EncoderConfig(name="resnet18", image_size=32, kwargs={"channels": [8, 16, 32, 64]})
     teacher, student = build_encoder(config, seed=1), build_encoder(config, seed=2)
     tensors = {f"encoder.{name}": t for name, t in student.state_dict().items()}
     tensors |= {f"teacher.encoder.{name}": t for name, t in teacher.state_dict().items()}
-    meta = {
-        "step": 3,
-        "encoder": config.model_dump(mode="json"),
-        "exported": "teacher.encoder.",
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "loader": {"fingerprint": "0123abcd"},
-        "config": {"objective": {"name": "ijepa"}},
-    }
-    save(Store(folder / "checkpoints"), 3, meta=meta, encoder=tensors)
+    save(Store(folder / "checkpoints"), 3, meta=meta_of(config, "teacher.encoder.", "ijepa"), encoder=tensors)
     return teacher.eval(), student.eval()
 
 
