@@ -18,6 +18,7 @@ from prelude.pretrain import stopping
 COMMANDS = {
     "quickstart": ("quickstart", "pretrain, probe and export on a small data set made here"),
     "recipes": ("recipes", "what is shipped to train with, and what it takes"),
+    "keys": ("keys", "what a config may set: each key, what it takes and means"),
     "pretrain": ("pretrain", "train an encoder on unlabelled shards"),
     "sweep": ("sweep", "pretrain with every combination of some settings"),
     "probe": ("linear_probe", "linear probe of a frozen encoder"),

@@ -4,21 +4,13 @@ import html
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meanings import meaning
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-
 from prelude.data.counting import counted
-from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
-from prelude.evaluators.finetuning.recipe import FineTuneOptions
-from prelude.objectives.options import OPTIONS
-from prelude.pretrain.annotations import section_by_name, section_in
+from prelude.launch.config_reference import FINE_TUNE, OF_OBJECTIVES, Key, keys_of
+from prelude.pretrain.annotations import section_in
 from prelude.pretrain.config import Config
-from prelude.pretrain.config_words import wanted
 from prelude.pretrain.recipes import SHIPPED, read_recipe
 
 INTRODUCTION = """# Configuration
@@ -29,44 +21,23 @@ would have no effect are refused before anything is built, in a sentence that sa
 for nothing.
 
 The settings below `objective` are those of the objective that `objective.name` names. This page is made from the typed
-models that check a config, so it says what the code takes.
+models that check a config, so it says what the code takes; `prelude keys` tells the same in a terminal.
 """
-
-
-@dataclass(frozen=True)
-class Key:
-    name: str  # in full: data.shuffle.window
-    owner: type[BaseModel]
-    field: FieldInfo
-
-    @property
-    def meaning(self) -> str:
-        return meaning(self.owner, self.name.rpartition(".")[2])
 
 
 def page() -> str:
     used = settings_of_recipes()
     parts = [INTRODUCTION]
-    plain = [key for key in keys_of(Config, "") if "." not in key.name]
-    parts.append(_section("The run", "", [key for key in plain if not section_in(key.field)], used, None))
+    plain = [key for key in keys_of(Config, "") if "." not in key.name and not key.section]
+    parts.append(_section("The run", "", plain, used, None))
     for name, field in Config.model_fields.items():
         if model := section_in(field):
             parts.append(_section(f"`{name}`", model.__doc__, list(keys_of(model, f"{name}.")), used, None))
-    for objective, model in (*OPTIONS.items(), (FINE_TUNE, FineTuneOptions)):
+    for objective, model in OF_OBJECTIVES.items():
         title = f"`objective`: {objective}"
         about = "Of fine-tuning, see [evaluators](../evaluators.md#fine-tuning)." if objective == FINE_TUNE else ""
         parts.append(_section(title, about, list(keys_of(model, "objective.")), used, objective))
     return "\n\n".join(parts)
-
-
-def keys_of(model: type[BaseModel], above: str) -> Iterator[Key]:
-    """Every key of a section, and of the sections below it."""
-    for name, field in model.model_fields.items():
-        yield Key(f"{above}{name}", model, field)
-        if below := section_in(field):
-            yield from keys_of(below, f"{above}{name}.")
-        elif below := section_by_name(field):
-            yield from keys_of(below, f"{above}{name}.NAME.")
 
 
 def _section(title: str, about: str | None, keys: list[Key], used: dict, objective: str | None) -> str:
@@ -76,29 +47,18 @@ def _section(title: str, about: str | None, keys: list[Key], used: dict, objecti
 
 def _entry(key: Key, used: dict[str, list[str]], objective: str | None) -> str:
     anchor = f"{objective}.{key.name}" if objective else key.name
-    takes = "a section" if section_in(key.field) else wanted(key.field)
-    default = "" if section_in(key.field) and not _is_null(key.field) else _default(key.field)
+    default = "; <strong>must be written</strong>" if key.is_required else ""
+    if key.default is not None:
+        default = f"; default <code>{html.escape(key.default)}</code>"
     return (
-        f'<dt id="{anchor}"><code>{key.name}</code> <span class="takes">{html.escape(takes)}{default}</span></dt>\n'
+        f'<dt id="{anchor}"><code>{key.name}</code> <span class="takes">{html.escape(key.takes)}{default}</span></dt>\n'
         f"<dd>{_text(key.meaning)}{_recipes(used)}</dd>"
     )
 
 
-def _is_null(field: FieldInfo) -> bool:
-    return not field.is_required() and field.get_default(call_default_factory=True) is None
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "; <strong>must be written</strong>"
-    value = field.get_default(call_default_factory=True)
-    return f"; default <code>{html.escape(json.dumps(value))}</code>"
-
-
 def _text(text: str) -> str:
     """A comment as HTML."""
-    escaped = html.escape(text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text, quote=False)
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped.replace("None:", "null:").rstrip(".")) + "."
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
 def _recipes(used: dict[str, list[str]]) -> str:
@@ -132,4 +92,4 @@ def _leaves(values: dict, above: str) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-_WHOLE = {key.name for key in keys_of(Config, "") if not section_in(key.field) and key.name != "objective"}
+_WHOLE = {key.name for key in keys_of(Config, "") if not key.section and key.name != "objective"}

@@ -9,12 +9,12 @@ import commands
 import configuration
 import messages
 import pytest
-from meanings import meaning
 
 from prelude.data.errors import RunStopped, UserError
 from prelude.evaluators.finetuning.recipe import FineTuneOptions, options_for
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
+from prelude.launch.key_meanings import meaning
 from prelude.objectives import options_for as objective_options
 from prelude.objectives.options import OPTIONS
 from prelude.pretrain.config import Config

@@ -1,0 +1,74 @@
+"""`prelude keys` finds what it is asked for, and tells of each key what a config is checked by."""
+
+import pytest
+from pydantic import ValidationError
+
+from prelude.data.errors import UserError
+from prelude.launch import prelude
+from prelude.launch.config_reference import OF_OBJECTIVES, all_keys
+from prelude.launch.keys import found
+from prelude.pretrain.config import OptimizerConfig
+from prelude.pretrain.config_keys import Keys
+
+
+def told(capsys, *argv: str) -> str:
+    assert prelude.main(["keys", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def names(word: str) -> list[str]:
+    return [key.name for key in found(word, all_keys())]
+
+
+def test_the_names_of_all_keys_are_listed(capsys):
+    words = told(capsys).replace(",", " ").split()
+    for key in Keys().all():
+        section, _, name = key.replace(".NAME.", ".").partition(".")
+        if section != "objective":
+            assert section in words
+    for objective, model in OF_OBJECTIVES.items():
+        assert objective in words and set(model.model_fields) <= {word.partition(".")[0] for word in words}
+
+
+def test_a_key_is_told_with_what_it_takes_its_default_and_its_meaning(capsys):
+    mask_ratio, required = told(capsys, "objective.mask_ratio"), told(capsys, "optimizer.lr")
+    assert "objective.mask_ratio (mae)\n    a number above 0 and below 1; default 0.75\n" in mask_ratio
+    assert "    Share of the patches that is hidden." in mask_ratio
+    assert required.startswith("optimizer.lr\n    a number above 0; must be written\n")
+    with pytest.raises(ValidationError):  # as it says
+        OptimizerConfig(lr=0)
+
+
+@pytest.mark.parametrize(
+    ("word", "first", "without"),
+    [
+        ("optimizer", "optimizer", "train.epochs"),
+        ("data.shuffle", "data.shuffle", "data.shards"),
+        ("mae", "objective.mask_ratio", "optimizer.lr"),
+        ("objective.mae", "objective.mask_ratio", "optimizer.lr"),
+        ("finetune", "objective.pooling", "optimizer.lr"),
+        ("batch_size", "train.global_batch", "train.epochs"),  # as other tools call it
+        ("data.range=[0,4095]", "data.range", "data.shards"),
+    ],
+)
+def test_a_word_finds_a_section_a_key_an_objective_or_what_it_is_part_of(word, first, without):
+    assert names(word)[0] == first and without not in names(word)
+
+
+def test_any_other_word_finds_the_keys_whose_names_or_meanings_have_it():
+    keys = found("Warm", all_keys())
+    assert {"optimizer.warmup_epochs", "optimizer.warmup_lr"} <= {key.name for key in keys}
+    assert all("warm" in f"{key.name} {key.meaning}".lower() for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("mometum", "did you mean momentum"),
+        ("max_steps", "a run is as long as train.epochs says"),
+        ("qqqq", "`prelude keys` lists the names of all"),
+    ],
+)
+def test_a_word_that_finds_nothing_says_what_to_write(word, sentence):
+    with pytest.raises(UserError, match=sentence):
+        found(word, all_keys())
