@@ -7,7 +7,10 @@
 - Where a change is allowed, what it does to the steps and to the learning rate is told.
 """
 
+import copy
+import functools
 import math
+import operator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -141,7 +144,8 @@ def _jump_of_learning_rate(meta: dict, config: Config, progress: Progress) -> st
 
 def changed_settings(saved: dict, config: Config, options: type[BaseModel]) -> list[str]:
     """`key: then -> now` for every setting that differs and must not. options: what the objective's own are read by."""
-    then, now = (flat(_with_defaults(each, options)) for each in (saved, config.model_dump(mode="json")))
+    sides = (saved, config.model_dump(mode="json"))
+    then, now = (flat(each) | flat(_with_defaults(each, options)) for each in sides)  # with keys that no longer exist
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(set(then) | set(now))
@@ -178,12 +182,25 @@ def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
 def _with_defaults(settings: dict, options: type[BaseModel]) -> dict:
     """With the keys that are left out, or did not exist when a checkpoint was saved, at what they do then."""
     try:
-        known = Config.model_validate(settings).model_dump(mode="json")
-        given = {key: value for key, value in known["objective"].items() if key != "name"}
-        own = options.model_validate(given).model_dump(mode="json")
-    except ValidationError:  # of another objective, or a version that had other settings
+        known = _as_read(Config, settings)
+        own = _as_read(options, {key: value for key, value in known["objective"].items() if key != "name"})
+    except ValidationError:  # of another objective
         return settings
     return known | {"objective": known["objective"] | own}
+
+
+def _as_read(model: type[BaseModel], values: dict) -> dict:
+    """As a model reads them, without the keys that no longer exist."""
+    try:
+        return model.model_validate(values).model_dump(mode="json")
+    except ValidationError as error:
+        gone = [mistake["loc"] for mistake in error.errors() if mistake["type"] == "extra_forbidden"]
+        if len(gone) < error.error_count():
+            raise
+    left = copy.deepcopy(values)
+    for *above, key in gone:
+        del functools.reduce(operator.getitem, above, left)[key]
+    return model.model_validate(left).model_dump(mode="json")
 
 
 def flat(values: dict, prefix: str = "") -> dict:

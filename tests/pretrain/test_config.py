@@ -163,5 +163,9 @@ def test_a_run_from_before_there_were_some_settings_goes_on():
     assert len(changed_settings(saved, ranged, ToyOptions)) == 1
     other = validate_config(GOOD | {"objective": GOOD["objective"] | {"registers": 4}}, "x", options_for)
     assert changed_settings(saved, other, ToyOptions) == ["objective.registers: 0 -> 4"]
+    saved["collapse"] |= {"grace_steps": 200}  # which is no longer, and changes nothing of what is computed
+    assert changed_settings(saved, config, ToyOptions) == []
+    saved["train"]["warp"] = saved["objective"]["weft"] = 2
+    assert changed_settings(saved, config, ToyOptions) == ["objective.weft: 2 -> None", "train.warp: 2 -> None"]
     plain = validate_config(GOOD, "x")  # of code that names no options
     assert changed_settings(config.model_dump(mode="json"), plain, ToyOptions) == []
