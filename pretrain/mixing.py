@@ -81,7 +81,7 @@ class Mixing(nn.Module):
         self.cutmix = BetaQuantile(cutmix) if cutmix else None
 
     def forward(self, images: Tensor, targets: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """images: (B, 3, H, W) float32. targets: (B, C) float32. seeds: (B,). Collective; returns both mixed."""
+        """images: (B, C, H, W) float32. targets: (B, K) float32. seeds: (B,). Collective; returns both mixed."""
         mixed = self.mixed(images, targets, seeds)
         return mixed.images, mixed.mixed_targets()
 
