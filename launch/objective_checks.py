@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.data.batch import Batch, ViewPlan
 from prelude.data.counting import named
 from prelude.launch.made_up_data import made_up_batch, made_up_volumes
 from prelude.objectives.building import build_objective
+from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.host_waits import counted
@@ -187,7 +187,7 @@ def averages(subject: Subject) -> str:
     objective = subject.fresh()
     if not objective.accumulates:
         return "the loss is one of the whole batch, as accumulates=False says, and micro-batches are refused"
-    normed = any(isinstance(module, _BatchNorm) for module in objective.modules())
+    normed = has_batch_norms(objective)
     batch = subject.batch(objective.views)
     whole = run(_mode(subject.fresh(), not normed), batch, subject.progress())
     halves = [

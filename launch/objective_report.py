@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.saved import open_tensors
@@ -34,6 +33,7 @@ from prelude.launch.objective_checks import (
 )
 from prelude.objectives import check_objective, objective_class, options_for
 from prelude.pretrain import overrides as setting
+from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.config import Config, EncoderConfig, is_dropout
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.encoders import lay_out_encoder
@@ -201,7 +201,7 @@ class Runs:
         self.failures: dict[int, dict[str, str]] = {}  # by number of ranks, and there by case; "" for all
         start = subject.fresh()
         self.start = {name: value.clone() for name, value in start.state_dict().items()}
-        self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in start.modules())
+        self.has_batch_norm = has_batch_norms(start)
         (folder / "config.json").write_text(subject.config.model_dump_json())
 
     def gradients(self, world: int, case: str = ranks.PLAIN) -> dict[str, Tensor]:
