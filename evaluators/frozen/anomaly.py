@@ -18,9 +18,9 @@ from torch import Tensor
 
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
-from prelude.evaluators.frozen.ranking import MIN_POSITIVES, auc, bootstrap, standard_error
+from prelude.evaluators.frozen.ranking import MIN_POSITIVES, auc, bootstrapped
 from prelude.evaluators.frozen.splits import listed
-from prelude.evaluators.results import Outcome, Percent
+from prelude.evaluators.results import Outcome
 
 PIECE = 4096  # samples
 
@@ -52,12 +52,10 @@ def anomaly(
     distances = {number: _distances(train, test, labels == number, device) for number in classes}  # by class and kind
     summed = {number: torch.stack(list(found.values())).sum(0) for number, found in distances.items()}
 
-    def mean_auc(weights: Tensor | None) -> Tensor:
+    def mean_auc(weights: Tensor) -> Tensor:
         each = [auc(summed[number], test_labels != number, weights) for number in classes]
         return torch.stack(each).mean(0)
 
-    error = standard_error(100 * bootstrap(mean_auc, len(test_labels), seed))
-    number = Percent(100 * mean_auc(None).item(), error)
     by_class = {
         c: {
             "auroc": 100 * auc(summed[c], test_labels != c).item(),
@@ -69,7 +67,7 @@ def anomaly(
     }
     return Outcome(
         evaluator="anomaly",
-        numbers={"auroc": number},
+        numbers={"auroc": bootstrapped(mean_auc, len(test_labels), seed)},
         chosen={"features": " + ".join(train)},
         recipe={"normal": classes, "features": list(train), "covariance": "Ledoit-Wolf", "seed": seed},
         details={"by_class": by_class},

@@ -25,7 +25,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.anomaly import PIECE, fit_gaussian
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
-from prelude.evaluators.frozen.ranking import auc, bootstrap, standard_error
+from prelude.evaluators.frozen.ranking import auc, bootstrapped
 from prelude.evaluators.frozen.splits import listed
 from prelude.evaluators.results import Outcome, Percent
 
@@ -183,11 +183,7 @@ def _whitened(features: Features, whiten: Callable[[Tensor], Tensor]):
 def _numbers(scores: Tensor, other: Tensor, seed: int) -> dict[str, Percent]:
     """Of others (N,) bool among what was scored."""
     statistics = {"auroc": lambda weights: auc(scores, other, weights), "fpr95": lambda w: fpr_at_95(scores, other, w)}
-    found = {}
-    for name, statistic in statistics.items():
-        draws = 100 * bootstrap(statistic, len(scores), seed)
-        found[name] = Percent(100 * statistic(None).item(), standard_error(draws))
-    return found
+    return {name: bootstrapped(statistic, len(scores), seed) for name, statistic in statistics.items()}
 
 
 def fpr_at_95(scores: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:
