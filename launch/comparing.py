@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prelude.checkpoints.sources import describe
 from prelude.data.absent import told_as
-from prelude.data.counting import counted
+from prelude.data.counting import counted, listed
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing import gathering
@@ -241,7 +241,7 @@ def compared(
     budget += f" with {args.pretraining_seeds} seeds" if args.pretraining_seeds > 1 else ""
     what = "without labels" if args.shards else "the labelled train shards, without their labels"
     return Comparison(
-        title=" and ".join(filter(None, (", ".join(objectives[:-1]), *objectives[-1:]))) or "Floors",
+        title=listed(objectives) or "Floors",
         entries=entries,
         evaluators=list(dict.fromkeys(result["evaluator"] for result in measured)),
         data=measured[0]["data"] if measured else unknown,

@@ -19,7 +19,7 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.ranking import MIN_POSITIVES, auc, bootstrapped
-from prelude.evaluators.frozen.splits import listed
+from prelude.evaluators.frozen.splits import first_few
 from prelude.evaluators.results import Outcome
 
 PIECE = 4096  # samples
@@ -76,10 +76,10 @@ def anomaly(
 
 
 def _refuse(unknown: list[int], single: list[int], shared: list[int]) -> None:
-    what = f"Class {listed(unknown) or 'of any number'} is not in train and test"
+    what = f"Class {first_few(unknown) or 'of any number'} is not in train and test"
     if alone := [number for number in unknown if number in single]:
-        what = f"Class {listed(alone)} has one train image, which says nothing of how normal ones vary"
-    raise UserError(f"{what}; write {f'one of {listed(shared)}' if shared else 'shards with classes in common'}.")
+        what = f"Class {first_few(alone)} has one train image, which says nothing of how normal ones vary"
+    raise UserError(f"{what}; write {f'one of {first_few(shared)}' if shared else 'shards with classes in common'}.")
 
 
 def _warnings(shared: list[int], classes: list[int], test_labels: Tensor) -> list[str]:
