@@ -67,11 +67,11 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     keeping = keeping_of(args, judging)
     if recipes:
         _look_at_unlabelled(args, labelled)
-    given = [source for source in unlike(args.sources) if source not in recipes]
+    given = [source for source in distinct(args.sources) if source not in recipes]
     if distributed.is_main():
         tell_unopened([(source, source, None) for source in given])
     try:
-        runs = [named_runs(args, each, recipes.get(each), labelled) for each in unlike(args.sources)]
+        runs = [named_runs(args, each, recipes.get(each), labelled) for each in distinct(args.sources)]
         contestants = gathering.line_up(sum(runs, []), floors=not args.no_floors, starts=keeping is not None)
         if keeping and not recipes:
             refuse_nothing_kept(contestants)
@@ -103,7 +103,7 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 # ---- what is asked for
 
 
-def unlike(sources: Sequence[str]) -> list[str]:
+def distinct(sources: Sequence[str]) -> list[str]:
     """Each once."""
     return list(dict.fromkeys(sources))
 
