@@ -37,7 +37,7 @@ from prelude.launch.compared_runs import last_of_each, named_runs, recipe_of, wi
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
-from prelude.pretrain.files import refuse_unwritable, remedy, write_whole
+from prelude.pretrain.files import reason, refuse_unwritable, remedy, write_whole
 from prelude.pretrain.recipes import nearest_recipe
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
@@ -267,7 +267,7 @@ def write(comparison: Comparison, out: Path) -> None:
             write_whole(out / name, text)
     except OSError as error:
         raise UserError(
-            f"--out {out} cannot be written ({error.strerror}); {remedy(error, 'choose another folder')}."
+            f"--out {out} cannot be written ({reason(error)}); {remedy(error, 'choose another folder')}."
         ) from None
     print_comparison(comparison)
     print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)

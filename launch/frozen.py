@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from prelude.data.errors import UserError
 from prelude.data.remote_shards import keep_remote_shards
@@ -16,6 +17,7 @@ from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import chosen, select_section
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code
+from prelude.pretrain.files import reason, write_whole
 from prelude.pretrain.sameness import refuse_differences
 
 
@@ -99,3 +101,12 @@ def given_words(argv: Sequence[str] | None) -> str:
 def say(text: str) -> None:
     if distributed.is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+def write_result(place: str, content: str | bytes) -> None:
+    """A file that was asked for by its name. Raises UserError where the disk refuses."""
+    try:
+        write_whole(Path(place), content)
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({reason(error)}); make room there, or name another.") from None
+    print(f"written to {place}", file=sys.stderr)
