@@ -8,7 +8,7 @@ What no file tells is said after its name: `mae.pth#num_heads=4`, `ijepa.pth.tar
 | `num_heads=N` | attention heads, where no published model is as wide |
 | `grid=RxC` | rows and columns of the table of positions, where they are no square |
 | `resampling=RULE` | how the table is brought to another grid: `offset` (DINO), `plain` (MAE), `corners`, `timm` |
-| `pixels=imagenet`, `pixels=half`, six numbers with `/` | mean and standard deviation that pixels are normalised by |
+| `pixels=imagenet`, `pixels=half`, `pixels=M/.../S/...` | means and standard deviations of the channels of pixels |
 | `norm_eps=E` | of its LayerNorms, to take them as timm's 1e-6 where they were 1e-12 |
 | `image_size=N` | pixels that a model without a table of positions is shown |
 """

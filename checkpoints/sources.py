@@ -51,8 +51,8 @@ class OpenedEncoder:
 
     model: nn.Module  # images (B, C, H, W), normalised by mean and std, to pooled features (B, D)
     config: EncoderConfig
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     name: str  # for a table or a plot: the source, short
     fingerprint: str  # of the weights
     origin: dict = field(default_factory=dict)  # what is known of how it was trained: objective, step, data

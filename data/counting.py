@@ -1,4 +1,7 @@
-"""How things are counted where a person reads it: `1 image`, `2 images`. Every text that counts asks here."""
+"""How things are counted and listed where a person reads it: `1 image`, `2 images`, `a, b and c`, `3.0 GiB`. Every text
+that counts asks here."""
+
+from collections.abc import Sequence
 
 _ENDINGS = ("s", "x", "ch", "sh")
 
@@ -15,3 +18,12 @@ def named(number: float | str, what: str) -> str:
     if what.endswith("y") and what[-2] not in "aeiou":
         return f"{what[:-1]}ies"
     return what + ("es" if what.endswith(_ENDINGS) else "s")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names in words; empty where there are none."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"

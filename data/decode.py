@@ -1,9 +1,8 @@
 """From an image file's bytes to pixels, or to a short reason why not.
 
-- JPEG goes through simplejpeg (libjpeg-turbo) and, where that is not installed, through torchvision; every other
-  format, and every JPEG that those cannot turn into RGB (CMYK), through `stored`.
+- JPEG goes through simplejpeg (libjpeg-turbo); every other format, and every JPEG that it cannot turn into RGB (CMYK),
+  through `stored`.
 - A JPEG whose data simplejpeg finds damaged is bad, whatever PIL would make of it: PIL paints what is missing grey.
-  Where simplejpeg is not installed nobody notices, unless the file is cut off.
 - The result has as many channels as are asked for; `stored` says how. Three channels of 8 bits are the same as PIL's
   `convert("RGB")`.
 - Without a `value_range` pixels have 8 bits: 16-bit values keep their upper 8 bits, where PIL would clip grey to white.
@@ -15,13 +14,12 @@
   of threads.
 """
 
-import functools
 import re
 import struct
-import warnings
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 
 from prelude.data.stored import (
     ALWAYS_ENOUGH,
@@ -32,20 +30,13 @@ from prelude.data.stored import (
     check_size,
     has_8_bits,
     has_alpha,
-    open_image,
     stored_values,
 )
-
-try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
 
 __all__ = [
     "ALWAYS_ENOUGH",
     "MAX_PIXELS",
     "MAX_PIXELS_PER_BYTE",
-    "Backend",
     "BadImage",
     "OtherChannels",
     "ValueRange",
@@ -54,7 +45,6 @@ __all__ = [
     "on_8_bits",
 ]
 
-Backend = Literal["simplejpeg", "torchvision", "pil"]
 ValueRange = tuple[float, float]  # stored values that become black and white
 
 MAX_SCANS = 100
@@ -67,24 +57,15 @@ _REDUCED = (2, 4, 8)  # in each direction
 
 
 def decode(
-    image: bytes,
-    backend: Backend | None = None,
-    value_range: ValueRange | None = None,
-    channels: int = 3,
-    max_pixels: int = MAX_PIXELS,
+    image: bytes, value_range: ValueRange | None = None, channels: int = 3, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """(H, W, channels), C-contiguous and writable: uint8, or with a `value_range` float32 from 0 to 255.
 
     value_range: the values of images with more than 8 bits that become 0 and 255; those of 8 bits are left as they are.
-    None for all of 16 bits.
-
-    `backend` forces one decoder alone, for comparisons. Raises BadImage when no pixels can be had; ImportError
-    when the forced backend is not installed.
+    None for all of 16 bits. Raises BadImage when no pixels can be had.
     """
     if not image:
         raise BadImage("empty")
-    if backend is not None:
-        return _DECODERS[backend](image)
     pixels = _of_jpeg(image, channels, max_pixels) if image.startswith(_JPEG) else None
     if pixels is None:
         values = stored_values(image, channels, max_pixels, deep=value_range is not None)
@@ -134,7 +115,7 @@ def _of_jpeg(image: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
 
 
 class _Unsupported(BadImage):
-    """A fast decoder cannot do this, and PIL may."""
+    """simplejpeg cannot do this, and PIL may."""
 
 
 def _ends_in_a_hole(jpeg: bytes) -> bool:
@@ -176,18 +157,6 @@ _WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xDA), 0xFF}
 
 
 def _decode_jpeg(image: bytes, frame: _Frame, channels: int, max_pixels: int) -> np.ndarray:
-    if simplejpeg is not None:
-        return _decode_simplejpeg(image, channels, max_pixels, frame)
-    if _torchvision_io() is not None:
-        return _decode_torchvision(image, channels, max_pixels)
-    raise _Unsupported("no fast JPEG decoder")
-
-
-def _decode_simplejpeg(
-    image: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS, frame: _Frame = _UNKNOWN
-) -> np.ndarray:
-    if simplejpeg is None:
-        raise ImportError("simplejpeg is not installed")
     try:
         height, width, colours = frame.height, frame.width, ""
         if frame.components not in (1, 3) or not height * width:
@@ -233,40 +202,3 @@ def _refusal(message: str) -> BadImage:
 # Bytes too many before a table, a frame or a comment, none of which follows pixels. Before all others they are pixels
 # that were left over: the decoder had lost its way.
 _EXTRANEOUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0x(db|c[012]|dd|e.|fe)")
-
-
-def _decode_torchvision(image: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    io_module = _torchvision_io()
-    if io_module is None:
-        raise ImportError("torchvision.io.decode_jpeg is not available")
-    with open_image(image, max_pixels) as header:
-        if header.format != "JPEG" or header.mode not in ("RGB", "L"):
-            raise _Unsupported("undecodable")  # its CMYK conversion differs from PIL's
-    import torch  # here, as torchvision is: plain decoding needs neither
-
-    try:
-        # A copy into a bytearray, because torch warns about memory that it may not write.
-        encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8)
-        mode = io_module.ImageReadMode.RGB if channels == 3 else io_module.ImageReadMode.GRAY
-        pixels = io_module.decode_jpeg(encoded, mode)  # (C, H, W)
-    except RuntimeError as error:
-        raise _Unsupported("undecodable") from error  # PIL knows better what is wrong
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-
-
-@functools.cache
-def _torchvision_io():
-    """torchvision.io, or None without it: imported late, as it takes a second and most never need it."""
-    try:
-        import torchvision.io
-    except ImportError:
-        return None
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torchvision\.io")
-    return torchvision.io if hasattr(torchvision.io, "decode_jpeg") else None
-
-
-def _decode_pil(image: bytes) -> np.ndarray:
-    return on_8_bits(stored_values(image, 3, deep=False), None)
-
-
-_DECODERS = {"simplejpeg": _decode_simplejpeg, "torchvision": _decode_torchvision, "pil": _decode_pil}

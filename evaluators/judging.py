@@ -372,15 +372,19 @@ def labels_of(index: ShardIndex, labelled: Labelled) -> Labels:
 
 
 def bank_folder(source: str, sources: Sequence[str]) -> Path | None:
-    run = run_of(source) or next(filter(None, map(run_of, sources)), None)
+    run = _run_for(source, sources)
     return run / BANK if run else None
 
 
 def _folder(source: str, sources: Sequence[str], out: str | Path | None) -> Path | None:
     if out:
         return Path(out)
-    run = run_of(source) or next(filter(None, map(run_of, sources)), None)
+    run = _run_for(source, sources)
     return run / "evaluations" if run else None
+
+
+def _run_for(source: str, sources: Sequence[str]) -> Path | None:
+    return run_of(source) or next(filter(None, map(run_of, sources)), None)
 
 
 def described(encoder: OpenedEncoder) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prelude.checkpoints.sources import describe
 from prelude.data.absent import told_as
-from prelude.data.counting import counted
+from prelude.data.counting import counted, listed
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.comparing import gathering
@@ -37,7 +37,7 @@ from prelude.launch.compared_runs import last_of_each, named_runs, recipe_of, wi
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
-from prelude.pretrain.files import refuse_unwritable, remedy, write_whole
+from prelude.pretrain.files import reason, refuse_unwritable, remedy, write_whole
 from prelude.pretrain.recipes import nearest_recipe
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.
@@ -67,11 +67,11 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     keeping = keeping_of(args, judging)
     if recipes:
         _look_at_unlabelled(args, labelled)
-    given = [source for source in unlike(args.sources) if source not in recipes]
+    given = [source for source in distinct(args.sources) if source not in recipes]
     if distributed.is_main():
         tell_unopened([(source, source, None) for source in given])
     try:
-        runs = [named_runs(args, each, recipes.get(each), labelled) for each in unlike(args.sources)]
+        runs = [named_runs(args, each, recipes.get(each), labelled) for each in distinct(args.sources)]
         contestants = gathering.line_up(sum(runs, []), floors=not args.no_floors, starts=keeping is not None)
         if keeping and not recipes:
             refuse_nothing_kept(contestants)
@@ -103,7 +103,7 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 # ---- what is asked for
 
 
-def unlike(sources: Sequence[str]) -> list[str]:
+def distinct(sources: Sequence[str]) -> list[str]:
     """Each once."""
     return list(dict.fromkeys(sources))
 
@@ -241,7 +241,7 @@ def compared(
     budget += f" with {args.pretraining_seeds} seeds" if args.pretraining_seeds > 1 else ""
     what = "without labels" if args.shards else "the labelled train shards, without their labels"
     return Comparison(
-        title=" and ".join(filter(None, (", ".join(objectives[:-1]), *objectives[-1:]))) or "Floors",
+        title=listed(objectives) or "Floors",
         entries=entries,
         evaluators=list(dict.fromkeys(result["evaluator"] for result in measured)),
         data=measured[0]["data"] if measured else unknown,
@@ -267,7 +267,7 @@ def write(comparison: Comparison, out: Path) -> None:
             write_whole(out / name, text)
     except OSError as error:
         raise UserError(
-            f"--out {out} cannot be written ({error.strerror}); {remedy(error, 'choose another folder')}."
+            f"--out {out} cannot be written ({reason(error)}); {remedy(error, 'choose another folder')}."
         ) from None
     print_comparison(comparison)
     print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)

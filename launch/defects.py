@@ -15,9 +15,9 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 
-from prelude.evaluators.embedding.formats import refuse_no_png
 from prelude.launch.arguments import door_parser, parse_present, path, whole
 from prelude.launch.exit_codes import door
+from prelude.pretrain.files import refuse_no_png
 
 LABEL, MASKS, SHOWN = "png", 16, 8
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prelude.data.absent import refuse_absent
 from prelude.data.counting import counted
-from prelude.evaluators.embedding.formats import DTYPES, format_of, refuse_to_overwrite
+from prelude.evaluators.embedding.formats import DTYPES, format_of
 from prelude.launch.arguments import (
     KINDS,
     SOURCES,
@@ -34,6 +34,7 @@ from prelude.launch.arguments import (
     source,
 )
 from prelude.launch.exit_codes import INCOMPLETE, door
+from prelude.pretrain.files import refuse_to_overwrite
 
 
 def main(argv: list[str] | None = None) -> int:

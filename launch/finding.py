@@ -20,10 +20,3 @@ def looked_at(title: str, look: Callable[[], Finding]) -> Finding:
     except Exception as error:  # whatever it is: all else is still to be told
         why = " ".join(f"{type(error).__name__}: {error}".split())
         return Finding(title, ["not known"], [f"Nothing can be found out of the {title} ({why}); mend that first."])
-
-
-GIB = 2**30
-
-
-def size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:,.0f} MiB"

@@ -3,43 +3,40 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from prelude.data.errors import UserError
+from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.select import Selection
 from prelude.data.waiting import wait_at_most
 from prelude.evaluators.features.pixels import is_pixels
-from prelude.evaluators.judging import Evaluator, Judging, evaluate, judge_all, labelled_shards
+from prelude.evaluators.judging import Evaluator, Judging, judge_all, labelled_shards
 from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import chosen, select_section
-from prelude.launch.caching import use_cache
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code
+from prelude.pretrain.files import reason, write_whole
 from prelude.pretrain.sameness import refuse_differences
 
 
 def judge(
-    args: argparse.Namespace,
-    evaluators: Sequence[Evaluator],
-    name: str,
-    argv: Sequence[str] | None,
-    settings: Mapping | None = None,
-    **changes,
+    args: argparse.Namespace, evaluators: Sequence[Evaluator], name: str, argv: Sequence[str] | None, **changes
 ) -> int:
     """Prints the table of what the evaluators found. `name`, with argv, is the command that a result records.
 
-    settings: of `Judging`, beside those that all doors have. changes: to how the labels are read, see
-    `labelled_shards`.
+    changes: to how the labels are read, see `labelled_shards`.
     """
-    told = {**(settings or {}), **settings_of(args, name, argv)}
-    return judge_by(args, Judging(evaluators, labelled_of(args, **changes), **told))
+    settings = settings_of(args, name, argv)
+    return judge_by(args, Judging(evaluators, labelled_of(args, **changes), **settings))
 
 
-def judge_by(args: argparse.Namespace, judging: Judging) -> int:
-    results = judge_all(args.sources, judging)
-    if results:
-        print_table(results)
+def judge_by(args: argparse.Namespace, judging: Judging, *more: Callable[[list[Result]], None]) -> int:
+    """Prints the table of what was found, and then what `more` print of it."""
+    if results := judge_all(args.sources, judging):
+        for shown in (print_table, *more):
+            shown(results)
     distributed.stop()
     return 0
 
@@ -58,17 +55,6 @@ def chosen_of(args: argparse.Namespace) -> dict:
 def part_of(words: Sequence[str] | None, option: str = "--select") -> Selection | None:
     """What an option like `--select` takes of the shards. Raises UserError."""
     return selection(select_section(words, option))
-
-
-def results_of(
-    args: argparse.Namespace,
-    evaluators: Sequence[Evaluator],
-    name: str,
-    argv: Sequence[str] | None,
-    labelled: Labelled,
-    **settings,
-) -> list[Result]:
-    return evaluate(args.sources, evaluators, labelled, **{**settings, **settings_of(args, name, argv)})
 
 
 def settings_of(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> dict:
@@ -97,7 +83,7 @@ def reading(args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
     """How images are read. Joins the other ranks, if there are any."""
     if args.timeout_seconds is not None:
         wait_at_most(args.timeout_seconds, "--timeout-seconds")
-    use_cache(args)
+    keep_remote_shards(args.cache_dir, args.cache_gib)
     if distributed.launched_world_size() > 1:
         distributed.start()
         refuse_differences({"arguments": given_words(argv), "code": describe_code()})
@@ -115,3 +101,12 @@ def given_words(argv: Sequence[str] | None) -> str:
 def say(text: str) -> None:
     if distributed.is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+def write_result(place: str, content: str | bytes) -> None:
+    """A file that was asked for by its name. Raises UserError where the disk refuses."""
+    try:
+        write_whole(Path(place), content)
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({reason(error)}); make room there, or name another.") from None
+    print(f"written to {place}", file=sys.stderr)

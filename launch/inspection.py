@@ -17,7 +17,7 @@ from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
 from prelude.data.value_range import channels_of
 from prelude.pretrain.distributed import cores_per_rank
-from prelude.pretrain.files import remedy
+from prelude.pretrain.files import reason, remedy
 
 _MOST_LISTED = 20
 
@@ -83,7 +83,7 @@ def verify(args: argparse.Namespace) -> int:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
             raise UserError(
-                f"--to {args.to} cannot be written ({error.strerror}); {remedy(error, 'choose another file')}."
+                f"--to {args.to} cannot be written ({reason(error)}); {remedy(error, 'choose another file')}."
             ) from None
     return 1 if problems else 0
 
@@ -119,7 +119,7 @@ def index_file(args: argparse.Namespace) -> int:
         try:
             written = write_for(index.paths, args.to)
         except OSError as error:
-            raise UserError(f"--to {args.to} cannot be written ({error.strerror}); choose another folder.") from None
+            raise UserError(f"--to {args.to} cannot be written ({reason(error)}); choose another folder.") from None
     print(
         "\n".join(
             f"{counted(index.num_samples, 'sample')} in {counted(index.num_shards, 'shard')}: {path}"

@@ -21,7 +21,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from prelude.launch.finding import Finding, looked_at, size
+from prelude.data.counting import size
+from prelude.launch.finding import Finding, looked_at
 from prelude.launch.loading import PACKAGES
 
 DISTRIBUTION = "prelude-ssl"

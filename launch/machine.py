@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prelude.data import host
-from prelude.data.counting import counted
+from prelude.data.counting import counted, size
 from prelude.data.errors import UserError
-from prelude.launch.finding import GIB, Finding, looked_at, size
+from prelude.launch.finding import Finding, looked_at
 from prelude.pretrain import launchers
 
 VARIABLES = (
@@ -27,6 +27,7 @@ CGROUP = Path("/sys/fs/cgroup")
 INFINIBAND = Path("/sys/class/infiniband")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")  # that torch's kernels are written for
 _OF_A_WORKER = 2 * 256 * 3 * 224 * 224  # bytes of the two micro-batches that it keeps ready, of 256 images each
+GIB = 2**30
 _ENOUGH_SHARED = GIB  # for any number of workers: they wait for one another where more would be used
 _LEAST_FREE = GIB
 _LEAST_FILES, _ENOUGH_FILES = 1024, 65536

@@ -15,7 +15,6 @@ import argparse
 from collections.abc import Sequence
 
 from prelude.data.errors import UserError
-from prelude.evaluators.embedding.formats import refuse_no_png
 from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import (
     ENCODERS,
@@ -32,6 +31,7 @@ from prelude.launch.arguments import (
     whole,
 )
 from prelude.launch.exit_codes import door
+from prelude.pretrain.files import refuse_no_png
 
 COUNT, MOST = 6, 24
 
@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.features.dense import dense_plan
     from prelude.evaluators.features.extraction import evaluation_plan
     from prelude.evaluators.judging import refuse_unknown
-    from prelude.launch.frozen import part_of
-    from prelude.launch.neighbours import keep
+    from prelude.launch.frozen import part_of, write_result
 
     refuse_pixels(args.sources)
     refuse_unknown(args.sources)
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             told[-1] += f"; {seen.looked.what}"
     from prelude.evaluators.dense.drawing import FILE_BYTES, to_png
 
-    keep(args.to, to_png(sheet(blocks), FILE_BYTES))
+    write_result(args.to, to_png(sheet(blocks), FILE_BYTES))
     images = dict.fromkeys(f"images: {', '.join(samples.keys)}" for samples in chosen.values())
     print("\n".join([*images, *told]))
     return 0

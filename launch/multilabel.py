@@ -22,19 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_present(parser(), argv)
     from prelude.evaluators.comparing.label_table import print_labels
     from prelude.evaluators.frozen.multilabel import multilabel
-    from prelude.evaluators.judging import vector_format
-    from prelude.evaluators.results import print_table
-    from prelude.launch.frozen import labelled_of, results_of
-    from prelude.pretrain import distributed
+    from prelude.evaluators.judging import Judging, vector_format
+    from prelude.launch.frozen import judge_by, labelled_of, settings_of
 
     form = vector_format(args.sources, args.names, args.field, args.group)
     judged = partial(multilabel, names=form.names, norms=args.norm)
-    results = results_of(args, [judged], "multilabel", argv, labelled_of(args, vectors=form))
-    if results:
-        print_table(results)
-        print_labels(results)
-    distributed.stop()
-    return 0
+    judging = Judging([judged], labelled_of(args, vectors=form), **settings_of(args, "multilabel", argv))
+    return judge_by(args, judging, print_labels)
 
 
 def parser() -> argparse.ArgumentParser:

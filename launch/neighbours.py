@@ -13,13 +13,11 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import csv
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.evaluators.embedding.formats import refuse_to_overwrite
 from prelude.launch.arguments import (
     KINDS,
     Shards,
@@ -36,6 +34,7 @@ from prelude.launch.arguments import (
     whole,
 )
 from prelude.launch.exit_codes import door
+from prelude.pretrain.files import refuse_to_overwrite
 
 COLUMNS = ("query", "rank", "cosine", "key", "label", "shard")
 
@@ -49,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             refuse_to_overwrite(place, option)
     from prelude.evaluators.embedding.neighbours import index_of, nearest, queries_among, vectors_of
     from prelude.evaluators.embedding.sheet import contact_sheet
+    from prelude.launch.frozen import write_result
     from prelude.pretrain import distributed
 
     embedded, encoder = opened(args, argv)
@@ -63,10 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         text = io.StringIO(newline="")
         csv.writer(text).writerows([COLUMNS, *rows])
-        keep(args.out, text.getvalue())
+        write_result(args.out, text.getvalue())
     show(rows, f"nearest of {counted(f'{len(embedded):,}', 'image')} by {embedded.kind} features, cosine")
     if args.sheet:
-        keep(args.sheet, contact_sheet(embedded, index_of(embedded, args.shards), found))
+        write_result(args.sheet, contact_sheet(embedded, index_of(embedded, args.shards), found))
     return 0
 
 
@@ -147,16 +147,6 @@ def show(rows: Sequence[tuple], title: str) -> None:
     if not console.is_terminal:  # another program reads the keys
         console.width = 10_000
     print_whole(console, build, [row[name] for row in cells for name in names])
-
-
-def keep(place: str, content: str | bytes) -> None:
-    from prelude.pretrain.files import reason, write_whole
-
-    try:
-        write_whole(Path(place), content)
-    except OSError as error:
-        raise UserError(f"{place} cannot be written ({reason(error)}); make room there, or name another.") from None
-    print(f"written to {place}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.data.batch import Batch, ViewPlan
 from prelude.data.counting import named
 from prelude.launch.made_up_data import made_up_batch, made_up_volumes
 from prelude.objectives.building import build_objective
+from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
-from prelude.pretrain.host_waits import counted
+from prelude.pretrain.host_waits import counting_waits
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
@@ -91,7 +91,7 @@ def run(objective: Objective, batch: Batch, progress: Progress, *, seed: int = 0
 _GENERATORS: dict[str, Callable] = {"torch": torch.manual_seed, "NumPy": np.random.seed, "Python": random.seed}
 
 
-def unlike(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = TOLERANCE) -> str:
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = TOLERANCE) -> str:
     """The tensor in which two sets of gradients or weights differ most, with by how much; empty where in none.
 
     Each difference is a share of the tensor's norm, or of a small part of the norm of all, where that is more.
@@ -149,7 +149,7 @@ def draws(subject: Subject) -> str:
     reference = run(objective, batch, subject.progress())
     for name in _GENERATORS:
         other = run(subject.fresh(), batch, subject.progress(), seed=1, generators=name)
-        if _far(reference.total, other.total) or unlike(reference.gradients, other.gradients):
+        if _far(reference.total, other.total) or largest_difference(reference.gradients, other.gradients):
             raise Broken(
                 f"The loss of the same batch is {reference.total:.6g}, and {other.total:.6g} where {name}'s global "
                 "generator is seeded otherwise; draw masks and noise from batch.seeds, by prelude.pretrain.draws."
@@ -187,7 +187,7 @@ def averages(subject: Subject) -> str:
     objective = subject.fresh()
     if not objective.accumulates:
         return "the loss is one of the whole batch, as accumulates=False says, and micro-batches are refused"
-    normed = any(isinstance(module, _BatchNorm) for module in objective.modules())
+    normed = has_batch_norms(objective)
     batch = subject.batch(objective.views)
     whole = run(_mode(subject.fresh(), not normed), batch, subject.progress())
     halves = [
@@ -201,7 +201,7 @@ def averages(subject: Subject) -> str:
             "over samples, draw by seeds and not by places in the batch, or write accumulates=False."
         )
     joined = {name: sum(half.gradients[name] for half in halves) / 2 for name in whole.gradients}
-    if where := unlike(whole.gradients, joined):
+    if where := largest_difference(whole.gradients, joined):
         raise Broken(f"The gradient of a batch is not the mean of its halves' in {where}; look what mixes samples.")
     return "a batch is the mean of its parts, in any order" + (", batch norms held still" if normed else "")
 
@@ -212,7 +212,7 @@ def waits(subject: Subject) -> str:
     for step in range(2):  # what is made once, such as constants, is made by then
         _step(objective, subject, step)
     batch, progress = subject.batch(objective.views, 2), subject.progress(2)
-    with counted() as found:
+    with counting_waits() as found:
         objective(batch, progress).total.backward()
         objective.after_step(subject.progress(3), one)
     allowed, waits = objective.host_waits, f"{len(found)} {named(len(found), 'time')} a step"
@@ -234,7 +234,7 @@ def resumes(subject: Subject) -> str:
     again = subject.fresh()
     again.load_state_dict({name: value.clone() for name, value in objective.state_dict().items()})
     one, other = (run(each, subject.batch(each.views, 2), subject.progress(2)) for each in (objective, again))
-    where = unlike(one.gradients, other.gradients, 1e-6)
+    where = largest_difference(one.gradients, other.gradients, 1e-6)
     if _far(one.total, other.total, 1e-6) or where:
         raise Broken(
             f"After a resume the third step has the loss {other.total:.6g} instead of {one.total:.6g}; keep what "

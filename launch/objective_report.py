@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.saved import open_tensors
@@ -30,10 +29,11 @@ from prelude.launch.objective_checks import (
     Broken,
     Subject,
     Unusable,
-    unlike,
+    largest_difference,
 )
 from prelude.objectives import check_objective, objective_class, options_for
 from prelude.pretrain import overrides as setting
+from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.config import Config, EncoderConfig, is_dropout
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.encoders import lay_out_encoder
@@ -201,7 +201,7 @@ class Runs:
         self.failures: dict[int, dict[str, str]] = {}  # by number of ranks, and there by case; "" for all
         start = subject.fresh()
         self.start = {name: value.clone() for name, value in start.state_dict().items()}
-        self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in start.modules())
+        self.has_batch_norm = has_batch_norms(start)
         (folder / "config.json").write_text(subject.config.model_dump_json())
 
     def gradients(self, world: int, case: str = ranks.PLAIN) -> dict[str, Tensor]:
@@ -238,12 +238,12 @@ class Runs:
 
 def same_at_ranks(runs: Runs) -> str:
     one, two = _WORLDS
-    if where := unlike(runs.gradients(one), runs.gradients(two)):
+    if where := largest_difference(runs.gradients(one), runs.gradients(two)):
         raise Broken(
             f"The first step's gradient at 2 ranks is another in {where}; draw by batch.seeds, take the mean over the "
             "batch, and give batch norms all ranks (prelude.pretrain.batch_norm.synchronise)."
         )
-    if where := unlike(runs.moved(one, ranks.PLAIN), runs.moved(two, ranks.PLAIN), _DRIFT):
+    if where := largest_difference(runs.moved(one, ranks.PLAIN), runs.moved(two, ranks.PLAIN), _DRIFT):
         raise Broken(f"After {NUM_STEPS} steps at 2 ranks {where} is another; look at buffers, and at after_step.")
     return f"1 and 2 ranks have the same gradients, and the same weights after {NUM_STEPS} steps"
 
@@ -254,7 +254,7 @@ def same_when_accumulated(runs: Runs) -> str:
     if not runs.has_batch_norm:
         pairs.append((runs.gradients(one), runs.gradients(one, ranks.ACCUMULATED)))
     for whole, parts in pairs:
-        if where := unlike(whole, parts):
+        if where := largest_difference(whole, parts):
             raise Broken(f"With two micro-batches a step the gradient is another in {where}; look what mixes samples.")
     return "two micro-batches a step have the gradients of one" + (
         ", batch norms held still" if runs.has_batch_norm else ""
@@ -277,7 +277,7 @@ def same_under_zero(runs: Runs) -> str:
     highest = objective_class(runs.subject.config.objective["name"]).max_zero_stage
     for stage in range(1, highest + 1):
         for world in _WORLDS:
-            if where := unlike(runs.moved(world, ranks.PLAIN), runs.moved(world, f"zero{stage}"), _DRIFT):
+            if where := largest_difference(runs.moved(world, ranks.PLAIN), runs.moved(world, f"zero{stage}"), _DRIFT):
                 raise Broken(
                     f"ZeRO stage {stage} at {world} ranks ends with another {where}; where weights are read outside of "
                     "forward, write max_zero_stage = 2."

@@ -13,8 +13,7 @@ from prelude.evaluators.dense.correspondence import sheet
 from prelude.evaluators.dense.drawing import FILE_BYTES, PAPER, TILE, tile, to_png
 from prelude.evaluators.dense.judging import DenseJudging
 from prelude.evaluators.dense.samples import read_samples
-from prelude.launch.frozen import judge_by
-from prelude.launch.neighbours import keep
+from prelude.launch.frozen import judge_by, write_result
 from prelude.pretrain.images import shown
 
 Row = tuple[str, list[Image.Image]]  # what it is, and a tile for each image
@@ -60,5 +59,5 @@ class DrawnJudging(DenseJudging):
 def judge_and_draw(args: argparse.Namespace, judging: DrawnJudging) -> int:
     code = judge_by(args, judging)
     if judging.blocks:  # on the first rank
-        keep(args.pictures, to_png(sheet(judging.blocks, shared=2), FILE_BYTES))
+        write_result(args.pictures, to_png(sheet(judging.blocks, shared=2), FILE_BYTES))
     return code

@@ -1,5 +1,5 @@
-"""What a door prints, in a notebook or on a terminal: the lines that tell of steps are one line with a bar, an error
-is left to the exception that tells it, and what the launcher says of itself is left out."""
+"""What a door prints, in a notebook or on a terminal: the lines that tell of steps are one line with a bar, and an
+error is left to the exception that tells it."""
 
 import re
 import shutil
@@ -7,7 +7,6 @@ import sys
 from typing import TextIO
 
 _STEP = re.compile(r"step (\d+)/(\d+)  ")
-_LAUNCHER = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] \[(INFO|WARNING)\]")  # DeepSpeed's, of how it starts ranks
 _BAR = 20  # characters
 
 
@@ -34,7 +33,7 @@ class ProgressLine:
             text = text[:room]
             self.stream.write(f"\r{text.ljust(self.width)[:room]}")
             self.width = len(text)
-        elif not line.startswith("error: ") and not _LAUNCHER.match(line):
+        elif not line.startswith("error: "):
             self.end()
             self.stream.write(f"{line}\n")
         self.stream.flush()

@@ -18,9 +18,9 @@ import argparse
 from functools import partial
 
 from prelude.evaluators.defaults import TEMPERATURE, K
-from prelude.evaluators.embedding.formats import refuse_no_png
 from prelude.launch.arguments import above_zero, door_parser, parse_present, path, whole
 from prelude.launch.exit_codes import door
+from prelude.pretrain.files import refuse_no_png
 
 LABEL, SHOWN = "png", 8
 

@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
         action = {"info": inspection.info, "verify": inspection.verify, "index": inspection.index_file}[args.action]
     if hasattr(args, "cache_dir"):
-        from prelude.launch.caching import use_cache
+        from prelude.data.remote_shards import keep_remote_shards
 
-        use_cache(args)
+        keep_remote_shards(args.cache_dir, args.cache_gib)
     return action(args)
 
 

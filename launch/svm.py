@@ -22,11 +22,12 @@ from prelude.launch.exit_codes import door
 def main(argv: list[str] | None = None) -> int:
     args = parse_present(parser(), argv)
     from prelude.evaluators.frozen.svm import CS, svm
-    from prelude.evaluators.judging import vector_format
-    from prelude.launch.frozen import judge
+    from prelude.evaluators.judging import Judging, vector_format
+    from prelude.launch.frozen import judge_by, labelled_of, settings_of
 
     form = vector_format(args.sources, args.names, args.field, "") if args.names or args.field else None
-    return judge(args, [partial(svm, cs=args.c or CS)], "svm", argv, settings={"crops": args.crops}, vectors=form)
+    settings, judged = settings_of(args, "svm", argv), partial(svm, cs=args.c or CS)
+    return judge_by(args, Judging([judged], labelled_of(args, vectors=form), crops=args.crops, **settings))
 
 
 def parser() -> argparse.ArgumentParser:

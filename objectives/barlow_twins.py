@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prelude.objectives.cross_correlation import barlow_loss
 from prelude.objectives.options import BarlowTwinsOptions
-from prelude.objectives.several_views import TwoViews, attained, full_precision, spread_of
+from prelude.objectives.several_views import TwoViews, attained, embedding_health, full_precision
 from prelude.pretrain.batch_norm import normalise_columns
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, rank_share
 from prelude.pretrain.objective import Loss
@@ -59,7 +59,7 @@ class BarlowTwins(TwoViews):
                     TRIVIAL_LOSS: terms.total.new_full((), self._trivial_loss(sum(counts), first.shape[1])),
                 }
                 | attained(rank_share(terms.effective_dimensions, sum(counts), first.shape[1]), sum(counts))
-                | spread_of(both),
+                | embedding_health(both),
             )
 
     def _trivial_loss(self, count: int, width: int) -> float:

@@ -155,10 +155,6 @@ class IJEPA(Objective):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             return F.layer_norm(features, features.shape[-1:])
 
-    def predict(self, images: Tensor, masks: BlockMasks) -> Tensor:
-        """What the predictor says of every target patch. Returns (B, M, T, D)."""
-        return self.predict_targets(self.encode_context(images, masks), masks)
-
     def encode_context(self, images: Tensor, masks: BlockMasks) -> Tensor:
         """The encoder's features of the context. Returns (B, K, D)."""
         return forward_tokens(self.encoder, images, masks.context)[:, self.num_prefix :]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View
 from prelude.data.errors import UserError
 from prelude.objectives.options import ColourOptions, LeJEPAOptions
-from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, full_precision, spread_of
+from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, embedding_health, full_precision
 from prelude.objectives.sigreg import Knots, directions, sigreg
 from prelude.pretrain import own_encoder
 from prelude.pretrain.collectives import all_reduce, row_counts
@@ -95,7 +95,7 @@ class LeJEPA(SeveralViews):
 
         The parts are the two terms without their weights, and of this rank's first view the effective number of
         dimensions as a share of what is attainable, less where hardly anything varies (`embedding_rank_share`, see
-        `wide_share`), and what `spread_of` sees. `trivial_loss`: see `_trivial_loss`.
+        `wide_share`), and what `embedding_health` sees. `trivial_loss`: see `_trivial_loss`.
         """
         o, count = self.options, sum(counts)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -109,7 +109,7 @@ class LeJEPA(SeveralViews):
                 "sigreg": normality.detach(),
                 TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count)),
             }
-            return Loss(total, parts | attained_by(z[0]) | spread_of(z[0]))
+            return Loss(total, parts | attained_by(z[0]) | embedding_health(z[0]))
 
     def _trivial_loss(self, count: int) -> float:
         """Of views that have nothing in common, embedded as independent normals of the standard deviation s that costs

@@ -20,7 +20,6 @@ predicts the pixels of the hidden ones:
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from prelude.objectives.gradient_map import gradient_map
 from prelude.objectives.masking import PatchMask, in_squares, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MAEOptions
 from prelude.objectives.patch_decoder import DecodesPatches, PatchDecoder
-from prelude.objectives.patch_target import target_statistics
+from prelude.objectives.patches import as_pixels, panels, patch_values, pixel_loss
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.token_blocks import xavier_init
 from prelude.pretrain.batch_norm import synchronise
@@ -39,7 +38,7 @@ from prelude.pretrain.encoders import EncoderSummary, block_maps, check_encoder,
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
 from prelude.pretrain.images import denormalise, unit_pixels
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.kept_patches import gather_patches, prefix_tokens
+from prelude.pretrain.kept_patches import prefix_tokens
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.warm_start import drawn_parts, is_warm
@@ -137,46 +136,27 @@ class MAE(DecodesPatches, Objective):
         checkpointing, gradient = self.encoder.grad_checkpointing, None
         if self.gradient_decoder is not None:
             predicted = self.gradient_decoder.predict(latent, mask, ids, checkpointing=checkpointing)
-            gradient = Gradients(predicted, self._values(self.gradient_of(images), ids))
+            gradient = Gradients(predicted, patch_values(self.gradient_of(images), self.patch_size, ids))
         predicted = self.predict(latent, mask, ids, checkpointing=checkpointing)
-        return Reconstruction(predicted, self._values(images, ids), mask, ids, gradient)
+        return Reconstruction(predicted, patch_values(images, self.patch_size, ids), mask, ids, gradient)
 
     def gradient_of(self, images: Tensor) -> Tensor:
         """The gradient map of normalised images, (B, C, H, W) to (B, 1, H, W), in float32 at least."""
         with torch.autocast(images.device.type, enabled=False):
             return gradient_map(unit_pixels(images, self.views))
 
-    def _values(self, images: Tensor, ids: Tensor) -> Tensor:
-        """(B, R, p_h * p_w * C) of patches ids."""
-        return rearrange(gather_patches(images, self.patch_size, ids), "b r c h w -> b r (h w c)")
-
     def loss(self, reconstruction: Reconstruction) -> Loss:
-        """Mean squared error on hidden patches.
-
-        `pixel_mse` in the parts is the error in normalised pixels whatever the target, so that runs with and
-        without `norm_pix_loss` compare. `trivial_loss` is the loss of a prediction of 0 everywhere: (n - 1) / n with
-        `norm_pix_loss`, n being the values of a patch, and less where patches are flat.
-        """
-        with torch.autocast(reconstruction.pixels.device.type, enabled=False):
-            gradient = self._gradient_loss(reconstruction.gradient)
-            mean, scale = target_statistics(reconstruction.pixels, self.options.norm_pix_loss)
-            target = (reconstruction.pixels - mean) / scale
-            residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * C)
-            error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
-            parts = {
-                "pixel_mse": (error.detach() * scale.square()).mean(),
-                TRIVIAL_LOSS: target.detach().square().mean() + gradient.parts.pop(TRIVIAL_LOSS, 0.0),
-            }
-            return Loss(error.mean() + gradient.total, parts | gradient.parts)
-
-    def _gradient_loss(self, gradient: Gradients | None) -> Loss:
-        """The weighted mean squared error on the gradient maps of hidden patches; trivial is their mean everywhere."""
-        if gradient is None:
-            return Loss(0.0, {})
-        weight, target = self.options.gradient_weight, gradient.target
-        error = (gradient.predicted.to(target.dtype) - target).square().mean()
-        trivial = weight * target.var(correction=0)
-        return Loss(weight * error, {"gradient_mse": error.detach(), TRIVIAL_LOSS: trivial})
+        """`pixel_loss` on hidden patches and, where gradient maps are a target, the weighted mean squared error on
+        theirs, of which their mean everywhere is trivial."""
+        loss = pixel_loss(reconstruction.predicted, reconstruction.pixels, self.options.norm_pix_loss)
+        if reconstruction.gradient is None:
+            return loss
+        weight, target = self.options.gradient_weight, reconstruction.gradient.target
+        with torch.autocast(target.device.type, enabled=False):
+            error = (reconstruction.gradient.predicted.to(target.dtype) - target).square().mean()
+            trivial = loss.parts[TRIVIAL_LOSS] + weight * target.var(correction=0)
+            parts = loss.parts | {TRIVIAL_LOSS: trivial, "gradient_mse": error.detach()}
+            return Loss(loss.total + weight * error, parts)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:
@@ -190,10 +170,7 @@ class MAE(DecodesPatches, Objective):
         with evaluating(self):
             result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_squares))
         restored = self.restored(result).to(images.dtype)  # (B, R, P)
-        original = patchify(images, self.patch_size)  # (B, L, P)
-        where = result.ids[..., None].expand_as(restored)
-        panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
-        drawn = [denormalise(unpatchify(panel, self.patch_size, self.grid), self.views) for panel in panels]
+        drawn = [denormalise(panel, self.views) for panel in panels(images, restored, self.patch_size, result.ids)]
         pictures = {"reconstruction": sheet(torch.stack(drawn, dim=1))}
         if result.gradient is not None:
             pictures["gradient"] = self._gradient_picture(self.gradient_of(images), result)
@@ -202,18 +179,15 @@ class MAE(DecodesPatches, Objective):
     def _gradient_picture(self, maps: Tensor, result: Reconstruction) -> Image.Image:
         """Hidden, predicted and true gradient maps, (B, 1, H, W), each image's as bright as its true one allows."""
         brightest = maps.amax((1, 2, 3)).clamp(min=1e-6)[:, None, None]
-        original = patchify(maps, self.patch_size) / brightest  # (B, L, P)
-        where = result.ids[..., None].expand_as(result.gradient.predicted)
-        restored = result.gradient.predicted.to(original.dtype) / brightest
-        panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
-        drawn = [255 * unpatchify(panel, self.patch_size, self.grid).expand(-1, 3, -1, -1) for panel in panels]
+        restored = result.gradient.predicted.to(maps.dtype) / brightest
+        found = panels(maps / brightest[..., None], restored, self.patch_size, result.ids)
+        drawn = [255 * panel.expand(-1, 3, -1, -1) for panel in found]
         return sheet(torch.stack(drawn, dim=1).round().clamp(0, 255).to(torch.uint8))
 
     def restored(self, reconstruction: Reconstruction) -> Tensor:
         """(B, R, p_h * p_w * C) predictions as normalised pixels, with the true mean and deviation of each patch where
         the model was not taught them."""
-        mean, scale = target_statistics(reconstruction.pixels, self.options.norm_pix_loss)
-        return reconstruction.predicted.to(scale.dtype) * scale + mean
+        return as_pixels(reconstruction.predicted, reconstruction.pixels, self.options.norm_pix_loss)
 
     def _initialise(self) -> None:
         """As the official code starts; an encoder that comes with weights keeps them."""
@@ -249,15 +223,3 @@ def _refuse_switches(options: MAEOptions, encoder: EncoderConfig, summary: Encod
             f"objective.decoder=cross reads what leaves each of the encoder's blocks, which "
             f"encoder.name={encoder.name} does not offer; write a timm VisionTransformer, or objective.decoder=self."
         )
-
-
-def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) to (B, L, p_h * p_w * C): patches in raster order, the channel fastest within a patch."""
-    height, width = patch_size
-    return rearrange(images, "b c (r h) (k w) -> b (r k) (h w c)", h=height, w=width)
-
-
-def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`; grid is (rows, columns)."""
-    (height, width), (rows, columns) = patch_size, grid
-    return rearrange(patches, "b (r k) (h w c) -> b c (r h) (k w)", r=rows, k=columns, h=height, w=width)

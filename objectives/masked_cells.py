@@ -14,7 +14,6 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,16 +22,15 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MaskedCellsOptions
-from prelude.objectives.patch_target import target_statistics
+from prelude.objectives.patches import as_pixels, panels, patch_values, pixel_loss
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.sparse_check import Survey, survey, total_stride
 from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
-from prelude.pretrain.feature_health import TRIVIAL_LOSS, feature_health
+from prelude.pretrain.feature_health import feature_health
 from prelude.pretrain.images import denormalise
 from prelude.pretrain.images import images as device_images
-from prelude.pretrain.kept_patches import gather_patches
 from prelude.pretrain.objective import Loss, Objective
 from prelude.pretrain.schedules import Progress
 
@@ -107,22 +105,8 @@ class MaskedCells(Objective):
         return Reconstruction(self.predict(encoded, mask), self.hidden(images, mask), mask)
 
     def loss(self, reconstruction: Reconstruction) -> Loss:
-        """Mean squared error on hidden cells.
-
-        `pixel_mse` in the parts is the same error in normalised pixels: each cell's, times its variance.
-        `trivial_loss` is the loss of a prediction of 0 everywhere: (n - 1) / n, n being the values of a cell, and less
-        where cells are flat.
-        """
-        with torch.autocast(reconstruction.pixels.device.type, enabled=False):
-            mean, scale = target_statistics(reconstruction.pixels, self.standardised)
-            target = (reconstruction.pixels - mean) / scale
-            residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p * p * C)
-            error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
-            parts = {
-                "pixel_mse": (error.detach() * scale.square()).mean(),
-                TRIVIAL_LOSS: target.detach().square().mean(),
-            }
-            return Loss(error.mean(), parts)
+        """`pixel_loss` on hidden cells."""
+        return pixel_loss(reconstruction.predicted, reconstruction.pixels, self.standardised)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:
@@ -135,22 +119,14 @@ class MaskedCells(Objective):
         images = images[:_NUM_PICTURES]
         with evaluating(self):
             result = self.reconstruct(images, mask_noise(batch.seeds[:_NUM_PICTURES], self.num_cells))
-        mean, scale = target_statistics(result.pixels, self.standardised)
-        restored = result.predicted.to(images.dtype) * scale + mean  # (B, R, P)
-        original = rearrange(images, "b c (r h) (k w) -> b (r k) (h w c)", h=self.cell, w=self.cell)  # (B, L, P)
-        where = result.mask.removed[..., None].expand_as(restored)
-        panels = [original.scatter(1, where, 0.0), original.scatter(1, where, restored), original]
-        drawn = [denormalise(self._assembled(panel), self.views) for panel in panels]
+        restored = as_pixels(result.predicted, result.pixels, self.standardised)  # (B, R, P)
+        found = panels(images, restored, (self.cell, self.cell), result.mask.removed)
+        drawn = [denormalise(panel, self.views) for panel in found]
         return {"reconstruction": sheet(torch.stack(drawn, dim=1))}
 
     def hidden(self, images: Tensor, mask: PatchMask) -> Tensor:
         """(B, C, H, W) to (B, R, p * p * C), the hidden cells."""
-        cells = gather_patches(images, (self.cell, self.cell), mask.removed)  # (B, R, C, p, p)
-        return rearrange(cells, "b r c h w -> b r (h w c)")
-
-    def _assembled(self, cells: Tensor) -> Tensor:
-        rows, columns = self.grid
-        return rearrange(cells, "b (r k) (h w c) -> b c (r h) (k w)", r=rows, k=columns, h=self.cell, w=self.cell)
+        return patch_values(images, (self.cell, self.cell), mask.removed)
 
 
 def fitted(

@@ -26,7 +26,7 @@ from prelude.objectives.embedding_dynamics import kicks, unit
 from prelude.objectives.momentum_teacher import follow_weights, momentum_teacher, train_norms
 from prelude.objectives.options import ColourOptions, MSBRegOptions
 from prelude.objectives.projector import projector
-from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, full_precision, spread_of
+from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, embedding_health, full_precision
 from prelude.pretrain.batch_norm import synchronise
 from prelude.pretrain.collectives import all_reduce, row_counts
 from prelude.pretrain.feature_health import feature_health
@@ -81,8 +81,8 @@ class MSBReg(SeveralViews):
 
         The parts are the three terms without their weights, and of this rank's first view the effective number of
         dimensions as a share of what is attainable, less where all point nearly the same way (`embedding_rank_share`),
-        and what `spread_of` sees. No loss is trivial: the teacher sees the same views, so that a student that knows
-        each view, and nothing that they have in common, is not far from the centroid.
+        and what `embedding_health` sees. No loss is trivial: the teacher sees the same views, so that a student that
+        knows each view, and nothing that they have in common, is not far from the centroid.
         """
         with torch.autocast(predicted.device.type, enabled=False):
             q, t = (unit(rows) for rows in full_precision(predicted, target))
@@ -90,7 +90,7 @@ class MSBReg(SeveralViews):
             total, parts = self.regularised(centroid, q, directions, counts)
             apart = (1 - q[0].detach().mean(0).square().sum()).clamp(min=0).sqrt()  # 1 where they point everywhere
             parts |= {"centroid": centroid.detach()} | attained_by(q[0], apart)
-            return Loss(total, parts | spread_of(q[0]))
+            return Loss(total, parts | embedding_health(q[0]))
 
     def _centroid_term(self, q: Tensor, t: Tensor, counts: list[int]) -> Tensor:
         if self.options.centroid == "mean":

@@ -61,7 +61,7 @@ class Rotation(Objective):
         check_encoder(encoder, tokens=False)
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
-        (images,) = device_images(batch, self.views)  # (B, 3, S, S)
+        (images,) = device_images(batch, self.views)  # (B, C, S, S)
         features = self.encoder(rotated(images, self.quarter_turns))  # (B * K, D)
         loss = self.loss(self.head(features))
         return Loss(loss.total, loss.parts | feature_health(features.detach()))
@@ -85,7 +85,7 @@ class Rotation(Objective):
     def pictures(self, batch: Batch) -> dict[str, Image.Image]:
         """One row an image: its rotations, framed in green where they are recognised and in red where not."""
         (images,) = device_images(batch, self.views)
-        samples = rotated(images[:_NUM_PICTURES], self.quarter_turns)  # (B * K, 3, S, S)
+        samples = rotated(images[:_NUM_PICTURES], self.quarter_turns)  # (B * K, C, S, S)
         with evaluating(self):
             guesses = self.head(self.encoder(samples)).argmax(1)
         num_classes = len(self.quarter_turns)

@@ -166,7 +166,7 @@ def wide_share(share: Tensor, std: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def spread_of(embeddings: Tensor) -> dict[str, Tensor]:
+def embedding_health(embeddings: Tensor) -> dict[str, Tensor]:
     """Of embeddings (n, D), over this rank's samples, before anything standardises them:
 
     `embedding_std`: the standard deviation, averaged over dimensions.

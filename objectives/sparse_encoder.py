@@ -46,7 +46,7 @@ class SparseEncoder:
                 layer.register_forward_hook(self._pack_output)
 
     def __call__(self, images: Tensor, visible: Tensor, grid: tuple[int, int]) -> Encoded:
-        """images: (B, 3, H, W). visible: (B, K) cells of `grid` (rows, columns), in raster order."""
+        """images: (B, C, H, W). visible: (B, K) cells of `grid` (rows, columns), in raster order."""
         positions = ActivePositions(visible, grid)
         with self._encoding(positions):
             maps = stage_maps(self.model, positions.pack(images))

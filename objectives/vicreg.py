@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prelude.objectives.covariance import spread
 from prelude.objectives.options import VICRegOptions
-from prelude.objectives.several_views import TwoViews, attained, full_precision, spread_of, wide_share
+from prelude.objectives.several_views import TwoViews, attained, embedding_health, full_precision, wide_share
 from prelude.pretrain.collectives import all_reduce
 from prelude.pretrain.feature_health import TRIVIAL_LOSS, rank_share
 from prelude.pretrain.objective import Loss
@@ -60,7 +60,8 @@ class VICReg(TwoViews):
                 TRIVIAL_LOSS: total.new_full((), self._trivial_loss(count, width)),
             }
             parts |= attained(wide_share(rank_share(one.effective_dimensions, count, width), one.std), count)
-            return Loss(total, {n: p.detach() for n, p in parts.items()} | spread_of(torch.cat([first, second], dim=1)))
+            health = embedding_health(torch.cat([first, second], dim=1))
+            return Loss(total, {n: p.detach() for n, p in parts.items()} | health)
 
     def _trivial_loss(self, count: int, width: int) -> float:
         """Of views that have nothing in common, embedded in independent dimensions of the standard deviation s that

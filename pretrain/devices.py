@@ -34,7 +34,7 @@ class Figures:
 
 def named(name: str, precision: str) -> Figures:
     """By its data sheet. Raises UserError for a device, or a precision, that is not in the table."""
-    device = next((device for device in KNOWN if device.name == name.lower()), None)
+    device = _known(name)
     if device is None:
         raise UserError(f"--device {name} is not known; write one of {', '.join(known.name for known in KNOWN)}.")
     if not getattr(device, precision):
@@ -47,14 +47,18 @@ def named(name: str, precision: str) -> Figures:
 
 def precision_of(name: str) -> str:
     """What `train.precision=auto` takes on a named device."""
-    device = next((device for device in KNOWN if device.name == name.lower()), None)
+    device = _known(name)
     return "bf16" if device is None or device.bf16 else "fp32"
 
 
-def here(device: torch.device, precision: str, num_local: int | None = None) -> Figures:
-    """Of this machine. num_local: ranks that share its memory, where it has no accelerator."""
+def _known(name: str) -> Device | None:
+    return next((device for device in KNOWN if device.name == name.lower()), None)
+
+
+def here(device: torch.device, precision: str) -> Figures:
+    """Of this machine, whose ranks share its memory where it has no accelerator."""
     if device.type != "cuda":
-        memory = host_memory() / (num_local or launchers.local_world_size()) - _LIBRARIES
+        memory = host_memory() / launchers.local_world_size() - _LIBRARIES
         return Figures(None, memory * _USABLE, "this machine")
     properties = torch.cuda.get_device_properties(device)
     known = next((one for one in KNOWN if _is(one, properties.name)), None)

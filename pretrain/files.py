@@ -99,6 +99,27 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"--out {folder} is no folder that can be written; choose another.") from None
 
 
+def refuse_to_overwrite(path: str | Path, option: str) -> None:
+    """Raises UserError where something is in the place of a file to be written, or its folder takes none."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists; remove it, or write another {option}.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(
+            f"{path} cannot be written, as there is no folder {folder}; make it, or write another {option}."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written, as {folder} is not writable; write another {option}.")
+
+
+def refuse_no_png(path: str, option: str) -> None:
+    """The same of a picture to be written, which has to be a PNG."""
+    if not path.lower().endswith(".png"):
+        raise UserError(f"{option} {path} does not end in .png; write {os.path.splitext(path)[0]}.png.")
+    refuse_to_overwrite(path, option)
+
+
 def sync_to_disk(path: Path) -> None:
     """Returns when the disk itself, and not only the operating system, has the bytes of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)

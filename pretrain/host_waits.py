@@ -43,7 +43,7 @@ class _Reads(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
+def counting_waits() -> Iterator[list[str]]:
     """What made the host wait inside the block: one line each, with the place in the code."""
     found: list[str] = []
     replaced = [

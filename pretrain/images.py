@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.pretrain.draws import random_bits
-from prelude.pretrain.photometric import HostAugment, augment, on_host
+from prelude.pretrain.photometric import HostAugment, augment, one_by_one
 
 _HOST_VALUES = 2**18  # numbers at a time: 1 MiB, about what a processor's cache holds
 SHIFT_STREAM = 151  # of pretrain.draws; view v of a plan reads stream 151 + v
@@ -64,7 +64,7 @@ def as_device_likes(images: Tensor) -> Tensor:
 
 def _image(batch: Batch, plan: ViewPlan, v: int) -> Tensor:
     view, pixels = plan.views[v], batch.views[v]
-    if on_host(pixels):
+    if one_by_one(pixels):
         return _on_host(batch, plan, v)
     pixels = _placed(pixels, view, batch.flips[:, v], batch.seeds, v)
     if view.photometric is None:

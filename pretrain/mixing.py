@@ -80,14 +80,10 @@ class Mixing(nn.Module):
         self.mixup = BetaQuantile(mixup) if mixup else None
         self.cutmix = BetaQuantile(cutmix) if cutmix else None
 
-    def forward(self, images: Tensor, targets: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """images: (B, 3, H, W) float32. targets: (B, C) float32. seeds: (B,). Collective; returns both mixed."""
-        mixed = self.mixed(images, targets, seeds)
-        return mixed.images, mixed.mixed_targets()
-
+    # No `forward`: ZeRO stage 3 says on the console of a module's outputs that it cannot look into them.
     @torch.no_grad()
     def mixed(self, images: Tensor, targets: Tensor, seeds: Tensor) -> Mixed:
-        """The same parameters. Collective."""
+        """images: (B, C, H, W) float32. targets: (B, K) float32. seeds: (B,). Collective."""
         height, width = images.shape[-2:]
         u = uniform(seeds, 4, MIX_STREAM).T  # (4, B): which, s, centre of the box
         cuts = self.cuts(u[0])

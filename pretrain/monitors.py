@@ -192,42 +192,34 @@ class ConsoleMonitor(Monitor):
         return Group(Text("\n".join(lines)), self.bar)
 
 
-class JsonlMonitor(Monitor):
-    """metrics.jsonl: one line a logged step. A resumed run drops the lines after its checkpoint first."""
+class LinesMonitor(Monitor):
+    """A file of lines, which is there once there is one. A resumed run drops the lines after its checkpoint first."""
 
     def __init__(self, path: Path):
         self.lines = Lines(path)
 
     def start(self, progress: Progress) -> None:
         self.lines.start(progress.step)
+
+    def saving(self, step: int) -> None:
+        self.lines.sync()
+
+    def close(self) -> None:
+        self.lines.sync()
+
+
+class JsonlMonitor(LinesMonitor):
+    """metrics.jsonl: one line a logged step."""
 
     def record(self, record: StepRecord) -> None:
         self.lines.add(asdict(record))
 
-    def saving(self, step: int) -> None:
-        self.lines.sync()
 
-    def close(self) -> None:
-        self.lines.sync()
-
-
-class ReportsMonitor(Monitor):
-    """online.jsonl: one line a report, in a file that is there once there is one; resumed like metrics.jsonl."""
-
-    def __init__(self, path: Path):
-        self.lines = Lines(path)
-
-    def start(self, progress: Progress) -> None:
-        self.lines.start(progress.step)
+class ReportsMonitor(LinesMonitor):
+    """online.jsonl: one line a report."""
 
     def report(self, report: Report) -> None:
         self.lines.add(asdict(report))
-
-    def saving(self, step: int) -> None:
-        self.lines.sync()
-
-    def close(self) -> None:
-        self.lines.sync()
 
 
 class CurvesMonitor(Monitor):

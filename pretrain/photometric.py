@@ -67,7 +67,7 @@ def draw(photometric: Photometric, seeds: Tensor, view: int) -> Draws:
 @torch.no_grad()
 def augment(images: Tensor, photometric: Photometric, seeds: Tensor, view: int) -> Tensor:
     """images: (B, C, H, W) float32 in [0, 1]; seeds: (B,) int64. Returns the same shape, in [0, 1]."""
-    if on_host(images):
+    if one_by_one(images):
         return HostAugment(photometric, seeds, view)(images, 0)
     drawn = draw(photometric, seeds, view)
     with torch.autocast(images.device.type, enabled=False):
@@ -84,7 +84,7 @@ def augment(images: Tensor, photometric: Photometric, seeds: Tensor, view: int) 
     return images
 
 
-def on_host(images: Tensor) -> bool:
+def one_by_one(images: Tensor) -> bool:
     """Whether images are changed one by one: where no device takes them all at once."""
     return images.device.type == "cpu" and not is_counting()
 

@@ -24,8 +24,8 @@ class Weights:
     prefix_rows: int = 0  # rows of `pos_embed` before those of patches
     num_heads: int | None = None  # None: the file does not tell, and no table does
     norm_eps: float | None = None  # of LayerNorms; None: not known, or there are none
-    # Mean and standard deviation that pixels in [0, 1] were normalised by, of red, green and blue; None: not known.
-    pixels: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    # Mean and standard deviation that pixels in [0, 1] were normalised by, of each channel; None: not known.
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     may_lack: tuple[str, ...] = ()  # a norm of timm's that the method does not have
     moved_norm: bool = False  # `fc_norm` was pretrained as the norm of every token, and timm moved it behind the mean
     left_out: dict[str, int] = field(default_factory=dict)  # what has no place in an encoder -> number of tensors

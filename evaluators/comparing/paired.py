@@ -16,6 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
+from prelude.data.counting import listed
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.headline import best, evaluator_name, pretrained
 from prelude.evaluators.results import unpacked
@@ -90,9 +91,9 @@ def sentences(comparison: Comparison) -> list[str]:
         apart, close = ([each for each in known if each.told_apart is wanted] for wanted in (True, False))
         parts = []
         if apart:
-            parts.append(f"is told apart from {_listed(apart)}")
+            parts.append(f"is told apart from {_seconds(apart)}")
         if close:
-            parts.append(f"is not told apart from {_listed(close)}")
+            parts.append(f"is not told apart from {_seconds(close)}")
         if parts:
             found.append(f"By {evaluator_name(evaluator)}, {first.name} {' and '.join(parts)}.")
     return [*found, _about(comparison)] if found else []
@@ -120,9 +121,8 @@ def unlike_encoders(comparison: Comparison) -> list[str]:
     return [f"The encoders differ, so that this compares objective and encoder together ({told})."]
 
 
-def _listed(found: Sequence[Pair]) -> str:
-    names = [f"{each.second} ({each.text})" for each in found]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _seconds(found: Sequence[Pair]) -> str:
+    return listed([f"{each.second} ({each.text})" for each in found])
 
 
 def _range(counts: set[int]) -> str:

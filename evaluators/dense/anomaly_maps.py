@@ -23,7 +23,7 @@ from prelude.data.progress import progress_bar
 from prelude.evaluators.dense.masks import IGNORED
 from prelude.evaluators.dense.places import Places
 from prelude.evaluators.frozen.anomaly import fit_gaussian, mahalanobis
-from prelude.evaluators.frozen.ranking import auc, bootstrap, interval, standard_error
+from prelude.evaluators.frozen.ranking import auc, bootstrap, bootstrapped, interval, standard_error
 from prelude.evaluators.results import Outcome, Percent
 
 WIDTH = 100  # features of a place that a Gaussian is fitted to
@@ -171,9 +171,8 @@ def numbers(maps: Tensor, masks: Tensor, seed: int) -> dict[str, Percent]:
     defective = defective[known]
     if defective.any() and not defective.all():
         largest = maps.masked_fill(~counted, -torch.inf).flatten(1).amax(1)[known]
-        draws = 100 * bootstrap(lambda weights: auc(largest, defective, weights), len(largest), seed)
-        value = 100 * auc(largest, defective).item()
-        found["image_auroc"] = Percent(value, standard_error(draws), interval=interval(draws))
+        of_images = lambda weights: auc(largest, defective, weights)  # noqa: E731
+        found["image_auroc"] = bootstrapped(of_images, len(largest), seed, ends=True)
     return found
 
 

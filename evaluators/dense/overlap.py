@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prelude.evaluators.dense.masks import IGNORED
-from prelude.evaluators.frozen.ranking import bootstrap, interval, standard_error
+from prelude.evaluators.frozen.ranking import bootstrapped
 from prelude.evaluators.results import Percent
 
 
@@ -52,9 +52,4 @@ class Overlap:
             "miou": lambda weights: self.iou(weights).nanmean(1),
             "pixel_accuracy": lambda weights: (weights @ self.both.sum(1)) / (weights @ total),
         }
-        found, one = {}, torch.ones(1, len(self.true), dtype=torch.float64)
-        for name, statistic in statistics.items():
-            draws = 100 * bootstrap(statistic, len(self.true), seed)
-            value = 100 * statistic(one).item()
-            found[name] = Percent(value, standard_error(draws), interval=interval(draws))
-        return found
+        return {name: bootstrapped(one, len(self.true), seed, ends=True) for name, one in statistics.items()}

@@ -25,7 +25,7 @@ from prelude.evaluators.dense.share_loss import ShareLoss
 from prelude.evaluators.frozen.convex import MAX_PASSES, TOLERANCE, Space
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
 from prelude.evaluators.frozen.knn import few_warnings
-from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings, listed
+from prelude.evaluators.frozen.splits import HELD_OUT, edge_warnings, first_few
 from prelude.evaluators.results import Outcome
 
 WEIGHT_DECAYS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -61,7 +61,7 @@ class Classes:
         strange = self.numbers[self.num_known :]
         if not strange:
             return []
-        return [f"Test masks hold classes that train lacks ({listed(strange)}), and each counts with an IoU of 0."]
+        return [f"Test masks hold classes that train lacks ({first_few(strange)}), and each counts with an IoU of 0."]
 
     def of(self, masks: Tensor) -> Tensor:
         return self._table[masks.long()]

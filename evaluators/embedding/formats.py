@@ -21,20 +21,6 @@ def format_of(path: str | Path) -> str:
     return suffix
 
 
-def refuse_to_overwrite(path: str | Path, option: str) -> None:
-    """Raises UserError where something is in the place of a file to be written, or its folder takes none."""
-    path = Path(path)
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists; remove it, or write another {option}.")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UserError(
-            f"{path} cannot be written, as there is no folder {folder}; make it, or write another {option}."
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written, as {folder} is not writable; write another {option}.")
-
-
 def refuse_anothers_list(path: str | Path, ending: str, option: str) -> None:
     """Raises UserError where the list `beside` the file to be written is that of another file of its stem, or none of
     images by shard and key, such as that of packed shards."""
@@ -53,13 +39,6 @@ def _is_ours(listed: Path) -> bool:
             return {"shard", "key", "reason"} == json.loads(file.readline()).keys()
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def refuse_no_png(path: str, option: str) -> None:
-    """The same of a picture to be written, which has to be a PNG."""
-    if not path.lower().endswith(".png"):
-        raise UserError(f"{option} {path} does not end in .png; write {os.path.splitext(path)[0]}.png.")
-    refuse_to_overwrite(path, option)
 
 
 def beside(path: str | Path, ending: str) -> Path:

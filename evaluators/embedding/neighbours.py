@@ -169,7 +169,7 @@ def read_file(embedded: Embedded, path: str) -> np.ndarray:
     """(H, W, C) as the images of the set are read. Raises OSError and BadImage."""
     data = embedded.about["data"]
     limits = data["value_range"], data["channels"], data["max_pixels"]
-    return decode(Path(path).read_bytes(), None, *limits)
+    return decode(Path(path).read_bytes(), *limits)
 
 
 def _index(embedded: Embedded, shards: str | list[str], image: str | None = None) -> ShardIndex:

@@ -53,7 +53,7 @@ def pixels_of(index: ShardIndex, sample_ids: Iterable[int], channels: int = 3) -
         shard = int(np.searchsorted(index.ends, sample, side="right"))
         try:
             content = files.read(shard, *index.images[sample].tolist())
-            yield decode(content, None, index.value_range, channels, index.max_pixels)
+            yield decode(content, index.value_range, channels, index.max_pixels)
         except BadImage as error:
             yield str(error)
 

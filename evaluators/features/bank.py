@@ -97,11 +97,11 @@ class Bank:
     ) -> dict[str, Rows]:
         """The features of `index` by kind; what is missing is computed, by all ranks together.
 
-        encoder, kinds: as for `evaluators.features.extraction.extract`. Every rank calls this and gets the whole.
+        encoder, kinds: as for `Extractor`. Every rank calls this and gets the whole.
         told: hears, after each batch, how many images this rank has encoded; by default a progress bar. plan: of the
         one view to look at; by default the evaluation's.
-        Raises NothingReadable on all ranks, UserError as `extract` does, where the folder cannot be written, and where
-        a rank does not see it, and RunStopped where an entry is changed while it is read.
+        Raises NothingReadable on all ranks, UserError as `Extractor` does, where the folder cannot be written, and
+        where a rank does not see it, and RunStopped where an entry is changed while it is read.
         """
         extractor = Extractor(encoder, kinds, device, plan)
         identities = {kind: _identity(extractor, index, kind) for kind in extractor.kinds}

@@ -35,8 +35,6 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.data.loader import one_pass
-from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.dense import check_dense, dense, has_tokens, is_dense, num_stages
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
@@ -129,50 +127,22 @@ def check_kinds(model: nn.Module, kinds: Sequence[str], name: str) -> None:
             raise UserError(f"{name} has no features={kind}; write one or more of {', '.join(have)}.")
 
 
-def extract(
-    encoder,
-    index: ShardIndex,
-    label: str = "cls",
-    *,
-    kinds: Sequence[str] | None = None,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-) -> dict[str, Features]:
-    """The frozen features of every sample of `index` (of this rank's share of it), by kind.
-
-    encoder: has `model`, `config` (with the image size), `mean`, `std` and `name`, as an OpenedEncoder does.
-    label: extension of the member that holds the sample's class number.
-    Raises UserError for a kind that the encoder does not have and for labels that are no class numbers.
-    """
-    plan = evaluation_plan(encoder)
-    batches = one_pass(
-        index,
-        plan,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        label=label,
-    )
-    told = {"kinds": kinds, "device": device, "shards": index.named}
-    return encode(encoder, batches, index.num_samples, index.fingerprint, label, **told)
-
-
 def encode(
     encoder,
     batches: Iterable[Batch],
     num_samples: int,
     fingerprint: str,
-    label: str = "cls",
+    label: str,
     *,
     kinds: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
     shards: str = "the shards",
 ) -> dict[str, Features]:
-    """`extract` for batches that are at hand; `num_samples` is how many there are at most. shards: in a sentence."""
+    """The frozen features of every sample of `batches`, `num_samples` of them at most, by kind.
+
+    encoder, kinds: as for `Extractor`. label: extension of the member that held the class numbers; shards: in a
+    sentence. Raises UserError as `Extractor` does, for labels that are no class numbers, and for no sample.
+    """
     extractor = Extractor(encoder, kinds, device)
     values: dict[str, Tensor] = {}
     labels, sample_ids, seen = [], [], 0
@@ -193,8 +163,8 @@ def encode(
 class Extractor:
     """An encoder on its device, ready to turn batches into features.
 
-    encoder: as `extract` takes it. plan: of the view to look at, by default the evaluation's; features of several views
-    are averaged.
+    encoder: has `model`, `config` (with the image size), `mean`, `std` and `name`, as an OpenedEncoder does.
+    plan: of the view to look at, by default the evaluation's; features of several views are averaged.
     Raises UserError for a kind that the encoder does not have.
     """
 

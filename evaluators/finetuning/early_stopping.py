@@ -19,8 +19,7 @@ from torch import nn
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.results import TITLES
 from prelude.pretrain import attendance, distributed
-from prelude.pretrain.files import Lines
-from prelude.pretrain.monitors import Monitor, Report
+from prelude.pretrain.monitors import LinesMonitor, Report
 from prelude.pretrain.schedules import Progress
 
 _PREFERENCE = ("auc", "balanced", "top1")
@@ -85,14 +84,15 @@ class HeldOut(nn.Module):
         )
 
 
-class HeldOutCurve(Monitor):
+class HeldOutCurve(LinesMonitor):
     """validation.jsonl, the console and TensorBoard: what was found on the held-out images. On rank 0."""
 
     def __init__(self, held_out: HeldOut, path: Path):
-        self.held_out, self.lines = held_out, Lines(path)
+        super().__init__(path)
+        self.held_out = held_out
 
     def start(self, progress: Progress) -> None:
-        self.lines.start(progress.step)
+        super().start(progress)
         self.num_steps = progress.num_steps
 
     def found(self) -> list[Report]:
@@ -110,6 +110,3 @@ class HeldOutCurve(Monitor):
                 f"a row were not better; the weights of step {best} are the result"
             )
         return Report(one["step"], "validation", text, one["values"])
-
-    def saving(self, step: int) -> None:
-        self.lines.sync()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
-from prelude.evaluators.frozen.ranking import MIN_POSITIVES, auc, bootstrap, standard_error
-from prelude.evaluators.frozen.splits import listed
-from prelude.evaluators.results import Outcome, Percent
+from prelude.evaluators.frozen.ranking import MIN_POSITIVES, auc, bootstrapped
+from prelude.evaluators.frozen.splits import first_few
+from prelude.evaluators.results import Outcome
 
 PIECE = 4096  # samples
 
@@ -52,12 +52,10 @@ def anomaly(
     distances = {number: _distances(train, test, labels == number, device) for number in classes}  # by class and kind
     summed = {number: torch.stack(list(found.values())).sum(0) for number, found in distances.items()}
 
-    def mean_auc(weights: Tensor | None) -> Tensor:
+    def mean_auc(weights: Tensor) -> Tensor:
         each = [auc(summed[number], test_labels != number, weights) for number in classes]
         return torch.stack(each).mean(0)
 
-    error = standard_error(100 * bootstrap(mean_auc, len(test_labels), seed))
-    number = Percent(100 * mean_auc(None).item(), error)
     by_class = {
         c: {
             "auroc": 100 * auc(summed[c], test_labels != c).item(),
@@ -69,7 +67,7 @@ def anomaly(
     }
     return Outcome(
         evaluator="anomaly",
-        numbers={"auroc": number},
+        numbers={"auroc": bootstrapped(mean_auc, len(test_labels), seed)},
         chosen={"features": " + ".join(train)},
         recipe={"normal": classes, "features": list(train), "covariance": "Ledoit-Wolf", "seed": seed},
         details={"by_class": by_class},
@@ -78,10 +76,10 @@ def anomaly(
 
 
 def _refuse(unknown: list[int], single: list[int], shared: list[int]) -> None:
-    what = f"Class {listed(unknown) or 'of any number'} is not in train and test"
+    what = f"Class {first_few(unknown) or 'of any number'} is not in train and test"
     if alone := [number for number in unknown if number in single]:
-        what = f"Class {listed(alone)} has one train image, which says nothing of how normal ones vary"
-    raise UserError(f"{what}; write {f'one of {listed(shared)}' if shared else 'shards with classes in common'}.")
+        what = f"Class {first_few(alone)} has one train image, which says nothing of how normal ones vary"
+    raise UserError(f"{what}; write {f'one of {first_few(shared)}' if shared else 'shards with classes in common'}.")
 
 
 def _warnings(shared: list[int], classes: list[int], test_labels: Tensor) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
-from prelude.evaluators.frozen.ranking import bootstrap, standard_error
+from prelude.evaluators.frozen.ranking import bootstrapped
 from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, Percent, among_first, hits, percent
 
@@ -107,9 +107,7 @@ def incremental(means: Tensor, values: Tensor, labels: Tensor, num_tasks: int, s
         found.append({"classes": task.tolist(), "top1": 100 * (right[-1].sum() / asked[-1].sum()).item()})
     right, asked = (torch.stack(part).double() for part in (right, asked))  # (T, N)
     mean = lambda weights: ((weights @ right.T) / (weights @ asked.T)).mean(1)  # noqa: E731
-    draws = 100 * bootstrap(mean, len(labels), seed)
-    value = sum(one["top1"] for one in found) / num_tasks
-    return found, Percent(value, standard_error(draws))
+    return found, bootstrapped(mean, len(labels), seed)
 
 
 def _distances(means: Tensor, values: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.anomaly import PIECE, fit_gaussian
 from prelude.evaluators.frozen.exact_search import QUERIES, Neighbours
-from prelude.evaluators.frozen.ranking import auc, bootstrap, standard_error
-from prelude.evaluators.frozen.splits import listed
+from prelude.evaluators.frozen.ranking import auc, bootstrapped
+from prelude.evaluators.frozen.splits import first_few
 from prelude.evaluators.results import Outcome, Percent
 
 OTHER = torch.iinfo(torch.int64).min  # the label of an image of another data set; no class has it
@@ -183,11 +183,7 @@ def _whitened(features: Features, whiten: Callable[[Tensor], Tensor]):
 def _numbers(scores: Tensor, other: Tensor, seed: int) -> dict[str, Percent]:
     """Of others (N,) bool among what was scored."""
     statistics = {"auroc": lambda weights: auc(scores, other, weights), "fpr95": lambda w: fpr_at_95(scores, other, w)}
-    found = {}
-    for name, statistic in statistics.items():
-        draws = 100 * bootstrap(statistic, len(scores), seed)
-        found[name] = Percent(100 * statistic(None).item(), standard_error(draws))
-    return found
+    return {name: bootstrapped(statistic, len(scores), seed) for name, statistic in statistics.items()}
 
 
 def fpr_at_95(scores: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -207,7 +203,7 @@ def fpr_at_95(scores: Tensor, other: Tensor, weights: Tensor | None = None) -> T
 def _refuse(train: Features, test: Features, known: Features, other: Tensor, unknown: Sequence[int]) -> None:
     nowhere = sorted(set(unknown) - {*train.labels.tolist(), *test.labels.tolist()})
     if nowhere:
-        raise UserError(f"--unknown {listed(nowhere)} is no class of train or test; correct it, or leave it out.")
+        raise UserError(f"--unknown {first_few(nowhere)} is no class of train or test; correct it, or leave it out.")
     if not len(known):
         raise UserError(f"--unknown {' '.join(map(str, unknown))} leaves no class to know; name fewer.")
     if other.all():
@@ -236,7 +232,7 @@ def _strangers(labels: Tensor, other: Tensor, unknown: Sequence[int]) -> list[st
         return []
     return [
         f"{int(unnamed.sum())} test images are of classes that train lacks "
-        f"({listed(labels[unnamed].unique().tolist())}), and count as others."
+        f"({first_few(labels[unnamed].unique().tolist())}), and count as others."
     ]
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from prelude.evaluators.results import Percent
+
 NUM_DRAWS = 1000
 ELEMENTS = 2**22  # weights held at once
 CONFIDENCE = 0.95
@@ -60,6 +62,21 @@ def bootstrap(
         whole = statistic(torch.ones(1, num_samples, dtype=torch.float64))
         return torch.full((NUM_DRAWS, *whole.shape[1:]), torch.nan, dtype=whole.dtype)
     return torch.cat([statistic(weights) for weights in _draws(num_samples, seed, groups)])
+
+
+def bootstrapped(
+    statistic: Callable[[Tensor], Tensor],
+    num_samples: int,
+    seed: int,
+    groups: Tensor | None = None,
+    *,
+    ends: bool = False,
+) -> Percent:
+    """What the statistic, weights (b, N) to (b,) in 0..1, is of all samples, with its standard error, and where `ends`
+    are asked for its interval."""
+    draws = 100 * bootstrap(statistic, num_samples, seed, groups)
+    value = 100 * statistic(torch.ones(1, num_samples, dtype=torch.float64)).item()
+    return Percent(value, standard_error(draws), interval=interval(draws) if ends else None)
 
 
 def interval(draws: Tensor) -> tuple[float, float] | None:

@@ -25,7 +25,7 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.exact_search import Neighbours
-from prelude.evaluators.frozen.ranking import bootstrap, group_warnings, standard_error
+from prelude.evaluators.frozen.ranking import bootstrapped, group_warnings
 from prelude.evaluators.frozen.splits import HELD_OUT, hold_out
 from prelude.evaluators.results import Outcome, Percent
 
@@ -212,8 +212,7 @@ def _numbers(hit: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
 
 def _percent(values: Tensor, groups: Tensor | None, seed: int) -> Percent:
     """The mean, and its standard error by bootstrap over queries, or over groups of them."""
-    draws = bootstrap(lambda weights: (weights @ values) / weights.sum(1), len(values), seed, groups)
-    return Percent(100 * values.mean().item(), standard_error(100 * draws))
+    return bootstrapped(lambda weights: (weights @ values) / weights.sum(1), len(values), seed, groups)
 
 
 def _same_images(train: dict[str, Features], test: dict[str, Features]) -> bool:

@@ -44,12 +44,11 @@ def lacking(known: Tensor, found: Tensor) -> list[str]:
         return []
     return [
         f"{int(strange.sum())} of {len(found)} test images are of classes that train lacks "
-        f"({listed(found[strange].unique().tolist())}), and count as missed."
+        f"({first_few(found[strange].unique().tolist())}), and count as missed."
     ]
 
 
-def listed(numbers: Sequence[int]) -> str:
-    """The first few."""
+def first_few(numbers: Sequence[int]) -> str:
     return ", ".join([*map(str, numbers[:MOST_LISTED]), *(["…"] if len(numbers) > MOST_LISTED else [])])
 
 

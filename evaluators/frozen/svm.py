@@ -18,7 +18,7 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, Heads, LabelLoss, Space
-from prelude.evaluators.frozen.ranking import MIN_POSITIVES, average_precision, bootstrap, standard_error
+from prelude.evaluators.frozen.ranking import MIN_POSITIVES, average_precision, bootstrapped
 from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
 from prelude.evaluators.results import Outcome, Percent, hits, percent
 
@@ -142,8 +142,7 @@ def _numbers(scores: Tensor, labels: Tensor, classes: int, seed: int) -> dict[st
     which = _frequent(labels)
     if which:
         mean = lambda weights: _average_precisions(scores, labels, which, weights).mean(1)  # noqa: E731
-        draws = bootstrap(mean, len(labels), seed)
-        numbers["map"] = Percent(100 * mean(None).item(), standard_error(100 * draws))
+        numbers["map"] = bootstrapped(mean, len(labels), seed)
     if not numbers:
         raise UserError(
             f"No finding has {MIN_POSITIVES} test images with it and as many without, so there is no mAP; write more "

@@ -1,9 +1,9 @@
-"""How things are counted: one is one."""
+"""How things are counted and listed: one is one."""
 
 import numpy as np
 import pytest
 
-from prelude.data.counting import counted
+from prelude.data.counting import counted, listed, size
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,16 @@ from prelude.data.counting import counted
 )
 def test_the_word_follows_the_number(number, what, said):
     assert counted(number, what) == said
+
+
+def test_names_are_listed_as_one_says_them():
+    assert [listed(["a", "b", "c"][:count]) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_a_size_is_told_in_gib_from_one_on():
+    assert [size(num_bytes) for num_bytes in (0, 2**30 - 2**20, 2**30, 1.5 * 2**40)] == [
+        "0 MiB",
+        "1,023 MiB",
+        "1.0 GiB",
+        "1,536.0 GiB",
+    ]

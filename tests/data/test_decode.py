@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, features
 
 from prelude.data import decode as decode_module
 from prelude.data.decode import BadImage, decode
 
-REAL_SHARD = Path("../shared/data/imagenet-sample/train-000000.tar")
+REAL_SHARD = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample" / "train-000000.tar"
 
 
 def photograph(height: int = 120, width: int = 160) -> np.ndarray:
@@ -52,37 +53,23 @@ def real_images() -> list[bytes]:
         return [shard.extractfile(member).read() for member in shard if member.name.endswith(".jpg")]
 
 
-@pytest.mark.parametrize("backend", ["simplejpeg", "torchvision", "pil", None])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_every_backend_gives_the_pixels_of_pil(backend, subsampling, progressive):
+def test_a_jpeg_gives_the_pixels_of_pil(subsampling, progressive):
     encoded = encode(photograph(101, 67), quality=85, subsampling=subsampling, progressive=progressive)
-    pixels = decode(encoded, backend)
+    pixels = decode(encoded)
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.flags.writeable
     assert mean_difference(pixels, by_pil(encoded)) <= 0.1
 
 
-@pytest.mark.parametrize("backend", ["simplejpeg", "torchvision"])
-def test_backends_agree_on_photographs(backend, real_images):
+def test_photographs_give_the_pixels_of_pil(real_images):
     for encoded in real_images:
-        assert mean_difference(decode(encoded, backend), by_pil(encoded)) <= 0.1
+        assert mean_difference(decode(encoded), by_pil(encoded)) <= 0.1
 
 
-def test_jpegs_are_not_read_by_the_slow_backend(monkeypatch):
-    monkeypatch.setattr(decode_module, "_decode_pil", lambda image: pytest.fail("PIL decoded a plain JPEG"))
+def test_a_plain_jpeg_is_not_read_by_pil(monkeypatch):
+    monkeypatch.setattr(decode_module, "stored_values", lambda *_, **__: pytest.fail("PIL decoded a plain JPEG"))
     decode(JPEG)
-
-
-def test_without_simplejpeg_torchvision_reads_and_without_both_pil(monkeypatch):
-    monkeypatch.setattr(decode_module, "simplejpeg", None)
-    with pytest.raises(ImportError):
-        decode(JPEG, "simplejpeg")
-    calls = []
-    original = decode_module._decode_torchvision
-    monkeypatch.setattr(decode_module, "_decode_torchvision", lambda *image: calls.append(1) or original(*image))
-    assert mean_difference(decode(JPEG), by_pil(JPEG)) <= 0.1 and calls
-    monkeypatch.setattr(decode_module, "_torchvision_io", lambda: None)
-    assert mean_difference(decode(JPEG), by_pil(JPEG)) == 0 and len(calls) == 1
 
 
 def test_grey_is_repeated():
@@ -93,10 +80,7 @@ def test_grey_is_repeated():
     assert mean_difference(pixels, by_pil(encoded)) <= 0.1
 
 
-@pytest.mark.parametrize("fast", ["simplejpeg", "torchvision"])
-def test_cmyk_is_converted_by_pil_whatever_is_installed(fast, monkeypatch):
-    if fast == "torchvision":
-        monkeypatch.setattr(decode_module, "simplejpeg", None)
+def test_cmyk_is_converted_by_pil():
     encoded = encode(Image.fromarray(photograph()).convert("CMYK"), quality=95)
     assert mean_difference(decode(encoded), by_pil(encoded)) == 0
     assert mean_difference(decode(encoded), photograph()) < 8
@@ -251,33 +235,31 @@ def test_a_whole_jpeg_padded_with_zeros_is_read():
     np.testing.assert_array_equal(decode(JPEG + bytes(4096)), decode(JPEG))
 
 
-@pytest.mark.filterwarnings("ignore")  # pytest replaces the filter that data.decode sets
-@pytest.mark.parametrize("fast", ["simplejpeg", "torchvision", None])
+@pytest.mark.filterwarnings("ignore")  # pytest replaces the filter that data.stored sets
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_refused_with_the_same_reason_whatever_is_installed(damage, fast, monkeypatch):
-    if fast != "simplejpeg":
-        monkeypatch.setattr(decode_module, "simplejpeg", None)
-    if fast is None:
-        monkeypatch.setattr(decode_module, "_torchvision_io", lambda: None)
+def test_damage_is_refused_with_its_reason(damage):
     encoded, reason = DAMAGE[damage]
     with pytest.raises(BadImage) as caught:
         decode(encoded)
     assert str(caught.value) == reason or (reason is None and len(str(caught.value)) < 30)
 
 
-@pytest.mark.parametrize("backend", ["simplejpeg", "torchvision", "pil"])
-def test_a_bomb_is_refused_before_it_is_decoded(backend, monkeypatch):
-    import simplejpeg
-    import torchvision.io
+BOMBS = {
+    "jpeg": with_size(JPEG, 9_000, 9_000),
+    "cmyk": with_size(encode(Image.fromarray(photograph()).convert("CMYK")), 9_000, 9_000),
+    "png": BOMB_PNG,
+}
 
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_refused_before_it_is_decoded(bomb, monkeypatch):
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     monkeypatch.setattr(Image.Image, "convert", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(BadImage, match="too many pixels"):
-        decode(with_size(JPEG, 9_000, 9_000), backend)
+        decode(BOMBS[bomb])
 
 
-@pytest.mark.filterwarnings("ignore")  # pytest replaces the filter that data.decode sets
+@pytest.mark.filterwarnings("ignore")  # pytest replaces the filter that data.stored sets
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_random_damage_gives_pixels_or_bad_image_and_nothing_else(format):
     """Any other exception would stop a run."""

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from prelude.data.batch import Batch
+from prelude.objectives.blocks import BlockMasks
 from prelude.objectives.dseqjepa import DSeqJEPA
 from prelude.objectives.ijepa import IJEPA
 from prelude.pretrain.config import EncoderConfig
@@ -55,6 +56,11 @@ def pixels_of(chosen: torch.Tensor, grid, patch=4) -> torch.Tensor:
 def mark(ids: torch.Tensor, num_patches: int) -> torch.Tensor:
     """(B, K) indices to (B, N) bool."""
     return torch.zeros(len(ids), num_patches, dtype=torch.bool).scatter_(1, ids.flatten(1), True)
+
+
+def predictions_of(model: IJEPA, images: torch.Tensor, masks: BlockMasks) -> torch.Tensor:
+    """(B, M, T, D): what the predictor says of every target patch."""
+    return model.predict_targets(model.encode_context(images, masks), masks)
 
 
 def gradients(module) -> dict[str, torch.Tensor]:

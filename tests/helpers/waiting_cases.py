@@ -36,7 +36,7 @@ from prelude.objectives.building import build_objective
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.engine import Engine
-from prelude.pretrain.host_waits import counted
+from prelude.pretrain.host_waits import counting_waits
 from prelude.pretrain.meter import Meter
 from prelude.pretrain.recipes import validate_config
 
@@ -116,7 +116,7 @@ def found_in(case: str, out: Path) -> list[str]:
     engine._fetch_first(batches, meter)
     for _ in range(2):  # what is made once, such as constants, is made by then
         engine._watch(engine._step(batches, meter), meter)
-    with counted() as found:
+    with counting_waits() as found:
         engine._watch(engine._step(batches, meter), meter)
     return found
 

@@ -254,3 +254,13 @@ def test_a_run_trains_and_is_probed_from_a_folder_in_place(photos, recipe, tmp_p
     assert prelude.main(["knn", str(run_dir), *labelled, "--k", "1"]) == 0
     (result,) = (run_dir / "evaluations").glob("*knn*.json")
     assert json.loads(result.read_text())["data"]["train"]["num_samples"] == 25
+
+
+def test_an_error_without_a_number_is_told_by_what_it_says(photos, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError("the store is closed")
+
+    run(capsys, "pack", photos, "--to", tmp_path / "s")
+    monkeypatch.setattr(inspection, "write_for", refuse)
+    code, _, err = run(capsys, "index", tmp_path / "s" / "train-*.tar", "--to", tmp_path / "index")
+    assert code == 2 and "cannot be written (the store is closed); choose another folder." in err

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from jepa_models import a_batch, encoder_config, gradients, pixels_of, some_images, tiny
+from jepa_models import a_batch, encoder_config, gradients, pixels_of, predictions_of, some_images, tiny
 
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
@@ -266,11 +266,11 @@ def test_random_blocks_are_those_of_ijepa_with_a_class_token():
     target = model.normalised(model.look(some_images(4))[0])
     branch = model._in_blocks(some_images(4), target, batch.seeds, START)
     masks = model.blocks.draw(batch.seeds, 0)
-    assert torch.equal(branch.predicted, model.predict(some_images(4), masks).flatten(1, 2))
+    assert torch.equal(branch.predicted, predictions_of(model, some_images(4), masks).flatten(1, 2))
     assert (branch.weight.sum(1) - 1).abs().max() < 1e-12
     # The class token is seen by the context, and nothing is predicted for it.
     model.encoder.cls_token.data.add_(1.0)
-    assert not torch.equal(model.predict(some_images(4), masks).flatten(1, 2), branch.predicted)
+    assert not torch.equal(predictions_of(model, some_images(4), masks).flatten(1, 2), branch.predicted)
 
 
 # Saliency

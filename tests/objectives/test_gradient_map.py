@@ -12,6 +12,7 @@ from prelude.objectives.building import build_objective
 from prelude.objectives.gradient_map import gradient_map, grey
 from prelude.objectives.mae import Gradients, Reconstruction
 from prelude.objectives.masking import random_mask
+from prelude.objectives.patches import patch_values
 from prelude.pretrain.images import images
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.schedules import Progress
@@ -101,8 +102,8 @@ def test_the_reference_loss_of_both_targets():
     i = ids[0][:, None].double()
     predicted = (0.5 + 0.1 * torch.sin(i + 0.3 * torch.arange(48, dtype=torch.float64)))[None].requires_grad_()
     of_map = (0.1 * torch.cos(i + 0.3 * torch.arange(16, dtype=torch.float64)))[None].requires_grad_()
-    gradient = Gradients(of_map, mae._values(mae.gradient_of(pixels), ids))
-    loss = mae.loss(Reconstruction(predicted, mae._values(pixels, ids), mask, ids, gradient))
+    gradient = Gradients(of_map, patch_values(mae.gradient_of(pixels), mae.patch_size, ids))
+    loss = mae.loss(Reconstruction(predicted, patch_values(pixels, mae.patch_size, ids), mask, ids, gradient))
     loss.total.backward()
     found = [loss.parts["pixel_mse"], loss.parts["gradient_mse"], loss.total, predicted.grad.norm(), of_map.grad.norm()]
     expected = [0.1053319577, 0.0713564509, 0.1766884086, 0.0540914754, 0.0771127156]

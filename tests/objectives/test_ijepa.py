@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from jepa_models import START, a_batch, encoder_config, gradients, mark, pixels_of, some_images, tiny
+from jepa_models import START, a_batch, encoder_config, gradients, mark, pixels_of, predictions_of, some_images, tiny
 
 from prelude.data.errors import UserError
 from prelude.objectives import check_objective
@@ -33,17 +33,17 @@ def test_changing_pixels_outside_the_context_never_changes_the_prediction():
     model, images = tiny().double(), some_images()
     masks = drawn(model)
     context = pixels_of(mark(masks.context, 64), GRID)
-    predicted = model.predict(images, masks)
+    predicted = predictions_of(model, images, masks)
     changed = torch.where(context, images, some_images(seed=9))
-    assert torch.equal(model.predict(changed, masks), predicted)
-    assert not torch.equal(model.predict(torch.where(context, some_images(seed=9), images), masks), predicted)
+    assert torch.equal(predictions_of(model, changed, masks), predicted)
+    assert not torch.equal(predictions_of(model, torch.where(context, some_images(seed=9), images), masks), predicted)
 
 
 def test_changing_target_pixels_changes_the_target_alone():
     model, images = tiny().double(), some_images()
     masks = drawn(model)
     changed = torch.where(pixels_of(mark(masks.targets, 64), GRID), some_images(seed=9), images)
-    assert torch.equal(model.predict(changed, masks), model.predict(images, masks))
+    assert torch.equal(predictions_of(model, changed, masks), predictions_of(model, images, masks))
     before, after = (gather(model.normalised(model.teach(x)), masks.targets) for x in (images, changed))
     assert (after - before).abs().amax((1, 2, 3)).min() > 1e-4
 
@@ -54,8 +54,8 @@ def test_moving_one_target_block_changes_the_prediction_of_that_block_alone(pred
     masks = drawn(model)
     moved = masks.targets.clone()
     moved[:, 2] = (moved[:, 2] + 3) % 64
-    before = model.predict(images, masks)
-    after = model.predict(images, BlockMasks(masks.context, moved))
+    before = predictions_of(model, images, masks)
+    after = predictions_of(model, images, BlockMasks(masks.context, moved))
     torch.testing.assert_close(after[:, [0, 1, 3]], before[:, [0, 1, 3]], rtol=0, atol=1e-13)
     assert (after[:, 2] - before[:, 2]).abs().max() > 1e-4
 
@@ -65,9 +65,9 @@ def test_the_order_of_blocks_does_not_matter_and_the_loss_is_the_mean_over_block
     model, images = tiny(predictor=predictor).double(), some_images()
     masks = drawn(model)
     target = model.normalised(model.teach(images))
-    error = model.error(model.predict(images, masks), gather(target, masks.targets))  # (B, M, T)
+    error = model.error(predictions_of(model, images, masks), gather(target, masks.targets))  # (B, M, T)
     shuffled = BlockMasks(masks.context, masks.targets[:, [3, 0, 2, 1]])
-    other = model.error(model.predict(images, shuffled), gather(target, shuffled.targets))
+    other = model.error(predictions_of(model, images, shuffled), gather(target, shuffled.targets))
     torch.testing.assert_close(other, error[:, [3, 0, 2, 1]], rtol=0, atol=1e-13)
     torch.testing.assert_close(error.mean(), error.mean((0, 2)).mean(), rtol=0, atol=1e-14)
 
@@ -76,9 +76,9 @@ def test_packed_computes_something_else_than_repeat():
     """In one sequence context tokens do not see mask tokens; with them hidden in `repeat` too, both agree."""
     model, images = tiny().double(), some_images()
     masks = drawn(model)
-    repeat = model.predict(images, masks)
+    repeat = predictions_of(model, images, masks)
     model.options = model.options.model_copy(update={"predictor": "packed"})
-    packed = model.predict(images, masks)
+    packed = predictions_of(model, images, masks)
     assert (packed - repeat).abs().max() > 1e-6
     context = forward_tokens(model.encoder, images, masks.context)
     num_context, num_targets = masks.context.shape[1], masks.targets.shape[2]
@@ -99,7 +99,7 @@ def test_the_predictor_equals_one_written_for_a_single_target_block():
         for block in p.blocks:
             tokens = block(tokens)
         expected = p.proj(p.norm(tokens[:, -asked.shape[1] :]))
-        torch.testing.assert_close(model.predict(images, masks)[:, m], expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(predictions_of(model, images, masks)[:, m], expected, rtol=0, atol=1e-13)
 
 
 # Target and loss
@@ -125,7 +125,7 @@ def test_the_loss_is_smooth_l1_in_numpy():
     features = model.teach(images).numpy().astype(np.float64)
     normal = (features - features.mean(-1, keepdims=True)) / np.sqrt(features.var(-1, keepdims=True) + 1e-5)
     target = np.stack([normal[b][masks.targets[b].numpy()] for b in range(4)])
-    distance = np.abs(model.predict(images, masks).detach().numpy() - target)
+    distance = np.abs(predictions_of(model, images, masks).detach().numpy() - target)
     expected = np.where(distance < 1, 0.5 * distance**2, distance - 0.5).mean()
     assert loss == pytest.approx(expected, rel=1e-5)
 

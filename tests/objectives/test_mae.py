@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from prelude.data.batch import Batch
-from prelude.objectives.mae import MAE, MAEOptions, patchify, unpatchify
+from prelude.objectives.mae import MAE, MAEOptions
 from prelude.objectives.masking import mask_noise
+from prelude.objectives.patches import patchify, unpatchify
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder, forward_tokens, seeded
 from prelude.pretrain.images import images as device_images

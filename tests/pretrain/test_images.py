@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision import transforms
 
 from prelude.data.batch import Batch, Photometric, View, ViewPlan
-from prelude.pretrain.host_waits import counted
+from prelude.pretrain.host_waits import counting_waits
 from prelude.pretrain.images import denormalise, images, normalise
 
 PLAN = ViewPlan((View((16, 24)), View((8, 8))))
@@ -115,6 +115,6 @@ def of_one(value, b: int):
 
 def test_on_a_cpu_images_are_contiguous_though_waits_are_counted_and_images_shifted():
     plan = ViewPlan((View((16, 24), shift=3), View((8, 8))))
-    with counted():
+    with counting_waits():
         assert all(image.is_contiguous() for image in images(batch(6, plan), plan))
     assert all(image.is_contiguous() for image in images(batch(6, plan), plan))

@@ -46,15 +46,15 @@ def loop(images, targets, seeds, mixup, cutmix):
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0), (0.1, 1.0)])
 def test_a_batch_is_mixed_as_its_samples_one_by_one(mixup, cutmix):
     images, targets, seeds = batch()
-    ours, expected = Mixing(mixup, cutmix)(images, targets, seeds), loop(images, targets, seeds, mixup, cutmix)
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours[1].sum(1), torch.ones(B))
+    ours, expected = Mixing(mixup, cutmix).mixed(images, targets, seeds), loop(images, targets, seeds, mixup, cutmix)
+    torch.testing.assert_close(ours.images, expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.mixed_targets(), expected[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.mixed_targets().sum(1), torch.ones(B))
 
 
 def test_outside_of_a_box_and_inside_of_it_no_bit_changes():
     images, targets, seeds = batch()
-    mixed, _ = Mixing(0.0, 1.0)(images, targets, seeds)
+    mixed = Mixing(0.0, 1.0).mixed(images, targets, seeds).images
     partner = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     assert ((mixed == images) | (mixed == partner)).all()
 
@@ -62,9 +62,9 @@ def test_outside_of_a_box_and_inside_of_it_no_bit_changes():
 def test_a_pair_is_mixed_alike_wherever_in_a_batch_it_lies():
     images, targets, seeds = batch()
     mixing = Mixing(0.8, 1.0)
-    whole, _ = mixing(images, targets, seeds)
-    part, _ = mixing(images[4:6], targets[4:6], seeds[4:6])
-    assert torch.equal(part, whole[4:6])
+    whole = mixing.mixed(images, targets, seeds)
+    part = mixing.mixed(images[4:6], targets[4:6], seeds[4:6])
+    assert torch.equal(part.images, whole.images[4:6])
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 2.0])

@@ -9,7 +9,7 @@ import torch
 import waiting_cases
 from runs import LAUNCHED, deepspeed
 
-from prelude.pretrain.host_waits import counted
+from prelude.pretrain.host_waits import counting_waits
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def test_the_count_sees_what_waits():
         lambda: torch.tensor([1.0], device=values.device),
         lambda: values.new_tensor([1.0]),
     ]:
-        with counted() as lines:
+        with counting_waits() as lines:
             wait()
         assert len(lines) == 1
-    with counted() as lines:
+    with counting_waits() as lines:
         values.sum().add_(1).clone().numpy()
     assert lines == []

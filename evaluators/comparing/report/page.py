@@ -12,6 +12,7 @@ from functools import cache
 import jinja2
 import yaml
 
+from prelude.data.counting import size
 from prelude.evaluators.comparing.comparison import Comparison, Entry, Picture
 from prelude.evaluators.comparing.headline import evaluator_name, gain, headline, leads, number, number_name
 from prelude.evaluators.comparing.label_table import positives
@@ -67,7 +68,7 @@ def _template() -> jinja2.Template:
         "data_uri": _data_uri,
         "moment": words.moment,
         "duration": words.duration,
-        "size": words.size,
+        "size": size,
         "count": words.count,
         "compact": _compact,
         "swatch": charts.swatch,

@@ -2,6 +2,7 @@
 
 from datetime import datetime
 
+from prelude.data.counting import listed
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.headline import best, evaluator_name, gain, headline, pretrained
 from prelude.evaluators.comparing.paired import pair
@@ -43,10 +44,10 @@ def summary(comparison: Comparison) -> str:
     compared = [entry for entry in pretrained(comparison) if entry.results]
     verb = "is best by" if len(compared) > 1 else "was judged by"
     of = f"Of {len(compared)} pretrained encoders, " if len(compared) > 1 else ""
-    text = of + "; ".join(f"{name} {verb} {_listed(by)}" for name, by in leads.items()) + "."
+    text = of + "; ".join(f"{name} {verb} {listed(by)}" for name, by in leads.items()) + "."
     if rivals:
         close = [f"{name} ({'; '.join(by)})" for name, by in rivals.items()]
-        text += f" The leader is not told apart from {_listed(close)}, so their order is not settled."
+        text += f" The leader is not told apart from {listed(close)}, so their order is not settled."
     elif len(compared) > 1:
         text += " Every leader is told apart from all others on these test images."
     return text + "".join(f" The floor {each}." for each in beaten) + _gone_on(comparison)
@@ -70,7 +71,7 @@ def _gone_on(comparison: Comparison) -> str:
             ]
             for side in SIDES
         }
-        parts = [f"{_listed(found)} on the {side} images" for side, found in told.items() if found]
+        parts = [f"{listed(found)} on the {side} images" for side, found in told.items() if found]
         if parts:
             sentences.append(f" From {entry.started} to {entry.name}: {', and '.join(parts)}.")
     return "".join(sentences)
@@ -92,17 +93,9 @@ def moment(date: str) -> str:
     return f"{parsed:%Y-%m-%d %H:%M} {zone}".strip()
 
 
-def size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.1f} GiB"
-
-
 def count(value: float) -> str:
     """1234567 as 1.23 M."""
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:g}"
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from extracting import extract
 from PIL import Image
 
 from prelude.checkpoints.sources import OpenedEncoder, fingerprint
@@ -16,7 +17,7 @@ from prelude.evaluators.comparing.report import pictures
 from prelude.evaluators.comparing.report.pictures import pictures_of
 from prelude.evaluators.dense import attention, drawing
 from prelude.evaluators.dense.samples import read_samples
-from prelude.evaluators.features.extraction import evaluation_plan, extract
+from prelude.evaluators.features.extraction import evaluation_plan
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.pretrain.config import EncoderConfig
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from extracting import extract
 from PIL import Image
 
 from prelude.checkpoints.sources import OpenedEncoder
@@ -22,7 +23,7 @@ from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features import bank as module
 from prelude.evaluators.features.bank import Bank
-from prelude.evaluators.features.extraction import Extractor, extract
+from prelude.evaluators.features.extraction import Extractor
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.launch.bank import main
 from prelude.pretrain.config import EncoderConfig

@@ -4,6 +4,7 @@ import math
 import pytest
 import timm
 import torch
+from extracting import extract
 from PIL import Image
 from webdataset import TarWriter
 
@@ -11,7 +12,7 @@ from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.extraction import check_kinds, encode, evaluation_plan, extract, pool
+from prelude.evaluators.features.extraction import check_kinds, encode, evaluation_plan, pool
 from prelude.evaluators.features.pixels import Pixels, open_pixels
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.images import normalise
@@ -44,7 +45,8 @@ def pixels():
 
 
 def encoded(model, pixels, **kwargs):
-    return encode(opened(model), batches_of(pixels, torch.arange(len(pixels))), len(pixels), "fingerprint", **kwargs)
+    batches = batches_of(pixels, torch.arange(len(pixels)))
+    return encode(opened(model), batches, len(pixels), "fingerprint", "cls", **kwargs)
 
 
 def test_cls_and_mean_are_timms_own_features(pixels):
@@ -152,7 +154,7 @@ def test_more_cells_than_places_are_refused_with_how_many_there_can_be(pixels, k
 
 def test_pixels_are_the_normalised_view(pixels):
     encoder = open_pixels("pixels", beside=opened(vit()))
-    (found,) = encode(encoder, batches_of(pixels, torch.zeros(16, dtype=torch.long)), 16, "f").values()
+    (found,) = encode(encoder, batches_of(pixels, torch.zeros(16, dtype=torch.long)), 16, "f", "cls").values()
     expected = (pixels[3, 1, 5, 7].item() / 255 - MEAN[1]) / STD[1]
     assert found.values[3].view(3, 32, 32)[1, 5, 7].item() == pytest.approx(expected, abs=1e-5)
 
@@ -189,7 +191,7 @@ def test_labels_that_are_no_class_numbers_are_refused(pixels):
     encoder = opened(Pixels())
     for labels in (torch.rand(16), torch.zeros(16, 3, dtype=torch.long)):
         with pytest.raises(UserError, match="class number"):
-            encode(encoder, batches_of(pixels, labels), 16, "f")
+            encode(encoder, batches_of(pixels, labels), 16, "f", "cls")
 
 
 def write_shard(path, images, labels):

@@ -11,7 +11,7 @@ from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import class_targets
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder
-from prelude.pretrain.host_waits import counted
+from prelude.pretrain.host_waits import counting_waits
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.step_cost import blank_batch
@@ -144,10 +144,10 @@ def test_the_host_waits_for_nothing_between_two_steps(name):
     model = classifier(findings=findings, ema_decay=0.9, **(OF_CLASSES | OF_FINDINGS)[name])
     batch = labelled_batch(model, ANSWERS if findings else [2, 3, 7, 11])
     for step in range(2):  # what is made once, such as constants, is made in the first
-        with counted() as found:
+        with counting_waits() as found:
             model(batch, Progress(step, 10, 1.0)).total.backward()
             model.after_step(Progress(step + 1, 10, 1.0), torch.ones(()))
-    with counted() as of_one_hot:  # on a CPU alone it looks whether all classes are there
+    with counting_waits() as of_one_hot:  # on a CPU alone it looks whether all classes are there
         torch.nn.functional.one_hot(torch.zeros(4, dtype=torch.int64), 4)
     expected = [] if findings else of_one_hot
     assert [line.split()[0] for line in found] == [line.split()[0] for line in expected], "\n".join(found)

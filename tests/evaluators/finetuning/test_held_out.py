@@ -1,6 +1,8 @@
 """What is held out, and what early stopping makes of it."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -165,6 +167,20 @@ def test_what_was_found_is_told_and_written_once(tmp_path):
     assert reports[2].text.endswith(ended)
     lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 2, "epoch": 1.0, "top1": 10.0, "best": True} and len(lines) == 3
+
+
+def test_a_line_that_a_full_disk_refused_is_there_when_the_run_ends(tmp_path, monkeypatch):
+    trained = {"head": Weights()}
+    module = held_out(trained, [10, 9, 8], patience=2)
+    curve = HeldOutCurve(module, tmp_path / "validation.jsonl")
+    curve.start(Progress(0, NUM_STEPS, A_EPOCH))
+    trained_until(module, trained, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        curve.found()
+    curve.close()
+    lines = (tmp_path / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
 
 
 MISTAKES = {

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from extracting import extract
 
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.extraction import extract
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.evaluators.frozen import knn as module
 from prelude.evaluators.frozen import pieces

@@ -3,7 +3,15 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from prelude.evaluators.frozen import ranking
-from prelude.evaluators.frozen.ranking import auc, auc_within, average_precision, bootstrap, interval, standard_error
+from prelude.evaluators.frozen.ranking import (
+    auc,
+    auc_within,
+    average_precision,
+    bootstrap,
+    bootstrapped,
+    interval,
+    standard_error,
+)
 
 
 @pytest.fixture
@@ -45,6 +53,15 @@ def test_bootstrap_draws_as_a_loop_over_resampled_sets_does(ranked, monkeypatch)
     assert draws.mean().item() == pytest.approx(plain.mean().item(), abs=0.005)
     assert draws.std().item() == pytest.approx(plain.std().item(), rel=0.2)
     assert interval(draws) == pytest.approx(interval(plain), abs=0.015)
+
+
+def test_a_share_has_the_error_of_its_binomial_and_ends_where_they_are_asked_for():
+    right = (torch.arange(400) < 100).double()
+    found = bootstrapped(lambda weights: weights @ right / weights.sum(1), 400, seed=0, ends=True)
+    error = 100 * (0.25 * 0.75 / 400) ** 0.5
+    assert found.value == 25 and found.se == pytest.approx(error, rel=0.1)
+    assert found.interval == pytest.approx((25 - 1.96 * error, 25 + 1.96 * error), abs=0.5)
+    assert bootstrapped(lambda weights: weights @ right / weights.sum(1), 400, seed=0).interval is None
 
 
 def test_groups_are_drawn_whole():

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from extracting import extract
 
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.extraction import extract
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
 from prelude.evaluators.online import monitor as online

@@ -4,11 +4,12 @@ import tarfile
 
 import pytest
 import torch
+from extracting import extract
 
 from prelude.data.errors import UserError
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.extraction import Extractor, extract
+from prelude.evaluators.features.extraction import Extractor
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.evaluators.labelled import Labelled
 from prelude.evaluators.protocols import stream_probe as module
