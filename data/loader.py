@@ -78,7 +78,7 @@ def build_loader(
         raise UserError(
             f"data.num_samples={num_samples} has no effect on shards that are files, which are counted; leave it out."
         )
-    index = index_of(data, label=label, **of_index)
+    index = index_of(data, label=label, channels=plan.channels, **of_index)
     shares_of_room([Reading(index, seed, bool(plan.group))], shuffle, tell=rank == 0)
     return Loader(index, plan, shuffle=shuffle, **common)
 
@@ -163,7 +163,7 @@ class Loader(EndlessLoader):
             self.bad.add_unindexed(index.problems)
             self.bad.add_unended(index.unended)
             if isinstance(plan, ViewPlan):
-                tell_if_dark(index)
+                tell_if_dark(index, plan.channels)
 
     @property
     def num_shards(self) -> int:

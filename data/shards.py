@@ -62,7 +62,8 @@ class ShardIndex:
     shards: see the module. label: where a sample's label is, see `labels`, or "" for none; it changes neither ids nor
     fingerprint. value_range: the stored values of images with more than 8 bits that become black and white, "auto" to
     find them, None for all of 16 bits. max_pixels: of an image; see `decode`. Both are part of the fingerprint where
-    they are given. image: extension of the image's member, such as `left.jpg`; "" for any.
+    they are given. image: extension of the image's member, such as `left.jpg`; "" for any. channels: with which images
+    will be read, where that is known; it decides which pages of a TIFF a range is found among.
 
     Raises UserError where nothing matches, a shard is missing, unreadable, compressed or a stream, or no shard holds
     an image, and RunStopped where a store does not give one. Damage inside a shard does not raise: see `problems`.
@@ -75,6 +76,7 @@ class ShardIndex:
         value_range: ValueRange | Literal["auto"] | None = None,
         max_pixels: int = MAX_PIXELS,
         image: str = "",
+        channels: int | None = None,
     ):
         self.paths = tuple(indexable_shards(shards))
         self.images_named = (image.lower().removeprefix("."),) * len(self.paths)  # by shard
@@ -85,7 +87,7 @@ class ShardIndex:
         self._read(label_name(label))
         if not self.num_samples:
             raise UserError(self._nothing_found(shards))
-        self.max_pixels = max_pixels
+        self.max_pixels, self.channels = max_pixels, channels
         self.value_range = resolved(self, value_range)
         self.fingerprint = self._fingerprint()
 
@@ -191,11 +193,15 @@ class ShardIndex:
         return other
 
     def with_range(
-        self, value_range: ValueRange | Literal["auto"] | None, max_pixels: int = MAX_PIXELS
+        self,
+        value_range: ValueRange | Literal["auto"] | None,
+        max_pixels: int = MAX_PIXELS,
+        channels: int | None = None,
     ) -> "ShardIndex":
-        """The same data set, with other values for black and white, and another limit."""
+        """The same data set, with other values for black and white, and another limit. channels: where they become
+        known."""
         other = copy.copy(self)
-        other.max_pixels = max_pixels
+        other.max_pixels, other.channels = max_pixels, channels or self.channels
         other.value_range = resolved(other, value_range)
         other.fingerprint = other._fingerprint()
         return other

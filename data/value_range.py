@@ -3,6 +3,7 @@
 - X-ray, CT and microscopy use 12 or 14 of the 16 bits of their files: taken for 16, such images are almost black.
 - `auto` is found by sampling images from all over an index, and is a number of whole bits, or 0 to 1 for floating point
   values that lie there, so that train and test shards of one kind agree on it.
+- Images are looked at as training reads them: with all pages of a TIFF that are channels, and up to `max_pixels`.
 - What no image of a sample can be read as is told once and before anything is trained, with what to write.
 """
 
@@ -31,7 +32,7 @@ def resolved(index, value_range: ValueRange | Literal["auto"] | None) -> ValueRa
     """
     if value_range != "auto":
         return None if value_range is None else (float(value_range[0]), float(value_range[1]))
-    found = list(_extremes(index))
+    found = list(_extremes(index, index.channels))
     if not found:
         return None
     lowest, highest = min(low for low, _, _ in found), max(high for _, high, _ in found)
@@ -54,11 +55,16 @@ def may_be_found(value_range: Sequence[float] | None) -> bool:
     return low == 0 and (high == 1 or (high >= 255 and high == _whole_bits(int(high))))
 
 
-def tell_if_dark(index) -> None:
-    """Logs a warning where images stay dark because they use the lower part of 16 bits only."""
+def tell_if_dark(index, channels: int | None = None) -> None:
+    """Logs a warning where images stay dark because they use the lower part of 16 bits only.
+
+    channels: with which they are read, None for what the index says.
+    """
     if index.value_range is not None:
         return
-    highest = max((int(high) for _, high, kind in _extremes(index) if kind == "u"), default=None)
+    highest = max(
+        (int(high) for _, high, kind in _extremes(index, channels or index.channels) if kind == "u"), default=None
+    )
     if highest is not None and highest < _DARK * 65535:
         log.warning(
             "images in %s have 16 bits and values up to %d only, so all stay dark (at most %d of 255); "
@@ -80,7 +86,7 @@ def refuse_other_images(index, channels: int) -> None:
         except BadImage as error:
             if not str(error).endswith("no data.range"):
                 continue
-            values = values or (str(error).split()[0], deep_values(image))
+            values = values or (str(error).split()[0], deep_values(image, channels, index.max_pixels))
     if refused:
         there = counted(refused.there, "channel")
         raise UserError(
@@ -109,11 +115,11 @@ def channels_of(index) -> int:
     return 3
 
 
-def _extremes(index) -> Iterator[tuple[float, float, str]]:
+def _extremes(index, channels: int | None) -> Iterator[tuple[float, float, str]]:
     """The lowest and the highest value, and the kind of number, of the sampled images that have more than 8 bits."""
     for image in some_images(index, _SAMPLED):
         try:
-            values = deep_values(image)
+            values = deep_values(image, channels, index.max_pixels)
         except BadImage:
             continue  # reading for training says what is wrong
         if values is None:

@@ -90,7 +90,7 @@ def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: 
 
 def learned_from(config: Config) -> list[ShardIndex]:
     """What a run's epoch consists of: images, and volumes where it takes them. Raises UserError."""
-    indexes = [index_of(data_of(config.data), **seen_as(config.data))]
+    indexes = [index_of(data_of(config.data), channels=config.data.channels, **seen_as(config.data))]
     if of := config.data.volumes:
         seen = {"value_range": of.range, "max_pixels": config.data.max_pixels}
         indexes.append(index_of_volumes(volumes_of(config.data), **seen))

@@ -25,11 +25,10 @@ _MOST_LISTED = 20
 def info(args: argparse.Namespace) -> int:
     """Exit code 1 where something is wrong, for scripts."""
     index = _index(args)
-    channels = _channels(index, args)
     table = _counts(index, args.label)
     if args.images:
         chosen = spread(index.num_samples, args.images)
-        found = survey(index, chosen, channels=channels, threads=args.workers or cores_per_rank())
+        found = survey(index, chosen, channels=index.channels, threads=args.workers or cores_per_rank())
         _describe(
             table, found, f"of {counted(len(chosen), 'image')}" if len(chosen) < index.num_samples else "of all images"
         )
@@ -46,14 +45,13 @@ def verify(args: argparse.Namespace) -> int:
     index = _index(args)
     if args.to:
         _refuse_to_write(args.to, index)
-    channels = _channels(index, args)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("decoding", total=index.num_samples)
         every = spread(index.num_samples, index.num_samples)
         found = survey(
             index,
             every,
-            channels=channels,
+            channels=index.channels,
             threads=args.workers or cores_per_rank(),
             duplicates=True,
             progress=lambda: bar.advance(task),
@@ -140,18 +138,20 @@ def _refuse_folders(index: ShardIndex) -> None:
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:
+    """With the channels that are asked for, or as many as there are."""
     with told_as(""):
-        seen_as = {"value_range": args.range, "image": args.image or ""}
-        if args.label:
-            return ShardIndex(args.shards, args.label, **seen_as)
-        try:
-            return ShardIndex(args.shards, "cls", **seen_as)
-        except UserError:  # a folder whose labels are not clear, or what raises again
-            return ShardIndex(args.shards, "", **seen_as)
+        index = _labelled(args)
+        return index.with_range(args.range, channels=args.channels or channels_of(index))
 
 
-def _channels(index: ShardIndex, args: argparse.Namespace) -> int:
-    return args.channels or channels_of(index)
+def _labelled(args: argparse.Namespace) -> ShardIndex:
+    image = args.image or ""
+    if args.label:
+        return ShardIndex(args.shards, args.label, image=image)
+    try:
+        return ShardIndex(args.shards, "cls", image=image)
+    except UserError:  # a folder whose labels are not clear, or what raises again
+        return ShardIndex(args.shards, "", image=image)
 
 
 def _counts(index: ShardIndex, label: str) -> Table:
