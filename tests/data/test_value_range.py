@@ -153,6 +153,40 @@ def test_where_the_range_is_given_or_8_bits_are_all_nothing_is_told(deep, write_
     assert not caplog.records
 
 
+# ---- several data sets
+
+
+def told_dark(caplog, mix, **settings) -> list[str]:
+    """What a start says of these sets."""
+    caplog.clear()
+    build_loader({name: DataSet(path) for name, path in mix.items()}, PLAN, seed=0, micro_batch=1, **settings)
+    return [record.message for record in caplog.records if "dark" in record.message]
+
+
+def test_a_dark_set_is_named_whatever_lies_beside_it(deep, write_shards, caplog):
+    many = write_shards([900])
+    (said,) = told_dark(caplog, {"a": many, "b": deep(4095), "c": many})
+    assert said.startswith("images in data.mix.b have") and said.endswith("data.range=[0,4095], or data.range=auto")
+    both = told_dark(caplog, {"a": deep(4095), "b": deep(1000, "b.tar")})
+    assert [line.split()[2] for line in both] == ["data.mix.a", "data.mix.b"]
+    assert all("data.range=[0,4095]" in line for line in both)  # one for both
+
+
+def test_a_set_that_no_shared_range_helps_is_named_with_what_does(deep, caplog):
+    mix = {"bright": deep(65000), "dark": deep(4095, "dark.tar")}
+    for value_range in (None, "auto"):
+        (said,) = told_dark(caplog, mix, value_range=value_range)
+        assert "data.mix.dark" in said and "up to 4095 only" in said and "at most 15 of 255" in said
+        assert "one for all of data.mix" in said and "up to 65535" in said and "data.range=[" not in said
+    assert not told_dark(caplog, {"bright": deep(65000), "other": deep(30000, "other.tar")})
+
+
+def test_auto_sees_a_small_set_among_large_ones(deep, write_shards):
+    many = DataSet(write_shards([900]))
+    mix = {"a": many, "b": DataSet(deep(4095)), "c": many}
+    assert index_of(mix, value_range="auto").value_range == (0, 4095)
+
+
 # ---- pages that are channels, and large images
 
 
