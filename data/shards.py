@@ -14,10 +14,11 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -68,6 +69,8 @@ class ShardIndex:
     Raises UserError where nothing matches, a shard is missing, unreadable, compressed or a stream, or no shard holds
     an image, and RunStopped where a store does not give one. Damage inside a shard does not raise: see `problems`.
     """
+
+    _name_of = staticmethod(shard_name)  # in fingerprints
 
     def __init__(
         self,
@@ -255,13 +258,25 @@ class ShardIndex:
             return self.fingerprint
         return self._digest("layout", self.images, None)
 
+    def as_written(self) -> "ShardIndex":
+        """The same with the fingerprints that there were first, by which a folder has the name that its path ends with
+        as it is written: `photos/` none at all."""
+        if not any(isinstance(path, ImageFolder) for path in self.paths):
+            return self
+        other = copy.copy(self)
+        other._name_of = _end_of
+        pairs = zip(self.parts, self._joined, strict=False)  # a subset has no parts
+        other.parts = tuple(replace(part, fingerprint=index.as_written().fingerprint) for part, index in pairs)
+        other.fingerprint = other._fingerprint()
+        return other
+
     def _fingerprint(self) -> str:
         seen_as = self._read_as()
         return self._digest(f"images{seen_as}", self.images, [image + seen_as for image, _ in self._contents])
 
     def _digest(self, what: str, places: Places | np.ndarray, contents: list[str] | None) -> str:
         """what: a name for it."""
-        names = [shard_name(path) for path in self.paths]
+        names = [self._name_of(path) for path in self.paths]
         return remembered(self._identity, what, lambda: _digest(names, places, self.counts, contents))
 
     def _read_as(self) -> str:
@@ -330,6 +345,10 @@ def is_stream(path: str) -> bool:
 
 def is_command(url: str) -> bool:
     return bool(_COMMAND.match(url))
+
+
+def _end_of(path: str) -> str:
+    return os.path.basename(path) if isinstance(path, ImageFolder) else shard_name(path)
 
 
 def _digest(names: list[str], places: Places | np.ndarray, counts: np.ndarray, contents: list[str] | None) -> str:

@@ -81,7 +81,11 @@ def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: 
         num_samples = sum(index.num_samples for index in indexes)
         overrides = last_of_each([*overrides, *within(config, args.images, num_samples)])
         config = load_config(recipe, overrides, options_for)
-    known_by = [[index.fingerprint for index in indexes], [index.layout_fingerprint() for index in indexes]]
+    known_by = [
+        [index.fingerprint for index in indexes],
+        [index.as_written().fingerprint for index in indexes],
+        [index.layout_fingerprint() for index in indexes],
+    ]
     if is_finished(config, options_for(config.objective["name"]), list(map("_".join, known_by))):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None
