@@ -6,7 +6,6 @@ import os
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from prelude.data.absent import told_as
 from prelude.data.counting import counted
@@ -16,6 +15,7 @@ from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
 from prelude.data.value_range import channels_of
+from prelude.evaluators.table_text import PlainTable
 from prelude.pretrain.distributed import cores_per_rank
 from prelude.pretrain.files import remedy
 
@@ -154,8 +154,8 @@ def _labelled(args: argparse.Namespace) -> ShardIndex:
         return ShardIndex(args.shards, "", image=image)
 
 
-def _counts(index: ShardIndex, label: str) -> Table:
-    table = Table(show_header=False)
+def _counts(index: ShardIndex, label: str) -> PlainTable:
+    table = PlainTable(show_header=False)
     table.add_row("shards", str(index.num_shards))
     table.add_row("samples", str(index.num_samples))
     table.add_row("samples a shard", f"{index.counts.min()} to {index.counts.max()}")
@@ -172,7 +172,7 @@ def _counts(index: ShardIndex, label: str) -> Table:
     return table
 
 
-def _describe(table: Table, found: Survey, of: str) -> None:
+def _describe(table: PlainTable, found: Survey, of: str) -> None:
     table.add_section()
     table.add_row(f"undecodable {of}", str(len(found.undecodable)))
     if not found.num_images:
