@@ -134,7 +134,10 @@ def open_folder(path: str) -> ImageFolder:
     try:
         names = os.listdir(path)
         if any(name.endswith(".tar") for name in names):
-            raise UserError(f"{path} in data.shards is a folder of shards; write {os.path.join(path, '*.tar')!r}.")
+            raise UserError(
+                f"{path} in data.shards is a folder of shards; write {os.path.join(path, '*.tar')!r}, or move them out "
+                f"where its images are meant."
+            )
         folder = ImageFolder(path)
     except OSError as error:
         reason = error.strerror or errno.errorcode.get(error.errno, "")
