@@ -88,14 +88,14 @@ def _values(array: _Array, sides: tuple[int, ...], max_pixels: int) -> np.ndarra
     return values.reshape(array.shape, order="F" if array.fortran else "C")
 
 
-def of_tiff(image: bytes, channels: int | None, max_pixels: int) -> np.ndarray:
-    """(H, W, C) of the first page, or of as many grey pages as channels are asked for. Raises BadImage."""
+def of_tiff(image: bytes, num_pages: int | None, max_pixels: int) -> np.ndarray:
+    """(H, W, C) of the first page, or of all grey ones where there are `num_pages`. Raises BadImage."""
     tifffile = _tifffile()
     try:
         with tifffile.TiffFile(io.BytesIO(image)) as tiff:
             pages = [tiff.pages[0]]
-            if channels not in (None, 1) and pages[0].samplesperpixel == 1 and len(tiff.pages) == channels:
-                pages = [tiff.pages[number].aspage() for number in range(channels)]
+            if num_pages not in (None, 1) and pages[0].samplesperpixel == 1 and len(tiff.pages) == num_pages:
+                pages = [tiff.pages[number].aspage() for number in range(num_pages)]
             for page in pages:
                 _check(page, len(pages), image, max_pixels)
             values = [page.asarray(maxworkers=1) for page in pages]  # one: threads are ours to start

@@ -46,22 +46,25 @@ def index_of(
     max_bad_share: float = 1.0,
     value_range: ValueRange | Literal["auto"] | None = None,
     max_pixels: int = MAX_PIXELS,
+    channels: int | None = None,
 ) -> ShardIndex:
     """The samples that a run learns from; several data sets lie in the order of their names.
 
     image, select: of shards; each data set of several has its own. max_bad_share: that damage may have cost, of each.
+    channels: of `ShardIndex`.
     Raises UserError where too much is lost, nothing is left, or a part of several is a stream, and as `ShardIndex`.
     """
     read_as = {"value_range": value_range, "max_pixels": max_pixels}
     if not isinstance(data, Mapping):
-        index = _sound(ShardIndex(data, label, **read_as, image=image), data, max_bad_share)
+        index = _sound(ShardIndex(data, label, **read_as, image=image, channels=channels), data, max_bad_share)
         return selected(index, select, "data.select")
     parts = {}
     for name in sorted(data):
         one = data[name]
 
         def part(name: str = name, one: DataSet = one) -> ShardIndex:
-            index = ShardIndex(_counted(one.shards), label, max_pixels=max_pixels, image=one.image)
+            shards = _counted(one.shards)
+            index = ShardIndex(shards, label, max_pixels=max_pixels, image=one.image, channels=channels)
             return selected(_sound(index, one.shards, max_bad_share), one.select, f"data.mix.{name}.select")
 
         parts[name] = _told_as(f"data.mix.{name}", part)

@@ -73,14 +73,17 @@ def decode(
     return pixels if value_range is None else pixels.astype(np.float32, copy=False)
 
 
-def deep_values(image: bytes) -> np.ndarray | None:
-    """(H, W, C) stored values, but for opacity, of an image of more than 8 bits; None for others. Raises BadImage."""
+def deep_values(image: bytes, channels: int | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """(H, W, C) stored values, but for opacity, of an image of more than 8 bits; None for others. Raises BadImage.
+
+    channels: that are wanted, which makes as many grey pages of a TIFF channels; None for its first page alone.
+    """
     if image.startswith(_JPEG) or has_8_bits(image):
         return None
-    values = stored_values(image, None)
+    values = stored_values(image, None, max_pixels, pages=channels)
     if values.dtype in (np.uint8, np.bool_):
         return None
-    return values[:, :, :-1] if has_alpha(image) else values
+    return values[:, :, :-1] if has_alpha(image, max_pixels) else values
 
 
 def on_8_bits(values: np.ndarray, value_range: ValueRange | None) -> np.ndarray:

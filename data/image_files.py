@@ -5,6 +5,7 @@
 - What is passed over is listed with the reason: an image that is lost, or a file that is none.
 """
 
+import errno
 import os
 import stat
 from dataclasses import dataclass, field
@@ -19,6 +20,12 @@ ARRAY_EXTENSION = "npy"
 """Of arrays, which are images where there are no others: beside those they are labels, masks or features."""
 
 MAX_IMAGE_BYTES = 256 * 2**20
+
+OF_THE_FILE = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""Failures of which a file, or its name, is the reason. Any other is the disk's or the network's: to take it for the
+file's would lose what is sound."""
 
 DESKTOP_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 DESKTOP_FOLDERS = {
@@ -46,7 +53,8 @@ class FolderListing:
 
 
 def list_images(root: str) -> FolderListing:
-    """Raises OSError where the folder itself cannot be read."""
+    """Raises OSError where the folder itself cannot be read, and where the disk or the network is the reason that
+    something in it cannot."""
     listing = FolderListing()
     found: list[tuple[str, os.stat_result]] = []
     top = os.stat(root)
@@ -56,7 +64,7 @@ def list_images(root: str) -> FolderListing:
         try:
             entries = list(os.scandir(os.path.join(root, inside) if inside else root))
         except OSError as error:
-            if not inside:
+            if not inside or error.errno not in OF_THE_FILE:
                 raise
             listing.passed_over.append(PassedOver(inside, f"folder cannot be read: {error.strerror}", True))
             continue
@@ -123,6 +131,8 @@ def _status(entry: os.DirEntry, name: str, listing: FolderListing) -> os.stat_re
     try:
         return entry.stat()
     except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
         reason = "broken link" if entry.is_symlink() else f"cannot be read: {error.strerror}"
         listing.passed_over.append(PassedOver(name, reason, bool(image_extension_of(name))))
         return None

@@ -28,9 +28,11 @@ _SAMPLED = 64  # images whose bytes are part of the fingerprint
 
 
 class ImageFolder(str):
-    """The path of a folder, with what lay in it when it was listed. Raises OSError where it cannot be read."""
+    """The path of a folder, with what lay in it when it was listed. name: of the folder, however its path is written:
+    `photos`, `photos/` and, inside of it, `.` are one data set. Raises OSError where it cannot be read."""
 
     def __init__(self, path: str):
+        self.name = os.path.basename(os.path.abspath(path))
         listing = list_images(path)
         self.names = listing.names
         self.others = [passed.where for passed in listing.passed_over if not passed.is_image]
@@ -132,7 +134,10 @@ def open_folder(path: str) -> ImageFolder:
     try:
         names = os.listdir(path)
         if any(name.endswith(".tar") for name in names):
-            raise UserError(f"{path} in data.shards is a folder of shards; write {os.path.join(path, '*.tar')!r}.")
+            raise UserError(
+                f"{path} in data.shards is a folder of shards; write {os.path.join(path, '*.tar')!r}, or move them out "
+                f"where its images are meant."
+            )
         folder = ImageFolder(path)
     except OSError as error:
         reason = error.strerror or errno.errorcode.get(error.errno, "")

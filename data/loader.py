@@ -78,7 +78,7 @@ def build_loader(
         raise UserError(
             f"data.num_samples={num_samples} has no effect on shards that are files, which are counted; leave it out."
         )
-    index = index_of(data, label=label, **of_index)
+    index = index_of(data, label=label, channels=plan.channels, **of_index)
     shares_of_room([Reading(index, seed, bool(plan.group))], shuffle, tell=rank == 0)
     return Loader(index, plan, shuffle=shuffle, **common)
 
@@ -155,7 +155,7 @@ class Loader(EndlessLoader):
         super().__init__(plan, seed, micro_batch, rank, world_size, num_workers, bad_samples_log)
         self.index, self.shuffle = index.with_label(label), shuffle
         self.num_samples, self.label = index.num_samples, label
-        self.fingerprint = index.fingerprint + (f"_{self.index.label_fingerprint()}" if label else "")
+        self.fingerprint = _fingerprint(self.index, label)
         self.findings = findings
         self.partners = Partners(index, plan.group, seed) if plan.group else None
         self.reader = _reader(self.index, plan, seed, label, findings, "substitute", num_workers, self.partners)
@@ -163,7 +163,7 @@ class Loader(EndlessLoader):
             self.bad.add_unindexed(index.problems)
             self.bad.add_unended(index.unended)
             if isinstance(plan, ViewPlan):
-                tell_if_dark(index)
+                tell_if_dark(index, plan.channels)
 
     @property
     def num_shards(self) -> int:
@@ -232,18 +232,28 @@ class Loader(EndlessLoader):
 
     def in_todays_terms(self, state: dict) -> dict:
         """Runs of 0.1 knew names, sizes and offsets of the images and nothing of labels: theirs are the same data if
-        these are. What a label says was not recorded at first."""
+        these are. What a label says was not recorded at first, and a folder's name was what its path ended with."""
         labels = self._identity_of_labels()
         state = {key: labels[key] for key in ("label", "classes") if key in labels and "label" not in state} | state
         if state.get("fingerprint") in (self.fingerprint, None):
             return state
-        if state["fingerprint"] != self.index.layout_fingerprint():
+        if state["fingerprint"] == self.index.layout_fingerprint():
+            return state | {"fingerprint": self.fingerprint}
+        before = self.index.as_written()
+        if state["fingerprint"] != _fingerprint(before, self.label):
             return state
-        return state | {"fingerprint": self.fingerprint}
+        parts = zip(self.index.parts, before.parts, strict=True)
+        known = {f"mix.{now.name}.fingerprint": (was.fingerprint, now.fingerprint) for now, was in parts}
+        same = {key: now for key, (was, now) in known.items() if state.get(key) == was}
+        return state | same | {"fingerprint": self.fingerprint}
 
     def name_of(self, sample):
         """(number of its shard, function that tells its key) of a sample."""
         return self.index.shard_of(sample), lambda: self.index.key(sample)
+
+
+def _fingerprint(index: ShardIndex, label: str) -> str:
+    return index.fingerprint + (f"_{index.label_fingerprint()}" if label else "")
 
 
 class OnePass:

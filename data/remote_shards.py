@@ -273,8 +273,8 @@ _caches: dict[tuple[str, int], NodeCache] = {}
 
 
 def shard_name(path: str) -> str:
-    """The name of its file."""
-    return path.name if isinstance(path, RemoteShard) else os.path.basename(path)
+    """The name of its file, or of a folder of images."""
+    return path.name if hasattr(path, "name") else os.path.basename(path)  # a remote one and a folder know theirs
 
 
 def named(paths: Sequence[str]) -> str:

@@ -14,10 +14,11 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -62,11 +63,14 @@ class ShardIndex:
     shards: see the module. label: where a sample's label is, see `labels`, or "" for none; it changes neither ids nor
     fingerprint. value_range: the stored values of images with more than 8 bits that become black and white, "auto" to
     find them, None for all of 16 bits. max_pixels: of an image; see `decode`. Both are part of the fingerprint where
-    they are given. image: extension of the image's member, such as `left.jpg`; "" for any.
+    they are given. image: extension of the image's member, such as `left.jpg`; "" for any. channels: with which images
+    will be read, where that is known; it decides which pages of a TIFF a range is found among.
 
     Raises UserError where nothing matches, a shard is missing, unreadable, compressed or a stream, or no shard holds
     an image, and RunStopped where a store does not give one. Damage inside a shard does not raise: see `problems`.
     """
+
+    _name_of = staticmethod(shard_name)  # in fingerprints
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class ShardIndex:
         value_range: ValueRange | Literal["auto"] | None = None,
         max_pixels: int = MAX_PIXELS,
         image: str = "",
+        channels: int | None = None,
     ):
         self.paths = tuple(indexable_shards(shards))
         self.images_named = (image.lower().removeprefix("."),) * len(self.paths)  # by shard
@@ -85,7 +90,7 @@ class ShardIndex:
         self._read(label_name(label))
         if not self.num_samples:
             raise UserError(self._nothing_found(shards))
-        self.max_pixels = max_pixels
+        self.max_pixels, self.channels = max_pixels, channels
         self.value_range = resolved(self, value_range)
         self.fingerprint = self._fingerprint()
 
@@ -191,11 +196,15 @@ class ShardIndex:
         return other
 
     def with_range(
-        self, value_range: ValueRange | Literal["auto"] | None, max_pixels: int = MAX_PIXELS
+        self,
+        value_range: ValueRange | Literal["auto"] | None,
+        max_pixels: int = MAX_PIXELS,
+        channels: int | None = None,
     ) -> "ShardIndex":
-        """The same data set, with other values for black and white, and another limit."""
+        """The same data set, with other values for black and white, and another limit. channels: where they become
+        known."""
         other = copy.copy(self)
-        other.max_pixels = max_pixels
+        other.max_pixels, other.channels = max_pixels, channels or self.channels
         other.value_range = resolved(other, value_range)
         other.fingerprint = other._fingerprint()
         return other
@@ -249,13 +258,25 @@ class ShardIndex:
             return self.fingerprint
         return self._digest("layout", self.images, None)
 
+    def as_written(self) -> "ShardIndex":
+        """The same with the fingerprints that there were first, by which a folder has the name that its path ends with
+        as it is written: `photos/` none at all."""
+        if not any(isinstance(path, ImageFolder) for path in self.paths):
+            return self
+        other = copy.copy(self)
+        other._name_of = _end_of
+        pairs = zip(self.parts, self._joined, strict=False)  # a subset has no parts
+        other.parts = tuple(replace(part, fingerprint=index.as_written().fingerprint) for part, index in pairs)
+        other.fingerprint = other._fingerprint()
+        return other
+
     def _fingerprint(self) -> str:
         seen_as = self._read_as()
         return self._digest(f"images{seen_as}", self.images, [image + seen_as for image, _ in self._contents])
 
     def _digest(self, what: str, places: Places | np.ndarray, contents: list[str] | None) -> str:
         """what: a name for it."""
-        names = [shard_name(path) for path in self.paths]
+        names = [self._name_of(path) for path in self.paths]
         return remembered(self._identity, what, lambda: _digest(names, places, self.counts, contents))
 
     def _read_as(self) -> str:
@@ -324,6 +345,10 @@ def is_stream(path: str) -> bool:
 
 def is_command(url: str) -> bool:
     return bool(_COMMAND.match(url))
+
+
+def _end_of(path: str) -> str:
+    return os.path.basename(path) if isinstance(path, ImageFolder) else shard_name(path)
 
 
 def _digest(names: list[str], places: Places | np.ndarray, counts: np.ndarray, contents: list[str] | None) -> str:

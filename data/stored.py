@@ -63,11 +63,15 @@ class OtherChannels(BadImage):
         self.there = there
 
 
-def stored_values(image: bytes, channels: int | None, max_pixels: int = MAX_PIXELS, deep: bool = True) -> np.ndarray:
+def stored_values(
+    image: bytes, channels: int | None, max_pixels: int = MAX_PIXELS, deep: bool = True, pages: int | None = None
+) -> np.ndarray:
     """(H, W, channels), or with as many channels as there are for None.
 
-    deep: whether more than 8 bits of a colour matter; without, PIL's upper 8 do. Raises BadImage.
+    deep: whether more than 8 bits of a colour matter; without, PIL's upper 8 do. pages: how many grey pages of a TIFF
+    are channels where `channels` does not say. Raises BadImage.
     """
+    pages = channels or pages
     if image.startswith(NPY):
         from prelude.data import arrays  # here: only those who have such images pay for it
 
@@ -75,7 +79,7 @@ def stored_values(image: bytes, channels: int | None, max_pixels: int = MAX_PIXE
     is_tiff, colours = image.startswith(TIFF), False
     try:
         with open_image(image, max_pixels) as opened:
-            if not (is_tiff and _is_for_tifffile(opened, channels, deep)):
+            if not (is_tiff and _is_for_tifffile(opened, channels, pages, deep)):
                 return _of_pil(image, opened, channels, deep)
             unspecified = opened.tag_v2.get(EXTRA_SAMPLES) == (0,)  # a fourth band such as infrared, and no opacity
             colours = opened.mode in ("RGB", "RGBA") and not unspecified
@@ -84,15 +88,15 @@ def stored_values(image: bytes, channels: int | None, max_pixels: int = MAX_PIXE
             raise
     from prelude.data import arrays
 
-    return _fitted(arrays.of_tiff(image, channels, max_pixels), channels, colours)
+    return _fitted(arrays.of_tiff(image, pages, max_pixels), channels, colours)
 
 
-def has_alpha(image: bytes) -> bool:
+def has_alpha(image: bytes, max_pixels: int = MAX_PIXELS) -> bool:
     """Whether the last channel of a PNG or a TIFF is its opacity."""
     if image.startswith(_PNG):
         return image[25:26] in (b"\x04", b"\x06")
     try:
-        return image.startswith(TIFF) and open_image(image).mode in ("LA", "RGBA")
+        return image.startswith(TIFF) and open_image(image, max_pixels).mode in ("LA", "RGBA")
     except BadImage:
         return False
 
@@ -166,15 +170,15 @@ def _png_of_16_bits(image: bytes) -> np.ndarray:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _is_for_tifffile(opened: Image.Image, channels: int | None, deep: bool) -> bool:
+def _is_for_tifffile(opened: Image.Image, channels: int | None, pages: int | None, deep: bool) -> bool:
     """Whether PIL would lose channels, pages or bits of a TIFF that it opens."""
     with pil_errors():
         samples = int(opened.tag_v2.get(SAMPLES_PER_PIXEL, 1))
         bits = int(max(opened.tag_v2.get(BITS_PER_SAMPLE, (1,))))
         if samples > 1 and (channels not in (1, 3) or (deep and bits > 8)):
             return True
-        has_pages = samples == 1 and bits > 1 and opened.mode != "P" and channels not in (None, 1)
-        return has_pages and opened.n_frames == channels
+        has_pages = samples == 1 and bits > 1 and opened.mode != "P" and pages not in (None, 1)
+        return has_pages and opened.n_frames == pages
 
 
 def _fitted(values: np.ndarray, channels: int | None, colours: bool = False) -> np.ndarray:

@@ -3,6 +3,8 @@
 - X-ray, CT and microscopy use 12 or 14 of the 16 bits of their files: taken for 16, such images are almost black.
 - `auto` is found by sampling images from all over an index, and is a number of whole bits, or 0 to 1 for floating point
   values that lie there, so that train and test shards of one kind agree on it.
+- Images are looked at as training reads them: with all pages of a TIFF that are channels, and up to `max_pixels`. Of
+  several data sets as many are looked at of each, and each is named that stays dark.
 - What no image of a sample can be read as is told once and before anything is trained, with what to write.
 """
 
@@ -31,7 +33,7 @@ def resolved(index, value_range: ValueRange | Literal["auto"] | None) -> ValueRa
     """
     if value_range != "auto":
         return None if value_range is None else (float(value_range[0]), float(value_range[1]))
-    found = list(_extremes(index))
+    found = [one for _, begin, end in _sets(index) for one in _extremes(index, index.channels, begin, end)]
     if not found:
         return None
     lowest, highest = min(low for low, _, _ in found), max(high for _, high, _ in found)
@@ -54,17 +56,32 @@ def may_be_found(value_range: Sequence[float] | None) -> bool:
     return low == 0 and (high == 1 or (high >= 255 and high == _whole_bits(int(high))))
 
 
-def tell_if_dark(index) -> None:
-    """Logs a warning where images stay dark because they use the lower part of 16 bits only."""
-    if index.value_range is not None:
-        return
-    highest = max((int(high) for _, high, kind in _extremes(index) if kind == "u"), default=None)
-    if highest is not None and highest < _DARK * 65535:
-        log.warning(
-            "images in %s have 16 bits and values up to %d only, so all stay dark (at most %d of 255); "
-            "write data.range=[0,%.0f], or data.range=auto",
-            index.named, highest, highest // 256, _whole_bits(highest),
-        )  # fmt: skip
+def tell_if_dark(index, channels: int | None = None) -> None:
+    """Logs a warning where images stay dark because they use the lower part of 16 bits only; of several data sets, the
+    lower part of the range that they share.
+
+    channels: with which they are read, None for what the index says.
+    """
+    if index.value_range is not None and not index.parts:
+        return  # one that was given is meant, and one that was found fits
+    black, white = index.value_range or (0.0, 65535.0)
+    highest: dict[str, int] = {}
+    for name, begin, end in _sets(index):
+        found = _extremes(index, channels or index.channels, begin, end)
+        if values := [int(high) for _, high, kind in found if kind == "u"]:
+            highest[name] = max(values)
+    limit = black + _DARK * (white - black)
+    whole = _whole_bits(max(highest.values(), default=0))
+    remedy = f"write data.range=[0,{whole:.0f}], or data.range=auto"
+    if any(value >= limit for value in highest.values()):
+        remedy = f"a data.range is one for all of data.mix, so write these images anew with values up to {white:.0f}"
+    for name, value in highest.items():
+        if value < limit:
+            shown = value // 256 if index.value_range is None else max(255 * (value - black) / (white - black), 0)
+            log.warning(
+                "images in %s have 16 bits and values up to %d only, so all stay dark (at most %d of 255); %s",
+                name, value, shown, remedy,
+            )  # fmt: skip
 
 
 def refuse_other_images(index, channels: int) -> None:
@@ -80,7 +97,7 @@ def refuse_other_images(index, channels: int) -> None:
         except BadImage as error:
             if not str(error).endswith("no data.range"):
                 continue
-            values = values or (str(error).split()[0], deep_values(image))
+            values = values or (str(error).split()[0], deep_values(image, channels, index.max_pixels))
     if refused:
         there = counted(refused.there, "channel")
         raise UserError(
@@ -109,11 +126,18 @@ def channels_of(index) -> int:
     return 3
 
 
-def _extremes(index) -> Iterator[tuple[float, float, str]]:
-    """The lowest and the highest value, and the kind of number, of the sampled images that have more than 8 bits."""
-    for image in some_images(index, _SAMPLED):
+def _sets(index) -> list[tuple[str, int, int]]:
+    """How each of several data sets is named, and where it lies among the samples; or the one that there is."""
+    parts = [(f"data.mix.{part.name}", part.begin, part.end) for part in index.parts]
+    return parts or [(index.named, 0, index.num_samples)]
+
+
+def _extremes(index, channels: int | None, begin: int, end: int) -> Iterator[tuple[float, float, str]]:
+    """The lowest and the highest value, and the kind of number, of those that have more than 8 bits among the images
+    that are sampled from there."""
+    for image in some_images(index, _SAMPLED, begin, end):
         try:
-            values = deep_values(image)
+            values = deep_values(image, channels, index.max_pixels)
         except BadImage:
             continue  # reading for training says what is wrong
         if values is None:
@@ -124,9 +148,10 @@ def _extremes(index) -> Iterator[tuple[float, float, str]]:
             yield float(values.min()), float(values.max()), kind
 
 
-def some_images(index, count: int) -> Iterator[bytes]:
-    """The bytes of images from all over an index, as far as they can be read."""
-    samples = np.unique(np.linspace(0, index.num_samples - 1, count).astype(np.int64))
+def some_images(index, count: int, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """The bytes of images from all over an index, or from one sample up to another, as far as they can be read."""
+    last = (index.num_samples if end is None else end) - 1
+    samples = np.unique(np.linspace(begin, last, count).astype(np.int64))
 
     def bytes_of(sample: int) -> bytes | None:
         try:

@@ -265,8 +265,8 @@ def labelled_shards(
     label = label or (section.label if alike else default)
     more |= {"image": more["image"] or "", "classes": tuple(more["classes"] or ())}
     more |= {"group": group, "one_set": one_set, "named": named}
-    value_range, max_pixels = read_as(sources, value_range)
-    return Labelled(train, test, label, vectors, value_range, max_pixels, **more)
+    value_range, max_pixels, channels = read_as(sources, value_range)
+    return Labelled(train, test, label, vectors, value_range, max_pixels, channels=channels, **more)
 
 
 def vector_format(
@@ -317,13 +317,15 @@ def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
 
 def read_as(
     sources: Sequence[str], value_range: ValueRange | Literal["auto"] | None
-) -> tuple[ValueRange | Literal["auto"] | None, int]:
-    """The range of values, where none is given that of the sources' runs, and the largest image.
+) -> tuple[ValueRange | Literal["auto"] | None, int, int | None]:
+    """The range of values, where none is given that of the sources' runs, the largest image, and the number of
+    channels, where a run says it.
 
     Raises UserError where runs differ in their range: all are shown the same images.
     """
     sections = list(sections_of(sources, "data"))
-    ranges, limits = ([section[key] for section in sections if section.get(key)] for key in ("range", "max_pixels"))
+    keys = ("range", "max_pixels", "channels")
+    ranges, limits, channels = ([section[key] for section in sections if section.get(key)] for key in keys)
     ranges = [each for each in ranges if each != "auto"] or ranges  # what was found for one does for a recipe beside it
     unlike = [each for each in ranges if each != ranges[0]]
     if unlike and value_range is None:
@@ -331,7 +333,7 @@ def read_as(
             f"The runs of {', '.join(sources)} differ in data.range ({ranges[0]} and {unlike[0]}), and all are shown "
             f"the same images; write --range LOW,HIGH, or judge them one by one."
         )
-    return value_range or (ranges or [None])[0], (limits or [MAX_PIXELS])[0]
+    return value_range or (ranges or [None])[0], (limits or [MAX_PIXELS])[0], (channels or [None])[0]
 
 
 def is_recipe(source: str) -> bool:

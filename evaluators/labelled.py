@@ -39,6 +39,8 @@ class Labelled:
     train_select: Selection | None = None  # a part of the shards
     test_select: Selection | None = None
     group: str = ""  # a label whose value samples that belong together share, such as json:patient
+    # With which images will be read, where that is known: no other shards, see `ShardIndex`
+    channels: int | None = field(default=None, compare=False)
     one_set: bool = False  # test alone, which is train as well: for what leaves each sample out in turn
     # How they are spelled where they were given, see `told_as`
     named: tuple[str, str] = field(default=("--train ", "--test "), compare=False)
@@ -57,7 +59,8 @@ class Labelled:
 
     def _part(self, side: str, value_range: ValueRange | Literal["auto"] | None) -> ShardIndex:
         with told_as(*self.named_as(side)):
-            index = ShardIndex(getattr(self, side), self.label, value_range, self.max_pixels, self.image)
+            shards, seen_as = getattr(self, side), (value_range, self.max_pixels, self.image, self.channels)
+            index = ShardIndex(shards, self.label, *seen_as)
         select = f"{side}_select"
         return selected(index, getattr(self, select), select)
 
@@ -91,10 +94,12 @@ class Labelled:
         return found
 
 
-def labelled_section(section: EvaluateConfig, value_range=None, max_pixels: int = MAX_PIXELS) -> Labelled:
+def labelled_section(
+    section: EvaluateConfig, value_range=None, max_pixels: int = MAX_PIXELS, channels: int | None = None
+) -> Labelled:
     """What a config's own section says."""
     selects = {name: selection(getattr(section, name)) for name in ("train_select", "test_select")}
-    named = {"image": section.image or "", "classes": tuple(section.classes)}
+    named = {"image": section.image or "", "classes": tuple(section.classes), "channels": channels}
     shards = section.train_shards, section.test_shards
     found = Labelled(*shards, section.label, None, value_range, max_pixels, **named, **selects)
     return replace(found, named=named_by_section(), image_named=IMAGE_OF_SECTION, has_options=False)

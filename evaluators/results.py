@@ -29,7 +29,7 @@ from rich.text import Text
 from torch import Tensor
 
 from prelude.data.errors import UserError
-from prelude.evaluators.table_text import folded, print_whole
+from prelude.evaluators.table_text import folded, print_plain, print_whole
 from prelude.pretrain.files import reason, write_whole
 
 TOP5_FROM = 10  # classes; below, five guesses say little
@@ -236,7 +236,7 @@ def print_table(results: list[Result], console: Console | None = None) -> None:
     print_whole(console, build, [name for row in names for name in row])
     told = [f"{result.encoder['name']}: {warning}" for result in results for warning in result.outcome.warnings]
     for text in dict.fromkeys(told):  # several evaluators say the same of their images
-        console.print(text, highlight=False, markup=False)
+        print_plain(console, text)
 
 
 def with_doubt(number: Percent) -> str:

@@ -1,6 +1,8 @@
 """Tables in a terminal: names break between their parts and never within one, and nothing is cut.
 
-A table that no width of names fits in is as wide as it has to be.
+- A table that no width of names fits in is as wide as it has to be.
+- Names of files and classes, settings and reasons hold brackets and colons, which rich takes for markup and emoji and
+  leaves out: whatever has such text in it is a `PlainTable`, or is printed by `print_plain`.
 """
 
 import re
@@ -9,8 +11,21 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 _PART = re.compile(r"[^/_,:\s-]*[/_,:\s-]*")  # a word and the separators behind it
+
+
+class PlainTable(Table):
+    """Its rows show text as it is."""
+
+    def add_row(self, *cells, **how) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **how)
+
+
+def print_plain(console: Console, text: str, **how) -> None:
+    """The text as it is."""
+    console.print(text, highlight=False, markup=False, emoji=False, **how)
 
 
 def folded(text: str, width: int) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from prelude.evaluators.table_text import PlainTable, print_plain
 from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import documented_parser, parse, path
 from prelude.launch.exit_codes import door
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         bank = Bank(Path(folder) / BANK if folder and run_of(folder) == Path(folder).absolute() else folder)
         entries = bank.entries()
         size = sum(entry.num_bytes for entry in entries)
-        console.print(f"{bank.folder}: {len(entries)} entries, {size / 2**20:,.1f} MiB", soft_wrap=True)
+        print_plain(console, f"{bank.folder}: {len(entries)} entries, {size / 2**20:,.1f} MiB", soft_wrap=True)
         if args.clear:
             bank.clear()
             console.print("removed")
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def table_of(entries) -> Table:
-    table = Table("encoder", "features", "images", "width", "data", "MiB", box=box.SIMPLE)
+def table_of(entries) -> PlainTable:
+    table = PlainTable("encoder", "features", "images", "width", "data", "MiB", box=box.SIMPLE)
     for entry in entries:
         about, size = entry.about, f"{entry.num_bytes / 2**20:.1f}"
         if not about:

@@ -81,7 +81,11 @@ def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: 
         num_samples = sum(index.num_samples for index in indexes)
         overrides = last_of_each([*overrides, *within(config, args.images, num_samples)])
         config = load_config(recipe, overrides, options_for)
-    known_by = [[index.fingerprint for index in indexes], [index.layout_fingerprint() for index in indexes]]
+    known_by = [
+        [index.fingerprint for index in indexes],
+        [index.as_written().fingerprint for index in indexes],
+        [index.layout_fingerprint() for index in indexes],
+    ]
     if is_finished(config, options_for(config.objective["name"]), list(map("_".join, known_by))):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None
@@ -90,7 +94,7 @@ def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: 
 
 def learned_from(config: Config) -> list[ShardIndex]:
     """What a run's epoch consists of: images, and volumes where it takes them. Raises UserError."""
-    indexes = [index_of(data_of(config.data), **seen_as(config.data))]
+    indexes = [index_of(data_of(config.data), channels=config.data.channels, **seen_as(config.data))]
     if of := config.data.volumes:
         seen = {"value_range": of.range, "max_pixels": config.data.max_pixels}
         indexes.append(index_of_volumes(volumes_of(config.data), **seen))

@@ -165,7 +165,7 @@ def keeping_of(args: argparse.Namespace, judging: Judging) -> Judging | None:
     label, evaluators = asked.label, judging.evaluators
     if asked.vectors:  # the old images have class numbers all the same
         label, evaluators = "cls", [EVALUATORS[name] for name in dict.fromkeys(args.evaluators or COMPARED)]
-    seen_as = {"value_range": asked.value_range, "max_pixels": asked.max_pixels, "image": asked.image}
+    seen_as = {key: getattr(asked, key) for key in ("value_range", "max_pixels", "image", "channels")}
     old = Labelled(*args.keep, label, **seen_as, named=("", ""))
     plain = replace(old, image="")  # of the new images one of several is meant, of the old there may be one alone
     if not _opens(old) and _opens(plain):

@@ -1,9 +1,10 @@
 """`prelude check-encoder`: what an encoder gives, and which objectives that is enough for."""
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from prelude.data.errors import UserError
+from prelude.evaluators.table_text import PlainTable
 from prelude.objectives import OURS, check_objective, objective_class, options_for
 from prelude.pretrain import overrides as setting
 from prelude.pretrain.config import Config, EncoderConfig
@@ -22,7 +23,7 @@ def main(name: str, overrides: list[str]) -> int:
     summary = check_encoder(encoder, tokens=False)
     _refuse_changing(encoder)
     verdicts = {objective: _refusal(name, overrides, objective) for objective in sorted(OURS)}
-    table = Table(title=f"{name}, {encoder.size[0]} x {encoder.size[1]} pixels", show_header=False)
+    table = PlainTable(title=Text(f"{name}, {encoder.size[0]} x {encoder.size[1]} pixels"), show_header=False)
     for row in _given(encoder, summary):
         table.add_row(*row)
     table.add_section()

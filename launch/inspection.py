@@ -6,7 +6,6 @@ import os
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from prelude.data.absent import told_as
 from prelude.data.counting import counted
@@ -16,6 +15,7 @@ from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
 from prelude.data.value_range import channels_of
+from prelude.evaluators.table_text import PlainTable
 from prelude.pretrain.distributed import cores_per_rank
 from prelude.pretrain.files import reason, remedy
 
@@ -25,11 +25,10 @@ _MOST_LISTED = 20
 def info(args: argparse.Namespace) -> int:
     """Exit code 1 where something is wrong, for scripts."""
     index = _index(args)
-    channels = _channels(index, args)
     table = _counts(index, args.label)
     if args.images:
         chosen = spread(index.num_samples, args.images)
-        found = survey(index, chosen, channels=channels, threads=args.workers or cores_per_rank())
+        found = survey(index, chosen, channels=index.channels, threads=args.workers or cores_per_rank())
         _describe(
             table, found, f"of {counted(len(chosen), 'image')}" if len(chosen) < index.num_samples else "of all images"
         )
@@ -46,14 +45,13 @@ def verify(args: argparse.Namespace) -> int:
     index = _index(args)
     if args.to:
         _refuse_to_write(args.to, index)
-    channels = _channels(index, args)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("decoding", total=index.num_samples)
         every = spread(index.num_samples, index.num_samples)
         found = survey(
             index,
             every,
-            channels=channels,
+            channels=index.channels,
             threads=args.workers or cores_per_rank(),
             duplicates=True,
             progress=lambda: bar.advance(task),
@@ -140,22 +138,24 @@ def _refuse_folders(index: ShardIndex) -> None:
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:
+    """With the channels that are asked for, or as many as there are."""
     with told_as(""):
-        seen_as = {"value_range": args.range, "image": args.image or ""}
-        if args.label:
-            return ShardIndex(args.shards, args.label, **seen_as)
-        try:
-            return ShardIndex(args.shards, "cls", **seen_as)
-        except UserError:  # a folder whose labels are not clear, or what raises again
-            return ShardIndex(args.shards, "", **seen_as)
+        index = _labelled(args)
+        return index.with_range(args.range, channels=args.channels or channels_of(index))
 
 
-def _channels(index: ShardIndex, args: argparse.Namespace) -> int:
-    return args.channels or channels_of(index)
+def _labelled(args: argparse.Namespace) -> ShardIndex:
+    image = args.image or ""
+    if args.label:
+        return ShardIndex(args.shards, args.label, image=image)
+    try:
+        return ShardIndex(args.shards, "cls", image=image)
+    except UserError:  # a folder whose labels are not clear, or what raises again
+        return ShardIndex(args.shards, "", image=image)
 
 
-def _counts(index: ShardIndex, label: str) -> Table:
-    table = Table(show_header=False)
+def _counts(index: ShardIndex, label: str) -> PlainTable:
+    table = PlainTable(show_header=False)
     table.add_row("shards", str(index.num_shards))
     table.add_row("samples", str(index.num_samples))
     table.add_row("samples a shard", f"{index.counts.min()} to {index.counts.max()}")
@@ -172,7 +172,7 @@ def _counts(index: ShardIndex, label: str) -> Table:
     return table
 
 
-def _describe(table: Table, found: Survey, of: str) -> None:
+def _describe(table: PlainTable, found: Survey, of: str) -> None:
     table.add_section()
     table.add_row(f"undecodable {of}", str(len(found.undecodable)))
     if not found.num_images:

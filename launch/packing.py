@@ -5,7 +5,6 @@ import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from prelude.data.class_list import read_classes
 from prelude.data.counting import counted
@@ -13,6 +12,7 @@ from prelude.data.errors import UserError
 from prelude.data.packing.images import QUALITY
 from prelude.data.packing.pack import Packing, pack
 from prelude.data.packing.source import SourceOptions
+from prelude.evaluators.table_text import PlainTable
 from prelude.launch.exit_codes import INCOMPLETE
 from prelude.pretrain.distributed import cores_per_rank
 
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _tell(summary: dict, packing: Packing) -> None:
-    table = Table(show_header=False)
+    table = PlainTable(show_header=False)
     for name, split in summary["splits"].items():
         mib = split["bytes"] / 2**20
         table.add_row(

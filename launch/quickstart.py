@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from prelude.launch import pretrain
 from prelude.launch.alone import refuse_ranks
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.frozen.linear_probe import linear_probe
     from prelude.evaluators.judging import evaluate, labelled_shards
     from prelude.evaluators.results import print_table
+    from prelude.evaluators.table_text import print_plain
 
     console, run = Console(stderr=True, highlight=False), Path(args.run_dir)
     shards, recorded = run / "shapes", recorded_config(run)
@@ -42,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{run} holds a run that quickstart has not made; write --run-dir with another folder.")
     if (before := recorded.get("seed", args.seed)) != args.seed:
         raise UserError(f"{run} was made with --seed {before}; write that seed, or --run-dir with another folder.")
-    console.print(f"[bold]1 of 4[/] making {NUM_TRAIN} + {NUM_TEST} images of shapes in {shards}")
+    console.print(
+        f"[bold]1 of 4[/] making {NUM_TRAIN} + {NUM_TEST} images of shapes in {escape(str(shards))}", emoji=False
+    )
     write_shards(shards, "train", NUM_TRAIN, seed=args.seed)
     write_shards(shards, "test", NUM_TEST, seed=args.seed)
 
@@ -68,11 +72,13 @@ def main(argv: list[str] | None = None) -> int:
 
     print_table(results)
     pictures = sorted((run / "pictures").glob("*.png"))
-    console.print(f"what it learned to fill in   {pictures[-1] if pictures else 'no picture was drawn'}")
-    console.print(f"what it says of each place   prelude segment {run} random:{run} pixels")
-    console.print(f"curves                       tensorboard --logdir {run / 'tensorboard'}")
-    console.print(f"all numbers                  {run / 'metrics.jsonl'}, {run / 'evaluations'}")
-    console.print(f"the encoder                  timm.create_model('local-dir:{run / 'export'}', pretrained=True)")
+    print_plain(console, f"what it learned to fill in   {pictures[-1] if pictures else 'no picture was drawn'}")
+    print_plain(console, f"what it says of each place   prelude segment {run} random:{run} pixels")
+    print_plain(console, f"curves                       tensorboard --logdir {run / 'tensorboard'}")
+    print_plain(console, f"all numbers                  {run / 'metrics.jsonl'}, {run / 'evaluations'}")
+    print_plain(
+        console, f"the encoder                  timm.create_model('local-dir:{run / 'export'}', pretrained=True)"
+    )
     return 0
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from prelude.data.errors import UserError
 from prelude.evaluators.comparing.run_record import curves_of, is_finished_as
 from prelude.evaluators.comparing.table import NOTHING, plain
+from prelude.evaluators.table_text import PlainTable, print_plain
 from prelude.launch import training
 from prelude.launch.children import DOORS, Preempted, run_door
 from prelude.launch.combinations import Combination
@@ -199,16 +200,16 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def print_rows(rows: Sequence[Row]) -> None:
     titles, cells = table_of(rows)
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = PlainTable(box=box.SIMPLE, pad_edge=False)
     for title in titles:
-        table.add_column(title, justify="right", overflow="fold")
+        table.add_column(Text(title), justify="right", overflow="fold")
     for row in cells:
         table.add_row(*row)
     console = Console()
     console.print(table)
     for row in rows:
         if row.problem:
-            console.print(f"{row.combination.name}: {row.problem}", highlight=False, markup=False)
+            print_plain(console, f"{row.combination.name}: {row.problem}")
 
 
 def folder_of(combinations: Sequence[Combination]) -> Path:

@@ -181,7 +181,7 @@ class ConsoleMonitor(Monitor):
 
     def _print(self, text: str) -> None:
         with self.tolerant:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, soft_wrap=True, emoji=False)
 
     def _drawn(self, text: str) -> Group:
         """The numbers above the bar, over as many lines as they need: beside it a narrow terminal would cut them."""

@@ -20,7 +20,7 @@ from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
 from prelude.data.packing.columns import Columns, apply_columns
 from prelude.data.packing.extras import needed
 from prelude.data.packing.images import extension_of
-from prelude.data.packing.source import LeftOut, Source, SourceOptions, short_names, stamp_of
+from prelude.data.packing.source import LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
 from prelude.data.packing.table import TableSource
 
 _SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(?=[^a-z]|$)")
@@ -72,7 +72,7 @@ class ArrowSource(Source):
         try:
             value = self.tables[which].value(self.image, number - self.starts[which])
         except (ValueError, OSError) as error:  # what pyarrow raises on damaged bytes
-            raise LeftOut("damaged row group") from error
+            raise damaged(self.tables[which].path, error, "damaged row group") from error
         if isinstance(value, dict):
             if value.get("bytes") is None and value.get("path"):
                 raise LeftOut("a path and no image bytes")
@@ -164,10 +164,14 @@ def _files(path: str, options: SourceOptions) -> list[str]:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         with open(os.path.join(path, "dataset_dict.json")) as file:
             splits = json.load(file)["splits"]
-        return _files(os.path.join(path, _one_split(path, splits, options)), options)
+        # A split that was made of another one is saved under the name of that one.
+        return _files(os.path.join(path, _one_split(path, splits, options)), replace(options, split=""))
     if os.path.isfile(os.path.join(path, "state.json")):
         with open(os.path.join(path, "state.json")) as file:
-            return [os.path.join(path, part["filename"]) for part in json.load(file)["_data_files"]]
+            state = json.load(file)
+        if options.split:
+            _one_split(path, [state.get("_split") or ""], options)
+        return [os.path.join(path, part["filename"]) for part in state["_data_files"]]
     if os.path.isdir(path):
         found = glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)
         found = found or glob.glob(os.path.join(glob.escape(path), "**", "*.arrow"), recursive=True)
@@ -186,6 +190,11 @@ def _files(path: str, options: SourceOptions) -> list[str]:
 def _one_split(path: str, splits: list[str], options: SourceOptions) -> str:
     if options.split in splits and options.split:
         return options.split
+    if not any(splits):
+        raise UserError(
+            f"--split {options.split} has no effect on {path}, which names no split; leave it out, or write --name "
+            f"{options.split}."
+        )
     raise UserError(f"{path} holds the splits {', '.join(filter(None, splits))}; write --split with one of them.")
 
 

@@ -4,8 +4,10 @@ import glob
 import os
 import re
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.data.packing.arrow import open_arrow
+from prelude.data.image_files import ARRAY_EXTENSION, image_extension_of, list_images
+from prelude.data.packing.arrow import ArrowSource, open_arrow
 from prelude.data.packing.binaries import is_binary, open_binary
 from prelude.data.packing.folder import FolderSource
 from prelude.data.packing.source import Source, SourceOptions
@@ -61,13 +63,33 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
     if names.intersection(_ZARR):
         return open_zarr(source, options)
     if is_binary(source):
-        return open_binary(source, options)
+        return _beside_images(open_binary(source, options), source)
     if any(_PICKLES.fullmatch(name) for name in names):
         raise UserError(
             f"{source} holds CIFAR as pickles, whose reading can run code; load its binary version (cifar-10-binary)."
         )
+    tables = glob.iglob("**/*.parquet", root_dir=source, recursive=True)
     if any(name.endswith(".tar") for name in names):
-        return TarSource(os.path.join(source, "*.tar"), options)
-    if any(glob.iglob(os.path.join(glob.escape(source), "**", "*.parquet"), recursive=True)):
-        return open_arrow(source, options)
+        shards = os.path.join(source, "*.tar")
+        if beside := next(tables, None) or next(iter(_image_files(source)), None):
+            raise UserError(
+                f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
+                f"out."
+            )
+        return TarSource(shards, options)
+    if any(tables):
+        opened = open_arrow(source, options)
+        return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
     return FolderSource(source, options)
+
+
+def _beside_images(opened: Source, folder: str) -> Source:
+    """Tells of images in the folder of what holds images itself."""
+    if images := _image_files(folder):
+        opened.notes.append(f"without {counted(len(images), 'image file')} that lie beside, such as {images[0]}")
+    return opened
+
+
+def _image_files(folder: str) -> list[str]:
+    """Arrays are as often labels or features."""
+    return [name for name in list_images(folder).names if image_extension_of(name) != ARRAY_EXTENSION]

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from prelude.data.errors import RunStopped, UserError
-from prelude.data.image_files import PassedOver
+from prelude.data.image_files import OF_THE_FILE, PassedOver
 from prelude.data.packing.labels import Labels, is_missing
 
-_CONTENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,90}")
 
 
@@ -111,10 +110,10 @@ def read_file(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except _CONTENT_ERRORS as error:
-        raise LeftOut(f"cannot be read: {error.strerror}") from error
     except OSError as error:
-        raise unreadable(path, error) from error
+        if error.errno not in OF_THE_FILE:
+            raise unreadable(path, error) from error
+        raise LeftOut(f"cannot be read: {error.strerror}") from error
 
 
 def unreadable(path: str, error: OSError) -> RunStopped:
@@ -123,6 +122,14 @@ def unreadable(path: str, error: OSError) -> RunStopped:
         f"{path} cannot be read ({error.strerror or error}); mend the disk, and give the same command again, which "
         f"goes on from there."
     )
+
+
+def damaged(path: str, error: Exception, reason: str) -> LeftOut | RunStopped:
+    """Of what a library could not read: whether the bytes are the reason, or the disk or the network, whose errors
+    alone have a number."""
+    if number := getattr(error, "errno", None):
+        return unreadable(path, OSError(number, os.strerror(number)))
+    return LeftOut(reason)
 
 
 def stamp_of(path: str) -> str:

@@ -16,16 +16,16 @@ from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
 from prelude.data.packing.extras import needed
 from prelude.data.packing.images import as_npy, as_png
 from prelude.data.packing.labels import class_labels
-from prelude.data.packing.source import LeftOut, Source, SourceOptions, stamp_of
+from prelude.data.packing.source import Source, SourceOptions, damaged, stamp_of
 
 
 class StackSource(Source):
     what = "a stack of images"
 
-    def __init__(self, array, name: str, labels, options: SourceOptions):
-        """array: numpy or Zarr. labels: (N,) numbers or text, or None."""
+    def __init__(self, array, path: str, name: str, labels, options: SourceOptions):
+        """array: numpy or Zarr, which lies at `path`. labels: (N,) numbers or text, or None."""
         super().__init__()
-        self.array, self.cache = array, BlockCache()
+        self.array, self.path, self.cache = array, path, BlockCache()
         self.layout, self.as_png = _layout(array, name)
         count = array.shape[0]
         self.rows = getattr(array, "chunks", (1,))[0]  # images that are read at once
@@ -47,7 +47,7 @@ class StackSource(Source):
         try:
             image = self.cache.get(block, lambda: self._block(block))[place]
         except (ValueError, RuntimeError, OSError) as error:  # what Zarr's codecs raise
-            raise LeftOut("damaged chunk") from error
+            raise damaged(self.path, error, "damaged chunk") from error
         if self.layout == "channels first":
             image = image.transpose(1, 2, 0)
         if image.ndim == 3 and image.shape[2] == 1:
@@ -68,7 +68,7 @@ def open_npy(path: str, options: SourceOptions) -> Source:
     if options.label and not options.unlabelled:
         labels = _load(options.label[0], None)
         stamps.append(stamp_of(options.label[0]))
-    source = StackSource(array, os.path.splitext(os.path.basename(path))[0], labels, options)
+    source = StackSource(array, path, os.path.splitext(os.path.basename(path))[0], labels, options)
     source.stamps = stamps
     return source
 
@@ -91,8 +91,8 @@ def open_zarr(path: str, options: SourceOptions) -> Source:
     label = None if options.unlabelled or not options.label else options.label[0]
     if label is not None and label not in arrays:
         raise UserError(f"{path} holds the arrays {', '.join(arrays)}; write --label with one of them.")
-    name = os.path.basename(os.path.normpath(path))
-    source = StackSource(arrays[image], name, None if label is None else np.asarray(arrays[label][:]), options)
+    name, labels = os.path.basename(os.path.normpath(path)), None if label is None else np.asarray(arrays[label][:])
+    source = StackSource(arrays[image], path, name, labels, options)
     source.stamps = [f"{image} {label} {_newest(path)}"]
     return source
 

@@ -10,10 +10,11 @@ import io
 import json
 import os
 import re
+import stat
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.data.image_files import MAX_IMAGE_BYTES, PassedOver, image_extension_of
+from prelude.data.image_files import MAX_IMAGE_BYTES, OF_THE_FILE, PassedOver, image_extension_of
 from prelude.data.packing.columns import Columns, apply_columns, image_column
 from prelude.data.packing.source import Source, SourceOptions, read_file, stamp_of
 
@@ -57,9 +58,15 @@ class TableSource(Source):
         if found in seen:
             return _twice(path, seen[found], row, columns)
         seen[found] = row
-        if not os.path.isfile(found):
-            return "no such file" if not os.path.exists(found) else "not a regular file"
-        size = os.path.getsize(found)
+        try:
+            status = os.stat(found)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            if isinstance(error, OSError) and error.errno not in OF_THE_FILE:
+                raise
+            return "no such file"
+        if not stat.S_ISREG(status.st_mode):
+            return "not a regular file"
+        size = status.st_size
         if not image_extension_of(found):
             return "no image by its name"
         if not 0 < size <= MAX_IMAGE_BYTES:

@@ -26,7 +26,7 @@ from prelude.evaluators.comparing.headline import evaluator_name, gain, headline
 from prelude.evaluators.comparing.label_table import positives
 from prelude.evaluators.comparing.paired import pairs, sentences, unlike_encoders
 from prelude.evaluators.comparing.retention import SIDES, Change, Side, changes, evaluators_of, gone_on, seen
-from prelude.evaluators.table_text import fits, folded, print_whole
+from prelude.evaluators.table_text import fits, folded, print_plain, print_whole
 
 NOTHING = "–"
 CHANGES = (
@@ -175,7 +175,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         _print_entries(replace(seen(comparison, "old"), title="On the old images"), console)
         _print_changes(comparison, console)
     for line in (_explanation(comparison), *sentences(comparison), *notes(comparison)):
-        console.print(line, highlight=False, markup=False)
+        print_plain(console, line)
 
 
 def _print_entries(comparison: Comparison, console: Console) -> None:
@@ -183,7 +183,7 @@ def _print_entries(comparison: Comparison, console: Console) -> None:
     found = [cells(comparison, entry) for entry in rows]
 
     def build(width: int, columns: list[int]) -> Table:
-        table = Table(box=box.SIMPLE, title=comparison.title, pad_edge=False, collapse_padding=True)
+        table = Table(box=box.SIMPLE, title=Text(comparison.title), pad_edge=False, collapse_padding=True)
         table.add_column("encoder", no_wrap=True)
         table.add_column("objective", no_wrap=True)
         for column in columns:

@@ -142,10 +142,10 @@ def index_as_seen(
     option: which says `select`. named: how shards are spelled where they were given, see `told_as`.
 
     Raises UserError where runs differ in their range."""
-    value_range, max_pixels = read_as(sources, value_range)
+    value_range, max_pixels, channels = read_as(sources, value_range)
     shards = shards if isinstance(shards, str) else list(shards)
     with told_as(named):
-        index = ShardIndex(shards, label, value_range, max_pixels, image)
+        index = ShardIndex(shards, label, value_range, max_pixels, image, channels)
     if distributed.is_main():
         tell_if_dark(index)
     return selected(index, select, option)

@@ -157,7 +157,7 @@ def index_of(embedded: Embedded, shards: str | Sequence[str] | None = None) -> S
     """Of the images themselves. shards: where they are now. Raises UserError where they are gone, or others."""
     there = shards if isinstance(shards, str) else list(shards or embedded.about["data"]["shards"])
     index = _part(_index(embedded, there), embedded)
-    if index.fingerprint != embedded.about["data"]["fingerprint"]:
+    if embedded.about["data"]["fingerprint"] not in (index.fingerprint, index.as_written().fingerprint):
         raise UserError(
             f"The images in {index.named} are not those that {embedded.name} was made of; write "
             f"--shards with those, or leave --sheet out."

@@ -112,7 +112,8 @@ def prepare(
     wait_at_most(config.data.timeout_seconds, "data.timeout_seconds")
     keep_remote_shards(config.data.cache_dir, config.data.cache_gib)
     start_workers_by(config.data.start_method)
-    labelled = replace(labelled, value_range=config.data.range, max_pixels=config.data.max_pixels)
+    seen = {"value_range": config.data.range, "max_pixels": config.data.max_pixels, "channels": config.data.channels}
+    labelled = replace(labelled, **seen)
     samples = labelled_samples(labelled, config.evaluate, task_options(config), config.seed)
     config = with_found_range(config, samples.train.value_range)
     return Task(source, config, opened, samples)

@@ -43,8 +43,8 @@ _ENDED = {"ended": True}
 def check(config: Config) -> None:
     """Refuses, before a run begins, labelled shards that its encoder cannot be judged on. Raises UserError."""
     section, seen = config.evaluate, config.data
-    labelled, keys = labelled_section(section, seen.range, seen.max_pixels), ("train_shards", "test_shards")
-    for key, index in zip(keys, labelled.opened(), strict=True):
+    labelled = labelled_section(section, seen.range, seen.max_pixels, seen.channels)
+    for key, index in zip(("train_shards", "test_shards"), labelled.opened(), strict=True):
         shards = getattr(section, key)
         if not (index.labels[:, 0] >= 0).any():
             raise UserError(

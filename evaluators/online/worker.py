@@ -49,7 +49,8 @@ class Judge:
         self.config, self.section, self.device = config, config.evaluate, device
         self.model = build_encoder(config.encoder, seed=0).requires_grad_(False).eval()
         section = config.evaluate
-        indexes = labelled_section(section, config.data.range, config.data.max_pixels).indexes()
+        seen = config.data
+        indexes = labelled_section(section, seen.range, seen.max_pixels, seen.channels).indexes()
         wanted = (section.num_train, section.num_test)
         self.parts = [self._images(index, count) for index, count in zip(indexes, wanted, strict=True)]
         self.leaks = leaks(*indexes)  # in sentences

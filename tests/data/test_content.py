@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from prelude.data.batch import View, ViewPlan
+from prelude.data.data_sets import DataSet
 from prelude.data.errors import UserError
-from prelude.data.loader import Loader
+from prelude.data.loader import Loader, build_loader
+from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
 
 PLAN = ViewPlan((View((6, 6)),))
@@ -144,3 +146,50 @@ def test_a_subset_knows_its_content_too(write_shards):
     before = ShardIndex(paths).subset(chosen).fingerprint
     rewritten(paths[0], other_image(5))
     assert ShardIndex(paths).subset(chosen).fingerprint != before
+
+
+# ---- folders
+
+
+@pytest.fixture
+def photos(tmp_path, image, monkeypatch):
+    """A folder of labelled images; its path from where the test is."""
+    (tmp_path / "photos").mkdir()
+    for n in range(5):
+        (tmp_path / "photos" / f"{n}.ppm").write_bytes(image(n))
+        (tmp_path / "photos" / f"{n}.cls").write_text(str(n))
+    monkeypatch.chdir(tmp_path)
+    return "photos"
+
+
+WAYS = ["photos/", "./photos", "photos//", "photos/."]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_is_one_data_set_however_its_path_is_written(photos, tmp_path, way, monkeypatch):
+    loader = loader_of(photos, label="cls")
+    loader_of(way, label="cls").load_state_dict(loader.state_dict())
+    assert loader_of(way).preview(5) == loader.preview(5) and loader.preview(1)[0].startswith("photos:")
+    (tmp_path / "keys.txt").write_text("photos:3.ppm\n")
+    assert selected(ShardIndex(way), Selection(keys=str(tmp_path / "keys.txt")), "data.select").num_samples == 1
+    monkeypatch.chdir(photos)
+    assert ShardIndex(".").fingerprint == loader.index.fingerprint
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("label", ["", "cls"])
+def test_a_run_begun_when_a_folder_was_named_as_its_path_ends_goes_on(photos, write_shards, monkeypatch, way, label):
+    mix = {"a": DataSet(way), "b": DataSet(write_shards([3]))}
+    settings = {"seed": 0, "micro_batch": 2, "label": label}
+    for data in (way, mix):
+        with monkeypatch.context() as then:
+            then.setattr(ShardIndex, "_name_of", staticmethod(os.path.basename))
+            older = build_loader(data, PLAN, **settings)
+            state = older.state_dict() | {"samples": 6}
+        loader = build_loader(data, PLAN, **settings)
+        assert (loader.fingerprint == state["fingerprint"]) == (way == "./photos")
+        loader.load_state_dict(state)
+        assert loader.state_dict() == loader.identity() | {"version": 1, "samples": 6}
+        other = state | {"fingerprint": "0" * 32}
+        with pytest.raises(UserError, match="fingerprint"):
+            build_loader(data, PLAN, **settings).load_state_dict(other)

@@ -7,13 +7,18 @@ import pytest
 import tifffile
 from PIL import Image
 
+from prelude.data import decode as decoding
+from prelude.data import stored
 from prelude.data.batch import View, ViewPlan
+from prelude.data.data_sets import DataSet, index_of
 from prelude.data.decode import BadImage, decode
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader, build_loader, one_pass
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import may_be_found
+from prelude.evaluators.labelled import Labelled
 
+FIVE = ViewPlan((View((8, 8), crop="center", flip=0.0),), (0.5,) * 5, (0.25,) * 5)
 PLAN = ViewPlan((View((8, 8), crop="center", flip=0.0),))
 
 
@@ -32,6 +37,29 @@ def deep(tmp_path, write_tar):
         return str(write_tar(tmp_path / name, [(f"{n}.png", encoded(np.roll(values, n, 0))) for n in range(10)]))
 
     return write
+
+
+@pytest.fixture
+def stains(tmp_path, write_tar):
+    """stains(*highest) -> path of four TIFFs, each of as many 16-bit pages, which grow from 0 to these values."""
+
+    def write(*highest, name="stains.tar"):
+        file = io.BytesIO()
+        pages = np.linspace(0, highest, 64).round().astype(np.uint16).T.reshape(-1, 8, 8)
+        tifffile.imwrite(file, pages, photometric="minisblack")
+        kinds = (("tif", file.getvalue()), ("cls", b"0"))
+        return str(write_tar(tmp_path / name, [(f"{n}.{kind}", content) for n in range(4) for kind, content in kinds]))
+
+    return write
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    """As if images of more than 100 pixels were refused by all who are not told otherwise."""
+    for function in [*vars(stored).values(), *vars(decoding).values()]:
+        if stored.MAX_PIXELS in (usual := getattr(function, "__defaults__", None) or ()):
+            limited = tuple(100 if value == stored.MAX_PIXELS else value for value in usual)
+            monkeypatch.setattr(function, "__defaults__", limited)
 
 
 def brightest(index) -> int:
@@ -123,3 +151,93 @@ def test_where_the_range_is_given_or_8_bits_are_all_nothing_is_told(deep, write_
     for index in (ShardIndex(deep(4095), value_range=(0, 65535)), ShardIndex(write_shards([4]))):
         Loader(index, PLAN, seed=0, micro_batch=1)
     assert not caplog.records
+
+
+# ---- several data sets
+
+
+def told_dark(caplog, mix, **settings) -> list[str]:
+    """What a start says of these sets."""
+    caplog.clear()
+    build_loader({name: DataSet(path) for name, path in mix.items()}, PLAN, seed=0, micro_batch=1, **settings)
+    return [record.message for record in caplog.records if "dark" in record.message]
+
+
+def test_a_dark_set_is_named_whatever_lies_beside_it(deep, write_shards, caplog):
+    many = write_shards([900])
+    (said,) = told_dark(caplog, {"a": many, "b": deep(4095), "c": many})
+    assert said.startswith("images in data.mix.b have") and said.endswith("data.range=[0,4095], or data.range=auto")
+    both = told_dark(caplog, {"a": deep(4095), "b": deep(1000, "b.tar")})
+    assert [line.split()[2] for line in both] == ["data.mix.a", "data.mix.b"]
+    assert all("data.range=[0,4095]" in line for line in both)  # one for both
+
+
+def test_a_set_that_no_shared_range_helps_is_named_with_what_does(deep, caplog):
+    mix = {"bright": deep(65000), "dark": deep(4095, "dark.tar")}
+    for value_range in (None, "auto"):
+        (said,) = told_dark(caplog, mix, value_range=value_range)
+        assert "data.mix.dark" in said and "up to 4095 only" in said and "at most 15 of 255" in said
+        assert "one for all of data.mix" in said and "up to 65535" in said and "data.range=[" not in said
+    assert not told_dark(caplog, {"bright": deep(65000), "other": deep(30000, "other.tar")})
+
+
+def test_auto_sees_a_small_set_among_large_ones(deep, write_shards):
+    many = DataSet(write_shards([900]))
+    mix = {"a": many, "b": DataSet(deep(4095)), "c": many}
+    assert index_of(mix, value_range="auto").value_range == (0, 4095)
+
+
+# ---- pages that are channels, and large images
+
+
+def test_auto_looks_at_every_page_that_is_a_channel(stains):
+    loader = build_loader(stains(900, 30000, 0, 5, 20000), FIVE, seed=0, micro_batch=4, value_range="auto")
+    assert loader.index.value_range == (0, 32767)
+    seen = next(loader).views[0].amax((0, 2, 3)).tolist()
+    assert seen == pytest.approx([255 * highest / 32767 for highest in (900, 30000, 0, 5, 20000)])
+
+
+def test_evaluations_and_recorded_ranges_look_at_every_page_too(stains):
+    paths = stains(900, 30000, name="train.tar"), stains(900, 60000, name="test.tar")
+    judged = Labelled(*paths, "cls", value_range="auto", channels=2)
+    assert [index.value_range for index in judged.opened()] == 2 * [(0, 32767)]
+    mixed = {name: DataSet(path) for name, path in zip("ab", paths, strict=True)}
+    assert index_of(mixed, value_range="auto", channels=2).value_range == (0, 65535)
+    assert ShardIndex(paths[0]).with_range("auto", channels=2).value_range == (0, 32767)
+    # Of what is no channel nothing is learned.
+    assert ShardIndex(paths[0], value_range="auto", channels=1).value_range == (0, 1023)
+
+
+def test_images_are_dark_where_every_channel_is(stains, caplog):
+    for path in (stains(900, 30000, 0, 5, 20000), stains(0, 0, 0, 0, 20000, name="last.tar")):
+        Loader(ShardIndex(path), FIVE, seed=0, micro_batch=1)
+        assert not caplog.records
+    Loader(ShardIndex(stains(900, 3000, 0, 5, 200, name="dark.tar")), FIVE, seed=0, micro_batch=1)
+    assert "values up to 3000 only" in caplog.text and "data.range=[0,4095]" in caplog.text
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_a_range_is_found_among_images_as_large_as_are_allowed(tmp_path, write_tar, small_limit, caplog, format):
+    values = np.linspace(0, 3000, 256).round().astype(np.uint16).reshape(16, 16)
+    path = str(write_tar(tmp_path / "x.tar", [(f"{n}.{format.lower()}", encoded(values, format)) for n in range(3)]))
+    loader = build_loader(path, PLAN, seed=0, micro_batch=3, value_range="auto", max_pixels=256)
+    assert loader.index.value_range == (0, 4095) and next(loader).views[0].max() > 128
+    assert not caplog.records
+    Loader(ShardIndex(path, max_pixels=256), PLAN, seed=0, micro_batch=1)
+    assert "data.range=[0,4095]" in caplog.text
+
+
+def test_large_images_without_a_natural_range_are_refused_with_the_setting(tmp_path, write_tar, small_limit):
+    values = np.linspace(-5, 5, 256, dtype=np.float32).reshape(16, 16)
+    path = str(write_tar(tmp_path / "x.tar", [("0.tif", encoded(values, "TIFF"))]))
+    with pytest.raises(UserError, match=r"float32 values \(one from -5 to 5\).*write data.range=\[LOW,HIGH\]"):
+        Loader(ShardIndex(path, max_pixels=256), PLAN, seed=0, micro_batch=1)
+
+
+def test_opacity_of_large_images_says_nothing_of_black_and_white(tmp_path, write_tar, small_limit):
+    values = np.full((16, 16, 4), 3000, np.uint16)
+    values[:, :, 3] = 65535
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="rgb", extrasamples=["unassalpha"])
+    path = str(write_tar(tmp_path / "x.tar", [("0.tif", file.getvalue())]))
+    assert ShardIndex(path, value_range="auto", max_pixels=256).value_range == (0, 4095)

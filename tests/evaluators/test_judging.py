@@ -156,7 +156,7 @@ def test_an_encoder_is_judged_on_images_as_large_as_its_run_took(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     for data, limit in ({}, MAX_PIXELS), ({"max_pixels": 1000}, 1000):
         (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": data}))
-        assert read_as(["pixels:8", str(run)], (0, 255)) == ((0, 255), limit)
+        assert read_as(["pixels:8", str(run)], (0, 255)) == ((0, 255), limit, None)
         assert [index.max_pixels for index in labelled_shards(["pixels:8", str(run)]).indexes()] == [limit, limit]
 
 

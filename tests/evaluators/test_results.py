@@ -87,6 +87,13 @@ def test_the_table_fits_a_terminal_and_shows_uncertainty_and_warnings(result):
     assert "[a]/step-00000010: A warning." in text.getvalue()
 
 
+def test_no_warning_becomes_an_emoji(result):
+    text = io.StringIO()
+    outcome = replace(result.outcome, warnings=["Nothing in s3:a:b.tar."])
+    print_table([replace(result, outcome=outcome)], Console(file=text, width=80))
+    assert "Nothing in s3:a:b.tar." in text.getvalue()
+
+
 def test_names_break_between_their_words_and_never_within_one(result):
     name = "experiments/chest_xrays/mae-vit_small_patch16-800_epochs/step-00012000"
     numbers = {f"{count} a class": Percent(40, 1.0, spread=2.0) for count in (1, 5, 10, 20)}

@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from prelude.data import index_file, remote_index, stored
@@ -197,6 +198,16 @@ def test_info_and_verify_of_a_folder_and_of_its_shards_agree(photos, tmp_path, c
     pixels = [np.asarray(Image.open(path)) / 255 for path in photos.rglob("*.png")]
     assert np.allclose(mean, np.mean(pixels, (0, 1, 2)), atol=1e-4)
     assert np.allclose(std, np.std(np.stack(pixels), (0, 1, 2)), atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [["--channels", "2"], []], ids=["as asked", "as many as there are"])
+def test_info_finds_a_range_among_the_pages_that_are_channels(tmp_path, capsys, channels):
+    pages = np.linspace(0, (900, 30000), 64).round().astype(np.uint16).T.reshape(2, 8, 8)
+    (tmp_path / "cells").mkdir()
+    written = pages if channels else pages[[0, 1, 0]]
+    tifffile.imwrite(tmp_path / "cells" / "0.tif", written, photometric="minisblack")
+    code, out, _ = run(capsys, "info", tmp_path / "cells", *channels, "--range", "auto")
+    assert code == 0 and "data.range=[0,32767]" in out
 
 
 def test_a_list_that_cannot_or_must_not_be_written_is_refused_before_the_decoding(

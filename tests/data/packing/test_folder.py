@@ -1,5 +1,6 @@
 """Folders of images, packed and read in place."""
 
+import errno
 import json
 import os
 import pickle
@@ -72,6 +73,37 @@ def test_what_is_not_packed_is_told_by_name(photos, packed, write_files, picture
     assert packed_names == {*ODD_NAMES, "dog/link.png"}
     listed = {os.path.relpath(os.path.join(d, f), photos) for d, _, files in os.walk(photos) for f in files}
     assert listed <= packed_names | found.keys() | {"__MACOSX/1.png"}  # nothing is lost silently
+
+
+class _Listing(list):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("asked", ["listing", "status"])
+def test_a_folder_on_a_disk_that_fails_is_not_packed_in_part(photos, packed, monkeypatch, asked):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    class Entry:
+        def __init__(self, entry):
+            self.entry = entry
+
+        def __getattr__(self, name):
+            return getattr(self.entry, name)
+
+        def stat(self, **how):
+            return fail(self.path) if asked == "status" and self.name == "dog" else self.entry.stat(**how)
+
+    def scandir(path, real=os.scandir):
+        return fail(path) if asked == "listing" and str(path).endswith("dog") else _Listing(map(Entry, real(path)))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"dog cannot be read \(Input/output error\)"):
+        packed(photos)
 
 
 @pytest.mark.parametrize("label, classes", [(["top"], ["x", "y"]), (["parent"], ["a", "b", "c"]), (["none"], None)])

@@ -1,5 +1,6 @@
 """Binary data sets, stacks of arrays, and shards that are packed again."""
 
+import errno
 import gzip
 import io
 import json
@@ -9,8 +10,9 @@ import pytest
 from packed_shards import left_out, read_shards, read_tar
 from PIL import Image
 
-from prelude.data.errors import UserError
+from prelude.data.errors import RunStopped, UserError
 from prelude.data.packing import stacks
+from prelude.data.packing.stacks import StackSource
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 
@@ -149,6 +151,27 @@ def test_pickles_are_refused(packed, write_files):
 # ---- shards
 
 
+def test_a_disk_that_fails_stops_the_packing_of_a_store_and_damage_does_not(packed, tmp_path, monkeypatch):
+    zarr = pytest.importorskip("zarr")
+    images = noise(6, 8, 9, dtype=np.uint8)
+    zarr.create_array(str(tmp_path / "x.zarr"), shape=images.shape, chunks=(2, 8, 9), dtype=np.uint8)[:] = images
+    raised, read = (
+        [RuntimeError("error during blosc decompression"), OSError(errno.EIO, "I/O error")],
+        StackSource._block,
+    )
+
+    def failing(self, block):
+        if block == 1:
+            raise raised[0]
+        return read(self, block)
+
+    monkeypatch.setattr(StackSource, "_block", failing)
+    assert packed(tmp_path / "x.zarr")[1]["lost"] == {"damaged chunk": 2}
+    raised.pop(0)
+    with pytest.raises(RunStopped, match=r"x.zarr cannot be read \(Input/output error\); mend the disk"):
+        packed(tmp_path / "x.zarr", to="again")
+
+
 @pytest.fixture
 def shards(tmp_path, write_tar, picture):
     """Two shards with the same keys in both, masks and texts."""
@@ -185,6 +208,21 @@ def test_shards_are_packed_again_with_every_member(shards, packed):
     }
     again, _ = packed(folder, to="again", seed=5)  # keys that are unique and plain stay
     assert {s["key"]: s["jpg"] for s in read_shards(again)} == {s["key"]: s["jpg"] for s in samples}
+
+
+@pytest.mark.parametrize("name", ["1.png", "cats/1.jpg", "data/x.parquet"])
+def test_images_that_lie_beside_shards_are_not_ignored(shards, packed, picture, name):
+    (shards / name).parent.mkdir(exist_ok=True)
+    (shards / name).write_bytes(picture(1))
+    with pytest.raises(UserError, match=rf"holds tar shards and, beside them, {name}; write '{shards}/\*.tar'"):
+        packed(shards)
+    assert len(read_shards(packed(f"{shards}/*.tar")[0])) == 12
+
+
+def test_what_lies_beside_shards_and_is_no_image_is_nothing_to_ask(shards, packed):
+    for name in ("classes.txt", "train.pack.json", "train.index.npz", "features.npy", "README.md"):
+        (shards / name).write_bytes(b"x")
+    assert len(read_shards(packed(shards)[0])) == 12
 
 
 @pytest.mark.parametrize("label, field", [("txt", "txt"), ("json:patient", "json")])

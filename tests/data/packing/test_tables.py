@@ -1,17 +1,21 @@
 """Tables of paths as people and spreadsheets write them, Parquet, and Hugging Face datasets on disk."""
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from packed_shards import image_of, left_out, read_shards
 
-from prelude.data.errors import UserError
+from prelude.data.errors import RunStopped, UserError
 from prelude.data.packing import arrow, blocks, extras
+from prelude.data.packing.open import open_source
+from prelude.data.packing.source import SourceOptions
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.labels import VectorFormat, label_vectors
 
@@ -209,6 +213,14 @@ def test_parquet_with_plain_bytes_or_with_paths(images, packed, tmp_path):
     }  # fmt: skip
 
 
+def test_images_that_lie_beside_a_table_of_images_are_told(images):
+    pq.write_table(image_table(images), images / "x.parquet")
+    notes = open_source(str(images), SourceOptions()).notes
+    assert "without 4 image files that lie beside, such as a.png" in notes
+    pq.write_table(pa.table({"file": [name for name, _, _ in ROWS]}), images / "x.parquet")
+    assert not any("beside" in note for note in open_source(str(images), SourceOptions()).notes)  # it names them
+
+
 def test_bytes_that_are_no_image_are_told(images, packed, tmp_path):
     values = [(images / "a.png").read_bytes(), b"", None, b"garbage"]
     pq.write_table(pa.table({"image": values}), tmp_path / "x.parquet")
@@ -237,6 +249,79 @@ def test_splits_are_asked_for_and_name_the_shards(images, packed, tmp_path):
         packed(tmp_path / "hub")
     folder, _ = packed(tmp_path / "hub", options={"split": "train"})
     assert len(read_shards(folder)) == 2
+
+
+@pytest.fixture
+def saved(images, tmp_path):
+    """saved(state) -> a Hugging Face data set as it is saved alone, whose state.json says so."""
+
+    def write(state: dict):
+        folder, table = tmp_path / "saved", image_table(images)
+        folder.mkdir()
+        with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as stream:
+            stream.write_table(table)
+        files = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (folder / "state.json").write_text(json.dumps(files | state))
+        return folder
+
+    return write
+
+
+def test_a_dataset_that_was_saved_alone_is_one_split(saved, packed):
+    folder = saved({"_split": "train"})
+    with pytest.raises(UserError, match="saved holds the splits train; write --split with one of them"):
+        packed(folder, options={"split": "test"})
+    for options in ({"split": "train"}, {}):
+        assert packed(folder, options=options)[1]["splits"]["train"]["images"] == len(ROWS)
+
+
+@pytest.mark.parametrize("state", [{}, {"_split": None}])
+def test_a_split_of_what_names_none_is_refused(saved, packed, state):
+    folder = saved(state)
+    with pytest.raises(UserError, match="--split test has no effect on .*saved, which names no split; .* --name test"):
+        packed(folder, options={"split": "test"})
+    assert packed(folder)[1]["splits"]["train"]["images"] == len(ROWS)
+
+
+def test_a_split_of_several_is_the_folders_name_whatever_it_was_made_of(saved, packed, tmp_path):
+    folder = saved({"_split": "train"})
+    (tmp_path / "both").mkdir()
+    folder.rename(tmp_path / "both" / "test")
+    (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    assert packed(tmp_path / "both", options={"split": "test"})[1]["splits"]["train"]["images"] == len(ROWS)
+
+
+def test_a_disk_that_fails_stops_the_packing_and_damage_does_not(images, packed, tmp_path, monkeypatch):
+    pq.write_table(image_table(images), tmp_path / "x.parquet", row_group_size=1)
+    reads, raised = [], [OSError("Corrupt snappy compressed data."), OSError(errno.EIO, "Error reading bytes.")]
+    read = pq.ParquetFile.read_row_group
+
+    def failing(self, group, **how):
+        reads.append(group)
+        if group == 2:
+            raise raised[0]
+        return read(self, group, **how)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", failing)
+    folder, summary = packed(tmp_path / "x.parquet")
+    assert summary["lost"] == {"damaged row group": 1} and len(read_shards(folder)) == len(ROWS) - 1
+    raised.pop(0)
+    with pytest.raises(RunStopped, match=r"x.parquet cannot be read \(Input/output error\); mend the disk"):
+        packed(tmp_path / "x.parquet", to="again")
+    assert not list((tmp_path / "again").glob("*.tar"))
+
+
+def test_a_disk_that_fails_does_not_make_rows_of_no_image(images, packed, monkeypatch):
+    table, stat = write_csv(images, ROWS), os.stat
+
+    def failing(path, *more, **how):
+        if str(path).endswith("a.png"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return stat(path, *more, **how)
+
+    monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(UserError, match=r"a.png cannot be read \(Input/output error\)"):
+        packed(table, options={"label": ("species",)})
 
 
 def test_more_than_fits_is_shuffled_in_windows_of_blocks_and_is_all_there(

@@ -294,6 +294,12 @@ def test_the_console_shows_the_same_numbers(comparison):
     assert "Learned from 2,000 labelled images, tested on 500." in text
 
 
+def test_the_console_shows_names_as_they_are(comparison):
+    console = Console(record=True, width=80, force_terminal=False)
+    print_comparison(replace(comparison, title="own[b] and [/] :x:", command=""), console)
+    assert "own[b] and [/] :x:" in console.export_text()
+
+
 def test_a_terminal_that_is_too_narrow_gets_several_tables_with_nothing_cut():
     names = ["knn", "linear_probe", "ncm", "fewshot", "anomaly", "fine_tune"]
     long = "runs/chest_xrays_dseqjepa_vit_small_patch16-800_epochs"
