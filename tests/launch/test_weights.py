@@ -13,8 +13,12 @@ from runs import Run, deepspeed
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.sources import open_encoder
 from prelude.data.errors import UserError
+from prelude.evaluators.comparing.run_record import is_finished, is_finished_as
 from prelude.launch import finetune, knn, pretrain
+from prelude.launch.compared_runs import learned_from
 from prelude.launch.exit_codes import door
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import load_config
 
 ENCODER = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 
@@ -92,6 +96,19 @@ def test_a_start_that_is_gone_or_another_is_told_in_a_sentence(interrupted, warm
             open_encoder(f"start:{run}")
     finally:
         kept.rename(file)
+
+
+def test_a_run_from_weights_that_has_ended_counts_as_finished(interrupted, warm_recipe):
+    def config(*overrides):
+        own = [f"run_dir={interrupted.run_dir}", "encoder.own_parts=true"]
+        return load_config(warm_recipe, [*own, *overrides], options_for)
+
+    options, asked = options_for("mae"), config()
+    data = [index.fingerprint for index in learned_from(asked)]
+    assert asked.encoder.weights_fingerprint is None
+    assert is_finished_as(asked, options) and is_finished(asked, options, data)
+    for other in ("encoder.weights=other.pth", f"encoder.weights_fingerprint={'0' * 32}"):
+        assert not is_finished_as(config(other), options) and not is_finished(config(other), options, data)
 
 
 def test_a_dry_run_says_what_would_be_loaded(warm_recipe, capsys):
