@@ -81,6 +81,7 @@ class Engine:
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
         self.progress = beginning(config, loader.num_samples)
+        optimizers.refuse_never_moving(config, self.progress.num_steps)
         self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
         with distributed.explained():

@@ -117,6 +117,23 @@ def test_a_dry_run_says_what_would_be_loaded(warm_recipe, capsys):
     assert "30 of 30 tensors loaded, left out decoder (20)" in said
 
 
+def test_a_dry_run_refuses_to_hold_the_encoder_still_to_the_end(warm_recipe, recipe, tmp_path, capsys):
+    def code(steps: int) -> int:  # of 19
+        return door(
+            lambda: pretrain.main(["--config", str(warm_recipe), "--dry-run", f"train.freeze_encoder_steps={steps}"])
+        )
+
+    assert code(18) == 0 and code(19) == 2
+    assert "still to the end of a run of 19 steps; write train.freeze_encoder_steps=1, or" in capsys.readouterr().err
+    tuned = {"run_dir": str(tmp_path / "tuned"), "optimizer": {"lr": 0.01}}
+    tuned["train"] = {"epochs": 1, "global_batch": 16, "freeze_encoder_steps": 13}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    shards = f"{recipe.parent}/shapes/train-*.tar"
+    command = [f"{warm_recipe.parent}/mae.pth#num_heads=2", "--config", str(tmp_path / "tuned.yaml"), "--dry-run"]
+    assert door(lambda: finetune.main([*command, "--train", shards, "--test", shards, "--label", "cls"])) == 2
+    assert "to the end of a run of 13 steps" in capsys.readouterr().err
+
+
 def test_weights_that_do_not_fit_end_a_run_with_one_sentence(warm_recipe, capsys):
     command = ["--config", str(warm_recipe), "--dry-run", "encoder.kwargs.depth=3"]
     assert door(lambda: pretrain.main(command)) == 2
