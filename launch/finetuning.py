@@ -79,6 +79,7 @@ def dry_run(task: finetune.Task, asked: Asked) -> int:
     planned.add_row("test", counted(samples.test.index.num_samples, "image"))
     planned.print()
     if asked.measure:
+        classifier.held_out = None  # steps are measured, and no validation after them
         tell_measured(config, classifier, lambda config: _loader_of(task, classifier, config), planned)
     return 0
 

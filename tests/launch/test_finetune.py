@@ -298,3 +298,9 @@ def test_a_dry_run_tells_what_is_held_out(arguments, tmp_path, capsys):
     assert door.main([*arguments, f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "63 images of 3 findings" in told and "held out 27 images" in told and not (tmp_path / "run").exists()
+
+
+def test_steps_are_measured_of_a_run_that_holds_out_and_holds_its_encoder_still(arguments, tmp_path, capsys):
+    command = [*arguments, f"run_dir={tmp_path / 'run'}", "train.freeze_encoder_steps=12", "--dry-run", "--measure"]
+    assert door.main(command) == 0
+    assert "measured with 1 rank on cpu" in capsys.readouterr().out and not (tmp_path / "run").exists()
