@@ -18,7 +18,7 @@ from prelude.evaluators.results import print_table, write
 from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.launch.training import introduce, loader_settings, logs_of, tell_weights
-from prelude.pretrain import distributed
+from prelude.pretrain import deepspeed_config, distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
@@ -31,6 +31,7 @@ from prelude.pretrain.stopping import PREEMPTED
 def run(task: finetune.Task, command: str) -> int:
     started, config = time.monotonic(), task.config
     device = distributed.start(config.train.rank_timeout_seconds)
+    deepspeed_config.check(config)
     with run_folder(config) as folder:
         loaded: list[str] = []
         classifier = finetune.build(task, loaded.append)

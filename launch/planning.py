@@ -15,7 +15,7 @@ from statistics import median
 from prelude.data.counting import counted
 from prelude.data.errors import Stopped
 from prelude.launch.plain_tables import columns, pairs, paragraph
-from prelude.pretrain import compiling, devices, distributed, optimizers, precision
+from prelude.pretrain import compiling, deepspeed_config, devices, distributed, optimizers, precision
 from prelude.pretrain.config import Config, LogConfig, ResumeConfig
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.fitting import misfit
@@ -64,8 +64,11 @@ class Planned:
 
 
 def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -> Planned:
-    """Raises UserError for a device that is not known, and for a run that would never train its encoder."""
+    """Raises UserError for a device that is not known, a run that would never train its encoder, and what DeepSpeed
+    would refuse."""
     optimizers.refuse_never_moving(config, beginning(config, num_samples).num_steps)
+    with distributed.nothing_printed():
+        deepspeed_config.check(config)
     if asked.device:
         chosen = config.train.precision
         chosen = devices.precision_of(asked.device) if chosen == "auto" else chosen

@@ -14,11 +14,13 @@ from findings import NAMES, write_findings
 from runs import Run, RunDir, deepspeed
 from safetensors.torch import save_file
 
+from prelude.data.errors import UserError
 from prelude.data.loader import Loader
 from prelude.data.order import Shuffle
 from prelude.data.shapes import write_shards
 from prelude.evaluators.finetuning import finetune
 from prelude.launch import finetune as door
+from prelude.pretrain import distributed
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
@@ -303,4 +305,13 @@ def test_a_dry_run_tells_what_is_held_out(arguments, tmp_path, capsys):
 def test_steps_are_measured_of_a_run_that_holds_out_and_holds_its_encoder_still(arguments, tmp_path, capsys):
     command = [*arguments, f"run_dir={tmp_path / 'run'}", "train.freeze_encoder_steps=12", "--dry-run", "--measure"]
     assert door.main(command) == 0
-    assert "measured with 1 rank on cpu" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert "measured with 1 rank on cpu" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_deepspeed_refuses_is_a_sentence_before_anything_is_built(arguments, tmp_path):
+    passed = ["train.zero_stage=1", "deepspeed.zero_optimization.mics_shard_size=2"]
+    with pytest.raises(UserError, match="is refused by DeepSpeed: MiCS"):
+        door.main([*arguments, f"run_dir={tmp_path / 'run'}", *passed])
+    distributed.stop()
+    assert not (tmp_path / "run").exists()
