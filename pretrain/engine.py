@@ -81,9 +81,9 @@ class Engine:
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
         self.progress = beginning(config, loader.num_samples)
-        optimizers.refuse_never_moving(config, self.progress.num_steps)
         self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
+        optimizers.refuse_never_moving(config, self.progress.num_steps)
         with distributed.explained():
             self.goes_on_from, meta = found_checkpoint(self.store, config)
             self.precision, self.notice = precision.agreed(config, self.device, meta)
