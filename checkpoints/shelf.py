@@ -125,11 +125,16 @@ class Shelf:
             names = os.listdir(self.folder)
         except FileNotFoundError:
             return []
-        return [self.folder / name for name in names if _NAME.fullmatch(name)]
+        return [self.folder / name for name in names if is_name(name)]
 
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def is_name(name: str) -> bool:
+    """Whether a checkpoint may be called so."""
+    return _NAME.fullmatch(name) is not None
 
 
 def step_of(path: Path) -> int:

@@ -26,6 +26,7 @@ from prelude.checkpoints.description import Description
 from prelude.checkpoints.exporting.formats import VOLUMES
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
+from prelude.checkpoints.shelf import is_name
 from prelude.checkpoints.source_names import RANDOM, START, has_folder, path_of
 from prelude.checkpoints.tensor_files import TensorFiles
 from prelude.data.errors import UserError
@@ -149,10 +150,12 @@ def checkpoint_of(folder: Path) -> Path | None:
     none is."""
     if not folder.is_dir():
         return None
-    if (folder / manifest.MANIFEST).exists() or folder.name.startswith("step-"):
+    if (folder / manifest.MANIFEST).exists():
         return folder
     if (folder / "config.json").exists():
         return None
+    if is_name(folder.name) and not (folder / "checkpoints").is_dir():
+        return folder  # what is missing there is told, and no other checkpoint taken
     return store.Store(folder / "checkpoints").newest() or store.Store(folder).newest()
 
 

@@ -62,7 +62,7 @@ def start_of(config: Config, checkpoints: store.Store | None = None) -> Start:
         return Start(config)
     checkpoint = starting_point(checkpoints, config) if checkpoints else None
     if checkpoint is not None:
-        return Start(_with_fingerprint(config, config.encoder.weights_fingerprint or _recorded(checkpoint)))
+        return Start(as_recorded(config, _meta(checkpoint)))
     weights, refusal = None, None
     try:
         weights = open_weights(config.encoder.weights)
@@ -75,6 +75,14 @@ def start_of(config: Config, checkpoints: store.Store | None = None) -> Start:
     start = Start(_with_fingerprint(config, weights.fingerprint), weights=weights)
     start.warm = WarmStart(weights.where, lambda encoder: _fill(start, encoder), _own_parts(config, weights))
     return start
+
+
+def as_recorded(config: Config, meta: dict) -> Config:
+    """`config` with the fingerprint of the weights that a checkpoint's run started from, where it names some and says
+    nothing of their content. meta: the checkpoint's."""
+    if config.encoder.weights is None or config.encoder.weights_fingerprint:
+        return config
+    return _with_fingerprint(config, meta.get("encoder", {}).get("weights_fingerprint"))
 
 
 def _fill(start: Start, encoder: nn.Module) -> None:
@@ -94,10 +102,9 @@ def _own_parts(config: Config, weights: Weights) -> dict | None:
     return weights.own[name]
 
 
-def _recorded(checkpoint: Path) -> str | None:
-    """The fingerprint of what the run to go on from started from; rank 0's, whose disk has the checkpoint."""
-    meta = store.read_meta(checkpoint) if distributed.is_main() else {}
-    return distributed.from_main(meta.get("encoder", {}).get("weights_fingerprint"))
+def _meta(checkpoint: Path) -> dict:
+    """Rank 0's, whose disk has the checkpoint."""
+    return distributed.from_main(store.read_meta(checkpoint) if distributed.is_main() else {})
 
 
 def _other_pixels(config: Config, weights: Weights) -> str:

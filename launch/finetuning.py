@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from prelude.checkpoints.saved import open_tensors
 from prelude.checkpoints.store import Store
 from prelude.data.counting import counted
 from prelude.data.loader import Loader
@@ -15,10 +16,11 @@ from prelude.evaluators.finetuning.early_stopping import HeldOutCurve
 from prelude.evaluators.finetuning.samples import Part
 from prelude.evaluators.finetuning.testing import TestCurve, Testing
 from prelude.evaluators.results import print_table, write
+from prelude.launch.outlook import print_with_outlook
 from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.launch.training import introduce, loader_settings, logs_of, tell_weights
-from prelude.pretrain import distributed
+from prelude.pretrain import deepspeed_config, distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
@@ -31,6 +33,7 @@ from prelude.pretrain.stopping import PREEMPTED
 def run(task: finetune.Task, command: str) -> int:
     started, config = time.monotonic(), task.config
     device = distributed.start(config.train.rank_timeout_seconds)
+    deepspeed_config.check(config)
     with run_folder(config) as folder:
         loaded: list[str] = []
         classifier = finetune.build(task, loaded.append)
@@ -68,6 +71,7 @@ _FILES = {"curve": "test.jsonl", "held_out_curve": "validation.jsonl"}
 
 
 def dry_run(task: finetune.Task, asked: Asked) -> int:
+    """Raises UserError, once all is told, where a start would be refused for what is in its run folder."""
     config, loaded, samples = task.config, [], task.samples
     classifier = finetune.build(task, loaded.append)
     planned = plan(config, classifier, samples.train.num_samples, asked)
@@ -77,16 +81,29 @@ def dry_run(task: finetune.Task, asked: Asked) -> int:
     if samples.held_out:
         planned.add_row("held out", counted(samples.held_out.index.num_samples, "image"))
     planned.add_row("test", counted(samples.test.index.num_samples, "image"))
-    planned.print()
+    loader = _loader_of(task, classifier, config, asked.world_size)
+    print_with_outlook(
+        planned, config, loader, type(classifier.options), lambda checkpoint: _ended_early(classifier, checkpoint)
+    )
     if asked.measure:
+        classifier.held_out = None  # steps are measured, and no validation after them
         tell_measured(config, classifier, lambda config: _loader_of(task, classifier, config), planned)
     return 0
 
 
-def _loader_of(task: finetune.Task, classifier: Objective, config: Config) -> Loader:
+def _ended_early(classifier: Classifier, checkpoint: Path) -> bool:
+    """Whether the held-out images have ended the run that has left it."""
+    held_out = classifier.held_out
+    if held_out is None or held_out.patience is None:
+        return False
+    return open_tensors(checkpoint)["held_out.in_a_row"].item() >= held_out.patience
+
+
+def _loader_of(task: finetune.Task, classifier: Objective, config: Config, world_size: int | None = None) -> Loader:
+    """world_size: where it is not that of the ranks that are here."""
     samples = task.samples
     labels = {"label": samples.label, "findings": samples.findings}
-    return Loader(samples.train, classifier.views, **labels, **loader_settings(config))
+    return Loader(samples.train, classifier.views, **labels, **loader_settings(config, world_size))
 
 
 def _testing(task: finetune.Task, classifier: Classifier, part: Part, num_workers: int) -> Testing:

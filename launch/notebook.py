@@ -51,8 +51,8 @@ def pretrain(recipe: str | Path, *, ranks: int = 1, **settings: Any) -> "Run":
     recipe: a YAML file, or the name of a shipped recipe. ranks: processes, one for each device. settings: keys of the
     config, in full (`**{"optimizer.lr": 1e-3}`), by their last part where only one section has it (`epochs=5`), or a
     section as a mapping (`optimizer={"lr": 1e-3}`). In a run that is shorter than the recipe's warm-up or milestones,
-    these keep their share of it unless they are set. Returns when the run has ended. Raises RunError, and
-    KeyboardInterrupt once the run that was interrupted is saved.
+    these keep their share of it unless they are set, and so do `freeze_encoder_steps` in any shorter run. Returns when
+    the run has ended. Raises RunError, and KeyboardInterrupt once the run that was interrupted is saved.
     """
     keys = Keys()
     try:

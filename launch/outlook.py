@@ -2,13 +2,16 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from prelude.checkpoints.saved import read_meta, refuse_incomplete
 from prelude.checkpoints.store import Store
 from prelude.data.errors import UserError
+from prelude.launch.planning import Planned
 from prelude.launch.run_folder import not_written, through_a_link
-from prelude.objectives import options_for
 from prelude.pretrain import distributed, precision
 from prelude.pretrain.config import Config
 from prelude.pretrain.resume import changed_settings, is_own, progress_after, refuse_changed_config, starting_point
@@ -16,10 +19,24 @@ from prelude.pretrain.run_lock import RunLock
 from prelude.pretrain.schedules import beginning
 
 
-def outlook(config: Config, loader) -> str:
+def print_with_outlook(planned: Planned, *run) -> None:
+    """With what is said of `run`, the arguments of `outlook`. Raises UserError as that does, once all else is told."""
+    try:
+        planned.add_row("run folder", outlook(*run))
+    except UserError:
+        planned.add_row("run folder", "a start would be refused")
+        planned.print()
+        raise
+    planned.print()
+
+
+def outlook(
+    config: Config, loader, options: type[BaseModel], has_ended: Callable[[Path], bool] = lambda checkpoint: False
+) -> str:
     """Whether a start would begin anew or go on, and from where. `loader` is moved there.
 
-    Raises UserError, in the words of the start, where it would be refused.
+    options: what the objective's own settings are read by. has_ended: whether the run of a checkpoint is over before
+    its last step. Raises UserError, in the words of the start, where it would be refused.
     """
     path = Path(config.run_dir)
     RunLock(path).refuse_held()
@@ -31,12 +48,13 @@ def outlook(config: Config, loader) -> str:
     refuse_incomplete(checkpoint)
     meta = read_meta(checkpoint)
     if not config.resume.allow_changed_config:
-        options = options_for(config.objective["name"])
         refuse_changed_config(changed_settings(meta["config"], config, options), checkpoint)
     loader.load_state_dict(meta["loader"], allow_changed_data=config.resume.allow_changed_data)
     progress, notices = progress_after(meta, config, beginning(config, loader.num_samples), checkpoint)
     if progress.step == progress.num_steps:
         return f"finished at step {progress.step}: a start would train nothing"
+    if has_ended(checkpoint):
+        return f"ended early, at step {progress.step} of {progress.num_steps}: a start would train nothing"
     place = checkpoint.name if is_own(checkpoint, config) else checkpoint
     _, otherwise = precision.resolve(config, distributed.device(), meta)
     notices += filter(None, [otherwise])

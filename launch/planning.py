@@ -15,13 +15,14 @@ from statistics import median
 from prelude.data.counting import counted
 from prelude.data.errors import Stopped
 from prelude.launch.plain_tables import columns, pairs, paragraph
-from prelude.pretrain import compiling, devices, distributed, precision
+from prelude.pretrain import compiling, deepspeed_config, devices, distributed, optimizers, precision
 from prelude.pretrain.config import Config, LogConfig, ResumeConfig
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.fitting import misfit
 from prelude.pretrain.monitors import Monitor, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.preview import Preview, duration, preview
+from prelude.pretrain.schedules import beginning
 
 _STEPS, _LOGGED_EVERY = 9, 3  # of a measurement; what comes before the first log line warms up
 _IMAGES_ON_CPU = 16  # of a micro-batch that is measured: there time grows with the images
@@ -63,7 +64,11 @@ class Planned:
 
 
 def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -> Planned:
-    """Raises UserError for a device that is not known."""
+    """Raises UserError for a device that is not known, a run that would never train its encoder, and what DeepSpeed
+    would refuse."""
+    optimizers.refuse_never_moving(config, beginning(config, num_samples).num_steps)
+    with distributed.nothing_printed():
+        deepspeed_config.check(config)
     if asked.device:
         chosen = config.train.precision
         chosen = devices.precision_of(asked.device) if chosen == "auto" else chosen
@@ -148,7 +153,7 @@ def _short(config: Config, micro_batch: int, world_size: int, num_samples: int, 
     train = {"global_batch": batch, "micro_batch": micro_batch, "epochs": (_STEPS - 0.5) * batch / num_samples}
     changes = {
         "run_dir": run_dir,
-        "train": config.train.model_copy(update=train | {"profile_steps": 0}),
+        "train": config.train.model_copy(update=train | {"profile_steps": 0, "freeze_encoder_steps": 0}),
         "log": LogConfig(every_steps=_LOGGED_EVERY, pictures_every_steps=0),
         "resume": ResumeConfig(),
     }

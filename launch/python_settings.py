@@ -43,21 +43,30 @@ def _words(flat: Mapping[str, Any], keys: Keys) -> list[str]:
 
 
 def following(flat: Mapping[str, Any], values: dict) -> dict[str, Any]:
-    """What a shorter run than the recipe's takes along of it: a warm-up that would not end, and milestones that would
-    not be reached, keep their share of the run, unless they are set.
+    """What a shorter run than the recipe's takes along of it: a warm-up that would not end, milestones that would not
+    be reached, and the steps in which an encoder is held still, keep their share of the run, unless they are set.
 
     flat: settings by their full keys. values: the recipe's.
     """
     epochs, usual = flat.get("train.epochs"), _at(("train", "epochs"), values)
-    if not (_is_length(epochs) and _is_length(usual)) or "optimizer" in flat:
+    if not (_is_length(epochs) and _is_length(usual)):
         return {}
+    found = {} if "optimizer" in flat else _of_schedule(epochs, usual, values)
+    still, batch = (_at(("train", key), values) for key in ("freeze_encoder_steps", "global_batch"))
+    batch_here = flat.get("train.global_batch", batch)
+    if epochs < usual and all(map(_is_length, (still, batch, batch_here))):
+        found["train.freeze_encoder_steps"] = int(still * epochs * batch / (usual * batch_here))
+    return {key: value for key, value in found.items() if key not in flat}
+
+
+def _of_schedule(epochs: float, usual: float, values: dict) -> dict[str, Any]:
     warmup, milestones = (_at(("optimizer", key), values) for key in ("warmup_epochs", "milestones"))
     found: dict[str, Any] = {}
     if _is_length(warmup) and warmup > epochs:
         found["optimizer.warmup_epochs"] = float(f"{warmup * epochs / usual:.3g}")
     if isinstance(milestones, list) and all(map(_is_length, milestones)) and max(milestones, default=0) >= epochs:
         found["optimizer.milestones"] = [float(f"{at * epochs / usual:.3g}") for at in milestones]
-    return {key: value for key, value in found.items() if key not in flat}
+    return found
 
 
 def _is_length(value: Any) -> bool:

@@ -9,7 +9,6 @@ from prelude.checkpoints.store import Store
 from prelude.data.absent import told_as
 from prelude.data.counting import counted
 from prelude.data.data_sets import Data, DataSet, check_there, check_volumes_there
-from prelude.data.errors import UserError
 from prelude.data.loader import AlternatingLoader, Loader, alternating_loader, build_loader
 from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
@@ -18,7 +17,7 @@ from prelude.data.waiting import stop_when, wait_at_most
 from prelude.data.workers import start_workers_by
 from prelude.evaluators.labelled import selection
 from prelude.evaluators.online import monitor as online
-from prelude.launch.outlook import outlook
+from prelude.launch.outlook import print_with_outlook
 from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
@@ -227,13 +226,7 @@ def dry_run(config: Config, asked: Asked) -> int:
     for line in mixture_of(loader):
         planned.add_row(*line.split(": ", 1))
     planned.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
-    try:
-        planned.add_row("run folder", outlook(start.config, loader))
-    except UserError as refusal:
-        planned.add_row("run folder", "a start would be refused")
-        planned.print()
-        raise refusal
-    planned.print()
+    print_with_outlook(planned, start.config, loader, type(objective.options))
     if asked.measure:
         tell_measured(start.config, objective, lambda config: loader_of(config, objective.views), planned)
     return 0

@@ -6,11 +6,13 @@ import math
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain.config import Config
+from prelude.pretrain.schedules import beginning
 
 
 def within(config: Config, num_images: int, num_samples: int) -> list[str]:
     """Overrides that make `config` see `num_images` images (repeats counted, whole batches) of a data set of
-    `num_samples`. Warm-up and milestones keep their place in the run; the cosine ends with it as ever.
+    `num_samples`. Warm-up, milestones and the steps in which the encoder is held still keep their place in the run; the
+    cosine ends with it as ever.
 
     Raises UserError for fewer images than a batch.
     """
@@ -31,4 +33,7 @@ def within(config: Config, num_images: int, num_samples: int) -> list[str]:
     if config.optimizer.milestones:
         milestones = [milestone * factor for milestone in config.optimizer.milestones]
         overrides.append(f"optimizer.milestones={json.dumps(milestones)}")
+    if config.train.freeze_encoder_steps:
+        usual = beginning(config, num_samples).num_steps
+        overrides.append(f"train.freeze_encoder_steps={config.train.freeze_encoder_steps * steps // usual}")
     return overrides

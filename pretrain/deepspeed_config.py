@@ -17,10 +17,13 @@ _OURS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.micro_batch",
+    "managed_gradient_accumulation": "train.micro_batch",
     "gradient_clipping": "train.gradient_clipping",
     "torch_autocast": "train.precision",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",  # an older name, which DeepSpeed still honours
     "fp16": "train.precision",
+    "data_types": "train.precision",
     "optimizer": "optimizer.name",
     "scheduler": "optimizer.warmup_epochs",
     "checkpoint": "checkpoint.every_steps",
@@ -31,7 +34,7 @@ _MAX_BUCKET, _MIN_BUCKET = 50_000_000, 2**20
 # Of a model: what has been computed can be sent while the rest is computed.
 _BUCKETS = 8
 # How DeepSpeed sums gradients, which it is not asked to at stage 0: see `gradient_mean`.
-_OF_ZERO = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"}
+_OF_ZERO = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"}
 _LONGEST_REASON = 200  # characters
 
 
@@ -87,23 +90,31 @@ def passed_through(config: Config) -> dict:
             f"deepspeed.{min(without_effect)} has no effect at train.zero_stage=0, where the run averages gradients "
             "itself, in float32; remove it, or write train.zero_stage=1."
         )
-    if any(str(key).startswith("offload") for key in zero):
-        raise UserError("deepspeed.zero_optimization cannot offload: checkpoints do not cover it; remove offload_*.")
+    if offloading := next((key for key in zero if _offloads(str(key))), None):
+        raise UserError(
+            f"deepspeed.zero_optimization.{offloading} is refused, since checkpoints do not cover what is offloaded; "
+            "remove it."
+        )
     return passed
+
+
+def _offloads(key: str) -> bool:
+    """Also under an older name, such as `cpu_offload`, and by ZenFlow, which works on nothing else."""
+    return "offload" in key or key == "zenflow"
 
 
 def check(config: Config) -> None:
     """Refuses, by DeepSpeed's own reading, a value that is passed through. Raises UserError."""
     if not (passed := passed_through(config)):
         return
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     ours = build(config.model_copy(update={"deepspeed": {}}), micro_batch=1, accumulation=1, precision="fp32", numel=1)
     _refuse_unknown(passed)
     for key, value in passed.items():
         try:
             DeepSpeedConfig(ours | {key: {**ours[key], **value} if key == "zero_optimization" else value})
-        except (TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+        except (DeepSpeedConfigError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
             reason = " ".join(str(error).split())[:_LONGEST_REASON]
             raise UserError(
                 f"deepspeed.{key}={value!r} is refused by DeepSpeed: {reason}; correct it, or remove it."

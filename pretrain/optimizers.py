@@ -13,6 +13,8 @@ import torch
 from timm.optim import Lamb, Lars
 from torch import nn
 
+from prelude.data.counting import counted
+from prelude.data.errors import UserError
 from prelude.pretrain import layer_decay
 from prelude.pretrain.config import Config
 from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine
@@ -89,6 +91,15 @@ def build_optimizer(
         case "lamb":
             # train.gradient_clipping is the engine's; timm's own limit of 1 would come on top
             return Lamb(groups, betas=o.betas, max_grad_norm=None, **common)
+
+
+def refuse_never_moving(config: Config, num_steps: int) -> None:
+    """Raises UserError where a run of so many steps would end before its encoder has moved."""
+    if (still := config.train.freeze_encoder_steps) >= num_steps:
+        raise UserError(
+            f"train.freeze_encoder_steps={still} would hold the encoder still to the end of a run of "
+            f"{counted(num_steps, 'step')}; write train.freeze_encoder_steps={num_steps // 10}, or more train.epochs."
+        )
 
 
 def scheduled(config: Config, progress: Progress) -> tuple[float, float]:

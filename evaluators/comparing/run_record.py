@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from prelude.checkpoints.manifest import STATE
+from prelude.checkpoints.starting import as_recorded
 from prelude.checkpoints.store import Store, recorded_config
 from prelude.data.value_range import may_be_found
 from prelude.evaluators.comparing.comparison import Cost, Curve, Picture
@@ -138,7 +139,8 @@ def _has_ended(saved: dict | None, config: Config, options: type[BaseModel]) -> 
     if saved is None:
         return False
     meta = saved["meta"]
-    return saved["step"] == meta["num_steps"] and not changed_settings(meta["config"], config, options)
+    changed = changed_settings(meta["config"], as_recorded(config, meta), options)
+    return saved["step"] == meta["num_steps"] and not changed
 
 
 def _records(path: Path, step: int | None, kind: str | None = None) -> list[dict]:

@@ -105,6 +105,19 @@ def test_every_source_of_the_same_weights_opens_the_same_encoder(make_run, tmp_p
     assert older.fingerprint != opened[0].fingerprint
 
 
+@pytest.mark.parametrize("name", ["step-lr0.1", "step-1", "step-00000003"])
+def test_a_run_or_an_export_may_have_a_name_that_begins_like_a_checkpoints(name, make_run, tmp_path):
+    run, teacher = make_run(ARCHITECTURES["resnet"])
+    export_encoder(str(run), tmp_path / "exports" / name)
+    named = run.rename(tmp_path / name)
+    for source in (named, tmp_path / "exports" / name):
+        assert open_encoder(str(source)).fingerprint == sources.fingerprint(teacher)
+    (checkpoint,) = (named / "checkpoints").glob("step-*")
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(UserError, match="step-00000007 is no complete checkpoint: manifest.json cannot be read"):
+        open_encoder(str(checkpoint))
+
+
 @pytest.mark.parametrize("format", ["timm", "transformers"])
 @pytest.mark.parametrize(("dtype", "close"), [("float16", 1e-3), ("bfloat16", 1e-2)])
 def test_an_export_in_half_precision_comes_back_with_its_fixed_table(make_run, tmp_path, format, dtype, close):

@@ -59,6 +59,12 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, caps
     assert not run_dir.exists()
 
 
+def test_a_dry_run_refuses_what_deepspeed_would(recipe, tmp_path, capsys):
+    passed = [f"run_dir={tmp_path / 'run'}", "train.zero_stage=1", "deepspeed.zero_optimization.mics_shard_size=2"]
+    code, message = run(capsys, "pretrain", "--dry-run", "--config", str(recipe), *passed)
+    assert code == 2 and "is refused by DeepSpeed: MiCS" in message and "Traceback" not in message
+
+
 def test_a_dry_run_plans_for_ranks_and_devices_that_are_not_here(recipe, capsys):
     command = ["pretrain", "--dry-run", "--config", str(recipe), "--ranks", "8", "--device", "a100"]
     assert prelude.main([*command, "train.zero_stage=2"]) == 0

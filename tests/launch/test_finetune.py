@@ -14,11 +14,14 @@ from findings import NAMES, write_findings
 from runs import Run, RunDir, deepspeed
 from safetensors.torch import save_file
 
+from prelude.data.errors import UserError
 from prelude.data.loader import Loader
 from prelude.data.order import Shuffle
 from prelude.data.shapes import write_shards
 from prelude.evaluators.finetuning import finetune
+from prelude.launch import exit_codes
 from prelude.launch import finetune as door
+from prelude.pretrain import distributed
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
@@ -298,3 +301,47 @@ def test_a_dry_run_tells_what_is_held_out(arguments, tmp_path, capsys):
     assert door.main([*arguments, f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "63 images of 3 findings" in told and "held out 27 images" in told and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_a_start_would_find_and_changes_nothing(one, arguments, tmp_path, capsys):
+    def told(run_dir: Path, *overrides: str) -> tuple[int, str]:
+        code = exit_codes.door(lambda: door.main([*arguments, f"run_dir={run_dir}", *overrides, "--dry-run"]))
+        said = capsys.readouterr()
+        return code, " ".join(f"{said.out} {said.err}".split())
+
+    def there(run_dir: Path) -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+
+    half, name = tmp_path / "half", f"step-{GONE_ON:08d}"
+    shutil.copytree(one.run_dir / "checkpoints" / name, half / "checkpoints" / name)
+    before = there(half) | there(one.run_dir)
+    for run_dir, overrides, code, expected in (
+        (tmp_path / "new", [], 0, "a start would begin anew:"),
+        (half, [], 0, f"a start would resume at step {GONE_ON} of {FINDINGS_STEPS}, from {name}"),
+        (one.run_dir, [], 0, f"ended early, at step {last_step(one)} of {FINDINGS_STEPS}: a start would train nothing"),
+        (half, ["optimizer.lr=0.5"], 2, "optimizer.lr: 0.05 -> 0.5"),
+        (
+            half,
+            ["train.epochs=0.5", "resume.allow_changed_config=true"],
+            2,
+            f"{name} has done {GONE_ON} steps, and this run ends at step 2",
+        ),
+    ):
+        found, said = told(run_dir, *overrides)
+        assert found == code and expected in said and ("a start would be refused" in said) == (code == 2), said
+    assert there(half) | there(one.run_dir) == before and not (tmp_path / "new").exists()
+
+
+def test_steps_are_measured_of_a_run_that_holds_out_and_holds_its_encoder_still(arguments, tmp_path, capsys):
+    command = [*arguments, f"run_dir={tmp_path / 'run'}", "train.freeze_encoder_steps=12", "--dry-run", "--measure"]
+    assert door.main(command) == 0
+    assert "measured with 1 rank on cpu" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_deepspeed_refuses_is_a_sentence_before_anything_is_built(arguments, tmp_path):
+    passed = ["train.zero_stage=1", "deepspeed.zero_optimization.mics_shard_size=2"]
+    with pytest.raises(UserError, match="is refused by DeepSpeed: MiCS"):
+        door.main([*arguments, f"run_dir={tmp_path / 'run'}", *passed])
+    distributed.stop()
+    assert not (tmp_path / "run").exists()

@@ -87,6 +87,24 @@ def test_a_shorter_run_takes_its_share_of_a_schedule_that_would_not_end(schedule
     assert overrides_of(recipe, settings)[1] == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"epochs": 10}, ["75"]),
+        ({"epochs": 10, "optimizer": {"name": "sgd", "lr": 1}}, ["75"]),
+        ({"epochs": 10, "global_batch": 2048}, ["37"]),
+        ({"epochs": 10, "freeze_encoder_steps": 5}, []),
+        ({"epochs": 80}, []),
+        ({"seed": 1}, []),
+    ],
+)
+def test_a_shorter_run_holds_its_encoder_still_for_its_share(settings, steps, tmp_path):
+    recipe = tmp_path / "a.yaml"
+    train = "epochs: 40, global_batch: 1024, freeze_encoder_steps: 300"
+    recipe.write_text(f"base: mae_cifar10\ntrain: {{{train}}}\noptimizer: {{warmup_epochs: 0}}\n")
+    assert overrides_of(recipe, settings)[1] == [f"train.freeze_encoder_steps={number}" for number in steps]
+
+
 @pytest.mark.parametrize("name", ["mae_cifar10", "rotation_cifar10_paper", "quickstart", "barlow_resnet50"])
 def test_a_tenth_of_an_epoch_can_be_trained_with_that_said_alone(name, monkeypatch, capsys):
     asked = []

@@ -13,8 +13,12 @@ from runs import Run, deepspeed
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.sources import open_encoder
 from prelude.data.errors import UserError
+from prelude.evaluators.comparing.run_record import is_finished, is_finished_as
 from prelude.launch import finetune, knn, pretrain
+from prelude.launch.compared_runs import learned_from
 from prelude.launch.exit_codes import door
+from prelude.objectives import options_for
+from prelude.pretrain.recipes import load_config
 
 ENCODER = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 
@@ -94,10 +98,40 @@ def test_a_start_that_is_gone_or_another_is_told_in_a_sentence(interrupted, warm
         kept.rename(file)
 
 
+def test_a_run_from_weights_that_has_ended_counts_as_finished(interrupted, warm_recipe):
+    def config(*overrides):
+        own = [f"run_dir={interrupted.run_dir}", "encoder.own_parts=true"]
+        return load_config(warm_recipe, [*own, *overrides], options_for)
+
+    options, asked = options_for("mae"), config()
+    data = [index.fingerprint for index in learned_from(asked)]
+    assert asked.encoder.weights_fingerprint is None
+    assert is_finished_as(asked, options) and is_finished(asked, options, data)
+    for other in ("encoder.weights=other.pth", f"encoder.weights_fingerprint={'0' * 32}"):
+        assert not is_finished_as(config(other), options) and not is_finished(config(other), options, data)
+
+
 def test_a_dry_run_says_what_would_be_loaded(warm_recipe, capsys):
     assert pretrain.main(["--config", str(warm_recipe), "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "30 of 30 tensors loaded, left out decoder (20)" in said
+
+
+def test_a_dry_run_refuses_to_hold_the_encoder_still_to_the_end(warm_recipe, recipe, tmp_path, capsys):
+    def code(steps: int) -> int:  # of 19
+        return door(
+            lambda: pretrain.main(["--config", str(warm_recipe), "--dry-run", f"train.freeze_encoder_steps={steps}"])
+        )
+
+    assert code(18) == 0 and code(19) == 2
+    assert "still to the end of a run of 19 steps; write train.freeze_encoder_steps=1, or" in capsys.readouterr().err
+    tuned = {"run_dir": str(tmp_path / "tuned"), "optimizer": {"lr": 0.01}}
+    tuned["train"] = {"epochs": 1, "global_batch": 16, "freeze_encoder_steps": 13}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    shards = f"{recipe.parent}/shapes/train-*.tar"
+    command = [f"{warm_recipe.parent}/mae.pth#num_heads=2", "--config", str(tmp_path / "tuned.yaml"), "--dry-run"]
+    assert door(lambda: finetune.main([*command, "--train", shards, "--test", shards, "--label", "cls"])) == 2
+    assert "to the end of a run of 13 steps" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_end_a_run_with_one_sentence(warm_recipe, capsys):

@@ -41,6 +41,13 @@ def test_warm_up_and_milestones_keep_their_share_of_the_run():
     assert found["optimizer.milestones"] == pytest.approx([3, 6])
 
 
+def test_an_encoder_is_held_still_for_the_same_share_of_the_run():
+    config = a_config()  # 200 epochs of 100 steps
+    config = config.model_copy(update={"train": config.train.model_copy(update={"freeze_encoder_steps": 19_999})})
+    for num_images, steps in ((96_000, 999), (9600, 99), (96, 0), (200 * 9600, 19_999)):
+        assert as_numbers(within(config, num_images, 9600))["train.freeze_encoder_steps"] == [steps]
+
+
 def test_less_than_a_batch_is_refused():
     with pytest.raises(UserError, match="95 images cannot make one batch of train.global_batch=96"):
         within(a_config(), 95, 1000)

@@ -61,7 +61,10 @@ def test_pass_through_is_merged_from_a_dictionary_or_a_file(tmp_path):
         ({"fp16": {"enabled": True}}, "write train.precision=... and remove it"),
         ({"optimizer": {"type": "Adam"}}, "write optimizer.name=... and remove it"),
         ({"zero_optimization": {"stage": 3}}, "write train.zero_stage=3 and remove it"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "remove offload_*"),
+        ({"bfloat16": {"enabled": True}}, "write train.precision=... and remove it"),
+        ({"data_types": {"param_dtype": "bf16"}}, "write train.precision=... and remove it"),
+        ({"managed_gradient_accumulation": False}, "write train.micro_batch=... and remove it"),
+        ({"gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op has no effect at train.zero_stage=0"),
         ({"comm_logger": {}}, "did you mean comms_logger?"),
         ("/nowhere/ds.json", "deepspeed=/nowhere/ds.json cannot be read"),
         ({"prescale_gradients": True}, "deepspeed.prescale_gradients has no effect at train.zero_stage=0"),
@@ -75,8 +78,41 @@ def test_what_cannot_be_honoured_is_refused(passed, sentence):
 
 
 @pytest.mark.parametrize(
+    "offloading",
+    [
+        {"offload_optimizer": {"device": "cpu"}},
+        {"offload_param": {"device": "cpu"}},
+        {"cpu_offload": True},
+        {"cpu_offload_param": True},
+        {"cpu_offload_use_pin_memory": True},
+        {"zenflow": {}},
+    ],
+)
+def test_offloading_is_refused_under_every_name(offloading):
+    (key,) = offloading
+    with pytest.raises(UserError, match=f"zero_optimization.{key} is refused, since checkpoints do not cover"):
+        built(config({"zero_optimization": {"overlap_comm": True} | offloading}, zero_stage=1))
+
+
+def test_no_older_name_of_deepspeeds_stands_for_offloading():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    older = {
+        name: str(field.json_schema_extra["new_param"])
+        for name, field in DeepSpeedZeroConfig.model_fields.items()
+        if field.json_schema_extra and field.json_schema_extra.get("deprecated")
+    }
+    assert "offload_optimizer" in older.values()
+    for name in (name for name, new in older.items() if "offload" in new):
+        with pytest.raises(UserError, match="is refused, since checkpoints"):
+            built(config({"zero_optimization": {name: True}}, zero_stage=1))
+
+
+@pytest.mark.parametrize(
     "passed",
     [
+        {"zero_optimization": {"mics_shard_size": 2}},
+        {"zero_optimization": {"zeropp_loco_param": {}}},
         {"zero_optimization": {"reduce_scatter": "perhaps"}},
         {"zero_optimization": {"no_such_key": 1}},
         {"comms_logger": 5},

@@ -176,6 +176,13 @@ def test_a_loss_over_the_whole_batch_is_not_accumulated(tmp_path):
         Engine(config, OverTheBatch(), loader, NoStore(), [])
 
 
+def test_a_run_whose_encoder_would_never_move_does_not_begin(tmp_path):
+    config = engine_cases.config_of({"train": {"freeze_encoder_steps": 6}}, tmp_path)
+    loader = MemoryLoader(8, engine_cases.NUM_SAMPLES, engine_cases.batch_at)
+    with pytest.raises(UserError, match="freeze_encoder_steps=6 would hold the encoder still to the end of .* 6 steps"):
+        Engine(config, engine_cases.Regression(), loader, NoStore(), [])
+
+
 def test_a_signal_during_a_save_leads_to_no_other_step_and_no_second_save(runs):
     found = found_in(runs, "asked_while_saving")
     assert found["outcome"] == {"reason": "preempted", "step": 4}
