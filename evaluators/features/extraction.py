@@ -72,9 +72,9 @@ def evaluation_plan(encoder) -> ViewPlan:
 
 
 def crops_plan(encoder, count: int) -> ViewPlan:
-    """The evaluation's view and `count` - 1 crops of 40 to 100 % of the image, which a sample's place decides."""
+    """The evaluation's view and `count` - 1 unflipped crops of 40 to 100 % of the image, drawn by its place."""
     plan = evaluation_plan(encoder)
-    crop = View(encoder.config.size, scale=CROP_SCALE)
+    crop = View(encoder.config.size, scale=CROP_SCALE, flip=0.0)
     return replace(plan, views=(*plan.views, *[crop] * (count - 1)))
 
 
