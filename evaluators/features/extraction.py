@@ -37,7 +37,14 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.dense import check_dense, dense, has_tokens, is_dense, num_stages
+from prelude.evaluators.features.dense import (
+    check_dense,
+    dense,
+    has_tokens,
+    is_dense,
+    norm_after_pooling,
+    num_stages,
+)
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
 from prelude.pretrain.encoders import stage_maps
@@ -248,8 +255,7 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
     deepest = max([1, *(blocks for blocks, _ in map(_last, kinds))])
     form = "NCHW" if any(cells > 1 for _, cells in map(_last, kinds)) else "NLC"
     tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt=form)
-    # Models trained with mean pooling may norm after the pooling instead of before it.
-    norm = getattr(model, "fc_norm", None) or nn.Identity()
+    norm = norm_after_pooling(model)
     pooled = {}
     for kind in kinds:
         if kind == "cls":
