@@ -35,13 +35,15 @@ def run(task: finetune.Task, command: str) -> int:
     device = distributed.start(config.train.rank_timeout_seconds)
     deepspeed_config.check(config)
     with run_folder(config) as folder:
-        loaded: list[str] = []
+        store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
+        task = finetune.as_it_began(task, store)
+        config, loaded = task.config, []
+        folder.record(config)
         classifier = finetune.build(task, loaded.append)
         loader = _loader_of(task, classifier, config)
         test = _testing(task, classifier, task.samples.test, loader.num_workers)
         curves = _curves(task, classifier, test, folder.path)
         monitors = [*folder.monitors, *curves, *logs_of(config, loader.num_workers)]
-        store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         engine = Engine(config, classifier, loader, store, monitors, peak_flops)
         if classifier.held_out is not None:  # now that the engine has copied the objective, to see what a step costs
             classifier.held_out.test = _testing(task, classifier, task.samples.held_out, loader.num_workers)
@@ -72,6 +74,7 @@ _FILES = {"curve": "test.jsonl", "held_out_curve": "validation.jsonl"}
 
 def dry_run(task: finetune.Task, asked: Asked) -> int:
     """Raises UserError, once all is told, where a start would be refused for what is in its run folder."""
+    task = finetune.as_it_began(task, Store(Path(task.config.run_dir) / "checkpoints"))
     config, loaded, samples = task.config, [], task.samples
     classifier = finetune.build(task, loaded.append)
     planned = plan(config, classifier, samples.train.num_samples, asked)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from timm.layers import DropPath
 from torch import Tensor
 
 from prelude.checkpoints.export import export_encoder
@@ -36,7 +35,7 @@ from prelude.pretrain import overrides as setting
 from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.config import Config, EncoderConfig, is_dropout
 from prelude.pretrain.config_keys import Keys
-from prelude.pretrain.encoders import lay_out_encoder
+from prelude.pretrain.encoders import drops_paths, lay_out_encoder
 from prelude.pretrain.recipes import objective_named, read_recipe, refuse_fine_tuning, validate_config
 
 GLOBAL_BATCH = 8
@@ -83,7 +82,7 @@ def _drops_paths(encoder: dict) -> bool:
         model = lay_out_encoder(EncoderConfig.model_validate(encoder))
     except (UserError, ValidationError):
         return False
-    return any(isinstance(layer, DropPath) and layer.drop_prob for layer in model.modules())
+    return drops_paths(model)
 
 
 def checked_config(name: str, recipe: str, overrides: list[str]) -> Config:

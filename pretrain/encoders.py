@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 
 from prelude.data.errors import UserError
@@ -144,6 +144,11 @@ def build_encoder(config: EncoderConfig, *, seed: int) -> nn.Module:
         model.register_buffer("pos_embed", torch.cat([prefix, table])[None])  # (1, prefix + L, D)
     hold_rotations(model)
     return model
+
+
+def drops_paths(encoder: nn.Module) -> bool:
+    """Whether it skips blocks at random in training. Where no setting says so, some of timm's do."""
+    return any(isinstance(layer, DropPath) and layer.drop_prob for layer in encoder.modules())
 
 
 def pooled_width(encoder: nn.Module) -> int:

@@ -6,7 +6,7 @@ What a layer is follows the published recipes:
 
 | encoder | layers |
 |---|---|
-| vision transformers, EVA, BEiT | 0: patches, tokens, positions; one a block; final norms with the head (MAE) |
+| ViTs, EVA, BEiT | 0: patches, tokens, positions; one a block; last norms and shared biases with the head (MAE, BEiT) |
 | ResNets | 0: stem; stage 1; groups of 2 or 4 blocks of stage 2, of 3 or 4 of stage 3; stage 4; the head (SparK) |
 | ConvNeXts | 0: stem; stages 1 and 2; groups of 3 blocks of stage 3; stage 4; final norm with the head (ConvNeXt) |
 | others | as timm groups them, one a block |
@@ -60,7 +60,7 @@ def _of_transformer(names: list[str], depth: int) -> tuple[dict[str, int], int]:
     layers = {}
     for name in names:
         block = re.match(r"blocks\.(\d+)\.", name)
-        after = re.match(r"(norm|fc_norm|attn_pool|head)\.", name)
+        after = re.match(r"(norm|fc_norm|attn_pool|head|rel_pos_bias)\.", name)
         layers[name] = int(block[1]) + 1 if block else depth + 1 if after else 0
     return layers, depth + 1
 

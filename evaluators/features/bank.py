@@ -46,7 +46,7 @@ from prelude.pretrain.collectives import row_counts
 from prelude.pretrain.files import sync_to_disk
 from prelude.pretrain.sameness import refuse_differences
 
-FORMAT = 2
+FORMAT = 3
 VALUES, SAMPLE_IDS, ABOUT = "values.f32", "sample_ids.i64", "about.json"
 UNFINISHED = ".unfinished-"
 FITS = "fits"  # folder of what was found on them, see `evaluators.kept_fits`

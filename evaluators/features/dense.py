@@ -97,7 +97,9 @@ def dense(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, T
     elif tokens:
         deepest = max(tokens.values())
         blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, intermediates_only=True)
-        found |= {kind: _places(torch.cat(blocks[-count:], 1)) for kind, count in tokens.items()}
+        norm = norm_after_pooling(model)
+        normed = [norm(_places(block)).float() for block in blocks]
+        found |= {kind: torch.cat(normed[-count:], 3) for kind, count in tokens.items()}
     if maps:
         stages = stage_maps(model, pixels)
         found |= {kind: _places(stages[_stage(stages, number)]) for kind, number in maps.items()}
@@ -121,6 +123,11 @@ def patches_like(layout: Layout, size: tuple[int, int]) -> str:
 def has_tokens(model: nn.Module) -> bool:
     """Whether it is one of timm's transformers."""
     return not gives(model) and hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks")
+
+
+def norm_after_pooling(model: nn.Module) -> nn.Module:
+    """The final norm of a model trained with mean pooling may come after it, and none before."""
+    return getattr(model, "fc_norm", None) or nn.Identity()
 
 
 def num_stages(model: nn.Module) -> int:

@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.evaluators.features.dense import check_dense, dense, has_tokens, is_dense, num_stages
+from prelude.evaluators.features.dense import (
+    check_dense,
+    dense,
+    has_tokens,
+    is_dense,
+    norm_after_pooling,
+    num_stages,
+)
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
 from prelude.pretrain.encoders import stage_maps
@@ -70,9 +77,9 @@ def evaluation_plan(encoder) -> ViewPlan:
 
 
 def crops_plan(encoder, count: int) -> ViewPlan:
-    """The evaluation's view and `count` - 1 crops of 40 to 100 % of the image, which a sample's place decides."""
+    """The evaluation's view and `count` - 1 unflipped crops of 40 to 100 % of the image, drawn by its place."""
     plan = evaluation_plan(encoder)
-    crop = View(encoder.config.size, scale=CROP_SCALE)
+    crop = View(encoder.config.size, scale=CROP_SCALE, flip=0.0)
     return replace(plan, views=(*plan.views, *[crop] * (count - 1)))
 
 
@@ -218,8 +225,7 @@ def pool(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[str, Te
     deepest = max([1, *(blocks for blocks, _ in map(_last, kinds))])
     form = "NCHW" if any(cells > 1 for _, cells in map(_last, kinds)) else "NLC"
     tokens, blocks = model.forward_intermediates(pixels, indices=deepest, norm=True, output_fmt=form)
-    # Models trained with mean pooling may norm after the pooling instead of before it.
-    norm = getattr(model, "fc_norm", None) or nn.Identity()
+    norm = norm_after_pooling(model)
     pooled = {}
     for kind in kinds:
         if kind == "cls":

@@ -34,6 +34,11 @@ def check(options: FineTuneOptions, config: Config, model: nn.Module) -> None:
             f"objective.attention_labels={options.attention_labels} asks the class token's attention, which "
             f"{config.encoder.name} does not tell; leave it out, or take a plain vision transformer with a class token."
         )
+    if options.pooling == "own" and getattr(model, "attn_pool", None) is not None:
+        raise UserError(
+            f"objective.attention_labels={options.attention_labels} asks the class token's attention, and "
+            f"{config.encoder.name} pools with another; write objective.pooling=mean."
+        )
     if config.train.compile:
         raise UserError(
             f"objective.attention_labels={options.attention_labels} looks into the last block, which "

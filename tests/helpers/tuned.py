@@ -21,6 +21,14 @@ SOURCES = {
         name="beit_base_patch16_224", image_size=16, patch_size=4, kwargs=SHAPE | {"global_pool": "token"}
     ),
     "siglip": EncoderConfig(name="vit_base_patch16_siglip_224", image_size=16, patch_size=4, kwargs=SHAPE),
+    "gap": EncoderConfig(name="vit_huge_patch14_gap_224", image_size=16, patch_size=4, kwargs=SHAPE),
+    "intern": EncoderConfig(name="vit_intern300m_patch14_448", image_size=16, patch_size=4, kwargs=SHAPE),
+    "own_swin": EncoderConfig(name="own_networks:swin_as_it_is", image_size=16),
+    "swin": EncoderConfig(
+        name="swin_tiny_patch4_window7_224",
+        image_size=16,
+        kwargs={"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "drop_path_rate": 0.3},
+    ),
 }
 RECIPE = {
     "run_dir": "tuned",

@@ -94,17 +94,21 @@ def test_without_decay_every_rate_is_the_same():
     assert set(lr_scales(built("resnet18"), 1.0).values()) == {1.0}
 
 
+SHARED = "rel_pos_bias.relative_position_bias_table"  # by all blocks; BEiT's and SimMIM's recipes put it with the head
+
+
 @pytest.mark.parametrize(
-    ("name", "kwargs", "positions"),
+    ("name", "kwargs", "positions", "place"),
     [
-        ("vit_small_patch16_rope_mixed_224", {}, "rope.freqs"),
-        ("eva02_base_patch14_224", {}, "pos_embed"),
-        ("beitv2_base_patch16_224", {"use_shared_rel_pos_bias": True}, "rel_pos_bias.relative_position_bias_table"),
+        ("vit_small_patch16_rope_mixed_224", {}, "rope.freqs", 0),
+        ("eva02_base_patch14_224", {}, "pos_embed", 0),
+        ("beitv2_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}, SHARED, 3),
+        ("beitv2_base_patch16_224", {}, "blocks.0.attn.relative_position_bias_table", 1),
     ],
 )
-def test_transformers_with_rotations_and_biases_decay_as_a_vit_does(name, kwargs, positions):
+def test_transformers_with_rotations_and_biases_decay_as_a_vit_does(name, kwargs, positions, place):
     layers, head = layer_numbers(built(name, depth=2, **kwargs))
     assert head == 3 and set(layers.values()) == {0, 1, 2, 3}
-    assert {layer for key, layer in layers.items() if not key.startswith(("blocks.", "norm.", "fc_norm."))} == {0}
-    assert layers[positions] == 0
+    others = [key for key in layers if not key.startswith(("blocks.", "norm.", "fc_norm.")) and key != positions]
+    assert {layers[key] for key in others} == {0} and layers[positions] == place
     assert {layer for key, layer in layers.items() if key.startswith("blocks.1.")} == {2}

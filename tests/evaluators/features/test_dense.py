@@ -28,7 +28,9 @@ def pixels():
     return torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg", "fc_norm": False}]
+)
 @torch.no_grad()
 def test_tokens_are_the_patch_tokens_of_timm_in_raster_order(changes, pixels):
     model = vit(**changes)
@@ -42,6 +44,20 @@ def test_tokens_are_the_patch_tokens_of_timm_in_raster_order(changes, pixels):
     before = model.norm(kept[1])[:, model.num_prefix_tokens :]
     assert torch.allclose(found["tokens2"].flatten(1, 2), torch.cat([before, final], 2), atol=1e-5)
     assert torch.equal(pool(model, pixels, ["tokens", "mean"])["tokens"], found["tokens"].flatten(1))
+
+
+@torch.no_grad()
+def test_tokens_have_the_final_norm_where_it_comes_after_the_mean(pixels):
+    model = vit(global_pool="avg")
+    torch.nn.init.normal_(model.fc_norm.weight)
+    kept = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    found = dense(model, pixels, ["tokens", "tokens2"])
+    weight, normed = model.fc_norm.weight, torch.nn.functional.layer_norm
+    before, last = (normed(tokens, (24,), weight, eps=1e-6) for tokens in kept[1:])
+    assert torch.allclose(found["tokens"].flatten(1, 2), last[:, 1:], atol=1e-5)
+    assert torch.allclose(found["tokens2"].flatten(1, 2), torch.cat([before, last], 2)[:, 1:], atol=1e-5)
 
 
 @torch.no_grad()

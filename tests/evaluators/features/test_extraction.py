@@ -11,11 +11,12 @@ from webdataset import TarWriter
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
+from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.extraction import check_kinds, encode, evaluation_plan, pool
+from prelude.evaluators.features.extraction import check_kinds, crops_plan, encode, evaluation_plan, pool
 from prelude.evaluators.features.pixels import Pixels, open_pixels
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.images import normalise
+from prelude.pretrain.images import images, normalise
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -228,3 +229,13 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, pixels):
     found = extract(opened(Pixels()), ShardIndex(str(tmp_path / "a.tar"), "cls"))["pixels"]
     assert found.labels.tolist() == [0, 1, 3]
     assert found.values.shape == (3, 3 * 32 * 32)
+
+
+def test_no_crop_of_an_image_is_mirrored(tmp_path):
+    ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(3, 32, 32)  # brighter to the right, and so is each crop
+    write_shard(tmp_path / "a.tar", [ramp] * 4, range(4))
+    plan = crops_plan(opened(Pixels()), 8)
+    (batch,) = one_pass(ShardIndex(str(tmp_path / "a.tar"), "cls"), plan, batch_size=4)
+    views = images(batch, plan)
+    assert len(views) == 8 and not torch.equal(views[1], views[2])
+    assert all((view[..., 16:].mean((1, 2, 3)) > view[..., :16].mean((1, 2, 3))).all() for view in views)

@@ -11,6 +11,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.finetuning import attention_labels
 from prelude.evaluators.finetuning.classifier import Classifier
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
+from prelude.pretrain.config import Config
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.step_cost import blank_batch
@@ -111,8 +112,12 @@ def test_attention_gets_no_gradient_from_the_labels(batch):
 
 
 WITHOUT_TOKEN = {"kwargs": POOLED.kwargs | {"class_token": False}}
+WITH_LATENT = {"kwargs": VIT.kwargs | {"global_pool": "map"}}
 MISTAKES = {
     "no class token": ({"attention_labels": "transmix"}, WITHOUT_TOKEN, {}, "does not tell; leave it out"),
+    "pooled by an attention": (
+        {"attention_labels": "transmix", "pooling": "own"}, WITH_LATENT, {}, "write objective.pooling=mean.",
+    ),
     "compiled": ({"attention_labels": "transmix"}, {}, {"compile": True}, "write train.compile=false."),
     "cells that do not fit the image": ({"cutmix_cell": 5}, {}, {}, "does not divide an image of 16x16 pixels"),
     "cells that do not fit patches": (
@@ -121,11 +126,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_cannot_be_asked_is_refused(mistake):
-    from prelude.pretrain.config import Config
-
-    options, encoder, train, expected = MISTAKES[mistake]
+def check(options: dict, encoder: dict, train: dict) -> None:
     config = Config.model_validate(
         {
             "run_dir": "x",
@@ -136,8 +137,19 @@ def test_what_cannot_be_asked_is_refused(mistake):
             "optimizer": {"lr": 1.0},
         }
     )
+    options = FineTuneOptions(cutmix=1.0, **options)
+    attention_labels.check(options, config, build_encoder(config.encoder, seed=0))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_be_asked_is_refused(mistake):
+    options, encoder, train, expected = MISTAKES[mistake]
     with pytest.raises(UserError, match=expected):
-        attention_labels.check(FineTuneOptions(cutmix=1.0, **options), config, build_encoder(config.encoder, seed=0))
+        check(options, encoder, train)
+
+
+def test_what_pools_with_attention_is_taken_where_the_mean_is_pooled():
+    check({"attention_labels": "transmix"}, WITH_LATENT, {})
 
 
 @pytest.mark.parametrize(

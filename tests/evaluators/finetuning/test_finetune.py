@@ -20,7 +20,10 @@ from prelude.evaluators.finetuning import finetune
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.testing import Found, TestCurve, Testing
 from prelude.evaluators.results import percent
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.monitors import StepRecord
+from prelude.pretrain.resume import changed_settings
 from prelude.pretrain.schedules import Progress
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs").glob("finetune_*.yaml"))
@@ -50,7 +53,7 @@ def test_pooling_is_the_mean_of_patches_before_a_new_norm_or_the_encoders_own(pr
     torch.testing.assert_close(own(images), task.opened.model(images), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("source", ["dinov3", "eva02", "beit", "siglip"])
+@pytest.mark.parametrize("source", ["dinov3", "eva02", "beit", "siglip", "gap", "intern"])
 def test_other_transformers_are_pooled_alike(prepared, source):
     task, images = prepared(source=source), torch.randn(2, 3, 16, 16)
     encoder, own = finetune.build(task).encoder.eval(), task.opened.model.eval()
@@ -74,6 +77,56 @@ def test_a_convnet_is_taken_as_it_is(prepared):
     assert ours.keys() == source.keys() and all(torch.equal(ours[name], source[name]) for name in source)
 
 
+@pytest.mark.parametrize("asked", [0.0, 0.2])
+def test_paths_are_dropped_as_the_recipe_says_whatever_timm_and_pretraining_do(prepared, asked):
+    task = prepared(f"objective.drop_path={asked}", source="swin")
+    encoder, images = finetune.build(task).encoder.train(), torch.randn(16, 3, 16, 16)
+    assert max(getattr(part, "drop_prob", 0.0) for part in encoder.modules()) == pytest.approx(asked)
+    assert torch.equal(encoder(images), encoder(images)) == (asked == 0)
+
+
+def test_a_function_that_takes_no_drop_path_is_taken_as_it_is(prepared):
+    assert prepared(source="own_swin").config.encoder.kwargs == {}
+
+
+class Begun:
+    """A run's store with one checkpoint."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    def newest_for_all(self) -> Path:
+        return Path("step-00000001")
+
+    def meta(self, path: Path) -> dict:
+        return {"config": self.config, "encoder": self.config["encoder"]}
+
+
+@pytest.mark.parametrize(
+    ("source", "was_left_out"), [("gap", ["fc_norm", "final_norm"]), ("swin", ["drop_path_rate"]), ("somewhere", [])]
+)
+def test_a_run_goes_on_with_what_earlier_versions_left_to_timm(prepared, source, was_left_out, caplog):
+    task = prepared(source=source)
+    then = task.config.model_dump(mode="json")
+    for key in was_left_out:
+        del then["encoder"]["kwargs"][key]
+    assert not {"fc_norm", "final_norm", "drop_path_rate"} & set(then["encoder"]["kwargs"])
+    gone_on = finetune.as_it_began(task, Begun(then))
+    assert changed_settings(then, gone_on.config, FineTuneOptions) == []
+    assert all(f"{key}=" in caplog.text for key in was_left_out) and bool(was_left_out) == bool(caplog.text)
+    names = set(finetune.build(gone_on).encoder.state_dict())
+    assert names == set(build_encoder(EncoderConfig.model_validate(then["encoder"]), seed=0).state_dict())
+
+
+@pytest.mark.parametrize("source", ["gap", "swin"])
+def test_a_run_that_began_with_another_encoder_is_still_another_run(prepared, source):
+    task = prepared(source=source)
+    then = task.config.model_dump(mode="json")
+    then["encoder"]["kwargs"] = {"embed_dim": 64}
+    assert finetune.as_it_began(task, Begun(then)) is task
+    assert finetune.as_it_began(task, Begun(task.config.model_dump(mode="json"))) is task
+
+
 def test_from_scratch_is_the_same_recipe_elsewhere(prepared):
     tuned, scratch = prepared(), prepared(from_scratch=True)
     assert scratch.source == scratch.opened.name == "random:somewhere"
@@ -83,8 +136,6 @@ def test_from_scratch_is_the_same_recipe_elsewhere(prepared):
 
 
 def test_another_start_is_another_run(prepared, monkeypatch):
-    from prelude.pretrain.resume import changed_settings
-
     before = prepared().config
     monkeypatch.setattr(finetune, "open_encoder", lambda source, *, seed=0: opened(VIT, seed=5))
     changes = changed_settings(before.model_dump(mode="json"), prepared().config, FineTuneOptions)
