@@ -12,8 +12,8 @@ Kinds of feature:
 | `mean` | vision transformers | mean of the patch tokens after the final norm (I-JEPA) | D |
 | `lastK` | vision transformers | the same mean of each of the last K blocks, side by side (I-JEPA: `last4`) | K x D |
 | `lastKxG` | the same | the last K blocks averaged over G x G cells of the image each | K x D x G x G |
-| `pool` | all others | mean over the places of the last stage's map; of `module:function` its own pooling | D |
-| `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
+| `pool` | all others | what the encoder itself gives: its last map pooled, and the norm that some have after that | D |
+| `stageK` | convnets and hierarchical transformers | mean over places of stage K's map, as in `out_indices` | D_K |
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
 | `stageKxG` | the same | stage K averaged over G x G cells of its map | D_K x G x G |
 | `stagesxG` | the same | all stages averaged over G x G cells of their maps | sum of D_K x G x G |
@@ -24,7 +24,7 @@ Those of single places, see `dense`.
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -284,8 +284,7 @@ def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[s
     pooled = {}
     for kind in kinds:
         if kind == "pool":
-            whole = final is None
-            pooled[kind] = _final(model, pixels) if whole else _mean_over_places(final, model.num_features)
+            pooled[kind] = _final(model, pixels) if final is None else _pooled(model, final)
         elif cells := _stages(kind):
             _check_cells(kind, cells, stages[0])
             pooled[kind] = torch.cat([F.adaptive_avg_pool2d(stage.float(), cells).flatten(1) for stage in stages], 1)
@@ -308,16 +307,26 @@ def _final(model: nn.Module, pixels: Tensor) -> Tensor:
     """(B, D): a network of the user's pools in its own way."""
     if gives(model):
         return model(pixels).float()
-    return _mean_over_places(model.forward_features(pixels), model.num_features)
+    return _pooled(model, model.forward_features(pixels))
+
+
+def _pooled(model: nn.Module, features: Tensor | list[Tensor]) -> Tensor:
+    """(B, D), which is `model(images)`: what `forward_features` gives, pooled as the model does it, in float32."""
+    several = isinstance(features, list)
+    with torch.autocast((features[0] if several else features).device.type, enabled=False):
+        features = [one.float() for one in features] if several else features.float()
+        with suppress(NotImplementedError):  # encoders of language models pool nothing
+            features = model.forward_head(features, pre_logits=True)
+    return _mean_over_places(features, model.num_features)
 
 
 def _mean_over_places(features: Tensor, channels: int) -> Tensor:
     """(B, C, H, W), or channels last as hierarchical transformers have it, or already (B, C), to (B, C)."""
     if features.ndim == 2:
-        return features.float()
+        return features
     if features.ndim == 4 and features.shape[1] == channels:
-        return features.float().mean((2, 3))
-    return features.float().flatten(1, -2).mean(1)
+        return features.mean((2, 3))
+    return features.flatten(1, -2).mean(1)
 
 
 def _has_class_token(model: nn.Module) -> bool:
