@@ -30,7 +30,7 @@ from prelude.objectives.gradient_map import gradient_map
 from prelude.objectives.masking import PatchMask, in_squares, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MAEOptions
 from prelude.objectives.patch_decoder import DecodesPatches, PatchDecoder
-from prelude.objectives.patch_target import target_statistics
+from prelude.objectives.patch_target import about_mean, target_statistics
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.token_blocks import xavier_init
 from prelude.pretrain.batch_norm import synchronise
@@ -154,8 +154,9 @@ class MAE(DecodesPatches, Objective):
         """Mean squared error on hidden patches.
 
         `pixel_mse` in the parts is the error in normalised pixels whatever the target, so that runs with and
-        without `norm_pix_loss` compare. `trivial_loss` is the loss of a prediction of 0 everywhere: (n - 1) / n with
-        `norm_pix_loss`, n being the values of a patch, and less where patches are flat.
+        without `norm_pix_loss` compare. `trivial_loss` is the loss of the same prediction everywhere: with
+        `norm_pix_loss` of 0, (n - 1) / n, n being the values of a patch, and less where patches are flat; else of the
+        batch's mean patch.
         """
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
             gradient = self._gradient_loss(reconstruction.gradient)
@@ -163,9 +164,10 @@ class MAE(DecodesPatches, Objective):
             target = (reconstruction.pixels - mean) / scale
             residual = reconstruction.predicted.to(target.dtype) - target  # (B, R, p_h * p_w * C)
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
+            trivial = about_mean(target.detach(), self.options.norm_pix_loss).square().mean()
             parts = {
                 "pixel_mse": (error.detach() * scale.square()).mean(),
-                TRIVIAL_LOSS: target.detach().square().mean() + gradient.parts.pop(TRIVIAL_LOSS, 0.0),
+                TRIVIAL_LOSS: trivial + gradient.parts.pop(TRIVIAL_LOSS, 0.0),
             }
             return Loss(error.mean() + gradient.total, parts | gradient.parts)
 

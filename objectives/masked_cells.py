@@ -23,7 +23,7 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MaskedCellsOptions
-from prelude.objectives.patch_target import target_statistics
+from prelude.objectives.patch_target import about_mean, target_statistics
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.sparse_check import Survey, survey, total_stride
 from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
@@ -110,8 +110,8 @@ class MaskedCells(Objective):
         """Mean squared error on hidden cells.
 
         `pixel_mse` in the parts is the same error in normalised pixels: each cell's, times its variance.
-        `trivial_loss` is the loss of a prediction of 0 everywhere: (n - 1) / n, n being the values of a cell, and less
-        where cells are flat.
+        `trivial_loss` is the loss of the same prediction everywhere: of 0, (n - 1) / n, n being the values of a cell,
+        and less where cells are flat; where the target is plain pixels, of the batch's mean cell.
         """
         with torch.autocast(reconstruction.pixels.device.type, enabled=False):
             mean, scale = target_statistics(reconstruction.pixels, self.standardised)
@@ -120,7 +120,7 @@ class MaskedCells(Objective):
             error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
             parts = {
                 "pixel_mse": (error.detach() * scale.square()).mean(),
-                TRIVIAL_LOSS: target.detach().square().mean(),
+                TRIVIAL_LOSS: about_mean(target.detach(), self.standardised).square().mean(),
             }
             return Loss(error.mean(), parts)
 
