@@ -40,11 +40,13 @@ from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.dense import check_dense, dense, has_tokens, is_dense, num_stages
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
+from prelude.pretrain.behind_stages import layers_behind_stages
 from prelude.pretrain.encoders import stage_maps
 from prelude.pretrain.images import images
 from prelude.pretrain.own_encoder import gives
 
 CROP_SCALE = (0.4, 1.0)  # of the image's area, where features of several crops are averaged
+_BY_STAGES = ("spark", "fcmae")  # objectives that learn by the maps of stages alone
 FULL_FRAME_BELOW = 128  # pixels; from here on the classical "resize 256, crop 224"
 
 
@@ -85,6 +87,15 @@ def default_kinds(model: nn.Module) -> tuple[str, ...]:
     if not has_tokens(model):
         return ("pool",)
     return ("cls", "mean") if _has_class_token(model) else ("mean",)
+
+
+def suited_kinds(encoder) -> tuple[str, ...]:
+    """`default_kinds` of an encoder that was opened; but `stages`, where what trained it has left layers in front of
+    `pool` as they were."""
+    model, objective = encoder.model, encoder.origin.get("objective")
+    if objective in _BY_STAGES and not gives(model) and layers_behind_stages(model, encoder.config.size):
+        return ("stages",)
+    return default_kinds(model)
 
 
 def fair_kinds(model: nn.Module) -> tuple[str, ...]:
@@ -207,7 +218,7 @@ class Extractor:
     ):
         self.device = torch.device(device)
         self.encoder, self.model = encoder, encoder.model.to(self.device).eval()
-        self.kinds = tuple(kinds or default_kinds(self.model))
+        self.kinds = tuple(kinds or suited_kinds(encoder))
         check_kinds(self.model, self.kinds, encoder.name)
         self.plan = plan or evaluation_plan(encoder)
         self.recipe = {

@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.extraction import check_kinds, encode, evaluation_plan, extract, pool
+from prelude.evaluators.features.extraction import check_kinds, encode, evaluation_plan, extract, pool, suited_kinds
 from prelude.evaluators.features.pixels import Pixels, open_pixels
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.images import normalise
@@ -129,6 +130,21 @@ def test_what_pools_nothing_is_averaged_over_places(pixels):
     model = timm.create_model("convnext_atto", num_classes=0, depths=(1, 1, 1, 1), global_pool="").eval()
     expected = model(normalise(pixels[:2], evaluation_plan(opened(model))))  # (B, D, h, w)
     torch.testing.assert_close(encoded(model, pixels[:2])["pool"].values, expected.mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "kind"),
+    [
+        ("mobilenetv3_small_050", "spark", "stages"),
+        ("mobilenetv3_small_050", "fcmae", "stages"),
+        ("mobilenetv3_small_050", "rotation", "pool"),
+        ("resnet18", "spark", "pool"),
+        ("convnext_atto", "fcmae", "pool"),
+    ],
+)
+def test_an_encoder_whose_last_layers_were_not_trained_is_judged_by_its_stages(name, objective, kind):
+    encoder = opened(timm.create_model(name, num_classes=0))
+    assert suited_kinds(replace(encoder, origin={"objective": objective})) == (kind,)
 
 
 def test_stages_are_pooled_maps_of_what_the_blocks_give(pixels):
