@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "convnext": EncoderConfig(
         name="convnext_atto", image_size=64, kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
     ),
+    "hidden layer after the pooling": EncoderConfig(name="mobilenetv3_small_050", image_size=64),
 }
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -84,6 +85,7 @@ def test_plain_timm_computes_the_same_features_from_an_export(make_run, tmp_path
     assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == (list(MEAN), list(STD))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "run"]
     card = (tmp_path / "export" / "README.md").read_text()
+    assert f"to (B, {model(images).shape[1]})" in card
     assert all(fact in card for fact in ("mae", "| 7 |", "0123abcd", 'local-dir:export"', config.name))
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True, num_classes=5)(images).shape == (2, 5)
 
