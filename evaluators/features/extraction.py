@@ -90,10 +90,10 @@ def default_kinds(model: nn.Module) -> tuple[str, ...]:
 
 
 def suited_kinds(encoder) -> tuple[str, ...]:
-    """`default_kinds` of an encoder that was opened; but `stages`, where what trained it has left layers in front of
-    `pool` as they were."""
-    model, objective = encoder.model, encoder.origin.get("objective")
-    if objective in _BY_STAGES and not gives(model) and layers_behind_stages(model, encoder.config.size):
+    """`default_kinds` of an encoder that was opened; but `stages`, where its objective leaves layers in front of `pool`
+    as they were. An untrained twin has those of its run."""
+    model = encoder.model
+    if encoder.objective in _BY_STAGES and not gives(model) and layers_behind_stages(model, encoder.config.size):
         return ("stages",)
     return default_kinds(model)
 

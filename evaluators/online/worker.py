@@ -84,8 +84,9 @@ class Judge:
         return found
 
     def _encoder(self) -> OpenedEncoder:
-        data, trained_by = self.config.data, {"objective": self.config.objective["name"]}
-        return OpenedEncoder(self.model, self.config.encoder, data.mean, data.std, "the run's encoder", "", trained_by)
+        data = self.config.data
+        known = {"name": "the run's encoder", "fingerprint": "", "objective": self.config.objective["name"]}
+        return OpenedEncoder(self.model, self.config.encoder, data.mean, data.std, **known)
 
 
 def main() -> int:

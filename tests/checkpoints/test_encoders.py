@@ -100,9 +100,11 @@ def test_every_source_of_the_same_weights_opens_the_same_encoder(make_run, tmp_p
     for encoder in opened:
         assert encoder.fingerprint == sources.fingerprint(teacher)
         assert encoder.config == ARCHITECTURES["resnet"] and (encoder.mean, encoder.std) == (MEAN, STD)
-        assert encoder.origin == {"objective": "mae", "step": 7, "data": "0123abcd"}
+        assert encoder.origin == {"objective": "mae", "step": 7, "data": "0123abcd"} and encoder.objective == "mae"
         assert not encoder.model.training and not any(p.requires_grad for p in encoder.model.parameters())
     assert [encoder.name for encoder in opened] == ["run/step-00000007"] * 3 + ["export", "to-transformers"]
+    drawn = open_encoder(f"random:{run}")
+    assert (drawn.origin, drawn.objective) == ({}, "mae")  # no training is told of, and it is judged like the run
     older = open_encoder(str(run / "checkpoints" / "step-00000005"))
     assert older.fingerprint != opened[0].fingerprint
 

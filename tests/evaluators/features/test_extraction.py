@@ -144,7 +144,7 @@ def test_what_pools_nothing_is_averaged_over_places(pixels):
 )
 def test_an_encoder_whose_last_layers_were_not_trained_is_judged_by_its_stages(name, objective, kind):
     encoder = opened(timm.create_model(name, num_classes=0))
-    assert suited_kinds(replace(encoder, origin={"objective": objective})) == (kind,)
+    assert suited_kinds(replace(encoder, objective=objective)) == (kind,)
 
 
 def test_stages_are_pooled_maps_of_what_the_blocks_give(pixels):
