@@ -13,7 +13,7 @@ from torch import nn
 
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
 from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.encoders import build_encoder, pooled_width
 from prelude.pretrain.own_encoder import arguments
 
 
@@ -22,7 +22,7 @@ def own_config(encoder: OpenedEncoder) -> dict:
     return {
         "function": encoder.config.name,
         "arguments": arguments(encoder.config),
-        "num_features": encoder.model.num_features,
+        "num_features": pooled_width(encoder.model),
         "mean": list(encoder.mean),
         "std": list(encoder.std),
     }
@@ -50,6 +50,6 @@ from {module} import {function.partition(".")[0]}
 from safetensors.torch import load_file
 encoder = {function}(**json.load(open("config.json"))["arguments"])
 encoder.load_state_dict(load_file("model.safetensors"))
-features = encoder.eval()(images)  # (B, {len(encoder.mean)}, {height}, {width}) to (B, {encoder.model.num_features})
+features = encoder.eval()(images)  # (B, {len(encoder.mean)}, {height}, {width}) to (B, {pooled_width(encoder.model)})
 ```
 """

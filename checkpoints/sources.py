@@ -61,6 +61,7 @@ class OpenedEncoder:
     resampling: str = "timm"  # how its table of positions is brought to another grid; see convert/resample.py
     # Of a run that learned from volumes too, what projects their patches: `weight` (D, C, p_h, p_w, p_d), `bias` (D,).
     volume_embed: dict[str, Tensor] = field(default_factory=dict)
+    objective: str | None = None  # of the run, where it is one's or is drawn like one's
 
     @property
     def computation(self) -> str:
@@ -92,7 +93,8 @@ def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
         beside = {key.removeprefix(_VOLUMES): own[key] for key in own if key.startswith(_VOLUMES)}
     model.eval().requires_grad_(False)
     config, mean, std = described.config, described.mean, described.std
-    return OpenedEncoder(model, config, mean, std, name, fingerprint(model), origin, loaded, rule, beside)
+    known = origin, loaded, rule, beside, described.origin.get("objective")
+    return OpenedEncoder(model, config, mean, std, name, fingerprint(model), *known)
 
 
 def open_weights(source: str) -> Weights:

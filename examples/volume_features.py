@@ -41,8 +41,9 @@ def features(model: torch.nn.Module, embed: dict[str, torch.Tensor], volumes: to
         standardised(volumes), embed["weight"], embed["bias"], stride=embed["weight"].shape[2:]
     )
     tokens = patches.flatten(2).mT + positions(patches.shape[2:], patches.shape[1])
-    tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-    return model.norm(model.blocks(model.norm_pre(tokens)))[:, 1:].mean(1)
+    prefix = [token.expand(len(tokens), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
+    encoded = model.norm(model.blocks(model.norm_pre(torch.cat([*prefix, tokens], dim=1))))
+    return encoded[:, -tokens.shape[1] :].mean(1)
 
 
 def main() -> None:

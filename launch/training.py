@@ -194,7 +194,7 @@ def introduce(config: Config, engine: Engine, loader, device) -> None:
             f"\nbatch norms see {at_once} at once, so that another train.micro_batch or number of ranks trains "
             "otherwise; without accumulation they see the whole batch"
         )
-    text = "\n".join([text, *mixture_of(loader)])
+    text = "\n".join([text, *mixture_of(loader), *engine.objective.notes()])
     with Tolerant("the console"):
         print(text, file=sys.stderr)
 
@@ -225,6 +225,8 @@ def dry_run(config: Config, asked: Asked) -> int:
     planned.add_row("data", f"{counted(loader.num_samples, 'sample')} in {counted(loader.num_shards, 'shard')}")
     for line in mixture_of(loader):
         planned.add_row(*line.split(": ", 1))
+    for line in objective.notes():
+        planned.add_row("note", line)
     planned.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
     print_with_outlook(planned, start.config, loader, type(objective.options))
     if asked.measure:

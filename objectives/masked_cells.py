@@ -26,6 +26,7 @@ from prelude.objectives.patches import as_pixels, panels, patch_values, pixel_lo
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.sparse_check import Survey, survey, total_stride
 from prelude.objectives.sparse_encoder import Encoded, SparseEncoder
+from prelude.pretrain.behind_stages import idle_layers
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import lay_out_encoder
 from prelude.pretrain.feature_health import feature_health
@@ -62,6 +63,7 @@ class MaskedCells(Objective):
         for name, parameter in encoder.named_parameters():
             if name in self.found.idle:  # a classifier's norm: no stage depends on it, and no gradient would ever come
                 parameter.requires_grad_(False)
+        self.untrained = idle_layers(encoder, self.found.idle)
         self.sparse_encoder = SparseEncoder(encoder)
 
     @classmethod
@@ -79,6 +81,12 @@ class MaskedCells(Objective):
     def _side(options: MaskedCellsOptions) -> int | None:
         """Of a cell in pixels, where the settings say it."""
         return None
+
+    def notes(self) -> list[str]:
+        if not self.untrained:
+            return []
+        name, layers = type(self).__name__, ", ".join(self.untrained)
+        return [f"not trained by {name}, and in front of the features `pool`: {layers}; judge it by --features stages"]
 
     @abstractmethod
     def predict(self, encoded: Encoded, mask: PatchMask) -> Tensor:

@@ -265,7 +265,7 @@ class Uni4EyeOptions(Options):
 
 class RotationOptions(Options):
     rotations: list[int] = [0, 90, 180, 270]  # degrees counter-clockwise; the paper also tries pairs of them
-    # A random resized crop of this area, as a share of the image; None takes the whole image.
+    # A random resized crop of this area, as a share of the image; None takes the largest centred square.
     crop_scale: AreaRange | None = (0.08, 1.0)
     shift: int = Field(0, ge=0)  # pixels; pads with black and crops at random, the paper's choice on CIFAR: 4
     flip: float = Field(0.5, ge=0, le=1)  # probability of a horizontal flip

@@ -43,12 +43,18 @@ def target_statistics(pixels: Tensor, standardised: bool) -> tuple[Tensor, Tenso
     return mean, (variance + _EPSILON).sqrt()
 
 
+def about_mean(target: Tensor, standardised: bool) -> Tensor:
+    """The target (B, R, ...) less one prediction for every patch of every image: the batch's mean, or 0 where patches
+    are standardised."""
+    return target if standardised else target - target.mean((0, 1))
+
+
 def pixel_loss(predicted: Tensor, pixels: Tensor, standardised: bool) -> Loss:
     """Mean squared error of what is predicted of patches (B, R, P), whose pixels are these.
 
     `pixel_mse` in the parts is the error in normalised pixels whatever the target, so that runs with and without
-    standardised ones compare. `trivial_loss` is the loss of a prediction of 0 everywhere: (P - 1) / P of standardised
-    targets, and less where patches are flat.
+    standardised ones compare. `trivial_loss` is the loss of the same prediction everywhere: of standardised targets
+    that of 0, (P - 1) / P and less where patches are flat, of plain pixels that of the batch's mean patch.
     """
     with torch.autocast(pixels.device.type, enabled=False):
         mean, scale = target_statistics(pixels, standardised)
@@ -57,7 +63,7 @@ def pixel_loss(predicted: Tensor, pixels: Tensor, standardised: bool) -> Loss:
         error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
         parts = {
             "pixel_mse": (error.detach() * scale.square()).mean(),
-            TRIVIAL_LOSS: target.detach().square().mean(),
+            TRIVIAL_LOSS: about_mean(target.detach(), standardised).square().mean(),
         }
         return Loss(error.mean(), parts)
 

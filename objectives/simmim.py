@@ -28,6 +28,7 @@ from prelude.data.errors import UserError
 from prelude.objectives.local_statistics import window_statistics
 from prelude.objectives.masking import PatchMask, mask_noise, random_mask
 from prelude.objectives.options import SimMIMOptions
+from prelude.objectives.patches import about_mean
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.replaced_patches import ReplacedPatches, check_replaceable, total_stride
 from prelude.objectives.token_blocks import added_by
@@ -133,7 +134,7 @@ class SimMIM(Objective):
         """Mean absolute error on hidden pixels.
 
         `pixel_mse` in the parts is the squared error in normalised pixels whatever the target. `trivial_loss` is the
-        loss of a prediction of 0 everywhere.
+        loss of the same prediction everywhere: of 0 with `target_window`, else of the batch's mean cell.
         """
         pixels = reconstruction.pixels
         with torch.autocast(pixels.device.type, enabled=False):
@@ -141,7 +142,7 @@ class SimMIM(Objective):
             error = reconstruction.predicted.to(target.dtype) - target
             parts = {
                 "pixel_mse": (error.detach() * reconstruction.scale).square().mean(),
-                TRIVIAL_LOSS: target.detach().abs().mean(),
+                TRIVIAL_LOSS: about_mean(target.detach(), bool(self.options.target_window)).abs().mean(),
             }
             return Loss(error.abs().mean(), parts)
 

@@ -6,7 +6,6 @@ neighbours is right inside the layers that unpack (see `objectives/sparse_encode
 the name of the layer: no layer type is trusted unseen, and none has to be listed that is made of known functions.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from prelude.data.errors import UserError
 from prelude.objectives.sparse_encoder import SparseEncoder, mixes_neighbours
+from prelude.pretrain.behind_stages import bare_twin, idle_parameters, num_channels
 from prelude.pretrain.encoders import stage_maps
 from prelude.pretrain.own_encoder import gives
 
@@ -57,10 +57,10 @@ def survey(model: nn.Module, name: str, image_size: tuple[int, int], grid: tuple
     model: a timm convnet, copied to the meta device and left as it is. Raises UserError, naming the layer, for an
     architecture that cannot be encoded sparsely or does not fit the grid.
     """
-    twin = _twin(model)
+    twin = bare_twin(model)
     encoder = SparseEncoder(twin)
     watch = _Watch(encoder, name)
-    images = torch.empty(3, _channels(model), *image_size, device="meta")
+    images = torch.empty(3, num_channels(model), *image_size, device="meta")
     visible = torch.arange(grid[0] * grid[1], device="meta").expand(3, -1)
     try:
         with watch:
@@ -76,10 +76,9 @@ def survey(model: nn.Module, name: str, image_size: tuple[int, int], grid: tuple
         if strides[0] != strides[1] or not strides[0].is_integer():
             raise UserError(f"encoder.name={name} has a stage of stride {strides}, not a whole number of pixels.")
         stages[int(strides[0])] = Stage(index, packed.shape[1], int(strides[0]))
-    sum(packed.sum() for packed in encoded.maps).backward()
     return Survey(
         stages=tuple(stages[stride] for stride in sorted(stages, reverse=True)),
-        idle=tuple(key for key, parameter in twin.named_parameters() if parameter.grad is None),
+        idle=idle_parameters(twin, encoded.maps),
         uses_batch_norm=any(isinstance(layer, nn.BatchNorm2d) for layer in twin.modules()),
     )
 
@@ -96,31 +95,14 @@ def total_stride(model: nn.Module, name: str, image_size: tuple[int, int]) -> in
         )
     try:
         with torch.no_grad():
-            images = torch.empty(1, _channels(model), *image_size, device="meta")
-            maps = stage_maps(_twin(model), images)
+            images = torch.empty(1, num_channels(model), *image_size, device="meta")
+            maps = stage_maps(bare_twin(model), images)
         return 2 ** math.ceil(math.log2(max(image_size[0] / packed.shape[2] for packed in maps)))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise UserError(
             f"encoder.name={name} gives no maps of its stages for images of {image_size[0]} x {image_size[1]} pixels "
             f"({' '.join(str(error).split())}); write a convnet such as resnet50 or convnext_small."
         ) from error
-
-
-def _channels(model: nn.Module) -> int:
-    """Of an image: its first convolution's."""
-    return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy without numbers, all of whose parameters want a gradient."""
-    bare = {id(value): nn.Parameter(torch.empty_like(value, device="meta")) for value in model.parameters()} | {
-        id(value): torch.empty_like(value, device="meta") for value in model.buffers()
-    }
-    twin = copy.deepcopy(model, bare).eval()  # what deepcopy is told to have copied already is left where it is
-    for layer in twin.modules():
-        if hasattr(layer, "grad_checkpointing"):
-            layer.grad_checkpointing = False  # what recomputes is not looked at twice
-    return twin
 
 
 class _Refused(Exception):

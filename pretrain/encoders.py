@@ -55,7 +55,7 @@ def check_encoder(config: EncoderConfig, *, tokens: bool) -> EncoderSummary:
     model = _laid_out_for_tokens(config) if tokens else lay_out_encoder(config)
     if gives(model):
         return _summary_of_own(model, config, tokens)
-    _check_patches_fit(model, config)
+    _check_patches_fit(model, config, tokens)
     if tokens:
         check_tokens(model, config.name)
     table = not is_own(config) and _has_fixed_table(model, config)
@@ -326,9 +326,11 @@ def _no_setting(key: str, config: EncoderConfig) -> _NoSetting:
     )
 
 
-def _check_patches_fit(model: nn.Module, config: EncoderConfig) -> None:
+def _check_patches_fit(model: nn.Module, config: EncoderConfig, tokens: bool = False) -> None:
+    """tokens: whether patches are taken one by one, out of an image that is not padded."""
     embed = getattr(model, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+    padded = getattr(embed, "dynamic_img_pad", False) and getattr(model, "dynamic_img_size", True)
+    if not isinstance(embed, PatchEmbed) or (padded and not tokens):
         return
     patch = embed.patch_size
     if all(side > 0 and side % part == 0 for side, part in zip(config.size, patch, strict=True)):

@@ -111,6 +111,10 @@ class Objective(nn.Module, ABC):
         """What `train.compile` compiles, each by itself; none: the whole forward pass, as one graph."""
         return []
 
+    def notes(self) -> list[str]:
+        """Lines that the start of a run tells: what nobody would expect of this method with this encoder."""
+        return []
+
     def exported_encoder(self) -> nn.Module:
         """The submodule that the paper evaluates; its weights are what is probed and exported."""
         return self.encoder

@@ -21,8 +21,20 @@ from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine
 
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
 # Biases and frequencies of positions and temperatures of attention, whose authors do not mean to decay them: at 0 they
-# would say nothing.
-_POSITIONS = ("relative_position_bias_table", "freqs", "logit_scale")
+# would say nothing. Parts of names, of a tensor or of a small network that computes the biases. timm's own
+# `no_weight_decay` is not asked: it spares tokens, which the recipe decides on, and some of these it leaves out.
+_POSITIONS = {
+    "relative_position_bias_table",
+    "attention_biases",  # LeViT, EfficientViT, EfficientFormer, TinyViT
+    "cpb_mlp",  # Swin V2
+    "meta_mlp",  # Swin V2, as timm trained it
+    "rel_pos",  # MaxViT and others
+    "rel_pos_h",  # MViT, SAM
+    "rel_pos_w",
+    "freqs",
+    "logit_scale",
+    "temperature",  # XCiT, EdgeNeXt
+}
 
 
 def parameter_groups(
@@ -35,19 +47,20 @@ def parameter_groups(
 ) -> list[dict]:
     """Trainable parameters in a decayed and an undecayed group, named so that they are never told apart by place.
 
-    Decayed is what has more than one dimension and is no bias (the rule of the official MAE code), of pairs of patches
-    neither; with `decay_tokens=False`, tokens and position tables are spared too, and with `decay_vectors` no vector
-    is. Empty groups are left out, because DeepSpeed removes them and would shift the others. lr_scales: multipliers of
-    the learning rate by name, 1 where a name is absent. still: names of parameters that get groups of their own, whose
-    rate is 0 for the first `train.freeze_encoder_steps`.
+    Decayed is what has more than one dimension and is no bias (the rule of the official MAE code), nor computes biases
+    of pairs of patches, nor is a temperature; with `decay_tokens=False`, tokens and position tables are spared too, and
+    with `decay_vectors` no vector is. Empty groups are left out, because DeepSpeed removes them and would shift the
+    others. lr_scales: multipliers of the learning rate by name, 1 where a name is absent. still: names of parameters
+    that get groups of their own, whose rate is 0 for the first `train.freeze_encoder_steps`.
     """
     scales, members = lr_scales or {}, {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_token = name.rsplit(".", 1)[-1] in TOKENS
+        parts = name.split(".")
+        is_token = parts[-1].startswith(TOKENS)  # pos_embed_win too
         vector = (parameter.ndim <= 1 or name.endswith(".bias")) and not decay_vectors
-        spared = vector or (is_token and not decay_tokens) or name.rsplit(".", 1)[-1] in _POSITIONS
+        spared = vector or (is_token and not decay_tokens) or not _POSITIONS.isdisjoint(parts)
         members.setdefault((-scales.get(name, 1.0), spared, name in still), []).append(parameter)
     groups = []
     for (minus_scale, spared, stays), parameters in sorted(members.items(), key=lambda item: item[0]):

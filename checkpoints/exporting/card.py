@@ -14,6 +14,7 @@ from prelude.checkpoints.own_export import own_card
 from prelude.checkpoints.source_names import has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.errors import UserError
+from prelude.pretrain.encoders import pooled_width
 from prelude.pretrain.own_encoder import is_own
 
 README = "README.md"
@@ -110,7 +111,7 @@ def _facts(card: Card) -> str:
     height, width = config.size
     whose = "" if is_own(config) else "timm "
     facts = {
-        "Architecture": f"{whose}`{config.name}`, {encoder.model.num_features} features",
+        "Architecture": f"{whose}`{config.name}`, {pooled_width(encoder.model)} features",
         "Input": f"{config.in_chans} x {height} x {width} pixels, bicubic",
         "Volumes": _of_volumes(card),
         "Objective": origin.get("objective"),
@@ -146,7 +147,7 @@ def _loading(card: Card) -> str:
     if is_own(config):
         return own_card(encoder)
     shape = f"(B, {config.in_chans}, {config.size[0]}, {config.size[1]})"
-    pooled = f"(B, {encoder.model.num_features})"
+    pooled = f"(B, {pooled_width(encoder.model)})"
     match card.format:
         case "timm":
             return f"""```python

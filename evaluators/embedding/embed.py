@@ -31,7 +31,7 @@ from prelude.evaluators.embedding.samples import Keys, pixels_of, place_of, plac
 from prelude.evaluators.embedding.table import Table
 from prelude.evaluators.embedding.writing import write
 from prelude.evaluators.features.bank import Bank, Rows
-from prelude.evaluators.features.extraction import NothingReadable, check_kinds, default_kinds
+from prelude.evaluators.features.extraction import NothingReadable, check_kinds, suited_kinds
 from prelude.evaluators.features.labels import Labels, class_numbers
 from prelude.evaluators.judging import described, open_source, read_as
 from prelude.evaluators.results import versions
@@ -171,7 +171,7 @@ def _kinds(embedding: Embedding, encoder: OpenedEncoder) -> tuple[str, ...]:
     kinds = tuple(dict.fromkeys(embedding.kinds or ()))
     single = format_of(embedding.to) == ".npy"
     if not kinds:
-        kinds = default_kinds(encoder.model)[: 1 if single else None]
+        kinds = suited_kinds(encoder)[: 1 if single else None]
     check_kinds(encoder.model, kinds, encoder.name)
     if single and len(kinds) > 1:
         raise UserError(f"{embedding.to} has room for one kind of feature, not {', '.join(kinds)}; write a .npz.")

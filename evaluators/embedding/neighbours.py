@@ -27,7 +27,7 @@ from prelude.evaluators.embedding.embed import SELECT, data_of, index_as_seen
 from prelude.evaluators.embedding.reading import Embedded
 from prelude.evaluators.embedding.samples import Keys
 from prelude.evaluators.features.bank import Bank
-from prelude.evaluators.features.extraction import Extractor, check_kinds, default_kinds
+from prelude.evaluators.features.extraction import Extractor, check_kinds, suited_kinds
 from prelude.evaluators.frozen.exact_search import Neighbours
 from prelude.evaluators.frozen.pieces import pieces
 from prelude.evaluators.judging import described
@@ -145,7 +145,7 @@ def embedded_of(
 ) -> Embedded:
     """The features of shards out of a bank, which makes those that it lacks. source: of the encoder."""
     index = index_as_seen([source], shards, "", value_range, image, select, named="--shards ")
-    kind = kind or default_kinds(encoder.model)[0]
+    kind = kind or suited_kinds(encoder)[0]
     rows = Bank(bank).rows(encoder, index, [kind], batch_size=batch_size, num_workers=num_workers)[kind]
     ids, keys = rows.sample_ids.numpy(), Keys(index)
     about = {"encoder": described(encoder), "data": data_of(index, encoder, select), "kinds": [kind]}

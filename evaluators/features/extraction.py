@@ -12,8 +12,8 @@ Kinds of feature:
 | `mean` | vision transformers | mean of the patch tokens after the final norm (I-JEPA) | D |
 | `lastK` | vision transformers | the same mean of each of the last K blocks, side by side (I-JEPA: `last4`) | K x D |
 | `lastKxG` | the same | the last K blocks averaged over G x G cells of the image each | K x D x G x G |
-| `pool` | all others | mean over the places of the last stage's map; of `module:function` its own pooling | D |
-| `stageK` | convnets and hierarchical transformers | the same of stage K, numbered as timm's `out_indices` are | D_K |
+| `pool` | all others | what the encoder itself gives: its last map pooled, and the norm that some have after that | D |
+| `stageK` | convnets and hierarchical transformers | mean over places of stage K's map, as in `out_indices` | D_K |
 | `stages` | the same | the means of all stages, side by side | sum of D_K |
 | `stageKxG` | the same | stage K averaged over G x G cells of its map | D_K x G x G |
 | `stagesxG` | the same | all stages averaged over G x G cells of their maps | sum of D_K x G x G |
@@ -24,7 +24,7 @@ Those of single places, see `dense`.
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -45,11 +45,13 @@ from prelude.evaluators.features.dense import (
 )
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
+from prelude.pretrain.behind_stages import layers_behind_stages
 from prelude.pretrain.encoders import stage_maps
 from prelude.pretrain.images import images
 from prelude.pretrain.own_encoder import gives
 
 CROP_SCALE = (0.4, 1.0)  # of the image's area, where features of several crops are averaged
+_BY_STAGES = ("spark", "fcmae")  # objectives that learn by the maps of stages alone
 FULL_FRAME_BELOW = 128  # pixels; from here on the classical "resize 256, crop 224"
 
 
@@ -90,6 +92,15 @@ def default_kinds(model: nn.Module) -> tuple[str, ...]:
     if not has_tokens(model):
         return ("pool",)
     return ("cls", "mean") if _has_class_token(model) else ("mean",)
+
+
+def suited_kinds(encoder) -> tuple[str, ...]:
+    """`default_kinds` of an encoder that was opened; but `stages`, where its objective leaves layers in front of `pool`
+    as they were. An untrained twin has those of its run."""
+    model = encoder.model
+    if encoder.objective in _BY_STAGES and not gives(model) and layers_behind_stages(model, encoder.config.size):
+        return ("stages",)
+    return default_kinds(model)
 
 
 def fair_kinds(model: nn.Module) -> tuple[str, ...]:
@@ -184,7 +195,7 @@ class Extractor:
     ):
         self.device = torch.device(device)
         self.encoder, self.model = encoder, encoder.model.to(self.device).eval()
-        self.kinds = tuple(kinds or default_kinds(self.model))
+        self.kinds = tuple(kinds or suited_kinds(encoder))
         check_kinds(self.model, self.kinds, encoder.name)
         self.plan = plan or evaluation_plan(encoder)
         self.recipe = {
@@ -260,8 +271,7 @@ def _of_stages(model: nn.Module, pixels: Tensor, kinds: Sequence[str]) -> dict[s
     pooled = {}
     for kind in kinds:
         if kind == "pool":
-            whole = final is None
-            pooled[kind] = _final(model, pixels) if whole else _mean_over_places(final, model.num_features)
+            pooled[kind] = _final(model, pixels) if final is None else _pooled(model, final)
         elif cells := _stages(kind):
             _check_cells(kind, cells, stages[0])
             pooled[kind] = torch.cat([F.adaptive_avg_pool2d(stage.float(), cells).flatten(1) for stage in stages], 1)
@@ -284,16 +294,26 @@ def _final(model: nn.Module, pixels: Tensor) -> Tensor:
     """(B, D): a network of the user's pools in its own way."""
     if gives(model):
         return model(pixels).float()
-    return _mean_over_places(model.forward_features(pixels), model.num_features)
+    return _pooled(model, model.forward_features(pixels))
+
+
+def _pooled(model: nn.Module, features: Tensor | list[Tensor]) -> Tensor:
+    """(B, D), which is `model(images)`: what `forward_features` gives, pooled as the model does it, in float32."""
+    several = isinstance(features, list)
+    with torch.autocast((features[0] if several else features).device.type, enabled=False):
+        features = [one.float() for one in features] if several else features.float()
+        with suppress(NotImplementedError):  # encoders of language models pool nothing
+            features = model.forward_head(features, pre_logits=True)
+    return _mean_over_places(features, model.num_features)
 
 
 def _mean_over_places(features: Tensor, channels: int) -> Tensor:
     """(B, C, H, W), or channels last as hierarchical transformers have it, or already (B, C), to (B, C)."""
     if features.ndim == 2:
-        return features.float()
+        return features
     if features.ndim == 4 and features.shape[1] == channels:
-        return features.float().mean((2, 3))
-    return features.float().flatten(1, -2).mean(1)
+        return features.mean((2, 3))
+    return features.flatten(1, -2).mean(1)
 
 
 def _has_class_token(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from prelude.data.loader import one_pass
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import ShardIndex
 from prelude.data.subset import balanced_subset
-from prelude.evaluators.features.extraction import Features, default_kinds, encode, evaluation_plan
+from prelude.evaluators.features.extraction import Features, encode, evaluation_plan, suited_kinds
 from prelude.evaluators.frozen.knn import knn
 from prelude.evaluators.frozen.linear_probe import linear_probe
 from prelude.evaluators.labelled import labelled_section, leaks
@@ -65,7 +65,7 @@ class Judge:
         for name, evaluator in (("knn", knn), ("linear", linear_probe)):
             top1 = evaluator(train, test, seed=seed, device=device).numbers["top1"]
             numbers |= {name: top1.value, f"{name}_se": top1.se}
-        pooled = train[default_kinds(self.model)[-1]].values
+        pooled = train[suited_kinds(self._encoder())[-1]].values
         numbers |= {name: value.item() for name, value in feature_health(pooled).items()}
         return numbers | {"seconds": round(time.monotonic() - started, 3)}
 
@@ -86,7 +86,8 @@ class Judge:
 
     def _encoder(self) -> OpenedEncoder:
         data = self.config.data
-        return OpenedEncoder(self.model, self.config.encoder, data.mean, data.std, "the run's encoder", "")
+        known = {"name": "the run's encoder", "fingerprint": "", "objective": self.config.objective["name"]}
+        return OpenedEncoder(self.model, self.config.encoder, data.mean, data.std, **known)
 
 
 def main() -> int:

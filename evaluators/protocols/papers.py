@@ -17,7 +17,7 @@ from typing import Literal
 
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
-from prelude.evaluators.features.extraction import default_kinds
+from prelude.evaluators.features.extraction import suited_kinds
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Protocol:
 
     def kinds_of(self, encoder) -> tuple[str, ...]:
         """The protocol's kinds where the encoder is of the sort it was written for; else its first default one."""
-        have = default_kinds(encoder.model)
+        have = suited_kinds(encoder)
         blocks = getattr(encoder.model, "blocks", ())
         known = {*have, "last4"} if "mean" in have and len(blocks) >= 4 else set(have)
         return tuple(kind for kind in self.kinds if kind in known) or have[:1]

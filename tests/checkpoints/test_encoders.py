@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "convnext": EncoderConfig(
         name="convnext_atto", image_size=64, kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
     ),
+    "hidden layer after the pooling": EncoderConfig(name="mobilenetv3_small_050", image_size=64),
 }
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -84,6 +85,7 @@ def test_plain_timm_computes_the_same_features_from_an_export(make_run, tmp_path
     assert (model.pretrained_cfg["mean"], model.pretrained_cfg["std"]) == (list(MEAN), list(STD))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "run"]
     card = (tmp_path / "export" / "README.md").read_text()
+    assert f"to (B, {model(images).shape[1]})" in card
     assert all(fact in card for fact in ("mae", "| 7 |", "0123abcd", 'local-dir:export"', config.name))
     assert timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True, num_classes=5)(images).shape == (2, 5)
 
@@ -98,9 +100,11 @@ def test_every_source_of_the_same_weights_opens_the_same_encoder(make_run, tmp_p
     for encoder in opened:
         assert encoder.fingerprint == sources.fingerprint(teacher)
         assert encoder.config == ARCHITECTURES["resnet"] and (encoder.mean, encoder.std) == (MEAN, STD)
-        assert encoder.origin == {"objective": "mae", "step": 7, "data": "0123abcd"}
+        assert encoder.origin == {"objective": "mae", "step": 7, "data": "0123abcd"} and encoder.objective == "mae"
         assert not encoder.model.training and not any(p.requires_grad for p in encoder.model.parameters())
     assert [encoder.name for encoder in opened] == ["run/step-00000007"] * 3 + ["export", "to-transformers"]
+    drawn = open_encoder(f"random:{run}")
+    assert (drawn.origin, drawn.objective) == ({}, "mae")  # no training is told of, and it is judged like the run
     older = open_encoder(str(run / "checkpoints" / "step-00000005"))
     assert older.fingerprint != opened[0].fingerprint
 

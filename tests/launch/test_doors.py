@@ -65,6 +65,18 @@ def test_a_dry_run_refuses_what_deepspeed_would(recipe, tmp_path, capsys):
     assert code == 2 and "is refused by DeepSpeed: MiCS" in message and "Traceback" not in message
 
 
+def test_a_start_says_which_layers_in_front_of_the_features_are_never_trained(recipe, tmp_path, capsys):
+    encoder = ["encoder.name=mobilenetv3_small_050", "encoder.image_size=64", "encoder.patch_size=null"]
+    objective = ["encoder.kwargs={}", "objective={name: spark, decoder_dim: 32}", "train.epochs=0.08"]
+    command = ["pretrain", "--config", str(recipe), f"run_dir={tmp_path / 'run'}", *encoder, *objective]
+    sentence = "not trained by SparK, and in front of the features `pool`: conv_head; judge it by"
+    assert prelude.main([*command, "--dry-run"]) == 0
+    assert sentence in " ".join(capsys.readouterr().out.split())
+    code, message = run(capsys, *command)
+    distributed.stop()
+    assert code == 0 and sentence in message
+
+
 def test_a_dry_run_plans_for_ranks_and_devices_that_are_not_here(recipe, capsys):
     command = ["pretrain", "--dry-run", "--config", str(recipe), "--ranks", "8", "--device", "a100"]
     assert prelude.main([*command, "train.zero_stage=2"]) == 0

@@ -98,6 +98,19 @@ def test_a_file_of_ones_own_is_shown_in_the_same_way(capsys, tmp_path):
     assert "trains   a." in told(capsys, str(own)) and "epochs: 3" in told(capsys, str(own))
 
 
+def test_recipes_that_take_another_s_optimizer_take_all_of_it():
+    """A section that names another optimizer begins anew, so that each of its keys has to be written."""
+    theirs = load_config("barlow_vit_small", options_for=options_for).optimizer
+    own = {
+        path.stem for path in (ROOT / "configs").glob("*.yaml") if "AdamW as in barlow_vit_small" in path.read_text()
+    }
+    assert {"rotation_vit_small_96", "vicreg_vit_small_96"} <= own
+    for name in own:
+        optimizer = load_config(name, options_for=options_for).optimizer
+        for key in ("name", "betas", "weight_decay", "decay_tokens", "decay_vectors"):
+            assert getattr(optimizer, key) == getattr(theirs, key), (name, key)
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [

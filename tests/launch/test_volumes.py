@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from prelude.data.shape_volumes import make, write_volumes
 from prelude.launch import pretrain
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
-from prelude.pretrain.recipes import load_config
+from prelude.pretrain.recipes import load_config, validate_config
 from prelude.pretrain.volumes import standardised
 
 NUM_STEPS = 15  # ceil(1 epoch of 200 images and 40 volumes / 16)
@@ -121,6 +122,30 @@ def test_the_encoder_leaves_as_plain_timm_and_volumes_are_read_without_us(run, t
     assert not (tmp_path / "encoder" / "model.safetensors").read_bytes().count(b"volume_embed")
     state = json.loads((one.run_dir / "checkpoints" / f"step-{NUM_STEPS:08d}" / "state.json").read_text())
     assert state["meta"]["loader"]["samples"] == NUM_STEPS * 16
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [{}, {"reg_tokens": 3}, {"class_token": False, "global_pool": "avg", "fc_norm": False, "reg_tokens": 2}],
+    ids=["class token", "registers", "no class token"],
+)
+def test_the_example_computes_our_features_whatever_tokens_come_before_the_patches(prefix):
+    config = {
+        "run_dir": "x",
+        "data": {"shards": "x", "volumes": {"shards": "y"}},
+        "encoder": {"name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4},
+        "objective": {"name": "uni4eye", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+        "train": {"epochs": 1, "global_batch": 4},
+        "optimizer": {"lr": 1e-3},
+    }
+    config["encoder"]["kwargs"] = {"depth": 1, "embed_dim": 24, "num_heads": 2} | prefix
+    config["objective"] |= {"volume_size": [12, 8, 8], "volume_patch": 4}
+    objective = build_objective(validate_config(config, "a test", options_for)).eval()
+    example = runpy.run_path(str(ROOT / "examples" / "volume_features.py"))
+    voxels = torch.rand(2, 1, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = example["features"](objective.encoder, dict(objective.volume_embed.named_parameters()), voxels)
+    with torch.no_grad():
+        torch.testing.assert_close(found, objective.volume_features(standardised(voxels)), rtol=1e-4, atol=1e-5)
 
 
 def test_volumes_that_are_not_there_are_told_before_anything_starts(recipe, settings, tmp_path):

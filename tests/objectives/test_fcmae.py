@@ -5,6 +5,7 @@ more. The reference has global response norms of each image, as the authors' own
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -96,6 +97,13 @@ def test_the_map_and_the_prediction_are_the_official_ones():
 def test_the_loss_is_the_official_one(norm_pix_loss, loss):
     fcmae = closed_form(norm_pix_loss)
     assert fcmae.loss(reconstructed(fcmae, images(), mask_of(CELLS))[1]).total.item() == pytest.approx(loss, abs=1e-14)
+
+
+def test_the_trivial_loss_of_plain_pixels_is_that_of_their_mean():
+    fcmae = closed_form(False)
+    _, bright = reconstructed(fcmae, images() + 3, mask_of(CELLS))
+    loss = fcmae.loss(replace(bright, predicted=bright.pixels.mean((0, 1)).expand_as(bright.pixels)))
+    assert loss.parts["trivial_loss"].item() == pytest.approx(loss.total.item(), rel=1e-9)
 
 
 def test_the_gradient_is_the_official_one():

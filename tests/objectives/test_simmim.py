@@ -1,6 +1,7 @@
 """SimMIM's mask, target, loss and encoders. Numbers of the official code: test_simmim_fixtures.py."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,13 @@ def test_only_hidden_pixels_carry_a_loss_and_all_alike():
     hidden = mask.hidden.unflatten(1, (4, 4))[:, None].repeat_interleave(8, 2).repeat_interleave(8, 3)
     expected = hidden.expand(2, 3, 32, 32) / (3 * 2 * 10 * 64)
     torch.testing.assert_close(predicted.grad.abs(), expected.double())
+
+
+def test_the_trivial_loss_of_plain_pixels_is_that_of_their_mean():
+    objective = closed_form(SWIN, swin_names())
+    bright = objective.reconstruction(images() + 3, images(), the_mask())
+    loss = objective.loss(replace(bright, predicted=bright.pixels.mean((0, 1)).expand_as(bright.pixels)))
+    assert loss.parts["trivial_loss"].item() == pytest.approx(loss.total.item(), rel=1e-9)
 
 
 def test_visible_pixels_leave_a_raw_target_alone_and_reach_a_local_one_from_23_pixels_away():

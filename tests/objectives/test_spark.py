@@ -174,6 +174,19 @@ def test_every_parameter_that_wants_a_gradient_gets_one(encoder):
     assert idle == ([] if encoder is BRANCHES else ["encoder.head.norm.weight", "encoder.head.norm.bias"])
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet18", None), ("convnext_atto", None), ("efficientnet_b0", "conv_head"), ("vgg11", "pre_logits.fc1")],
+)
+def test_layers_that_stay_as_they_were_drawn_are_told_of(name, layers):
+    with torch.device("meta"):
+        notes = a_model({"name": name, "image_size": 64}).notes()
+    if layers is None:
+        assert notes == []
+    else:
+        assert len(notes) == 1 and f"in front of the features `pool`: {layers}" in notes[0]
+
+
 def test_decayed_and_spared_parameters_are_told_apart_by_name():
     model = a_model()
     tokens = [name for name, _ in model.named_parameters() if name.endswith(".mask_token")]

@@ -1,9 +1,10 @@
 import pytest
+import timm
 import torch
 from torch import nn
 
 from prelude.pretrain.config import Config
-from prelude.pretrain.optimizers import apply_schedule, build_optimizer, parameter_groups, scheduled
+from prelude.pretrain.optimizers import TOKENS, apply_schedule, build_optimizer, parameter_groups, scheduled
 from prelude.pretrain.schedules import Progress, cosine, warmup_cosine
 
 
@@ -50,6 +51,37 @@ def test_biases_and_frequencies_of_positions_are_never_decayed():
     model.attn.relative_position_bias_table = nn.Parameter(torch.ones(5, 3))
     (spared,) = parameter_groups(model, decay_tokens=True)
     assert spared["name"] == "spared" and len(spared["params"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("swinv2_tiny_window8_256", "cpb_mlp"),
+        ("levit_128s", "attention_biases"),
+        ("efficientvit_m0", "attention_biases"),
+        ("maxxvit_rmlp_nano_rw_256", "rel_pos"),
+        ("mvitv2_tiny", "rel_pos_h"),
+        ("hiera_tiny_224", "pos_embed"),
+    ],
+)
+def test_what_timm_spares_is_spared(name, part):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    theirs = set(model.no_weight_decay()) & {name for name, _ in model.named_parameters()}
+    assert any(part in name.split(".") for name in theirs)
+    _, spared = parameter_groups(model, decay_tokens=False)
+    assert theirs <= names(model, spared)
+    decayed, _ = parameter_groups(model, decay_tokens=True)
+    assert theirs & names(model, decayed) == {name for name in theirs if name.startswith(TOKENS)}
+
+
+def test_temperatures_and_networks_of_biases_that_timm_forgets_are_spared():
+    for name, part in (("xcit_nano_12_p8_224", "temperature"), ("swinv2_cr_tiny_ns_224", "meta_mlp")):
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+        decayed, _ = parameter_groups(model, decay_tokens=True)
+        found = [name for name, _ in model.named_parameters() if part in name.split(".")]
+        assert found and not names(model, decayed) & set(found)
 
 
 def test_empty_groups_are_left_out():

@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -13,7 +14,14 @@ from prelude.data.batch import Batch
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.extraction import check_kinds, crops_plan, encode, evaluation_plan, pool
+from prelude.evaluators.features.extraction import (
+    check_kinds,
+    crops_plan,
+    encode,
+    evaluation_plan,
+    pool,
+    suited_kinds,
+)
 from prelude.evaluators.features.pixels import Pixels, open_pixels
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.images import images, normalise
@@ -110,15 +118,43 @@ def test_a_norm_after_pooling_is_the_final_norm(pixels):
     assert torch.allclose(encoded(model, pixels)["mean"].values, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_others_are_pooled_over_places(name, pixels):
+@pytest.mark.parametrize(
+    "name", ["resnet18", "swin_tiny_patch4_window7_224", "convnext_atto", "mobilenetv3_small_050", "efficientvim_m1"]
+)
+def test_others_are_pooled_as_they_pool_themselves(name, pixels):
     torch.manual_seed(0)
     size = {"img_size": 32, "window_size": 2} if name.startswith("swin") else {}
     model = timm.create_model(name, num_classes=0, **size).eval()
+    for part, parameter in model.named_parameters():
+        if "norm" in part:  # a trained norm says what one that was never trained leaves out
+            torch.nn.init.normal_(parameter)
     found = encoded(model, pixels[:2])
     assert set(found) == {"pool"}
     expected = model(normalise(pixels[:2], evaluation_plan(opened(model))))
-    assert torch.allclose(found["pool"].values, expected, atol=1e-4)
+    torch.testing.assert_close(found["pool"].values, expected, rtol=1e-4, atol=1e-4)
+    beside = encoded(model, pixels[:2], kinds=["stages", "pool"])["pool"].values
+    torch.testing.assert_close(beside, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_pools_nothing_is_averaged_over_places(pixels):
+    model = timm.create_model("convnext_atto", num_classes=0, depths=(1, 1, 1, 1), global_pool="").eval()
+    expected = model(normalise(pixels[:2], evaluation_plan(opened(model))))  # (B, D, h, w)
+    torch.testing.assert_close(encoded(model, pixels[:2])["pool"].values, expected.mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "kind"),
+    [
+        ("mobilenetv3_small_050", "spark", "stages"),
+        ("mobilenetv3_small_050", "fcmae", "stages"),
+        ("mobilenetv3_small_050", "rotation", "pool"),
+        ("resnet18", "spark", "pool"),
+        ("convnext_atto", "fcmae", "pool"),
+    ],
+)
+def test_an_encoder_whose_last_layers_were_not_trained_is_judged_by_its_stages(name, objective, kind):
+    encoder = opened(timm.create_model(name, num_classes=0))
+    assert suited_kinds(replace(encoder, objective=objective)) == (kind,)
 
 
 def test_stages_are_pooled_maps_of_what_the_blocks_give(pixels):
