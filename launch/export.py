@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         type=source,
         metavar="SOURCE",
-        help="a run, or any other source of an encoder; of I-JEPA and DSeq-JEPA, which export their teacher, RUN#student "
-        "is the encoder that was trained",
+        help="a run, or any other source of an encoder; of I-JEPA and DSeq-JEPA, which export their teacher, "
+        "RUN#student is the encoder that was trained",
     )
     parser.add_argument("--to", type=path, metavar="DIR", help="where to write it (default: RUN/export)")
     formats = parser.add_argument(
