@@ -144,8 +144,8 @@ def _row(recipe: Recipe) -> str:
 
 _PAGE = """# Recipes
 
-Every file of `configs/`, by the objective that it trains with. The page is written by `prelude recipes --markdown >
-docs/recipes.md`; `prelude recipes NAME` shows one recipe with everything that it sets.
+Every file of `configs/`, by the objective that it trains with. The page is written by
+`prelude recipes --markdown > docs/recipes.md`; `prelude recipes NAME` shows one recipe with everything that it sets.
 
 - **measured** figures are this project's own, with their commands in [results.md](results.md). Published ones are those
   of the authors, and were not repeated here.
