@@ -2,7 +2,8 @@
 
     prelude compare runs/mae runs/barlow \\
         --train 'train-{0..9}.tar' --test test-0.tar
-    prelude compare runs/mine --keep 'old/train-*.tar' 'old/test-*.tar'
+    prelude compare runs/mine --train 'train-*.tar' --test 'test-*.tar' \\
+        --keep 'old/train-*.tar' 'old/test-*.tar'
     prelude compare mae_cifar10 barlow_cifar10 --images 200000 \\
         --pretraining-seeds 3 --train 'train-{0..9}.tar' --test test-0.tar
     deepspeed --num_gpus 8 --module prelude.launch.compare \\

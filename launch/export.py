@@ -3,7 +3,7 @@
 prelude export runs/mae --to encoder
 python -c "import timm
 print(timm.create_model('local-dir:encoder', pretrained=True))"
-prelude export runs/mae#student --format onnx --dtype float16 --to encoder-onnx
+prelude export runs/ijepa#student --format onnx --dtype float16 --to onnx
 prelude export runs/mae --format timm onnx torch --to encoders
 """
 
@@ -69,7 +69,12 @@ def _within(source: str, formats: list[str]) -> Path:
 def parser() -> argparse.ArgumentParser:
     parser = documented_parser(__doc__)
     parser.add_argument(
-        "source", nargs="?", type=source, metavar="SOURCE", help="a run, RUN#student, or any other source of an encoder"
+        "source",
+        nargs="?",
+        type=source,
+        metavar="SOURCE",
+        help="a run, or any other source of an encoder; of I-JEPA and DSeq-JEPA, which export their teacher, "
+        "RUN#student is the encoder that was trained",
     )
     parser.add_argument("--to", type=path, metavar="DIR", help="where to write it (default: RUN/export)")
     formats = parser.add_argument(

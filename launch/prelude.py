@@ -56,7 +56,7 @@ commands:
 {commands}
 
 `prelude COMMAND --help` says what a command takes. To train on several
-devices or nodes, start the same door with a launcher:
+devices or nodes, start the command's module with a launcher:
 
     deepspeed --num_gpus 8 --module prelude.launch.pretrain --config ..."""
 

@@ -145,15 +145,15 @@ def _row(recipe: Recipe) -> str:
 _PAGE = """# Recipes
 
 Every file of `configs/`, by the objective that it trains with. The page is written by
-`prelude recipes --markdown > docs/recipes.md`; `prelude recipes NAME` shows one recipe with all that it sets.
+`prelude recipes --markdown > docs/recipes.md`; `prelude recipes NAME` shows one recipe with everything that it sets.
 
-- **measured** figures are this project's own, with their commands in [results.md](results.md). Published ones are
-  those of the authors, and were not repeated here.
-- Every time and memory has its device and precision with it. A time is a run's from its first to its last step unless
-  it says otherwise; published ones have what their authors tell.
-- Planned memory is that of `prelude pretrain --config NAME --dry-run --device rtx4090`: neither a GPU nor the method's
-  result was measured. Where it is given, the micro-batch is the largest
-  power of two that leaves a tenth of 24 GiB free.
+- **measured** figures are this project's own, with their commands in [results.md](results.md). Published ones are those
+  of the authors, and were not repeated here.
+- Every time and memory is given with its device and precision. A time is that of a run from its first to its last step
+  unless stated otherwise; for published ones, device and precision are as far as the authors tell.
+- Planned memory is what `prelude pretrain --config NAME --dry-run --device rtx4090` says: neither a GPU nor the
+  method's result was measured. Where it is given, the micro-batch is the largest power of two that leaves a tenth of 24
+  GiB free.
 - Pixels are the side of what the encoder sees. The batch is that of an optimizer step, over all ranks.
 
 Which one to begin with: for photographs of 64 to 128 pixels `mae_vit_small_96`, or `vicreg_resnet50_96` where a convnet
@@ -168,8 +168,20 @@ data: {shards: shards/train-*.tar}
 train: {epochs: 100}
 ```
 
-`base` takes over all that another recipe sets but its folder, and the file says what differs. Without a `run_dir` the
-run lies beside that of the base, by the name of the file (`runs/mine` for `mine.yaml`). Sections are merged key by key,
-and a list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and an
-empty one (`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
+A recipe takes everything from its `base` except the run folder; the file only says what differs. Without a `run_dir`
+the run lies beside that of the base, under the name of the file (`runs/mine` for `mine.yaml`). Sections are merged key
+by key, and a list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and
+an empty one (`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
+`prelude keys` prints every key with its default and its meaning; `prelude keys optimizer` those of a section.
+
+### Batch and learning rate
+
+- `train.global_batch` is the number of images in an optimizer step, over all GPUs together.
+- With `optimizer.lr_rule: per_256`, the default, the peak learning rate is `optimizer.lr` × `train.global_batch` / 256,
+  so it follows the batch. `absolute` takes `optimizer.lr` as it is.
+- By default (`train.micro_batch: auto`) each GPU holds its whole share of the batch at once. `train.micro_batch=64`
+  splits the share into pieces of 64 images, whose gradients are added up before the step: less memory, the same result
+  (except that batch norms see the pieces). Barlow Twins, VICReg, LeJEPA and MSBReg refuse this, as their loss compares
+  the images of the batch with each other; they need a smaller `train.global_batch`.
+- `--dry-run` tells which micro-batch fits; [Memory](cluster.md#memory) has what else saves memory.
 """

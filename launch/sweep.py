@@ -5,8 +5,8 @@
     prelude sweep mae_cifar10 'optimizer.lr=[1e-3,3e-3]' --slurm > sweep.sh
 
 A list is what a setting goes through; where a setting is a list itself, a list
-of lists is. Runs go one after another, each through the door of pretraining;
-run again, the command goes on, and repeats no run that is finished. Writes
+of lists is. Runs go one after another, each as by `prelude pretrain`; run
+again, the command goes on, and repeats no run that is finished. Writes
 OUT/sweep.md and OUT/sweep.json, best first by the online probe. Exit codes as
 those of pretraining, and 4 where a run failed. docs/cluster.md says more.
 """
