@@ -36,9 +36,7 @@ def run(task: finetune.Task, command: str) -> int:
     deepspeed_config.check(config)
     with run_folder(config) as folder:
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
-        task = finetune.as_it_began(task, store)
-        config, loaded = task.config, []
-        folder.record(config)
+        loaded: list[str] = []
         classifier = finetune.build(task, loaded.append)
         loader = _loader_of(task, classifier, config)
         test = _testing(task, classifier, task.samples.test, loader.num_workers)
@@ -74,7 +72,6 @@ _FILES = {"curve": "test.jsonl", "held_out_curve": "validation.jsonl"}
 
 def dry_run(task: finetune.Task, asked: Asked) -> int:
     """Raises UserError, once all is told, where a start would be refused for what is in its run folder."""
-    task = finetune.as_it_began(task, Store(Path(task.config.run_dir) / "checkpoints"))
     config, loaded, samples = task.config, [], task.samples
     classifier = finetune.build(task, loaded.append)
     planned = plan(config, classifier, samples.train.num_samples, asked)

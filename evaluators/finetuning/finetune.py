@@ -6,19 +6,16 @@
   the last weights, or with `patience` those that were best on images held out of the training shards.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from prelude.checkpoints.convert.fit import fit
 from prelude.checkpoints.source_names import RANDOM
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder, weights_of
-from prelude.checkpoints.store import Store
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
@@ -48,13 +45,10 @@ from prelude.pretrain.encoders import build_encoder, drops_paths, lay_out_encode
 from prelude.pretrain.kept_patches import is_transformer
 from prelude.pretrain.own_encoder import is_own
 from prelude.pretrain.recipes import read_recipe, validate_config
-from prelude.pretrain.resume import found_checkpoint, with_found_range
+from prelude.pretrain.resume import with_found_range
 
 _NORMS = ("fc_norm", "final_norm", "use_fc_norm", "use_post_transformer_norm")  # arguments that place the last norm
-_LEFT_TO_TIMM = ("drop_path_rate", "fc_norm", "final_norm")  # by earlier versions, whatever its entry points say
 _FROM_SCRATCH = "_from_scratch"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -197,30 +191,6 @@ def encoder_config(opened: OpenedEncoder, options: FineTuneOptions) -> EncoderCo
     if not options.drop_path and drops_paths(architecture):
         instead["drop_path_rate"] = 0.0
     return _with(config, instead) if instead and _takes(config, instead) else config
-
-
-def as_it_began(task: Task, store: Store) -> Task:
-    """The task with the encoder of the run that it goes on with, where an earlier version began that and left to timm
-    what is written down today: its checkpoints hold that encoder's parameters. Collective.
-
-    Raises UserError as `found_checkpoint` does.
-    """
-    _, meta = found_checkpoint(store, task.config)
-    then, now = distributed.from_main(meta.get("encoder")), task.config.encoder
-    try:
-        began = EncoderConfig.model_validate(then)
-    except ValidationError:  # nothing to go on with, or of a version with other settings
-        return task
-    left = {key: now.kwargs[key] for key in _LEFT_TO_TIMM if key in now.kwargs and key not in began.kwargs}
-    if not left or _with(began, left) != now:
-        return task
-    if distributed.is_main():
-        asked = " and ".join(f"{key}={value}" for key, value in left.items())
-        log.warning(
-            f"{task.config.run_dir} was begun by a version that did not ask timm for {asked}, and goes on without it; "
-            "to have it, begin anew in another run_dir."
-        )
-    return replace(task, config=task.config.model_copy(update={"encoder": began}))
 
 
 def _with(config: EncoderConfig, kwargs: dict) -> EncoderConfig:

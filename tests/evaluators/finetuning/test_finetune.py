@@ -20,8 +20,6 @@ from prelude.evaluators.finetuning import finetune
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.testing import Found, TestCurve, Testing
 from prelude.evaluators.results import percent
-from prelude.pretrain.config import EncoderConfig
-from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.monitors import StepRecord
 from prelude.pretrain.resume import changed_settings
 from prelude.pretrain.schedules import Progress
@@ -87,44 +85,6 @@ def test_paths_are_dropped_as_the_recipe_says_whatever_timm_and_pretraining_do(p
 
 def test_a_function_that_takes_no_drop_path_is_taken_as_it_is(prepared):
     assert prepared(source="own_swin").config.encoder.kwargs == {}
-
-
-class Begun:
-    """A run's store with one checkpoint."""
-
-    def __init__(self, config: dict):
-        self.config = config
-
-    def newest_for_all(self) -> Path:
-        return Path("step-00000001")
-
-    def meta(self, path: Path) -> dict:
-        return {"config": self.config, "encoder": self.config["encoder"]}
-
-
-@pytest.mark.parametrize(
-    ("source", "was_left_out"), [("gap", ["fc_norm", "final_norm"]), ("swin", ["drop_path_rate"]), ("somewhere", [])]
-)
-def test_a_run_goes_on_with_what_earlier_versions_left_to_timm(prepared, source, was_left_out, caplog):
-    task = prepared(source=source)
-    then = task.config.model_dump(mode="json")
-    for key in was_left_out:
-        del then["encoder"]["kwargs"][key]
-    assert not {"fc_norm", "final_norm", "drop_path_rate"} & set(then["encoder"]["kwargs"])
-    gone_on = finetune.as_it_began(task, Begun(then))
-    assert changed_settings(then, gone_on.config, FineTuneOptions) == []
-    assert all(f"{key}=" in caplog.text for key in was_left_out) and bool(was_left_out) == bool(caplog.text)
-    names = set(finetune.build(gone_on).encoder.state_dict())
-    assert names == set(build_encoder(EncoderConfig.model_validate(then["encoder"]), seed=0).state_dict())
-
-
-@pytest.mark.parametrize("source", ["gap", "swin"])
-def test_a_run_that_began_with_another_encoder_is_still_another_run(prepared, source):
-    task = prepared(source=source)
-    then = task.config.model_dump(mode="json")
-    then["encoder"]["kwargs"] = {"embed_dim": 64}
-    assert finetune.as_it_began(task, Begun(then)) is task
-    assert finetune.as_it_began(task, Begun(task.config.model_dump(mode="json"))) is task
 
 
 def test_from_scratch_is_the_same_recipe_elsewhere(prepared):
