@@ -42,7 +42,8 @@ def open_arrow(path: str, options: SourceOptions) -> Source:
         raise UserError(f"{path} has images in the columns {', '.join(with_bytes)}; write --image COLUMN.")
     columns = _columns(path, tables, schema, with_bytes)
     if not with_bytes:
-        return TableSource(path, columns, replace(options, split=""))
+        table = os.path.join(path, "") if os.path.isdir(path) else path  # whose folder the paths are relative to
+        return TableSource(table, columns, replace(options, split=""))
     return ArrowSource(path, tables, columns, with_bytes[0], options)
 
 

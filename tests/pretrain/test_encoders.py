@@ -252,5 +252,5 @@ def test_images_that_are_padded_to_whole_patches_cannot_be_seen_in_part():
     assert vit(some_images(size=(18, 24)).float()).shape == (3, 32)
     check_encoder(config(**padded, dynamic_img_size=True), tokens=False)
     for tokens, whole in ((True, {"dynamic_img_size": True}), (False, {})):  # timm pads no table of positions
-        with pytest.raises(UserError, match=r"18x24 is not a whole number .* write .*\(16, 24\) or \(24, 24\)"):
+        with pytest.raises(UserError, match=r"18x24 is not a whole number .* write .*\[16, 24\] or \[24, 24\]"):
             check_encoder(config(**padded, **whole), tokens=tokens)
