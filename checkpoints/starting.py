@@ -3,7 +3,7 @@
 - Every rank reads the source, and all must have read the same: the fingerprint of what was loaded decides.
 - A run that goes on from a checkpoint reads it from there, and the source may be gone.
 - The configuration is completed by the fingerprint, so that the run's record says what it started from; one that is
-  given there is checked.
+  given there is checked. So is the range of its images, where `data.range: auto` has found one.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
-from prelude.pretrain.resume import starting_point
+from prelude.pretrain.resume import starting_point, with_found_range
 from prelude.pretrain.warm_start import WarmStart
 
 # As they are named among what is left out, where they are not taken along.
@@ -58,11 +58,13 @@ def start_of(config: Config, checkpoints: store.Store | None = None) -> Start:
 
     Raises UserError on every rank, when any of them cannot read the source, or reads another one.
     """
-    if config.encoder.weights is None:
+    if config.encoder.weights is None and config.data.range != "auto":
         return Start(config)
     checkpoint = starting_point(checkpoints, config) if checkpoints else None
     if checkpoint is not None:
         return Start(as_recorded(config, _meta(checkpoint)))
+    if config.encoder.weights is None:
+        return Start(config)
     weights, refusal = None, None
     try:
         weights = open_weights(config.encoder.weights)
@@ -78,11 +80,12 @@ def start_of(config: Config, checkpoints: store.Store | None = None) -> Start:
 
 
 def as_recorded(config: Config, meta: dict) -> Config:
-    """`config` with the fingerprint of the weights that a checkpoint's run started from, where it names some and says
-    nothing of their content. meta: the checkpoint's."""
-    if config.encoder.weights is None or config.encoder.weights_fingerprint:
-        return config
-    return _with_fingerprint(config, meta.get("encoder", {}).get("weights_fingerprint"))
+    """`config` with what a checkpoint's run has found: the fingerprint of the weights that it started from, where
+    `config` names some and says nothing of their content, and the range of its images. meta: the checkpoint's."""
+    if config.encoder.weights and not config.encoder.weights_fingerprint:
+        config = _with_fingerprint(config, meta.get("encoder", {}).get("weights_fingerprint"))
+    found = meta["config"]["data"].get("range", "auto")
+    return config if found == "auto" else with_found_range(config, found and tuple(found))
 
 
 def _fill(start: Start, encoder: nn.Module) -> None:

@@ -96,7 +96,8 @@ def _ended_early(classifier: Classifier, checkpoint: Path) -> bool:
     held_out = classifier.held_out
     if held_out is None or held_out.patience is None:
         return False
-    return open_tensors(checkpoint)["held_out.in_a_row"].item() >= held_out.patience
+    in_a_row = open_tensors(checkpoint).get("held_out.in_a_row")  # None: of a run that held nothing out
+    return in_a_row is not None and in_a_row.item() >= held_out.patience
 
 
 def _loader_of(task: finetune.Task, classifier: Objective, config: Config, world_size: int | None = None) -> Loader:

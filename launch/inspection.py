@@ -141,7 +141,8 @@ def _index(args: argparse.Namespace) -> ShardIndex:
     """With the channels that are asked for, or as many as there are."""
     with told_as(""):
         index = _labelled(args)
-        return index.with_range(args.range, channels=args.channels or channels_of(index))
+        channels = args.channels or channels_of(index.with_range(args.range))  # of deep values, where they are read
+        return index.with_range(args.range, channels=channels)
 
 
 def _labelled(args: argparse.Namespace) -> ShardIndex:

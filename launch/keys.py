@@ -51,14 +51,15 @@ def found(word: str, keys: Sequence[Key]) -> list[Key]:
         return told
     if told := [key for key in keys if f"{key.name}.".startswith(f"{name}.")]:
         return told
-    plain = name.lower().replace("-", "_")
-    if plain in foreign_keys.SENTENCES:
-        raise UserError(f"{name} does not exist: {foreign_keys.SENTENCES[plain]}.")
-    called = foreign_keys.NAMES.get(plain)
-    told = [key for key in keys if key.name == called]
-    told += [key for key in keys if plain and key not in told and plain in f"{key.name} {key.meaning}".lower()]
+    lower = name.lower()
+    plain = lower.replace("-", "_")
+    called = foreign_keys.NAMES.get(plain, name)
+    told = [key for key in keys if key.name == called or key.takes_any and called.startswith(f"{key.name}.")]
+    told += [key for key in keys if key not in told and (plain in key.name or lower in key.meaning.lower())]
     if told:
         return told
+    if plain in foreign_keys.SENTENCES:
+        raise UserError(f"{name} does not exist: {foreign_keys.SENTENCES[plain]}.")
     leaves = {key.name.rpartition(".")[2] for key in keys}
     near = difflib.get_close_matches(plain, [*leaves, *_OPTIONS_OF], 3, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "`prelude keys` lists the names of all."

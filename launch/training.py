@@ -217,6 +217,7 @@ def tell_weights(sentence: str) -> None:
 def dry_run(config: Config, asked: Asked) -> int:
     """Raises UserError, once all is told, where a start would be refused for what is in its run folder."""
     start = start_of(config, Store(Path(config.run_dir) / "checkpoints"))
+    config = start.config
     objective = build_objective(config, start.warm)
     loader = loader_of(config, objective.views, asked.world_size)
     planned = plan(config, objective, loader.num_samples, asked)
@@ -228,7 +229,7 @@ def dry_run(config: Config, asked: Asked) -> int:
     for line in objective.notes():
         planned.add_row("note", line)
     planned.add_row("first samples", ", ".join(loader.preview(5)) or "whatever the stream brings")
-    print_with_outlook(planned, start.config, loader, type(objective.options))
+    print_with_outlook(planned, config, loader, type(objective.options))
     if asked.measure:
-        tell_measured(start.config, objective, lambda config: loader_of(config, objective.views), planned)
+        tell_measured(config, objective, lambda config: loader_of(config, objective.views), planned)
     return 0

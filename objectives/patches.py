@@ -43,18 +43,23 @@ def target_statistics(pixels: Tensor, standardised: bool) -> tuple[Tensor, Tenso
     return mean, (variance + _EPSILON).sqrt()
 
 
-def about_mean(target: Tensor, standardised: bool) -> Tensor:
-    """The target (B, R, ...) less one prediction for every patch of every image: the batch's mean, or 0 where patches
-    are standardised."""
-    return target if standardised else target - target.mean((0, 1))
+def blind_error(target: Tensor, standardised: bool) -> Tensor:
+    """Mean squared error, of a target (B, R, P), of the best prediction that is the same for every patch of every
+    image: 0 where patches are standardised, else their mean. What lies between images is estimated as over all of
+    them, for the mean of few images is nearer to these; of one image nothing is known but its distance from 0."""
+    if standardised or len(target) == 1:
+        return target.square().mean()
+    mean = target.mean((0, 1))
+    between = (target.mean(1) - mean).square().mean() / (len(target) - 1)
+    return (target - mean).square().mean() + between
 
 
 def pixel_loss(predicted: Tensor, pixels: Tensor, standardised: bool) -> Loss:
     """Mean squared error of what is predicted of patches (B, R, P), whose pixels are these.
 
     `pixel_mse` in the parts is the error in normalised pixels whatever the target, so that runs with and without
-    standardised ones compare. `trivial_loss` is the loss of the same prediction everywhere: of standardised targets
-    that of 0, (P - 1) / P and less where patches are flat, of plain pixels that of the batch's mean patch.
+    standardised ones compare. `trivial_loss` is `blind_error`: of standardised targets (P - 1) / P, and less where
+    patches are flat.
     """
     with torch.autocast(pixels.device.type, enabled=False):
         mean, scale = target_statistics(pixels, standardised)
@@ -63,7 +68,7 @@ def pixel_loss(predicted: Tensor, pixels: Tensor, standardised: bool) -> Loss:
         error = residual.square().mean(dim=-1, keepdim=True)  # (B, R, 1)
         parts = {
             "pixel_mse": (error.detach() * scale.square()).mean(),
-            TRIVIAL_LOSS: about_mean(target.detach(), standardised).square().mean(),
+            TRIVIAL_LOSS: blind_error(target.detach(), standardised),
         }
         return Loss(error.mean(), parts)
 

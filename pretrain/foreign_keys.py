@@ -51,7 +51,8 @@ _OTHERWISE = {
     "num_steps total_steps train_steps max_train_steps steps iterations max_iters num_iterations total_iterations",
     "its length is counted in epochs; write optimizer.warmup_epochs": "warmup_steps num_warmup_steps warmup_iters "
     "warmup_ratio",
-    "a run starts from random weights, or from its own checkpoint; `prelude finetune` trains pretrained ones": ""
+    "a run goes on from its own checkpoint, encoder.weights=SOURCE starts it from weights that exist, and `prelude "
+    "finetune` trains these with labels": ""
     "pretrained checkpoint_dir weights init_weights init_from pretrained_weights load_from",
     "a run writes metrics.jsonl and tensorboard/ into run_dir, and to Weights & Biases or MLflow where "
     "log.wandb.project or log.mlflow.experiment is set; write one of these, or leave it out": "neptune comet clearml "

@@ -24,7 +24,7 @@ Those of single places, see `dense`.
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -46,7 +46,7 @@ from prelude.evaluators.features.dense import (
 from prelude.evaluators.features.labels import not_class_numbers
 from prelude.evaluators.features.pixels import Pixels
 from prelude.pretrain.behind_stages import layers_behind_stages
-from prelude.pretrain.encoders import stage_maps
+from prelude.pretrain.encoders import pooled_width, stage_maps
 from prelude.pretrain.images import images
 from prelude.pretrain.own_encoder import gives
 
@@ -302,9 +302,10 @@ def _pooled(model: nn.Module, features: Tensor | list[Tensor]) -> Tensor:
     several = isinstance(features, list)
     with torch.autocast((features[0] if several else features).device.type, enabled=False):
         features = [one.float() for one in features] if several else features.float()
-        with suppress(NotImplementedError):  # encoders of language models pool nothing
-            features = model.forward_head(features, pre_logits=True)
-    return _mean_over_places(features, model.num_features)
+        try:
+            return _mean_over_places(model.forward_head(features, pre_logits=True), pooled_width(model))
+        except NotImplementedError:  # encoders of language models pool nothing
+            return _mean_over_places(features, model.num_features)
 
 
 def _mean_over_places(features: Tensor, channels: int) -> Tensor:
