@@ -60,7 +60,7 @@ def test_where_a_bank_is(tmp_path, capsys):
 
 def test_why_an_encoder_cannot_be_used(monkeypatch, capsys):
     monkeypatch.setattr(encoder_report, "_refusal", lambda *_: ODD)
-    assert encoder_report.main("resnet18", ["encoder.image_size=32"]) == 0
+    assert encoder_report.main("resnet18", ["encoder.image_size=32"]) == 1
     assert ODD in capsys.readouterr().out
 
 
