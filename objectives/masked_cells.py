@@ -86,7 +86,10 @@ class MaskedCells(Objective):
         if not self.untrained:
             return []
         name, layers = type(self).__name__, ", ".join(self.untrained)
-        return [f"not trained by {name}, and in front of the features `pool`: {layers}; judge it by --features stages"]
+        return [
+            f"not trained by {name}, and in front of the features `pool`: {layers}; judge the encoder by "
+            "--features stages"
+        ]
 
     @abstractmethod
     def predict(self, encoded: Encoded, mask: PatchMask) -> Tensor:

@@ -69,9 +69,9 @@ def test_a_start_says_which_layers_in_front_of_the_features_are_never_trained(re
     encoder = ["encoder.name=mobilenetv3_small_050", "encoder.image_size=64", "encoder.patch_size=null"]
     objective = ["encoder.kwargs={}", "objective={name: spark, decoder_dim: 32}", "train.epochs=0.08"]
     command = ["pretrain", "--config", str(recipe), f"run_dir={tmp_path / 'run'}", *encoder, *objective]
-    sentence = "not trained by SparK, and in front of the features `pool`: conv_head; judge it by"
+    sentence = "not trained by SparK, and in front of the features `pool`: conv_head; judge the encoder by"
     assert prelude.main([*command, "--dry-run"]) == 0
-    assert sentence in " ".join(capsys.readouterr().out.split())
+    assert sentence in " ".join(capsys.readouterr().out.replace("│", " ").split())
     code, message = run(capsys, *command)
     distributed.stop()
     assert code == 0 and sentence in message
