@@ -101,7 +101,7 @@ def test_a_shorter_run_takes_its_share_of_a_schedule_that_would_not_end(schedule
 def test_a_shorter_run_holds_its_encoder_still_for_its_share(settings, steps, tmp_path):
     recipe = tmp_path / "a.yaml"
     train = "epochs: 40, global_batch: 1024, freeze_encoder_steps: 300"
-    recipe.write_text(f"base: mae_cifar10\ntrain: {{{train}}}\noptimizer: {{warmup_epochs: 0}}\n")
+    recipe.write_text(f"base: mae_cifar10\ntrain: {{{train}}}\noptimizer: {{name: adamw, warmup_epochs: 0}}\n")
     assert overrides_of(recipe, settings)[1] == [f"train.freeze_encoder_steps={number}" for number in steps]
 
 
