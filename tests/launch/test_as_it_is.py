@@ -47,10 +47,8 @@ def test_what_packing_says(photos, tmp_path, monkeypatch, capsys):
 def test_what_a_look_at_shards_says(photos, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "imagehash", None)
     (inside,) = photos.iterdir()
-    (inside / "0.a[b]").write_text("1")
-    prelude.main(["shards", "verify", str(photos), "--label", "a[b]"])
-    told = capsys.readouterr().out
-    assert "pip install 'prelude-ssl[duplicates]'" in told and "with .a[b]" in told
+    prelude.main(["shards", "verify", str(photos)])
+    assert "pip install 'prelude-ssl[duplicates]'" in capsys.readouterr().out
 
 
 def test_where_a_bank_is(tmp_path, capsys):

@@ -67,7 +67,12 @@ def test_a_dry_run_refuses_what_deepspeed_would(recipe, tmp_path, capsys):
 
 def test_a_start_says_which_layers_in_front_of_the_features_are_never_trained(recipe, tmp_path, capsys):
     encoder = ["encoder.name=mobilenetv3_small_050", "encoder.image_size=64", "encoder.patch_size=null"]
-    objective = ["encoder.kwargs={}", "objective={name: spark, decoder_dim: 32}", "train.epochs=0.08"]
+    objective = [
+        "encoder.kwargs={}",
+        "objective={name: spark, decoder_dim: 32}",
+        "train.epochs=0.08",
+        "optimizer.warmup_epochs=0",
+    ]
     command = ["pretrain", "--config", str(recipe), f"run_dir={tmp_path / 'run'}", *encoder, *objective]
     sentence = "not trained by SparK, and in front of the features `pool`: conv_head; judge the encoder by"
     assert prelude.main([*command, "--dry-run"]) == 0
