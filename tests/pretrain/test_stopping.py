@@ -57,6 +57,7 @@ POSTPONED = (
     "    print('here')\n"
     "    while not stopping.requested(): time.sleep(0.01)\n"
     "    print('asked')\n"
+    "    time.sleep(0.2)  # a save takes as long, in which the thread that hears signals gets its turn\n"
     "    while waiting: time.sleep(0.01)\n"
     "print('left'); raise SystemExit(7)\n"
 )
