@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from prelude.checkpoints.store import recorded_config
+from prelude.data import shards
 from prelude.evaluators.comparing.run_record import is_finished_as
 from prelude.evaluators.judging import read_as
 from prelude.evaluators.labelled import Labelled
@@ -45,7 +46,7 @@ def test_test_images_are_read_by_the_range_of_train(deep):
     assert [index.value_range for index in alone.opened()] == 2 * [(0, 2**14 - 1)]
 
 
-def test_a_run_records_what_was_found_and_the_same_command_goes_on(deep, recipe, tmp_path):
+def test_a_run_records_what_was_found_and_the_same_command_goes_on_by_it(deep, recipe, tmp_path, monkeypatch):
     values = yaml.safe_load(recipe.read_text())
     values["data"] |= {"shards": str(deep / "of-12.tar"), "range": "auto", "num_workers": 0, "shuffle": {}}
     values["run_dir"], values["train"]["epochs"] = str(tmp_path / "run"), 1
@@ -57,5 +58,7 @@ def test_a_run_records_what_was_found_and_the_same_command_goes_on(deep, recipe,
     assert read_as(beside[1:], None)[0] == read_as(beside, None)[0] == [0, 4095]
     config = load_config(argv[-1], [], options_for)
     assert is_finished_as(config, options_for("mae"))  # a sweep does not train it again
+    # As in a version that looks for it in another way
+    monkeypatch.setattr(shards, "resolved", lambda _, wanted: (0.0, 255.0) if wanted == "auto" else tuple(wanted))
     assert prelude.main(argv) == 0  # the end of the run is there, and `auto` is no change
     assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]
