@@ -34,7 +34,7 @@ class _Seen(NamedTuple):
 
     sample: int
     reason: str | None = None  # why it cannot be decoded
-    form: tuple | None = None  # format, channels, bits
+    form: tuple | None = None  # format, channels, bits, frames
     size: tuple[int, int] = (0, 0)  # height, width
     mean: np.ndarray | None = None  # (C,) of its pixels
     square: np.ndarray | None = None  # (C,) mean of the squares
@@ -47,7 +47,7 @@ class _Seen(NamedTuple):
 class Survey:
     num_images: int = 0  # that could be decoded
     undecodable: list[tuple[int, str]] = field(default_factory=list)  # (sample, reason)
-    forms: Counter = field(default_factory=Counter)  # (format, channels, bits)
+    forms: Counter = field(default_factory=Counter)  # (format, channels, bits, frames)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width)
     classes: Counter = field(default_factory=Counter)  # images by label
     mean: np.ndarray | float = 0.0  # (C,)
@@ -150,7 +150,7 @@ def _look(
             pass  # it is counted as unlabelled
     mean, square = _moments(pixels)
     return _Seen(
-        sample, None, (form.format, form.channels, form.bits), pixels.shape[:2], mean, square,
+        sample, None, (form.format, form.channels, form.bits, form.frames), pixels.shape[:2], mean, square,
         label, hashlib.blake2b(content, digest_size=16).digest() if duplicates else b"",
         _perceptual(pixels) if near else None,
     )  # fmt: skip

@@ -57,8 +57,9 @@ class Key:
     @property
     def meaning(self) -> str:
         """A sentence, with YAML's words."""
-        text = meaning(self.owner, self.name.rpartition(".")[2]).replace("None:", "null:").rstrip(".")
-        return (text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text) + "." if text else ""
+        text = meaning(self.owner, self.name.rpartition(".")[2]).replace("None:", "null:")
+        text = text[0].upper() + text[1:] if re.match(r"[a-z]+[ ,]", text) else text
+        return text if not text or text.endswith(".") else f"{text}."
 
 
 def keys_of(model: type[BaseModel], above: str, objective: str | None = None) -> Iterator[Key]:

@@ -14,7 +14,7 @@ from prelude.data.image_folder import ImageFolder
 from prelude.data.remote_index import write_for
 from prelude.data.shards import ShardIndex
 from prelude.data.survey import NEAR_BITS, Survey, spread, survey
-from prelude.data.value_range import channels_of
+from prelude.data.value_range import channels_of, tell_if_dark
 from prelude.evaluators.table_text import PlainTable
 from prelude.pretrain.distributed import cores_per_rank
 from prelude.pretrain.files import reason, remedy
@@ -34,6 +34,7 @@ def info(args: argparse.Namespace) -> int:
         )
     Console().print(table)
     if args.images:
+        tell_if_dark(index)
         _paste(index, found)
     problems = _problems(index) + (_undecodable(index, found) if args.images else [])
     _list(problems)
@@ -180,9 +181,10 @@ def _describe(table: PlainTable, found: Survey, of: str) -> None:
         return
     heights, widths = zip(*found.sizes, strict=True)
     table.add_row(f"height x width {of}", f"{_range(heights)} x {_range(widths)}")
-    for (name, channels, bits), count in found.forms.most_common():
+    for (name, channels, bits, frames), count in found.forms.most_common():
         depth = f"{bits} bits" if bits else "depth unknown"
-        table.add_row("", f"{count} x {name}, {counted(channels, 'channel')}, {depth}")
+        pages = f", {counted(frames, 'page')}" if frames > 1 else ""
+        table.add_row("", f"{count} x {name}, {counted(channels, 'channel')}, {depth}{pages}")
     if found.classes:
         counts = found.classes.values()
         table.add_row(f"labels {of}", f"{len(counts)} different, {min(counts)} to {max(counts)} images each")

@@ -29,6 +29,7 @@ from prelude.launch.exit_codes import door
 from prelude.launch.plain_tables import pairs
 from prelude.pretrain import foreign_keys
 from prelude.pretrain.config import Config
+from prelude.pretrain.recipes import shipped_recipes
 
 _OPTIONS_OF = {"finetune": FINE_TUNE} | {name: name for name in OF_OBJECTIVES}
 _SECTIONS = [name for name, field in Config.model_fields.items() if field.annotation not in (str, int, dict)]
@@ -39,13 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     refuse_ranks("keys")
     keys = all_keys()
-    print("\n".join(map(_told, found(args.word, keys))) if args.word else _names(keys))
+    word = (args.word or "").strip()
+    print("\n".join(map(_told, found(word, keys))) if word else _names(keys))
     return 0
 
 
 def found(word: str, keys: Sequence[Key]) -> list[Key]:
     """Those that a word asks for. Raises UserError where there is none."""
-    name = word.partition("=")[0].strip()
+    name = word.partition("=")[0].rstrip(" .*")
     objective = _OPTIONS_OF.get(name.removeprefix("objective."))
     if told := [key for key in keys if objective and key.objective == objective]:
         return told
@@ -63,6 +65,8 @@ def found(word: str, keys: Sequence[Key]) -> list[Key]:
     leaves = {key.name.rpartition(".")[2] for key in keys}
     near = difflib.get_close_matches(plain, [*leaves, *_OPTIONS_OF], 3, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "`prelude keys` lists the names of all."
+    if name in shipped_recipes():
+        hint = f"it is a recipe: `prelude recipes {name}` says what it sets."
     raise UserError(f"No key has to do with {word!r}; {hint}")
 
 

@@ -14,7 +14,7 @@ _SAME = {
     "train.micro_batch": "micro_batch_size per_device_batch_size batch_size_per_gpu batch_size_per_device accum_iter "
     "per_device_train_batch_size gradient_accumulation_steps accumulate_grad_batches grad_accum samples_per_gpu",
     "train.epochs": "epochs epoch num_epochs max_epochs n_epochs num_train_epochs total_epochs",
-    "train.precision": "precision amp fp16 bf16 mixed_precision dtype use_amp half use_bfloat16",
+    "train.precision": "precision amp fp16 bf16 bfloat16 mixed_precision dtype use_amp half use_bfloat16",
     "train.gradient_clipping": "clip_grad grad_clip max_grad_norm gradient_clip_val clip_grad_norm gradient_clip_norm",
     "train.zero_stage": "zero zero_stage stage zero_optimization",
     "train.gradient_checkpointing": "grad_checkpointing use_checkpoint activation_checkpointing",

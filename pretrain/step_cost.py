@@ -25,7 +25,7 @@ from prelude.data.batch import Batch, ViewPlan, VolumePlan
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.schedules import Progress
 
-_SIZES = (3, 4)  # images; a batch norm refuses one, and of two no rank of features is told
+_SIZES = (4, 6)  # images; a batch norm refuses one, of two no rank of features is told, and mixing pairs them
 _LONG = 10**9  # steps, of which any that is looked at is at the beginning of all schedules
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of attention, torch's registry has only the kernels of accelerators.

@@ -55,7 +55,7 @@ def test_colours_sizes_forms_and_classes(index, contents, threads):
     mean = np.mean([p.mean(0) for p in pixels], 0)
     std = np.sqrt(np.mean([(p**2).mean(0) for p in pixels], 0) - mean**2)
     assert np.allclose(found.mean, mean, atol=2e-3) and np.allclose(found.std, std, atol=2e-3)
-    assert found.forms == {("PNG", 3, 8): 14, ("JPEG", 3, 8): 1, ("PNG", 1, 8): 1, ("PNG", 1, 16): 1}
+    assert found.forms == {("PNG", 3, 8, 1): 14, ("JPEG", 3, 8, 1): 1, ("PNG", 1, 8, 1): 1, ("PNG", 1, 16, 1): 1}
     assert sorted(set(found.sizes)) == [(48, 60), (64, 80)]
     assert found.classes == {str(c): len([n for n in range(17) if n % 3 == c]) for c in range(3)}
     assert not found.identical and not found.near

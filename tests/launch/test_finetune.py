@@ -297,6 +297,12 @@ def test_one_rank_goes_on_from_two(two, arguments, tmp_path):
     assert [line["loss"] for line in again.metrics()] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_a_dry_run_plans_images_that_are_mixed(mixing, arguments, tmp_path, capsys):
+    assert door.main([*arguments, f"run_dir={tmp_path / 'run'}", f"objective.{mixing}=0.8", "--dry-run"]) == 0
+    assert "memory" in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_what_is_held_out(arguments, tmp_path, capsys):
     assert door.main([*arguments, f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -62,3 +62,11 @@ def test_a_run_records_what_was_found_and_the_same_command_goes_on_by_it(deep, r
     monkeypatch.setattr(shards, "resolved", lambda _, wanted: (0.0, 255.0) if wanted == "auto" else tuple(wanted))
     assert prelude.main(argv) == 0  # the end of the run is there, and `auto` is no change
     assert recorded_config(tmp_path / "run")["data"]["range"] == [0, 4095]
+
+
+def test_a_look_at_shards_says_that_they_stay_dark(deep, caplog):
+    assert prelude.main(["shards", "info", str(deep / "of-12.tar")]) == 0
+    assert "values up to 4087 only, so all stay dark" in caplog.text and "write data.range=[0,4095]" in caplog.text
+    caplog.clear()
+    assert prelude.main(["shards", "info", str(deep / "of-12.tar"), "--range", "auto"]) == 0
+    assert "dark" not in caplog.text

@@ -57,6 +57,7 @@ def test_a_key_is_told_with_what_it_takes_its_default_and_its_meaning(capsys):
         ("depth", "encoder.kwargs", "optimizer.lr"),
         ("weights", "encoder.weights", "optimizer.lr"),  # of which other tools have keys that are none here
         ("k-NN", "evaluate.every_steps", "optimizer.lr"),
+        ("data.*", "data", "optimizer.lr"),
     ],
 )
 def test_a_word_finds_a_section_a_key_an_objective_or_what_it_is_part_of(word, first, without):
@@ -75,6 +76,7 @@ def test_any_other_word_finds_the_keys_whose_names_or_meanings_have_it():
         ("mometum", "did you mean momentum"),
         ("max_steps", "a run is as long as train.epochs says"),
         ("qqqq", "`prelude keys` lists the names of all"),
+        ("mae_cifar10", "it is a recipe: `prelude recipes mae_cifar10`"),
     ],
 )
 def test_a_word_that_finds_nothing_says_what_to_write(word, sentence):
