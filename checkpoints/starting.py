@@ -84,6 +84,8 @@ def as_recorded(config: Config, meta: dict) -> Config:
     `config` names some and says nothing of their content, and the range of its images. meta: the checkpoint's."""
     if config.encoder.weights and not config.encoder.weights_fingerprint:
         config = _with_fingerprint(config, meta.get("encoder", {}).get("weights_fingerprint"))
+    if config.data.range != "auto":
+        return config
     found = meta["config"]["data"].get("range", "auto")
     return config if found == "auto" else with_found_range(config, found and tuple(found))
 

@@ -402,4 +402,4 @@ def test_a_survey_measures_every_channel(arrays):
     values = np.stack([noise(12, 10, 4, seed=n) for n in range(12)]).astype(np.float64).clip(0, 40000) / 40000
     np.testing.assert_allclose(found.mean, values.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(found.std, values.std((0, 1, 2)), atol=1e-5)
-    assert dict(found.forms) == {("NPY", 4, 16): 12}
+    assert dict(found.forms) == {("NPY", 4, 16, 1): 12}

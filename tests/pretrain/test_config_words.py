@@ -120,7 +120,7 @@ def refusal(recipe: str, *overrides: str) -> str:
         ("data.batch_size=3", "did you mean train.global_batch?"),
         ("accumulate_grad_batches=3", "did you mean train.micro_batch?"),
         ("train.max_steps=3", "write train.epochs = steps x train.global_batch / images."),
-        ("encoder.pretrained=true", "`prelude finetune` trains pretrained ones."),
+        ("encoder.pretrained=true", "encoder.weights=SOURCE starts it from weights that exist"),
         ("log.wandb=true", "write settings below it: project, entity, name, group, tags, mode"),
         ("wandb=true", "did you mean log.wandb.project?"),
         ("wandb_project=x", "did you mean log.wandb.project?"),
