@@ -60,6 +60,8 @@ def run(toy: bool, seconds: float, folder: Path) -> dict:
         judge = [sys.executable, str(ROOT / "launch/knn.py"), str(run_dir), f"random:{run_dir}"]
         judge += ["--train", train, "--test", test]
         said = subprocess.run(judge, env=_plain_env(), capture_output=True, text=True, timeout=200)
+        if said.returncode:
+            raise RuntimeError(f"k-NN: {(said.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
         found["knn"] = " / ".join(line.strip() for line in said.stdout.splitlines()[-6:])
     return found
 

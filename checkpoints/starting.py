@@ -81,13 +81,14 @@ def start_of(config: Config, checkpoints: store.Store | None = None) -> Start:
 
 def as_recorded(config: Config, meta: dict) -> Config:
     """`config` with what a checkpoint's run has found: the fingerprint of the weights that it started from, where
-    `config` names some and says nothing of their content, and the range of its images. meta: the checkpoint's."""
+    `config` names some and says nothing of their content, and the range of its images, unless these may be others.
+    meta: the checkpoint's."""
     if config.encoder.weights and not config.encoder.weights_fingerprint:
         config = _with_fingerprint(config, meta.get("encoder", {}).get("weights_fingerprint"))
-    if config.data.range != "auto":
+    found = meta.get("config", {}).get("data", {}).get("range")
+    if config.data.range != "auto" or config.resume.allow_changed_data or found in (None, "auto"):
         return config
-    found = meta["config"]["data"].get("range", "auto")
-    return config if found == "auto" else with_found_range(config, found and tuple(found))
+    return with_found_range(config, tuple(found))
 
 
 def _fill(start: Start, encoder: nn.Module) -> None:

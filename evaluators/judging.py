@@ -250,6 +250,8 @@ def labelled_shards(
     for name, shards in (("train_select", train), ("test_select", test)):
         of_section = selection(getattr(section, name)) if section and not shards else None
         more[name] = given.get(name) or of_section
+    if one_set:
+        more["train_select"] = more["test_select"]
     named = named_by_section(train=not train, test=not test)
     test = test or (section and section.test_shards)
     train = test if one_set else train or (section and section.train_shards)

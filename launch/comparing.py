@@ -88,7 +88,7 @@ def compare(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             distributed.stop()  # all is in the bank; nobody waits for what one rank does with it
         entries = [gathering.gather(contestant, judging, keeping) for contestant in contestants]
         entries, warnings = with_fine_tuning(args, entries, labelled)
-        entries, failed = as_one(entries, {named[0].name: [each.source for each in named] for named in runs})
+        entries, failed = as_one(entries, [[each.source for each in named] for named in runs])
         warnings += failed
         if keeping and not any(entry.started for entry in entries):
             warnings.append(NOTHING_KEPT)

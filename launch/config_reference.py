@@ -38,11 +38,6 @@ class Key:
         return "a section" if self.section else wanted(self.field)
 
     @property
-    def takes_any(self) -> bool:
-        """Whether keys below it are not ours to know: those of an objective, an encoder or DeepSpeed."""
-        return "a mapping in {}" in self.takes
-
-    @property
     def is_required(self) -> bool:
         return self.field.is_required()
 

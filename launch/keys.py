@@ -33,6 +33,7 @@ from prelude.pretrain.recipes import shipped_recipes
 
 _OPTIONS_OF = {"finetune": FINE_TUNE} | {name: name for name in OF_OBJECTIVES}
 _SECTIONS = [name for name, field in Config.model_fields.items() if field.annotation not in (str, int, dict)]
+_OPEN = ("encoder.kwargs", "deepspeed")  # of which keys are not ours
 _WIDTH = 88
 
 
@@ -53,16 +54,16 @@ def found(word: str, keys: Sequence[Key]) -> list[Key]:
         return told
     if told := [key for key in keys if f"{key.name}.".startswith(f"{name}.")]:
         return told
-    lower = name.lower()
+    lower, leaves = name.lower(), {key.name.rpartition(".")[2] for key in keys}
     plain = lower.replace("-", "_")
-    called = foreign_keys.NAMES.get(plain, name)
-    told = [key for key in keys if key.name == called or key.takes_any and called.startswith(f"{key.name}.")]
-    told += [key for key in keys if key not in told and (plain in key.name or lower in key.meaning.lower())]
-    if told:
-        return told
-    if plain in foreign_keys.SENTENCES:
+    if plain in foreign_keys.SENTENCES and plain not in leaves:
         raise UserError(f"{name} does not exist: {foreign_keys.SENTENCES[plain]}.")
-    leaves = {key.name.rpartition(".")[2] for key in keys}
+    called = foreign_keys.NAMES.get(plain, name)
+    called = next((open for open in _OPEN if called.startswith(f"{open}.")), called)
+    told = [key for key in keys if key.name == ("objective" if called == "objective.name" else called)]
+    told += [key for key in keys if key not in told and (plain in key.name or lower in key.meaning.lower())]
+    if told and name:
+        return told
     near = difflib.get_close_matches(plain, [*leaves, *_OPTIONS_OF], 3, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "`prelude keys` lists the names of all."
     if name in shipped_recipes():

@@ -31,6 +31,7 @@ from prelude.launch.arguments import (
     whole,
 )
 from prelude.launch.exit_codes import door
+from prelude.pretrain.config import EvaluateConfig
 from prelude.pretrain.files import refuse_no_png
 
 COUNT, MOST = 6, 24
@@ -48,14 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.embedding.embed import index_as_seen
     from prelude.evaluators.features.dense import dense_plan
     from prelude.evaluators.features.extraction import evaluation_plan
-    from prelude.evaluators.judging import refuse_unknown
+    from prelude.evaluators.judging import first_section, refuse_unknown
+    from prelude.evaluators.labelled import selection
     from prelude.launch.frozen import part_of, write_result
 
     refuse_pixels(args.sources)
     refuse_unknown(args.sources)
-    seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
+    section = first_section(args.sources)
+    of_section = selection(section.test_select) if section and not args.images else None
+    image = args.image or (section and section.image) or ""
+    seen_as = {"value_range": args.range, "image": image, "select": part_of(args.select) or of_section}
     named = "--images " if args.images else "evaluate.test_shards="
-    index = index_as_seen(args.sources, shards_of(args), **seen_as, named=named)
+    index = index_as_seen(args.sources, shards_of(args, section), **seen_as, named=named)
     blocks, told, chosen = [], [], {}
     for name in args.sources:
         opened = open_encoder(name, seed=args.seed)
@@ -86,10 +91,7 @@ def refuse_pixels(sources: Sequence[str]) -> None:
         raise UserError("pixels has no encoder whose places could be compared, or that looks anywhere; leave it out.")
 
 
-def shards_of(args: argparse.Namespace) -> str | Sequence[str]:
-    from prelude.evaluators.judging import first_section
-
-    section = first_section(args.sources)
+def shards_of(args: argparse.Namespace, section: EvaluateConfig | None) -> str | Sequence[str]:
     found = args.images or (section and section.test_shards)
     if not found:
         raise UserError(f"There are no images to show {args.sources[0]}; write --images SHARDS, or a folder.")

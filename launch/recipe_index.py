@@ -172,7 +172,7 @@ A recipe takes everything from its `base` except the run folder; the file only s
 the run lies beside that of the base, under the name of the file (`runs/mine` for `mine.yaml`). Sections are merged key
 by key, and a list is replaced as a whole. A section that names another encoder, objective or optimizer begins anew, and
 an empty one (`mix: {}`) empties it. A base may have a base. A run keeps the resolved settings in its `config.yaml`.
-`prelude keys` prints every key with its default and its meaning; `prelude keys optimizer` those of a section.
+`prelude keys` lists the names of all keys; `prelude keys optimizer` prints a section's with defaults and meanings.
 
 ### Batch and learning rate
 

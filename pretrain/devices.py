@@ -1,7 +1,8 @@
 """How fast a device multiplies and how much it holds: of known ones by their data sheets, of others by measuring.
 
-Peaks are those of dense products in matrix units, accumulated in float32; fp32 is what torch takes unless told
-otherwise, without TensorFloat-32. No run reaches its device's peak; MFU, model FLOPs utilisation, says how near it is.
+Peaks are those of dense products in matrix units, accumulated in float32; fp32 is without
+TensorFloat-32, as a run in fp32 is computed. No run reaches its device's peak; MFU, model FLOPs utilisation, says how
+near it is.
 """
 
 import os

@@ -35,7 +35,10 @@ class Precision:
 def agreed(config: Config, device: torch.device, meta: dict) -> tuple[Precision, str]:
     """What `resolve` says on rank 0, on every rank. Collective. meta: needed on rank 0 alone."""
     _refuse_fp16_above_stage_0(config)
-    return distributed.from_main(resolve(config, device, meta) if distributed.is_main() else None)
+    found, notice = distributed.from_main(resolve(config, device, meta) if distributed.is_main() else None)
+    if found.name == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # by default torch's convolutions round what they take to 10 bits
+    return found, notice
 
 
 def resolve(config: Config, device: torch.device, meta: dict) -> tuple[Precision, str]:

@@ -77,8 +77,8 @@ def _front_matter(card: Card) -> str:
 
 
 def _results(card: Card) -> list[EvalResult]:
-    """What the run's evaluations found of these very weights."""
-    if not has_folder(card.source):
+    """What the run's evaluations found of these very weights; of rounded ones none has been made."""
+    if not has_folder(card.source) or card.dtype != "float32":
         return []
     found = []
     folder = path_of(card.source)
@@ -93,6 +93,7 @@ def _results(card: Card) -> list[EvalResult]:
                 EvalResult(
                     task_type="image-classification",
                     dataset_type="private",
+                    dataset_config=test["fingerprint"],  # the hub's readers tell sets apart by it, and not by names
                     dataset_name=f"{test['num_samples']} test images, fingerprint {test['fingerprint']}",
                     metric_type=_METRICS[name],
                     metric_name=f"{result['evaluator'].replace('_', ' ')}, {name}",
@@ -110,6 +111,7 @@ def _facts(card: Card) -> str:
     encoder, origin, config = card.encoder, card.encoder.origin, card.encoder.config
     height, width = config.size
     whose = "" if is_own(config) else "timm "
+    rounded = "" if card.dtype == "float32" else "rounded from those of "
     facts = {
         "Architecture": f"{whose}`{config.name}`, {pooled_width(encoder.model)} features",
         "Input": f"{config.in_chans} x {height} x {width} pixels, bicubic",
@@ -119,7 +121,7 @@ def _facts(card: Card) -> str:
         "Data set": origin.get("data") and f"fingerprint `{origin['data']}`",
         "Started from": origin.get("weights"),
         "Pixels": f"in [0, 1], minus {list(encoder.mean)}, divided by {list(encoder.std)}",
-        "Weights": f"{card.dtype}, fingerprint `{encoder.fingerprint}`",
+        "Weights": f"{card.dtype}, {rounded}fingerprint `{encoder.fingerprint}`",
         "Compared": f"features of {card.proof.reader} differ by at most {card.proof.difference:.1e}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)

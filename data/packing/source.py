@@ -127,8 +127,7 @@ def unreadable(path: str, error: OSError) -> RunStopped:
 def damaged(path: str, error: Exception, reason: str) -> LeftOut | RunStopped:
     """Of what a library could not read: whether the bytes are the reason, or the disk or the network, whose errors
     alone have a number."""
-    number = getattr(error, "errno", None)
-    if number and number not in OF_THE_FILE:
+    if number := getattr(error, "errno", None):
         return unreadable(path, OSError(number, os.strerror(number)))
     return LeftOut(reason)
 

@@ -7,23 +7,25 @@
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from prelude.evaluators.comparing.comparison import Entry, Repeat
 from prelude.evaluators.results import by_frequency
 
 
-def as_one(entries: Sequence[Entry], repeated: Mapping[str, Sequence[str]]) -> tuple[list[Entry], list[str]]:
+def as_one(entries: Sequence[Entry], repeated: Sequence[Sequence[str]]) -> tuple[list[Entry], list[str]]:
     """The entries with those of a recipe in the place of its first, and what to be told of runs without results.
 
-    repeated: the sources of the runs of each recipe, by its name; those of one run stay as they are.
+    repeated: the sources of the runs of each recipe; those of one run stay as they are.
     """
-    warnings, merged = [], {}
-    for name, sources in repeated.items():
-        own = [entry for entry in entries if entry.source in sources]
+    warnings, merged, of = [], {}, {}
+    for entry in entries:
+        of.setdefault(entry.source, entry)
+    for sources in repeated:
+        own = [of[source] for source in sources if source in of]
         if len(own) > 1:
-            merged |= dict.fromkeys((entry.source for entry in own), _merged(name, own))
+            merged |= dict.fromkeys((entry.source for entry in own), _merged(own[0].name, own))
             failed = [entry for entry in own if entry.problem]
             warnings += [f"{entry.name}: {entry.problem}" for entry in failed] if len(failed) < len(own) else []
     found = {entry.name: entry for entry in (merged.get(entry.source, entry) for entry in entries)}

@@ -31,6 +31,7 @@ from prelude.evaluators.features.extraction import Extractor, check_kinds, suite
 from prelude.evaluators.frozen.exact_search import Neighbours
 from prelude.evaluators.frozen.pieces import pieces
 from prelude.evaluators.judging import described
+from prelude.pretrain import distributed
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
             f"own code); write --encoder with the source that made it, or embed the set again."
         )
     check_kinds(encoder.model, [embedded.kind], encoder.name)
-    extractor = Extractor(encoder, [embedded.kind])
+    extractor = Extractor(encoder, [embedded.kind], distributed.device())
     for path in paths:
         try:
             read_file(embedded, path)
@@ -146,7 +147,8 @@ def embedded_of(
     """The features of shards out of a bank, which makes those that it lacks. source: of the encoder."""
     index = index_as_seen([source], shards, "", value_range, image, select, named="--shards ")
     kind = kind or suited_kinds(encoder)[0]
-    rows = Bank(bank).rows(encoder, index, [kind], batch_size=batch_size, num_workers=num_workers)[kind]
+    how = {"device": distributed.device(), "batch_size": batch_size, "num_workers": num_workers}
+    rows = Bank(bank).rows(encoder, index, [kind], **how)[kind]
     ids, keys = rows.sample_ids.numpy(), Keys(index)
     about = {"encoder": described(encoder), "data": data_of(index, encoder, select), "kinds": [kind]}
     places = about["data"]["shards"], keys.shards(ids)

@@ -172,7 +172,11 @@ def _rounding(residuals: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
     covariance.diagonal().add_(1e-9 * covariance.diagonal().mean().clamp(min=1e-12))
     factor = torch.linalg.cholesky(covariance)
     log_det = 2 * factor.diagonal().log().sum().item()
-    return lambda values: torch.linalg.solve_triangular(factor, values.double().T, upper=False).T, log_det
+
+    def whiten(values: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(factor, values.to(factor.device).double().T, upper=False).T
+
+    return whiten, log_det
 
 
 def _whitened(features: Features, whiten: Callable[[Tensor], Tensor]):

@@ -57,6 +57,13 @@ class Judge:
 
     def __call__(self, weights: dict[str, Tensor]) -> dict[str, float]:
         """knn, linear: percent, with their standard errors; the health of the train images' features."""
+        try:
+            return self._judged(weights)
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the run beside us may need it before the next evaluation
+
+    def _judged(self, weights: dict[str, Tensor]) -> dict[str, float]:
         started = time.monotonic()
         self.model.load_state_dict(weights, strict=True)
         train, test = (self._features(*part) for part in self.parts)
@@ -79,10 +86,7 @@ class Judge:
     def _features(self, batches: list[Batch], fingerprint: str, shards: str) -> dict[str, Features]:
         num_samples = sum(map(len, batches))
         about = num_samples, fingerprint, self.section.label
-        found = encode(self._encoder(), batches, *about, device=self.device, shards=shards)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the run beside us may need it before the next evaluation
-        return found
+        return encode(self._encoder(), batches, *about, device=self.device, shards=shards)
 
     def _encoder(self) -> OpenedEncoder:
         data = self.config.data

@@ -497,11 +497,16 @@ def test_the_card_has_the_metrics_of_these_weights_only(tmp_path, save):
     run = tmp_path / "run"
     make_run(run, save)
     (run / "evaluations").mkdir()
-    for name, fingerprint, value in [("a", open_encoder(str(run)).fingerprint, 61.25), ("b", "another", 99.0)]:
+    ours = open_encoder(str(run)).fingerprint
+    for name, fingerprint, value, test in [
+        ("a", ours, 61.25, "77aa"),
+        ("b", "another", 99.0, "77aa"),
+        ("c", ours, 40, "88bb"),
+    ]:
         result = {
             "evaluator": "linear_probe",
             "encoder": {"fingerprint": fingerprint},
-            "data": {"test": {"num_samples": 10, "fingerprint": "77aa"}},
+            "data": {"test": {"num_samples": 10, "fingerprint": test}},
             "numbers": {"top1": {"value": value}, "loss": {"value": 1.0}},
         }
         (run / "evaluations" / f"{name}.json").write_text(json.dumps(result))
@@ -509,6 +514,10 @@ def test_the_card_has_the_metrics_of_these_weights_only(tmp_path, save):
     for of in (run, run / "checkpoints" / "step-00000003"):
         export_encoder(str(of), tmp_path / "out", license="mit")
         data = ModelCard.load(tmp_path / "out" / "README.md").data
-        assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 61.25)]
+        found = [(r.metric_type, r.metric_value, r.dataset_name[-4:]) for r in data.eval_results]
+        assert found == [("accuracy", 61.25, "77aa"), ("accuracy", 40, "88bb")]
     assert data.license == "mit" and data.library_name == "timm" and "ijepa" in data.tags
     assert "`0123abcd`" in (tmp_path / "out" / "README.md").read_text()
+    export_encoder(str(run), tmp_path / "half", dtype="float16")
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert not ModelCard(card).data.eval_results and f"| float16, rounded from those of fingerprint `{ours}` |" in card

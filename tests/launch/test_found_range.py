@@ -10,11 +10,13 @@ from PIL import Image
 
 from prelude.checkpoints.store import recorded_config
 from prelude.data import shards
+from prelude.data.errors import UserError
 from prelude.evaluators.comparing.run_record import is_finished_as
 from prelude.evaluators.judging import read_as
 from prelude.evaluators.labelled import Labelled
 from prelude.launch import prelude
 from prelude.objectives import options_for
+from prelude.pretrain import distributed
 from prelude.pretrain.recipes import load_config
 
 
@@ -70,3 +72,21 @@ def test_a_look_at_shards_says_that_they_stay_dark(deep, caplog):
     caplog.clear()
     assert prelude.main(["shards", "info", str(deep / "of-12.tar"), "--range", "auto"]) == 0
     assert "dark" not in caplog.text
+
+
+def test_a_range_is_not_left_out_because_a_run_began_without(deep, recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text())
+    values["data"] |= {"shards": str(deep / "of-12.tar"), "num_workers": 0, "shuffle": {}}
+    values["run_dir"], values["train"]["epochs"] = str(tmp_path / "run"), 1
+    (tmp_path / "dark.yaml").write_text(yaml.safe_dump(values))
+    argv = ["pretrain", "--config", str(tmp_path / "dark.yaml")]
+    assert prelude.main(argv) == 0
+    with pytest.raises(
+        UserError, match=r"belongs to a run with other settings \(data.range: None -> \[0.0, 4095.0\]\)"
+    ):
+        prelude.main([*argv, "data.range=auto"])
+    distributed.stop()
+    elsewhere = [f"run_dir={tmp_path / 'other'}", f"resume.checkpoint={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        prelude.main([*argv, "data.range=auto", *elsewhere])
+    distributed.stop()

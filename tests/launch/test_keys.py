@@ -56,6 +56,7 @@ def test_a_key_is_told_with_what_it_takes_its_default_and_its_meaning(capsys):
         ("method", "objective", "optimizer.lr"),
         ("depth", "encoder.kwargs", "optimizer.lr"),
         ("weights", "encoder.weights", "optimizer.lr"),  # of which other tools have keys that are none here
+        ("deepspeed.zero_optimization", "deepspeed", "optimizer.lr"),
         ("k-NN", "evaluate.every_steps", "optimizer.lr"),
         ("data.*", "data", "optimizer.lr"),
     ],
@@ -75,6 +76,10 @@ def test_any_other_word_finds_the_keys_whose_names_or_meanings_have_it():
     [
         ("mometum", "did you mean momentum"),
         ("max_steps", "a run is as long as train.epochs says"),
+        ("tensorboard", "a run writes metrics.jsonl and tensorboard/"),
+        ("steps", "a run is as long as train.epochs says"),
+        ("objective.mask_ration", "did you mean mask_ratio"),
+        ("*", "`prelude keys` lists the names of all"),
         ("qqqq", "`prelude keys` lists the names of all"),
         ("mae_cifar10", "it is a recipe: `prelude recipes mae_cifar10`"),
     ],

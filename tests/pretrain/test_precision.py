@@ -45,6 +45,13 @@ def test_what_is_asked_for_is_taken_unmeasured(monkeypatch):
         resolved(precision="fp16", zero_stage=1)
 
 
+def test_float32_is_that_of_convolutions_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for name, rounded in (("bf16", True), ("fp32", False)):
+        precision.agreed(config(precision=name), CPU, {})
+        assert torch.backends.cudnn.allow_tf32 == rounded
+
+
 @pytest.mark.parametrize(("ratio", "name"), [(0.3, "bf16"), (0.9, "fp32"), (14.0, "fp32")])
 def test_auto_takes_bf16_where_it_was_measured_to_be_faster(measured, ratio, name):
     measured(ratio)

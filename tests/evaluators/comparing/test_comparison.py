@@ -260,7 +260,7 @@ def test_the_kind_of_feature_of_few_labels_is_the_one_that_most_draws_of_all_pre
 
     runs = [("cls", "cls", "mean"), ("mean", "mean", "mean"), ("mean", "mean", "mean")]
     entries = [an_entry(f"ours-{i}", untrained="fresh", results=few(50, 40, *chosen)) for i, chosen in enumerate(runs)]
-    (ours,), _ = as_one(entries, {"ours": [entry.source for entry in entries]})
+    (ours,), _ = as_one(entries, [[entry.source for entry in entries]])
     fresh = an_entry("fresh", "untrained", results=few(49, 30, "cls"))
     assert headline(ours, "fewshot").kind == "mean"
     assert gain(ours, "fewshot", Comparison("", [ours, fresh], ["fewshot"], {}, "", "", 0, None, {})) == 10

@@ -43,8 +43,8 @@ def comparison_of(*entries: Entry) -> Comparison:
 
 
 def of_recipe(name: str, rights) -> Entry:
-    entries = [entry_of(f"{name}-seed{i}", right[None]) for i, right in enumerate(rights)]
-    (entry,), warnings = as_one(entries, {name: [each.source for each in entries]})
+    entries = [entry_of(f"{name}-seed{i}" if i else name, right[None]) for i, right in enumerate(rights)]
+    (entry,), warnings = as_one(entries, [[each.source for each in entries]])
     assert not warnings and entry.name == name
     return entry
 
@@ -115,9 +115,17 @@ def test_repeated_pretrainings_are_one_row_with_the_spread_of_seeds_apart_from_t
 def test_a_pretraining_that_failed_is_told_and_the_others_are_the_mean():
     entries = [entry_of(f"ours-{i}", np.arange(10)[None] < i) for i in (2, 4, 6)]
     entries[1] = replace(entries[1], results={}, problem="out of luck.")
-    (entry,), warnings = as_one(entries, {"ours": [each.source for each in entries]})
+    (entry,), warnings = as_one(entries, [[each.source for each in entries]])
     assert entry.results["knn"]["numbers"]["top1"]["value"] == 40 and warnings == ["ours-4: out of luck."]
     assert entry.problem is None and len(entry.repeats) == 2
+
+
+def test_a_run_of_a_recipes_name_stands_beside_the_mean_of_its_pretrainings():
+    rights = [np.arange(10)[None] < i for i in (2, 4, 6)]
+    run, *ours = (entry_of(name, right) for name, right in zip(("ours", "ours (2)", "ours-seed1"), rights, strict=True))
+    found, _ = as_one([run, *ours], [[run.source], [each.source for each in ours]])
+    values = [entry.results["knn"]["numbers"]["top1"]["value"] for entry in found]
+    assert [entry.name for entry in found] == ["ours", "ours (2)"] and values == [20, 50]
 
 
 def test_sentences_say_who_is_told_apart_and_from_what():

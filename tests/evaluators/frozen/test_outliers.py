@@ -43,6 +43,12 @@ def test_mahalanobis_is_that_of_the_nearest_class_under_one_covariance(parts):
     assert np.allclose(mahalanobis_to_classes(train, test).numpy(), expected, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_are_those_of_a_cpu_on_a_gpu_too(parts, score):
+    assert torch.allclose(SCORES[score](*parts, device="cuda"), SCORES[score](*parts), rtol=1e-4, atol=1e-5)
+
+
 def test_the_neighbour_is_that_of_scikit_learn(parts):
     train, test = parts
     near = NearestNeighbors(n_neighbors=7, metric="cosine").fit(train.values.double().numpy())
