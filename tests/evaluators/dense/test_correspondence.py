@@ -1,5 +1,7 @@
 """Pictures of places: their numbers against scikit-learn and loops, their pixels against the numbers."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from prelude.data.shapes import write_shards
+from prelude.evaluators import judging
 from prelude.evaluators.dense import samples
 from prelude.evaluators.dense.correspondence import principal_colours, similarity
 from prelude.evaluators.dense.drawing import GAP, HEAT, TILE, cells, heat, mark, tile
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
+from prelude.pretrain.config import EvaluateConfig
 
 
 @pytest.fixture
@@ -99,6 +103,18 @@ def test_the_door_draws_a_block_for_each_encoder(shards, tmp_path, capsys):
         assert prelude.main(["maps", sources[0], *argv]) == 0
     assert "images: test-000007, test-000001" in capsys.readouterr().out
     assert one.read_bytes() != other.read_bytes()
+
+
+def test_without_images_the_run_s_section_says_which_part_of_its_shards(shards, tmp_path, capsys, monkeypatch):
+    part = {"label": "cls", "values": [1]}
+    section = EvaluateConfig(train_shards=shards, test_shards=shards, test_select=part, image="png")
+    monkeypatch.setattr(judging, "first_section", lambda sources: section)
+    argv = ["maps", "random:timm:test_vit.r160_in1k", "--count", "12", "--to", str(tmp_path / "maps.png")]
+    assert prelude.main(argv) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("images: ")]
+    with tarfile.open(shards) as tar:
+        labels = {name[:-4]: int(tar.extractfile(name).read()) for name in tar.getnames() if name.endswith(".cls")}
+    assert {*line.removeprefix("images: ").split(", ")} == {key for key, label in labels.items() if label == 1}
 
 
 def test_all_encoders_are_shown_the_images_that_the_first_has_chosen(shards, tmp_path, capsys, monkeypatch):
