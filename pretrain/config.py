@@ -28,9 +28,9 @@ class SelectConfig(Section):
 
     keys: FilePath | None = None  # a text file with a key, or SHARD:KEY, on each line
     label: Text | None = None  # where the label is: cls, txt, json:FIELD
-    values: list[int | Text] = []  # those of the label that are kept; other samples are left out
-    share: float | None = Field(None, gt=0, lt=1)  # of what keys and values leave, drawn from the seed
-    seed: int = Field(0, ge=0, lt=2**31)  # of the share
+    values: list[int | Text] = []  # values of the label that are kept; other samples are left out
+    share: float | None = Field(None, gt=0, lt=1)  # share of the samples that keys and values leave, drawn by seed
+    seed: int = Field(0, ge=0, lt=2**31)  # seed by which the share is drawn
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self):
@@ -47,8 +47,8 @@ class PartConfig(Section):
     """One of several data sets that are mixed."""
 
     shards: AnyShards  # paths, braces, *, folders or URLs
-    weight: float = Field(gt=0)  # how often it is drawn from, relative to the others
-    image: Text | None = None  # extension of the image's member; None: any
+    weight: float = Field(gt=0)  # how often this set is drawn from, relative to the others
+    image: Text | None = None  # extension of the image's member in a sample; None: any
     select: SelectConfig | None = None  # a part of its samples; None: all
 
 
@@ -61,8 +61,8 @@ def _low_and_high(value, instead: str):
 class VolumesConfig(Section):
     """Volumes beside images, in batches of their own; for objectives that learn from both."""
 
-    shards: AnyShards  # of .npy members; paths, braces, *, a folder, or URLs
-    share: float = Field(0.5, gt=0, lt=1)  # of the steps; the others are of images
+    shards: AnyShards  # shards of .npy members; paths, braces, *, a folder, or URLs
+    share: float = Field(0.5, gt=0, lt=1)  # share of the steps that are of volumes; the others are of images
     image: Text | None = None  # extension of the volume's member, such as oct.npy; None: any
     select: SelectConfig | None = None  # a part of the volumes; None: all
     range: tuple[float, float] | None = None  # values of volumes with more than 8 bits that are black and white
@@ -80,21 +80,24 @@ class DataConfig(Section):
     select: SelectConfig | None = None  # a part of the samples; None: all
     allow_commands: bool = Field(False, exclude=True)  # run what `pipe:` says; on the command line only, never kept
     num_samples: int | None = Field(None, ge=1)  # length of an epoch, only for shards that cannot be indexed
-    channels: int = Field(3, ge=1)  # of an image: 3 is RGB, 1 is grey, any other number must be what images have
-    range: tuple[float, float] | Literal["auto"] | None = None  # values of deeper images that are black and white
-    max_pixels: int = Field(64 * 2**20, ge=1)  # of an image; a JPEG with more is decoded at a smaller size
-    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # of a rank; auto: from its cores
-    start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"  # of workers; auto: fork on Linux, else spawn
-    max_bad_share: float = Field(0.01, ge=0, le=1)  # of samples that cannot be read, before the run stops
-    timeout_seconds: float = Field(300.0, gt=0)  # without any data, before the run stops
+    channels: int = Field(3, ge=1)  # channels of an image: 3 RGB, 1 grey; any other number must be what images have
+    range: tuple[float, float] | Literal["auto"] | None = None  # the stored values that become black and white
+    max_pixels: int = Field(64 * 2**20, ge=1)  # largest image that is read; a larger JPEG is decoded at a smaller size
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # data workers of a rank; auto: by its cores
+    start_method: Literal["auto", "fork", "forkserver", "spawn"] = (
+        "auto"  # of workers; auto: fork on Linux, else spawn
+    )
+    max_bad_share: float = Field(0.01, ge=0, le=1)  # share of unreadable samples at which the run stops
+    timeout_seconds: float = Field(300.0, gt=0)  # seconds without data after which the run stops
     cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
     cache_gib: float = Field(64.0, gt=0)  # GiB of remote shards that are kept at most
     shuffle: ShuffleConfig = ShuffleConfig()  # how far samples are mixed
-    # Of each channel, in [0, 1]
+    # Mean of each channel, of pixels in [0, 1]
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="one for each channel")
-    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="one for each channel")  # of each channel
-    shown_channels: list[Index] = []  # what pictures show as red, green and blue, from 0; []: the first three
-    volumes: VolumesConfig | None = None  # that take turns with images, where an objective learns from both
+    # Standard deviation of each channel, of pixels in [0, 1]
+    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="one for each channel")
+    shown_channels: list[Index] = []  # channels that pictures show as red, green, blue, from 0; []: the first three
+    volumes: VolumesConfig | None = None  # volumes that take turns with images, where an objective learns from both
 
     @field_validator("range")
     @classmethod
@@ -147,7 +150,7 @@ class EncoderConfig(Section):
     patch_size: Count | tuple[Count, Count] | None = None
     in_chans: int = Field(3, ge=1)  # filled in from data.channels
     pos_embed: Literal["sincos", "learned"] = "sincos"  # fixed 2-D table or a trained parameter; ViTs only
-    norm_eps: float | None = Field(None, gt=0)  # of every LayerNorm; None: timm's own, 1e-6 in most
+    norm_eps: float | None = Field(None, gt=0)  # epsilon of every LayerNorm; None: timm's own, mostly 1e-6
     kwargs: dict[str, Any] = {}  # passed to timm.create_model: depth, embed_dim, drop_path_rate, ...
     weights: str | None = None  # where the encoder's weights come from; None: drawn from the seed
     weights_fingerprint: str | None = None  # of those weights; filled in by the command, and checked where it is given
@@ -183,10 +186,10 @@ class EncoderConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"  # lars and lamb at ZeRO stage 0 alone
-    lr: float = Field(gt=0)  # the peak's, under lr_rule
-    lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: peak = lr x global_batch / 256
+    lr: float = Field(gt=0)  # peak learning rate; lr_rule says for which batch
+    lr_rule: Literal["per_256", "absolute"] = "per_256"  # per_256: the peak is lr x global_batch / 256; absolute: lr
     betas: tuple[Share, Share] = (0.9, 0.95)  # of adamw and lamb: how their two averages decay
-    momentum: float = Field(0.9, ge=0, lt=1)  # of sgd and lars
+    momentum: float = Field(0.9, ge=0, lt=1)  # momentum of sgd and lars
     nesterov: bool = False  # momentum by Nesterov's rule; sgd alone
     weight_decay: float = Field(0.05, ge=0)  # at the start of the run; constant, unless weight_decay_end is set
     weight_decay_end: float | None = Field(None, ge=0)  # reached at the end of the run; None: constant
@@ -196,9 +199,9 @@ class OptimizerConfig(Section):
     # Factor of the encoder's rate, a layer; see pretrain/layer_decay.py; 1: none
     layer_decay: float = Field(1.0, gt=0, le=1)
     spared_lr_ratio: float = Field(1.0, gt=0)  # learning rate of what is not decayed, as a share of lr
-    warmup_epochs: float = Field(0.0, ge=0)  # in which the rate rises linearly to its peak
-    warmup_lr: float = Field(0.0, ge=0)  # where the warm-up starts, under the same rule as lr
-    min_lr: float = Field(0.0, ge=0)  # where the cosine ends, under the same rule as lr
+    warmup_epochs: float = Field(0.0, ge=0)  # epochs in which the learning rate rises linearly to its peak
+    warmup_lr: float = Field(0.0, ge=0)  # learning rate at which the warm-up starts, under the same rule as lr
+    min_lr: float = Field(0.0, ge=0)  # learning rate at which the cosine ends, under the same rule as lr
     milestones: list[float] = []  # epochs at which the rate is multiplied by milestone_factor; replaces the cosine
     milestone_factor: float = Field(0.1, gt=0, lt=1)  # what each milestone multiplies the rate by
     reach_end: bool = False  # whether the last update has the schedules' last values, as in SparK's code
@@ -253,15 +256,15 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(0.0, ge=0)  # largest norm of all gradients together; 0: off
     zero_stage: Literal[0, 1, 2, 3] = 0  # what ranks share out: 1 optimizer state, 2 gradients, 3 weights
     gradient_checkpointing: bool = False  # compute activations again in backward, to hold fewer
-    compile: bool = False  # by torch.compile, which needs a C compiler
+    compile: bool = False  # use torch.compile, which needs a C compiler
     profile_steps: int = Field(0, ge=0)  # steps of each start for TensorBoard's profiler, after the first few; 0: none
     max_nonfinite_steps: int = Field(10, ge=1)  # steps in a row that are not applied, before the run stops
-    rank_timeout_seconds: float = Field(600, gt=0)  # that ranks wait for one that stalls, before the run stops
+    rank_timeout_seconds: float = Field(600, gt=0)  # seconds that ranks wait for one that stalls before the run stops
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(1000, ge=1)  # between two saves
-    keep: int = Field(3, ge=1)  # the newest so many
+    every_steps: int = Field(1000, ge=1)  # steps between two saves
+    keep: int = Field(3, ge=1)  # how many of the newest checkpoints are kept
 
 
 class ResumeConfig(Section):
@@ -282,17 +285,17 @@ class EvaluateConfig(Section):
     train_select: SelectConfig | None = None  # a part of train_shards
     test_select: SelectConfig | None = None  # a part of test_shards
     label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
-    label_field: str = ""  # of that member, where the findings are; "": the whole member
+    label_field: str = ""  # field of that member that holds the findings; "": the whole member
     label_group: str = ""  # field whose values group images, such as patient
-    every_steps: int = Field(0, ge=0)  # between k-NN and a linear head beside the run; 0: not while it trains
+    every_steps: int = Field(0, ge=0)  # steps between two evaluations (k-NN, a linear head) beside the run; 0: none
     num_train: int = Field(2000, ge=2)  # images to learn from, as many of each class as far as it goes
     num_test: int = Field(1000, ge=1)  # images to report on, drawn likewise
-    device: Literal["auto", "cpu"] = "auto"  # auto: the accelerator of rank 0, where there is one
+    device: Literal["auto", "cpu"] = "auto"  # where it computes; auto: on rank 0's accelerator, if there is one
 
 
 class Config(Section):
     run_dir: FilePath  # where everything goes; the same folder again goes on
-    seed: int = Field(0, ge=0, lt=2**31)  # of every random choice
+    seed: int = Field(0, ge=0, lt=2**31)  # seed of every random choice
     data: DataConfig  # what is learned from
     encoder: EncoderConfig  # what is trained
     objective: dict[str, Any]  # `name`, and the options of that objective
