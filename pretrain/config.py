@@ -84,9 +84,7 @@ class DataConfig(Section):
     range: tuple[float, float] | Literal["auto"] | None = None  # the stored values that become black and white
     max_pixels: int = Field(64 * 2**20, ge=1)  # largest image that is read; a larger JPEG is decoded at a smaller size
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # data workers of a rank; auto: by its cores
-    start_method: Literal["auto", "fork", "forkserver", "spawn"] = (
-        "auto"  # of workers; auto: fork on Linux, else spawn
-    )
+    start_method: Literal["auto", "fork", "forkserver", "spawn"] = "auto"  # of workers; auto: fork on Linux, else spawn
     max_bad_share: float = Field(0.01, ge=0, le=1)  # share of unreadable samples at which the run stops
     timeout_seconds: float = Field(300.0, gt=0)  # seconds without data after which the run stops
     cache_dir: Text | None = None  # where remote shards are kept on each node; None: in $PRELUDE_CACHE
