@@ -252,11 +252,11 @@ def save(toy: bool) -> dict:
 def loader(toy: bool) -> dict:
     """Images a second of the data path with all cores, of JPEGs as large as ImageNet's."""
     from prelude.data.batch import View, ViewPlan
+    from prelude.data.host import num_cores
     from prelude.data.loader import Loader
     from prelude.data.shards import ShardIndex
-    from prelude.pretrain import distributed
 
-    workers = 1 if toy else distributed.num_cores()
+    workers = 1 if toy else num_cores()
     found = {"workers": workers}
     with tempfile.TemporaryDirectory() as folder:
         size = (120, 90) if toy else (500, 375)

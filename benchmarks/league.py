@@ -50,6 +50,7 @@ from league_judge import judged, trained, untrained  # noqa: E402
 from league_table import OFFERED, read, refuse, tables  # noqa: E402
 
 from prelude.data.errors import UserError  # noqa: E402
+from prelude.data.host import num_cores  # noqa: E402
 from prelude.data.shapes import write_shards  # noqa: E402
 from prelude.data.shards import ShardIndex  # noqa: E402
 from prelude.evaluators.features.extraction import is_kind, kinds_among  # noqa: E402
@@ -218,7 +219,7 @@ def check_features(args: argparse.Namespace) -> None:
 def begun(args: argparse.Namespace, record: dict) -> dict:
     """The record, new or gone on with. Exits where it was made on another machine or other pictures."""
     cpu = next((line for line in open("/proc/cpuinfo") if line.startswith("model name")), ":").partition(":")[2].strip()
-    machine = {"cpu": cpu or platform.processor(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    machine = {"cpu": cpu or platform.processor(), "cores": num_cores(), "torch": torch.__version__}
     fingerprints = {split: ShardIndex(getattr(args, split), "cls").fingerprint for split in ("data", "test")}
     data = {"data": args.data, "test": args.test, "num_pictures": num_pictures(args.data), **fingerprints}
     same = {"machine": machine, "fingerprints": fingerprints, "settings": [*args.set]}

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ports import free_port
 
+from prelude.data.host import num_cores
 from prelude.data.patterns import expand
 from prelude.data.shards import ShardIndex
 from prelude.objectives import options_for
@@ -106,7 +107,9 @@ def _prelude(training: Training) -> Trained:
     door = [str(ROOT / "launch" / "pretrain.py"), "--config", recipe_name(training.method), *settings]
     ranks = training.way["ranks"]
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    others = _finished([sys.executable, *(launcher if ranks > 1 else []), *door], training, threads=_cores() // ranks)
+    others = _finished(
+        [sys.executable, *(launcher if ranks > 1 else []), *door], training, threads=num_cores() // ranks
+    )
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     before, seconds, log, steady = 0, 0.0, [], []
     for record in records:
@@ -141,7 +144,7 @@ def _peer(training: Training) -> Trained:
     }
     (training.folder / "spec.json").write_text(json.dumps(spec, indent=1))
     script = [str(HERE / PEERS[training.arm]), str(training.folder / "spec.json")]
-    others = _finished([training.python, *script], training, threads=_cores())
+    others = _finished([training.python, *script], training, threads=num_cores())
     found = json.loads((training.folder / "result.json").read_text())
     ends, batch = found["ends"], found["batch"]
     skipped = min(SKIPPED_STEPS, len(ends) // 2)
@@ -244,7 +247,7 @@ class OtherWork:
 
     def share(self) -> float:
         busy, own = _busy_seconds() - self.before, _own_seconds() - self.own
-        return round(max(busy - own, 0.0) / (time.monotonic() - self.since) / _cores(), 3)
+        return round(max(busy - own, 0.0) / (time.monotonic() - self.since) / num_cores(), 3)
 
 
 def _busy_seconds() -> float:
@@ -255,10 +258,6 @@ def _busy_seconds() -> float:
 def _own_seconds() -> float:
     both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in both)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 @cache

@@ -1,11 +1,28 @@
-"""What the data path uses of the machine that it is on; `prelude doctor` asks too, where torch may be broken."""
+"""What a process gets of the machine that it is on, and where it keeps things there; `prelude doctor` asks too, where
+torch may be broken."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
 
 SHARED_MEMORY = "/dev/shm"
 """What large batches travel through between processes."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_limit() -> int | None:
+    """Bytes that the container may hold; None: no limit."""
+    for place in ("memory.max", "memory/memory.limit_in_bytes"):  # the second: the older version of cgroups
+        with contextlib.suppress(OSError):
+            limit = (CGROUP / place).read_text().strip()
+            return int(limit) if limit.isdigit() else None
+    return None
 
 
 def cache_folder() -> Path:

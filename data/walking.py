@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from prelude.data.errors import RunStopped, UserError
+from prelude.data.host import num_cores
 from prelude.data.progress import progress_bar
 from prelude.data.waiting import end_with_parent, moved, while_it_moves
 
@@ -41,11 +42,6 @@ def walk_all(shards: Sequence, walk: Callable, tell: Callable) -> None:
             moved()
             advance(1)
         tell(None)
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_processes(shards: Sequence, walk: Callable, count: int, advance: Callable[[int], None]) -> None:

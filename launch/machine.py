@@ -23,7 +23,6 @@ VARIABLES = (
     "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR", "PRELUDE_CACHE",
     "TMPDIR",
 )  # fmt: skip
-CGROUP = Path("/sys/fs/cgroup")
 INFINIBAND = Path("/sys/class/infiniband")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")  # that torch's kernels are written for
 _OF_A_WORKER = 2 * 256 * 3 * 224 * 224  # bytes of the two micro-batches that it keeps ready, of 256 images each
@@ -71,7 +70,7 @@ def current_folder() -> Finding:
 
 
 def cores() -> Finding:
-    usable = _usable_cores()
+    usable = host.num_cores()
     names, flags = [], set()
     for line in _lines("/proc/cpuinfo"):
         name, _, value = line.partition(":")
@@ -93,15 +92,11 @@ def cores() -> Finding:
     return finding
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _cpu_share() -> float | None:
     """Cores whose time the container may use; None: no limit."""
-    quota, period, *_ = [*_words(CGROUP / "cpu.max"), "", ""]
+    quota, period, *_ = [*_words(host.CGROUP / "cpu.max"), "", ""]
     if not quota:  # the older version of cgroups
-        quota, period = (" ".join(_words(CGROUP / "cpu" / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+        quota, period = (" ".join(_words(host.CGROUP / "cpu" / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
 
 
@@ -111,10 +106,10 @@ def memory() -> Finding:
         return Finding("memory", ["not told by this system"])
     total, free = (1024 * int(told[name]) if told[name].isdecimal() else 0 for name in ("MemTotal", "MemAvailable"))
     finding = Finding("memory", [f"{size(free)} of {size(total)} free"])
-    limit = _words(CGROUP / "memory.max") or _words(CGROUP / "memory" / "memory.limit_in_bytes")
-    if limit and limit[0].isdigit() and int(limit[0]) < total:
-        free = min(free, int(limit[0]))
-        finding.found.append(f"the group of this process may hold {size(int(limit[0]))}")
+    limit = host.memory_limit()
+    if limit is not None and limit < total:
+        free = min(free, limit)
+        finding.found.append(f"the group of this process may hold {size(limit)}")
     if free < _LIBRARIES:
         finding.wrong.append(
             f"{size(free)} of memory are free, and a rank holds {size(_LIBRARIES)} before its first image; give the "
@@ -133,7 +128,7 @@ def shared_memory() -> Finding:
         return Finding("shared memory", [f"{place} does not exist"], [f"{wrong}data.num_workers=0."])
     total, free = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
     finding = Finding("shared memory", [f"{size(free)} of {size(total)} free in {place}"])
-    least = min(_usable_cores() * _OF_A_WORKER, _ENOUGH_SHARED)
+    least = min(host.num_cores() * _OF_A_WORKER, _ENOUGH_SHARED)
     need = (
         f"each loader worker keeps two micro-batches there ({size(_OF_A_WORKER)} for 256 images of 224 pixels) and "
         "waits where there is no room"

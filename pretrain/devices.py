@@ -9,11 +9,11 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from prelude.data.errors import UserError
+from prelude.data.host import memory_limit
 from prelude.pretrain import launchers
 from prelude.pretrain.data_sheets import KNOWN, Device
 
@@ -21,7 +21,6 @@ from prelude.pretrain.data_sheets import KNOWN, Device
 USUAL_MFU = (0.22, 0.35)
 _USABLE = 0.9  # of a device's memory: the rest is the driver's, and lost between blocks
 _LIBRARIES = 0.75 * 2**30  # bytes of Python, torch and DeepSpeed in a rank's memory on a CPU
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -102,5 +101,5 @@ def _wait(device: torch.device) -> None:
 def host_memory() -> float:
     """Bytes of this machine, or of the container that this process is in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
-    return min(total, int(limit)) if limit.isdigit() else total
+    limit = memory_limit()
+    return total if limit is None else min(total, limit)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from prelude.data.errors import UserError
+from prelude.data.host import num_cores
 from prelude.pretrain import attendance, launchers, stopping
 from prelude.pretrain.meeting import meet
 
@@ -208,11 +209,6 @@ def cores_per_rank() -> int:
 
 def _cores() -> str:
     return ",".join(map(str, sorted(os.sched_getaffinity(0)))) if hasattr(os, "sched_getaffinity") else "all"
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_num_workers() -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from prelude.data.host import num_cores
 from prelude.pretrain import distributed
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "simplejpeg", "numpy")
@@ -22,7 +23,7 @@ def describe_environment() -> dict:
         "packages": {name: _version(name) for name in _PACKAGES},
         "device": _device_name(),
         "world_size": distributed.world_size(),
-        "cores": distributed.num_cores(),
+        "cores": num_cores(),
         "host": platform.node(),
         "commit": _commit(),
         "command": sys.argv,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SEAMS = {"data.batch", "data.errors", "data.counting"}  # all that pretrain and objectives may know of the data path
+SEAMS = {"data.batch", "data.errors", "data.counting", "data.host"}  # all of it that those above may know
 ALLOWED = {
     "data": set(),
     "pretrain": {"data"},

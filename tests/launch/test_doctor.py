@@ -15,6 +15,7 @@ from prelude.data import host
 from prelude.launch import doctor, installed, machine
 from prelude.launch.finding import Finding, looked_at
 from prelude.launch.loading import has_kernels
+from prelude.pretrain import devices
 
 SOUND = {
     "torch": "class version: cuda = None; hip = None\nclass cuda:\n    def is_available(): return False\n",
@@ -248,8 +249,8 @@ def test_no_shared_memory(monkeypatch):
 
 
 def test_limits_of_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    monkeypatch.setattr(machine, "_usable_cores", lambda: 64)
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    monkeypatch.setattr(host, "num_cores", lambda: 64)
     assert machine.cores().wrong == []
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert machine.cores().wrong == []
@@ -259,6 +260,16 @@ def test_limits_of_a_container(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{2**29}\n")
     (sentence,) = machine.memory().wrong
     assert sentence.startswith("512 MiB of memory are free")
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_doctor_and_preview_know_the_memory_of_a_container_of_either_version(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    without = devices.host_memory()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / name).write_text(f"{2**29}\n")
+    assert devices.host_memory() == 2**29 < without
+    assert "the group of this process may hold 512 MiB" in machine.memory().found
 
 
 def test_locked_memory_matters_where_there_is_infiniband(tmp_path, monkeypatch):
