@@ -53,6 +53,7 @@ from prelude.data.errors import UserError  # noqa: E402
 from prelude.data.host import num_cores  # noqa: E402
 from prelude.data.shapes import write_shards  # noqa: E402
 from prelude.data.shards import ShardIndex  # noqa: E402
+from prelude.data.whole_files import write_whole  # noqa: E402
 from prelude.evaluators.features.extraction import is_kind, kinds_among  # noqa: E402
 
 ARMS = ("prelude", *PEERS)
@@ -285,9 +286,7 @@ def told(entry: dict) -> str:
 
 def keep(record: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".tmp-{path.name}")
-    draft.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(draft, path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:

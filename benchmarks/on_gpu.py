@@ -26,6 +26,8 @@ from pathlib import Path
 import gpu_entries as entries
 import gpu_runs
 
+from prelude.data.whole_files import write_whole
+
 RESULTS = Path(__file__).resolve().parent / "results"
 _COMPILED = ("mae-b", "ijepa-b", "barlow-r50", "spark-convnext-b", "mae-l", "mae-s", "dseqjepa-b", "rotation-r50")
 _LEAST_FOR_THE_RUN, _AFTER_THE_RUN = 300.0, 200.0  # seconds; the last save and the judging come after it
@@ -188,9 +190,7 @@ def measured(name: str, toy: bool, limit: float, folder: Path) -> dict:
 def keep(found: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for target, content in ((path, json.dumps(found, indent=1) + "\n"), (path.with_suffix(".md"), table(found))):
-        draft = target.with_name(f".tmp-{target.name}")
-        draft.write_text(content)
-        os.replace(draft, target)
+        write_whole(target, content)
 
 
 def table(found: dict) -> str:

@@ -16,8 +16,8 @@ from prelude.checkpoints.saved import listed_pieces
 from prelude.checkpoints.state.parts import Part
 from prelude.checkpoints.state.portable import PortableState
 from prelude.checkpoints.tensor_files import write_json, write_tensors
+from prelude.data.whole_files import sync_to_disk
 from prelude.pretrain import distributed
-from prelude.pretrain.files import sync_to_disk
 from prelude.pretrain.meeting import first_line
 
 _CONTENTS = {MODEL: "model", OPTIMIZER: "optimizer"}

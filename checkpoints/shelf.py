@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from prelude.checkpoints.manifest import obvious_fault, read_manifest
-from prelude.pretrain.files import Tolerant, remove, sync_to_disk, write_whole
+from prelude.data.whole_files import remove, sync_to_disk, write_whole
+from prelude.pretrain.files import Tolerant
 
 _TEMPORARY = ".tmp-"
 _REPLACED = ".replaced"  # a checkpoint that another of the same step has taken, or is taking, the place of

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from prelude.checkpoints.state.inventory import Pieces, Spec
-from prelude.pretrain.files import created
+from prelude.data.whole_files import created
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -20,6 +20,7 @@ import numpy as np
 from prelude.data.host import cache_folder
 from prelude.data.locks import alone
 from prelude.data.places import Mapped, Places, write_images
+from prelude.data.whole_files import own_draft, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,9 @@ def folder() -> Path:
     return cache_folder() / "index"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+def keep(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, content, own_draft(path), synced=False)
 
 
 def hash_of(content) -> str:
@@ -61,7 +57,7 @@ def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
     try:
         with alone(f"{path}.lock"):
             found = _signed(path, of) or compute()
-            write_whole(path, f"{found} {hash_of([of, found])}".encode())
+            keep(path, f"{found} {hash_of([of, found])}".encode())
             return found
     except OSError as error:
         warn_unkept(str(folder()), error.strerror or str(error))

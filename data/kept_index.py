@@ -26,7 +26,7 @@ from prelude.data.errors import RunStopped
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
 from prelude.data.index_file import Entry
-from prelude.data.kept_files import CACHE_VERSION, folder, hash_of, mark_used, used_at, warn_unkept, write_whole
+from prelude.data.kept_files import CACHE_VERSION, folder, hash_of, keep, mark_used, used_at, warn_unkept
 from prelude.data.locks import alone
 from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
 from prelude.data.remote_shards import RemoteShard, named, shard_name
@@ -251,7 +251,7 @@ def _know_local(shard: tuple) -> Entry:
         entry = Entry(state[1], "", index_every_label(path, image))
     except OSError as error:
         raise unreadable(path, error) from None
-    write_whole(_kept_file(path, state, image), index_file.write({shard_name(path): entry}))
+    keep(_kept_file(path, state, image), index_file.write({shard_name(path): entry}))
     return entry
 
 

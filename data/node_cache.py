@@ -20,11 +20,13 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from prelude.data.checksums import Digests
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.locks import is_at, lock
 from prelude.data.waiting import moved
+from prelude.data.whole_files import own_draft, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -191,10 +193,8 @@ class NodeCache:
 
     def _note(self, name: str, fd: int, digests: dict[str, str]) -> None:
         self.sound[name] = _identity(fd)
-        aside = f"{self._record(name)}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        with open(aside, "w") as file:
-            json.dump({"seen": self.sound[name], "digests": digests}, file)
-        os.replace(aside, self._record(name))
+        record = Path(self._record(name))
+        write_whole(record, json.dumps({"seen": self.sound[name], "digests": digests}), own_draft(record), synced=False)
 
     def _noted(self, name: str) -> dict:
         try:

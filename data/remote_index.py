@@ -4,10 +4,8 @@
 - The file beside the shards is believed for those whose size is still the same.
 """
 
-import functools
 import logging
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -20,9 +18,11 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.host import cache_folder
 from prelude.data.index_file import Entry
+from prelude.data.kept_files import keep, warn_unkept
 from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
 from prelude.data.tar_index import index_every_label
 from prelude.data.waiting import in_threads, moved
+from prelude.data.whole_files import own_draft, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +77,8 @@ def write_for(paths: Sequence[str], folder: str, sha256: Mapping[str, str] | Non
     os.makedirs(folder, exist_ok=True)
     for name, given in files.items():
         entries = _of_others(os.path.join(folder, name), given) | given
-        aside = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-        with open(aside, "wb") as file:
-            file.write(index_file.write(dict(sorted(entries.items()))))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, os.path.join(folder, name))
+        path = Path(folder, name)
+        write_whole(path, index_file.write(dict(sorted(entries.items()))), own_draft(path))
     return [os.path.join(folder, name) for name in files]
 
 
@@ -177,22 +173,11 @@ def _read(shard: RemoteShard, image: str = "") -> Entry | None:
 def _write(shard: RemoteShard, entry: Entry, image: str = "") -> None:
     """A folder that cannot be written costs another pass at the next start."""
     kept = _kept(shard, image)
-    aside = kept.with_name(f"{kept.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_bytes(index_file.write({shard.name: entry}))
-            os.replace(aside, kept)
-        finally:
-            aside.unlink(missing_ok=True)
+        keep(kept, index_file.write({shard.name: entry}))
     except OSError as error:
         _made_here[shard.cache_name, image] = entry
-        _warn_unkept(str(kept.parent), error.strerror)
+        warn_unkept(str(kept.parent), error.strerror or str(error))
 
 
 _made_here: dict[tuple[str, str], Entry] = {}  # where nothing can be kept
-
-
-@functools.cache
-def _warn_unkept(folder: str, reason: str) -> None:
-    log.warning("indexes of remote shards are not kept, because %s cannot be written: %s", folder, reason)

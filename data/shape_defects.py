@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from prelude.data.shapes import CLASSES, SPLITS, Draws, check, paint, replace_whole
+from prelude.data.kept_files import keep
+from prelude.data.shapes import CLASSES, SPLITS, Draws, check, paint
 
 KINDS = ("scratch", "blot", "turned")
 MASK = "defect.png"  # extension of a mask's member
@@ -61,6 +62,5 @@ def write_defects(folder: str | Path, split: str, num_samples: int, seed: int = 
             Image.fromarray(mask).save(png, "PNG")
             members = {"jpg": jpeg.getvalue(), "cls": b"%d" % label} | ({MASK: png.getvalue()} if mask.any() else {})
             tar.write({"__key__": f"defects-{split}-{index:06d}", **members})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_whole(path, out.getvalue())
+    keep(path, out.getvalue())
     return path

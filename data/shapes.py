@@ -15,7 +15,6 @@ pixels say little: what tells the kinds apart is how neighbouring patches contin
 
 import io
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from prelude.data.errors import UserError
+from prelude.data.kept_files import keep
 
 CLASSES = ("vertical", "horizontal", "diagonal", "zigzag", "rings", "checks", "grid", "bricks", "dots", "hoops")
 SPLITS = ("train", "test")
@@ -69,13 +69,12 @@ def written_once(
     if others and not (isinstance(before, dict) and {"version", "num_samples"} <= before.keys()):
         raise UserError(f"{others[0]} is there already and is no made-up data; write another folder.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_whole(record, json.dumps(wanted).encode())
+        keep(record, json.dumps(wanted).encode())
         for stale in set(there) - set(shards):
             stale.unlink(missing_ok=True)
         for shard, start in zip(shards, starts, strict=True):
-            replace_whole(shard, made(start, min(start + samples_per_shard, num_samples)))
-        replace_whole(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
+            keep(shard, made(start, min(start + samples_per_shard, num_samples)))
+        keep(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); make room there, or write another folder."
@@ -278,13 +277,6 @@ def _shard(split: str, start: int, stop: int, seed: int, image_size: int) -> byt
                 members = {"jpg": jpeg.getvalue(), "cls": b"%d" % label, "png": png.getvalue()}
                 tar.write({"__key__": f"{split}-{index:06d}", **members})
     return out.getvalue()
-
-
-def replace_whole(path: Path, content: bytes) -> None:
-    """Through a file of this process's own, so that ranks that write at the same time do not meet."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def recorded(record: Path) -> dict | None:

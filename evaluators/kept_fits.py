@@ -18,10 +18,11 @@ import torch
 import xxhash
 from torch import Tensor
 
+from prelude.data.whole_files import write_whole
 from prelude.evaluators.features.bank import FITS
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.results import Outcome, Percent, packed, unpacked, without_none
-from prelude.pretrain.files import Tolerant, write_whole
+from prelude.pretrain.files import Tolerant
 
 FORMAT = 1
 PIECE = 2**24  # bytes

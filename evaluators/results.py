@@ -29,8 +29,9 @@ from rich.text import Text
 from torch import Tensor
 
 from prelude.data.errors import UserError
+from prelude.data.whole_files import write_whole
 from prelude.evaluators.table_text import folded, print_plain, print_whole
-from prelude.pretrain.files import reason, write_whole
+from prelude.pretrain.files import reason
 
 TOP5_FROM = 10  # classes; below, five guesses say little
 TITLES = {

@@ -15,6 +15,7 @@ from prelude.data.absent import told_as
 from prelude.data.counting import counted, listed
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
+from prelude.data.whole_files import write_whole
 from prelude.evaluators.comparing import gathering
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.gathering import Contestant
@@ -37,7 +38,7 @@ from prelude.launch.compared_runs import last_of_each, named_runs, recipe_of, wi
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.launch.frozen import chosen_of, common
 from prelude.pretrain import distributed
-from prelude.pretrain.files import reason, refuse_unwritable, remedy, write_whole
+from prelude.pretrain.files import reason, refuse_unwritable, remedy
 from prelude.pretrain.recipes import nearest_recipe
 
 # 10 % of the labels would take longer than all the rest; `prelude fewshot` has it.

@@ -10,6 +10,7 @@ from prelude.data.errors import UserError
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.select import Selection
 from prelude.data.waiting import wait_at_most
+from prelude.data.whole_files import write_whole
 from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.judging import Evaluator, Judging, judge_all, labelled_shards
 from prelude.evaluators.labelled import Labelled, selection
@@ -17,7 +18,7 @@ from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import chosen, select_section
 from prelude.pretrain import distributed
 from prelude.pretrain.environment import describe_code
-from prelude.pretrain.files import reason, write_whole
+from prelude.pretrain.files import reason
 from prelude.pretrain.sameness import refuse_differences
 
 

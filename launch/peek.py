@@ -15,11 +15,11 @@ from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import channels_of
+from prelude.data.whole_files import whole
 from prelude.launch.training import seen_as as read_as
 from prelude.objectives import options_for
 from prelude.objectives.building import build_objective
 from prelude.objectives.patch_pictures import page
-from prelude.pretrain.files import whole
 from prelude.pretrain.images import denormalise, images
 from prelude.pretrain.recipe_yaml import written
 from prelude.pretrain.recipes import load_config

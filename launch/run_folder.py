@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prelude.data.errors import UserError
+from prelude.data.whole_files import write_whole
 from prelude.pretrain import distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.environment import describe_environment
-from prelude.pretrain.files import Growing, Tolerant, reason, remedy, write_whole
+from prelude.pretrain.files import Growing, Tolerant, reason, remedy
 from prelude.pretrain.monitors import Monitor
 from prelude.pretrain.run_lock import RunLock
 from prelude.pretrain.schedules import Progress

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from prelude.data.errors import UserError
+from prelude.data.whole_files import write_whole
 from prelude.evaluators.comparing.run_record import curves_of, is_finished_as
 from prelude.evaluators.comparing.table import NOTHING, plain
 from prelude.evaluators.table_text import PlainTable, print_plain
@@ -28,7 +29,7 @@ from prelude.launch.combinations import Combination
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.objectives import options_for
 from prelude.pretrain import distributed
-from prelude.pretrain.files import reason, refuse_unwritable, remedy, write_whole
+from prelude.pretrain.files import reason, refuse_unwritable, remedy
 
 PROBES = ("linear", "knn")  # the first decides the order
 TITLES = {"linear": "online linear, top-1 %", "knn": "online k-NN, top-1 %"}

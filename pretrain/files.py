@@ -1,66 +1,26 @@
-"""Writing into a run folder: a file is there whole or as it was, and no file is a reason to end a run.
+"""Writing into a run folder: a file is there whole or as it was (`data.whole_files`), and is no reason to end a run.
 
-- What is replaced is written beside its place, brought to the disk, and renamed: a reader, a kill or a power cut meet
-  the old file or the new one.
 - What grows gets whole lines or none. What the disk does not take is kept in memory and tried again with what follows.
 - Nothing is written through a symbolic link: a link in a file's place is replaced by a file, its target left alone.
-- New files have the permissions that the umask gives.
 """
 
 import errno
 import json
 import logging
 import os
-import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from prelude.data.errors import UserError
+from prelude.data.whole_files import OURS_ALONE, remove, sync_to_disk, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-
-_OURS_ALONE = os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-def write_whole(path: Path, content: str | bytes, draft: Path | None = None) -> None:
-    """Puts `content` in the place of `path` in one operation. draft: where it is written first, `.tmp-NAME` beside it
-    unless given; writers that may meet need a name each. Raises OSError, and the old file is then as it was."""
-    with whole(path, draft) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-@contextmanager
-def whole(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
-    """`write_whole` of what is written to the file that this gives. What is raised meanwhile leaves the old file as it
-    was."""
-    draft = draft or path.with_name(f".tmp-{path.name}")
-    remove(draft)
-    try:
-        with created(draft) as file:  # synced: the replaced file could else come up empty after a power cut
-            yield file
-        os.replace(draft, path)
-    except BaseException:
-        with suppress(OSError):
-            remove(draft)
-        raise
-    sync_to_disk(path.parent)
-
-
-@contextmanager
-def created(path: Path) -> Iterator[BinaryIO]:
-    """A new file, whose bytes are on the disk when the context ends. Raises OSError where something has its name."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666)
-    with open(descriptor, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(descriptor)
 
 
 def save_file(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -68,7 +28,7 @@ def save_file(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]
     import safetensors.torch  # here, so that who writes no tensors starts without torch
 
     remove(path)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OURS_ALONE, 0o666))
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OURS_ALONE, 0o666))
     permissions = stat.S_IMODE(path.stat().st_mode)
     safetensors.torch.save_file(tensors, path, metadata)
     path.chmod(permissions)
@@ -79,14 +39,6 @@ def make_folder(path: Path) -> None:
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     path.mkdir(exist_ok=True)
-
-
-def remove(path: Path) -> None:
-    """A file, a folder with all that is in it, or a link and not what it leads to; nothing where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -118,15 +70,6 @@ def refuse_no_png(path: str, option: str) -> None:
     if not path.lower().endswith(".png"):
         raise UserError(f"{option} {path} does not end in .png; write {os.path.splitext(path)[0]}.png.")
     refuse_to_overwrite(path, option)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Returns when the disk itself, and not only the operating system, has the bytes of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reason(error: OSError) -> str:
@@ -254,7 +197,7 @@ def _step_of(line: bytes) -> int | None:
 
 def _open_to_append(path: Path) -> int:
     # Non-blocking: a pipe in a file's place would wait for a reader.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | _OURS_ALONE
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | OURS_ALONE
     try:
         return os.open(path, flags, 0o666)
     except OSError as error:

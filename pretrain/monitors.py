@@ -23,8 +23,9 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import Tensor
 
+from prelude.data.whole_files import write_whole
 from prelude.pretrain.event_file import EventFile
-from prelude.pretrain.files import Lines, Tolerant, make_folder, write_whole
+from prelude.pretrain.files import Lines, Tolerant, make_folder
 from prelude.pretrain.log_config import EVERY_STEP
 from prelude.pretrain.schedules import Progress
 from prelude.pretrain.trackers.tracker import Tracker

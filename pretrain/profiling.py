@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from prelude.data.whole_files import write_whole
 from prelude.pretrain import distributed
-from prelude.pretrain.files import Tolerant, make_folder, write_whole
+from prelude.pretrain.files import Tolerant, make_folder
 
 _FIRST_STEPS = 3  # which are not typical: memory is asked for, kernels are chosen
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SEAMS = {"data.batch", "data.errors", "data.counting", "data.host"}  # all of it that those above may know
+# all of it that those above may know
+SEAMS = {"data.batch", "data.errors", "data.counting", "data.host", "data.whole_files"}
 ALLOWED = {
     "data": set(),
     "pretrain": {"data"},

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from prelude.checkpoints.exporting.formats import FILES, Format
 from prelude.checkpoints.sources import export_section, is_export
 from prelude.data.errors import UserError
-from prelude.pretrain.files import remove, sync_to_disk
+from prelude.data.whole_files import remove, sync_to_disk
 
 _DRAFT = f".tmp-{socket.gethostname()}-"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)

@@ -30,9 +30,10 @@ from prelude.data.packing.open import open_source
 from prelude.data.packing.plan import VAL, Shard, deal
 from prelude.data.packing.source import Source, SourceOptions
 from prelude.data.packing.workers import write_shards
-from prelude.data.packing.writer import Outcome, ShardWriter, write_json, write_whole
+from prelude.data.packing.writer import Outcome, ShardWriter, write_json
 from prelude.data.remote_index import write_for as write_index_files
 from prelude.data.shards import ShardIndex
+from prelude.data.whole_files import write_whole
 
 VERSION = 1
 CLASSES = "classes.txt"

@@ -18,6 +18,7 @@ from prelude.data.image_files import PassedOver
 from prelude.data.packing.images import prepare
 from prelude.data.packing.plan import Shard
 from prelude.data.packing.source import LeftOut, Source
+from prelude.data.whole_files import write_whole
 
 PARTIAL = ".partial"
 
@@ -138,12 +139,3 @@ class _Hashed:
 
 def write_json(path: str, content: dict) -> None:
     write_whole(path, json.dumps(content, indent=1, default=str) + "\n")
-
-
-def write_whole(path: str, text: str) -> None:
-    """Whole, or not at all."""
-    with open(path + PARTIAL, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + PARTIAL, path)

@@ -26,6 +26,7 @@ from prelude.data.errors import UserError
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import tell_if_dark
+from prelude.data.whole_files import remove, whole, write_whole
 from prelude.evaluators.embedding.formats import beside, format_of, refuse_anothers_list
 from prelude.evaluators.embedding.samples import Keys, pixels_of, place_of, places_of
 from prelude.evaluators.embedding.table import Table
@@ -36,7 +37,7 @@ from prelude.evaluators.features.labels import Labels, class_numbers
 from prelude.evaluators.judging import described, open_source, read_as
 from prelude.evaluators.results import versions
 from prelude.pretrain import distributed
-from prelude.pretrain.files import reason, refuse_to_overwrite, remove, whole, write_whole
+from prelude.pretrain.files import reason, refuse_to_overwrite
 from prelude.pretrain.run_lock import NAME as LOCK
 from prelude.pretrain.run_lock import RunLock
 

@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from prelude.data.whole_files import whole, write_whole
 from prelude.evaluators.embedding.formats import beside
 from prelude.evaluators.embedding.table import KEY, LABEL, SAMPLE_ID, SHARD, UNKNOWN, Column, Table
-from prelude.pretrain.files import whole, write_whole
 
 METADATA, SHARDS, ABOUT = "prelude", "shards", "about"
 KEYS_ENDING, ABOUT_ENDING = ".keys.csv", ".about.json"

@@ -39,11 +39,11 @@ from prelude.data.host import cache_folder
 from prelude.data.loader import one_pass
 from prelude.data.progress import progress_bar
 from prelude.data.shards import ShardIndex
+from prelude.data.whole_files import sync_to_disk
 from prelude.evaluators.features.extraction import Extractor, NothingReadable
 from prelude.evaluators.features.snapshot import snapshot
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts
-from prelude.pretrain.files import sync_to_disk
 from prelude.pretrain.sameness import refuse_differences
 
 FORMAT = 3

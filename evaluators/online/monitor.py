@@ -27,10 +27,11 @@ import prelude
 from prelude.data.class_names import plain_reader
 from prelude.data.errors import UserError
 from prelude.data.value_range import refuse_other_images
+from prelude.data.whole_files import write_whole
 from prelude.evaluators.labelled import labelled_section
 from prelude.pretrain import distributed, stopping
 from prelude.pretrain.config import Config
-from prelude.pretrain.files import read_lines, save_file, write_whole
+from prelude.pretrain.files import read_lines, save_file
 from prelude.pretrain.monitors import Monitor, Report
 from prelude.pretrain.schedules import Progress
 

@@ -21,7 +21,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from prelude.pretrain.files import write_whole
+from prelude.data.whole_files import write_whole
 from prelude.pretrain.trackers.services import HELD_OUT, ONLINE, SERVICES, picture_of
 
 NICENESS = 10

@@ -154,7 +154,7 @@ def test_a_place_that_takes_no_shards_is_refused(tmp_path):
 
 
 def test_what_was_interrupted_is_made_to_its_end(tmp_path, monkeypatch):
-    whole, written = shapes.replace_whole, []
+    whole, written = shapes.keep, []
 
     def dies(path, content):
         if path.name == "train-000001.tar" and not written:
@@ -162,7 +162,7 @@ def test_what_was_interrupted_is_made_to_its_end(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         whole(path, content)
 
-    monkeypatch.setattr(shapes, "replace_whole", dies)
+    monkeypatch.setattr(shapes, "keep", dies)
     with pytest.raises(KeyboardInterrupt):
         write_shards(tmp_path, "train", 30, samples_per_shard=10)
     assert len(write_shards(tmp_path, "train", 30, samples_per_shard=10)) == 3
