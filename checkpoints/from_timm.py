@@ -18,7 +18,7 @@ from prelude.checkpoints.description import Description
 from prelude.checkpoints.source_names import FOLDER, HUB, TIMM
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import of_timm, seeded
 
@@ -134,7 +134,7 @@ def _moved_norm(model: nn.Module, where: str) -> bool:
 
 
 def _not_fetched(where: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = in_one_line(error, 300)
     if where.startswith(FOLDER):
         return UserError(f"{where} does not hold the whole of its model ({reason}); save it again.")
     return UserError(

@@ -24,7 +24,7 @@ from prelude.checkpoints.manifest import (
 from prelude.checkpoints.state.inventory import Inventory, Pieces, Spec
 from prelude.checkpoints.state.scalars import Number
 from prelude.checkpoints.tensor_files import DTYPES, NAMES, Laid, TensorFiles
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def open_checkpoint(path: str | Path, *, checksums: bool = True) -> SavedState:
         raise UserError(f"{path} cannot be read any more ({error}); see to the disk, and start again.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path / STATE} is not what this version writes ({type(error).__name__}: {error}); write another run_dir, "
-            "and resume.checkpoint=PATH of another checkpoint."
+            f"{path / STATE} is not what this version writes ({in_one_line(error, typed=True)}); write another "
+            "run_dir, and resume.checkpoint=PATH of another checkpoint."
         ) from None
 
 

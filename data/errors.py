@@ -21,3 +21,9 @@ class Stopped(Exception):
     """A wait that ended because the process was asked to end; says what was waited for. Run again, it goes on."""
 
     exit_code = 75
+
+
+def in_one_line(error: BaseException, longest: int | None = None, *, typed: bool = False) -> str:
+    """What somebody else's error says, `longest` characters of it; with its type if `typed`, or if it says nothing."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    return (f"{kind}: {text}" if typed and text else text or kind)[:longest]

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from prelude.data.errors import RunStopped
+from prelude.data.errors import RunStopped, in_one_line
 from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, patience, shared_memory, state_of
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
@@ -94,7 +94,7 @@ class Workers:
             for process in set(multiprocessing.active_children()) - before:
                 process.kill()
             raise RunStopped(
-                f"{num_workers} data workers cannot be started ({' '.join(str(error).split())}); {shared_memory()}. "
+                f"{num_workers} data workers cannot be started ({in_one_line(error)}); {shared_memory()}. "
                 f"Write a smaller data.num_workers, or give the job more of what is short."
             ) from error
         self.processes = list(self.batches._workers)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
-from prelude.data.errors import RunStopped, Stopped, UserError
+from prelude.data.errors import RunStopped, Stopped, UserError, in_one_line
 from prelude.pretrain import stopping
 from prelude.pretrain.stopping import INTERRUPTED, PREEMPTED
 
@@ -54,7 +54,7 @@ def door(main: Callable[[], int]) -> int:
         _left(INTERRUPTED, "interrupted")
         return INTERRUPTED
     except Exception as error:
-        _left(1, f"{type(error).__name__}: {error}")
+        _left(1, in_one_line(error, typed=True))
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return UNREAD
         raise

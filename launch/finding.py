@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from prelude.data.errors import in_one_line
+
 
 @dataclass
 class Finding:
@@ -18,5 +20,5 @@ def looked_at(title: str, look: Callable[[], Finding]) -> Finding:
     try:
         return look()
     except Exception as error:  # whatever it is: all else is still to be told
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = in_one_line(error, typed=True)
         return Finding(title, ["not known"], [f"Nothing can be found out of the {title} ({why}); mend that first."])

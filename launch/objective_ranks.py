@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+from prelude.data.errors import in_one_line
 from prelude.launch.exit_codes import door, leave
 
 PLAIN, ACCUMULATED, RESUMED = "plain", "accumulated", "resumed"
@@ -53,7 +54,7 @@ def run_cases(config, folder: Path) -> None:
         try:
             _run_case(config, case, folder, f"{world}-{case}")
         except Exception as error:  # whatever somebody else's code raises is what is looked for here
-            failed[case] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            failed[case] = in_one_line(error, 500, typed=True)
     failures = distributed.of_all(failed)
     if distributed.is_main():
         (folder / f"{world}.json").write_text(json.dumps({k: v for one in failures for k, v in one.items()}))

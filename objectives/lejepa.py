@@ -23,7 +23,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from prelude.data.batch import Batch, View
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.objectives.options import ColourOptions, LeJEPAOptions
 from prelude.objectives.several_views import SeveralViews, attained_by, coloured_view, embedding_health, full_precision
 from prelude.objectives.sigreg import Knots, directions, sigreg
@@ -148,7 +148,7 @@ def _refuse_size(options: LeJEPAOptions, config: EncoderConfig) -> None:
             return
         raise UserError(
             f"encoder.name={config.name} built for {config.size[0]} x {config.size[1]} pixels takes no local views of "
-            f"{height} x {width} ({' '.join(str(error).split())[:200]}); write "
+            f"{height} x {width} ({in_one_line(error, 200)}); write "
             "encoder.kwargs={dynamic_img_size: true} for a vision transformer, another objective.local_size, or "
             "objective.num_local=0 and objective.num_global=4."
         ) from error

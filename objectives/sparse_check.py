@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.objectives.sparse_encoder import SparseEncoder, mixes_neighbours
 from prelude.pretrain.behind_stages import bare_twin, idle_parameters, num_channels
 from prelude.pretrain.encoders import stage_maps
@@ -68,7 +68,7 @@ def survey(model: nn.Module, name: str, image_size: tuple[int, int], grid: tuple
     except _Refused as refusal:
         raise UserError(str(refusal)) from None
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError, UserError) as error:
-        raise UserError(str(watch.refusal(" ".join(str(error).split())))) from error
+        raise UserError(str(watch.refusal(in_one_line(error)))) from error
     stages = {}
     for index, packed in enumerate(encoded.maps):
         cell = encoded.positions.cell_of(packed)
@@ -101,7 +101,7 @@ def total_stride(model: nn.Module, name: str, image_size: tuple[int, int]) -> in
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
         raise UserError(
             f"encoder.name={name} gives no maps of its stages for images of {image_size[0]} x {image_size[1]} pixels "
-            f"({' '.join(str(error).split())}); write a convnet such as resnet50 or convnext_small."
+            f"({in_one_line(error)}); write a convnet such as resnet50 or convnext_small."
         ) from error
 
 

@@ -8,7 +8,7 @@ import difflib
 import json
 from pathlib import Path
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.pretrain import precision as precisions
 from prelude.pretrain.config import Config
 
@@ -115,7 +115,7 @@ def check(config: Config) -> None:
         try:
             DeepSpeedConfig(ours | {key: {**ours[key], **value} if key == "zero_optimization" else value})
         except (DeepSpeedConfigError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            reason = in_one_line(error, _LONGEST_REASON)
             raise UserError(
                 f"deepspeed.{key}={value!r} is refused by DeepSpeed: {reason}; correct it, or remove it."
             ) from error

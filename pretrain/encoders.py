@@ -17,7 +17,7 @@ import torch
 from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.pretrain import encoder_names, own_encoder
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.kept_patches import check_tokens, hold_rotations, is_transformer, token_features
@@ -236,7 +236,7 @@ def _create(config: EncoderConfig) -> nn.Module:
         _refuse_two_sides(config)
         if unknown := re.search(r"unexpected keyword argument '([^']+)'", str(error)):
             raise _no_setting(unknown[1], config) from error
-        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        reason = in_one_line(error, _LONGEST_REASON)
         given = ", ".join(f"{key}={value}" for key, value in {"image_size": config.image_size, **kwargs}.items())
         raise UserError(
             f"timm cannot build encoder.name={name} with {given}: {reason}; correct encoder.kwargs, or write "

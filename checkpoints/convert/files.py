@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 
 CONFIG = "config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -88,5 +88,4 @@ def read_json(path: Path) -> dict:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text.split(". ")[0][:200] or type(error).__name__
+    return in_one_line(error).split(". ")[0][:200]

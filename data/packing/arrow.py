@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
 from prelude.data.packing.columns import Columns, apply_columns
 from prelude.data.packing.extras import needed
@@ -96,7 +96,7 @@ class _ParquetFile:
                 self.schema = file.schema_arrow
                 groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} is no Parquet file ({' '.join(str(error).split()):.80}); mend it.") from None
+            raise UserError(f"{path} is no Parquet file ({in_one_line(error, 80)}); mend it.") from None
         self.starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
         self.num_rows = self.starts[-1]
         self._sizes: Counter[str] = Counter()
@@ -154,7 +154,7 @@ class _ArrowFile:
             except pa.ArrowInvalid:
                 return pa.ipc.open_file(mapped).read_all()
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{self.path} is no Arrow file ({' '.join(str(error).split()):.80}); mend it.") from None
+            raise UserError(f"{self.path} is no Arrow file ({in_one_line(error, 80)}); mend it.") from None
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key != "_table"}

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
 from prelude.data.packing.extras import needed
@@ -82,7 +82,7 @@ def open_zarr(path: str, options: SourceOptions) -> Source:
     try:
         opened = zarr.open(path, mode="r")
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} is no Zarr store ({' '.join(str(error).split()):.80}); correct its name.") from None
+        raise UserError(f"{path} is no Zarr store ({in_one_line(error, 80)}); correct its name.") from None
     arrays = {"": opened} if hasattr(opened, "shape") else dict(opened.arrays())
     stacks = [name for name, array in arrays.items() if array.ndim >= 3]
     image = options.image or (stacks[0] if len(stacks) == 1 else None)
@@ -101,7 +101,7 @@ def _load(path: str, mmap_mode: str | None) -> np.ndarray:
     try:
         loaded = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npy ({' '.join(str(error).split()):.80}); correct it.") from None
+        raise UserError(f"{path} cannot be read as .npy ({in_one_line(error, 80)}); correct it.") from None
     if not isinstance(loaded, np.ndarray):
         loaded.close()
         raise UserError(f"{path} cannot be read as .npy (it is an .npz archive); save one array with np.save.")

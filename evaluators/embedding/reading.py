@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, in_one_line
 from prelude.evaluators.embedding.formats import beside, format_of
 from prelude.evaluators.embedding.table import KEY, LABEL, SAMPLE_ID, SHARD, UNKNOWN
 from prelude.evaluators.embedding.writing import ABOUT, ABOUT_ENDING, KEYS_ENDING, METADATA, SHARDS
@@ -60,9 +60,9 @@ def read(path: str | Path, kind: str | None = None) -> Embedded:
     try:
         return _READERS[format_of(path)](path, kind)
     except _UNREADABLE as error:
-        why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} is no file of features that can be read ({why:.90}); write one that `prelude embed` has made."
+            f"{path} is no file of features that can be read ({in_one_line(error, 90)}); write one that `prelude "
+            "embed` has made."
         ) from None
 
 

@@ -21,6 +21,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from prelude.data.errors import in_one_line
 from prelude.data.whole_files import write_whole
 from prelude.pretrain.trackers.services import HELD_OUT, ONLINE, SERVICES, picture_of
 
@@ -134,7 +135,7 @@ def end_within(seconds: float) -> None:
 
 
 def reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_one_line(error)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
