@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from ports import free_port
-
 from prelude.data.host import num_cores
 from prelude.data.patterns import expand
 from prelude.data.shards import ShardIndex
+from prelude.launch.children import free_port
 from prelude.objectives import options_for
 from prelude.pretrain.config import Config
 from prelude.pretrain.recipes import load_config

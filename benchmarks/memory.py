@@ -20,10 +20,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ports import free_port
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhere
+
+from prelude.launch.children import free_port  # noqa: E402
 
 SMALL = (
     "encoder.name=vit_small_patch16_224",

@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ports import free_port
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhere
+
+from prelude.launch.children import free_port  # noqa: E402
 
 COMMON = ("train.epochs=1", "optimizer.warmup_epochs=0", "train.precision=fp32")
 SMALL = {

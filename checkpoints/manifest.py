@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from prelude.data.counting import counted
+from prelude.data.counting import counted, shortened
 from prelude.pretrain.files import reason
 
 FORMAT = 2  # 1 has other checksums, which a version of before would take for damage
@@ -24,7 +24,6 @@ FILES = (MODEL, OPTIMIZER, STATE)  # of a checkpoint without parts, and by which
 
 # Against accidents, not against forgers: the fastest there is. Checkpoints of before have the other.
 _CHECKSUMS = {"xxh3_128": xxhash.xxh3_128, "blake2b": hashlib.blake2b}
-_NAMED = 5  # of however many files that are wrong
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def joined(faults: list[Fault]) -> Fault | None:
     """Several as one; None for none."""
     if not faults:
         return None
-    more = f"; and {len(faults) - _NAMED} more files" if len(faults) > _NAMED else ""
-    return Fault("; ".join(fault.why for fault in faults[:_NAMED]) + more, all(fault.lost for fault in faults))
+    return Fault(shortened([fault.why for fault in faults], between="; "), all(fault.lost for fault in faults))
 
 
 def _fault_of(path: Path, listed: Listed, checksums: bool) -> Fault | None:

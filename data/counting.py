@@ -25,5 +25,10 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
+def shortened(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    return between.join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
+
+
 def size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"

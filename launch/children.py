@@ -48,7 +48,7 @@ def run_door(
     begins with `name`, unless it is to be `quiet`, or goes to `show`. Returns None, or in one sentence why it failed.
     Raises Preempted."""
     script = [str(DOORS / f"{door}.py"), *arguments]
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(_free_port())]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), *script]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -93,7 +93,7 @@ def _print_under(name: str, text: str) -> None:
 def _silence(text: str) -> None: ...
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -240,9 +240,6 @@ class OptimizerConfig(Section):
             raise ValueError("write epochs above 0 in growing order, such as [60, 120, 160]")
         return value
 
-    def _is_set(self, key: str) -> bool:
-        return getattr(self, key) != type(self).model_fields[key].default
-
 
 class TrainConfig(Section):
     epochs: float = Field(gt=0, le=1_000_000)  # passes over the data, or a part of one

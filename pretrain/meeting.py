@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import torch.distributed as dist
 
+from prelude.data.counting import shortened
 from prelude.data.errors import RunStopped, UserError
 
 _LOOK_EVERY = 0.2  # seconds
@@ -158,7 +159,7 @@ def _wait_for_first(store: dist.Store, rank: int, address, until: float) -> None
 
 
 def named(ranks: list[int], most: int = 8) -> str:
-    listed = ", ".join(map(str, ranks[:most])) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
+    listed = shortened([str(rank) for rank in ranks], most)
     return f"Rank {listed}" if len(ranks) == 1 else f"Ranks {listed}"
 
 

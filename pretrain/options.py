@@ -24,6 +24,9 @@ class Strict(BaseModel):
             raise PydanticCustomError("not_a_number", "true and false are no numbers")
         return value
 
+    def _is_set(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
 
 class Section(Strict):
     """A section of a config, whose defaults are as strict as what is written."""

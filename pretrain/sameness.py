@@ -4,11 +4,10 @@ Ranks with other shards, another config or other code would train together to th
 trained.
 """
 
+from prelude.data.counting import shortened
 from prelude.data.errors import UserError
 from prelude.pretrain import distributed
 from prelude.pretrain.resume import flat
-
-_MOST = 5  # differences that are listed
 
 
 def refuse_differences(facts: dict) -> None:
@@ -24,10 +23,9 @@ def refuse_differences(facts: dict) -> None:
     if not different:
         return
     rank, other_host, names, other = different[0]
-    listed = [f"{name} is {other.get(name)} there, {first.get(name)} on rank 0" for name in names[:_MOST]]
-    more = f"; and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    listed = [f"{name} is {other.get(name)} there, {first.get(name)} on rank 0" for name in names]
     also = f" So do {len(different) - 1} other ranks." if len(different) > 1 else ""
     raise UserError(
-        f"Rank {rank} on {other_host} differs from rank 0 on {host}: {'; '.join(listed)}{more}.{also} Give all nodes "
-        "the same shards, config and code, and start again."
+        f"Rank {rank} on {other_host} differs from rank 0 on {host}: {shortened(listed, between='; ')}.{also} Give "
+        "all nodes the same shards, config and code, and start again."
     )

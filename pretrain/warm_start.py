@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prelude.data.counting import shortened
 from prelude.data.errors import UserError
 
 _MARK = "_keeps_its_weights"  # of an encoder
@@ -81,9 +82,8 @@ def _put(objective: nn.Module, parts: dict[str, Tensor], name: str, where: str) 
         if key in parts and parts[key].shape != state[key].shape
     ]
     if mistakes:
-        more = f", and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
         raise UserError(
-            f"{where} does not hold the own parts of objective.name={name}: {', '.join(mistakes[:5])}{more}; write the "
+            f"{where} does not hold the own parts of objective.name={name}: {shortened(mistakes)}; write the "
             "options that they were trained with, or encoder.own_parts=false."
         )
     for key in wanted:

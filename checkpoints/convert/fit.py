@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from prelude.checkpoints.convert.mistakes import mistakes_in_words
 from prelude.checkpoints.convert.resample import RULES, adapt_channels, resample_patches, resample_table
 from prelude.checkpoints.convert.weights import Weights
-from prelude.data.counting import counted
+from prelude.data.counting import counted, shortened
 from prelude.data.errors import UserError
 from prelude.pretrain.own_encoder import gives
 
-_SHOWN = 5
 _COUNTER = ".num_batches_tracked"
 _POOLING = "attn_pool."
 
@@ -33,9 +32,9 @@ class Fitted:
     def sentence(self, weights: Weights) -> str:
         parts = [f"{weights.where}: {weights.format}, {self.loaded} of {self.total} tensors loaded", *self.changes]
         if self.new:
-            parts.append(f"new are {_listed(self.new)}")
+            parts.append(f"new are {shortened(self.new)}")
         if self.unused:
-            parts.append(f"not used are {_listed(self.unused)}")
+            parts.append(f"not used are {shortened(self.unused)}")
         if weights.left_out:
             parts.append("left out " + ", ".join(f"{name} ({n})" for name, n in sorted(weights.left_out.items())))
         return ", ".join(parts)
@@ -70,12 +69,12 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
     )
     if mistakes:
         raise UserError(
-            f"{weights.where} ({weights.format}) does not hold the weights of {name}: {_listed(mistakes)}; write the "
+            f"{weights.where} ({weights.format}) does not hold the weights of {name}: {shortened(mistakes)}; write the "
             "encoder that they were trained with."
         )
     damaged = [n for n, tensor in found.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if damaged:
-        raise UserError(f"{weights.where} has numbers that are not finite in {_listed(damaged)}; fetch it again.")
+        raise UserError(f"{weights.where} has numbers that are not finite in {shortened(damaged)}; fetch it again.")
     if not any(found[n].any() for n in wanted if n in found and found[n].ndim > 1):
         raise UserError(f"{weights.where} holds zeros where weights should be; fetch or save it again.")
     for tensor_name, target in wanted.items():
@@ -94,7 +93,7 @@ def _refuse_other_kinds(wanted: dict, found: dict, weights: Weights, name: str) 
     ]
     if wrong:
         raise UserError(
-            f"{weights.where} ({weights.format}) has numbers of another kind than {name}: {_listed(wrong)}; write "
+            f"{weights.where} ({weights.format}) has numbers of another kind than {name}: {shortened(wrong)}; write "
             "weights in floating point."
         )
 
@@ -239,8 +238,3 @@ def _has_table(model: nn.Module) -> bool:
 
 def _by(sides: tuple[int, int]) -> str:
     return f"{sides[0]} x {sides[1]}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    more = f", and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
-    return ", ".join(words[:_SHOWN]) + more

@@ -4,6 +4,7 @@ import torch
 
 from prelude.checkpoints.state.holders import Holder, holders_of, named_tensors, optimizer_of, shape_of
 from prelude.checkpoints.state.inventory import Inventory
+from prelude.data.counting import shortened
 from prelude.data.errors import UserError
 
 
@@ -31,7 +32,7 @@ def misfit(engine, state: Inventory) -> str | None:
         ("shapes differ (saved against this model)", differing),
     ]
     if any(names for _, names in parts):
-        what = "; ".join(f"{label}: {_listed(names)}" for label, names in parts if names)
+        what = "; ".join(f"{label}: {shortened(names)}" for label, names in parts if names)
         return f"The checkpoint belongs to another model: {what}; build the model that it was saved from."
     name = type(optimizer_of(engine)).__name__
     if state.optimizer != name and state.moments:
@@ -42,7 +43,7 @@ def misfit(engine, state: Inventory) -> str | None:
 def _optimizer_misfit(holders: list[Holder], state: Inventory) -> str | None:
     trained = {name for holder in holders for name in holder.members}
     if strangers := [name for name in state.moments if name not in trained]:
-        return f"The checkpoint trained parameters that are frozen here: {_listed(strangers)}; train the same ones."
+        return f"The checkpoint trained parameters that are frozen here: {shortened(strangers)}; train the same ones."
     for holder in (holder for holder in holders if holder.partitioned):
         # What all members of a holder share is kept once there, so they have to agree.
         described = {name: (_kinds(state, name), state.scalars.get(name)) for name in holder.members}
@@ -55,7 +56,7 @@ def _optimizer_misfit(holders: list[Holder], state: Inventory) -> str | None:
         ]
         if uneven:
             return (
-                f"The optimizer's state of {_listed(uneven)} differs in kind from that of its neighbours, which "
+                f"The optimizer's state of {shortened(uneven)} differs in kind from that of its neighbours, which "
                 f"ZeRO cannot hold; write train.zero_stage=0."
             )
     return None
@@ -63,8 +64,3 @@ def _optimizer_misfit(holders: list[Holder], state: Inventory) -> str | None:
 
 def _kinds(state: Inventory, name: str) -> dict[str, torch.dtype]:
     return {key: moment.dtype for key, moment in state.moments.get(name, {}).items()}
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -93,9 +93,6 @@ class FineTuneOptions(Options):
             raise ValueError("objective.attention_labels=mixpro is of a softmax; write transmix, or loss=softmax")
         return self
 
-    def _is_set(self, key: str) -> bool:
-        return getattr(self, key) != type(self).model_fields[key].default
-
 
 def check_recipe(recipe: str | Path, overrides: list[str] = ()) -> None:
     """Raises UserError for what is wrong with a recipe whatever its source and its labels are."""

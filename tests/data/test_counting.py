@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prelude.data.counting import counted, listed, size
+from prelude.data.counting import counted, listed, shortened, size
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,11 @@ def test_the_word_follows_the_number(number, what, said):
 
 def test_names_are_listed_as_one_says_them():
     assert [listed(["a", "b", "c"][:count]) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_of_many_names_the_first_are_told():
+    assert shortened(["a", "b", "c"], most=3) == "a, b, c"
+    assert shortened(["a", "b", "c"], most=1, between="; ") == "a; and 2 more"
 
 
 def test_a_size_is_told_in_gib_from_one_on():
