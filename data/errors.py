@@ -4,6 +4,8 @@ They stand on the lowest floor so that every folder can raise them; the doors in
 sentence without a traceback and leave with the exit code of the class.
 """
 
+import os
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message says what is wrong, where, and what to write instead."""
@@ -21,3 +23,9 @@ class Stopped(Exception):
     """A wait that ended because the process was asked to end; says what was waited for. Run again, it goes on."""
 
     exit_code = 75
+
+
+def cause_of(error: OSError) -> str:
+    """Why the system did not do it, in a few words. What raises an OSError need not give it the system's words."""
+    words = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    return words or type(error).__name__

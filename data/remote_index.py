@@ -17,7 +17,7 @@ from prelude.data import index_file, stores
 from prelude.data.absent import unreadable
 from prelude.data.checksums import Digests
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.data.host import cache_folder
 from prelude.data.index_file import Entry
 from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
@@ -187,7 +187,7 @@ def _write(shard: RemoteShard, entry: Entry, image: str = "") -> None:
             aside.unlink(missing_ok=True)
     except OSError as error:
         _made_here[shard.cache_name, image] = entry
-        _warn_unkept(str(kept.parent), error.strerror)
+        _warn_unkept(str(kept.parent), cause_of(error))
 
 
 _made_here: dict[tuple[str, str], Entry] = {}  # where nothing can be kept

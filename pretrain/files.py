@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +133,7 @@ def reason(error: OSError) -> str:
     """Why the disk did not take it, in a few words."""
     if error.errno == errno.ELOOP:
         return "it is a symbolic link, and nothing is written through one"
-    return error.strerror or str(error) or type(error).__name__
+    return cause_of(error)
 
 
 def remedy(error: OSError, otherwise: str) -> str:
