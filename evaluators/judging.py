@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from prelude.checkpoints.source_names import RANDOM, has_folder, path_of
+from prelude.checkpoints import source_names
+from prelude.checkpoints.source_names import RANDOM
 from prelude.checkpoints.sources import OpenedEncoder, describe, open_encoder
 from prelude.checkpoints.store import recorded_config
 from prelude.data.decode import MAX_PIXELS, ValueRange
@@ -294,15 +295,8 @@ def vector_format(
 
 
 def run_of(source: str) -> Path | None:
-    """The folder of the run that a source belongs to: itself, or where its checkpoint or export lies."""
-    if is_pixels(source) or not has_folder(source):
-        return None
-    folder = path_of(source).absolute()
-    for candidate in (folder, *folder.parents[:2]):
-        checkpoints = candidate / "checkpoints"
-        if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
-            return candidate
-    return None
+    """As `source_names.run_of`; pixels belong to no run."""
+    return None if is_pixels(source) else source_names.run_of(source)
 
 
 def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
