@@ -315,7 +315,7 @@ def read_as(
     sources: Sequence[str], value_range: ValueRange | Literal["auto"] | None
 ) -> tuple[ValueRange | Literal["auto"] | None, int, int | None]:
     """The range of values, where none is given that of the sources' runs, the largest image, and the number of
-    channels, where a run says it.
+    channels, where a run says it or `auto` needs it.
 
     Raises UserError where runs differ in their range: all are shown the same images.
     """
@@ -329,7 +329,11 @@ def read_as(
             f"The runs of {', '.join(sources)} differ in data.range ({ranges[0]} and {unlike[0]}), and all are shown "
             f"the same images; write --range LOW,HIGH, or judge them one by one."
         )
-    return value_range or (ranges or [None])[0], (limits or [MAX_PIXELS])[0], (channels or [None])[0]
+    value_range = value_range or (ranges or [None])[0]
+    if value_range == "auto" and not channels:  # which pages of a TIFF are channels then depends on the encoder alone
+        encoders = [source for source in sources if not (is_pixels(source) or is_recipe(source))]
+        channels = [describe(source.removeprefix(RANDOM)).config.in_chans for source in encoders[:1]] or [3]
+    return value_range, (limits or [MAX_PIXELS])[0], (channels or [None])[0]
 
 
 def is_recipe(source: str) -> bool:
