@@ -10,6 +10,7 @@ from prelude.data import select
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
+from prelude.data.order import Shuffle
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
 
@@ -155,6 +156,13 @@ def test_keys_that_cannot_be_read_are_told_why_whatever_the_error_says(index, wr
     monkeypatch.setattr(select, "called", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match=rf"cannot be read \({told}.*\); write a file that can"):
         selected(index, selection, "data.select")
+
+
+def test_a_stream_has_no_order_to_set():
+    how = {"seed": 0, "micro_batch": 1, "num_samples": 3, "allow_commands": True}
+    with pytest.raises(UserError, match="data.shuffle has no effect on pipe:cat x.tar, a stream"):
+        build_loader("pipe:cat x.tar", PLAN, shuffle=Shuffle(window=3), **how)
+    build_loader("pipe:cat x.tar", PLAN, **how).close()
 
 
 def test_a_stream_has_no_part():
