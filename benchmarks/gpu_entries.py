@@ -125,7 +125,12 @@ def predicted(toy: bool) -> dict:
     found = {}
     for name, (recipe, encoder, images, toy_recipe) in list(STEPS.items())[: 1 if toy else None]:
         images = _TOY_IMAGES if toy else images
-        settings = ["data.shards=unused", "optimizer.warmup_epochs=0", f"train.global_batch={images}"]
+        settings = [
+            "data.shards=unused",
+            "optimizer.warmup_epochs=0",
+            "optimizer.warmup_lr=0",
+            f"train.global_batch={images}",
+        ]
         settings += ["train.precision=bf16", *([f"encoder.name={encoder}"] if encoder and not toy else [])]
         config = load_config(toy_recipe if toy else recipe, settings, options_for)
         said = preview(config, build_objective(config), num_samples=images, world_size=1, precision="bf16")
@@ -139,7 +144,13 @@ def check_recipe(name: str) -> None:
     from prelude.pretrain.recipes import load_config
 
     recipe, encoder, images, _ = STEPS[name]
-    settings = ["data.shards=unused", "train.epochs=1", "optimizer.warmup_epochs=0", f"train.global_batch={images}"]
+    settings = [
+        "data.shards=unused",
+        "train.epochs=1",
+        "optimizer.warmup_epochs=0",
+        "optimizer.warmup_lr=0",
+        f"train.global_batch={images}",
+    ]
     settings += [f"encoder.name={encoder}"] if encoder else []
     check_objective(load_config(recipe, settings, options_for))
 
@@ -183,7 +194,12 @@ def _engine(name: str, toy: bool, compiled: bool, images: int, monitors: list):
 
     device = distributed.start()
     recipe, encoder, _, toy_recipe = STEPS[name]
-    settings = ["data.shards=unused", f"run_dir={tempfile.gettempdir()}/unused", "optimizer.warmup_epochs=0"]
+    settings = [
+        "data.shards=unused",
+        f"run_dir={tempfile.gettempdir()}/unused",
+        "optimizer.warmup_epochs=0",
+        "optimizer.warmup_lr=0",
+    ]
     settings += [f"train.epochs={_num_steps(name, toy)}", f"train.global_batch={images}"]
     settings += [f"train.precision={'fp32' if toy else 'bf16'}", f"train.compile={str(compiled).lower()}"]
     settings += [f"log.every_steps={_every(toy)}", "log.pictures_every_steps=0"]

@@ -35,7 +35,12 @@ def fed(toy: bool, seconds: float, folder: Path) -> dict:
         raise RuntimeError(packed.stderr.strip().splitlines()[-1])
     found = {}
     for name, shards in (("photos", photos), ("packed", f"{folder}/packed/*.tar")):
-        settings = [f"data.shards={shards}", "optimizer.warmup_epochs=0", f"log.every_steps={1 if toy else 10}"]
+        settings = [
+            f"data.shards={shards}",
+            "optimizer.warmup_epochs=0",
+            "optimizer.warmup_lr=0",
+            f"log.every_steps={1 if toy else 10}",
+        ]
         settings += ["train.global_batch=16", "train.epochs=2"] if toy else ["train.global_batch=512"]
         run_dir = folder / f"mae-{name}"
         records = _trained("mae_cifar10" if toy else "mae_vit_base", settings, run_dir, seconds / 2)
@@ -52,7 +57,9 @@ def run(toy: bool, seconds: float, folder: Path) -> dict:
     write_shards(folder / "shapes", "test", 32 if toy else 2_000)
     train, test, run_dir = f"{folder}/shapes/train-*.tar", f"{folder}/shapes/test-*.tar", folder / "barlow"
     settings = [f"data.shards={train}"]
-    settings += ["train.global_batch=16", "train.epochs=1", "optimizer.warmup_epochs=0"] if toy else []
+    settings += (
+        ["train.global_batch=16", "train.epochs=1", "optimizer.warmup_epochs=0", "optimizer.warmup_lr=0"] if toy else []
+    )
     records = _trained("barlow_cifar10", settings, run_dir, seconds)
     found = {"steps": records[-1]["step"], "of": records[-1]["num_steps"], "loss": records[-1]["loss"]}
     found |= _speeds(records)

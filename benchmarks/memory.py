@@ -30,9 +30,16 @@ SMALL = (
     "encoder.kwargs.depth=6",
     "train.epochs=1",
     "optimizer.warmup_epochs=0",
+    "optimizer.warmup_lr=0",
     "train.precision=fp32",
 )
-TINY = ("train.epochs=1", "optimizer.warmup_epochs=0", "train.precision=fp32", "train.global_batch=32")
+TINY = (
+    "train.epochs=1",
+    "optimizer.warmup_epochs=0",
+    "optimizer.warmup_lr=0",
+    "train.precision=fp32",
+    "train.global_batch=32",
+)
 # name: (ranks, recipe, overrides)
 CASES = {
     "mae": (1, "mae_vit_base", (*SMALL, "train.global_batch=8")),

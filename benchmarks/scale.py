@@ -28,7 +28,7 @@ from ports import free_port
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))  # so that it runs as a script from anywhere
 
-COMMON = ("train.epochs=1", "optimizer.warmup_epochs=0", "train.precision=fp32")
+COMMON = ("train.epochs=1", "optimizer.warmup_epochs=0", "optimizer.warmup_lr=0", "train.precision=fp32")
 SMALL = {
     "mae": ("mae_cifar10", ()),
     "ijepa": ("ijepa_cifar10", ()),
