@@ -21,3 +21,15 @@ def path_of(source: str) -> Path:
     """The folder or file that a source lies in; see `has_folder`."""
     path = bare(source).removeprefix(FOLDER)
     return Path(path if Path(path).exists() else path.partition("#")[0])
+
+
+def run_of(source: str) -> Path | None:
+    """The folder of the run that a source belongs to: itself, or where its checkpoint or export lies."""
+    if not has_folder(source):
+        return None
+    folder = path_of(source).absolute()
+    for candidate in (folder, *folder.parents[:2]):
+        checkpoints = candidate / "checkpoints"
+        if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
+            return candidate
+    return None

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, cause_of
 
 _KEY = re.compile(r"\bdata\.shards\b(=)?")
 _IMAGE = re.compile(r"\bdata\.image\b(=)?")
@@ -79,6 +79,5 @@ def no_match(path: str, pattern: str, name: str = "data.shards=") -> UserError:
 
 def unreadable(path: str, error: OSError) -> UserError:
     return UserError(
-        f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}); mend it, or leave it out of "
-        f"data.shards."
+        f"{path} cannot be read on {socket.gethostname()} ({cause_of(error)}); mend it, or leave it out of data.shards."
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prelude.data.counting import counted
+from prelude.data.errors import cause_of
 from prelude.data.tar_index import Problem
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class BadSamples:
             with open(self.path, "a", opener=_not_through_a_link) as file:
                 file.write(text)  # one write, so that ranks do not cut each other's lines
         except OSError as error:
-            log.warning("bad samples are not listed: %s cannot be written (%s)", self.path, error.strerror)
+            log.warning("bad samples are not listed: %s cannot be written (%s)", self.path, cause_of(error))
             self.path = None  # a list that nobody can read is no reason to end a run
 
 

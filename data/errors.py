@@ -4,6 +4,8 @@ They stand on the lowest floor so that every folder can raise them; the doors in
 sentence without a traceback and leave with the exit code of the class.
 """
 
+import os
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message says what is wrong, where, and what to write instead."""
@@ -27,3 +29,9 @@ def in_one_line(error: BaseException, longest: int | None = None, *, typed: bool
     """What somebody else's error says, `longest` characters of it; with its type if `typed`, or if it says nothing."""
     kind, text = type(error).__name__, " ".join(str(error).split())
     return (f"{kind}: {text}" if typed and text else text or kind)[:longest]
+
+
+def cause_of(error: OSError) -> str:
+    """Why the system did not do it, in a few words. What raises an OSError need not give it the system's words."""
+    words = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    return words or type(error).__name__

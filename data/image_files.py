@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff", "gif", "pgm", "pbm", "jp2", "avif")
 """In order of preference: a sample with `jpg` and `png` is an image with, most likely, a mask."""
@@ -66,7 +66,7 @@ def list_images(root: str) -> FolderListing:
         except OSError as error:
             if not inside or error.errno not in OF_THE_FILE:
                 raise
-            listing.passed_over.append(PassedOver(inside, f"folder cannot be read: {error.strerror}", True))
+            listing.passed_over.append(PassedOver(inside, f"folder cannot be read: {cause_of(error)}", True))
             continue
         for entry in entries:
             name = f"{inside}/{entry.name}" if inside else entry.name
@@ -133,7 +133,7 @@ def _status(entry: os.DirEntry, name: str, listing: FolderListing) -> os.stat_re
     except OSError as error:
         if error.errno not in OF_THE_FILE:
             raise
-        reason = "broken link" if entry.is_symlink() else f"cannot be read: {error.strerror}"
+        reason = "broken link" if entry.is_symlink() else f"cannot be read: {cause_of(error)}"
         listing.passed_over.append(PassedOver(name, reason, bool(image_extension_of(name))))
         return None
 

@@ -7,7 +7,6 @@
   the images, named as members of a tar are: `7.txt` and `7.json` for `7.jpg`.
 """
 
-import errno
 import hashlib
 import io
 import os
@@ -16,7 +15,7 @@ import zlib
 import numpy as np
 
 from prelude.data.decode import BadImage
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.data.image_files import folders_of, list_images
 from prelude.data.labels import FOLDERS
 from prelude.data.tar_index import Problem, TarIndex
@@ -140,7 +139,7 @@ def open_folder(path: str) -> ImageFolder:
             )
         folder = ImageFolder(path)
     except OSError as error:
-        reason = error.strerror or errno.errorcode.get(error.errno, "")
+        reason = cause_of(error)
         raise UserError(f"{path} in data.shards cannot be read ({reason}); correct data.shards.") from None
     if not folder.names:
         raise UserError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from prelude.data.errors import cause_of
 from prelude.data.host import cache_folder
 from prelude.data.locks import alone
 from prelude.data.places import Mapped, Places, write_images
@@ -60,7 +61,7 @@ def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
             keep(path, f"{found} {hash_of([of, found])}".encode())
             return found
     except OSError as error:
-        warn_unkept(str(folder()), error.strerror or str(error))
+        warn_unkept(str(folder()), cause_of(error))
         return compute()
 
 
@@ -80,7 +81,7 @@ def kept_numbers(
                     table = Mapped(path)
         return table, table.about
     except OSError as error:
-        warn_unkept(str(folder()), error.strerror or str(error))
+        warn_unkept(str(folder()), cause_of(error))
         return compute()
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from prelude.data import index_file, remote_index
 from prelude.data.absent import unreadable
-from prelude.data.errors import RunStopped
+from prelude.data.errors import RunStopped, cause_of
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
 from prelude.data.index_file import Entry
@@ -76,7 +76,7 @@ def load_all(paths: Sequence[str], label: str, images: Sequence[str]) -> Kept:
     try:
         kept = _opened(sought) or called(lambda: _made(sought), sought.waits_for)
     except OSError as error:
-        warn_unkept(str(folder()), error.strerror or str(error))
+        warn_unkept(str(folder()), cause_of(error))
         return _in_memory(paths, label, images)
     for path, shard in zip(paths, kept.shards, strict=True):
         if shard.sha256:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prelude.data.checksums import Digests
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.locks import is_at, lock
 from prelude.data.waiting import moved
 from prelude.data.whole_files import own_draft, write_whole
@@ -90,7 +90,7 @@ class NodeCache:
             if error.errno in _FULL:
                 raise _unwritable(self.folder, error) from None
             raise UserError(
-                f"data.cache_dir={self.folder} cannot be written or locked ({error.strerror or error}), and remote "
+                f"data.cache_dir={self.folder} cannot be written or locked ({cause_of(error)}), and remote "
                 f"shards are kept there; write a folder on a disk of this node."
             ) from None
 
@@ -345,6 +345,6 @@ def _warn_full(folder: str) -> None:
 
 def _unwritable(folder: str, error: OSError) -> RunStopped:
     return RunStopped(
-        f"A remote shard cannot be kept in data.cache_dir={folder} ({error.strerror or error}); make room there, or "
+        f"A remote shard cannot be kept in data.cache_dir={folder} ({cause_of(error)}); make room there, or "
         f"write a folder on another disk."
     )

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from prelude.data.decode import BadImage
+from prelude.data.errors import cause_of
 from prelude.data.image_folder import ImageFolder
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.waiting import doing, moved, open_file
@@ -42,7 +43,7 @@ class OpenFiles:
                 file = self._file(shard)  # held until the read is done: another thread may drop it meanwhile
                 content = os.pread(file.fd, size, offset)
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+            raise BadImage(f"cannot be read: {cause_of(error)}") from error
         moved()
         if len(content) < size:
             raise BadImage("the shard has become shorter")

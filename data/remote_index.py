@@ -15,7 +15,7 @@ from prelude.data import index_file, stores
 from prelude.data.absent import unreadable
 from prelude.data.checksums import Digests
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.data.host import cache_folder
 from prelude.data.index_file import Entry
 from prelude.data.kept_files import keep, warn_unkept
@@ -177,7 +177,7 @@ def _write(shard: RemoteShard, entry: Entry, image: str = "") -> None:
         keep(kept, index_file.write({shard.name: entry}))
     except OSError as error:
         _made_here[shard.cache_name, image] = entry
-        warn_unkept(str(kept.parent), error.strerror or str(error))
+        warn_unkept(str(kept.parent), cause_of(error))
 
 
 _made_here: dict[tuple[str, str], Entry] = {}  # where nothing can be kept

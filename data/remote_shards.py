@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from prelude.data import stores
 from prelude.data.checksums import computable
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.host import cache_folder
 from prelude.data.node_cache import GIB, NodeCache, Writer
 from prelude.data.waiting import doing, in_threads, moved, open_file
@@ -105,7 +105,7 @@ class RemoteShard(str):
             return use()
         except OSError as error:
             raise RunStopped(
-                f"data.cache_dir={self.cache.folder} cannot be used ({error.strerror or error}); mend it, or write "
+                f"data.cache_dir={self.cache.folder} cannot be used ({cause_of(error)}); mend it, or write "
                 f"another folder."
             ) from error
 

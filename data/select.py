@@ -14,7 +14,7 @@ import numpy as np
 from prelude.data.class_names import plain_reader
 from prelude.data.counting import counted
 from prelude.data.decode import BadImage
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.data.labels import no_label
 from prelude.data.members import label_members
 from prelude.data.order import permutation
@@ -120,7 +120,7 @@ def _lines(path: str, where: str) -> list[str]:
     try:
         lines = [line.strip() for line in called(read, f"the keys in {path}").splitlines()]
     except OSError as error:
-        raise UserError(f"{where}.keys={path} cannot be read ({error.strerror}); write a file that can.") from None
+        raise UserError(f"{where}.keys={path} cannot be read ({cause_of(error)}); write a file that can.") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}.keys={path} is no text; write one key a line.") from None
     if not any(lines):

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.data.kept_files import keep
 
 CLASSES = ("vertical", "horizontal", "diagonal", "zigzag", "rings", "checks", "grid", "bricks", "dots", "hoops")
@@ -77,7 +77,7 @@ def written_once(
         keep(record, json.dumps({**wanted, "sizes": sizes_of(shards)}).encode())
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written ({error.strerror}); make room there, or write another folder."
+            f"{folder} cannot be written ({cause_of(error)}); make room there, or write another folder."
         ) from None
     return shards
 

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from prelude.checkpoints.source_names import RANDOM, has_folder, path_of
+from prelude.checkpoints import source_names
+from prelude.checkpoints.source_names import RANDOM
 from prelude.checkpoints.sources import OpenedEncoder, describe, open_encoder
 from prelude.checkpoints.store import recorded_config
 from prelude.data.decode import MAX_PIXELS, ValueRange
@@ -294,15 +295,8 @@ def vector_format(
 
 
 def run_of(source: str) -> Path | None:
-    """The folder of the run that a source belongs to: itself, or where its checkpoint or export lies."""
-    if is_pixels(source) or not has_folder(source):
-        return None
-    folder = path_of(source).absolute()
-    for candidate in (folder, *folder.parents[:2]):
-        checkpoints = candidate / "checkpoints"
-        if checkpoints.is_dir() and ((candidate / "config.yaml").is_file() or any(checkpoints.glob("step-*"))):
-            return candidate
-    return None
+    """As `source_names.run_of`; pixels belong to no run."""
+    return None if is_pixels(source) else source_names.run_of(source)
 
 
 def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
@@ -321,7 +315,7 @@ def read_as(
     sources: Sequence[str], value_range: ValueRange | Literal["auto"] | None
 ) -> tuple[ValueRange | Literal["auto"] | None, int, int | None]:
     """The range of values, where none is given that of the sources' runs, the largest image, and the number of
-    channels, where a run says it.
+    channels, where a run says it or `auto` needs it.
 
     Raises UserError where runs differ in their range: all are shown the same images.
     """
@@ -335,7 +329,11 @@ def read_as(
             f"The runs of {', '.join(sources)} differ in data.range ({ranges[0]} and {unlike[0]}), and all are shown "
             f"the same images; write --range LOW,HIGH, or judge them one by one."
         )
-    return value_range or (ranges or [None])[0], (limits or [MAX_PIXELS])[0], (channels or [None])[0]
+    value_range = value_range or (ranges or [None])[0]
+    if value_range == "auto" and not channels:  # which pages of a TIFF are channels then depends on the encoder alone
+        encoders = [source for source in sources if not (is_pixels(source) or is_recipe(source))]
+        channels = [describe(source.removeprefix(RANDOM)).config.in_chans for source in encoders[:1]] or [3]
+    return value_range, (limits or [MAX_PIXELS])[0], (channels or [None])[0]
 
 
 def is_recipe(source: str) -> bool:

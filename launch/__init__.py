@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if sys.argv[0] == "-m":  # `python -m prelude.launch.pretrain`: no script has run yet that could do it
+    from prelude.launch import missing_package
     from prelude.pretrain import stopping
 
+    missing_package.tell_while_imported()
     stopping.listen()

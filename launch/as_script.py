@@ -15,6 +15,8 @@ if (_checkout / "prelude").is_dir():
     sys.path.insert(0, str(_checkout))
 
 import prelude.launch  # noqa: E402, F401  what it sets has to be there before torch is imported
+from prelude.launch import missing_package  # noqa: E402
 from prelude.pretrain import stopping  # noqa: E402
 
+missing_package.tell_while_imported()
 stopping.listen()

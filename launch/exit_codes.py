@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from prelude.data.errors import RunStopped, Stopped, UserError, in_one_line
+from prelude.launch.missing_package import refusal
 from prelude.pretrain import stopping
 from prelude.pretrain.stopping import INTERRUPTED, PREEMPTED
 
@@ -65,6 +66,10 @@ def _explained(main: Callable[[], int]) -> int:
         return main()
     except MemoryError as error:
         raise _too_large(error) from None
+    except ModuleNotFoundError as error:
+        if told := refusal(error):
+            raise told from None
+        raise
     except RuntimeError as error:
         if _NO_ROOM.search(f"{type(error).__name__}: {error}"):
             raise _too_large(error) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prelude.data import host
 from prelude.data.counting import counted, size
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.launch.finding import Finding, looked_at
 from prelude.pretrain import launchers
 
@@ -65,7 +65,7 @@ def current_folder() -> Finding:
     try:
         return Finding("folder", [os.getcwd()])
     except OSError as error:
-        wrong = f"The folder that this was started in is gone ({error.strerror}), and torch cannot be loaded in none"
+        wrong = f"The folder that this was started in is gone ({cause_of(error)}), and torch cannot be loaded in none"
         return Finding("folder", ["none"], [f"{wrong}; write `cd FOLDER` of one that is there."])
 
 
@@ -220,7 +220,7 @@ def _folder(title: str, place: Path, remedy: str, needs_locks: bool = False) -> 
     try:
         free = shutil.disk_usage(there).free
     except OSError as error:
-        wrong = f"{place} cannot be looked at ({error.strerror}); write `{remedy}` of another one."
+        wrong = f"{place} cannot be looked at ({cause_of(error)}); write `{remedy}` of another one."
         return Finding(title, [str(place)], [wrong])
     finding = Finding(title, [f"{place}, {size(free)} free" + (", not made yet" if there != place else "")])
     elsewhere = f"write `{remedy}` of another one"
@@ -230,7 +230,7 @@ def _folder(title: str, place: Path, remedy: str, needs_locks: bool = False) -> 
         what = "cannot be written into"
         if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             what = "takes no locks, which the processes of a node need there"
-        finding.wrong.append(f"{place} {what} ({error.strerror}); {elsewhere}.")
+        finding.wrong.append(f"{place} {what} ({cause_of(error)}); {elsewhere}.")
     if free < _LEAST_FREE:
         finding.wrong.append(f"{place} has {size(free)} free; make room there, or {elsewhere}.")
     return finding

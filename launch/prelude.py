@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from prelude.data.errors import UserError
+from prelude.launch import missing_package
 from prelude.launch.exit_codes import door
 from prelude.pretrain import stopping
 
@@ -90,13 +91,9 @@ def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "prelude"):
-            raise
-        raise UserError(
-            f"The package {missing} is missing, without which nothing here begins; reinstall prelude-ssl with what it "
-            "needs (`pip install --force-reinstall prelude-ssl`, or `make install` in a checkout)."
-        ) from None
+        if told := missing_package.refusal(error, own_code=False):
+            raise told from None
+        raise
 
 
 def version() -> str:

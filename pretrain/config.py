@@ -223,6 +223,8 @@ class OptimizerConfig(Section):
             raise ValueError("weight_decay_schedule has no effect without weight_decay_end; write both")
         if not self.milestones and self._is_set("milestone_factor"):
             raise ValueError("milestone_factor has no effect without milestones; write both")
+        if self.reach_end and self.milestones and self.weight_decay_end is None:
+            raise ValueError("reach_end ends the cosine, which milestones replace; write one of the two")
         return self
 
     @model_validator(mode="after")
@@ -377,8 +379,7 @@ class Config(Section):
             near = max(round(batch / (micro * world_size)), 1) * micro * world_size
             raise UserError(
                 f"train.global_batch={batch} is no multiple of {counted(world_size, 'rank')} x "
-                f"train.micro_batch={micro}; "
-                f"write train.global_batch={near}, or another train.micro_batch."
+                f"train.micro_batch={micro}; write train.global_batch={near}, or another train.micro_batch."
             )
         return micro, batch // (micro * world_size)
 

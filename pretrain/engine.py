@@ -83,7 +83,7 @@ class Engine:
         self.progress = beginning(config, loader.num_samples)
         self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
-        optimizers.refuse_never_moving(config, self.progress.num_steps)
+        optimizers.refuse_never_moving(config, self.progress)
         with distributed.explained():
             self.goes_on_from, meta = found_checkpoint(self.store, config)
             self.precision, self.notice = precision.agreed(config, self.device, meta)

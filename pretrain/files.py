@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.data.whole_files import OURS_ALONE, remove, sync_to_disk, write_whole
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def reason(error: OSError) -> str:
     """Why the disk did not take it, in a few words."""
     if error.errno == errno.ELOOP:
         return "it is a symbolic link, and nothing is written through one"
-    return error.strerror or str(error) or type(error).__name__
+    return cause_of(error)
 
 
 def remedy(error: OSError, otherwise: str) -> str:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch.distributed as dist
 
 from prelude.data.counting import shortened
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, cause_of
 
 _LOOK_EVERY = 0.2  # seconds
 
@@ -121,7 +121,7 @@ def _unreachable(address: tuple[str, int]) -> str:
         socket.create_connection(address, timeout=2).close()
         return ""
     except OSError as error:
-        return error.strerror or str(error)
+        return cause_of(error)
 
 
 def _wait_for_all(store: dist.Store, world_size: int, address, until: float, warn_after: float) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.pretrain import overrides as setting
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.config import Config
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict:
     try:
         values = recipe_yaml.load(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); write a file that can.") from None
+        raise UserError(f"{path} cannot be read ({cause_of(error)}); write a file that can.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text; write a YAML file, such as those of configs/.") from None
     except recipe_yaml.Mistake as error:

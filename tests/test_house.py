@@ -105,3 +105,9 @@ def test_files_stay_short(path):
 def test_things_are_counted_in_one_place(path):
     """By `data/counting.py`, which knows one from many."""
     assert not re.search(r"'s' \* \(|\"s\" \* \(|['\"]s['\"] if ", path.read_text())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_why_the_system_refuses_is_told_in_one_place(path):
+    """By `data/errors.py`, which knows that an OSError may have no words of the system's."""
+    assert path == ROOT / "data" / "errors.py" or not re.search(r"\.strerror\b(?!\()", path.read_text())

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from prelude.checkpoints.exporting.formats import DType, Format
 from prelude.checkpoints.exporting.parity import Proof
 from prelude.checkpoints.own_export import own_card
-from prelude.checkpoints.source_names import has_folder, path_of
+from prelude.checkpoints.source_names import run_of
 from prelude.checkpoints.sources import OpenedEncoder
 from prelude.data.errors import UserError
 from prelude.pretrain.encoders import pooled_width
@@ -78,11 +78,10 @@ def _front_matter(card: Card) -> str:
 
 def _results(card: Card) -> list[EvalResult]:
     """What the run's evaluations found of these very weights; of rounded ones none has been made."""
-    if not has_folder(card.source) or card.dtype != "float32":
+    run = run_of(card.source)
+    if run is None or card.dtype != "float32":
         return []
     found = []
-    folder = path_of(card.source)
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     for path in sorted(run.glob("evaluations/*.json")):
         try:
             result = json.loads(path.read_text())

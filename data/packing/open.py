@@ -5,7 +5,7 @@ import os
 import re
 
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, cause_of
 from prelude.data.image_files import ARRAY_EXTENSION, image_extension_of, list_images
 from prelude.data.packing.arrow import ArrowSource, open_arrow
 from prelude.data.packing.binaries import is_binary, open_binary
@@ -29,7 +29,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
     try:
         opened = _open(source, options)
     except OSError as error:
-        raise UserError(f"{error.filename or source} cannot be read ({error.strerror or error}); mend it.") from None
+        raise UserError(f"{error.filename or source} cannot be read ({cause_of(error)}); mend it.") from None
     if not opened.names:
         lost = [passed for passed in opened.passed_over if passed.is_image]
         first = f" (the first that was left out: {lost[0].where}, {lost[0].reason})" if lost else ""

@@ -24,7 +24,7 @@ from typing import Any
 
 from prelude.data.class_list import read_classes
 from prelude.data.counting import counted
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.image_files import PassedOver
 from prelude.data.packing.open import open_source
 from prelude.data.packing.plan import VAL, Shard, deal
@@ -289,7 +289,7 @@ def _stopped(error: OSError, packing: Packing) -> RunStopped | UserError:
             f"There is no room left in {packing.to}; make some and give the same command again, which goes on with the "
             f"next shard."
         )
-    return UserError(f"{error.filename or packing.to} cannot be written ({error.strerror or error}); mend that.")
+    return UserError(f"{error.filename or packing.to} cannot be written ({cause_of(error)}); mend that.")
 
 
 def _read_json(path: str) -> dict | None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.image_files import OF_THE_FILE, PassedOver
 from prelude.data.packing.labels import Labels, is_missing
 
@@ -113,13 +113,13 @@ def read_file(path: str) -> bytes:
     except OSError as error:
         if error.errno not in OF_THE_FILE:
             raise unreadable(path, error) from error
-        raise LeftOut(f"cannot be read: {error.strerror}") from error
+        raise LeftOut(f"cannot be read: {cause_of(error)}") from error
 
 
 def unreadable(path: str, error: OSError) -> RunStopped:
     """The disk or the network is the reason, so that leaving images out would lose what is sound."""
     return RunStopped(
-        f"{path} cannot be read ({error.strerror or error}); mend the disk, and give the same command again, which "
+        f"{path} cannot be read ({cause_of(error)}); mend the disk, and give the same command again, which "
         f"goes on from there."
     )
 

@@ -27,7 +27,7 @@ from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import tell_if_dark
 from prelude.data.whole_files import remove, whole, write_whole
-from prelude.evaluators.embedding.formats import beside, format_of, refuse_anothers_list
+from prelude.evaluators.embedding.formats import LEFT_OUT_ENDING, beside, format_of, refuse_anothers_files
 from prelude.evaluators.embedding.samples import Keys, pixels_of, place_of, places_of
 from prelude.evaluators.embedding.table import Table
 from prelude.evaluators.embedding.writing import write
@@ -42,7 +42,6 @@ from prelude.pretrain.run_lock import NAME as LOCK
 from prelude.pretrain.run_lock import RunLock
 
 LABEL = "cls"  # looked for unless told otherwise
-LEFT_OUT_ENDING = ".left_out.jsonl"
 PIECE = 8192  # samples a rank, which is what a kill costs at most
 SELECT = "--select"
 _PLAN = "plan.json"
@@ -90,7 +89,7 @@ def embed(embedding: Embedding) -> Written | None:
     Raises UserError for whatever cannot be used or written, and where the file is there already.
     """
     refuse_to_overwrite(embedding.to, "--to")
-    refuse_anothers_list(embedding.to, LEFT_OUT_ENDING, "--to")
+    refuse_anothers_files(embedding.to, "--to")
     index, labels = labelled_index(embedding)
     encoder = open_source(embedding.source, [embedding.source], embedding.seed)
     kinds = _kinds(embedding, encoder)

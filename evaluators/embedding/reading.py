@@ -16,9 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prelude.data.errors import UserError, in_one_line
-from prelude.evaluators.embedding.formats import beside, format_of
-from prelude.evaluators.embedding.table import KEY, LABEL, SAMPLE_ID, SHARD, UNKNOWN
-from prelude.evaluators.embedding.writing import ABOUT, ABOUT_ENDING, KEYS_ENDING, METADATA, SHARDS
+from prelude.evaluators.embedding.formats import (
+    ABOUT_ENDING,
+    KEY,
+    KEYS_ENDING,
+    LABEL,
+    SAMPLE_ID,
+    SHARD,
+    beside,
+    format_of,
+)
+from prelude.evaluators.embedding.table import UNKNOWN
+from prelude.evaluators.embedding.writing import ABOUT, METADATA, SHARDS
 from prelude.evaluators.features.snapshot import snapshot
 
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
+from prelude.evaluators.embedding.formats import KEY, LABEL, SAMPLE_ID, SHARD
 from prelude.evaluators.embedding.samples import Keys, places_of
 from prelude.evaluators.features.bank import Rows
 from prelude.evaluators.features.labels import Labels
 
-KEY, SHARD, SAMPLE_ID, LABEL = "key", "shard", "sample_id", "label"
 UNKNOWN = -1  # the label of a sample without one
 _AT_ONCE = 2**22  # values held at once
 

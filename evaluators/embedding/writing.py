@@ -21,11 +21,10 @@ from typing import BinaryIO
 import numpy as np
 
 from prelude.data.whole_files import whole, write_whole
-from prelude.evaluators.embedding.formats import beside
-from prelude.evaluators.embedding.table import KEY, LABEL, SAMPLE_ID, SHARD, UNKNOWN, Column, Table
+from prelude.evaluators.embedding.formats import ABOUT_ENDING, KEY, KEYS_ENDING, LABEL, SAMPLE_ID, SHARD, beside
+from prelude.evaluators.embedding.table import UNKNOWN, Column, Table
 
 METADATA, SHARDS, ABOUT = "prelude", "shards", "about"
-KEYS_ENDING, ABOUT_ENDING = ".keys.csv", ".about.json"
 _LETTERS = {"<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32"}  # of safetensors
 
 

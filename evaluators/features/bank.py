@@ -34,7 +34,7 @@ from torch import Tensor
 
 from prelude.data.batch import ViewPlan
 from prelude.data.counting import counted
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.host import cache_folder
 from prelude.data.loader import one_pass
 from prelude.data.progress import progress_bar
@@ -135,7 +135,7 @@ class Bank:
                 fits.rmdir()
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be cleared ({error.strerror}: {error.filename}); ask its owner to do it."
+                f"{self.folder} cannot be cleared ({cause_of(error)}: {error.filename}); ask its owner to do it."
             ) from None
 
     def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size, num_workers, told) -> None:
@@ -155,7 +155,7 @@ class Bank:
             distributed.barrier()
         except OSError as error:
             raise UserError(
-                f"Features cannot be kept in {self.folder} ({error.strerror or error}); write --bank with a folder "
+                f"Features cannot be kept in {self.folder} ({cause_of(error)}); write --bank with a folder "
                 f"that has room."
             ) from error
         finally:
@@ -180,7 +180,7 @@ class Bank:
             ) from None
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be read, or copied where memory is small ({error.strerror or error}); run the "
+                f"{folder} cannot be read, or copied where memory is small ({cause_of(error)}); run the "
                 f"command again, or write --bank with a folder that has room."
             ) from None
         return Rows(torch.from_numpy(values), torch.from_numpy(ids), recipe)
@@ -191,7 +191,7 @@ class Bank:
             unfinished.mkdir(parents=True)
         except OSError as error:
             raise UserError(
-                f"Features cannot be kept in {self.folder} ({error.strerror or error}); write --bank DIR."
+                f"Features cannot be kept in {self.folder} ({cause_of(error)}); write --bank DIR."
             ) from None
         return unfinished
 

@@ -123,6 +123,11 @@ def check(task: Task, world_size: int) -> None:
     """Refuses, before anything is built, what cannot work. Raises UserError."""
     options, train = task.options, task.config.train
     Classifier.check(options, task.config.encoder)
+    if train.freeze_encoder_steps and task.source.startswith(RANDOM):
+        raise UserError(
+            f"train.freeze_encoder_steps={train.freeze_encoder_steps} would hold an encoder that is still random, as "
+            f"{task.source} is (--from-scratch); write train.freeze_encoder_steps=0."
+        )
     if train.gradient_checkpointing:
         refuse_checkpointing(task.config.encoder)
     attention_labels.check(options, task.config, task.opened.model)

@@ -494,7 +494,7 @@ def test_teacher_and_student_go_out_by_name(tmp_path, save):
 def test_the_card_has_the_metrics_of_these_weights_only(tmp_path, save):
     from huggingface_hub import ModelCard
 
-    run = tmp_path / "run"
+    run = tmp_path / "checkpoints" / "run"  # of a folder that is called as a run's own is
     make_run(run, save)
     (run / "evaluations").mkdir()
     ours = open_encoder(str(run)).fingerprint

@@ -1,13 +1,16 @@
 """A part of a data set, by a list, a label or a share; what is named and is not there is refused."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 
+from prelude.data import select
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.data.loader import build_loader
+from prelude.data.order import Shuffle
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
 
@@ -142,6 +145,24 @@ def test_keys_that_are_not_there_are_refused(index, write_keys, tmp_path):
     (tmp_path / "keys.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is no text"):
         selected(index, Selection(keys=str(tmp_path / "keys.txt")), "data.select")
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [(OSError("the mount is gone"), "the mount is gone"), (OSError(), "OSError"), (OSError(errno.EIO, None), "Input/")],
+)
+def test_keys_that_cannot_be_read_are_told_why_whatever_the_error_says(index, write_keys, monkeypatch, error, told):
+    selection = write_keys("000001")
+    monkeypatch.setattr(select, "called", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=rf"cannot be read \({told}.*\); write a file that can"):
+        selected(index, selection, "data.select")
+
+
+def test_a_stream_has_no_order_to_set():
+    how = {"seed": 0, "micro_batch": 1, "num_samples": 3, "allow_commands": True}
+    with pytest.raises(UserError, match="data.shuffle has no effect on pipe:cat x.tar, a stream"):
+        build_loader("pipe:cat x.tar", PLAN, shuffle=Shuffle(window=3), **how)
+    build_loader("pipe:cat x.tar", PLAN, **how).close()
 
 
 def test_a_stream_has_no_part():

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import tifffile
+import timm
 from PIL import Image
 
 from prelude.data import decode as decoding
@@ -16,6 +17,8 @@ from prelude.data.errors import UserError
 from prelude.data.loader import Loader, build_loader, one_pass
 from prelude.data.shards import ShardIndex
 from prelude.data.value_range import may_be_found
+from prelude.evaluators.embedding.embed import index_as_seen
+from prelude.evaluators.judging import labelled_shards
 from prelude.evaluators.labelled import Labelled
 
 FIVE = ViewPlan((View((8, 8), crop="center", flip=0.0),), (0.5,) * 5, (0.25,) * 5)
@@ -206,6 +209,19 @@ def test_evaluations_and_recorded_ranges_look_at_every_page_too(stains):
     assert ShardIndex(paths[0]).with_range("auto", channels=2).value_range == (0, 32767)
     # Of what is no channel nothing is learned.
     assert ShardIndex(paths[0], value_range="auto", channels=1).value_range == (0, 1023)
+
+
+def test_without_a_run_the_encoder_says_which_pages_are_channels(stains, tmp_path):
+    settings = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1, "in_chans": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **settings)
+    timm.models.save_for_hf(model, tmp_path / "two", model_args=settings, safe_serialization=True)
+    paths, sources = (stains(900, 30000), stains(900, 60000, name="test.tar")), [f"local-dir:{tmp_path / 'two'}"]
+    for of in (sources, ["pixels:4", f"random:{sources[0]}"]):
+        judged = labelled_shards(of, *paths, value_range="auto")
+        assert [index.value_range for index in judged.opened()] == 2 * [(0, 32767)]
+    assert index_as_seen(sources, paths[1], value_range="auto").value_range == (0, 65535)
+    three = stains(900, 30000, 70, name="three.tar")
+    assert index_as_seen(["pixels:4"], three, value_range="auto").value_range == (0, 32767)  # as RGB
 
 
 def test_images_are_dark_where_every_channel_is(stains, caplog):

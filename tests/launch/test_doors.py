@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 from runs import BIN, ROOT, deepspeed
 
 from prelude.data.errors import Stopped
 from prelude.launch import planning, prelude
 from prelude.launch.exit_codes import door
+from prelude.launch.missing_package import NEEDED
 from prelude.pretrain import distributed
 from prelude.pretrain.engine import Outcome
 
@@ -160,6 +163,41 @@ def test_a_package_that_is_missing_is_told_by_its_name(command, missing):
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"error: The package {missing} is missing") and "reinstall prelude-ssl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["{root}/launch/keys.py"], "pydantic"),
+        (["-m", "prelude.launch.keys"], "yaml"),
+        (["{root}/launch/shards.py", "info", "{root}/docs"], "simplejpeg"),
+    ],
+)
+def test_a_door_started_as_a_script_or_module_tells_it_as_well(words, missing, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{missing!r}] = None")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"}
+    command = [sys.executable, *(word.format(root=ROOT) for word in words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: The package {missing} is missing") and "reinstall prelude-ssl" in done.stderr
+
+
+def test_packages_that_are_told_are_those_that_are_asked_for():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    modules = {"pyyaml": "yaml", "pillow": "PIL"}
+    assert {modules.get(name, name) for name in (Requirement(line).name for line in asked)} == NEEDED
+
+
+@pytest.mark.parametrize("missing, told", [("simplejpeg", True), ("a_module_of_the_users", False)])
+def test_a_package_that_is_missed_later_is_told_where_it_is_one_of_ours(missing, told, capsys):
+    def main() -> int:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    if told:
+        assert door(main) == 2 and "The package simplejpeg is missing" in capsys.readouterr().err
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            door(main)
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])

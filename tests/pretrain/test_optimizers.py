@@ -3,8 +3,16 @@ import timm
 import torch
 from torch import nn
 
+from prelude.data.errors import UserError
 from prelude.pretrain.config import Config
-from prelude.pretrain.optimizers import TOKENS, apply_schedule, build_optimizer, parameter_groups, scheduled
+from prelude.pretrain.optimizers import (
+    TOKENS,
+    apply_schedule,
+    build_optimizer,
+    parameter_groups,
+    refuse_never_moving,
+    scheduled,
+)
 from prelude.pretrain.schedules import Progress, cosine, warmup_cosine
 
 
@@ -145,3 +153,19 @@ def test_lars_computes_the_reference_steps():
     # timm divides by |g| + wd |p| where the reference divides by |g + wd p|: equal to 3e-5 here
     torch.testing.assert_close(model.weight.detach(), expected, rtol=3e-5, atol=0)
     torch.testing.assert_close(model.bias.detach(), torch.tensor([0.855, -1.0725]))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "remedy"),
+    [
+        ({"warmup_epochs": 0.5}, 1, "optimizer.warmup_epochs=0"),
+        ({"first_step": 1}, 1, "optimizer.first_step=0"),
+        ({"first_step": 1, "reach_end": True}, 2, "optimizer.first_step=0"),
+    ],
+)
+def test_a_run_whose_learning_rate_is_always_0_is_refused_and_one_step_more_is_not(optimizer, steps, remedy):
+    told = f"A run of {steps} steps? would train nothing, .* learning rate is 0 .*{remedy}"
+    with pytest.raises(UserError, match=told):
+        refuse_never_moving(config(**optimizer), Progress(0, steps, 1.0))
+    refuse_never_moving(config(**optimizer), Progress(0, steps + 1, 1.0))
+    refuse_never_moving(config(), Progress(0, 1, 1.0))

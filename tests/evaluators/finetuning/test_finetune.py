@@ -95,6 +95,14 @@ def test_from_scratch_is_the_same_recipe_elsewhere(prepared):
     assert then == now
 
 
+def test_a_random_encoder_is_not_held_still(prepared):
+    still = "train.freeze_encoder_steps=2"
+    assert prepared(still).config.train.freeze_encoder_steps == 2
+    for how in ({"from_scratch": True}, {"source": "random:somewhere"}):
+        with pytest.raises(UserError, match="freeze_encoder_steps=2 would hold an encoder that is still random"):
+            prepared(still, **how)
+
+
 def test_another_start_is_another_run(prepared, monkeypatch):
     before = prepared().config
     monkeypatch.setattr(finetune, "open_encoder", lambda source, *, seed=0: opened(VIT, seed=5))
