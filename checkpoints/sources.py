@@ -27,7 +27,7 @@ from prelude.checkpoints.exporting.formats import VOLUMES
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
 from prelude.checkpoints.shelf import is_name
-from prelude.checkpoints.source_names import RANDOM, START, has_folder, path_of
+from prelude.checkpoints.source_names import RANDOM, START, has_folder, split
 from prelude.checkpoints.tensor_files import TensorFiles
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
@@ -136,14 +136,15 @@ def describe(source: str) -> Description:
         return describe_timm(source)
     if _is_published(source):
         return describe_file(source)
-    folder = path_of(source)
-    network = source.removeprefix(str(folder)).removeprefix("#") if str(folder) != source else ""
+    folder, network = split(source)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; write {_KINDS}.")
     if checkpoint := checkpoint_of(folder):
         return _describe_checkpoint(checkpoint, network)
     if (folder / "config.json").exists():
         return _describe_export(folder)
+        if network:
+            raise UserError(f"{folder} is an export, which has one network; leave #{network} out.")
     raise UserError(f"{folder} holds no complete checkpoint and no export; write {_KINDS}.")
 
 
@@ -164,8 +165,8 @@ def checkpoint_of(folder: Path) -> Path | None:
 def _is_published(source: str) -> bool:
     if not has_folder(source) or source.startswith((FOLDER, START)):
         return False
-    path = path_of(source)
-    if str(path) == source and is_export(path):
+    path, words = split(source)
+    if not words and is_export(path):
         return False  # one of ours says more than a folder in a published format
     return path.is_file() or is_transformers(path)
 

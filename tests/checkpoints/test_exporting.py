@@ -449,7 +449,7 @@ def test_only_in_a_run_an_export_has_a_place_of_its_own(tmp_path, save, source):
     for place in ("timm:resnet18", "weights.pth", encoder, f"random:{run}", tmp_path / "out", checkpoint):
         with pytest.raises(UserError, match="no run that an export could lie in; write --to DIR"):
             door.main([str(place)])
-    assert door.main([f"{run}#student"]) == 0 and (run / "export" / "config.json").exists()
+    assert door.main([f"{run}/#student"]) == 0 and (run / "export" / "config.json").exists()
     assert door.main([str(run), "--format", "timm", "transformers"]) == 0
     assert sorted(path.name for path in (run / "exports").iterdir()) == ["timm", "transformers"]
 
