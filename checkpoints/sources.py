@@ -104,7 +104,8 @@ def open_weights(source: str) -> Weights:
     if _is_published(source):
         return read_weights(source)
     described = describe(source)
-    return replace(described.read(), pixels=(described.mean, described.std))
+    weights = described.read()
+    return replace(weights, pixels=(described.mean, described.std), config=described.config)
 
 
 def weights_of(opened: OpenedEncoder) -> Weights:
@@ -112,7 +113,7 @@ def weights_of(opened: OpenedEncoder) -> Weights:
     model = opened.model
     tensors = dict(model.state_dict())
     table = {"grid": grid_of(model), "prefix_rows": prefix_rows_of(model), "resampling": opened.resampling}
-    return Weights(opened.name, opened.config.name, tensors, **table, **facts(model))
+    return Weights(opened.name, opened.config.name, tensors, config=opened.config, **table, **facts(model))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -142,9 +143,9 @@ def describe(source: str) -> Description:
     if checkpoint := checkpoint_of(folder):
         return _describe_checkpoint(checkpoint, network)
     if (folder / "config.json").exists():
-        return _describe_export(folder)
         if network:
             raise UserError(f"{folder} is an export, which has one network; leave #{network} out.")
+        return _describe_export(folder)
     raise UserError(f"{folder} holds no complete checkpoint and no export; write {_KINDS}.")
 
 
@@ -239,7 +240,7 @@ def _describe_start(source: str) -> Description:
                 f"{weights.fingerprint} instead of {origin['weights_fingerprint']}); name what still holds them, such "
                 "as a checkpoint, in its place."
             )
-        return weights
+        return replace(weights, layers={})  # the run has computed with them as its own encoder does
 
     return replace(run, name=f"{START}{run.name}", read=read, origin=origin)
 
@@ -280,7 +281,7 @@ def _read_converted(path: Path, config: EncoderConfig, objective: str | None) ->
     prefix = prefix_rows_of(model)
     tensors = as_it_was(weights, model.state_dict(), prefix)
     rule = _RESAMPLING.get(objective, "timm")
-    return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule)
+    return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule, layers=facts(model)["layers"])
 
 
 def _with_volumes(weights: Weights, folder: Path, objective: str | None) -> Weights:
