@@ -18,7 +18,7 @@ from prelude.checkpoints.exporting.parity import Proof
 from prelude.checkpoints.exporting.programs import Traced, trace, write_program
 from prelude.checkpoints.exporting.publish import published
 from prelude.checkpoints.exporting.timm_folder import takes_any_size, write_timm
-from prelude.checkpoints.exporting.transformers_folder import is_converted, write_transformers
+from prelude.checkpoints.exporting.transformers_folder import is_converted, parts_turned_off, write_transformers
 from prelude.checkpoints.source_names import bare, has_folder, path_of
 from prelude.checkpoints.sources import OpenedEncoder, open_encoder
 from prelude.data.errors import UserError
@@ -163,6 +163,11 @@ def _refuse(encoder: OpenedEncoder, source: str, format: Format) -> None:
         raise UserError(
             f"{encoder.config.name} is exported as weights and the name of its function, not as {format}; leave out "
             "--format."
+        )
+    if format == "transformers" and not is_converted(encoder) and (turned_off := parts_turned_off(encoder.config)):
+        raise UserError(
+            f"{source} has encoder.kwargs.{turned_off[0]}=null, which transformers drops when it builds "
+            f"{encoder.config.name}; write --format timm."
         )
     if encoder.config.norm_eps is not None and _has_timm(encoder, format):
         others = ", ".join(name for name in get_args(Format) if name not in ("timm", format))

@@ -24,6 +24,7 @@ from prelude.checkpoints.convert.formats import weights_in
 from prelude.checkpoints.convert.resample import RULES
 from prelude.checkpoints.convert.weights import Weights, prefix_tokens
 from prelude.checkpoints.description import Description, Pixels
+from prelude.checkpoints.source_names import split
 from prelude.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
@@ -108,9 +109,7 @@ def is_transformers(folder: Path) -> bool:
 
 
 def _split(source: str) -> tuple[Path, Words]:
-    if Path(source).exists():
-        return Path(source), Words()
-    path, _, text = source.partition("#")
+    path, text = split(source)
     found: dict = {}
     for word in filter(None, text.split(",")):
         key, equals, value = word.partition("=")
@@ -121,7 +120,7 @@ def _split(source: str) -> tuple[Path, Words]:
             hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(_KEYS)}."
             raise UserError(f"{source}: {key} is no word about a file of weights; {hint}")
         found[key] = _value(source, key, value)
-    return Path(path), Words(**found)
+    return path, Words(**found)
 
 
 def _value(source: str, key: str, value: str):

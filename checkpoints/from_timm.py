@@ -5,10 +5,12 @@ timm is strict, and its encoder taken from it.
 """
 
 import json
+import pickle
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models.eva import Eva
 from torch import nn
 
@@ -107,6 +109,8 @@ def _read(name: str, where: str, channels: int = 3) -> Weights:
     try:
         with seeded(0):
             model = timm.create_model(name, pretrained=True, **as_it_is)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        raise _damaged(where, error) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise _not_fetched(where, error) from error
     model.reset_classifier(0)
@@ -131,6 +135,11 @@ def _moved_norm(model: nn.Module, where: str) -> bool:
     tag = getattr(model, "pretrained_cfg", {}).get("tag") or ""
     published = where.startswith((TIMM, f"{HUB}timm/")) and tag.startswith("mim")
     return published and isinstance(model, Eva) and not isinstance(model.fc_norm, nn.Identity)
+
+
+def _damaged(where: str, error: Exception) -> UserError:
+    again = "save it again" if where.startswith(FOLDER) else "remove it from the Hugging Face cache, and fetch it again"
+    return UserError(f"{where} has a file of weights that cannot be read ({in_one_line(error, 300)}); {again}.")
 
 
 def _not_fetched(where: str, error: Exception) -> UserError:

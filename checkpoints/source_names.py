@@ -1,4 +1,4 @@
-"""How sources are spelled, and which path a spelling names. Needs no torch, so that doors ask first."""
+"""How sources are spelled, and which path and words a spelling names. Needs no torch, so that doors ask first."""
 
 from pathlib import Path
 
@@ -17,10 +17,16 @@ def bare(source: str) -> str:
     return source.removeprefix(RANDOM).removeprefix(START)
 
 
+def split(source: str) -> tuple[Path, str]:
+    """The folder or file that a source lies in (see `has_folder`), and the words after its `#`, however the path is
+    spelled: `./runs/ijepa/#student` is runs/ijepa and `student`. What is there with a `#` in its name has no words."""
+    text = bare(source).removeprefix(FOLDER)
+    path, _, words = (text, "", "") if Path(text).exists() else text.partition("#")
+    return Path(path), words
+
+
 def path_of(source: str) -> Path:
-    """The folder or file that a source lies in; see `has_folder`."""
-    path = bare(source).removeprefix(FOLDER)
-    return Path(path if Path(path).exists() else path.partition("#")[0])
+    return split(source)[0]
 
 
 def run_of(source: str) -> Path | None:

@@ -27,7 +27,7 @@ from prelude.checkpoints.exporting.formats import VOLUMES
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
 from prelude.checkpoints.shelf import is_name
-from prelude.checkpoints.source_names import RANDOM, START, has_folder, path_of
+from prelude.checkpoints.source_names import RANDOM, START, has_folder, split
 from prelude.checkpoints.tensor_files import TensorFiles
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
@@ -104,7 +104,8 @@ def open_weights(source: str) -> Weights:
     if _is_published(source):
         return read_weights(source)
     described = describe(source)
-    return replace(described.read(), pixels=(described.mean, described.std))
+    weights = described.read()
+    return replace(weights, pixels=(described.mean, described.std), config=described.config)
 
 
 def weights_of(opened: OpenedEncoder) -> Weights:
@@ -112,7 +113,7 @@ def weights_of(opened: OpenedEncoder) -> Weights:
     model = opened.model
     tensors = dict(model.state_dict())
     table = {"grid": grid_of(model), "prefix_rows": prefix_rows_of(model), "resampling": opened.resampling}
-    return Weights(opened.name, opened.config.name, tensors, **table, **facts(model))
+    return Weights(opened.name, opened.config.name, tensors, config=opened.config, **table, **facts(model))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -136,13 +137,14 @@ def describe(source: str) -> Description:
         return describe_timm(source)
     if _is_published(source):
         return describe_file(source)
-    folder = path_of(source)
-    network = source.removeprefix(str(folder)).removeprefix("#") if str(folder) != source else ""
+    folder, network = split(source)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; write {_KINDS}.")
     if checkpoint := checkpoint_of(folder):
         return _describe_checkpoint(checkpoint, network)
     if (folder / "config.json").exists():
+        if network:
+            raise UserError(f"{folder} is an export, which has one network; leave #{network} out.")
         return _describe_export(folder)
     raise UserError(f"{folder} holds no complete checkpoint and no export; write {_KINDS}.")
 
@@ -164,8 +166,8 @@ def checkpoint_of(folder: Path) -> Path | None:
 def _is_published(source: str) -> bool:
     if not has_folder(source) or source.startswith((FOLDER, START)):
         return False
-    path = path_of(source)
-    if str(path) == source and is_export(path):
+    path, words = split(source)
+    if not words and is_export(path):
         return False  # one of ours says more than a folder in a published format
     return path.is_file() or is_transformers(path)
 
@@ -238,7 +240,7 @@ def _describe_start(source: str) -> Description:
                 f"{weights.fingerprint} instead of {origin['weights_fingerprint']}); name what still holds them, such "
                 "as a checkpoint, in its place."
             )
-        return weights
+        return replace(weights, layers={})  # the run has computed with them as its own encoder does
 
     return replace(run, name=f"{START}{run.name}", read=read, origin=origin)
 
@@ -279,7 +281,7 @@ def _read_converted(path: Path, config: EncoderConfig, objective: str | None) ->
     prefix = prefix_rows_of(model)
     tensors = as_it_was(weights, model.state_dict(), prefix)
     rule = _RESAMPLING.get(objective, "timm")
-    return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule)
+    return replace(weights, tensors=tensors, prefix_rows=prefix, resampling=rule, layers=facts(model)["layers"])
 
 
 def _with_volumes(weights: Weights, folder: Path, objective: str | None) -> Weights:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from prelude.checkpoints.exporting.formats import DType, Format
+from prelude.checkpoints.source_names import FOLDER, RANDOM, START, path_of
 from prelude.data.errors import UserError
 from prelude.launch.alone import refuse_ranks
 from prelude.launch.arguments import documented_parser, offering, parse, path, source
@@ -58,8 +59,8 @@ def _source_and_formats(args: argparse.Namespace) -> tuple[str, list[str]]:
 def _within(source: str, formats: list[str]) -> Path:
     """Where an export lies unless it is said: in its run. Raises UserError for a source that is no run, whose folder
     may be replaced or removed with all that is in it."""
-    folder = Path(source if Path(source).exists() else source.partition("#")[0])
-    if not (folder / "checkpoints").is_dir():
+    folder = path_of(source)
+    if source.startswith((RANDOM, START, FOLDER)) or not (folder / "checkpoints").is_dir():
         raise UserError(f"{source} is no run that an export could lie in; write --to DIR.")
     if len(formats) > 1:
         return folder / "exports"

@@ -59,6 +59,11 @@ def encoder_config(weights: Weights, image_size: int | None = None) -> EncoderCo
         return found  # damaged, as whoever fits it will say
     if found:
         return found.model_copy(update={"in_chans": tensors[first].shape[1]})
+    if any(re.match(r"conv1\.\d|stem\.", name) for name in tensors):
+        raise UserError(
+            f"{weights.where} ({weights.format}) has a stem of several layers, and a file tells plain stems only; "
+            "write timm:NAME, a folder with a config.json of timm's, or in a run encoder.name beside encoder.weights."
+        )
     raise UserError(
         f"{weights.where}: {weights.format} lacks its first layer, so no architecture can be told; fetch it again."
     )

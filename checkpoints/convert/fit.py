@@ -4,17 +4,20 @@ Nothing stays at random in silence. What may differ in shape is brought over by 
 of positions for another grid, the patch projection for another patch or number of channels.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from prelude.checkpoints.convert.layers import first_difference, layers_of
 from prelude.checkpoints.convert.mistakes import mistakes_in_words
 from prelude.checkpoints.convert.resample import RULES, adapt_channels, resample_patches, resample_table
 from prelude.checkpoints.convert.weights import Weights
 from prelude.data.counting import counted, shortened
 from prelude.data.errors import UserError
+from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.own_encoder import gives
 
 _COUNTER = ".num_batches_tracked"
@@ -72,6 +75,7 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
             f"{weights.where} ({weights.format}) does not hold the weights of {name}: {shortened(mistakes)}; write the "
             "encoder that they were trained with."
         )
+    _refuse_other_layers(model, weights, name)
     damaged = [n for n, tensor in found.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if damaged:
         raise UserError(f"{weights.where} has numbers that are not finite in {shortened(damaged)}; fetch it again.")
@@ -99,11 +103,13 @@ def _refuse_other_kinds(wanted: dict, found: dict, weights: Weights, name: str) 
 
 
 def facts(model: nn.Module) -> dict:
-    """What decides an encoder's function and is in no tensor, of a vision transformer; empty for others."""
+    """What decides an encoder's function and is in no tensor: its layers, and of a vision transformer what has a key of
+    its own."""
     block = None if gives(model) else next(iter(getattr(model, "blocks", [])), None)
+    known = {"layers": layers_of(model)}
     if not hasattr(getattr(block, "attn", None), "num_heads"):
-        return {}
-    return {"num_heads": block.attn.num_heads, "norm_eps": getattr(block.norm1, "eps", None)}
+        return known
+    return known | {"num_heads": block.attn.num_heads, "norm_eps": getattr(block.norm1, "eps", None)}
 
 
 def grid_of(model: nn.Module) -> tuple[int, int] | None:
@@ -124,14 +130,28 @@ def prefix_rows_of(model: nn.Module) -> int:
 
 
 def _channels(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
-    """The first convolution, for another number of channels."""
-    first = next((n for n in ("patch_embed.proj.weight", "conv1.weight", "stem.0.weight") if n in wanted), None)
-    if first not in found or found[first].ndim != 4 or found[first].shape[1] == wanted[first].shape[1]:
+    """The convolutions that read the image, for another number of channels."""
+    change = None
+    for first in _first_layers(model):
+        if first not in found or found[first].ndim != 4 or found[first].shape[1] == wanted[first].shape[1]:
+            continue
+        change = found[first].shape[1], wanted[first].shape[1]
+        found[first] = adapt_channels(found[first], change[1])
+    if change is None:
         return None
-    old, new = found[first].shape[1], wanted[first].shape[1]
-    found[first] = adapt_channels(found[first], new)
+    old, new = change
     how = "summed" if new == 1 else f"repeated in turn or cut off, times {old} / {new}"
     return f"first layer brought from {old} to {counted(new, 'channel')} ({how})"
+
+
+def _first_layers(model: nn.Module) -> list[str]:
+    """Names of their weights: as timm says, or the first there is, where its table is for another stem."""
+    known = getattr(model, "pretrained_cfg", None) or {}
+    named = known.get("first_conv") or ()
+    convolutions = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    told = [name for name in ((named,) if isinstance(named, str) else named) if name in convolutions]
+    whole = (name for name, layer in convolutions.items() if layer.groups == 1)
+    return [f"{name}.weight" for name in told or [*whole][:1]]
 
 
 def _patches(model: nn.Module, wanted: dict, found: dict, weights: Weights) -> str | None:
@@ -220,16 +240,35 @@ def _named(filled: dict[str, Tensor]) -> list[str]:
 def _refuse_other_function(model: nn.Module, weights: Weights, name: str) -> None:
     """Keys and shapes fit with these wrong, and the features are others."""
     has = facts(model)
-    if has and weights.num_heads is not None and weights.num_heads != has["num_heads"]:
+    if None not in (weights.num_heads, has.get("num_heads")) and weights.num_heads != has["num_heads"]:
         raise UserError(
             f"{weights.where} ({weights.format}) was trained with {weights.num_heads} attention heads, and {name} has "
             f"{has['num_heads']}; write encoder.kwargs.num_heads={weights.num_heads}."
         )
-    if has and None not in (weights.norm_eps, has["norm_eps"]) and weights.norm_eps != has["norm_eps"]:
+    if None not in (weights.norm_eps, has.get("norm_eps")) and weights.norm_eps != has["norm_eps"]:
         raise UserError(
             f"{weights.where} ({weights.format}) was trained with LayerNorms of eps {weights.norm_eps:g}, and {name} "
             f"has {has['norm_eps']:g}; write encoder.norm_eps={weights.norm_eps:g}."
         )
+
+
+def _refuse_other_layers(model: nn.Module, weights: Weights, name: str) -> None:
+    """As `_refuse_other_function`, where the encoder is known that the weights were in."""
+    differ = first_difference(weights.layers, layers_of(model)) if weights.layers else None
+    if differ:
+        theirs, ours = differ
+        raise UserError(
+            f"{weights.where} ({weights.format}) was trained with {theirs}, and {name} has {ours}; write "
+            f"{_in_keys(weights.config)}."
+        )
+
+
+def _in_keys(config: EncoderConfig | None) -> str:
+    if config is None:
+        return "the encoder that they were trained with"
+    kwargs = ", ".join(f"{key}: {json.dumps(value)}" for key, value in config.kwargs.items())
+    eps = [] if config.norm_eps is None else [f"encoder.norm_eps={config.norm_eps:g}"]
+    return " ".join([f"encoder.name={config.name}", *([f"'encoder.kwargs={{{kwargs}}}'"] if kwargs else []), *eps])
 
 
 def _has_table(model: nn.Module) -> bool:

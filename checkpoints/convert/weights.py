@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prelude.checkpoints.convert.layers import Layer
+from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.position import sincos_table
 
 # A published table is a formula's values, rounded once or twice to float32.
@@ -24,6 +26,8 @@ class Weights:
     prefix_rows: int = 0  # rows of `pos_embed` before those of patches
     num_heads: int | None = None  # None: the file does not tell, and no table does
     norm_eps: float | None = None  # of LayerNorms; None: not known, or there are none
+    layers: dict[str, Layer] = field(default_factory=dict)  # of the encoder that they were in; none: not known
+    config: EncoderConfig | None = None  # that encoder's; None: not known
     # Mean and standard deviation that pixels in [0, 1] were normalised by, of each channel; None: not known.
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     may_lack: tuple[str, ...] = ()  # a norm of timm's that the method does not have

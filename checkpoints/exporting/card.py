@@ -160,11 +160,14 @@ features = encoder(images)  # {shape} to {pooled}
 With `num_classes=N` timm adds a fresh classifier for fine-tuning. timm {timm.__version__} wrote this folder.
 """
         case "transformers":
+            # Without a type transformers computes in that of the weights, for which images would have to be cast.
+            wide, dtype = ("", "") if card.dtype == "float32" else ("import torch\n", ", dtype=torch.float32")
+            flat = ".flatten(1)" if card.proof.note == "ResNetModel" else ""
             return f"""```python
-from transformers import AutoModel
-encoder = AutoModel.from_pretrained("./{card.folder}")
+{wide}from transformers import AutoModel
+encoder = AutoModel.from_pretrained("./{card.folder}"{dtype}).eval()
 found = encoder(pixel_values=images)  # {shape}
-unpooled, features = found.last_hidden_state, found.pooler_output
+unpooled, features = found.last_hidden_state, found.pooler_output{flat}  # features: {pooled}
 ```
 
 It opens as a {card.proof.note}.

@@ -17,10 +17,12 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from prelude.checkpoints.convert.layers import first_difference, layers_of
 from prelude.checkpoints.exporting.parity import DTYPES, TOLERANCES, Proof, images_for, prove, rounded
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
 from prelude.data.errors import RunStopped, UserError
-from prelude.pretrain.encoders import seeded
+from prelude.pretrain.config import EncoderConfig
+from prelude.pretrain.encoders import lay_out_encoder, seeded
 from prelude.pretrain.files import save_file
 
 Converted = tuple[dict, dict[str, Tensor]]  # config.json, and tensors by their published names
@@ -91,6 +93,18 @@ def _cast(tensor: Tensor, dtype: str) -> Tensor:
 def is_converted(encoder: OpenedEncoder) -> bool:
     """Whether transformers has an architecture of its own for it."""
     return convert(encoder.model, encoder.config.size) is not None
+
+
+def parts_turned_off(config: EncoderConfig) -> list[str]:
+    """Settings that are null and without which timm builds another network. transformers hands settings to timm's
+    factory, which drops those that are null."""
+    given = {key: value for key, value in config.kwargs.items() if value is not None}
+    nulls = [key for key in config.kwargs if key not in given]
+    if not nulls:
+        return []
+    ours, theirs = (lay_out_encoder(config.model_copy(update={"kwargs": kwargs})) for kwargs in (config.kwargs, given))
+    same = [[(name, tensor.shape) for name, tensor in model.state_dict().items()] for model in (ours, theirs)]
+    return nulls if same[0] != same[1] or first_difference(layers_of(ours), layers_of(theirs)) else []
 
 
 def convert(model: nn.Module, size: tuple[int, int]) -> Converted | None:

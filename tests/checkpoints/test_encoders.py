@@ -15,9 +15,10 @@ from forked import is_killed
 from prelude.checkpoints import sources
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.exporting import publish, timm_folder
-from prelude.checkpoints.sources import open_encoder
+from prelude.checkpoints.sources import open_encoder, open_weights
 from prelude.checkpoints.store import Store
 from prelude.data.errors import RunStopped, UserError
+from prelude.evaluators.comparing.gathering import Named, line_up
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 
@@ -107,6 +108,33 @@ def test_every_source_of_the_same_weights_opens_the_same_encoder(make_run, tmp_p
     assert (drawn.origin, drawn.objective) == ({}, "mae")  # no training is told of, and it is judged like the run
     older = open_encoder(str(run / "checkpoints" / "step-00000005"))
     assert older.fingerprint != opened[0].fingerprint
+
+
+def test_a_source_is_the_same_however_its_path_is_spelled(make_run, tmp_path, monkeypatch):
+    run, teacher = make_run(ARCHITECTURES["resnet"])
+    expected = sources.fingerprint(teacher)
+    export_encoder(str(run), tmp_path / "out", format="transformers")
+    export_encoder(str(run), tmp_path / "timms")
+    monkeypatch.chdir(tmp_path)
+    for spelled in ("run/", "./run", ".//run", "run/checkpoints/", "run/#teacher", "./run#teacher", "run//checkpoints"):
+        opened = open_encoder(spelled)
+        assert (opened.name, opened.fingerprint) == ("run/step-00000007", expected)
+        assert open_weights(spelled).fingerprint == expected  # as encoder.weights does
+        assert open_encoder(f"random:{spelled}", seed=3).fingerprint == open_encoder("random:run", seed=3).fingerprint
+        (lined_up,) = line_up([Named(spelled)], floors=False)
+        assert (lined_up.problem, lined_up.step) == (None, 7)
+        with pytest.raises(UserError, match="did not start from weights"):
+            sources.describe(f"start:{spelled}")
+    student = open_encoder("run#student").fingerprint
+    assert student != expected
+    assert {open_encoder(f"{path}#student").fingerprint for path in ("run/", "./run", "run//checkpoints/")} == {student}
+    assert export_encoder("./run/#student", tmp_path / "again").fingerprint == student
+    for spelled in ("out", "out/", "./out", "timms/", "./timms"):
+        opened = open_encoder(spelled)
+        assert (opened.config, opened.fingerprint) == (ARCHITECTURES["resnet"], expected)
+    for spelled in ("timms#student", "timms/#student"):
+        with pytest.raises(UserError, match="timms is an export, which has one network; leave #student out"):
+            open_encoder(spelled)
 
 
 @pytest.mark.parametrize("name", ["step-lr0.1", "step-1", "step-00000003"])

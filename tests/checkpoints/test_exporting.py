@@ -54,7 +54,8 @@ EXPORTS = {  # name -> (kind, formats, dtype)
     "registers": ("registers", FOLDERS, "float32"),
     "cait": ("CaiT", FOLDERS, "float32"),
     "vit-bfloat16": ("ViT", ("torch", "transformers"), "bfloat16"),
-    "resnet-float16": ("ResNet", ("timm",), "float16"),
+    "resnet-float16": ("ResNet", FOLDERS, "float16"),
+    "swin-float16": ("Swin", ("transformers",), "float16"),
     "vit-float16": ("ViT", ("onnx",), "float16"),
 }
 CASES = [(name, format) for name, (_, formats, _) in EXPORTS.items() for format in formats]
@@ -77,7 +78,7 @@ for readme in [*Path().glob("*/README.md"), *Path().glob("*/*/README.md")]:
     scope = {"images": images}
     with torch.no_grad():
         exec(code, scope)
-    found[str(readme.parent)] = torch.as_tensor(scope["features"]).float().flatten(1)
+    found[str(readme.parent)] = torch.as_tensor(scope["features"]).float()
 torch.save(found, "found.pt")
 """
 
@@ -261,6 +262,18 @@ def test_a_program_that_computes_something_else_is_not_published(source, tmp_pat
     with pytest.raises(RunStopped, match="features that torch .* differ from ours by .*, so nothing was exported"):
         export_encoder(encoder, tmp_path / "out", format="torch")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_part_that_is_turned_off_and_that_transformers_would_turn_on_again_is_refused(tmp_path, save):
+    kwargs = {"depth": 1, "embed_dim": 32, "num_heads": 2, "init_values": None}
+    config = EncoderConfig(name="vit_small_patch16_dinov3", image_size=32, patch_size=8, kwargs=kwargs)
+    tensors = {f"encoder.{name}": tensor for name, tensor in build_encoder(config, seed=1).state_dict().items()}
+    run = tmp_path / "run"
+    save(Store(run / "checkpoints"), 3, meta=meta_of(config, "encoder.", "mae"), encoder=tensors)
+    for formats in (["transformers"], FOLDERS):
+        with pytest.raises(UserError, match="has encoder.kwargs.init_values=null, which .*; write --format timm"):
+            export_formats(str(run), tmp_path / "out", formats)
+    assert export_encoder(str(run), tmp_path / "out").max_difference <= 1e-6
 
 
 def test_several_formats_come_together_or_not_at_all(source, tmp_path, capsys):
@@ -449,7 +462,7 @@ def test_only_in_a_run_an_export_has_a_place_of_its_own(tmp_path, save, source):
     for place in ("timm:resnet18", "weights.pth", encoder, f"random:{run}", tmp_path / "out", checkpoint):
         with pytest.raises(UserError, match="no run that an export could lie in; write --to DIR"):
             door.main([str(place)])
-    assert door.main([f"{run}#student"]) == 0 and (run / "export" / "config.json").exists()
+    assert door.main([f"{run}/#student"]) == 0 and (run / "export" / "config.json").exists()
     assert door.main([str(run), "--format", "timm", "transformers"]) == 0
     assert sorted(path.name for path in (run / "exports").iterdir()) == ["timm", "transformers"]
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from prelude.checkpoints.convert.fit import fit
@@ -87,6 +88,111 @@ def test_what_timm_would_leave_at_random_is_refused(kind, tmp_path):
         save_file(tensors, path)
         with pytest.raises(UserError, match=f"does not hold the whole of its model .*{lost}"):
             open_encoder(f"local-dir:{tmp_path}/folder")
+
+
+def test_a_file_that_is_cut_is_said_in_one_sentence(tmp_path):
+    folder = tmp_path / "folder"
+    saved(*MODELS["convnet"], folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    refused = lambda: pytest.raises(UserError, match=r"local-dir:.*cannot be read \(.+\); save it again")  # noqa: E731
+    for length in (len(whole) - 8, 100, 0):
+        (folder / "model.safetensors").write_bytes(whole[:length])
+        with refused():
+            open_encoder(f"local-dir:{folder}")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with refused():
+        open_encoder(f"local-dir:{folder}")
+    torch.save([1, 2], folder / "pytorch_model.bin")
+    with refused():
+        open_encoder(str(folder))
+
+
+def test_a_cut_file_in_the_hubs_cache_is_to_be_fetched_again(monkeypatch):
+    create = timm.create_model
+
+    def cut(*given, pretrained, **more):
+        if pretrained:
+            raise SafetensorError("incomplete metadata")
+        return create(*given, **more)
+
+    monkeypatch.setattr(timm, "create_model", cut)
+    with pytest.raises(UserError, match="timm:resnet18 has a file .*remove it from the Hugging Face cache, and fetch"):
+        open_weights("timm:resnet18")
+
+
+OTHERS = {  # trained, to be filled, what differs, what to write
+    "padding": ("tf_efficientnet_b0", "efficientnet_b0", {}, "a Conv2dSame as conv_stem, .* has a Conv2d;"),
+    "stride": ("resnetblur18", "resnet18", {}, "a Sequential as maxpool, .* has a MaxPool2d;"),
+    "activation": ("vit_base_patch32_clip_quickgelu_224", "vit_base_patch32_clip_224", SMALL, "a QuickGELU as .*act, "),
+    "eps": ("convnext_atto", "convnext_atto", {"norm_eps": 1e-3}, "eps=1e-06 in stem.1, .* has eps=0.001; "),
+    "dilation": ("resnet18", "resnet18", {"kwargs": {"output_stride": 16}}, "stride=2 in layer4.0, .* has stride=1;"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_weights_of_an_encoder_that_computes_otherwise_are_refused(kind, tmp_path):
+    trained, filled, given, why = OTHERS[kind]
+    arguments = given if given is SMALL else {}
+    saved(trained, arguments | {"num_classes": 0}, tmp_path / "folder")
+    kwargs = {key: value for key, value in arguments.items() if key not in ("img_size", "patch_size")}
+    vit = {"image_size": 16, "patch_size": 4, "kwargs": kwargs, "pos_embed": "learned"}
+    settings = vit if arguments else {"image_size": 64, **given}
+    weights = open_weights(f"local-dir:{tmp_path}/folder")
+    for name, refused in ((trained, trained == filled), (filled, True)):
+        encoder = build_encoder(EncoderConfig(name=name, **settings), seed=0)
+        before = encoder.state_dict()
+        before = {key: tensor.clone() for key, tensor in before.items()}
+        if refused:
+            with pytest.raises(UserError, match=f"was trained with {why}.*write encoder.name={trained}"):
+                fit(encoder, weights, f"encoder.name={name}")
+            assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
+        else:
+            fit(encoder, weights, name)
+
+
+FREE = {  # what a configuration chooses beside weights
+    "drop paths, another size and pooling": ("classifier", {"drop_path_rate": 0.1, "global_pool": "avg"}),
+    "drop rates of a convnet": ("convnet", {"drop_path_rate": 0.1, "drop_rate": 0.2, "global_pool": "max"}),
+    "pooling of a convnext": ("convnext", {"drop_path_rate": 0.1, "drop_rate": 0.2}),
+    "rotary, another size": ("rotary", {"drop_path_rate": 0.1, "proj_drop_rate": 0.1}),
+}
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_what_a_configuration_chooses_beside_weights_is_not_held_against_them(kind, tmp_path):
+    name, arguments = MODELS[FREE[kind][0]]
+    saved(name, arguments, tmp_path / "folder")
+    kwargs = {key: arguments[key] for key in arguments if key not in ("img_size", "patch_size", "num_classes")}
+    sizes = {"image_size": 36, "patch_size": 6} if "patch_size" in arguments else {"image_size": 96}
+    kwargs |= FREE[kind][1] | ({"fc_norm": False, "final_norm": True} if kind.startswith("drop paths") else {})
+    table = {"pos_embed": "learned"} if name.startswith("vit_tiny") else {}
+    encoder = build_encoder(EncoderConfig(name=name, kwargs=kwargs, **sizes, **table), seed=0)
+    fitted = fit(encoder, open_weights(f"local-dir:{tmp_path}/folder"), "it")
+    assert fitted.total - fitted.loaded <= 2  # the resampled ones are no longer the source's
+
+
+STEMS = {
+    "efficientnet_b0": ("conv_stem", {}),
+    "resnet18d": ("conv1.0", {"layers": [1, 1, 1, 1]}),
+    "regnety_002": ("stem.conv", {}),
+    "convnext_atto": ("stem.0", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}),
+    "resnet18": ("conv1.0", {"layers": [1, 1, 1, 1], "stem_type": "deep"}),  # not as in timm's table of first layers
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_another_number_of_channels_is_taken_to_the_first_layer_whatever_its_name(name, tmp_path):
+    first, arguments = STEMS[name]
+    model = saved(name, arguments | {"num_classes": 0}, tmp_path / "folder")
+    weights = open_weights(f"local-dir:{tmp_path}/folder")
+    encoder = build_encoder(EncoderConfig(name=name, image_size=64, in_chans=1, kwargs=arguments), seed=0)
+    fitted = fit(encoder, weights, "it")
+    assert fitted.changes == ("first layer brought from 3 to 1 channel (summed)",)
+    grey = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        expected = model.get_submodule(first)(grey.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(encoder.get_submodule(first)(grey), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_another_size_is_resampled_by_timms_way(tmp_path):

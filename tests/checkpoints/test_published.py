@@ -184,6 +184,20 @@ def test_a_file_of_no_known_layout_is_refused_with_its_keys(tmp_path):
             open_encoder(str(tmp_path / "weights.pth"))
 
 
+def test_a_stem_that_no_file_tells_is_told_from_damage(tmp_path):
+    path = str(tmp_path / "weights.pth")
+    stems = {"stem_type": "deep", "avg_down": True}
+    config = EncoderConfig(name="resnet18", image_size=32, kwargs=stems | {"layers": [1, 1, 1, 1]})
+    whole = build_encoder(config, seed=1).state_dict()
+    torch.save(whole, path)
+    with pytest.raises(UserError, match="a stem of several layers, .*write timm:NAME, .*encoder.name beside encoder.w"):
+        open_encoder(path)
+    assert fit(build_encoder(config, seed=2), open_weights(path), "an encoder").loaded == len(whole)
+    torch.save({name: tensor for name, tensor in whole.items() if not name.startswith("conv1.")}, path)
+    with pytest.raises(UserError, match="lacks its first layer, .*fetch it again"):
+        open_encoder(path)
+
+
 OF_CONFIGS = {  # timm's encoders whose files do not tell them: name, keyword arguments, format
     "EVA-02": ("eva02_tiny_patch14_224", {}, "EVA, timm layout"),
     "EVA-02, gated": ("eva02_base_patch14_224", {}, "EVA, timm layout"),
