@@ -42,6 +42,8 @@ class Labelled:
     # With which images will be read, where that is known: no other shards, see `ShardIndex`
     channels: int | None = field(default=None, compare=False)
     one_set: bool = False  # test alone, which is train as well: for what leaves each sample out in turn
+    # The same as the section says it that train is of: what holds out goes by it, and no evaluation does
+    label_group: str = field(default="", compare=False)
     # How they are spelled where they were given, see `told_as`
     named: tuple[str, str] = field(default=("--train ", "--test "), compare=False)
     image_named: str = field(default="--image ", compare=False)
@@ -114,9 +116,15 @@ def selection(section: SelectConfig | None) -> Selection | None:
     return Selection(**section.model_dump()) if section else None
 
 
-def ungrouped(name: str, group: str) -> str:
-    """Of train or test, whose images do not have the label that a run groups by."""
-    return f"No {name} image has a {in_words(group)}, so each counts as a group of its own."
+def ungrouped(name: str, labels: Labels) -> list[str]:
+    """Of train or test, whose images do not all have the label that a config groups by. name: which."""
+    if not labels.num_ungrouped:
+        return []
+    total, what = int(labels.known.sum()), in_words(labels.group)
+    if labels.num_ungrouped == total:
+        return [f"No {name} image has a {what}, so each counts as a group of its own."]
+    of = counted(total, f"{name} image")
+    return [f"{labels.num_ungrouped} of {of} without a {what}, so that each of these counts as a group of its own."]
 
 
 def describe_data(
@@ -137,7 +145,7 @@ def describe_data(
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         warnings += left_out(name, index, unlabelled, unreadable)
-        warnings += [ungrouped(name, label.ungrouped)] if label.ungrouped else []
+        warnings += ungrouped(name, label)
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,
