@@ -26,7 +26,7 @@ from prelude.evaluators.features.joining import joined
 from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, grouped, label_group, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
-from prelude.evaluators.labelled import Labelled, describe_data, named_by_section, selection
+from prelude.evaluators.labelled import Labelled, describe_data, named_by_section, selection, with_overlap
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
 from prelude.pretrain.config import EvaluateConfig
@@ -65,7 +65,7 @@ class Judging:
         found = [labels_of(index, self.labelled) for index in self.indexes]
         if self.labelled.group:
             found = grouped(found, self.indexes, self.labelled.group)
-        return found
+        return with_overlap(found, self.indexes)
 
     def check(self) -> None:
         """Raises UserError for shards that cannot be used, before any work is done."""

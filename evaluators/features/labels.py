@@ -32,6 +32,7 @@ class Labels:
     groups: Tensor | None = None  # (N,) int64: samples of one group (a patient) must not be told apart as independent
     group: str = ""  # the label that was to say so
     num_ungrouped: int = 0  # labelled samples of which it does not, each a group of its own
+    same_as: Tensor | None = None  # (N,) int64, of test: the sample of train that is the same image; -1: none
 
 
 def class_numbers(index: ShardIndex) -> Labels:
