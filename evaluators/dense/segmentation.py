@@ -192,7 +192,7 @@ def _held_out(train: dict[str, Places], seed: int) -> tuple[Tensor, Tensor]:
     counts = (next(iter(train.values())).labels != IGNORED).flatten(1).any(1).nonzero()[:, 0]
     if len(counts) < 2:
         raise UserError(
-            "The train shards hold one image with a pixel that counts in its mask, so none can be held out; write more "
+            "The train shards hold one image with a mask in which a pixel counts, so none can be held out; write more "
             "of them."
         )
     order = counts[torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))]

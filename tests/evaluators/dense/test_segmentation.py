@@ -147,7 +147,7 @@ def test_what_is_chosen_on_has_pixels_that_count(judge, places):
     found = outcome.details.get("grid") or [{"held_out_miou": outcome.details["held_out_miou"][kind]} for kind in kinds]
     assert np.isfinite([row["held_out_miou"] for row in found]).all() and outcome.chosen["features"] == "tokens"
     train.labels[:39] = IGNORED
-    with pytest.raises(UserError, match="one image with a pixel that counts"):
+    with pytest.raises(UserError, match="one image with a mask in which a pixel counts"):
         judge(kinds, {"noise": test, "tokens": test})
 
 
