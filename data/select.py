@@ -28,7 +28,7 @@ class Selection:
     """What is taken, in this order: the samples of `keys`, of these those whose `label` is one of `values`, of these a
     `share`."""
 
-    keys: str | None = None  # a text file: KEY or SHARD:KEY on each line
+    keys: str | None = None  # a text file: KEY or SHARD:KEY on each line, SHARD a file's name or its path
     label: str | None = None  # as evaluations name it: cls, txt, json:FIELD
     values: tuple[int | str, ...] = ()
     share: float | None = None
@@ -86,7 +86,7 @@ def _with_label(index: ShardIndex, ids: np.ndarray, selection: Selection, where:
 
 
 def _with_keys(index: ShardIndex, wanted: Sequence[str], where: str) -> np.ndarray:
-    places: dict[str, list[int]] = defaultdict(list)  # by KEY and by SHARD:KEY
+    places: dict[str, list[int]] = defaultdict(list)  # by each name that a sample goes by
     wanted_keys = set(wanted)
     paths = list(dict.fromkeys(index.paths))
     keys_of = dict(zip(paths, in_threads(keys_in, paths, lambda path: f"the headers of {path}"), strict=True))
@@ -95,7 +95,7 @@ def _with_keys(index: ShardIndex, wanted: Sequence[str], where: str) -> np.ndarr
         keys = keys_of[path]
         for sample, offset in enumerate(index.images[begin:end, 0].tolist(), start=begin):
             key = keys.get(offset, "?")
-            for name in (key, f"{shard_name(path)}:{key}"):
+            for name in {key, f"{shard_name(path)}:{key}", f"{path}:{key}"}:
                 if name in wanted_keys:
                     places[name].append(sample)
         begin = end
@@ -105,9 +105,12 @@ def _with_keys(index: ShardIndex, wanted: Sequence[str], where: str) -> np.ndarr
             f"write the keys of samples that are there."
         )
     if twice := next((line for line in wanted if len(places[line]) > 1), None):
+        found = [index.shard_of(sample) for sample in places[twice]]
+        alike = len(set(map(shard_name, found))) < len(set(found))
+        key = twice.removeprefix(f"{shard_name(found[0])}:")
+        written = f"{found[0] if alike else shard_name(found[0])}:{key}"
         raise UserError(
-            f"The key {twice!r} of {where} is that of {len(places[twice])} samples; write SHARD:KEY, such as "
-            f"{shard_name(index.shard_of(places[twice][0]))}:{twice}."
+            f"The key {twice!r} of {where} is that of {len(places[twice])} samples; write SHARD:KEY, such as {written}."
         )
     return np.unique(np.array([places[line][0] for line in wanted], np.int64))
 

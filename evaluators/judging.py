@@ -24,10 +24,10 @@ from prelude.data.value_range import tell_if_dark
 from prelude.evaluators.features.bank import Bank
 from prelude.evaluators.features.extraction import Features, crops_plan
 from prelude.evaluators.features.joining import joined
-from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, group_numbers, label_vectors
+from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, grouped, label_group, label_vectors
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
-from prelude.evaluators.labelled import Labelled, describe_data, named_by_section, selection
+from prelude.evaluators.labelled import Labelled, describe_data, named_by_section, selection, with_overlap
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
 from prelude.pretrain.config import EvaluateConfig
@@ -65,9 +65,8 @@ class Judging:
     def labels(self) -> list[Labels]:
         found = [labels_of(index, self.labelled) for index in self.indexes]
         if self.labelled.group:
-            groups = group_numbers(self.indexes, self.labelled.group)
-            found = [replace(labels, groups=own) for labels, own in zip(found, groups, strict=True)]
-        return found
+            found = grouped(found, self.indexes, self.labelled.group)
+        return with_overlap(found, self.indexes)
 
     def check(self) -> None:
         """Raises UserError for shards that cannot be used, before any work is done."""
@@ -254,6 +253,8 @@ def labelled_shards(
     if one_set:
         more["train_select"] = more["test_select"]
     named = named_by_section(train=not train, test=not test)
+    if section and not train:
+        more["label_group"] = label_group(section.label, section.label_group)
     test = test or (section and section.test_shards)
     train = test if one_set else train or (section and section.train_shards)
     missing = [f"--{name} SHARDS" for name, shards in (("train", train), ("test", test)) if not shards]

@@ -69,8 +69,8 @@ def content_of(*parts: dict[str, Features]) -> str:
     for part in parts:
         for kind, features in part.items():
             digest.update(kind.encode())
-            for tensor in (features.values, features.labels, features.sample_ids, features.groups):
-                _update(digest, tensor)
+            for name in ("values", "labels", "sample_ids", "groups", "same_as"):
+                _update(digest, getattr(features, name))
     return digest.hexdigest()
 
 

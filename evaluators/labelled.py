@@ -1,16 +1,19 @@
 """The labelled shards that encoders are judged on: which, which part of them, and what their labels are."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
+import torch
 
 from prelude.data.absent import told_as
 from prelude.data.class_names import with_class_names
 from prelude.data.counting import counted
 from prelude.data.decode import MAX_PIXELS, ValueRange
+from prelude.data.image_folder import ImageFolder
 from prelude.data.labels import in_words
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.select import Selection, selected
@@ -39,6 +42,8 @@ class Labelled:
     train_select: Selection | None = None  # a part of the shards
     test_select: Selection | None = None
     group: str = ""  # a label whose value samples that belong together share, such as json:patient
+    # The same as the section says it that train is of: what holds out goes by it, and no evaluation does
+    label_group: str = field(default="", compare=False)
     # With which images will be read, where that is known: no other shards, see `ShardIndex`
     channels: int | None = field(default=None, compare=False)
     one_set: bool = False  # test alone, which is train as well: for what leaves each sample out in turn
@@ -114,9 +119,15 @@ def selection(section: SelectConfig | None) -> Selection | None:
     return Selection(**section.model_dump()) if section else None
 
 
-def ungrouped(name: str, group: str) -> str:
-    """Of train or test, whose images do not have the label that a run groups by."""
-    return f"No {name} image has a {in_words(group)}, so each counts as a group of its own."
+def ungrouped(name: str, labels: Labels) -> list[str]:
+    """Of train or test, whose images do not all have the label that a config groups by. name: which."""
+    if not labels.num_ungrouped:
+        return []
+    total, what = int(labels.known.sum()), in_words(labels.group)
+    if labels.num_ungrouped == total:
+        return [f"No {name} image has a {what}, so each counts as a group of its own."]
+    of = counted(total, f"{name} image")
+    return [f"{labels.num_ungrouped} of {of} without a {what}, so that each of these counts as a group of its own."]
 
 
 def describe_data(
@@ -137,7 +148,7 @@ def describe_data(
         unlabelled = int((~label.known).sum())
         unreadable = index.num_samples - unlabelled - len(one)
         warnings += left_out(name, index, unlabelled, unreadable)
-        warnings += [ungrouped(name, label.ungrouped)] if label.ungrouped else []
+        warnings += ungrouped(name, label)
         data[name] = {
             **labelled.described(name, index),
             "fingerprint": one.data_fingerprint,
@@ -167,22 +178,59 @@ def few_warnings(num_test: int) -> list[str]:
 
 
 def num_in_both(first: ShardIndex, second: ShardIndex) -> int:
-    """How many samples of the first are in the second, by where they lie: a copy of a shard is another one."""
-    (of_first, of_second), found = (_by_file(index) for index in (first, second)), 0
+    """How many samples of the first are in the second."""
+    return int((same_images(first, second) >= 0).sum())
+
+
+def with_overlap(labels: Sequence[Labels], indexes: Sequence[ShardIndex]) -> list[Labels]:
+    """The labels of train and of test; those of test with which of its images are in train, where some are."""
+    (train, test), (of_train, of_test) = indexes, labels
+    same = None if train.fingerprint == test.fingerprint else same_images(test, train)
+    if same is not None and (same >= 0).any():
+        of_test = replace(of_test, same_as=torch.from_numpy(same))
+    return [of_train, of_test]
+
+
+def same_images(first: ShardIndex, second: ShardIndex) -> np.ndarray:
+    """(N,) int64: which sample of the second each of the first is, -1 for none, by where they lie: a copy of a shard is
+    another one."""
+    found = np.full(first.num_samples, -1, np.int64)
+    of_first, of_second = (_by_file(index) for index in (first, second))
     for file in of_first.keys() & of_second.keys():
-        found += len(np.intersect1d(_offsets(first, of_first[file]), _offsets(second, of_second[file])))
+        (begin, offsets), (other_begin, others) = _offsets(first, of_first[file]), _offsets(second, of_second[file])
+        _, here, there = np.intersect1d(offsets, others, return_indices=True)
+        found[begin + here] = other_begin + there
+    if all(any(isinstance(path, ImageFolder) for path in index.paths) for index in (first, second)):
+        samples = {path: sample for sample, path in _in_folders(second)}
+        for sample, path in _in_folders(first):
+            found[sample] = samples.get(path, -1)
     return found
 
 
 def _by_file(index: ShardIndex) -> dict[str, int]:
-    """The numbers of its shards."""
+    """The numbers of its shards, but for folders, of which one may lie in another."""
     real = lambda path: path if isinstance(path, RemoteShard) else os.path.realpath(path)  # noqa: E731
-    return {real(path): number for number, path in enumerate(index.paths)}
+    return {real(path): number for number, path in enumerate(index.paths) if not isinstance(path, ImageFolder)}
 
 
-def _offsets(index: ShardIndex, shard: int) -> np.ndarray:
+def _in_folders(index: ShardIndex) -> Iterator[tuple[int, str]]:
+    """The samples of folders that are read in place, and where their images really lie."""
+    real = cache(os.path.realpath)  # of the folders: a million images lie in few
+    for number, folder in enumerate(index.paths):
+        if not isinstance(folder, ImageFolder):
+            continue
+        begin, offsets = _offsets(index, number)
+        for sample, place in enumerate(np.searchsorted(folder.ends, offsets, side="right").tolist(), start=begin):
+            parent, name = os.path.split(os.path.join(folder, folder.names[place]))
+            path = os.path.join(real(parent), name)
+            yield sample, os.path.realpath(path) if os.path.islink(path) else path
+
+
+def _offsets(index: ShardIndex, shard: int) -> tuple[int, np.ndarray]:
+    """The first of a shard's samples, and where the images of all of them lie in it."""
     end = int(index.ends[shard])
-    return index.images[end - int(index.counts[shard]) : end][:, 0]
+    begin = end - int(index.counts[shard])
+    return begin, index.images[begin:end][:, 0]
 
 
 def leaks(train: ShardIndex, test: ShardIndex) -> list[str]:

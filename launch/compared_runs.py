@@ -112,6 +112,8 @@ def shared_settings(labelled: Labelled) -> list[str]:
     if labelled.vectors:
         form = labelled.vectors
         values |= {"label_names": list(form.names), "label_field": form.field, "label_group": form.group_field}
+    elif labelled.label_group:
+        values["label_group"] = labelled.label_group
     selects = {"train_select": labelled.train_select, "test_select": labelled.test_select}
     values |= {key: select.said() for key, select in selects.items() if select}
     values |= {key: given for key, given in (("classes", labelled.classes), ("image", labelled.image)) if given}

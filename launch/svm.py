@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from prelude.evaluators.judging import Judging, vector_format
     from prelude.launch.frozen import judge_by, labelled_of, settings_of
 
-    form = vector_format(args.sources, args.names, args.field, "") if args.names or args.field else None
+    form = vector_format(args.sources, args.names, args.field) if args.names or args.field else None
     settings, judged = settings_of(args, "svm", argv), partial(svm, cs=args.c or CS)
     return judge_by(args, Judging([judged], labelled_of(args, vectors=form), crops=args.crops, **settings))
 

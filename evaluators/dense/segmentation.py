@@ -187,12 +187,16 @@ def _classes(train: dict[str, Places], test: dict[str, Places]) -> Classes:
 
 
 def _held_out(train: dict[str, Places], seed: int) -> tuple[Tensor, Tensor]:
-    """Images to fit and to choose on, in an order of the seed's."""
-    count = len(next(iter(train.values())))
-    if count < 2:
-        raise UserError("The train shards hold one image with a mask, so none can be held out; write more of them.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = max(round(count * HELD_OUT), 1)
+    """Images to fit and to choose on, in an order of the seed's: of those with a pixel that counts, as the others would
+    choose nothing."""
+    counts = (next(iter(train.values())).labels != IGNORED).flatten(1).any(1).nonzero()[:, 0]
+    if len(counts) < 2:
+        raise UserError(
+            "The train shards hold one image with a mask in which a pixel counts, so none can be held out; write more "
+            "of them."
+        )
+    order = counts[torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))]
+    held = max(round(len(counts) * HELD_OUT), 1)
     return order[held:], order[:held][:HELD_IMAGES]
 
 

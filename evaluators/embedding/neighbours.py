@@ -51,14 +51,16 @@ class Found:
 
 
 def queries_among(embedded: Embedded, names: Sequence[str]) -> list[Query]:
-    """names: keys, `SHARD:KEY` where a key is in several shards, or image files.
+    """names: keys, `SHARD:KEY` where a key is in several shards, SHARD being its file's name or its path as the set has
+    it, or image files.
 
     Raises UserError for what is none of these.
     """
     rows: dict[str, list[int]] = {name: [] for name in names}
     short = [os.path.basename(shard) for shard in embedded.shards]
     for row, key in enumerate(embedded.keys):
-        for name in {key, f"{short[embedded.shard[row]]}:{key}"} & rows.keys():
+        shard = embedded.shard[row]
+        for name in {key, f"{short[shard]}:{key}", f"{embedded.shards[shard]}:{key}"} & rows.keys():
             rows[name].append(row)
     return [_query(embedded, short, name, rows[name]) for name in rows]
 
@@ -192,8 +194,10 @@ def _query(embedded: Embedded, short: Sequence[str], name: str, rows: list[int])
     if len(rows) == 1:
         return Query(name, rows[0])
     if rows:
-        places = [f"{short[embedded.shard[row]]}:{name}" for row in rows]
-        raise UserError(f"{len(rows)} images of {embedded.name} have the key {name}; write one as {places[0]}.")
+        shards = [embedded.shard[row] for row in rows]
+        alike = len({short[shard] for shard in shards}) < len(set(shards))
+        written, key = (embedded.shards if alike else short)[shards[0]], embedded.keys[rows[0]]
+        raise UserError(f"{len(rows)} images of {embedded.name} have the key {name}; write one as {written}:{key}.")
     if os.path.isfile(name):
         return Query(name, None, name)
     examples = ", ".join(embedded.keys[:3])

@@ -66,6 +66,8 @@ class Features:
     name: str  # the kind
     recipe: dict = field(default_factory=dict)  # how the images were seen and in which precision
     groups: Tensor | None = None  # (N,) int64: samples that belong together, such as those of a patient
+    # (N,) int64: the sample of train that is the same image; -1: none
+    same_as: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)

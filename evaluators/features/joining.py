@@ -9,6 +9,7 @@ from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.features.labels import Labels
 
 _ROWS = 1024  # that are looked at in one go
+_MORE = ("groups", "same_as")  # of each sample, where they are known
 
 
 def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str, Features]:
@@ -28,8 +29,8 @@ def joined(rows: dict[str, Rows], labels: Labels, index: ShardIndex) -> dict[str
                 f"The {kind} features of {index.key(sample)} in {index.shard_of(sample)} are not finite; mend the "
                 "encoder, or leave such images out."
             )
-        groups = None if labels.groups is None else labels.groups[ids]
-        found[kind] = Features(values, labels.values[ids], ids, index.fingerprint, kind, part.recipe, groups)
+        more = {name: of[ids] for name in _MORE if (of := getattr(labels, name)) is not None}
+        found[kind] = Features(values, labels.values[ids], ids, index.fingerprint, kind, part.recipe, **more)
     return found
 
 

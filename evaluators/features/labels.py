@@ -7,12 +7,13 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from prelude.data.class_names import label_reader
+from prelude.data.counting import counted
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
@@ -29,7 +30,9 @@ class Labels:
     values: Tensor  # (N,) int64 class numbers, or (N, L) float32 of 1, 0 and NaN for unknown
     known: Tensor  # (N,) bool: whether the sample has a label at all
     groups: Tensor | None = None  # (N,) int64: samples of one group (a patient) must not be told apart as independent
-    ungrouped: str = ""  # the label that was to say it, and is nowhere
+    group: str = ""  # the label that was to say so
+    num_ungrouped: int = 0  # labelled samples of which it does not, each a group of its own
+    same_as: Tensor | None = None  # (N,) int64, of test: the sample of train that is the same image; -1: none
 
 
 def class_numbers(index: ShardIndex) -> Labels:
@@ -48,25 +51,35 @@ def class_numbers(index: ShardIndex) -> Labels:
     return Labels(values, known)
 
 
-def group_numbers(indexes: Sequence[ShardIndex], group: str, each: bool = True) -> list[Tensor | None]:
-    """(N,) int64 for each index: samples whose label `group` is written alike share a number, in all of the indexes; a
-    sample without one is alone.
+def grouped(labels: Sequence[Labels], indexes: Sequence[ShardIndex], group: str, asked: bool = True) -> list[Labels]:
+    """The labels of each index with groups: samples whose label `group` is written alike share a number, in all of the
+    indexes; a sample without one is alone, and an index without any has None.
 
-    Raises UserError where no sample of an index has one; without `each`, where no sample of any index has, and the
-    others' answer is None.
+    asked: by who judges, of every labelled sample. Raises UserError where one is without, then; and for what names no
+    group.
     """
     numbers: dict[str | tuple[int, int], int] = {}
-    named = [group_names(index, group) for index in indexes]
-    without = [index for index, names in zip(indexes, named, strict=True) if not any(names)]
-    if without and (each or len(without) == len(indexes)):
-        raise _no_group(without[0], group)
-    return [_numbered(names, numbers, place) if any(names) else None for place, names in enumerate(named)]
+    found = []
+    for place, (part, index) in enumerate(zip(labels, indexes, strict=True)):
+        names = group_names(index, group)
+        alone = [i for i, known in enumerate(part.known.tolist()) if known and names[i] is None]
+        if asked and not any(names):
+            raise no_group(index, group)
+        if asked and alone:
+            raise UserError(
+                f"{len(alone)} of {counted(int(part.known.sum()), 'labelled image')} in {index.named} have no "
+                f"{in_words(group)} to group by (the first: {index.key(alone[0])}); write one for each, of its own "
+                f"where it stands alone, or leave --group out."
+            )
+        own = _numbered(names, numbers, place) if any(names) else None
+        found.append(replace(part, groups=own, group=group, num_ungrouped=len(alone)))
+    return found
 
 
-def _no_group(index: ShardIndex, group: str) -> UserError:
+def no_group(index: ShardIndex, group: str) -> UserError:
     return UserError(
         f"Groups of images cannot be read from {group}: no sample in {index.named} has a {in_words(group)} with a "
-        "value in it; name another in --group or evaluate.label_group, or leave it out."
+        "value in it; name another in --group or evaluate.label_group, or leave it out (evaluate.label_group='')."
     )
 
 
@@ -90,8 +103,8 @@ def label_group(label: str, group: str) -> str:
 
 
 def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
-    """Raises UserError where no member has the format, none of the names ever occurs, or nothing has a group that is
-    asked for."""
+    """Raises UserError where no member has the format, none of the names ever occurs, or a sample has no group where
+    groups are asked for."""
     if ":" in index.label:
         raise UserError(f"--label {index.label} names a field where findings are; write --label json --field FIELD.")
     values, known = [], []
@@ -113,9 +126,6 @@ def label_vectors(index: ShardIndex, form: VectorFormat) -> Labels:
     if not (labels == 1).any():
         within = "" if form.field else ", or write in --field (evaluate.label_field) which field has the findings"
         raise UserError(f"None of {', '.join(form.names)} ever occurs in {index.named}; correct names{within}.")
+    found = Labels(labels, torch.tensor(known))
     group = label_group(index.label, form.group_field)
-    names = group_names(index, group) if group else []
-    if group and form.group_asked and not any(names):
-        raise _no_group(index, group)
-    groups = _numbered(names, {}, 0) if any(names) else None
-    return Labels(labels, torch.tensor(known), groups, ungrouped=group if groups is None else "")
+    return grouped([found], [index], group, form.group_asked)[0] if group else found

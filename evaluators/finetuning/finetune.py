@@ -94,7 +94,8 @@ def prepare(
         **_of_recipe(section, train, test),
     )
     named = named_by_section(train=not train, test=not test)
-    labelled = replace(labelled, named=named, image_named=IMAGE_OF_SECTION)
+    label_group = section.get("label_group", labelled.label_group)
+    labelled = replace(labelled, named=named, image_named=IMAGE_OF_SECTION, label_group=label_group)
     values = completed(values, labelled)
     options_of = validate_config(values, str(recipe), options_for).objective
     if from_scratch:
@@ -277,10 +278,10 @@ def result_of(
 
 
 def _findings(section: dict) -> VectorFormat | None:
-    """Where the recipe's own section says that images show several findings."""
+    """Where the recipe's own section says that images show several findings. Groups are read apart."""
     if not section.get("label_names"):
         return None
-    return VectorFormat(tuple(section["label_names"]), section.get("label_field", ""), section.get("label_group", ""))
+    return VectorFormat(tuple(section["label_names"]), section.get("label_field", ""))
 
 
 def _of_recipe(section: dict, train, test) -> dict:

@@ -119,6 +119,7 @@ def completed(values: dict, labelled) -> dict:
     found = {"train_shards": labelled.train, "test_shards": labelled.test, "label": labelled.label}
     if not isinstance(labelled, Unknown):
         found |= {"image": labelled.image or None, "classes": list(labelled.classes)}
+        found["label_group"] = labelled.label_group
         for name in ("train_select", "test_select"):
             select = getattr(labelled, name)
             found[name] = asdict(select) if select else None

@@ -15,12 +15,19 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.findings import VectorFormat
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.labels import Labels, class_numbers, group_numbers, label_group, label_vectors
+from prelude.evaluators.features.labels import (
+    Labels,
+    class_numbers,
+    grouped,
+    label_group,
+    label_vectors,
+    no_group,
+)
 from prelude.evaluators.features.low_label import low_label
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import weights_of_classes, weights_of_findings
 from prelude.evaluators.frozen.multilabel import both_there
-from prelude.evaluators.frozen.splits import hold_out, hold_out_groups, lacking
+from prelude.evaluators.frozen.splits import hold_out, hold_out_groups, lacking, share_warnings
 from prelude.evaluators.labelled import Labelled, leaks, left_out, ungrouped
 from prelude.pretrain.config import EvaluateConfig
 
@@ -50,29 +57,31 @@ class Samples:
 def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineTuneOptions, seed: int) -> Samples:
     """section: of the config. seed: of the draws. Raises UserError for shards, or labels, that cannot be used."""
     whole, test = labelled.indexes()
-    groups = (None, None)
+    of_train, of_test = (_findings if labelled.vectors else _classes)(labelled, whole, test, options)
     if group := label_group(section.label, section.label_group):
-        groups = group_numbers([whole, test], group, each=False)
-    found = (_of_findings if labelled.vectors else _of_classes)(labelled, whole, test, options)
-    num_unlabelled = int((~found.test.known).sum())
-    warnings = leaks(whole, test) or _shared_groups(groups)
-    sides = zip(("train", "test"), groups, strict=True)
-    warnings += [ungrouped(name, group) for name, numbers in sides if group and numbers is None]
-    warnings += left_out("train", whole, whole.num_samples - len(found.known))
-    ids = found.known[low_label(found.strata, per_class=options.per_class, fraction=options.fraction, seed=seed)]
+        of_train, of_test = grouped([of_train, of_test], [whole, test], group, asked=False)
+        if of_train.groups is None and of_test.groups is None:
+            raise no_group(whole, group)
+    values, known = of_train.values, np.flatnonzero(of_train.known.numpy())
+    warnings = leaks(whole, test) or _shared_groups(of_train.groups, of_test.groups)
+    warnings += ungrouped("train", of_train) + ungrouped("test", of_test)
+    warnings += left_out("train", whole, whole.num_samples - len(known))
+    strata = np.zeros(len(known), np.int64) if labelled.vectors else values.numpy()[known]
+    ids = known[low_label(strata, per_class=options.per_class, fraction=options.fraction, seed=seed)]
     fit, held = ids, None
     if options.hold_out:
-        fit, held = _held_out(ids, found.values, groups[0], options.hold_out, seed)
-    values = found.values[fit]
+        fit, held = _held_out(ids, values, of_train.groups, options.hold_out, seed)
+        warnings += [] if of_train.groups is None else share_warnings(len(held), len(ids), options.hold_out)
+    values = values[fit]
     classes = torch.arange(values.shape[1]) if labelled.vectors else values.unique()
     if not labelled.vectors and len(classes) < 2:
         raise UserError(f"The train shards hold one class only ({classes.tolist()}); write shards with two or more.")
     if not labelled.vectors:
-        warnings += lacking(classes, found.test.values[found.test.known])
+        warnings += lacking(classes, of_test.values[of_test.known])
     return Samples(
         train=_subset(whole, fit),
-        held_out=None if held is None else Part(_subset(whole, held), None if groups[0] is None else groups[0][held]),
-        test=Part(test, groups[1], num_unlabelled),
+        held_out=None if held is None else Part(_subset(whole, held), _of(of_train.groups, held)),
+        test=Part(test, of_test.groups, int((~of_test.known).sum())),
         label=labelled.label,
         classes=classes,
         weights=_weights(options, values, classes, labelled.vectors, whole.classes),
@@ -82,15 +91,8 @@ def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineT
     )
 
 
-@dataclass(frozen=True)
-class _Labels:
-    values: Tensor  # of all samples of the shards
-    known: np.ndarray  # ids of those that have any
-    strata: np.ndarray  # of the known ones: what few labels take the same share of
-    test: Labels  # of the test shards
-
-
-def _of_classes(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options: FineTuneOptions) -> _Labels:
+def _classes(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options: FineTuneOptions) -> list[Labels]:
+    """Of train and test."""
     if options.uncertain != "ignore":
         raise UserError(
             f"objective.uncertain={options.uncertain} is of several findings an image; name them in "
@@ -101,11 +103,11 @@ def _of_classes(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options
         raise UserError(
             f"Members .{labelled.label} hold the class number {labels.values.min().item()}; write 0 or more."
         )
-    known = np.flatnonzero(labels.known.numpy())
-    return _Labels(labels.values, known, labels.values.numpy()[known], class_numbers(test))
+    return [labels, class_numbers(test)]
 
 
-def _of_findings(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options: FineTuneOptions) -> _Labels:
+def _findings(labelled: Labelled, whole: ShardIndex, test: ShardIndex, options: FineTuneOptions) -> list[Labels]:
+    """Of train and test."""
     if options.loss != "sigmoid":
         raise UserError(
             f"objective.loss={options.loss} learns one class an image, and evaluate.label_names says that there are "
@@ -120,8 +122,7 @@ def _of_findings(labelled: Labelled, whole: ShardIndex, test: ShardIndex, option
     of_test = label_vectors(test, labelled.vectors)
     if not both_there(of_test.values).any():
         raise UserError("The test shards have no label that is present in some images and absent in others.")
-    known = np.flatnonzero(labels.known.numpy())
-    return _Labels(labels.values, known, np.zeros(len(known), np.int64), of_test)
+    return [labels, of_test]
 
 
 def _held_out(ids: np.ndarray, values: Tensor, groups: Tensor | None, share: float, seed: int):
@@ -149,10 +150,14 @@ def _weights(options: FineTuneOptions, values: Tensor, classes: Tensor, findings
     return weights
 
 
-def _shared_groups(groups: tuple) -> list[str]:
-    if any(side is None for side in groups) or not (count := int(torch.isin(groups[1], groups[0]).sum())):
+def _shared_groups(of_train: Tensor | None, of_test: Tensor | None) -> list[str]:
+    if of_train is None or of_test is None or not (count := int(torch.isin(of_test, of_train).sum())):
         return []
     return [f"{count} test images are of groups that are in the train shards too, so they say little about new ones."]
+
+
+def _of(groups: Tensor | None, ids: np.ndarray) -> Tensor | None:
+    return None if groups is None else groups[ids]
 
 
 def _subset(index: ShardIndex, ids: np.ndarray) -> ShardIndex:

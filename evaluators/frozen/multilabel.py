@@ -228,15 +228,21 @@ def both_there(labels: Tensor) -> Tensor:
     return (labels == 1).any(0) & (labels == 0).any(0)
 
 
-def is_counted(labels: Tensor, groups: Tensor | None) -> Tensor:
-    """(L,) whether a label is part of the macro numbers."""
-    groups = torch.arange(len(labels)) if groups is None else groups
-    frequent = torch.tensor(
+def is_frequent(labels: Tensor, groups: Tensor | None) -> Tensor:
+    """(L,) whether `MIN_POSITIVES` samples, or groups of them, have a label, and as many lack it."""
+    if groups is None:
+        return torch.minimum((labels == 1).sum(0), (labels == 0).sum(0)) >= MIN_POSITIVES
+    return torch.tensor(
         [
             all(len(groups[of_label == value].unique()) >= MIN_POSITIVES for value in (1, 0))
             for of_label in labels.unbind(1)
         ]
     )
+
+
+def is_counted(labels: Tensor, groups: Tensor | None) -> Tensor:
+    """(L,) whether a label is part of the macro numbers."""
+    frequent = is_frequent(labels, groups)
     return frequent if frequent.any() else both_there(labels)
 
 

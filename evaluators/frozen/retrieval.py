@@ -7,8 +7,9 @@ k-NN. What is relevant to it are the gallery's images of its class.
   Nearest Neighbor Search", 2011, and the metric learning literature; not the share of relevant images found).
 - mAP: the mean over queries of the average precision over the whole gallery. R-precision: the share of relevant images
   among the R nearest, R being how many there are.
-- An image is never an answer to itself: where gallery and queries are the same images, each is left out in turn. Where
-  groups are known (a patient, a camera), all images of the query's group are left out of its gallery.
+- An image is never an answer to itself: where gallery and queries are the same images, each is left out in turn, and
+  where some queries are in the gallery too, each of these is left out of its own. Where groups are known (a patient, a
+  camera), all images of the query's group are left out of its gallery.
 - A query without a relevant image has no answer; it is left out, counted and told of. One that has nothing else to be
   found is always right; it is told of, and refused where all are. So is a k that reaches the whole gallery.
 - Between several kinds of feature the choice is made on a tenth of the gallery; in leaving one out nothing may be
@@ -113,7 +114,8 @@ def _most_answers(gallery: Features, queried: Features) -> int:
     if gallery.groups is not None:
         sizes = torch.bincount(gallery.groups, minlength=int(queried.groups.max()) + 1)
         return len(gallery) - int(sizes[queried.groups].min())
-    return len(gallery) - (gallery.data_fingerprint == queried.data_fingerprint)
+    itself = gallery.data_fingerprint == queried.data_fingerprint or queried.same_as is not None
+    return len(gallery) - itself
 
 
 def _ks(wanted: Sequence[int] | None, most: int) -> list[int]:
@@ -177,6 +179,8 @@ def ranked(
         out = torch.zeros_like(relevant)
         if same:
             out |= queried.sample_ids[some][:, None] == gallery.sample_ids[rows]
+        elif queried.same_as is not None:
+            out |= queried.same_as[some][:, None] == gallery.sample_ids[rows]
         if gallery.groups is not None:
             out |= queried.groups[some][:, None] == gallery.groups[rows]
         has = (relevant & ~out).any(1)

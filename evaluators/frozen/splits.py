@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 
 HELD_OUT = 0.1  # share of each class
+FAR = 2  # times the share that was asked for
 LEVEL = 0.1  # points, by which neighbours in a grid are told apart
 MOST_LISTED = 10  # classes in a sentence
 
@@ -73,16 +75,32 @@ def hold_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor
 def hold_out_groups(groups: Tensor, seed: int, share: float) -> tuple[Tensor, Tensor]:
     """The same of whole groups, without regard to classes: in a seeded order, until they have `share` of the samples.
 
-    groups: (N,) int64. Raises UserError for a single group.
+    A group with which they would have more than `FAR` times that is passed over while others remain; where there is no
+    other, the smallest is held out. groups: (N,) int64. Raises UserError for a single group.
     """
     group, size = groups.unique(return_inverse=True, return_counts=True)[1:]
     if len(size) < 2:
         raise UserError("The train shards hold one group only, so nothing can be held out; write more of them.")
     turn = torch.randperm(len(size), generator=torch.Generator().manual_seed(seed))
-    before = size[turn].cumsum(0) - size[turn]
-    taken = int((before < share * len(groups)).sum())
-    is_held = torch.isin(group, turn[: min(taken, len(size) - 1)])
+    wanted, count, taken = share * len(groups), 0, []
+    for place, own in zip(turn.tolist(), size[turn].tolist(), strict=True):
+        if count >= wanted or len(taken) == len(size) - 1:
+            break
+        if count + own <= FAR * wanted:
+            count += own
+            taken.append(place)
+    is_held = torch.isin(group, torch.tensor(taken or [int(turn[size[turn].argsort(stable=True)[0]])]))
     return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
+
+
+def share_warnings(num_held: int, total: int, share: float) -> list[str]:
+    """A warning where whole groups made the held-out part another one than was asked for."""
+    if share * total / FAR <= num_held <= FAR * share * total:
+        return []
+    return [
+        f"{num_held} of {counted(total, 'train image')} are held out, {100 * num_held / total:.2g} % where "
+        f"{100 * share:g} % were asked for: groups are held out whole, and these are few or large."
+    ]
 
 
 def edge_warnings(

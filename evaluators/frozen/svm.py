@@ -4,7 +4,8 @@
   length 1, squared hinge loss, 1/2 |w|^2 + C * sum(max(0, 1 - y f)^2), as liblinear has it; the bias is free.
 - Features of several crops of an image are averaged before (`crops` of the judging).
 - C is chosen among powers of ten on a tenth of train, by accuracy of classes or mAP of findings, and so is the kind of
-  feature; then the machines are fit on all of train, and test is read once for each kind.
+  feature; then the machines are fit on all of train, and test is read once for each kind. The tenth is one of each
+  class; of findings, of the images with any and of those without. Known groups (a patient) are held out whole.
 - The problem is convex and trained to its optimum by `evaluators.frozen.convex`; nothing else is random.
 - mAP is the mean over classes of the area under the plain precision-recall curve, not VOC's 11 points.
 """
@@ -18,8 +19,17 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, Heads, LabelLoss, Space
-from prelude.evaluators.frozen.ranking import MIN_POSITIVES, average_precision, bootstrapped
-from prelude.evaluators.frozen.splits import HELD_OUT, contiguous_labels, edge_warnings, hold_out, lacking_warnings
+from prelude.evaluators.frozen.multilabel import both_there, is_frequent
+from prelude.evaluators.frozen.ranking import MIN_POSITIVES, average_precision, bootstrapped, group_warnings
+from prelude.evaluators.frozen.splits import (
+    HELD_OUT,
+    contiguous_labels,
+    edge_warnings,
+    hold_out,
+    hold_out_groups,
+    lacking_warnings,
+    share_warnings,
+)
 from prelude.evaluators.results import Outcome, Percent, hits, percent
 
 CS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -55,12 +65,13 @@ def svm(
     """Accuracy and mAP by kind of feature; of findings mAP alone.
 
     seed: of the held-out part and of the bootstrap behind mAP's error. Raises UserError for a C that is not above 0,
-    and where no finding of test is frequent enough.
+    where train is one group, and where no finding of test is frequent enough.
     """
     if min(cs) <= 0:
         raise UserError(f"--c {' '.join(f'{c:g}' for c in cs)} must be above 0; write powers of ten, such as 0.1 1 10.")
     labels, test_labels, classes = _labels(train, test)
-    fit, held = hold_out(labels.argmax(1) if classes else torch.zeros(len(labels), dtype=torch.long), seed)
+    groups, test_groups = (next(iter(part.values())).groups for part in (train, test))
+    fit, held = _held_out(labels, classes, groups, seed)
     loss, found, grid = HingeLoss(labels.to(device)), {}, []
     for kind in train:
         space = Space.of(F.normalize(train[kind].values, dim=1), "none", device)
@@ -72,20 +83,51 @@ def svm(
         best = max(rows, key=lambda row: row["held_out"])
         ((_, head),) = _each(space, loss, (best["c"],), None)
         scores = _scores(head, F.normalize(test[kind].values, dim=1), None)
-        found[kind] = {**best, "converged": head.converged[0], "numbers": _numbers(scores, test_labels, classes, seed)}
+        numbers = _numbers(scores, test_labels, classes, seed, test_groups)
+        found[kind] = {**best, "converged": head.converged[0], "numbers": numbers}
         grid += rows
     chosen = max(found, key=lambda kind: found[kind]["held_out"])
     strange = lacking_warnings(train, test) if classes else []
     told = [] if found[chosen]["converged"] else [f"It was stopped after {MAX_PASSES} passes, before its optimum."]
+    told += [] if groups is None else share_warnings(len(held), len(labels), HELD_OUT)
+    if classes or both_there(labels[held]).any():
+        told += _edge(found[chosen], grid, cs)
+    else:
+        told += [_NO_CHOICE] if len(grid) > 1 else []
     return Outcome(
         evaluator="svm",
         numbers=found[chosen]["numbers"],
         chosen={"features": chosen, "c": found[chosen]["c"]},
-        recipe={"cs": list(cs), "features": list(train), "held_out": HELD_OUT, "length": 1, "seed": seed},
+        recipe={
+            "cs": list(cs),
+            "features": list(train),
+            "held_out": HELD_OUT,
+            "grouped": groups is not None,
+            "length": 1,
+            "seed": seed,
+        },
         details={"grid": grid},
         by_kind={kind: one["numbers"] for kind, one in found.items()},
-        warnings=strange + told + edge_warnings("C", found[chosen]["c"], cs),
+        warnings=strange + group_warnings(test_groups) + told,
     )
+
+
+_NO_CHOICE = (
+    "No finding is present in some held-out train images and absent in others, so C and the kind of feature are the "
+    "first of those asked for, and not chosen by mAP."
+)
+
+
+def _held_out(labels: Tensor, classes: int, groups: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+    if groups is not None:
+        return hold_out_groups(groups, seed, HELD_OUT)
+    return hold_out(labels.argmax(1) if classes else (labels == 1).any(1).long(), seed)
+
+
+def _edge(chosen: dict, grid: Sequence[dict], cs: Sequence[float]) -> list[str]:
+    """Where several do as well, none of them was found at an edge."""
+    alike = [row for row in grid if (row["features"], row["held_out"]) == (chosen["features"], chosen["held_out"])]
+    return edge_warnings("C", chosen["c"], cs) if len(alike) == 1 else []
 
 
 def _labels(train: dict[str, Features], test: dict[str, Features]) -> tuple[Tensor, Tensor, int]:
@@ -111,12 +153,6 @@ def _scores(head: Heads, values: Tensor, rows: Tensor | None) -> Tensor:
     return torch.cat([logits[0].cpu() for _, logits in head.logits_of(values, rows)])
 
 
-def _frequent(labels: Tensor) -> list[int]:
-    """Labels that enough samples have and lack."""
-    counts = [((labels == value).sum(0)) for value in (1, 0)]
-    return [i for i in range(labels.shape[1]) if min(count[i] for count in counts) >= MIN_POSITIVES]
-
-
 def _average_precisions(scores: Tensor, labels: Tensor, which: Sequence[int], weights: Tensor | None) -> Tensor:
     """(B, len(which))"""
     found = []
@@ -130,22 +166,23 @@ def _average_precisions(scores: Tensor, labels: Tensor, which: Sequence[int], we
 def _quality(scores: Tensor, labels: Tensor, classes: int) -> float:
     if classes:
         return percent(hits(scores, labels.argmax(1))["top1"], len(labels)).value
-    which = [i for i in range(labels.shape[1]) if (labels[:, i] == 1).any()]
+    which = both_there(labels).nonzero()[:, 0].tolist()
     return 100 * _average_precisions(scores, labels, which, None).mean().item() if which else 0.0
 
 
-def _numbers(scores: Tensor, labels: Tensor, classes: int, seed: int) -> dict[str, Percent]:
+def _numbers(scores: Tensor, labels: Tensor, classes: int, seed: int, groups: Tensor | None) -> dict[str, Percent]:
     numbers = {}
     if classes:
         known = torch.where(labels.any(1), labels.argmax(1), -1)
         numbers = {name: percent(count, len(labels)) for name, count in hits(scores, known).items()}
-    which = _frequent(labels)
+    which = is_frequent(labels, groups).nonzero()[:, 0].tolist()
     if which:
         mean = lambda weights: _average_precisions(scores, labels, which, weights).mean(1)  # noqa: E731
-        numbers["map"] = bootstrapped(mean, len(labels), seed)
+        numbers["map"] = bootstrapped(mean, len(labels), seed, groups)
     if not numbers:
+        or_groups = "" if groups is None else ", or groups of them,"
         raise UserError(
-            f"No finding has {MIN_POSITIVES} test images with it and as many without, so there is no mAP; write more "
-            "test shards."
+            f"No finding has {MIN_POSITIVES} test images{or_groups} with it and as many without, so there is no mAP; "
+            "write more test shards."
         )
     return numbers

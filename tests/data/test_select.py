@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 
 import numpy as np
 import pytest
@@ -61,6 +62,17 @@ def test_a_key_of_several_shards_needs_the_shard(tmp_path, write_tar, image, wri
     with pytest.raises(UserError, match="The key 'a' .* is that of 2 samples; write SHARD:KEY, such as x.tar:a"):
         selected(index, write_keys("a"), "data.select")
     assert selected(index, write_keys("y.tar:a"), "data.select").shard_of(0) == shards[1]
+
+
+def test_shards_of_one_name_are_told_apart_by_their_paths(tmp_path, write_tar, image, write_keys):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    shards = [str(write_tar(tmp_path / name, [("a.ppm", image(1))])) for name in ("one/x.tar", "two/x.tar")]
+    index = ShardIndex(shards)
+    for line in ("a", "x.tar:a"):
+        with pytest.raises(UserError, match=f"write SHARD:KEY, such as {re.escape(shards[0])}:a.$"):
+            selected(index, write_keys(line), "data.select")
+    assert selected(index, write_keys(f"{shards[1]}:a"), "data.select").shard_of(0) == shards[1]
 
 
 def test_keys_of_a_folder_are_its_files(tmp_path, image, write_keys):

@@ -26,8 +26,8 @@ from prelude.evaluators.frozen.ncm import ncm
 from prelude.evaluators.frozen.outliers import OTHER, outliers
 from prelude.evaluators.frozen.retrieval import retrieval
 from prelude.evaluators.frozen.svm import svm
-from prelude.evaluators.judging import evaluate
-from prelude.evaluators.labelled import Labelled
+from prelude.evaluators.judging import Judging, evaluate
+from prelude.evaluators.labelled import Labelled, leaks, same_images
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
 
@@ -199,6 +199,35 @@ def test_test_images_among_the_train_images_are_counted(shards):
     assert "20 of 44 test images are train images too, and nothing new." in result.outcome.warnings
     (result,) = evaluate(["pixels:4"], [knn], Labelled(f"{shards}/train-*.tar", f"{shards}/few/*.tar", "cls"))
     assert result.outcome.warnings[0] == "4 test images are few: one of them alone is 25 points."
+
+
+def test_images_of_a_folder_within_another_are_in_both(tmp_path):
+    for name in ("val/cat/1.ppm", "val/dog/2.ppm", "val/dog/3.ppm", "cat/4.ppm", "dog/5.ppm"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"P6 2 2 255\n" + name.encode()[-5:-4] * 12)
+    (tmp_path / "link").symlink_to(tmp_path / "photos" / "val")
+    whole = ShardIndex(f"{tmp_path}/photos", "parent")
+    for path in ("photos/val", "link"):
+        part = ShardIndex(f"{tmp_path}/{path}", "parent")
+        assert leaks(whole, part) == ["3 of 3 test images are train images too, and nothing new."]
+        places = same_images(part, whole)
+        assert [f"val/{part.key(i)}" for i in range(3)] == [whole.key(int(place)) for place in places]
+    other = ShardIndex(f"{tmp_path}/photos/dog")
+    assert leaks(ShardIndex(f"{tmp_path}/photos/val"), other) == [] and (same_images(other, whole) >= 0).all()
+
+
+def test_a_query_among_the_gallery_does_not_find_itself(shards):
+    """Its own image would be the nearest of all, and of its class."""
+    one = f"{shards}/train-000001.tar"
+    (result,) = evaluate(["pixels:4"], [retrieval], Labelled(f"{shards}/train-*.tar", one, "cls"))
+    assert (
+        result.outcome.numbers["recall@1"].value < 90 and "20 of 20 test images are train" in result.outcome.warnings[0]
+    )
+    both, alone = (
+        Judging([retrieval], Labelled(f"{shards}/train-*.tar", test, "cls")).labels[1].same_as
+        for test in ([one, f"{shards}/test-*.tar"], f"{shards}/test-*.tar")
+    )
+    assert alone is None and both.tolist() == [*range(20, 40), *[-1] * 24]
 
 
 def test_few_images_are_told_of_shapes_too():

@@ -275,6 +275,14 @@ def test_images_that_lack_the_patients_of_a_run_are_judged_one_by_one_unless_the
     assert found["recipe"]["grouped"] and [warning for warning in found["warnings"] if "patient" in warning] == [
         "No test image has a field 'patient' in a .json member, so each counts as a group of its own."
     ]
+    machines = ["svm", *argv[1:], "--names", "bright", "dark", "--c", "1"]
+    assert prelude.main(machines) == 0
+    (path,) = tmp_path.glob("svm-*.json")
+    judged = json.loads(path.read_text())
+    assert judged["recipe"]["grouped"] and judged["data"]["group"] == "patient"
+    assert [told for told in judged["warnings"] if "patient" in told] == [
+        told for told in found["warnings"] if "patient" in told
+    ]
     assert door(lambda: prelude.main([*argv, "--group", "patient"])) == 2
     assert "no sample in" in (told := capsys.readouterr().err) and "has a field 'patient'" in told
 

@@ -419,6 +419,8 @@ def test_findings_are_judged_as_findings():
     assert evaluator.func is multilabel and evaluator.keywords == {"names": ("x", "y")}
     shared = compared_runs.shared_settings(labelled)  # what recipes among the sources, and fine-tuning, are given
     assert shared[3:] == ['evaluate.label_names=["x", "y"]', 'evaluate.label_field=""', 'evaluate.label_group="p"']
+    of_classes = compared_runs.shared_settings(Labelled("a", "b", "cls", label_group="json:p"))
+    assert of_classes[3:] == ['evaluate.label_group="json:p"']
 
 
 def test_a_budget_is_of_the_part_that_a_run_learns_from(folder, monkeypatch):

@@ -19,6 +19,7 @@ from prelude.data.shapes import write_shards
 from prelude.evaluators.dense import places as module
 from prelude.evaluators.dense import segmentation
 from prelude.evaluators.dense.drawing import GAP, TILE, class_colours
+from prelude.evaluators.dense.masks import IGNORED
 from prelude.evaluators.dense.overlap import Overlap
 from prelude.evaluators.dense.places import predicted, shares
 from prelude.evaluators.dense.segmentation import Classes, segment_knn, segment_linear
@@ -133,6 +134,21 @@ def test_patches_vote_as_in_a_loop(places):
     assert outcome.evaluator == "segment_knn" and 40 < expected["miou"].value < 95
     fewer = segment_knn({"tokens": train}, {"tokens": test}, k=7, num_patches=30)
     assert fewer.numbers["miou"].value < outcome.numbers["miou"].value + 5
+
+
+@pytest.mark.parametrize("judge", [segment_linear, segment_knn])
+def test_what_is_chosen_on_has_pixels_that_count(judge, places):
+    """Most images are ignored all over, such as those whose masks cannot be read."""
+    train, test = places(40, 1), places(10, 2)
+    train.labels[:36] = IGNORED
+    noise = torch.randn(train.values.shape, generator=torch.Generator().manual_seed(0))
+    kinds = {"noise": dataclasses.replace(train, values=noise), "tokens": train}
+    outcome = judge(kinds, {"noise": test, "tokens": test})
+    found = outcome.details.get("grid") or [{"held_out_miou": outcome.details["held_out_miou"][kind]} for kind in kinds]
+    assert np.isfinite([row["held_out_miou"] for row in found]).all() and outcome.chosen["features"] == "tokens"
+    train.labels[:39] = IGNORED
+    with pytest.raises(UserError, match="one image with a mask in which a pixel counts"):
+        judge(kinds, {"noise": test, "tokens": test})
 
 
 @pytest.mark.parametrize("judge", [segment_linear, segment_knn])

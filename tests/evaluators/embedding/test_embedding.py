@@ -17,11 +17,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from prelude.data.decode import decode
+from prelude.data.errors import UserError
 from prelude.data.select import Selection, selected
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.embedding import embed as module
-from prelude.evaluators.embedding.reading import read
+from prelude.evaluators.embedding.neighbours import queries_among
+from prelude.evaluators.embedding.reading import Embedded, read
 from prelude.evaluators.embedding.samples import pixels_of
 from prelude.evaluators.embedding.writing import write
 from prelude.evaluators.features.extraction import Extractor
@@ -395,3 +397,13 @@ def test_a_part_of_the_shards_is_taken_by_every_door_alike(shards, tmp_path, cap
     ):
         assert door(lambda mistake=mistake: prelude.main(mistake)) == 2
         assert words in capsys.readouterr().err
+
+
+def test_shards_of_one_name_are_told_apart_by_their_paths():
+    shards, numbers = ["one/a.tar", "two/a.tar", "b.tar"], np.array([0, 1, 2])
+    found = Embedded("f.npz", "mean", torch.eye(3), ["1", "1", "1"], shards, numbers, np.arange(3), None, {})
+    for name in ("1", "a.tar:1"):
+        with pytest.raises(UserError, match="images of f.npz have the key .*; write one as one/a.tar:1.$"):
+            queries_among(found, [name])
+    rows = [query.row for query in queries_among(found, ["two/a.tar:1", "b.tar:1"])]
+    assert rows == [1, 2]

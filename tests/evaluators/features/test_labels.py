@@ -5,11 +5,13 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 
 from prelude.data.errors import UserError
 from prelude.data.shapes import paint, write_shards
 from prelude.data.shards import ShardIndex
-from prelude.evaluators.features.labels import VectorFormat, class_numbers, group_numbers, label_vectors
+from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbers, grouped, label_vectors
+from prelude.evaluators.labelled import ungrouped
 
 
 def shard(path, contents, extension):
@@ -21,6 +23,12 @@ def shard(path, contents, extension):
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return ShardIndex(str(path), extension)
+
+
+def group_numbers(indexes, group, asked=False):
+    """Of indexes whose samples are all labelled."""
+    ones = [torch.ones(index.num_samples, dtype=torch.int64) for index in indexes]
+    return [part.groups for part in grouped([Labels(one, one > 0) for one in ones], indexes, group, asked)]
 
 
 def test_class_numbers_of_every_sample_that_has_one(tmp_path):
@@ -77,7 +85,7 @@ def test_groups_are_numbered_alike_in_train_and_test_and_who_has_none_is_alone(t
     train, test = (groups.tolist() for groups in group_numbers(indexes, "json:patient"))
     assert train[0] == train[3] and train[1] == test[0] and len({*train, *test}) == 5
     with pytest.raises(UserError, match="has a .txt member"):
-        group_numbers(indexes, "txt")
+        group_numbers(indexes, "txt", asked=True)
 
 
 @pytest.mark.parametrize(("group", "extension"), [("json:patient", "json"), ("txt", "txt")])
@@ -95,11 +103,30 @@ def test_groups_are_told_apart_as_they_are_written(group, extension, tmp_path):
 def test_where_one_of_train_and_test_names_no_group_the_other_keeps_its_own(tmp_path):
     known = shard(tmp_path / "a.tar", [b'{"patient": 1}', b'{"patient": 1}', b"{}"], "json")
     unknown = shard(tmp_path / "b.tar", [b"{}", b"{}"], "json")
-    of_known, of_unknown = group_numbers([known, unknown], "json:patient", each=False)
+    of_known, of_unknown = group_numbers([known, unknown], "json:patient")
     assert of_known.tolist() == [0, 0, 1] and of_unknown is None
-    for indexes, each in (([known, unknown], True), ([unknown, unknown], False)):
-        with pytest.raises(UserError, match="no sample in .*b.tar has a field 'patient'"):
-            group_numbers(indexes, "json:patient", each=each)
+    with pytest.raises(UserError, match="no sample in .*b.tar has a field 'patient'"):
+        group_numbers([unknown, known], "json:patient", asked=True)
+
+
+@pytest.mark.parametrize("findings", [True, False], ids=["findings", "classes"])
+def test_images_without_a_group_are_told_and_refused_where_groups_are_asked_for(findings, tmp_path):
+    contents = [{"kind": ["a"], "patient": 1}, {"kind": ["a"]}, {"kind": []}, {"kind": [], "patient": 2}, {}]
+    index = shard(tmp_path / "a.tar", [json.dumps(each).encode() for each in contents], "json")
+
+    def labels(asked):
+        if findings:
+            return label_vectors(index, VectorFormat(("a",), "kind", "patient", asked))
+        known = torch.tensor([True] * 4 + [False])
+        return grouped([Labels(known.long(), known)], [index], "json:patient", asked)[0]
+
+    (told,) = ungrouped("train", labels(False))
+    assert told.startswith("2 of 4 train images without a field 'patient' in a .json member")
+    with pytest.raises(UserError, match="2 of 4 labelled images in .*a.tar have no field 'patient' .* 0001.*--group"):
+        labels(True)
+    whole = shard(tmp_path / "b.tar", [json.dumps(contents[i]).encode() for i in (0, 3, 4)], "json")
+    only = label_vectors(whole, VectorFormat(("a",), "kind", "patient"))
+    assert only.groups[:2].tolist() == [0, 1] and ungrouped("test", only) == []  # the third is left out anyway
 
 
 @pytest.mark.parametrize("group", ["patient", "json:patient"])
@@ -113,7 +140,7 @@ def test_what_cannot_be_read_is_unknown_and_groups_are_numbered(group, tmp_path)
         {"labels": {"a": 2}},
     ]
     index = shard(tmp_path / "a.tar", [json.dumps(c).encode() for c in contents] + [b"{"], "json")
-    labels = label_vectors(index, VectorFormat(("a",), "labels", group))
+    labels = label_vectors(index, VectorFormat(("a",), "labels", group, group_asked=False))
     assert labels.known.tolist() == [True, False, False, True, True, False, False]
     groups = labels.groups.tolist()
     assert groups[0] == groups[1] != groups[3] == groups[2] and groups[4] not in groups[:4]

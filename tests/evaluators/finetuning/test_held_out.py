@@ -1,15 +1,20 @@
 """What is held out, and what early stopping makes of it."""
 
 import errno
+import io
 import json
 import os
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from prelude.data.errors import Stopped, UserError
-from prelude.evaluators.features.labels import class_numbers, group_numbers
+from prelude.data.groups import group_names
+from prelude.evaluators.features.labels import class_numbers
 from prelude.evaluators.finetuning.early_stopping import HeldOut, HeldOutCurve
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.testing import Found
@@ -52,8 +57,8 @@ def test_no_patient_is_on_both_sides(several, prepared, findings):
     names = ["evaluate.label_names=[odd, small, rare]", "evaluate.label_field=findings", "objective.loss=sigmoid"]
     overrides = ["evaluate.label_group=patient", "objective.hold_out=0.3", *(names if several else [])]
     samples = prepared(*overrides, **labels).samples
-    of_train, of_held = group_numbers([samples.train, samples.held_out.index], "json:patient")
-    assert not set(of_train.tolist()) & set(of_held.tolist())
+    of_train, of_held = (group_names(index, "json:patient") for index in (samples.train, samples.held_out.index))
+    assert not set(of_train) & set(of_held)
     assert samples.train.num_samples + samples.held_out.index.num_samples == 90
     assert samples.held_out.groups.unique(return_counts=True)[1].tolist() == [3] * 9
     assert not samples.warnings
@@ -199,3 +204,37 @@ def test_a_mistake_is_one_sentence(mistake, prepared):
     with pytest.raises(UserError) as error:
         prepared(*overrides)
     assert expected in str(error.value)
+
+
+def test_patients_of_the_section_that_the_shards_are_of_are_held_out_whole(prepared, findings, tmp_path):
+    section = {"train_shards": findings["train"], "test_shards": findings["test"], "label": "json:kind"}
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    config = {"evaluate": section | {"label_group": "patient"}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    of_run = {"source": str(tmp_path / "run"), "train": None, "test": None, "label": None}
+    task = prepared("objective.hold_out=0.3", **of_run)
+    assert task.config.evaluate.label_group == "json:patient"
+    assert task.samples.held_out.groups.unique(return_counts=True)[1].tolist() == [3] * 9
+    for overrides, given in ((["evaluate.label_group=''"], {}), ([], {"train": findings["train"]})):
+        other = prepared("objective.hold_out=0.3", *overrides, **of_run | given)
+        assert other.config.evaluate.label_group == "" and other.samples.held_out.groups is None
+
+
+def test_what_whole_groups_make_of_the_share_is_told(prepared, findings):
+    overrides = ["evaluate.label_group=kind", "objective.hold_out=0.02"]
+    told = prepared(*overrides, **findings | {"label": "json:kind"}).samples.warnings
+    assert any("of 90 train images are held out" in warning and "2 % were asked for" in warning for warning in told)
+
+
+def test_images_without_a_patient_among_others_with_one_are_told(prepared, findings, tmp_path):
+    (source,) = Path(findings["test"]).parent.glob(Path(findings["test"]).name)
+    with tarfile.open(source) as tar, tarfile.open(tmp_path / "some.tar", "w") as to:
+        for number, member in enumerate(tar.getmembers()):
+            content = tar.extractfile(member).read()
+            if member.name.endswith(".json") and number % 5 == 0:
+                content = content.replace(b'"patient"', b'"nobody"')
+            member.size = len(content)
+            to.addfile(member, io.BytesIO(content))
+    labels = findings | {"label": "json:kind", "test": str(tmp_path / "some.tar")}
+    (told,) = prepared("evaluate.label_group=patient", **labels).samples.warnings
+    assert " of 45 test images without a field 'patient'" in told

@@ -114,3 +114,17 @@ def test_knn_searches_once_for_each_centring(problem, monkeypatch):
     monkeypatch.setattr(Neighbours, "nearest", counted)
     found = knn(train, test).details["by_features"]["mean"]
     assert searched == [True, False] and len(found) == 4
+
+
+def test_a_query_that_is_in_the_gallery_too_is_no_answer_to_itself(parts):
+    gallery, queried = parts
+    same = torch.full((40,), -1)
+    same[:25] = torch.arange(60, 85)
+    values, labels = queried.values.clone(), queried.labels.clone()
+    values[:25], labels[:25] = gallery.values[60:85], gallery.labels[60:85]
+    queried = dataclasses.replace(queried, values=values, labels=labels, same_as=same)
+    outcome = retrieval.retrieval({"mean": gallery}, {"mean": queried})
+    expected = by_hand(gallery, queried, lambda q, i: same[q] == i, retrieval.KS)
+    assert {name: number.value for name, number in outcome.numbers.items()} == pytest.approx(expected)
+    with pytest.raises(UserError, match="in which a query finds 89 images"):
+        retrieval.retrieval({"mean": gallery}, {"mean": queried}, ks=(89,))

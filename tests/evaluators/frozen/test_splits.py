@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prelude.data.errors import UserError
-from prelude.evaluators.frozen.splits import edge_warnings, hold_out
+from prelude.evaluators.frozen.splits import edge_warnings, hold_out, hold_out_groups, share_warnings
 
 
 def test_the_split_is_a_tenth_of_each_class_and_a_partition():
@@ -41,3 +41,18 @@ def test_a_choice_at_the_edge_is_told_unless_nothing_lies_below():
         assert bool(edge_warnings("weight decay", 1e-3, grid, "", scores, losses)) == is_told
     assert edge_warnings("weight decay", 1e-1, grid, "", scores, (1.0, 2.0, 3.0))
     assert not edge_warnings("weight decay", 1.0, (1.0,))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_large_group_is_passed_over_while_others_remain(seed):
+    def held(*sizes):
+        groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        fit, held = hold_out_groups(groups, seed, 0.1)
+        assert len(fit) + len(held) == sum(sizes) and not torch.isin(groups[fit], groups[held]).any()
+        return len(held)
+
+    assert held(900, 100) == 100
+    assert held(600, 250, 100, 50) in (100, 150)
+    assert held(520, 480) == 480 and "480 of 1000 train images are held out, 48 %" in share_warnings(480, 1000, 0.1)[0]
+    assert held(500, 499, 1) == 1 and share_warnings(1, 1000, 0.1)
+    assert not share_warnings(200, 1000, 0.1) and not share_warnings(50, 1000, 0.1)

@@ -9,7 +9,9 @@ from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 
 from prelude.data.errors import UserError
+from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import Space
+from prelude.evaluators.frozen.splits import hold_out_groups
 from prelude.evaluators.frozen.svm import HingeLoss, _each, svm
 
 
@@ -90,3 +92,47 @@ def test_what_cannot_be_is_refused(problem):
     one = {"mean": dataclasses.replace(problem[0]["mean"], labels=torch.zeros(900, dtype=torch.long))}
     with pytest.raises(UserError, match="one class only"):
         svm(one, {"mean": problem[1]["mean"]})
+
+
+def of_findings(present, count, seed, groups=None, strength=4.0):
+    """A finding that `mean` shows and `cls` does not."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.zeros(count, 1)
+    labels[torch.as_tensor(present)] = 1
+    found = {}
+    for kind, of_kind in (("cls", 0.0), ("mean", strength)):
+        values = torch.randn(count, 8, generator=generator)
+        values[:, 0] += of_kind * labels[:, 0]
+        found[kind] = Features(values, labels, torch.arange(count), str(seed), kind, groups=groups)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rare_finding_is_held_out_too_and_equals_are_at_no_edge(seed):
+    train, test = of_findings(range(8), 200, 1, strength=20.0), of_findings(range(20), 100, 2, strength=20.0)
+    outcome = svm(train, test, seed=seed, cs=(0.1, 1.0, 10.0))
+    assert outcome.chosen["features"] == "mean" and not outcome.warnings
+    assert [row["held_out"] for row in outcome.details["grid"] if row["features"] == "mean"] == [100] * 3
+
+
+def test_groups_are_drawn_whole():
+    groups = torch.arange(200) // 10
+    train, test = of_findings(range(0, 200, 7), 200, 1, groups), of_findings(range(0, 200, 7), 200, 2, strength=1.0)
+    copies = torch.arange(50).repeat(4)  # each test image four times
+    test = {
+        kind: dataclasses.replace(of, values=of.values[copies], labels=of.labels[copies]) for kind, of in test.items()
+    }
+    outcome = svm(train, {kind: dataclasses.replace(of, groups=copies) for kind, of in test.items()}, cs=(1.0,))
+    alone = svm(train, test, cs=(1.0,))
+    assert outcome.recipe["grouped"] and outcome.numbers["map"].value == alone.numbers["map"].value
+    assert outcome.numbers["map"].se > 1.5 * alone.numbers["map"].se
+
+
+def test_where_nothing_can_be_chosen_it_is_told_and_no_edge_is():
+    groups = torch.arange(200) // 10
+    train, test = of_findings(range(10), 200, 1, groups), of_findings(range(20), 100, 2)
+    (seed, *_) = (seed for seed in range(9) if 0 not in groups[hold_out_groups(groups, seed, 0.1)[1]])
+    (told,) = svm(train, test, seed=seed).warnings
+    assert "not chosen by mAP" in told
+    one = {"mean": train["mean"]}, {"mean": test["mean"]}
+    assert not svm(*one, seed=seed, cs=(1.0,)).warnings  # there was no choice
