@@ -122,8 +122,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _settings(layer: nn.Module) -> dict[str, str]:
-    plain = {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str)}
+    plain = {name: value for name, value in vars(layer).items() if _is_plain(value)}
     return {name: repr(value) for name, value in plain.items() if name != "training"}
+
+
+def _is_plain(value: object) -> bool:
+    """Or a tuple of such, as a convolution's stride is."""
+    return isinstance(value, bool | int | float | str) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 # ---- what each kind of source says

@@ -2,7 +2,7 @@
 
 Two networks may agree in every name and shape and compute different things, with another activation, ε, stride or
 padding. What a configuration may choose beside weights is left out: what drops at random, pooling, and all that
-follows from the size of images (positions, windows, patches).
+follows from the size of images (positions, windows, patches) or of maps (the output stride).
 """
 
 from collections.abc import Mapping
@@ -40,6 +40,7 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 def first_difference(theirs: Mapping[str, Layer], ours: Mapping[str, Layer]) -> tuple[str, str] | None:
     """What `theirs` has in a layer, and `ours`, in words; None where names of tensors tell all that differs."""
     absent = Layer(_NOTHING, False, {})
+    ignored = _GEOMETRY if _spread(theirs, ours) else ()
     for name in (*theirs, *(name for name in ours if name not in theirs)):
         found, wanted = theirs.get(name, absent), ours.get(name, absent)
         alone = absent in (found, wanted) and not _has_parent(name, theirs, ours)
@@ -47,7 +48,7 @@ def first_difference(theirs: Mapping[str, Layer], ours: Mapping[str, Layer]) -> 
             continue
         if found.kind != wanted.kind and found.kind and wanted.kind:
             return f"{_counted(found.kind)} as {name}", _counted(wanted.kind)
-        for key in _differing(found, wanted):
+        for key in _differing(found, wanted, ignored):
             return f"{key}={found.settings[key]} in {name}", f"{key}={wanted.settings[key]}"
     return None
 
@@ -58,11 +59,17 @@ def _has_parent(name: str, *networks: Mapping[str, Layer]) -> bool:
     return all(not parent or parent in layers for layers in networks)
 
 
-def _differing(found: Layer, wanted: Layer) -> list[str]:
+def _spread(theirs: Mapping[str, Layer], ours: Mapping[str, Layer]) -> bool:
+    """Whether convolutions look further apart in one of the two, as another output stride (for maps) wants of them."""
+    pairs = ((theirs[name].settings, ours[name].settings) for name in theirs if name in ours)
+    return any(found.get("dilation") != wanted.get("dilation") for found, wanted in pairs)
+
+
+def _differing(found: Layer, wanted: Layer, ignored: tuple[str, ...]) -> list[str]:
     keys = [key for key in found.settings if key in wanted.settings and found.settings[key] != wanted.settings[key]]
     if found.has_tensors and "kernel_size" in keys:  # its shape tells, or its patches are resampled
-        keys = [key for key in keys if key not in _GEOMETRY]
-    return keys
+        ignored = _GEOMETRY
+    return [key for key in keys if key not in ignored]
 
 
 def _kind(layer: nn.Module) -> str:

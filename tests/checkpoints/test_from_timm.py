@@ -126,7 +126,6 @@ OTHERS = {  # trained, to be filled, what differs, what to write
     "stride": ("resnetblur18", "resnet18", {}, "a Sequential as maxpool, .* has a MaxPool2d;"),
     "activation": ("vit_base_patch32_clip_quickgelu_224", "vit_base_patch32_clip_224", SMALL, "a QuickGELU as .*act, "),
     "eps": ("convnext_atto", "convnext_atto", {"norm_eps": 1e-3}, "eps=1e-06 in stem.1, .* has eps=0.001; "),
-    "dilation": ("resnet18", "resnet18", {"kwargs": {"output_stride": 16}}, "stride=2 in layer4.0, .* has stride=1;"),
 }
 
 
@@ -154,6 +153,7 @@ def test_weights_of_an_encoder_that_computes_otherwise_are_refused(kind, tmp_pat
 FREE = {  # what a configuration chooses beside weights
     "drop paths, another size and pooling": ("classifier", {"drop_path_rate": 0.1, "global_pool": "avg"}),
     "drop rates of a convnet": ("convnet", {"drop_path_rate": 0.1, "drop_rate": 0.2, "global_pool": "max"}),
+    "a finer map": ("convnet", {"output_stride": 16}),
     "pooling of a convnext": ("convnext", {"drop_path_rate": 0.1, "drop_rate": 0.2}),
     "rotary, another size": ("rotary", {"drop_path_rate": 0.1, "proj_drop_rate": 0.1}),
 }
