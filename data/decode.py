@@ -6,10 +6,12 @@
 - The result has as many channels as are asked for; `stored` says how. Three channels of 8 bits are the same as PIL's
   `convert("RGB")`.
 - Without a `value_range` pixels have 8 bits: 16-bit values keep their upper 8 bits, where PIL would clip grey to white.
+  What a PGM, PPM or JPEG 2000 of 9 to 15 bits calls white is white then; a range is of the values that it stores.
   With one they are floating point on the same scale, so that nothing of 12 or 16 bits is lost.
 - A JPEG with more pixels than are allowed is decoded at half, a quarter or an eighth of its size, the first that fits
   (libjpeg's scaled DCT); a progressive one, which would need all of its memory, is refused, as all other formats are.
-- EXIF orientation is ignored: pixels come as they are stored, as PIL, torchvision and timm read them.
+- EXIF orientation is ignored: pixels come as they are stored, as torchvision and timm read them, and PIL all
+  but TIFFs.
 - Nothing of ours is written to the console (libtiff has words of its own) and no state is shared: safe from any number
   of threads.
 """
@@ -23,6 +25,7 @@ import simplejpeg
 
 from prelude.data.stored import (
     ALWAYS_ENOUGH,
+    JPEG,
     MAX_PIXELS,
     MAX_PIXELS_PER_BYTE,
     BadImage,
@@ -52,7 +55,6 @@ MAX_SCANS = 100
 
 SCAN_BYTES = 10  # of the smallest: a marker, and the header for one component
 
-_JPEG = b"\xff\xd8\xff"
 _REDUCED = (2, 4, 8)  # in each direction
 
 
@@ -66,7 +68,7 @@ def decode(
     """
     if not image:
         raise BadImage("empty")
-    pixels = _of_jpeg(image, channels, max_pixels) if image.startswith(_JPEG) else None
+    pixels = _of_jpeg(image, channels, max_pixels) if image.startswith(JPEG) else None
     if pixels is None:
         values = stored_values(image, channels, max_pixels, deep=value_range is not None)
         pixels = on_8_bits(values, value_range)
@@ -78,7 +80,7 @@ def deep_values(image: bytes, channels: int | None = None, max_pixels: int = MAX
 
     channels: that are wanted, which makes as many grey pages of a TIFF channels; None for its first page alone.
     """
-    if image.startswith(_JPEG) or has_8_bits(image):
+    if image.startswith(JPEG) or has_8_bits(image):
         return None
     values = stored_values(image, None, max_pixels, pages=channels)
     if values.dtype in (np.uint8, np.bool_):

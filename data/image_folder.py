@@ -109,12 +109,14 @@ class ImageFolder(str):
 
     def _beside(self, extension: str) -> list[bytes]:
         """What is in the file with this extension beside each image; b"" where there is none to be had."""
-        there = {name for name in self.others if name.lower().endswith(f".{extension}")}
+        end = f".{extension}"
+        there = {f"{name[: -len(end)]}{end}": name for name in self.others if name.lower().endswith(end)}
+        there |= {name: name for name in self.others if name.endswith(end)}  # before another that is `.TXT`
         found = []
         for name in self.names:
             folder, slash, file = name.rpartition("/")
             stems = (os.path.splitext(name)[0], f"{folder}{slash}{file.partition('.')[0]}")
-            beside = next((f"{stem}.{extension}" for stem in stems if f"{stem}.{extension}" in there), None)
+            beside = next((there[stem + end] for stem in stems if stem + end in there), None)
             try:
                 with open(os.path.join(self, beside), "rb") if beside else io.BytesIO() as file:
                     found.append(file.read(_LARGEST_LABEL))

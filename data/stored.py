@@ -1,7 +1,8 @@
 """The values that an image file stores, for every format but JPEG: (H, W, C) of any type, or a short reason why not.
 
 - PNG, WEBP, BMP, GIF, PPM, JPEG 2000, AVIF and plain TIFFs go through PIL, which has at most 8 bits of a colour. Colour
-  PNGs of 16 bits go through torchvision, arrays and all other TIFFs through `arrays`.
+  PNGs of 16 bits go through torchvision, arrays and all other TIFFs through `arrays`, formats that say which value is
+  white through `own_white`.
 - The size is read from the header before a value is decoded, and weighed against the file's bytes: a few hundred bytes
   that claim millions of pixels hold no image.
 - How many channels are asked for decides what is done: 3 is RGB (grey is repeated, palettes are looked up, CMYK is
@@ -9,6 +10,7 @@
   must be stored as it is, an alpha channel being a channel.
 - Of an animation the first frame is taken. A grey TIFF of as many equal pages as channels are asked for has a channel
   in each; of any other, the first page is taken.
+- Orientation is ignored: PIL turns TIFFs as it decodes them, and they are turned back.
 """
 
 import contextlib
@@ -37,9 +39,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NPY = b"\x93NUMPY"
+JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as JPEG and PIL have it
-BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 258, 277, 338
+WIDTH, HEIGHT, BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, EXTRA_SAMPLES = 256, 257, 258, 277, 338
+_COMPRESSION, _ORIENTATION, _PLANES = 259, 274, 284
+
+# What undoes that by which PIL obeys an orientation.
+_TURNED_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}  # fmt: skip
 
 # What PIL's parsers have been seen to raise, or plausibly raise, on damaged bytes.
 _PIL_ERRORS = (
@@ -68,7 +79,8 @@ def stored_values(
 ) -> np.ndarray:
     """(H, W, channels), or with as many channels as there are for None.
 
-    deep: whether more than 8 bits of a colour matter; without, PIL's upper 8 do. pages: how many grey pages of a TIFF
+    deep: whether more than 8 bits of a colour matter, as they are stored; without, PIL's upper 8 do, and white is what
+    a format calls so. pages: how many grey pages of a TIFF
     are channels where `channels` does not say. Raises BadImage.
     """
     pages = channels or pages
@@ -120,6 +132,29 @@ def open_image(image: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return opened
 
 
+def open_header(image: bytes) -> Image.Image:
+    """PIL's lazy image for those who want no pixels, of a JPEG of any size, since it can be decoded smaller. Raises
+    BadImage."""
+    formats = installed_formats()
+    try:
+        if image.startswith(JPEG):
+            open_jpeg, _ = Image.OPEN["JPEG"]  # `Image.open` would refuse what is above PIL's own limit
+            return open_jpeg(io.BytesIO(image), "")
+        return Image.open(io.BytesIO(image), formats=formats)
+    except _PIL_ERRORS as error:
+        raise BadImage("not an image") from error
+
+
+def values_of(image: bytes, opened: Image.Image) -> np.ndarray:
+    """(H, W) or (H, W, C): what the file stores, on no other scale, and not turned. Raises BadImage."""
+    with pil_errors():
+        if _white(image, opened) is None:
+            return np.asarray(_unturned(opened))
+        from prelude.data import own_white
+
+        return own_white.unscaled(image, opened)
+
+
 def check_size(height: int, width: int, num_bytes: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise BadImage("too many pixels")
@@ -138,9 +173,12 @@ def pil_errors():
 
 
 def _of_pil(image: bytes, opened: Image.Image, channels: int | None, deep: bool) -> np.ndarray:
+    if deep and (_white(image, opened) or 0) > 255:
+        values = values_of(image, opened)
+        return _fitted(values if values.ndim == 3 else values[:, :, None], channels, colours=True)
     if opened.mode.startswith(("I", "F")):  # I;16 and its byte orders, I, which older PILs give 16-bit PNGs, and F
         with pil_errors():
-            values = np.asarray(opened)
+            values = np.asarray(_unturned(opened))
         values = values.astype(values.dtype.newbyteorder("="), copy=False)  # I;16B holds the other one
         if opened.mode == "I" and opened.format != "TIFF":
             values = values.clip(0, 65535).astype(np.uint16)
@@ -148,12 +186,28 @@ def _of_pil(image: bytes, opened: Image.Image, channels: int | None, deep: bool)
     if deep and image.startswith(_PNG) and image[24] == 16:
         return _fitted(_png_of_16_bits(image), channels, colours=True)
     with pil_errors():
+        opened = _unturned(opened)
         if channels in (1, 3):
             opened = opened.convert("RGB" if channels == 3 else "L")
         elif opened.mode == "P":
             opened = opened.convert("RGB")
         values = np.array(opened)
     return _fitted(values if values.ndim == 3 else values[:, :, None], channels)
+
+
+def _white(image: bytes, opened: Image.Image) -> int | None:
+    if opened.format not in ("PPM", "JPEG2000"):
+        return None
+    from prelude.data import own_white  # here: only those who have such images pay for it
+
+    return own_white.white_of(image, opened)
+
+
+def _unturned(opened: Image.Image) -> Image.Image:
+    """Decoded, and of a TIFF as it lies in the file."""
+    turned_by = opened.getexif().get(_ORIENTATION) if opened.format == "TIFF" else None
+    opened.load()
+    return opened.transpose(_TURNED_BACK[turned_by]) if turned_by in _TURNED_BACK else opened
 
 
 def _png_of_16_bits(image: bytes) -> np.ndarray:
@@ -175,7 +229,9 @@ def _is_for_tifffile(opened: Image.Image, channels: int | None, pages: int | Non
     with pil_errors():
         samples = int(opened.tag_v2.get(SAMPLES_PER_PIXEL, 1))
         bits = int(max(opened.tag_v2.get(BITS_PER_SAMPLE, (1,))))
-        if samples > 1 and (channels not in (1, 3) or (deep and bits > 8)):
+        # Planes of which PIL reads each sample as one of 8 bits; compressed ones it leaves to libtiff, which does not.
+        planes = opened.tag_v2.get(_PLANES) == 2 and opened.tag_v2.get(_COMPRESSION, 1) == 1
+        if samples > 1 and (channels not in (1, 3) or (bits > 8 and (deep or planes))):
             return True
         has_pages = samples == 1 and bits > 1 and opened.mode != "P" and pages not in (None, 1)
         return has_pages and opened.n_frames == pages

@@ -17,6 +17,7 @@ import numpy as np
 from prelude.data.counting import counted
 from prelude.data.decode import BadImage, OtherChannels, ValueRange, decode, deep_values
 from prelude.data.errors import UserError
+from prelude.data.own_white import is_scaled
 from prelude.data.remote_shards import read_some
 from prelude.data.waiting import in_threads
 
@@ -67,7 +68,7 @@ def tell_if_dark(index, channels: int | None = None) -> None:
     black, white = index.value_range or (0.0, 65535.0)
     highest: dict[str, int] = {}
     for name, begin, end in _sets(index):
-        found = _extremes(index, channels or index.channels, begin, end)
+        found = _extremes(index, channels or index.channels, begin, end, with_scaled=index.value_range is not None)
         if values := [int(high) for _, high, kind in found if kind == "u"]:
             highest[name] = max(values)
     limit = black + _DARK * (white - black)
@@ -132,15 +133,19 @@ def _sets(index) -> list[tuple[str, int, int]]:
     return parts or [(index.named, 0, index.num_samples)]
 
 
-def _extremes(index, channels: int | None, begin: int, end: int) -> Iterator[tuple[float, float, str]]:
+def _extremes(
+    index, channels: int | None, begin: int, end: int, with_scaled: bool = True
+) -> Iterator[tuple[float, float, str]]:
     """The lowest and the highest value, and the kind of number, of those that have more than 8 bits among the images
-    that are sampled from there."""
+    that are sampled from there; of those whose file says what is white, and which no range is needed for, where
+    `with_scaled` says so."""
     for image in some_images(index, _SAMPLED, begin, end):
         try:
             values = deep_values(image, channels, index.max_pixels)
+            scaled = values is not None and not with_scaled and is_scaled(image, index.max_pixels)
         except BadImage:
             continue  # reading for training says what is wrong
-        if values is None:
+        if values is None or scaled:
             continue
         kind = values.dtype.kind
         values = values[np.isfinite(values)] if kind == "f" else values

@@ -23,7 +23,7 @@ from prelude.data.packing.images import extension_of
 from prelude.data.packing.source import LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
 from prelude.data.packing.table import TableSource
 
-_SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(?=[^a-z]|$)")
+_SPLIT = re.compile(r"(?:split=)?(train|test|val|valid|validation|dev)(?=[^a-z]|$)")
 
 
 def open_arrow(path: str, options: SourceOptions) -> Source:
@@ -183,9 +183,24 @@ def _files(path: str, options: SourceOptions) -> list[str]:
     found.sort()
     by_split: dict[str, list[str]] = {}
     for file in found:
-        told = _SPLIT.match(os.path.basename(file))
-        by_split.setdefault(told[1] if told else "", []).append(file)
+        by_split.setdefault(_split_of(os.path.relpath(file, _plain_folder(path))), []).append(file)
     return by_split[_one_split(path, list(by_split), options)] if len(by_split) > 1 or options.split else found
+
+
+def _plain_folder(path: str) -> str:
+    """The folder, or that of a pattern before its first wildcard; of a file, the one that it lies in."""
+    if os.path.isdir(path):
+        return path
+    folder = path if glob.has_magic(path) and not os.path.exists(path) else os.path.dirname(path)
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    return folder or "."
+
+
+def _split_of(file: str) -> str:
+    """As the file's name tells, or else the folder that is next to it; "" where none does."""
+    told = map(_SPLIT.match, reversed(file.lower().split(os.sep)))
+    return next((found[1] for found in told if found), "")
 
 
 def _one_split(path: str, splits: list[str], options: SourceOptions) -> str:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from prelude.data.counting import named
 from prelude.data.errors import UserError
 from prelude.data.image_files import image_extension_of
-from prelude.data.packing.labels import class_labels, is_missing, label_columns, named_numbers, split_labels
+from prelude.data.packing.labels import (
+    class_labels,
+    is_missing,
+    label_columns,
+    named_lists,
+    named_numbers,
+    split_labels,
+)
 from prelude.data.packing.source import Source, SourceOptions, strings
 
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path")
@@ -77,6 +84,11 @@ def apply_columns(source: Source, columns: Columns, image: str, options: SourceO
     kept = list(dict.fromkeys([*options.fields, *([options.group] if options.group else [])]))
     for name in kept:
         columns.check(name, "fields")
+    if "labels" in kept and labels and source.labels.several:
+        raise UserError(
+            f"The column 'labels' of {columns.path} cannot be kept by --fields or --group beside several labels, which "
+            f"take that name in the .json member; rename the column."
+        )
     if kept:
         rows = zip(*(columns.values[name] for name in kept), strict=True)
         source.fields = [dict(zip(kept, map(_plain, row), strict=True)) for row in rows]
@@ -92,7 +104,7 @@ def _one_column(columns: Columns, name: str, options: SourceOptions, what: str):
     values, names = columns.values[name], columns.class_names.get(name)
     if options.label_separator or any(isinstance(value, (list, tuple)) for value in values[:1000]):
         if names:
-            values = [value if value is None else [names[number] for number in value] for value in values]
+            values = named_lists(values, names, what)
         return split_labels(values, options.label_separator, what)
     if names:
         return named_numbers(values, names, options.classes, what)

@@ -5,7 +5,6 @@ import os
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.image_files import folders_of, image_extension_of, list_images
-from prelude.data.labels import WHOLE
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, read_file, strings
 
@@ -32,7 +31,7 @@ class FolderSource(Source):
         self.stamps = [f"{size} {time}" for size, time in zip(listing.sizes, listing.times, strict=True)]
         folders = None if which == "none" else folders_of(self.names, which, root)
         if folders:
-            self.labels = class_labels(folders, options.classes, f"The folders of {root}", WHOLE)
+            self.labels = class_labels(folders, options.classes, f"The folders of {root}", folders=True)
             self.notes.append(f"classes from the names of {counted(len(set(folders)), 'folder')}")
         if options.group:
             if options.group not in ("parent", "top"):

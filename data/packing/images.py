@@ -18,10 +18,12 @@ from prelude.data.image_files import ARRAY_EXTENSION, MAX_IMAGE_BYTES
 from prelude.data.packing.source import LeftOut
 from prelude.data.stored import (
     BITS_PER_SAMPLE,
+    HEIGHT,
     NPY,
     SAMPLES_PER_PIXEL,
     TIFF,
-    installed_formats,
+    WIDTH,
+    open_header,
     stored_values,
 )
 
@@ -65,7 +67,10 @@ def prepare(content: bytes, extension: str, short_side: int | None, quality: int
         return Prepared(content, extension, remark)
     if short_side is None or min(pixels.shape[:2]) <= short_side:
         return Prepared(content, extension, None)
-    form = form_of(content)
+    try:
+        form = form_of(content)
+    except BadImage as error:
+        raise LeftOut(str(error)) from error
     unfit = _unfit_for_jpeg(form)
     if unfit:
         return Prepared(content, extension, f"not re-coded: {unfit}")
@@ -90,12 +95,12 @@ def form_of(content: bytes) -> Form:
     if extension_of(content) == ARRAY_EXTENSION:
         return _form_of_array(content, "NPY")
     try:
-        with Image.open(io.BytesIO(content), formats=installed_formats()) as image:
+        with open_header(content) as image:
             return Form(
-                image.format, image.mode, image.height, image.width, _channels(image), _bits(image, content),
+                image.format, image.mode, *_size(image), _channels(image), _bits(image, content),
                 image.has_transparency_data or image.mode in ("LA", "PA", "RGBA"), getattr(image, "n_frames", 1),
             )  # fmt: skip
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (BadImage, OSError, SyntaxError, ValueError) as error:
         if content.startswith(TIFF):
             return _form_of_array(content, "TIFF")
         raise BadImage("not an image") from error
@@ -109,9 +114,9 @@ def _form_of_array(content: bytes, name: str) -> Form:
 def extension_of(content: bytes) -> str:
     """By the content alone; "" where it is no image."""
     try:
-        with Image.open(io.BytesIO(content), formats=installed_formats()) as image:
+        with open_header(content) as image:
             return _EXTENSIONS.get(image.format, "")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except BadImage:
         return "tif" if content.startswith(TIFF) else ARRAY_EXTENSION if content.startswith(NPY) else ""
 
 
@@ -149,6 +154,11 @@ def _unfit_for_jpeg(form: Form) -> str | None:
     if form.frames > 1:
         return "several frames"
     return None
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    """(height, width), which PIL has of a TIFF as it would turn it."""
+    return (image.tag_v2[HEIGHT], image.tag_v2[WIDTH]) if image.format == "TIFF" else (image.height, image.width)
 
 
 def _channels(image: Image.Image) -> int:

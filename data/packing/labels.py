@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from prelude.data.class_list import refuse_repeats
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
+from prelude.data.labels import WHOLE
 
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")  # tables write 3.0 for 3 in a column that lacks a value
 _YES_OR_NO = {"": None, "nan": None, "null": None, "none": None, "true": 1, "yes": 1, "false": 0, "no": 0}
@@ -33,14 +34,18 @@ class Labels:
         return Labels([self.values[n] for n in numbers], self.classes, self.several)
 
 
-def class_labels(values: Sequence, given: Sequence[str] | None, what: str, whole: re.Pattern = _WHOLE) -> Labels:
-    """One class an image. values: text, whole numbers, or None and "" for no label; a negative number is none, too.
+def class_labels(values: Sequence, given: Sequence[str] | None, what: str, folders: bool = False) -> Labels:
+    """One class an image. values: text, whole numbers, or None and "" for no label; a negative number is none, too,
+    unless it is among the given.
 
     given: the names in the order of their numbers, if that is fixed. what: where the labels come from, for messages.
-    whole: matches the text of a whole number.
+    folders: whether values are names of folders, where one among other names is a class however it is called.
     Raises UserError for a value that is no class, or not among the given.
     """
     texts = [_text(value, what) for value in values]
+    whole = WHOLE if folders else _WHOLE
+    if not folders:
+        texts = ["" if _is_negative(text) and text not in (given or ()) else text for text in texts]
     present = {text for text in texts if text}
     if present and all(whole.fullmatch(text) for text in present) and not (given and present <= set(given)):
         numbers = [int(text.partition(".")[0]) if text else None for text in texts]
@@ -60,10 +65,26 @@ def class_labels(values: Sequence, given: Sequence[str] | None, what: str, whole
 
 def named_numbers(numbers: Sequence[int | None], names: Sequence[str], given, what: str) -> Labels:
     """Class numbers that come with their names."""
-    if any(number is not None and number >= len(names) for number in numbers):
+    return class_labels([_name_of(number, names, what) for number in numbers], given or names, what)
+
+
+def named_lists(values: Sequence, names: Sequence[str], what: str) -> list:
+    """Lists of names for those of class numbers: without the negative and missing ones, and None, which is unknown,
+    where there are no others. What is no list stays what it is."""
+    found = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            named = [name for number in value if (name := _name_of(number, names, what)) is not None]
+            value = named if named or not value else None
+        found.append(value)
+    return found
+
+
+def _name_of(number: int | None, names: Sequence[str], what: str) -> str | None:
+    """None for a number that is negative or missing."""
+    if number is not None and number >= len(names):
         raise UserError(f"{what} holds a class number beyond its {counted(len(names), 'name')}; correct either.")
-    texts = [names[number] if number is not None and number >= 0 else None for number in numbers]
-    return class_labels(texts, given or names, what)
+    return names[number] if number is not None and number >= 0 else None
 
 
 def split_labels(values: Sequence, separator: str, what: str) -> Labels:
@@ -96,6 +117,10 @@ def _text(value, what: str) -> str:
     if isinstance(value, (list, tuple, dict, bytes)):
         raise UserError(f"{what} holds {value!r:.60} and not one class; write another --label.")
     return str(value).strip()
+
+
+def _is_negative(text: str) -> bool:
+    return bool(_WHOLE.fullmatch(text)) and float(text) < 0
 
 
 def _truth(value, name: str, what: str) -> int | None:

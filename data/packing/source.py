@@ -144,5 +144,5 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def strings(values: Iterable) -> list[str | None]:
-    """Group values as text; None, NaN and "" are no group."""
-    return [None if is_missing(value) or value == "" else str(value) for value in values]
+    """Group values as text, as they are written but for spaces around them; None, NaN and blanks are no group."""
+    return [None if is_missing(value) else str(value).strip() or None for value in values]

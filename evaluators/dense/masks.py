@@ -21,7 +21,7 @@ from prelude.data.errors import UserError
 from prelude.data.labels import some
 from prelude.data.members import label_members
 from prelude.data.shards import ShardIndex
-from prelude.data.stored import open_image, pil_errors
+from prelude.data.stored import open_image, values_of
 from prelude.data.views import draw
 from prelude.evaluators.embedding.samples import pixels_of
 from prelude.evaluators.features.labels import Labels
@@ -112,8 +112,7 @@ def read_mask(content: bytes, max_pixels: int) -> np.ndarray:
             f"numbers; write "
             "masks as PNGs of one channel, or with a palette."
         )
-    with pil_errors():
-        return np.asarray(opened).astype(np.int64)
+    return values_of(content, opened).astype(np.int64)
 
 
 def _defects_as_seen(defects: np.ndarray, view: View) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from prelude.data.shards import ShardIndex
 from prelude.data.survey import survey
 from prelude.data.value_range import channels_of
 from prelude.data.views import read_views
+from prelude.evaluators.dense.masks import read_mask
 
 tifffile = pytest.importorskip("tifffile")
 FULL = (0, 65535)
@@ -112,6 +113,42 @@ def test_colour_tiffs_of_16_bits_are_what_pngs_are_without_alpha_and_as_grey(cha
     same(decode(image, value_range=FULL), values[:, :, :3])
     luma = (values[:, :, :3] @ np.array([0.299, 0.587, 0.114])).round()[:, :, None]
     assert np.abs(decode(image, value_range=FULL, channels=1) - scaled(luma)).max() <= 255 / 65535 + 1e-4
+
+
+@pytest.mark.parametrize("how", [{}, {"tile": (16, 16)}, {"compression": "zlib"}], ids=["plain", "tiles", "deflated"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_planes_of_16_bits_are_read_without_a_range_too(channels, how):
+    values = noise(20, 24, channels)
+    extra = ["unassalpha"] if channels == 4 else None
+    planes = tiff(values.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", extrasamples=extra, **how)
+    assert np.array_equal(decode(planes), values[:, :, :3] >> 8)
+    same(decode(planes, value_range=FULL), values[:, :, :3])
+
+
+def test_planes_of_other_colours_are_refused():
+    with pytest.raises(OtherChannels, match="4 channels and not 3"):
+        decode(tiff(noise(4, 9, 8), photometric="separated", planarconfig="separate"))
+
+
+TURNED_TIFFS = {
+    "grey": noise(9, 8, dtype=np.uint8), "grey of 16 bits": noise(9, 8), "colour": noise(9, 8, 3, dtype=np.uint8),
+    "colour of 16 bits": noise(9, 8, 3), "pages": noise(2, 9, 8), "floats": noise(9, 8, dtype=np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("name", TURNED_TIFFS)
+def test_the_orientation_of_a_tiff_is_ignored(name, orientation):
+    values = TURNED_TIFFS[name]
+    how = {"photometric": "rgb" if values.shape[-1] == 3 else "minisblack"}
+    plain, turned = tiff(values, **how), tiff(values, extratags=[(274, 3, 1, orientation, True)], **how)
+    xmp = b'<x tiff:Orientation="%d"/>' % orientation
+    told = tiff(values, extratags=[(700, 1, len(xmp), xmp, True)], **how)
+    for value_range in [(0, 1)] if name == "floats" else [None, FULL]:
+        for image in (turned, told):
+            assert np.array_equal(decode(image, value_range=value_range), decode(plain, value_range=value_range))
+    if name in ("grey", "grey of 16 bits"):
+        assert np.array_equal(read_mask(turned, 100), values)
 
 
 def test_opacity_says_nothing_of_black_and_white():

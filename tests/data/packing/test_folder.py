@@ -173,13 +173,22 @@ def test_a_folder_read_in_place_has_the_samples_of_its_shards(photos, packed):
     assert {in_place.key(n) for n in range(in_place.num_samples)} == set(ODD_NAMES)
 
 
+def test_labels_beside_images_may_have_any_case(write_files, picture):
+    names = {"1.jpg": "1.TXT", "2.JPG": "2.txt", "3.jpg": "3.Txt"}
+    files = {image: picture(n, "JPEG") for n, image in enumerate(names)}
+    source = write_files("beside", files | {label: label.encode() for label in names.values()} | {"2.TXT": b"not it"})
+    index = ShardIndex(str(source), "txt")
+    assert content_of(index) == {(files[image], label.encode()) for image, label in names.items()}
+
+
 @pytest.mark.parametrize(
     "numbers",
     [
-        {"dog": 1, "cat": 0}, {"cat ": 0, "dog": 1}, {str(n): n for n in range(10)}, {str(n): n for n in range(11)},
+        {"dog": 1, "cat": 0}, {"-1": 0, "cat": 1, "dog": 2}, {"cat ": 0, "dog": 1},
+        {str(n): n for n in range(10)}, {str(n): n for n in range(11)},
         {"1": 1, "2": 2, "3": 3}, {f"{n:02}": n for n in range(12)}, {"1.0": 0, "2.0": 1},
     ],
-    ids=["names", "a space", "0 to 9", "0 to 10", "1 to 3", "00 to 11", "versions"],
+    ids=["names", "a negative number among names", "a space", "0 to 9", "0 to 10", "1 to 3", "00 to 11", "versions"],
 )  # fmt: skip
 def test_a_folder_in_place_and_its_shards_number_classes_alike(write_files, picture, packed, numbers):
     images = {folder: picture(n) for n, folder in enumerate(numbers)}

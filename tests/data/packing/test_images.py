@@ -8,8 +8,11 @@ import pytest
 from packed_shards import image_of, left_out, read_shards
 from PIL import Image
 
-from prelude.data.decode import decode
-from prelude.data.packing.images import form_of
+from prelude.data.decode import BadImage, decode
+from prelude.data.packing import images
+from prelude.data.packing.images import extension_of, form_of
+from prelude.data.shards import ShardIndex
+from prelude.data.survey import survey
 
 
 def saved(image: Image.Image, format: str, **settings) -> bytes:
@@ -47,6 +50,7 @@ FIT = {
     "palette": (saved(RGB.quantize(64), "PNG"), "RGB"),
     "CMYK": (saved(RGB.convert("CMYK"), "JPEG"), "RGB"),
     "turned by EXIF": (saved(RGB, "JPEG", exif=TURNED), "RGB"),
+    "turned by a TIFF's tag": (saved(RGB, "TIFF", tiffinfo={274: 6}), "RGB"),
 }
 
 
@@ -79,6 +83,28 @@ def test_larger_images_become_jpegs_of_the_short_side(folder_of, name):
     assert np.abs(np.asarray(exact, int) - np.asarray(image.convert("RGB"), int)).mean() < (
         25 if name == "one bit" else 4
     )
+
+
+def test_jpegs_above_the_limit_of_pil_are_as_good_as_others(folder_of, write_files, monkeypatch):
+    """Training reads them smaller, and needs no PIL."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    content = FIT["JPEG"][0]
+    (sample,), noted = folder_of(content, "jpg", short_side=45)
+    assert decode(sample["jpg"]).shape == (45, 60, 3) and not noted
+    assert extension_of(content) == "jpg" and form_of(content)[:4] == ("JPEG", "RGB", 90, 120)
+    index = ShardIndex(str(write_files("large", {"1.jpg": content})))
+    assert not survey(index, np.arange(1)).undecodable
+
+
+def test_an_image_whose_header_cannot_be_read_is_left_out(write_files, packed, monkeypatch):
+    def refuse(content):
+        raise BadImage("not an image")
+
+    monkeypatch.setattr(images, "form_of", refuse)
+    source = write_files("two", {"1.jpg": FIT["JPEG"][0], "2.png": saved(RGB.resize((40, 30)), "PNG")})
+    folder, _ = packed(source, short_side=45)
+    assert [sample["source"] for sample in read_shards(folder)] == ["2.png"]
+    assert left_out(folder) == {"1.jpg": ("not an image", True)}
 
 
 @pytest.mark.parametrize("short_side", [None, 90, 200])
@@ -134,3 +160,7 @@ def many_channels() -> bytes:
 def test_channels_and_bits_are_what_the_header_says(name, channels, bits):
     form = form_of(UNFIT[name][0])
     assert (form.channels, form.bits, form.height, form.width) == (channels, bits, 90, 120)
+
+
+def test_the_size_of_a_turned_tiff_is_that_of_its_pixels():
+    assert form_of(FIT["turned by a TIFF's tag"][0])[2:4] == (90, 120)

@@ -95,6 +95,17 @@ def test_labels_that_are_numbers_stay_what_they_are_and_none_is_none(images, pac
     assert summary["unlabelled"] == 2 and not (folder / "classes.txt").exists()
 
 
+def test_a_negative_number_among_names_is_no_label_unless_it_is_given(images, packed):
+    labels = ["dog", "-1", "-1.0", "cat"]
+    table = write_csv(images, [(name, label, "") for (name, _, _), label in zip(ROWS, labels, strict=True)])
+    folder, summary = packed(table, options={"label": ("species",)})
+    assert [by_source(folder)[name].get("cls") for name, _, _ in ROWS] == [b"1", None, None, b"0"]
+    assert summary["unlabelled"] == 2 and (folder / "classes.txt").read_text().splitlines() == ["cat", "dog"]
+    given = {"label": ("species",), "classes": ("-1", "cat", "dog")}
+    folder, _ = packed(table, to="given", options=given)
+    assert [by_source(folder)[name].get("cls") for name, _, _ in ROWS] == [b"2", b"0", None, b"1"]
+
+
 def test_a_table_without_a_header(images, packed):
     folder, _ = packed(write_csv(images, [row[:2] for row in ROWS], header=None))
     assert (folder / "classes.txt").read_text().splitlines() == ["cat", "dog", "emu"]
@@ -130,6 +141,16 @@ def test_uncertain_and_unknown_findings_are_kept_apart(images, packed):
     folder, _ = packed(write_csv(images, rows, header=("file", "x", "y")), options={"label": ("x", "y")})
     found = [json.loads(by_source(folder)[n]["json"])["labels"] for n, _, _ in ROWS]
     assert found == [{"x": 1, "y": 1}, {"x": -1, "y": 0}, {"x": None, "y": None}, {"x": 0, "y": 1}]
+
+
+@pytest.mark.parametrize("option", [{"fields": ("labels",)}, {"group": "labels"}])
+def test_a_column_that_would_take_the_place_of_several_labels_is_refused(images, packed, option):
+    rows = [(name, "a|b", "site") for name, _, _ in ROWS]
+    table = write_csv(images, rows, header=("file", "findings", "labels"))
+    with pytest.raises(UserError, match="The column 'labels' of .* beside several labels.*; rename the column"):
+        packed(table, options={"label": ("findings",), "label_separator": "|"} | option)
+    folder, _ = packed(table, options={"label": ("findings",)} | option)
+    assert all(json.loads(sample["json"]) == {"labels": "site"} for sample in read_shards(folder))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +222,24 @@ def test_parquet_with_image_bytes(images, packed, tmp_path):
     }
 
 
+def tagged(images, tags, path):
+    """A Parquet file with a Hugging Face `Sequence(ClassLabel)`."""
+    table = pa.table({"image": [(images / name).read_bytes() for name, _, _ in ROWS], "tags": tags})
+    features = {"tags": {"_type": "Sequence", "feature": {"_type": "ClassLabel", "names": ["a", "b", "c"]}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path)
+    return path
+
+
+def test_lists_of_class_numbers_are_lists_of_their_names(images, packed, tmp_path):
+    table = tagged(images, [[0, 2], [], [-1, 1, None], [-1]], tmp_path / "tags.parquet")
+    folder, summary = packed(table, options={"label": ("tags",)})
+    found = {s["source"][-1]: json.loads(s["json"])["labels"] for s in read_shards(folder) if "json" in s}
+    assert found == {"0": ["a", "c"], "1": [], "2": ["b"]} and summary["unlabelled"] == 1
+    assert {s["source"][-1] for s in read_shards(folder)} == set("0123")
+    with pytest.raises(UserError, match="'tags' .* holds a class number beyond its 3 names; correct either"):
+        packed(tagged(images, [[0], [3], [], None], tmp_path / "more.parquet"), options={"label": ("tags",)})
+
+
 def test_parquet_with_plain_bytes_or_with_paths(images, packed, tmp_path):
     plain = pa.table({"picture": [(images / n).read_bytes() for n, _, _ in ROWS]})
     pq.write_table(plain, tmp_path / "plain.parquet")
@@ -229,6 +268,12 @@ def test_bytes_that_are_no_image_are_told(images, packed, tmp_path):
     assert reasons == {"1": ("empty image", True), "2": ("empty image", True), "3": ("not an image", True)}
 
 
+def test_rows_whose_group_is_blank_are_of_no_group(images, packed):
+    rows = [(name, "x", group) for (name, _, _), group in zip(ROWS, [" ", " ", "p", "p "], strict=True)]
+    groups = open_source(str(write_csv(images, rows)), SourceOptions(group="patient")).groups
+    assert groups == [None, None, "p", "p"]
+
+
 def test_rows_whose_group_is_nan_are_of_no_group(images, packed, tmp_path):
     nothing = [math.nan] * len(ROWS)
     lines = [{"file": name, "patient": patient} for (name, _, _), patient in zip(ROWS, nothing, strict=True)]
@@ -248,6 +293,21 @@ def test_splits_are_asked_for_and_name_the_shards(images, packed, tmp_path):
     with pytest.raises(UserError, match="splits test, train; write --split"):
         packed(tmp_path / "hub")
     folder, _ = packed(tmp_path / "hub", options={"split": "train"})
+    assert len(read_shards(folder)) == 2
+
+
+@pytest.mark.parametrize("train, test", [("train", "test"), ("split=train", "split=test"), ("Train", "Test")])
+def test_splits_may_be_folders(images, packed, tmp_path, train, test):
+    for n, (split, part) in enumerate([(train, 0), (train, 1), (test, 0)]):
+        (tmp_path / "hub" / "default" / split).mkdir(parents=True, exist_ok=True)
+        pq.write_table(image_table(images).slice(n, 1), tmp_path / "hub" / "default" / split / f"000{part}.parquet")
+    for source in (tmp_path / "hub", tmp_path / "hub" / "*" / "*" / "*.parquet"):
+        with pytest.raises(UserError, match="splits test, train; write --split"):
+            packed(source)
+    for n, source in enumerate((tmp_path / "hub", tmp_path / "hub" / "*" / "*" / "*.parquet")):
+        folder, _ = packed(source, to=str(n), options={"split": "train"})
+        assert len(read_shards(folder)) == 2
+    folder, _ = packed(tmp_path / "hub" / "default" / train, to="alone")  # one split is all that there is
     assert len(read_shards(folder)) == 2
 
 
