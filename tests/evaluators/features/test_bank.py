@@ -131,7 +131,7 @@ def test_other_weights_views_kinds_and_data_are_other_entries(index, encoder, tm
 
 
 def test_the_same_weights_in_another_computation_are_another_entry(index, encoder, tmp_path, monkeypatch):
-    """Heads, ε and code of one's own are in no tensor."""
+    """Heads, ε, strides and code of one's own are in no tensor."""
     bank, found = Bank(tmp_path / "bank"), {}
     settings = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_classes": 0}
     for heads in (2, 4):
@@ -142,6 +142,9 @@ def test_the_same_weights_in_another_computation_are_another_entry(index, encode
     model.norm.eps = 0.1
     assert not bank.rows(replace(encoder, model=model), index, ["cls"])["cls"].values.equal(found[4])
     assert len(bank.entries()) == 3
+    before = replace(encoder, model=model).computation
+    model.patch_embed.proj.stride = (4, 4)
+    assert replace(encoder, model=model).computation != before
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine.py").write_text("def net(): pass")
     mine = replace(encoder, config=EncoderConfig(name="mine:net", image_size=16))
