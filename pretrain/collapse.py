@@ -21,8 +21,9 @@ evaluations:
 - A teacher that is an average over many steps lags behind, the more the faster the encoder learns. It is lost only if
   that lasts for several times as many steps.
 - From the first doubt on, the newest checkpoint from before it is kept; once a window without any lets it go again.
-- The run goes on, unless `collapse.stop` asks for its end. At its end a line says "healthy", "collapsed", or "too short
-  to be judged". A resumed run remembers what was logged before.
+- The run goes on, unless `collapse.stop` asks for its end, and then for that of every start that finds a sign standing.
+  At its end a line says "healthy", "collapsed", or "too short to be judged". A resumed run remembers what was logged
+  before.
 """
 
 from collections.abc import Mapping
@@ -114,6 +115,7 @@ class CollapseWatch(Monitor):
         self.seen: dict[str, list[_Seen]] = {source: [] for source in FEWEST}  # after the grace, of the window
         self.standing: dict[str, dict[str, Sign]] = {source: {} for source in FEWEST}  # by source, then cause
         self.told: dict[tuple[bool, str], int] = {}  # (of volumes, cause): the step at which it was told
+        self.raised: set[tuple[bool, str]] = set()  # the same, of this start
         self.judged: set[str] = set()  # sources
         self.watched = False
         self.concluded = False  # a verdict on the finished run was given by an earlier start
@@ -134,7 +136,7 @@ class CollapseWatch(Monitor):
                 self.told.setdefault((_ON_VOLUMES in line["text"], line["cause"]), line["step"])
             elif line["kind"] == "verdict":
                 self.concluded = line["step"] == progress.step == progress.num_steps
-        self.store, self.reports = store, []
+        self.store, self.reports, self.raised = store, [], set()
 
     def _lines(self, log: str, step: int) -> list[dict]:
         """Of an earlier part of the run, up to and with `step`; what cannot be read of it was told where it is kept."""
@@ -228,8 +230,11 @@ class CollapseWatch(Monitor):
             found = {cause: replace(sign, found=_ON_VOLUMES + sign.found) for cause, sign in found.items()}
         self.standing[source] = found
         for cause, sign in found.items():
-            if (what := (source == "volumes", cause)) not in self.told:
-                self.told[what] = step
+            what = (source == "volumes", cause)
+            # A run that is to stop must not go on because its stop was told to an earlier start.
+            if what not in (self.raised if self.config.stop else self.told):
+                self.raised.add(what)
+                self.told.setdefault(what, step)
                 since = next((each.step for each in recent if each.doubtful), step)
                 self.reports.append(self._warning(step, sign, recent[-1].numbers, since))
 

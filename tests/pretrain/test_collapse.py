@@ -14,7 +14,7 @@ from prelude.pretrain.collapse import REMEDIES, signs
 from prelude.pretrain.collapse_config import CollapseConfig
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.feature_health import feature_health, teacher_cosine
-from prelude.pretrain.monitors import Monitor, ReportsMonitor
+from prelude.pretrain.monitors import Monitor, Report, ReportsMonitor
 from prelude.pretrain.schedules import Progress
 
 SIGNS = [
@@ -256,6 +256,21 @@ def test_a_resumed_run_remembers_what_it_has_logged(tmp_path):
     later.start(Progress(1000, 2000, 10.0))
     assert told(later, range(1010, 1200, 10), feature_cosine=0.9999) == []  # it was told of before
     assert verdict(later).cause == "collapsed"
+
+
+def test_a_run_that_is_to_stop_is_stopped_in_every_start_that_finds_it_collapsed(tmp_path):
+    logged = [asdict(a_record(step, feature_cosine=0.9999)) for step in range(10, 601, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    told_before = Report(600, "collapse", "collapsed", cause="same_features", stop=True)
+    (tmp_path / "online.jsonl").write_text(json.dumps(asdict(told_before)) + "\n")
+    again = a_watch(run_dir=tmp_path, stop=True)
+    again.start(Progress(600, 2000, 10.0))
+    (report,) = told(again, range(610, 700, 10), feature_cosine=0.9999)
+    assert (report.step, report.cause, report.stop) == (610, "same_features", True)
+    recovered = a_watch(run_dir=tmp_path, stop=True)
+    recovered.start(Progress(600, 2000, 10.0))
+    assert all(report.step < 660 for report in told(recovered, range(610, 2001, 10)))
+    assert verdict(recovered).text.endswith("though same_features was told of at step 600")
 
 
 def test_a_finished_run_that_is_started_again_has_one_verdict_unless_it_is_judged_anew(tmp_path):
