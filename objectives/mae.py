@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.objectives.gradient_map import gradient_map
-from prelude.objectives.masking import PatchMask, in_squares, mask_noise, num_kept, random_mask
+from prelude.objectives.masking import PatchMask, advised_ratio, in_squares, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MAEOptions
 from prelude.objectives.patch_decoder import DecodesPatches, PatchDecoder
 from prelude.objectives.patches import as_pixels, panels, patch_values, pixel_loss
@@ -97,8 +97,8 @@ class MAE(DecodesPatches, Objective):
         if not 0 < num_kept(num_patches, options.mask_ratio) < num_patches:
             raise UserError(
                 f"objective.mask_ratio={options.mask_ratio} of {num_patches} patches leaves none to "
-                f"{'hide' if options.mask_ratio < 0.5 else 'see'}; write objective.mask_ratio=0.75, or a smaller "
-                "encoder.patch_size."
+                f"{'hide' if options.mask_ratio < 0.5 else 'see'}; write "
+                f"{advised_ratio(0.75, num_patches, num_kept)}a smaller encoder.patch_size."
             )
         if options.decoder_dim % options.decoder_num_heads or options.decoder_dim % 4:
             raise UserError(

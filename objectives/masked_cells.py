@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from prelude.objectives.masking import PatchMask, advised_ratio, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MaskedCellsOptions
 from prelude.objectives.patches import as_pixels, panels, patch_values, pixel_loss
 from prelude.objectives.pictures import evaluating, sheet
@@ -74,7 +74,8 @@ class MaskedCells(Objective):
         if not 0 < kept < rows * columns:
             raise UserError(
                 f"objective.mask_ratio={options.mask_ratio} of {rows} x {columns} cells leaves none to "
-                f"{'hide' if kept else 'see'}; write objective.mask_ratio=0.6, or a larger encoder.image_size."
+                f"{'hide' if kept else 'see'}; write {advised_ratio(0.6, rows * columns, cls.kept)}a larger "
+                "encoder.image_size."
             )
 
     @staticmethod

@@ -5,6 +5,7 @@
 - One sort a batch; the inverse permutation is a scatter.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,17 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
     The official MAE code truncates, and loses a patch to floating point: of 100 patches at ratio 0.9 it keeps 9.
     """
     return round(num_patches * (1 - mask_ratio))
+
+
+def advised_ratio(usual: float, num_cells: int, kept: Callable[[int, float], int]) -> str:
+    """`objective.mask_ratio=R, or ` for a refusal: `usual`, or 0.5 where that leaves none of few cells, as no rounding
+    makes 0.5 do; nothing of a single cell, of which no ratio hides a part.
+
+    kept: (cells, mask ratio) to the number of visible cells.
+    """
+    if num_cells < 2:
+        return ""
+    return f"objective.mask_ratio={usual if 0 < kept(num_cells, usual) < num_cells else 0.5}, or "
 
 
 def random_mask(noise: Tensor, num_keep: int) -> PatchMask:

@@ -26,7 +26,7 @@ from prelude.data.batch import Batch, View, ViewPlan
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.objectives.local_statistics import window_statistics
-from prelude.objectives.masking import PatchMask, mask_noise, random_mask
+from prelude.objectives.masking import PatchMask, advised_ratio, mask_noise, random_mask
 from prelude.objectives.options import SimMIMOptions
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.replaced_patches import ReplacedPatches, check_replaceable, total_stride
@@ -90,11 +90,10 @@ class SimMIM(Objective):
                 f"objective.mask_patch={near}."
             )
         cells = encoder.size[0] // cell * (encoder.size[1] // cell)
-        if num_hidden(cells, options.mask_ratio) >= cells:
+        if num_seen(cells, options.mask_ratio) <= 0:
             raise UserError(
                 f"objective.mask_ratio={options.mask_ratio} of {counted(cells, 'cell')} of {counted(cell, 'pixel')} "
-                f"leaves none to see; "
-                "write objective.mask_ratio=0.6, or a smaller objective.mask_patch."
+                f"leaves none to see; write {advised_ratio(0.6, cells, num_seen)}a smaller objective.mask_patch."
             )
 
     def forward(self, batch: Batch, progress: Progress) -> Loss:
@@ -199,6 +198,10 @@ class SimMIM(Objective):
 def num_hidden(num_cells: int, mask_ratio: float) -> int:
     """L * mask_ratio, rounded up. Products are not exact: 100 cells at 0.55 would give 56."""
     return math.ceil(round(num_cells * mask_ratio, 9))
+
+
+def num_seen(num_cells: int, mask_ratio: float) -> int:
+    return num_cells - num_hidden(num_cells, mask_ratio)
 
 
 def _draw_cut(weight: Tensor) -> None:

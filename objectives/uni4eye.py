@@ -27,7 +27,7 @@ from prelude.data.errors import UserError
 from prelude.objectives.cubes import cut, gather_cubes, join
 from prelude.objectives.gradient_map import gradient_map
 from prelude.objectives.mae import MAE, Gradients, Reconstruction
-from prelude.objectives.masking import PatchMask, mask_noise, num_kept, random_mask
+from prelude.objectives.masking import PatchMask, advised_ratio, mask_noise, num_kept, random_mask
 from prelude.objectives.options import Uni4EyeOptions
 from prelude.objectives.patch_decoder import DecodesPatches
 from prelude.objectives.pictures import evaluating, sheet
@@ -93,8 +93,8 @@ class Uni4Eye(MAE):
         if not 0 < num_kept(num_cubes, options.mask_ratio) < num_cubes:
             raise UserError(
                 f"objective.mask_ratio={options.mask_ratio} of the {num_cubes} patches of a volume leaves none to "
-                f"{'hide' if options.mask_ratio < 0.5 else 'see'}; write objective.mask_ratio=0.5, or a smaller "
-                "objective.volume_patch."
+                f"{'hide' if options.mask_ratio < 0.5 else 'see'}; write "
+                f"{advised_ratio(0.5, num_cubes, num_kept)}a smaller objective.volume_patch."
             )
 
     def _quieten_heads(self) -> None:

@@ -227,7 +227,8 @@ def test_published_sizes(name, encoder, both):
     ("encoder", "options", "message"),
     [
         (SMALL | {"patch_size": 4}, {}, "is not cut into two or more whole cells"),
-        (SMALL, {"mask_ratio": 0.99}, "leaves none to see"),
+        (SMALL, {"mask_ratio": 0.99}, "leaves none to see; write objective.mask_ratio=0.6"),
+        (SMALL | {"image_size": [8, 16]}, {}, "of 1 x 2 cells leaves none to see; write objective.mask_ratio=0.5"),
         ({"name": "vit_tiny_patch16_224", "image_size": 32}, {}, "vit_tiny_patch16_224"),
     ],
 )

@@ -104,6 +104,8 @@ IMPOSSIBLE = [
     ({"image_size": 33}, "image_size=33 is not a whole number of patches .*write encoder.image_size=32 or 40"),
     ({"mask_ratio": 0.99}, "mask_ratio=0.99 of 16 patches leaves none to see; write"),
     ({"mask_ratio": 0.01}, "mask_ratio=0.01 of 16 patches leaves none to hide; write"),
+    ({"image_size": [8, 16]}, "mask_ratio=0.75 of 2 patches leaves none to see; write objective.mask_ratio=0.5"),
+    ({"image_size": 8}, "mask_ratio=0.75 of 1 patches leaves none to see; write a smaller encoder.patch_size"),
     ({"decoder_dim": 18}, "decoder_dim=18 must be a multiple of 4"),
     ({"decoder_num_heads": 3}, "decoder_dim=16 must be a multiple of 4 and of objective.decoder_num_heads=3"),
 ]

@@ -227,7 +227,12 @@ IMPOSSIBLE = [
         "mask_patch=6 neither holds whole patches of 4x4",
     ),
     (FAMILIES["swin"], {"mask_patch": 12}, "nor cuts encoder.image_size=32x32 into whole cells"),
-    (FAMILIES["swin"], {"mask_patch": 16, "mask_ratio": 0.9}, "leaves none to see"),
+    (FAMILIES["swin"], {"mask_patch": 16, "mask_ratio": 0.9}, "leaves none to see; write objective.mask_ratio=0.6"),
+    (
+        FAMILIES["swin"] | {"image_size": [16, 32]},
+        {"mask_patch": 16},
+        "of 2 cells .* leaves none to see; write objective.mask_ratio=0.5",
+    ),
     (FAMILIES["swin"] | {"image_size": 36}, {}, "no whole number of positions .*write encoder.image_size=40"),
 ]
 
