@@ -56,9 +56,10 @@ def check(config: Config, world_size: int | None = None) -> None:
 
 def check_settings(config: Config, world_size: int | None = None) -> None:
     """What of this needs no data. Raises UserError."""
-    check_objective(config)
+    world_size = world_size or distributed.launched_world_size()
+    check_objective(config, world_size)
     tracker.check(config.log)
-    config.batching(world_size or distributed.launched_world_size())
+    config.batching(world_size)
     deepspeed_config.passed_through(config)
 
 

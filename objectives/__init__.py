@@ -54,8 +54,9 @@ def options_for(name: str) -> type[Options]:
     return OPTIONS[name] if name in OPTIONS else objective_class(name).Options
 
 
-def check_objective(config: Config) -> None:
-    """Refuses, before anything is built, an objective that cannot work with this encoder. Raises UserError."""
+def check_objective(config: Config, world_size: int = 1) -> None:
+    """Refuses, before anything is built, an objective that cannot work with this encoder, or with what `world_size`
+    ranks see at once. Raises UserError."""
     cls, options = chosen(config)
     cls.check(options, config.encoder)
     _refuse_freezing_chance(config)
@@ -65,6 +66,7 @@ def check_objective(config: Config) -> None:
             f"objective.name={config.objective['name']} compares the samples of a batch, and train.global_batch=1 has "
             "one; write train.global_batch=256."
         )
+    _refuse_a_single_value(config, cls, options, world_size)
     if named_code.is_named(config.encoder.name):
         from prelude.pretrain import own_encoder  # torch
 
@@ -87,6 +89,20 @@ def _refuse_freezing_chance(config: Config) -> None:
             f"train.freeze_encoder_steps={steps} would hold an encoder that is still random; write "
             "encoder.weights=SOURCE, or leave it out."
         )
+
+
+def _refuse_a_single_value(config: Config, cls: "type[Objective]", options: Options, world_size: int) -> None:
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    at_once = batch if micro == "auto" else micro * world_size
+    if at_once > 1 or cls.fewest_samples(options, config.encoder) < 2:
+        return
+    divisor = next((number for number in range(2, batch + 1) if batch % number == 0), None)
+    enough = f"train.micro_batch={divisor}" if divisor else "train.global_batch=2 with train.micro_batch=auto"
+    raise UserError(
+        f"objective.name={config.objective['name']} sees one image at once, of which a batch norm of "
+        f"encoder.name={config.encoder.name} has a single value and so no variance; write {enough}, or a smaller "
+        "objective.mask_ratio."
+    )
 
 
 def _refuse_a_kind_too_many(config: Config, cls: "type[Objective]") -> None:

@@ -17,6 +17,7 @@ predicts the pixels of the hidden ones:
   patches from the same features (Uni4Eye, see `objectives/gradient_map.py`).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from prelude.objectives.gradient_map import gradient_map
 from prelude.objectives.masking import PatchMask, advised_ratio, in_squares, mask_noise, num_kept, random_mask
 from prelude.objectives.options import MAEOptions
 from prelude.objectives.patch_decoder import DecodesPatches, PatchDecoder
-from prelude.objectives.patches import as_pixels, panels, patch_values, pixel_loss
+from prelude.objectives.patches import as_pixels, panels, patch_values, pixel_loss, refuse_single_values
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.token_blocks import xavier_init
 from prelude.pretrain.batch_norm import synchronise
@@ -100,6 +101,8 @@ class MAE(DecodesPatches, Objective):
                 f"{'hide' if options.mask_ratio < 0.5 else 'see'}; write "
                 f"{advised_ratio(0.75, num_patches, num_kept)}a smaller encoder.patch_size."
             )
+        num_values = math.prod(summary.patch_size) * encoder.in_chans
+        refuse_single_values(num_values, options.norm_pix_loss, "patches of an image")
         if options.decoder_dim % options.decoder_num_heads or options.decoder_dim % 4:
             raise UserError(
                 f"objective.decoder_dim={options.decoder_dim} must be a multiple of 4 and of "

@@ -78,6 +78,13 @@ class MaskedCells(Objective):
                 "encoder.image_size."
             )
 
+    @classmethod
+    def fewest_samples(cls, options: MaskedCellsOptions, encoder: EncoderConfig) -> int:
+        model = lay_out_encoder(encoder)
+        found, cell, (rows, columns) = fitted(model, encoder.name, cls._side(options), encoder.size)
+        positions = cls.kept(rows * columns, options.mask_ratio) * (cell // found.stages[0].stride) ** 2
+        return 2 if found.uses_batch_norm and positions < 2 else 1
+
     @staticmethod
     def _side(options: MaskedCellsOptions) -> int | None:
         """Of a cell in pixels, where the settings say it."""

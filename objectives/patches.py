@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from prelude.data.errors import UserError
 from prelude.pretrain.feature_health import TRIVIAL_LOSS
 from prelude.pretrain.kept_patches import gather_patches
 from prelude.pretrain.objective import Loss
@@ -41,6 +42,15 @@ def target_statistics(pixels: Tensor, standardised: bool) -> tuple[Tensor, Tenso
         return torch.zeros_like(pixels[..., :1]), torch.ones_like(pixels[..., :1])
     variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=1)  # unbiased, as in the official code
     return mean, (variance + _EPSILON).sqrt()
+
+
+def refuse_single_values(num_values: int, standardised: bool, patches: str) -> None:
+    """Raises UserError for targets of one value, which have no variance to be standardised by."""
+    if standardised and num_values == 1:
+        raise UserError(
+            f"objective.norm_pix_loss=true standardises each of the {patches}, which has a single value and so no "
+            "variance; write objective.norm_pix_loss=false."
+        )
 
 
 def blind_error(target: Tensor, standardised: bool) -> Tensor:

@@ -14,6 +14,7 @@ A batch is of images or of volumes. For images all is as in `objectives/mae.py` 
   before it, without noise.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,7 @@ from prelude.objectives.mae import MAE, Gradients, Reconstruction
 from prelude.objectives.masking import PatchMask, advised_ratio, mask_noise, num_kept, random_mask
 from prelude.objectives.options import Uni4EyeOptions
 from prelude.objectives.patch_decoder import DecodesPatches
+from prelude.objectives.patches import refuse_single_values
 from prelude.objectives.pictures import evaluating, sheet
 from prelude.objectives.token_blocks import xavier_init
 from prelude.pretrain.config import EncoderConfig
@@ -88,6 +90,8 @@ class Uni4Eye(MAE):
         ):
             if width < 8:
                 raise UserError(f"{key}={width} is too narrow for places in three dimensions; write 8 or more.")
+        num_values = math.prod(options.cube) * options.volume_channels
+        refuse_single_values(num_values, options.norm_pix_loss, "patches of a volume")
         rows, columns, depths = options.volume_grid
         num_cubes = rows * columns * depths
         if not 0 < num_kept(num_cubes, options.mask_ratio) < num_cubes:

@@ -77,6 +77,11 @@ class Objective(nn.Module, ABC):
         """Whether the loss is a statistic of the batch with these options, for which one sample is none."""
         return not cls.accumulates
 
+    @classmethod
+    def fewest_samples(cls, options: Options, encoder: EncoderConfig) -> int:
+        """That all ranks together have to see at once: 2 where one leaves a batch norm a single value a channel."""
+        return 1
+
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> Loss:
         """The method's computation for one micro-batch of this rank, whose views are uint8 until `images` makes them

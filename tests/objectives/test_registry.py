@@ -143,6 +143,14 @@ def test_settings_that_cannot_work_together_are_refused(recipe, overrides, messa
         check_objective(load_config(recipe, overrides, options_for))
 
 
+def test_a_target_of_one_value_is_not_standardised():
+    config = a_config(encoder={"name": "vit_tiny_patch16_224", "image_size": 8, "patch_size": 1})
+    check_objective(config)
+    grey = config.model_copy(update={"encoder": config.encoder.model_copy(update={"in_chans": 1})})
+    with pytest.raises(UserError, match="patches of an image, which has .* write objective.norm_pix_loss=false"):
+        check_objective(grey)
+
+
 def test_what_works_passes_the_check():
     check_objective(a_config())
 

@@ -322,6 +322,25 @@ def test_what_cannot_work_is_refused_with_what_can(encoder, objective, message):
         check_objective(a_config(encoder, **objective))
 
 
+@pytest.mark.parametrize(
+    ("encoder", "micro_batch", "world_size", "instead"),
+    [
+        (RESNET, 1, 1, "train.micro_batch=2, or a smaller objective.mask_ratio"),
+        (RESNET, 1, 2, None),
+        (RESNET, "auto", 1, None),
+        (CONVNEXT, 1, 1, None),
+    ],
+)
+def test_a_single_value_for_a_batch_norm_is_refused(encoder, micro_batch, world_size, instead):
+    config = a_config(encoder, mask_ratio=0.94 if encoder is RESNET else 0.75)  # one cell is seen
+    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro_batch})})
+    if instead is None:
+        return check_objective(config, world_size)
+    with pytest.raises(UserError, match=f"spark sees one image at once.* write {instead}"):
+        check_objective(config, world_size)
+    check_objective(config.model_copy(update={"objective": config.objective | {"mask_ratio": 0.8}}), world_size)
+
+
 @pytest.mark.parametrize("encoder", [RESNET, CONVNEXT, {"name": "resnet18", "image_size": 64}])
 def test_small_images_work_where_the_stride_fits(encoder):
     check_objective(a_config(encoder))

@@ -347,6 +347,10 @@ IMPOSSIBLE = [
     ({"volume_size": [12, 9, 8]}, r"\[12, 9, 8\] is not a whole number of patches .* write volume_size=\[12, 8, 8\]"),
     ({"volume_size": [4, 4, 2], "volume_patch": [2, 2, 1]}, "too flat for a gradient map.* gradient_weight=0"),
     ({"volume_size": [4, 4, 4]}, "mask_ratio=0.5 of the 1 patches of a volume leaves none to see; write a smaller"),
+    (
+        {"volume_size": [4, 4, 4], "volume_patch": 1, "norm_pix_loss": True},
+        "patches of a volume, .* write objective.norm_pix_loss=false",
+    ),
     ({"encoder": {"pos_embed": "learned"}}, "pos_embed=learned tells only places of a plane apart"),
     ({"encoder": BEIT}, "only places of a plane"),
     ({"encoder": {"name": "resnet18", "patch_size": None, "kwargs": {}}}, "builds a ResNet"),
