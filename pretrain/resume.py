@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 import operator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def progress_after(meta: dict, config: Config, start: Progress, checkpoint: Path
     meta: the checkpoint's. start: the run's progress before its first step. Progress is counted in samples where the
     global batch has changed. Raises UserError where nothing would be left to train, but for a run that is finished.
     """
+    start = replace(start, num_steps=_num_steps(meta, config, start))
     batch, batch_then = config.train.global_batch, meta["config"]["train"]["global_batch"]
     step, notices = meta["step"] * batch_then // batch, []
     if batch != batch_then:
@@ -125,6 +127,12 @@ def progress_after(meta: dict, config: Config, start: Progress, checkpoint: Path
     if step < start.num_steps and (jump := _jump_of_learning_rate(meta, config, progress)):
         notices.append(jump)
     return progress, notices
+
+
+def _num_steps(meta: dict, config: Config, start: Progress) -> int:
+    """`start.num_steps`; of a run that was begun with one step more, when products were not rounded, what it had."""
+    as_begun = math.ceil(config.train.epochs * start.steps_per_epoch)
+    return as_begun if meta["num_steps"] == as_begun else start.num_steps
 
 
 def _jump_of_learning_rate(meta: dict, config: Config, progress: Progress) -> str | None:

@@ -5,6 +5,7 @@ import pytest
 from prelude.data.errors import UserError
 from prelude.pretrain.budget import within
 from prelude.pretrain.recipes import validate_config
+from prelude.pretrain.schedules import beginning
 
 
 def a_config(**optimizer):
@@ -30,8 +31,9 @@ def as_numbers(overrides) -> dict[str, list[float]]:
 @pytest.mark.parametrize("num_images", [96, 97, 960, 12_345, 1_000_003])
 def test_the_engine_counts_the_batches_that_were_asked_for(num_samples, num_images):
     (epochs,) = as_numbers(within(a_config(), num_images, num_samples))["train.epochs"]
-    steps_per_epoch = num_samples / 96  # as the engine counts
-    assert -int(-epochs * steps_per_epoch // 1) == math.ceil(num_images / 96)
+    config = a_config()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
+    assert beginning(config, num_samples).num_steps == math.ceil(num_images / 96)
 
 
 def test_warm_up_and_milestones_keep_their_share_of_the_run():

@@ -8,7 +8,7 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.resume import progress_after, starting_point
-from prelude.pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress, beginning
 
 NUM_SAMPLES = 1600
 OWN = Path("runs/x/checkpoints/step-00000010")
@@ -85,6 +85,18 @@ def test_only_a_run_that_came_to_its_own_end_may_start_again_and_do_nothing():
     assert finished.step == finished.num_steps
     with pytest.raises(UserError, match="Nothing is left to train"):
         after(config_of(), config_of(), step=100, checkpoint=Path("runs/y/checkpoints/step-00000100"))
+
+
+def test_a_run_of_whole_steps_has_no_step_more_unless_it_was_begun_with_it():
+    config = config_of(batch=48, epochs=15.0)
+    start = beginning(config, 50_000)
+    assert start.num_steps == 15_625 == 15 * 50_000 / 48
+    assert beginning(config_of(batch=48, epochs=15.001), 50_000).num_steps == 15_627  # 15,626.04
+    for num_steps in (15_625, 15_626):
+        meta = meta_of(config, 10) | {"num_steps": num_steps}
+        assert progress_after(meta, config, start, OWN)[0] == Progress(10, num_steps, start.steps_per_epoch)
+        finished, _ = progress_after(meta | {"step": num_steps}, config, start, OWN)
+        assert finished.step == finished.num_steps == num_steps
 
 
 class Has:
