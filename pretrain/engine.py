@@ -44,7 +44,7 @@ from prelude.pretrain.meter import Meter
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.profiling import StepProfile
-from prelude.pretrain.resume import changed_settings, found_checkpoint, progress_after, refuse_changed_config
+from prelude.pretrain.resume import changed_settings, found_checkpoint, is_own, progress_after, refuse_changed_config
 from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later, on_host
@@ -363,6 +363,10 @@ class Engine:
             refuse_changed_config(changed_settings(meta["config"], self.config, type(self.objective.options)), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
+        batch, batch_now = meta["config"]["train"]["global_batch"], self.config.train.global_batch
+        if batch != batch_now and is_own(path, self.config):  # what is logged is by steps of the old batch
+            for monitor in self.monitors:
+                monitor.recount(meta["step"], batch, batch_now)
         changes = named_code.changes(meta.get("own_code", {}), self.own_code)
         return [*notices, *filter(None, [self.notice]), *changes]
 

@@ -169,6 +169,22 @@ class Lines(Growing):
             if text != content or self.path.is_symlink():
                 write_whole(self.path, text)
 
+    def recount(self, step: int, batch: int, batch_now: int) -> None:
+        """Tells the steps up to `step`, of `batch` samples each, in steps of `batch_now`; leaves out what comes after.
+
+        The lines as they were stay beside the file: a start that ends before its first checkpoint is given again, and
+        must not count twice.
+        """
+        with self.tolerant:
+            as_they_were = f"{self.path.stem}-before-{step * batch // batch_now:08d}-of-{batch_now}{self.path.suffix}"
+            kept = self.path.with_name(as_they_were)
+            if not kept.is_file():
+                write_whole(kept, self.path.read_bytes() if self.path.is_file() else b"")
+            if self.path.is_file():
+                lines = [line for line in read_lines(kept) if line["step"] <= step]
+                told = [json.dumps(line | {"step": line["step"] * batch // batch_now}) + "\n" for line in lines]
+                write_whole(self.path, "".join(told).encode())
+
     def add(self, record: dict) -> None:
         self.append(json.dumps(record).encode() + b"\n")
 

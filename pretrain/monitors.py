@@ -83,6 +83,10 @@ class Report:
 class Monitor:
     """Each hook may be left out."""
 
+    def recount(self, step: int, batch: int, batch_now: int) -> None:
+        """Called before any `start` where the run has done `step` steps of `batch` samples, and goes on in steps of
+        `batch_now`."""
+
     def start(self, progress: Progress) -> None:
         """Called once before the first step of a start, when a resume has been accepted."""
 
@@ -198,6 +202,9 @@ class LinesMonitor(Monitor):
 
     def __init__(self, path: Path):
         self.lines = Lines(path)
+
+    def recount(self, step: int, batch: int, batch_now: int) -> None:
+        self.lines.recount(step, batch, batch_now)
 
     def start(self, progress: Progress) -> None:
         self.lines.start(progress.step)

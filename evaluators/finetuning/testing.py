@@ -143,6 +143,10 @@ class TestCurve(Monitor):
     def __init__(self, test: Testing, every_epochs: float, path: Path):
         self.test, self.every_epochs, self.lines = test, every_epochs, Lines(path)
 
+    def recount(self, step: int, batch: int, batch_now: int) -> None:
+        if distributed.is_main():
+            self.lines.recount(step, batch, batch_now)
+
     def start(self, progress: Progress) -> None:
         tested = [0.0]  # epochs; a test that was due when the run ended is made up for
         if distributed.is_main():

@@ -60,6 +60,36 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume_even_a_torn_line(tmp
     assert lines[0]["parts"] == {"pixel_mse": 0.25}
 
 
+@pytest.mark.parametrize(("batch_now", "step", "kept"), [(32, 2, [0, 1, 1, 2]), (8, 8, [2, 4, 6, 8])])
+def test_a_run_that_goes_on_with_another_batch_keeps_its_lines_and_counts_them_anew(tmp_path, batch_now, step, kept):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlMonitor(path)
+    first.start(Progress(0, 100, 10.0))
+    for number in range(1, 7):  # of 16 images; the checkpoint is that of step 4
+        first.record(replace(RECORD, step=number))
+    first.close()
+    as_it_was = path.read_text()
+    for _ in range(2):  # a start that is killed before its first checkpoint, and the next
+        again = JsonlMonitor(path)
+        again.recount(4, 16, batch_now)
+        again.start(Progress(step, 100, 10.0))
+        again.record(replace(RECORD, step=step + 1))
+        again.close()
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, step + 1]
+    (aside,) = tmp_path.glob("metrics-before-*.jsonl")
+    assert aside.name == f"metrics-before-{step:08d}-of-{batch_now}.jsonl" and aside.read_text() == as_it_was
+
+
+def test_lines_that_a_later_start_is_the_first_to_write_are_not_counted_anew(tmp_path):
+    for _ in range(2):
+        reports = ReportsMonitor(tmp_path / "online.jsonl")
+        reports.recount(4, 16, 32)
+        reports.start(Progress(2, 100, 10.0))
+        assert reports.lines.read() == []
+        reports.report(replace(EVALUATION, step=3))
+        reports.close()
+
+
 def test_tensorboard_has_the_scalars_and_the_pictures(tmp_path):
     monitor = CurvesMonitor(tmp_path)
     monitor.start(Progress(0, 100, 10.0))
