@@ -1,11 +1,19 @@
 """Where a run goes on, what its progress is worth under other settings, and what it is told."""
 
+import json
 from pathlib import Path
 
+import engine_cases
 import pytest
+from in_memory import MemoryLoader
 
+from prelude.checkpoints.store import Store
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
+from prelude.pretrain import distributed
+from prelude.pretrain.config import ResumeConfig
+from prelude.pretrain.engine import Engine
+from prelude.pretrain.monitors import JsonlMonitor
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.resume import progress_after, starting_point
 from prelude.pretrain.schedules import Progress, beginning
@@ -97,6 +105,20 @@ def test_a_run_of_whole_steps_has_no_step_more_unless_it_was_begun_with_it():
         assert progress_after(meta, config, start, OWN)[0] == Progress(10, num_steps, start.steps_per_epoch)
         finished, _ = progress_after(meta | {"step": num_steps}, config, start, OWN)
         assert finished.step == finished.num_steps == num_steps
+
+
+def test_what_is_logged_is_counted_as_the_run_that_goes_on_counts(tmp_path):
+    distributed.start()
+    for epochs, batch in ((1, 8), (2, 16)):
+        train = {"epochs": epochs, "global_batch": batch}
+        config = engine_cases.config_of({"train": train, "saves_every": 5}, tmp_path)
+        config = config.model_copy(update={"resume": ResumeConfig(allow_changed_config=True)})
+        loader = MemoryLoader(batch, engine_cases.NUM_SAMPLES, engine_cases.batch_at)
+        monitors = [JsonlMonitor(tmp_path / "metrics.jsonl")]
+        Engine(config, engine_cases.Regression(), loader, Store(tmp_path / "checkpoints"), monitors).run()
+    distributed.stop()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 2, 3, 4, 5]  # 5 steps of 8 images are 2 of 16
 
 
 class Has:
