@@ -25,6 +25,7 @@ from prelude.pretrain.config_words import sentences, shown
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 FINE_TUNE = "fine_tune"  # what objective.name is there, where it is said
+_TRUTH = {"yes", "no", "on", "off", "y", "n"}  # what YAML 1.1 takes for true and false
 OptionsFor = Callable[[str], type[BaseModel]]
 
 
@@ -181,7 +182,7 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
         config = Config.model_validate(values)
     except ValidationError as error:
         mistakes += sentences(error, values, Keys(model))
-    mistakes += wrong
+    mistakes += [*_texts_for_truth(values), *wrong]
     if model:
         try:
             given = {key: value for key, value in objective.items() if key != "name"}
@@ -192,6 +193,21 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
         count = f"Found {counted(len(mistakes), 'error')} in {source}:"
         raise UserError("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
     return config.model_copy(update={"objective": resolved}) if options_for else config
+
+
+def _texts_for_truth(values: dict) -> list[str]:
+    """`no` and its like are text, which timm and DeepSpeed count as true; keys of sections are known to take no text.
+
+    It is asked of what is written, not of what a checkpoint recorded: that can be opened as it was trained.
+    """
+    encoder, passed = values.get("encoder"), values.get("deepspeed")
+    free = {"encoder.kwargs": encoder.get("kwargs") if isinstance(encoder, dict) else None, "deepspeed": passed}
+    return [
+        f"{section}.{key}={shown(value)} is refused: it is text, which counts as true; write true or false."
+        for section, found in free.items()
+        for key, value in (found.items() if isinstance(found, dict) else ())
+        if isinstance(value, str) and value.lower() in _TRUTH
+    ]
 
 
 def _options_model(objective: dict, options_for: OptionsFor) -> tuple[type[BaseModel] | None, list[str]]:
