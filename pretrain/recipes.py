@@ -12,6 +12,7 @@ import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -114,14 +115,15 @@ def _with_bases(path: Path) -> dict:
     return values
 
 
-def _built_on(base: dict, own: dict) -> dict:
+def _built_on(base: dict, own: dict, at: tuple[str, ...] = ()) -> dict:
     """Sections are merged key by key; one that names another encoder, objective or optimizer begins anew, as does an
     empty one. Anything else, lists included, is replaced."""
     merged = dict(base)
     for key, value in own.items():
         there = merged.get(key)
         together = isinstance(value, dict) and isinstance(there, dict) and value
-        merged[key] = _built_on(there, value) if together and not setting.is_another_kind(value, there) else value
+        anew = not together or setting.is_another_kind((*at, key), value, there)
+        merged[key] = value if anew else _built_on(there, value, (*at, key))
     return merged
 
 
@@ -137,7 +139,17 @@ def _read(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
     _refuse_commands_of_a_file(values, path)
-    return values
+    try:
+        return _unshared(values)
+    except RecursionError:
+        raise UserError(f"{path} has an anchor that holds itself; write out what is meant.") from None
+
+
+def _unshared(value: Any) -> Any:
+    """What an anchor (`&`) stands for, once for each place: an override changes one of them."""
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
 
 
 def _refuse_commands_of_a_file(values: dict, path: Path) -> None:
