@@ -210,10 +210,12 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
 def _texts_for_truth(values: dict) -> list[str]:
     """`no` and its like are text, which timm and DeepSpeed count as true; keys of sections are known to take no text.
 
-    It is asked of what is written, not of what a checkpoint recorded: that can be opened as it was trained.
+    It is asked of what is written, not of what a checkpoint recorded, which fine-tuning takes: that is opened as it was
+    trained.
     """
-    encoder, passed = values.get("encoder"), values.get("deepspeed")
-    free = {"encoder.kwargs": encoder.get("kwargs") if isinstance(encoder, dict) else None, "deepspeed": passed}
+    encoder = values.get("encoder") if objective_named(values) != FINE_TUNE else None
+    kwargs = encoder.get("kwargs") if isinstance(encoder, dict) else None
+    free = {"encoder.kwargs": kwargs, "deepspeed": values.get("deepspeed")}
     return [
         f"{section}.{key}={shown(value)} is refused: it is text, which counts as true; write true or false."
         for section, found in free.items()
