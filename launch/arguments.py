@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pydantic import ValidationError
 
-from prelude.checkpoints.source_names import FOLDER, bare
+from prelude.checkpoints.source_names import expanded
 from prelude.data.absent import refuse_absent
 from prelude.data.class_list import read_classes
 from prelude.data.errors import UserError
@@ -163,9 +163,8 @@ def percent(text: str) -> float:
 
 
 def source(text: str) -> str:
-    """A source with its `~` expanded, behind `random:` and its like too."""
-    place = bare(text).removeprefix(FOLDER)
-    return text.removesuffix(place) + path(place)
+    """Of an option or argument that takes one, as `encoder.weights` does."""
+    return expanded(text)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
