@@ -1,5 +1,6 @@
 """How sources are spelled, and which path and words a spelling names. Needs no torch, so that doors ask first."""
 
+import os
 from pathlib import Path
 
 RANDOM = "random:"  # before a source: the same architecture, with weights drawn from a seed
@@ -15,6 +16,12 @@ def has_folder(source: str) -> bool:
 def bare(source: str) -> str:
     """Without the words before it."""
     return source.removeprefix(RANDOM).removeprefix(START)
+
+
+def expanded(source: str) -> str:
+    """With its `~` as the home folder, behind `random:` and its like too."""
+    place = bare(source).removeprefix(FOLDER)
+    return source.removesuffix(place) + os.path.expanduser(place)
 
 
 def split(source: str) -> tuple[Path, str]:

@@ -27,7 +27,7 @@ from prelude.checkpoints.exporting.formats import VOLUMES
 from prelude.checkpoints.from_files import describe_file, is_transformers, read_weights
 from prelude.checkpoints.from_timm import FOLDER, describe_timm
 from prelude.checkpoints.shelf import is_name
-from prelude.checkpoints.source_names import RANDOM, START, has_folder, split
+from prelude.checkpoints.source_names import RANDOM, START, expanded, has_folder, split
 from prelude.checkpoints.tensor_files import TensorFiles
 from prelude.data.errors import UserError
 from prelude.pretrain.config import EncoderConfig
@@ -98,7 +98,11 @@ def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
 
 
 def open_weights(source: str) -> Weights:
-    """The weights of any source but `random:`, whatever encoder they are to go into. Raises UserError."""
+    """The weights of any source but `random:`, whatever encoder they are to go into. Raises UserError.
+
+    Its `~` is the home folder of who opens it: a config keeps what was written, so that a run is the same elsewhere.
+    """
+    source = expanded(source)
     if source.startswith(RANDOM):
         raise UserError(f"{source} holds no weights; leave it out, and the encoder starts at random.")
     if _is_published(source):

@@ -13,10 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from prelude.checkpoints import source_names
 from prelude.checkpoints.source_names import RANDOM
 from prelude.checkpoints.sources import OpenedEncoder, describe, open_encoder
-from prelude.checkpoints.store import recorded_config
 from prelude.data.decode import MAX_PIXELS, ValueRange
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
@@ -28,10 +26,9 @@ from prelude.evaluators.features.labels import Labels, VectorFormat, class_numbe
 from prelude.evaluators.features.pixels import is_pixels, open_pixels
 from prelude.evaluators.kept_fits import KeptFits, content_of, key_of
 from prelude.evaluators.labelled import Labelled, describe_data, named_by_section, selection, with_overlap
+from prelude.evaluators.recorded_sections import READ, first_section, is_recipe, run_of, sections_of
 from prelude.evaluators.results import Outcome, Result, over_seeds, versions, write
 from prelude.pretrain import distributed
-from prelude.pretrain.config import EvaluateConfig
-from prelude.pretrain.recipes import read_recipe
 
 Evaluator = Callable[..., Outcome]  # (train, test, *, seed, device), each of the first two Features by kind
 BANK = "bank"  # folder of a run's features
@@ -295,23 +292,6 @@ def vector_format(
     return VectorFormat(tuple(names), field, of_section if group is None else group, group_asked=group is not None)
 
 
-def run_of(source: str) -> Path | None:
-    """As `source_names.run_of`; pixels belong to no run."""
-    return None if is_pixels(source) else source_names.run_of(source)
-
-
-def first_section(sources: Sequence[str]) -> EvaluateConfig | None:
-    """The first `evaluate` section among the runs of the sources, and the sources that are themselves recipes."""
-    return next((EvaluateConfig.model_validate(section) for section in sections_of(sources, "evaluate")), None)
-
-
-def sections_of(sources: Sequence[str], name: str) -> Iterator[dict]:
-    """The sections of this name in the runs of the sources, and in sources that are themselves recipes."""
-    paths = [Path(source) if is_recipe(source) else run_of(source) for source in sources]
-    recipes = (read_recipe(path) if path.is_file() else recorded_config(path) for path in paths if path)
-    return filter(None, (recipe.get(name) for recipe in recipes))
-
-
 def read_as(
     sources: Sequence[str], value_range: ValueRange | Literal["auto"] | None
 ) -> tuple[ValueRange | Literal["auto"] | None, int, int | None]:
@@ -321,8 +301,7 @@ def read_as(
     Raises UserError where runs differ in their range: all are shown the same images.
     """
     sections = list(sections_of(sources, "data"))
-    keys = ("range", "max_pixels", "channels")
-    ranges, limits, channels = ([section[key] for section in sections if section.get(key)] for key in keys)
+    ranges, limits, channels = ([section[key] for section in sections if section.get(key)] for key in READ)
     ranges = [each for each in ranges if each != "auto"] or ranges  # what was found for one does for a recipe beside it
     unlike = [each for each in ranges if each != ranges[0]]
     if unlike and value_range is None:
@@ -335,11 +314,6 @@ def read_as(
         encoders = [source for source in sources if not (is_pixels(source) or is_recipe(source))]
         channels = [describe(source.removeprefix(RANDOM)).config.in_chans for source in encoders[:1]] or [3]
     return value_range, (limits or [MAX_PIXELS])[0], (channels or [None])[0]
-
-
-def is_recipe(source: str) -> bool:
-    """Whether this is the file of a recipe, and not one of weights."""
-    return Path(source).suffix in (".yaml", ".yml") and Path(source).is_file()
 
 
 def is_random(source: str) -> bool:

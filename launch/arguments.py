@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pydantic import ValidationError
 
-from prelude.checkpoints.source_names import FOLDER, bare
+from prelude.checkpoints.source_names import expanded
 from prelude.data.absent import refuse_absent
 from prelude.data.class_list import read_classes
 from prelude.data.errors import UserError
@@ -59,10 +59,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """Arguments in any order: settings stand on both sides of options, and a shell's `train-*.tar` may follow one."""
     words = _each_with_its_option(parser, sys.argv[1:] if argv is None else argv)
     if not any(action.dest == "overrides" for action in parser._actions):
-        return parser.parse_intermixed_args(words)
+        return with_settings_once(parser.parse_intermixed_args(words))
     settings = [word for word in words if _OVERRIDE.match(word)]
     args = parser.parse_intermixed_args([word for word in words if not _OVERRIDE.match(word)])
     args.overrides = [*args.overrides, *_gathered(settings)]
+    return args
+
+
+def with_settings_once(args: argparse.Namespace) -> argparse.Namespace:
+    """Those behind `--set` and `--finetune RECIPE`, as those of a door that takes them anywhere."""
+    if given := getattr(args, "set", None):
+        args.set = _gathered(given)
+    if recipes := getattr(args, "finetune", None):
+        args.finetune = [[recipe, *_gathered(words)] for recipe, *words in recipes]
     return args
 
 
@@ -154,9 +163,8 @@ def percent(text: str) -> float:
 
 
 def source(text: str) -> str:
-    """A source with its `~` expanded, behind `random:` and its like too."""
-    place = bare(text).removeprefix(FOLDER)
-    return text.removesuffix(place) + path(place)
+    """Of an option or argument that takes one, as `encoder.weights` does."""
+    return expanded(text)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Which runs a sweep is made of: every combination of the values that its settings go through.
 
-- `key=[a, b]` is two values; where a key takes a list, `key=[[a, b], [c, d]]` is, and `key=[a, b]` is one.
+- `key=[a, b]` is two values; where a key takes a list, `key=[[a, b], [c, d]]` is, and `key=[a, b]` is one. Where it
+  takes a number as well, `key=[a, b]` may be either, and is refused with both.
 - A run's folder is named by its own values, so that a sweep can be widened and keeps what it has.
 - Every run's config is read before any is started. Nothing here imports torch.
 """
@@ -12,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from prelude.data.errors import UserError
 from prelude.objectives import options_for
 from prelude.pretrain import recipe_yaml
-from prelude.pretrain.annotations import takes
+from prelude.pretrain.annotations import alternatives, kind_of, takes
 from prelude.pretrain.config import Config
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.recipes import find_recipe, load_config, objective_named, read_recipe
@@ -66,7 +69,7 @@ def combinations_of(recipe: str, overrides: Sequence[str], out: str | None) -> l
 
 def _values(key: str, text: str, recipe: Path) -> list | None:
     """What a setting goes through; None where it has one value. Raises UserError for a list without values, or with one
-    twice."""
+    twice, and for one that may be a value as well."""
     text = text.strip()
     if not text.startswith("["):
         return None
@@ -74,7 +77,11 @@ def _values(key: str, text: str, recipe: Path) -> list | None:
         values = recipe_yaml.load(text)
     except recipe_yaml.Mistake:
         return None  # a pattern such as [ab]*.tar
-    if not isinstance(values, list) or (_takes_list(key, recipe) and not (values and all(map(_is_list, values)))):
+    if not isinstance(values, list):
+        return None
+    field = _field(key, recipe)
+    if field is not None and takes(field.annotation, list) and not (values and all(map(_is_list, values))):
+        _refuse_sizes(key, text, values, field)
         return None
     if not values:
         raise UserError(f"{key}=[] has no value to go through; write one or more, or leave it out.")
@@ -91,10 +98,19 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _takes_list(key: str, recipe: Path) -> bool:
+def _field(key: str, recipe: Path) -> FieldInfo | None:
     name = objective_named(read_recipe(recipe))
-    field = Keys(options_for(name) if name else None).field(key.split("."))
-    return field is not None and takes(field.annotation, list)
+    return Keys(options_for(name) if name else None).field(key.split("."))
+
+
+def _refuse_sizes(key: str, text: str, values: list, field: FieldInfo) -> None:
+    """Raises UserError where numbers may be several values, or one: `encoder.image_size=[32, 48]`."""
+    if not (values and takes(field.annotation, int) and all(type(value) in (int, float) for value in values)):
+        return
+    sides = next(len(get_args(part)) for part in alternatives(field.annotation) if kind_of(part) is list)
+    each = ", ".join(json.dumps([value] * sides) for value in values)
+    one = f", and {key}=[{text}] for one of unlike sides" if len(values) == sides else ""
+    raise UserError(f"{key}={text} may be meant in two ways; write {key}=[{each}] to go through {text}{one}.")
 
 
 def _name(values: dict[str, Any]) -> str:

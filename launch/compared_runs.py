@@ -5,6 +5,7 @@
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -23,12 +24,20 @@ from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
 from prelude.evaluators.judging import Labelled, is_recipe
 from prelude.launch.children import run_door
+from prelude.launch.combinations import LONGEST_NAME
 from prelude.launch.training import data_of, seen_as, volumes_of
 from prelude.objectives import options_for
 from prelude.pretrain.budget import within
 from prelude.pretrain.config import Config
 from prelude.pretrain.recipe_yaml import written
 from prelude.pretrain.recipes import find_recipe, load_config, objective_named, read_recipe
+
+# What a recipe says of images that it is not given here; what is known of those that it is given comes behind.
+_OF_OTHER_IMAGES = ("data.num_samples=null", "data.mix={}", "data.select=null")
+_OF_OTHER_IMAGES += tuple(f"evaluate.{key}=null" for key in ("train_select", "test_select", "image"))
+_OF_OTHER_IMAGES += ("evaluate.classes=[]", "evaluate.label_names=[]", 'evaluate.label_field=""')
+# Names as encoders have them, which are told apart without more: mae, random:mae, mae/step-00001000, mae (2)
+_PLAIN = re.compile(r"(untouched )?[A-Za-z0-9.-]+([:/_][A-Za-z0-9.-]+)*( \(\d+\))?")
 
 
 def recipe_of(source: str) -> Path | None:
@@ -71,7 +80,7 @@ def seed_of(args: argparse.Namespace, recipe: Path) -> int:
 def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: Labelled, seed: int) -> str | None:
     """Pretrains into `run_dir`, or goes on with it, or finds it finished. Returns why it failed."""
     overrides = [f"run_dir={run_dir}", f"data.shards={written(args.shards or labelled.train)}"]
-    own = ["data.num_samples=null", "data.mix={}", "data.select=null"]  # what a recipe says of other images
+    own = [*_OF_OTHER_IMAGES]
     own += [f"data.image={labelled.image}"] if labelled.image and not args.shards else []
     seeds = [f"seed={seed}"] if args.pretraining_seeds > 1 else []
     overrides = last_of_each([*overrides, *own, *shared_settings(labelled), *reading_settings(args), *args.set, *seeds])
@@ -102,8 +111,14 @@ def learned_from(config: Config) -> list[ShardIndex]:
 
 
 def last_of_each(overrides: list[str]) -> list[str]:
-    """A key written twice is a mistake at a door; here what is said later replaces what was said before."""
-    return list({override.partition("=")[0]: override for override in overrides}.values())
+    """A key written twice is a mistake at a door; here what is said later replaces what was said before, of a section
+    with all that is below it."""
+    found: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        found = {each: said for each, said in found.items() if each != key and not each.startswith(f"{key}.")}
+        found[key] = override
+    return list(found.values())
 
 
 def shared_settings(labelled: Labelled) -> list[str]:
@@ -115,7 +130,8 @@ def shared_settings(labelled: Labelled) -> list[str]:
     elif labelled.label_group:
         values["label_group"] = labelled.label_group
     selects = {"train_select": labelled.train_select, "test_select": labelled.test_select}
-    values |= {key: select.said() for key, select in selects.items() if select}
+    for key, select in selects.items():  # key by key: what a recipe says of another part goes
+        values |= {key: None} | {f"{key}.{name}": one for name, one in select.said().items()} if select else {}
     values |= {key: given for key, given in (("classes", labelled.classes), ("image", labelled.image)) if given}
     looks = [f"data.range={written(labelled.value_range)}"] if labelled.value_range else []
     return [*(f"evaluate.{key}={written(value)}" for key, value in values.items()), *looks]
@@ -161,7 +177,11 @@ def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tu
 
 
 def slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
+    """A folder's name."""
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("_")
+    if _PLAIN.fullmatch(name):
+        return plain
+    return f"{plain[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 def num_ranks(args: argparse.Namespace) -> int:

@@ -95,7 +95,7 @@ def _in_full(name: str, keys: Keys) -> str:
 def _flat(name: str, value: Any, keys: Keys, values: dict) -> Iterator[tuple[str, Any]]:
     """A mapping that stands for a section, as one setting for each of its keys; whole, where it begins it anew."""
     path = name.split(".")
-    if isinstance(value, Mapping) and keys.section(path) and not is_another_kind(dict(value), _at(path, values)):
+    if isinstance(value, Mapping) and keys.section(path) and not is_another_kind(path, dict(value), _at(path, values)):
         for key, below in value.items():
             yield from _flat(f"{name}.{key}", below, keys, values)
     else:

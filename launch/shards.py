@@ -22,12 +22,13 @@ import argparse
 from prelude.data.absent import refuse_absent
 from prelude.data.counting import counted
 from prelude.launch.alone import refuse_ranks
+from prelude.launch.arguments import with_settings_once
 from prelude.launch.exit_codes import door
 from prelude.launch.shards_arguments import shards_parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = with_settings_once(parser().parse_args(argv))
     refuse_ranks("shards")
     refuse_absent(getattr(args, "shards", ()), "")
     if args.action == "pack":

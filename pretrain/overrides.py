@@ -6,6 +6,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -15,6 +16,8 @@ from prelude.data.errors import UserError
 from prelude.pretrain import recipe_yaml
 from prelude.pretrain.annotations import takes, takes_texts
 from prelude.pretrain.config_keys import Keys
+
+_OF_A_KIND = {("encoder",), ("objective",), ("optimizer",)}  # sections whose `name` says what their settings are of
 
 
 def apply(values: dict, override: str, keys: Keys) -> None:
@@ -32,13 +35,16 @@ def apply(values: dict, override: str, keys: Keys) -> None:
     else:
         value = value_of(text, field)
         there = place.get(path[-1])
-        if isinstance(value, dict) and keys.section(path) and there and not is_another_kind(value, there):
+        if isinstance(value, dict) and keys.section(path) and there and not is_another_kind(path, value, there):
             raise UserError(_of_a_section(key.strip(), value, there))
         place[path[-1]] = value
 
 
-def is_another_kind(value: dict, there: Any) -> bool:
-    """Whether a section names another objective, optimizer or encoder, of which the settings there say nothing."""
+def is_another_kind(path: Sequence[str], value: dict, there: Any) -> bool:
+    """Whether a section names another objective, optimizer or encoder, of which the settings there say nothing. That of
+    a tracker has a name too, which is its run's."""
+    if tuple(path) not in _OF_A_KIND:
+        return False
     return isinstance(there, dict) and "name" in value and value["name"] != there.get("name")
 
 

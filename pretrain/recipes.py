@@ -12,6 +12,7 @@ import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -25,6 +26,7 @@ from prelude.pretrain.config_words import sentences, shown
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 FINE_TUNE = "fine_tune"  # what objective.name is there, where it is said
+_TRUTH = {"yes", "no", "on", "off", "y", "n"}  # what YAML 1.1 takes for true and false
 OptionsFor = Callable[[str], type[BaseModel]]
 
 
@@ -113,14 +115,15 @@ def _with_bases(path: Path) -> dict:
     return values
 
 
-def _built_on(base: dict, own: dict) -> dict:
+def _built_on(base: dict, own: dict, at: tuple[str, ...] = ()) -> dict:
     """Sections are merged key by key; one that names another encoder, objective or optimizer begins anew, as does an
     empty one. Anything else, lists included, is replaced."""
     merged = dict(base)
     for key, value in own.items():
         there = merged.get(key)
         together = isinstance(value, dict) and isinstance(there, dict) and value
-        merged[key] = _built_on(there, value) if together and not setting.is_another_kind(value, there) else value
+        anew = not together or setting.is_another_kind((*at, key), value, there)
+        merged[key] = value if anew else _built_on(there, value, (*at, key))
     return merged
 
 
@@ -136,7 +139,17 @@ def _read(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings; write `key: value` lines, as in the files of configs/.")
     _refuse_commands_of_a_file(values, path)
-    return values
+    try:
+        return _unshared(values)
+    except RecursionError:
+        raise UserError(f"{path} has an anchor that holds itself; write out what is meant.") from None
+
+
+def _unshared(value: Any) -> Any:
+    """What an anchor (`&`) stands for, once for each place: an override changes one of them."""
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
 
 
 def _refuse_commands_of_a_file(values: dict, path: Path) -> None:
@@ -181,7 +194,7 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
         config = Config.model_validate(values)
     except ValidationError as error:
         mistakes += sentences(error, values, Keys(model))
-    mistakes += wrong
+    mistakes += [*_texts_for_truth(values), *wrong]
     if model:
         try:
             given = {key: value for key, value in objective.items() if key != "name"}
@@ -192,6 +205,23 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
         count = f"Found {counted(len(mistakes), 'error')} in {source}:"
         raise UserError("\n".join([count, *(f"  {mistake}" for mistake in mistakes)]))
     return config.model_copy(update={"objective": resolved}) if options_for else config
+
+
+def _texts_for_truth(values: dict) -> list[str]:
+    """`no` and its like are text, which timm and DeepSpeed count as true; keys of sections are known to take no text.
+
+    It is asked of what is written, not of what a checkpoint recorded, which fine-tuning takes: that is opened as it was
+    trained.
+    """
+    encoder = values.get("encoder") if objective_named(values) != FINE_TUNE else None
+    kwargs = encoder.get("kwargs") if isinstance(encoder, dict) else None
+    free = {"encoder.kwargs": kwargs, "deepspeed": values.get("deepspeed")}
+    return [
+        f"{section}.{key}={shown(value)} is refused: it is text, which counts as true; write true or false."
+        for section, found in free.items()
+        for key, value in (found.items() if isinstance(found, dict) else ())
+        if isinstance(value, str) and value.lower() in _TRUTH
+    ]
 
 
 def _options_model(objective: dict, options_for: OptionsFor) -> tuple[type[BaseModel] | None, list[str]]:

@@ -25,6 +25,7 @@ ROOMS = [
     "features",
     "kept_fits",
     "labelled",
+    "recorded_sections",
     "judging",
     "frozen",
     "embedding",

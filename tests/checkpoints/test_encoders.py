@@ -16,11 +16,13 @@ from prelude.checkpoints import sources
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.exporting import publish, timm_folder
 from prelude.checkpoints.sources import open_encoder, open_weights
+from prelude.checkpoints.starting import start_of
 from prelude.checkpoints.store import Store
 from prelude.data.errors import RunStopped, UserError
 from prelude.evaluators.comparing.gathering import Named, line_up
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
+from prelude.pretrain.recipes import load_config
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 ARCHITECTURES = {
@@ -108,6 +110,21 @@ def test_every_source_of_the_same_weights_opens_the_same_encoder(make_run, tmp_p
     assert (drawn.origin, drawn.objective) == ({}, "mae")  # no training is told of, and it is judged like the run
     older = open_encoder(str(run / "checkpoints" / "step-00000005"))
     assert older.fingerprint != opened[0].fingerprint
+
+
+def test_weights_that_a_run_starts_from_may_lie_in_the_home_folder(make_run, tmp_path, monkeypatch):
+    _, teacher = make_run(ARCHITECTURES["resnet"])
+    export_encoder(str(tmp_path / "run"), tmp_path / "timms")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = ["data.shards=x", f"run_dir={tmp_path}/new", "data.range=[0,4095]"]
+    for spelled in ("~/run", "~/run#teacher", "local-dir:~/timms"):
+        config = load_config("mae_cifar10", [*told, f"encoder.weights={spelled}"])
+        start = start_of(config)
+        assert start.weights.fingerprint == start.config.encoder.weights_fingerprint == sources.fingerprint(teacher)
+        saved = start.config.model_dump(mode="json")
+        assert saved["encoder"]["weights"] == spelled  # so that the run goes on where the home folder is another one
+    with pytest.raises(UserError, match="did not start from weights"):
+        open_weights("start:~/run")
 
 
 def test_a_source_is_the_same_however_its_path_is_spelled(make_run, tmp_path, monkeypatch):

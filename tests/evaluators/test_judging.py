@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import statistics
 import tarfile
 from pathlib import Path
@@ -294,6 +295,33 @@ def test_classes_of_a_run_are_those_of_its_label(run):
     assert labelled_shards([str(run)]).classes == labelled_shards([str(run)], label="txt").classes == ("cat", "dog")
     assert labelled_shards([str(run)], label="png").classes == ()
     assert labelled_shards([str(run)], label="png", classes=["ground"]).classes == ("ground",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"evaluate": {"test_shards": "x", "typo": 3}}, "evaluate.train_shards is missing: write a path or pattern"),
+        ({"evaluate": {"train_shards": "x", "test_shards": "x", "lable": "a"}}, "did you mean evaluate.label?"),
+        ({"evaluate": True}, "evaluate=true is refused: write settings below it"),
+        ({"data": [1]}, "data=[1] is refused: write settings below it"),
+        ({"data": {"range": 5}}, "data.range=5 is refused: write a list of 2 numbers"),
+        ({"data": {"range": [9, 1]}}, "data.range=[9, 1] is refused: write [low, high] with low below high"),
+        ({"data": {"max_pixels": "many"}}, "data.max_pixels='many' is refused: write a whole number of 1 or more"),
+    ],
+)
+def test_a_mistake_in_a_section_of_a_run_or_a_recipe_is_told_in_a_sentence(changes, told, run, capsys):
+    config = yaml.safe_load((run / "config.yaml").read_text()) | changes
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for source in (run, run / "config.yaml"):
+        with pytest.raises(UserError, match=rf"^{run}/config.yaml has a mistake: .*{re.escape(told)}"):
+            labelled_shards([str(source)], "a.tar", "b.tar")
+
+
+def test_a_data_section_is_looked_at_no_further_than_it_is_read(run):
+    """One of before may have keys that are gone, and says nothing of channels that it has other means of."""
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"data": {"channels": 5, "gone": 1}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert labelled_shards([str(run)]).channels == 5
 
 
 def test_a_field_alone_asks_for_the_findings_of_the_run(run, capsys):

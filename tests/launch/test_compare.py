@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -13,6 +14,7 @@ import yaml
 from runs import BIN, ROOT, deepspeed
 
 from prelude.data.errors import UserError
+from prelude.data.select import Selection
 from prelude.data.shape_volumes import write_volumes
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features.labels import VectorFormat
@@ -439,6 +441,39 @@ def test_a_budget_is_of_the_part_that_a_run_learns_from(folder, monkeypatch):
     assert epochs * 60 == pytest.approx(96)  # of the 120, half
 
 
+def test_a_recipe_that_is_given_other_shards_says_nothing_of_them(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compared_runs, "run_door", lambda door, words, **_: asked.append(words) or "it is not trained.")
+    part, findings = {"label": "cls", "values": [0, 1]}, {"label_names": ["a"], "label_field": "labels"}
+    section = {"train_shards": "mine.tar", "test_shards": "test.tar", "train_select": part, "test_select": part}
+    recipe = yaml.safe_load((folder / "filling.yaml").read_text())
+    recipe["evaluate"] = section | findings | {"classes": ["x"], "image": "left.jpg"}
+    (folder / "parted.yaml").write_text(yaml.safe_dump(recipe))
+    argv = [*argv_of(folder, str(folder / "filling.yaml"), str(folder / "parted.yaml")), "--out", f"{folder}/parted"]
+    args = compare.parser().parse_args([*argv, "--test-select", "share=0.5"])
+    labelled = Labelled(args.train, args.test, "cls", test_select=Selection(share=0.5))
+    compared_runs.pretrained(args, folder / "parted.yaml", folder / "parted", labelled, seed=0)
+    found = load_config(asked[0][1], asked[0][2:], options_for).evaluate
+    assert (found.train_shards, found.test_shards) == (args.train, args.test)
+    assert (found.train_select, found.test_select.share, found.test_select.values) == (None, 0.5, [])
+    assert (found.classes, found.image, found.label_names, found.label_field) == ([], None, [], "")
+
+
+def test_each_encoder_is_fine_tuned_in_a_folder_of_its_own():
+    of_before = {
+        "filling": "filling",
+        "random:mae_vit-b": "random_mae_vit-b",
+        "untouched vit_base.mae": "untouched_vit_base.mae",
+        "mae/step-00000010": "mae_step-00000010",
+        "mae (2)": "mae_2",
+    }
+    assert [compared_runs.slug(name) for name in of_before] == list(of_before.values())
+    names = [*of_before, "模型一", "模型二", "random:模型一", "a b", "a+b", "a_b", "_a", "a", "é" * 300, "é" * 301]
+    slugs = [compared_runs.slug(name) for name in names]
+    assert len(set(slugs)) == len(names) and all(re.fullmatch(r"[\w.-]{1,130}", each) for each in slugs)
+    assert slugs[len(of_before)].startswith("模型一-")
+
+
 def test_what_is_started_keeps_remote_shards_and_waits_as_the_comparison_does(folder, monkeypatch):
     asked = []
     monkeypatch.setattr(compared_runs, "run_door", lambda door, words, **_: asked.append(words) or "it is not trained.")
@@ -467,8 +502,9 @@ def test_fine_tuning_and_recipes_are_given_the_same_part_of_the_shards():
     comparing.refuse_without_effect(args, {})
     labelled, _ = comparing.task_of(args, args.sources)
     shared = dict(setting.split("=", 1) for setting in compared_runs.shared_settings(labelled))
-    assert json.loads(shared["evaluate.train_select"]) == {"share": 0.5}
-    assert json.loads(shared["evaluate.test_select"]) == {"label": "cls", "values": [1, 2]}
+    assert shared["evaluate.train_select"] == "null" and json.loads(shared["evaluate.train_select.share"]) == 0.5
+    found = {key: json.loads(shared[f"evaluate.test_select.{key}"]) for key in ("label", "values")}
+    assert found == {"label": "cls", "values": [1, 2]} and "evaluate.test_select.share" not in shared
     assert shared["evaluate.image"] == '"left.jpg"'
 
 

@@ -146,6 +146,7 @@ def test_a_list_is_what_a_setting_goes_through_unless_the_setting_is_one(small):
     ]
     names = [each.name for each in combinations_of(recipe, ["train.epochs=[1, 2e-1]", "seed=[0]"], None)]
     assert names == ["epochs=1,seed=0", "epochs=0.2,seed=0"]
+    assert values("encoder.image_size=[[16, 32]]") == [{"encoder.image_size": [16, 32]}]
     config = combinations_of(recipe, [betas], "there")[1].config
     assert config.optimizer.betas == (0.9, 0.999) and config.run_dir.startswith("there/betas=_0.9")
 
@@ -157,6 +158,10 @@ def test_a_list_is_what_a_setting_goes_through_unless_the_setting_is_one(small):
         (["optimizer.lr=[]"], "optimizer.lr=[] has no value to go through"),
         (["optimizer.lr=[1e-3]", "optimizer.lr=[1e-2]"], "optimizer.lr is set 2 times"),
         (["optimizer.lr=[1e-3, 0.001]"], "optimizer.lr is to go through 0.001 twice"),
+        (
+            ["encoder.image_size=[16, 32]", "seed=[1]"],
+            "write encoder.image_size=[[16, 16], [32, 32]] to go through [16, 32], and encoder.image_size=[[16, 32]]",
+        ),
         (["optimizer.lr=1e-3"], "There is nothing to go through"),
         ([], "There is nothing to go through"),
         (["optimizer.lr=[1e-3, -1]"], "optimizer.lr=-1 is refused: write a number above 0"),

@@ -23,6 +23,7 @@ from prelude.launch import (
     prelude,
     pretrain,
     segment,
+    shards,
     svm,
 )
 from prelude.launch.arguments import parse
@@ -180,6 +181,19 @@ def test_braces_that_the_shell_expanded_are_one_list_again_and_no_other_key_is_s
     for two in (["a.tar", "b.tar"], ["t-1.tar", "t-1.tar"]):
         with pytest.raises(UserError, match="data.shards is set 2 times"):
             parse(pretrain.parser(), ["--config", "c", *(f"data.shards={name}" for name in two)])
+
+
+def test_settings_behind_an_option_are_set_once_too():
+    braces, words = [f"data.shards=t-{i}.tar" for i in (0, 1)], ["x", "--train", "t.tar"]
+    args = parse(compare.parser(), [*words, "--set", *braces, "--finetune", "one", "seed=1", "--finetune", "two"])
+    assert args.set == ['data.shards=["t-0.tar", "t-1.tar"]'] and args.finetune == [["one", "seed=1"], ["two"]]
+    for door, given in (
+        (compare, [*words, "--set"]),
+        (compare, [*words, "--finetune", "recipe"]),
+        (shards, ["peek", "x", "--set"]),
+    ):
+        with pytest.raises(UserError, match="seed is set 2 times, to 3 and 4; write it once"):
+            door.main([*given, "seed=3", "seed=4"])
 
 
 def test_a_range_of_values_is_two_numbers_or_auto(capsys):

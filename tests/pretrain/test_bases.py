@@ -34,6 +34,28 @@ def test_a_section_of_another_kind_begins_anew(section, tmp_path):
     }
 
 
+def test_a_tracker_whose_run_is_named_keeps_what_the_base_says_of_it(tmp_path):
+    write(
+        tmp_path,
+        base="base: quickstart\nlog: {wandb: {project: cells, name: one}, mlflow: {experiment: cells}}\n",
+        mine="base: base.yaml\nlog: {wandb: {name: two}, mlflow: {name: two}}\n",
+    )
+    log = load_config(tmp_path / "mine.yaml", [], options_for).log
+    assert (log.wandb.project, log.wandb.name) == ("cells", "two")
+    assert (log.mlflow.experiment, log.mlflow.name) == ("cells", "two")
+
+
+def test_an_override_changes_one_of_the_places_that_share_an_anchor(tmp_path):
+    part = "{label: cls, values: [0, 1]}"
+    evaluate = "{train_shards: a, test_shards: b, train_select: *part, test_select: *part}"
+    write(tmp_path, mine=f"base: quickstart\ndata: {{shards: x, select: &part {part}}}\nevaluate: {evaluate}\n")
+    told = ["data.select.share=0.5", "evaluate.train_select.values.0=7"]
+    config = load_config(tmp_path / "mine.yaml", told, options_for)
+    train, test = config.evaluate.train_select, config.evaluate.test_select
+    assert (config.data.select.share, train.share, test.share) == (0.5, None, None)
+    assert (config.data.select.values, train.values, test.values) == ([0, 1], [7, 1], [0, 1])
+
+
 def test_an_empty_section_takes_away_what_the_base_has(tmp_path):
     write(
         tmp_path,

@@ -56,6 +56,14 @@ def refused(changes: dict, deletions=()) -> str:
         ),
         ({"objective.mask_ration": 0.5}, "objective.mask_ration does not exist; did you mean objective.mask_ratio?"),
         ({"objective.mask_ratio": 1.5}, "objective.mask_ratio=1.5 is refused: write a number above 0 and below 1."),
+        (
+            {"encoder.kwargs": {"qkv_bias": "No"}},
+            "encoder.kwargs.qkv_bias='No' is refused: it is text, which",
+        ),
+        (
+            {"deepspeed": {"dump_state": "off"}},
+            "deepspeed.dump_state='off' is refused: it is text, which",
+        ),
         ({"objective.name": "toi"}, "objective.name=toi is unknown; did you mean toy?"),
         ({"train.global_batch": "many"}, "train.global_batch='many' is refused"),
         ({"data.num_workers": -1}, "data.num_workers=-1 is refused: write a whole number of 0 or more, or auto."),
