@@ -6,6 +6,7 @@ timm is strict, and its encoder taken from it.
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -26,14 +27,16 @@ from prelude.pretrain.encoders import of_timm, seeded
 
 
 def describe_timm(source: str) -> Description:
-    """Raises UserError for a model that timm does not have, and a folder or an id that holds none."""
+    """Raises UserError for a model that timm does not have, and a folder or an id that holds none, or values of other
+    types than timm's."""
     if source.startswith(TIMM):
         return _named(source.removeprefix(TIMM))
     cfg = _config_of_folder(Path(source.removeprefix(FOLDER))) if source.startswith(FOLDER) else _config_of_hub(source)
     architecture, arguments, pretrained = cfg
+    _refuse_other_types(source, arguments, pretrained)
     arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
     channels = arguments.pop("in_chans", None) or 3
-    size = arguments.pop("img_size", None) or pretrained.get("input_size", (3, 224, 224))[1:]
+    size = arguments.pop("img_size", None) or (pretrained.get("input_size") or (3, 224, 224))[1:]
     size = tuple(size) if isinstance(size, list | tuple) else (size, size)
     patch = arguments.pop("patch_size", None)
     if pretrained.get("global_pool"):
@@ -89,10 +92,12 @@ def _learned(name: str, arguments: dict) -> dict:
 def _config_of_folder(folder: Path) -> tuple[str, dict, dict]:
     try:
         cfg = json.loads((folder / "config.json").read_text())
-        pretrained = cfg.get("pretrained_cfg", cfg)
-        return cfg["architecture"], dict(cfg.get("model_args") or {}), pretrained
+        architecture, pretrained = cfg["architecture"], cfg.get("pretrained_cfg", cfg)
+        if isinstance(architecture, str) and isinstance(pretrained, dict):
+            return architecture, dict(cfg.get("model_args") or {}), pretrained
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder} holds no config.json of timm's; write a folder that timm saved.") from None
+        pass
+    raise UserError(f"{folder} holds no config.json of timm's; write a folder that timm saved.")
 
 
 def _config_of_hub(source: str) -> tuple[str, dict, dict]:
@@ -101,6 +106,38 @@ def _config_of_hub(source: str) -> tuple[str, dict, dict]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_fetched(source, error) from error
     return architecture, dict(arguments or {}), pretrained
+
+
+def _refuse_other_types(source: str, arguments: dict, pretrained: dict) -> None:
+    """Of what is read here; what else an architecture is given is refused when it is built."""
+    for section, key, fits, wanted in (
+        (pretrained, "input_size", lambda value: _are(value, _is_whole, 3), "[channels, height, width]"),
+        (pretrained, "mean", lambda value: _are(value, _is_number), "a list of numbers"),
+        (pretrained, "std", lambda value: _are(value, _is_number), "a list of numbers"),
+        (pretrained, "global_pool", lambda value: isinstance(value, str), "a name"),
+        (arguments, "in_chans", _is_whole, "a whole number above 0"),
+        (arguments, "img_size", _is_size, "a whole number above 0, or two in a list,"),
+        (arguments, "patch_size", _is_size, "a whole number above 0, or two in a list,"),
+    ):
+        if section.get(key) and not fits(section[key]):
+            raise UserError(f"{source} has {key}={section[key]!r:.60} in its config.json; write {wanted} there.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_size(value) -> bool:
+    return _is_whole(value) or _are(value, _is_whole, 2)
+
+
+def _are(values, fits: Callable[..., bool], count: int | None = None) -> bool:
+    """Whether it is a list of values that fit, and of `count` of them where that is given."""
+    return isinstance(values, list | tuple) and len(values) == (count or len(values)) and all(map(fits, values))
 
 
 def _read(name: str, where: str, channels: int = 3) -> Weights:

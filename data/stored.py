@@ -149,7 +149,9 @@ def values_of(image: bytes, opened: Image.Image) -> np.ndarray:
     """(H, W) or (H, W, C): what the file stores, on no other scale, and not turned. Raises BadImage."""
     with pil_errors():
         if _white(image, opened) is None:
-            return np.asarray(_unturned(opened))
+            step = _step_of_few_bits(opened)
+            values = np.asarray(_unturned(opened))
+            return values // step if step > 1 else values
         from prelude.data import own_white
 
         return own_white.unscaled(image, opened)
@@ -201,6 +203,13 @@ def _white(image: bytes, opened: Image.Image) -> int | None:
     from prelude.data import own_white  # here: only those who have such images pay for it
 
     return own_white.white_of(image, opened)
+
+
+def _step_of_few_bits(opened: Image.Image) -> int:
+    """By what PIL multiplies grey values of 2 or 4 bits, so that their white is that of 8; known until it decodes."""
+    settings = opened.tile[0][3] if opened.tile else ""
+    stored_as = str(settings[0] if isinstance(settings, tuple) else settings)  # a TIFF's goes on, as in L;2R
+    return {"L;2": 85, "L;4": 17}.get(stored_as[:3], 1)
 
 
 def _unturned(opened: Image.Image) -> Image.Image:

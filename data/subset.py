@@ -25,12 +25,12 @@ def balanced_subset(index: ShardIndex, label: str, num_samples: int, seed: int) 
     """
     index = index.with_label(label)
     read, files = label_reader(index, label), OpenFiles(index.paths)
-    candidates = np.random.default_rng(seed).permutation(index.num_samples)[: CANDIDATES * num_samples]
+    with_member = np.flatnonzero(index.labels[:, 0] >= 0)
+    order = np.random.default_rng(seed).permutation(len(with_member))
+    candidates = with_member[order[: CANDIDATES * num_samples]]
 
     def class_of(sample: int) -> bytes | None:
         offset, size = index.labels[sample].tolist()
-        if offset < 0:
-            return None
         try:
             shard = int(np.searchsorted(index.ends, sample, side="right"))
             return read(files.read(shard, offset, size)).tobytes()

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 IGNORED = 255
+STEPS = {"L;2": 85, "L;4": 17}  # PIL spreads grey values of 2 and 4 bits over 0 to 255
 
 
 class Scenes(Dataset):
@@ -34,12 +35,14 @@ class Scenes(Dataset):
         return len(self.masks)
 
     def __getitem__(self, place):
-        mask = Image.open(self.masks[place]).resize(self.size, Image.Resampling.NEAREST)
+        mask = Image.open(self.masks[place])
+        step = STEPS.get(mask.tile[0][3], 1)
+        classes = np.array(mask.resize(self.size, Image.Resampling.NEAREST)) // step
         image = (
             Image.open(self.images[self.masks[place].stem]).convert("RGB").resize(self.size, Image.Resampling.BICUBIC)
         )
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        return (pixels - self.mean) / self.std, torch.from_numpy(np.array(mask)).long()
+        return (pixels - self.mean) / self.std, torch.from_numpy(classes).long()
 
 
 class Segmenter(nn.Module):

@@ -79,9 +79,9 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
 
     common = reading(args, argv)
     if is_embedding(args.features):
-        for option in ("select", "image"):
-            if getattr(args, option):
-                raise UserError(f"--{option} has no effect beside a file, which has its images; leave it out.")
+        for option in ("select", "image", "range", "bank", "seed"):
+            if getattr(args, option) not in (None, ""):
+                raise UserError(f"--{option} has no effect beside a file, which has its features; leave it out.")
         return read(args.features, args.kind), None
     if not args.shards:
         raise UserError(
@@ -90,7 +90,7 @@ def opened(args: argparse.Namespace, argv: Sequence[str] | None):
         )
     if args.encoder:
         raise UserError(f"--encoder has no effect beside {args.features}, which is one; leave it out.")
-    encoder = open_source(args.features, [args.features], args.seed)
+    encoder = open_source(args.features, [args.features], args.seed or 0)
     bank = args.bank or bank_folder(args.features, [args.features])
     seen_as = {"value_range": args.range, "image": args.image or "", "select": part_of(args.select)}
     images = {"kind": args.kind, **seen_as, **common}
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
         "--encoder", type=source, metavar="SOURCE", help="what made the file, for image files (default: as it says)"
     )
     parser.add_argument("--bank", type=path, metavar="DIR", help="where features of a source are (default: RUN/bank)")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of random: (default: 0)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="of random: (default: 0)")
     add_range(parser)
     add_reading(parser)
     return parser

@@ -102,7 +102,7 @@ def apply_columns(source: Source, columns: Columns, image: str, options: SourceO
 
 def _one_column(columns: Columns, name: str, options: SourceOptions, what: str):
     values, names = columns.values[name], columns.class_names.get(name)
-    if options.label_separator or any(isinstance(value, (list, tuple)) for value in values[:1000]):
+    if options.label_separator or any(isinstance(value, (list, tuple)) for value in values):
         if names:
             values = named_lists(values, names, what)
         return split_labels(values, options.label_separator, what)

@@ -135,9 +135,9 @@ class Classifier(Objective):
         return self.tested()["encoder"]
 
     def tested(self) -> nn.ModuleDict | dict[str, nn.Module]:
-        """`encoder` and `head` as they are tested: those that the held-out images chose, where they choose."""
-        kept = self.held_out and self.held_out.kept
-        return self._current() if kept is None else kept
+        """`encoder` and `head` as they are tested: those that the held-out images chose, once they have chosen any."""
+        chosen = self.held_out and self.held_out.chosen
+        return self._current() if chosen is None else chosen
 
     @torch.no_grad()
     def scores(self, batch: Batch, current: bool = False) -> Tensor:

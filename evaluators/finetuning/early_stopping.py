@@ -40,6 +40,11 @@ class HeldOut(nn.Module):
         self.kept = copy.deepcopy(trained).requires_grad_(False) if self.patience else None
         self.news: list[dict] = []  # of validations that nobody has been told of
 
+    @property
+    def chosen(self) -> nn.ModuleDict | None:
+        """The best weights so far; None before there are any, when `kept` is but a copy of those of the start."""
+        return self.kept if self.best.isfinite() else None
+
     def has_ended(self, progress: Progress, current: Callable[[], Mapping[str, nn.Module]]) -> bool:
         """Validates where that is due; `current` gives what is then scored. Collective there; raises Stopped on all
         ranks."""

@@ -39,6 +39,7 @@ class Part:
     index: ShardIndex
     groups: Tensor | None = None  # (N,) int64: samples of one group must not be told apart as independent
     num_unlabelled: int = 0  # of its samples, which are not scored
+    num_lacking: int = 0  # classes of its samples that are not trained on
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,16 @@ def labelled_samples(labelled: Labelled, section: EvaluateConfig, options: FineT
     classes = torch.arange(values.shape[1]) if labelled.vectors else values.unique()
     if not labelled.vectors and len(classes) < 2:
         raise UserError(f"The train shards hold one class only ({classes.tolist()}); write shards with two or more.")
+    num_lacking = 0
     if not labelled.vectors:
+        there = of_test.values[of_test.known].unique()
         warnings += lacking(classes, of_test.values[of_test.known])
+        num_lacking = int((~torch.isin(there, classes)).sum())
     return Samples(
         train=_subset(whole, fit),
+        # Without `num_lacking`: the same factor for all validations, which runs that go on have not had.
         held_out=None if held is None else Part(_subset(whole, held), _of(of_train.groups, held)),
-        test=Part(test, of_test.groups, int((~of_test.known).sum())),
+        test=Part(test, of_test.groups, int((~of_test.known).sum()), num_lacking),
         label=labelled.label,
         classes=classes,
         weights=_weights(options, values, classes, labelled.vectors, whole.classes),

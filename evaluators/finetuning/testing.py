@@ -112,7 +112,8 @@ class Testing:
         if num_classes >= TOP5_FROM:
             numbers["top5"] = percent(top5, total)
         if self.classifier.weights is not None:
-            numbers["balanced"] = mean_of_classes(by_class[:num_classes], by_class[num_classes:])
+            right, there = by_class[:num_classes], by_class[num_classes:]
+            numbers["balanced"] = mean_of_classes(right, there, self.part.num_lacking)
         return Found(numbers, total, self._unreadable(total))
 
     def _of_findings(self, scored: list[tuple], intervals: bool) -> Found:
@@ -172,11 +173,15 @@ class TestCurve(Monitor):
             self.lines.sync()
 
 
-def mean_of_classes(right: list[int], there: list[int]) -> Percent:
-    """Of the shares of right answers of those classes that are there. Raises no error where there is none: 0."""
+def mean_of_classes(right: list[int], there: list[int], lacking: int = 0) -> Percent:
+    """Of the shares of right answers of those classes that are there. Raises no error where there is none: 0.
+
+    lacking: how many classes more are there that cannot be answered, each with a share of 0.
+    """
     shares = [percent(hit, count) for hit, count in zip(right, there, strict=True) if count]
-    value = sum(share.value for share in shares) / max(len(shares), 1)
-    return Percent(value, math.sqrt(sum(share.se**2 for share in shares)) / max(len(shares), 1))
+    count = max(len(shares) + lacking, 1)
+    value = sum(share.value for share in shares) / count
+    return Percent(value, math.sqrt(sum(share.se**2 for share in shares)) / count)
 
 
 def _counts(scores: Tensor, places: Tensor) -> Tensor:

@@ -212,6 +212,19 @@ def test_folders_that_are_none_are_refused(tmp_path):
         ({"architecture": "resnet19"}, "is a resnet19, which timm .* has not"),
         ({"architecture": "resnet18"}, "does not hold the whole of its model .*No suitable checkpoints"),
         ({"model": 1}, "holds no config.json of timm's"),
+        ({"architecture": 3}, "holds no config.json of timm's"),
+        ({"architecture": "resnet18", "pretrained_cfg": 3}, "holds no config.json of timm's"),
+        ({"architecture": "resnet18", "pretrained_cfg": {"input_size": "a"}}, "has input_size='a' in its config.json"),
+        (
+            {"architecture": "resnet18", "pretrained_cfg": {"input_size": [3]}},
+            r"write \[channels, height, width\] there",
+        ),
+        ({"architecture": "resnet18", "pretrained_cfg": {"mean": 3}}, "has mean=3 .*; write a list of numbers there"),
+        (
+            {"architecture": "resnet18", "model_args": {"in_chans": -1}},
+            "has in_chans=-1 .*; write a whole number above 0",
+        ),
+        ({"architecture": "resnet18", "model_args": {"img_size": "a"}}, "has img_size='a' .*; write a whole number"),
     ]:
         (tmp_path / "folder" / "config.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=why):

@@ -1,8 +1,13 @@
 """Formats whose files say which value is white: a range is of what they store, and without one they are not dark."""
 
+import io
+import struct
+import zlib
+
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 
 from prelude.data.batch import View, ViewPlan
 from prelude.data.decode import BadImage, decode, deep_values
@@ -76,3 +81,29 @@ def test_masks_hold_the_class_numbers_that_were_written():
         jpeg_2000(classes.astype(np.uint8), 5),
     ):
         assert np.array_equal(read_mask(mask, 1000), classes)
+
+
+def grey_png(values: np.ndarray, bits: int) -> bytes:
+    rows = np.packbits((values[:, :, None] >> np.arange(bits)[::-1] & 1).reshape(len(values), -1).astype(bool), axis=1)
+    head = struct.pack(">IIBBBBB", values.shape[1], len(values), bits, 0, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))), (b"IEND", b"")
+    chunks = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def grey_tiff(values: np.ndarray, bits: int) -> bytes:
+    content = io.BytesIO()
+    tifffile.imwrite(content, values, bitspersample=bits, photometric="minisblack")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_values_of_few_bits_are_class_numbers_in_masks_and_go_up_to_white_in_images(bits):
+    classes = (GREY % min(1 << bits, 20)).astype(np.uint8)
+    image = grey_png(classes, bits)
+    assert np.array_equal(read_mask(image, 1000), classes)
+    white = (1 << bits) - 1
+    for value_range in (None, (0, 4095)):  # which is of images of more than 8 bits
+        assert np.abs(decode(image, value_range=value_range)[:, :, 0] - classes / white * 255).max() <= 1
+    if bits in (2, 4):
+        assert np.array_equal(read_mask(grey_tiff(classes, bits), 1000), classes)

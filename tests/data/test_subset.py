@@ -53,3 +53,13 @@ def test_a_rare_class_is_made_up_for_and_what_has_no_label_is_left_out(tmp_path,
 def test_shards_without_labels_are_refused(index):
     with pytest.raises(UserError, match="label"):
         balanced_subset(index, "json", 10, seed=0)
+
+
+def test_where_few_images_have_a_label_these_alone_are_drawn_among(tmp_path, index):
+    with TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(400):
+            tar.write({"__key__": f"{i:03d}", "jpg": b"x", **({"cls": b"3"} if i % 40 == 0 else {})})
+    samples = balanced_subset(ShardIndex(str(tmp_path / "a.tar"), "cls"), "cls", 5, seed=0)
+    assert len(samples) == 5 and (samples % 40 == 0).all()
+    every = balanced_subset(index, "cls", 5, seed=1)  # where all have one, the candidates are as they have always been
+    assert set(every.tolist()) <= set(np.random.default_rng(1).permutation(120)[:50].tolist())

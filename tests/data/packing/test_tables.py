@@ -240,6 +240,16 @@ def test_lists_of_class_numbers_are_lists_of_their_names(images, packed, tmp_pat
         packed(tagged(images, [[0], [3], [], None], tmp_path / "more.parquet"), options={"label": ("tags",)})
 
 
+def test_lists_may_come_after_many_rows_that_have_none(images, tmp_path):
+    tags = [None] * 1200 + [[0, 2]]
+    table = pa.table({"image": [(images / "a.png").read_bytes()] * len(tags), "tags": tags})
+    features = {"tags": {"_type": "Sequence", "feature": {"_type": "ClassLabel", "names": ["a", "b", "c"]}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "late.parquet")
+    labels = open_source(str(tmp_path / "late.parquet"), SourceOptions(label=("tags",))).labels
+    assert labels.several and labels.values == [*[None] * 1200, ["a", "c"]]
+
+
 def test_parquet_with_plain_bytes_or_with_paths(images, packed, tmp_path):
     plain = pa.table({"picture": [(images / n).read_bytes() for n, _, _ in ROWS]})
     pq.write_table(plain, tmp_path / "plain.parquet")

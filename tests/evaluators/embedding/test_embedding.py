@@ -340,6 +340,9 @@ def test_mistakes_about_neighbours_are_sentences(shards, encoder, tmp_path, caps
         "a source alone": (["pixels:4", "--of", "x"], "--shards"),
         "no neighbour": ([file, "--of", "x", "--k", "0"], "--k"),
         "no picture": ([file, "--of", "x", "--sheet", "near.jpg"], "near.png"),
+        "a range of a file": ([file, "--of", "x", "--range", "0,10"], "--range has no effect beside a file"),
+        "a bank of a file": ([file, "--of", "x", "--bank", tmp_path], "--bank has no effect beside a file"),
+        "a seed of a file": ([file, "--of", "x", "--seed", "0"], "--seed has no effect beside a file"),
     }
     for name, (argv, expected) in wrong.items():
         try:

@@ -9,6 +9,8 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from prelude.evaluators.finetuning.classifier import Classifier
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import class_targets
+from prelude.evaluators.finetuning.testing import Found
+from prelude.evaluators.results import Percent
 from prelude.pretrain.config import Config, EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.host_waits import counting_waits
@@ -111,6 +113,18 @@ def test_the_average_follows_the_weights_as_a_loop_does(encoder):
     with torch.no_grad():
         model.head.weight.add_(1.0)
     assert torch.equal(model.scores(batch), before)  # what is tested is the average
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.8])
+def test_what_is_exported_before_the_first_validation_is_what_is_trained(ema_decay):
+    model = classifier(ema_decay=ema_decay, hold_out=0.2, patience=2)
+    current = model.average.module if ema_decay else {"encoder": model.encoder}
+    assert model.exported_encoder() is current["encoder"]
+    for score, step in ((math.nan, 1), (50, 2), (40, 3)):
+        model.held_out.test = lambda current, score=score: Found({"top1": Percent(score, None)}, 100, 0)
+        model.has_ended(Progress(step, 3, 1.0))
+        kept = model.held_out.kept["encoder"]
+        assert model.exported_encoder() is (current["encoder"] if math.isnan(score) else kept)
 
 
 @pytest.mark.parametrize("encoder", [VIT, RESNET], ids=["vit", "resnet"])

@@ -14,6 +14,7 @@ from tuned import MEAN, VIT, opened
 
 from prelude.data.errors import UserError
 from prelude.data.loader import one_pass
+from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
 from prelude.evaluators.features.labels import class_numbers
 from prelude.evaluators.finetuning import finetune
@@ -203,6 +204,19 @@ def test_every_test_image_is_scored_once_and_labels_unknown_to_train_are_missed(
     assert found.values["top5"] == pytest.approx(100 * five / 45) and (found.total, found.unreadable) == (45, 0)
     classifier.classes = classifier.classes + 100
     assert scoring(task, classifier)().values["top5"] == 0
+
+
+def test_classes_that_train_lacks_are_missed_in_the_mean_of_classes_too(prepared, shards, tmp_path):
+    write_shards(tmp_path, "train", 6, image_size=16)
+    task = prepared("objective.class_weights=balanced", train=f"{tmp_path}/train-*.tar")
+    classifier = finetune.build(task).eval()
+    truth, guessed = [], []
+    for batch in one_pass(ShardIndex(shards["test"], "cls"), classifier.test_views, batch_size=45, label="cls"):
+        truth += batch.labels.tolist()
+        guessed += classifier.classes[classifier.scores(batch).argmax(1)].tolist()
+    expected = np.mean([np.mean([g == c for t, g in zip(truth, guessed, strict=True) if t == c]) for c in set(truth)])
+    assert len(classifier.classes) < len(set(truth)) and expected > 0
+    assert scoring(task, classifier)().values["balanced"] == pytest.approx(100 * expected)
 
 
 def test_what_makes_a_number_doubtful_is_told_as_by_every_evaluator(prepared, shards, tmp_path):
