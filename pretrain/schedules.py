@@ -29,9 +29,7 @@ class Progress:
 def beginning(config, num_samples: int) -> Progress:
     """Of a run that sees `num_samples` an epoch, before its first step. A part of a step counts as one."""
     steps_per_epoch = num_samples / config.train.global_batch
-    steps = round(
-        config.train.epochs * steps_per_epoch, 6
-    )  # products are not exact: 15 x (50,000 / 48) is above 15,625
+    steps = round(config.train.epochs * steps_per_epoch, 6)  # in floating point 15 x (50,000 / 48) is above 15,625
     return Progress(0, max(math.ceil(steps), 1), steps_per_epoch)
 
 

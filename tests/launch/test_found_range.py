@@ -51,7 +51,7 @@ def test_test_images_are_read_by_the_range_of_train(deep):
 def test_a_run_records_what_was_found_and_the_same_command_goes_on_by_it(deep, recipe, tmp_path, monkeypatch):
     values = yaml.safe_load(recipe.read_text())
     values["data"] |= {"shards": str(deep / "of-12.tar"), "range": "auto", "num_workers": 0, "shuffle": {}}
-    values["run_dir"], values["train"]["epochs"] = str(tmp_path / "run"), 1
+    values["run_dir"], values["train"]["epochs"] = str(tmp_path / "run"), 2
     (tmp_path / "auto.yaml").write_text(yaml.safe_dump(values))
     argv = ["pretrain", "--config", str(tmp_path / "auto.yaml")]
     assert prelude.main(argv) == 0
@@ -77,7 +77,7 @@ def test_a_look_at_shards_says_that_they_stay_dark(deep, caplog):
 def test_a_range_is_not_left_out_because_a_run_began_without(deep, recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text())
     values["data"] |= {"shards": str(deep / "of-12.tar"), "num_workers": 0, "shuffle": {}}
-    values["run_dir"], values["train"]["epochs"] = str(tmp_path / "run"), 1
+    values["run_dir"], values["train"]["epochs"] = str(tmp_path / "run"), 2
     (tmp_path / "dark.yaml").write_text(yaml.safe_dump(values))
     argv = ["pretrain", "--config", str(tmp_path / "dark.yaml")]
     assert prelude.main(argv) == 0
