@@ -11,6 +11,7 @@
 """
 
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,8 @@ from prelude.data.source import EndlessSource, MicroBatchBuffers, MicroBatchRead
 from prelude.data.streaming import StreamingLoader
 from prelude.data.value_range import refuse_other_images, tell_if_dark
 from prelude.data.volumes import VolumeBuffers, refuse_other_volumes
+
+log = logging.getLogger(__name__)
 
 
 def build_loader(
@@ -71,7 +74,9 @@ def build_loader(
     if not isinstance(data, Mapping):
         urls = expand_shards(data, allow_commands)
         if any(map(is_stream, urls)):
-            of_stream = _of_stream(urls, of_index, plan, shuffle)
+            of_stream = _of_stream(urls, of_index, plan)
+            if shuffle != DEFAULT_SHUFFLE and rank == 0:
+                log.warning("data.shuffle has no effect on streams, which have a buffer of their own; leave it out")
             return StreamingLoader(urls, plan, num_samples=num_samples, **of_stream, **common)
         data = found(data, urls)
     if num_samples is not None:
@@ -110,7 +115,7 @@ def alternating_loader(
     return AlternatingLoader(images, loader, share, global_batch, seed)
 
 
-def _of_stream(urls: list[str], of_index: dict, plan: ViewPlan, shuffle: Shuffle) -> dict:
+def _of_stream(urls: list[str], of_index: dict, plan: ViewPlan) -> dict:
     needs = {f"data.{key}": of_index.get(key) for key in ("select", "image")} | {"objective.pair_by": plan.group}
     for key, given in needs.items():
         if given:
@@ -118,11 +123,6 @@ def _of_stream(urls: list[str], of_index: dict, plan: ViewPlan, shuffle: Shuffle
                 f"{key} needs an index, and {next(filter(is_stream, urls))} is a stream; copy the shards to a "
                 f"disk, or leave it out."
             )
-    if shuffle != DEFAULT_SHUFFLE:
-        raise UserError(
-            f"data.shuffle has no effect on {next(filter(is_stream, urls))}, a stream, which has a buffer of its own; "
-            "leave it out, or copy the shards to a disk."
-        )
     if folder := next((url for url in urls if isinstance(url, ImageFolder)), None):
         raise UserError(
             f"{folder} is a folder of images, which needs an index, and {next(filter(is_stream, urls))} is a stream; "

@@ -127,7 +127,8 @@ def ungrouped(name: str, labels: Labels) -> list[str]:
     if labels.num_ungrouped == total:
         return [f"No {name} image has a {what}, so each counts as a group of its own."]
     of = counted(total, f"{name} image")
-    return [f"{labels.num_ungrouped} of {of} without a {what}, so that each of these counts as a group of its own."]
+    have = "has" if labels.num_ungrouped == 1 else "have"
+    return [f"{labels.num_ungrouped} of {of} {have} no {what}, so each of these counts as a group of its own."]
 
 
 def describe_data(

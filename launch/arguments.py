@@ -324,12 +324,15 @@ def _each_with_its_option(parser: argparse.ArgumentParser, words: Sequence[str])
 
 def _gathered(settings: list[str]) -> list[str]:
     """The shell makes several words of `data.shards=train-{0..9}.tar` without quotes; they are one list again. Any
-    other key that is set twice is refused, and so are other values for shards: which is meant nobody knows."""
+    other key that is set twice is refused, and so are other values for shards: which is meant nobody knows. Words that
+    set nothing stay, for whoever refuses them."""
     values: dict[str, list[str]] = {}
+    others = [word for word in settings if "=" not in word]
+    keys = [word.partition("=")[0] for word in settings if "=" in word]
     for word in settings:
-        key, _, value = word.partition("=")
-        values.setdefault(key, []).append(value)
-    keys = [word.partition("=")[0] for word in settings]
+        key, equals, value = word.partition("=")
+        if equals:
+            values.setdefault(key, []).append(value)
     for key, given in values.items():
         if len(given) == 1:
             continue
@@ -341,7 +344,7 @@ def _gathered(settings: list[str]) -> list[str]:
             )
         if not key.endswith("shards"):
             raise UserError(f"{key} is set {len(given)} times, to {' and '.join(given)}; write it once.")
-    return [f"{key}={written(given) if len(given) > 1 else given[0]}" for key, given in values.items()]
+    return [*(f"{key}={written(given) if len(given) > 1 else given[0]}" for key, given in values.items()), *others]
 
 
 def _numbered(values: list[str]) -> bool:

@@ -36,7 +36,7 @@ def open_autoencoder(source: str) -> MAE | None:
     config = json.loads((checkpoint / manifest.STATE).read_text())["meta"]["config"]
     if config.get("objective", {}).get("name") != "mae":
         return None
-    model = build_objective(validate_config(config, f"the config of {checkpoint}", options_for))
+    model = build_objective(validate_config(config, f"the config of {checkpoint}", options_for, recorded=True))
     try:
         model.load_state_dict(dict(open_tensors(checkpoint)))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -105,12 +105,16 @@ def _field(key: str, recipe: Path) -> FieldInfo | None:
 
 def _refuse_sizes(key: str, text: str, values: list, field: FieldInfo) -> None:
     """Raises UserError where numbers may be several values, or one: `encoder.image_size=[32, 48]`."""
-    if not (values and takes(field.annotation, int) and all(type(value) in (int, float) for value in values)):
+    if not (values and takes(field.annotation, int) and all(type(value) is int for value in values)):
         return
     sides = next(len(get_args(part)) for part in alternatives(field.annotation) if kind_of(part) is list)
     each = ", ".join(json.dumps([value] * sides) for value in values)
-    one = f", and {key}=[{text}] for one of unlike sides" if len(values) == sides else ""
-    raise UserError(f"{key}={text} may be meant in two ways; write {key}=[{each}] to go through {text}{one}.")
+    if len(values) != sides:
+        raise UserError(f"{key}={text} is no value of it; write {key}=[{each}] to go through these.")
+    raise UserError(
+        f"{key}={text} may be meant in two ways; write {key}=[{each}] to go through these, and {key}=[{text}] for one "
+        "of unlike sides."
+    )
 
 
 def _name(values: dict[str, Any]) -> str:

@@ -35,9 +35,12 @@ from prelude.pretrain.recipes import find_recipe, load_config, objective_named, 
 # What a recipe says of images that it is not given here; what is known of those that it is given comes behind.
 _OF_OTHER_IMAGES = ("data.num_samples=null", "data.mix={}", "data.select=null")
 _OF_OTHER_IMAGES += tuple(f"evaluate.{key}=null" for key in ("train_select", "test_select", "image"))
-_OF_OTHER_IMAGES += ("evaluate.classes=[]", "evaluate.label_names=[]", 'evaluate.label_field=""')
-# Names as encoders have them, which are told apart without more: mae, random:mae, mae/step-00001000, mae (2)
-_PLAIN = re.compile(r"(untouched )?[A-Za-z0-9.-]+([:/_][A-Za-z0-9.-]+)*( \(\d+\))?")
+_OF_OTHER_IMAGES += (
+    "evaluate.classes=[]",
+    "evaluate.label_names=[]",
+    'evaluate.label_field=""',
+    'evaluate.label_group=""',
+)
 
 
 def recipe_of(source: str) -> Path | None:
@@ -177,9 +180,9 @@ def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tu
 
 
 def slug(name: str) -> str:
-    """A folder's name."""
+    """A folder's name; of other letters than English ones with a digest, so that a folder can be told from its like."""
     plain = re.sub(r"[^\w.-]+", "_", name).strip("_")
-    if _PLAIN.fullmatch(name):
+    if plain and name.isascii():
         return plain
     return f"{plain[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 

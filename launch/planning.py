@@ -66,7 +66,9 @@ class Planned:
 def plan(config: Config, objective: Objective, num_samples: int, asked: Asked) -> Planned:
     """Raises UserError for a device that is not known, a run that would never train its encoder, and what DeepSpeed
     would refuse."""
-    optimizers.refuse_never_moving(config, beginning(config, num_samples))
+    start = beginning(config, num_samples)
+    optimizers.refuse_never_moving(config, start.num_steps)
+    optimizers.refuse_no_rate(config, start)
     with distributed.nothing_printed():
         deepspeed_config.check(config)
     if asked.device:

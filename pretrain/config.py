@@ -223,8 +223,6 @@ class OptimizerConfig(Section):
             raise ValueError("weight_decay_schedule has no effect without weight_decay_end; write both")
         if not self.milestones and self._is_set("milestone_factor"):
             raise ValueError("milestone_factor has no effect without milestones; write both")
-        if self.reach_end and self.milestones and self.weight_decay_end is None:
-            raise ValueError("reach_end ends the cosine, which milestones replace; write one of the two")
         return self
 
     @model_validator(mode="after")

@@ -83,9 +83,11 @@ class Engine:
         self.progress = beginning(config, loader.num_samples)
         self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
         self._refuse_other_ranks()
-        optimizers.refuse_never_moving(config, self.progress)
+        optimizers.refuse_never_moving(config, self.progress.num_steps)
         with distributed.explained():
             self.goes_on_from, meta = found_checkpoint(self.store, config)
+            if self.goes_on_from is None:
+                optimizers.refuse_no_rate(config, self.progress)
             self.precision, self.notice = precision.agreed(config, self.device, meta)
         self.utilisation = Utilisation(peak_flops and peak_flops(self.device, self.precision.name))
         self.objective = objective.to(self.device).train()  # whatever mode an encoder of one's own was made in
@@ -363,10 +365,9 @@ class Engine:
             refuse_changed_config(changed_settings(meta["config"], self.config, type(self.objective.options)), path)
         self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
-        batch, batch_now = meta["config"]["train"]["global_batch"], self.config.train.global_batch
-        if batch != batch_now and is_own(path, self.config):  # what is logged is by steps of the old batch
+        if is_own(path, self.config):  # what is logged is by steps of that batch
             for monitor in self.monitors:
-                monitor.recount(meta["step"], batch, batch_now)
+                monitor.recount(meta["step"], meta["config"]["train"]["global_batch"], self.config.train.global_batch)
         changes = named_code.changes(meta.get("own_code", {}), self.own_code)
         return [*notices, *filter(None, [self.notice]), *changes]
 

@@ -172,13 +172,14 @@ class Lines(Growing):
     def recount(self, step: int, batch: int, batch_now: int) -> None:
         """Tells the steps up to `step`, of `batch` samples each, in steps of `batch_now`; leaves out what comes after.
 
-        The lines as they were stay beside the file: a start that ends before its first checkpoint is given again, and
-        must not count twice.
+        The lines as they were stay beside the file, and are what is counted anew: a start may end before its first
+        checkpoint, and be given again with this batch, another one, or that of before.
         """
         with self.tolerant:
-            as_they_were = f"{self.path.stem}-before-{step * batch // batch_now:08d}-of-{batch_now}{self.path.suffix}"
-            kept = self.path.with_name(as_they_were)
+            kept = self.path.with_name(f"{self.path.stem}-before-{step:08d}-of-{batch}{self.path.suffix}")
             if not kept.is_file():
+                if batch == batch_now:
+                    return
                 write_whole(kept, self.path.read_bytes() if self.path.is_file() else b"")
             if self.path.is_file():
                 lines = [line for line in read_lines(kept) if line["step"] <= step]

@@ -84,8 +84,8 @@ class Monitor:
     """Each hook may be left out."""
 
     def recount(self, step: int, batch: int, batch_now: int) -> None:
-        """Called before any `start` where the run has done `step` steps of `batch` samples, and goes on in steps of
-        `batch_now`."""
+        """Called before any `start` of a run that has done `step` steps of `batch` samples, and goes on in steps of
+        `batch_now`, which may be as many."""
 
     def start(self, progress: Progress) -> None:
         """Called once before the first step of a start, when a resume has been accepted."""

@@ -107,14 +107,18 @@ def build_optimizer(
             return Lamb(groups, betas=o.betas, max_grad_norm=None, **common)
 
 
-def refuse_never_moving(config: Config, start: Progress) -> None:
-    """Raises UserError where a run would end before its encoder has moved. start: the run before its first step."""
-    num_steps = start.num_steps
+def refuse_never_moving(config: Config, num_steps: int) -> None:
+    """Raises UserError where a run of so many steps would end before its encoder has moved."""
     if (still := config.train.freeze_encoder_steps) >= num_steps:
         raise UserError(
             f"train.freeze_encoder_steps={still} would hold the encoder still to the end of a run of "
             f"{counted(num_steps, 'step')}; write train.freeze_encoder_steps={num_steps // 10}, or more train.epochs."
         )
+
+
+def refuse_no_rate(config: Config, start: Progress) -> None:
+    """Raises UserError where a run would end before its rate is above 0. start: the run before its first step."""
+    num_steps = start.num_steps
     if not any(scheduled(config, replace(start, step=step))[0] for step in range(num_steps)):
         otherwise = "optimizer.warmup_epochs=0" if config.optimizer.warmup_epochs else "optimizer.first_step=0"
         raise UserError(

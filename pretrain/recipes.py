@@ -26,7 +26,7 @@ from prelude.pretrain.config_words import sentences, shown
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 FINE_TUNE = "fine_tune"  # what objective.name is there, where it is said
-_TRUTH = {"yes", "no", "on", "off", "y", "n"}  # what YAML 1.1 takes for true and false
+TRUTH = {"yes", "no", "on", "off", "y", "n"}  # what YAML 1.1 takes for true and false
 OptionsFor = Callable[[str], type[BaseModel]]
 
 
@@ -184,7 +184,10 @@ def nearest_recipe(name: str) -> str:
     return next(iter(difflib.get_close_matches(name.lower(), shipped_recipes(), 1, 0.5)), "")
 
 
-def validate_config(values: dict, source: str, options_for: OptionsFor | None = None) -> Config:
+def validate_config(
+    values: dict, source: str, options_for: OptionsFor | None = None, *, recorded: bool = False
+) -> Config:
+    """recorded: by a checkpoint, whose network is built as it was trained."""
     mistakes, config, resolved = [], None, {}
     objective = values.get("objective")
     model, wrong = None, []
@@ -194,7 +197,7 @@ def validate_config(values: dict, source: str, options_for: OptionsFor | None = 
         config = Config.model_validate(values)
     except ValidationError as error:
         mistakes += sentences(error, values, Keys(model))
-    mistakes += [*_texts_for_truth(values), *wrong]
+    mistakes += [*([] if recorded else _texts_for_truth(values)), *wrong]
     if model:
         try:
             given = {key: value for key, value in objective.items() if key != "name"}
@@ -220,7 +223,7 @@ def _texts_for_truth(values: dict) -> list[str]:
         f"{section}.{key}={shown(value)} is refused: it is text, which counts as true; write true or false."
         for section, found in free.items()
         for key, value in (found.items() if isinstance(found, dict) else ())
-        if isinstance(value, str) and value.lower() in _TRUTH
+        if isinstance(value, str) and value.lower() in TRUTH
     ]
 
 

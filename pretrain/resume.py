@@ -22,6 +22,7 @@ from prelude.data.errors import UserError
 from prelude.pretrain import attendance, distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.optimizers import scheduled
+from prelude.pretrain.recipes import TRUTH
 from prelude.pretrain.schedules import Progress
 
 _FREE = (
@@ -157,7 +158,8 @@ def changed_settings(saved: dict, config: Config, options: type[BaseModel]) -> l
     return [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(set(then) | set(now))
-        if then.get(key) != now.get(key) and not _may_change(key) and not _is_found(key, then, now)
+        if then.get(key) != now.get(key)
+        and not (_may_change(key) or _is_found(key, then, now) or _was_true(key, then, now))
     ]
 
 
@@ -173,6 +175,12 @@ def _is_found(key: str, then: dict, now: dict) -> bool:
     """Whether a range is said as `auto` by one side, and as what was found by the other: the data's fingerprint tells
     whether the same was found."""
     return key == "data.range" and "auto" in (then.get(key), now.get(key))
+
+
+def _was_true(key: str, then: dict, now: dict) -> bool:
+    """Whether it was text such as `no`, which is refused now and counted as true."""
+    text = then.get(key)
+    return key.startswith("encoder.kwargs.") and str(text).lower() in TRUTH and now.get(key) is True
 
 
 def _may_change(key: str) -> bool:

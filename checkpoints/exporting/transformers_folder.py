@@ -98,13 +98,14 @@ def is_converted(encoder: OpenedEncoder) -> bool:
 def parts_turned_off(config: EncoderConfig) -> list[str]:
     """Settings that are null and without which timm builds another network. transformers hands settings to timm's
     factory, which drops those that are null."""
-    given = {key: value for key, value in config.kwargs.items() if value is not None}
-    nulls = [key for key in config.kwargs if key not in given]
-    if not nulls:
-        return []
-    ours, theirs = (lay_out_encoder(config.model_copy(update={"kwargs": kwargs})) for kwargs in (config.kwargs, given))
+    return [key for key, value in config.kwargs.items() if value is None and _matters(config, key)]
+
+
+def _matters(config: EncoderConfig, key: str) -> bool:
+    without = {name: value for name, value in config.kwargs.items() if name != key}
+    ours, theirs = (lay_out_encoder(config.model_copy(update={"kwargs": each})) for each in (config.kwargs, without))
     same = [[(name, tensor.shape) for name, tensor in model.state_dict().items()] for model in (ours, theirs)]
-    return nulls if same[0] != same[1] or first_difference(layers_of(ours), layers_of(theirs)) else []
+    return same[0] != same[1] or first_difference(layers_of(ours), layers_of(theirs)) is not None
 
 
 def convert(model: nn.Module, size: tuple[int, int]) -> Converted | None:

@@ -111,8 +111,9 @@ def encode_files(embedded: Embedded, paths: Sequence[str], encoder: OpenedEncode
         )
     if encoder.computation != made_by.get("computation", encoder.computation):
         raise UserError(
-            f"{encoder.name} does something else with its weights than when it made {embedded.name} (heads, ε, or its "
-            f"own code); write --encoder with the source that made it, or embed the set again."
+            f"{encoder.name} does something else with its weights than when it made {embedded.name} (heads, ε, strides "
+            f"or its own code), or an earlier version made the file; write --encoder with the source that made it, or "
+            f"embed the set again."
         )
     check_kinds(encoder.model, [embedded.kind], encoder.name)
     extractor = Extractor(encoder, [embedded.kind], distributed.device())

@@ -86,7 +86,7 @@ def without(features: Features, classes: Sequence[int]) -> Features:
     if rows.all():
         return features
     kept = vars(features) | {name: getattr(features, name)[rows] for name in ("values", "labels", "sample_ids")}
-    return Features(**kept | {"groups": None})
+    return Features(**kept | {"groups": None, "same_as": None})
 
 
 def mahalanobis_to_classes(train: Features, test: Features, *, seed: int = 0, device="cpu") -> Tensor:

@@ -160,7 +160,7 @@ def test_a_list_is_what_a_setting_goes_through_unless_the_setting_is_one(small):
         (["optimizer.lr=[1e-3, 0.001]"], "optimizer.lr is to go through 0.001 twice"),
         (
             ["encoder.image_size=[16, 32]", "seed=[1]"],
-            "write encoder.image_size=[[16, 16], [32, 32]] to go through [16, 32], and encoder.image_size=[[16, 32]]",
+            "write encoder.image_size=[[16, 16], [32, 32]] to go through these, and encoder.image_size=[[16, 32]] for",
         ),
         (["optimizer.lr=1e-3"], "There is nothing to go through"),
         ([], "There is nothing to go through"),

@@ -194,6 +194,8 @@ def test_settings_behind_an_option_are_set_once_too():
     ):
         with pytest.raises(UserError, match="seed is set 2 times, to 3 and 4; write it once"):
             door.main([*given, "seed=3", "seed=4"])
+    nothing_set = parse(compare.parser(), [*words, "--set", "train.compile", "seed=1"])
+    assert nothing_set.set == ["seed=1", "train.compile"]  # which whoever applies it refuses
 
 
 def test_a_range_of_values_is_two_numbers_or_auto(capsys):

@@ -153,6 +153,18 @@ def test_what_changes_the_run_is_told_from_what_does_not():
     ]
 
 
+def test_what_counted_as_true_goes_on_as_true():
+    encoder = GOOD["encoder"] | {"kwargs": {"qkv_bias": True}}
+    config = validate_config(GOOD | {"encoder": encoder}, "x", options_for)
+    saved = config.model_dump(mode="json")
+    saved["encoder"]["kwargs"]["qkv_bias"] = "no"
+    assert changed_settings(saved, config, ToyOptions) == []
+    text = GOOD | {"encoder": GOOD["encoder"] | {"kwargs": {"qkv_bias": "no"}}}
+    assert validate_config(text, "x", options_for, recorded=True).encoder.kwargs == {"qkv_bias": "no"}
+    with pytest.raises(UserError, match="write true or false"):
+        validate_config(text, "x", options_for)
+
+
 def test_a_range_of_values_is_two_growing_numbers_or_auto():
     config = validate_config(GOOD | {"data": GOOD["data"] | {"range": [0, 4095]}}, "x", options_for)
     assert config.data.range == (0, 4095)

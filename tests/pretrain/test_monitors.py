@@ -77,7 +77,12 @@ def test_a_run_that_goes_on_with_another_batch_keeps_its_lines_and_counts_them_a
         again.close()
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, step + 1]
     (aside,) = tmp_path.glob("metrics-before-*.jsonl")
-    assert aside.name == f"metrics-before-{step:08d}-of-{batch_now}.jsonl" and aside.read_text() == as_it_was
+    assert aside.name == "metrics-before-00000004-of-16.jsonl" and aside.read_text() == as_it_was
+    back = JsonlMonitor(path)  # from memory that did not suffice, say
+    back.recount(4, 16, 16)
+    back.start(Progress(4, 100, 10.0))
+    back.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_lines_that_a_later_start_is_the_first_to_write_are_not_counted_anew(tmp_path):

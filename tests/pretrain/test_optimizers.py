@@ -10,7 +10,7 @@ from prelude.pretrain.optimizers import (
     apply_schedule,
     build_optimizer,
     parameter_groups,
-    refuse_never_moving,
+    refuse_no_rate,
     scheduled,
 )
 from prelude.pretrain.schedules import Progress, cosine, warmup_cosine
@@ -166,6 +166,6 @@ def test_lars_computes_the_reference_steps():
 def test_a_run_whose_learning_rate_is_always_0_is_refused_and_one_step_more_is_not(optimizer, steps, remedy):
     told = f"A run of {steps} steps? would train nothing, .* learning rate is 0 .*{remedy}"
     with pytest.raises(UserError, match=told):
-        refuse_never_moving(config(**optimizer), Progress(0, steps, 1.0))
-    refuse_never_moving(config(**optimizer), Progress(0, steps + 1, 1.0))
-    refuse_never_moving(config(), Progress(0, 1, 1.0))
+        refuse_no_rate(config(**optimizer), Progress(0, steps, 1.0))
+    refuse_no_rate(config(**optimizer), Progress(0, steps + 1, 1.0))
+    refuse_no_rate(config(), Progress(0, 1, 1.0))

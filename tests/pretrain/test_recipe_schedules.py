@@ -161,7 +161,6 @@ def test_each_key_changes_what_is_trained(key):
         ({"decay_vectors": True, "spared_lr_ratio": 0.1}, "leaves nothing undecayed for spared_lr_ratio"),
         ({"milestones": [5], "min_lr": 0.1}, "min_lr ends the cosine, which milestones replace; write one"),
         ({"milestone_factor": 0.2}, "milestone_factor has no effect without milestones; write both"),
-        ({"milestones": [5], "reach_end": True}, "reach_end ends the cosine, which milestones replace; write one"),
         ({"milestones": [5, 3]}, "write epochs above 0 in growing order"),
         ({"milestones": [5, 1000]}, "which a run of train.epochs=1000 never reaches; leave it out"),
         ({"name": "lars", "weight_decay": 0}, "lars adapts only what is decayed; write a small weight_decay"),
