@@ -10,7 +10,6 @@ import tifffile
 from PIL import Image
 
 from prelude.data import index_file, remote_index, stored
-from prelude.data.packing import images
 from prelude.data.packing.images import extension_of
 from prelude.data.shards import ShardIndex
 from prelude.launch import inspection, prelude
@@ -60,7 +59,7 @@ def test_an_image_that_is_left_out_is_exit_code_4(photos, tmp_path, capsys):
 def test_an_image_library_without_a_format_reads_the_others(photos, capsys, monkeypatch):
     Image.init()
     monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
-    monkeypatch.setattr(images, "installed_formats", stored.installed_formats.__wrapped__)
+    monkeypatch.setattr(stored, "installed_formats", stored.installed_formats.__wrapped__)
     assert run(capsys, "info", photos)[0] == 0
     np.save(photos / "a" / "deep.npy", np.zeros((5, 5, 1), np.uint16))
     assert extension_of((photos / "a" / "deep.npy").read_bytes()) == "npy"
