@@ -23,6 +23,7 @@ MODELS = {
     "biases of pairs": ("beit_base_patch16_224", SMALL | {"num_classes": 7}),
     "pooled by attention": ("vit_base_patch16_siglip_224", SMALL | {"num_classes": 0}),
     "convnet": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "num_classes": 7}),
+    "growing": ("resnet18", {"layers": [1, 1, 2, 2], "channels": [8, 16, 24, 32], "num_classes": 7}),
     "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "num_classes": 7}),
 }
 
@@ -153,7 +154,7 @@ def test_weights_of_an_encoder_that_computes_otherwise_are_refused(kind, tmp_pat
 FREE = {  # what a configuration chooses beside weights
     "drop paths, another size and pooling": ("classifier", {"drop_path_rate": 0.1, "global_pool": "avg"}),
     "drop rates of a convnet": ("convnet", {"drop_path_rate": 0.1, "drop_rate": 0.2, "global_pool": "max"}),
-    "a finer map": ("convnet", {"output_stride": 16}),
+    "a finer map": ("growing", {"output_stride": 8}),
     "pooling of a convnext": ("convnext", {"drop_path_rate": 0.1, "drop_rate": 0.2}),
     "rotary, another size": ("rotary", {"drop_path_rate": 0.1, "proj_drop_rate": 0.1}),
 }
