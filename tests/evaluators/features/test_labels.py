@@ -121,7 +121,7 @@ def test_images_without_a_group_are_told_and_refused_where_groups_are_asked_for(
         return grouped([Labels(known.long(), known)], [index], "json:patient", asked)[0]
 
     (told,) = ungrouped("train", labels(False))
-    assert told.startswith("2 of 4 train images without a field 'patient' in a .json member")
+    assert told.startswith("2 of 4 train images have no field 'patient' in a .json member")
     with pytest.raises(UserError, match="2 of 4 labelled images in .*a.tar have no field 'patient' .* 0001.*--group"):
         labels(True)
     whole = shard(tmp_path / "b.tar", [json.dumps(contents[i]).encode() for i in (0, 3, 4)], "json")

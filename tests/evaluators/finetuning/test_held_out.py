@@ -237,4 +237,4 @@ def test_images_without_a_patient_among_others_with_one_are_told(prepared, findi
             to.addfile(member, io.BytesIO(content))
     labels = findings | {"label": "json:kind", "test": str(tmp_path / "some.tar")}
     (told,) = prepared("evaluate.label_group=patient", **labels).samples.warnings
-    assert " of 45 test images without a field 'patient'" in told
+    assert " of 45 test images have no field 'patient'" in told
