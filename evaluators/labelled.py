@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -192,6 +192,7 @@ def with_overlap(labels: Sequence[Labels], indexes: Sequence[ShardIndex]) -> lis
     return [of_train, of_test]
 
 
+@lru_cache(maxsize=1)  # what judges by it and what warns of it ask after each other, and folders take long
 def same_images(first: ShardIndex, second: ShardIndex) -> np.ndarray:
     """(N,) int64: which sample of the second each of the first is, -1 for none, by where they lie: a copy of a shard is
     another one."""
