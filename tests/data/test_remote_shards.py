@@ -13,7 +13,7 @@ import pytest
 import torch
 from servers import Server, serving
 
-from prelude.data import index_file, node_cache, remote_shards, waiting
+from prelude.data import fetching, index_file, node_cache, remote_shards, waiting
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.data.fetching import num_threads
@@ -286,7 +286,9 @@ def sizes_in(folder: Path) -> dict[str, int]:
             return looks[0]
 
 
-def test_an_order_that_the_cache_cannot_hold_is_refused_with_one_that_it_can(write_shards, settings):
+def test_an_order_that_the_cache_cannot_hold_is_refused_with_one_that_it_can(write_shards, settings, monkeypatch):
+    for module, name in ((fetching, "_PLAN_SECONDS"), (node_cache, "_TOUCH_SECONDS")):
+        monkeypatch.setattr(module, name, 0)  # shards here are read in less than what either lets pass
     paths = write_shards([10] * 16, folder="many")
     files = {os.path.basename(path): open(path, "rb").read() for path in paths}  # noqa: SIM115
     settings.gib = 6 * len(files["000.tar"]) / 2**30
