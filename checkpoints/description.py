@@ -17,3 +17,4 @@ class Description:
     name: str  # for a table or a plot: the source, short
     read: Callable[[], Weights]
     origin: dict = field(default_factory=dict)  # what is known of how it was trained: objective, step, data
+    shown: tuple[int, ...] = ()  # channels that pictures show, see `ViewPlan`

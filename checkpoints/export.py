@@ -127,6 +127,7 @@ def _section(encoder: OpenedEncoder) -> dict:
         "std": list(encoder.std),
         "fingerprint": encoder.fingerprint,
         "origin": encoder.origin,
+        **({"shown_channels": list(encoder.shown)} if encoder.shown else {}),
     }
 
 

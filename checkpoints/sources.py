@@ -62,6 +62,7 @@ class OpenedEncoder:
     # Of a run that learned from volumes too, what projects their patches: `weight` (D, C, p_h, p_w, p_d), `bias` (D,).
     volume_embed: dict[str, Tensor] = field(default_factory=dict)
     objective: str | None = None  # of the run, where it is one's or is drawn like one's
+    shown: tuple[int, ...] = ()  # channels that pictures show, see `ViewPlan`
 
     @property
     def computation(self) -> str:
@@ -93,7 +94,7 @@ def open_encoder(source: str, *, seed: int = 0) -> OpenedEncoder:
         beside = {key.removeprefix(_VOLUMES): own[key] for key in own if key.startswith(_VOLUMES)}
     model.eval().requires_grad_(False)
     config, mean, std = described.config, described.mean, described.std
-    known = origin, loaded, rule, beside, described.origin.get("objective")
+    known = origin, loaded, rule, beside, described.origin.get("objective"), described.shown
     return OpenedEncoder(model, config, mean, std, name, fingerprint(model), *known)
 
 
@@ -216,6 +217,7 @@ def _describe_checkpoint(folder: Path, network: str = "") -> Description:
         name=name,
         read=lambda: _read_ours(folder, config, objective, exported, meta["exported"]),
         origin={"objective": objective, "step": state["step"], "data": data} | started,
+        shown=tuple(meta.get("config", {}).get("data", {}).get("shown_channels", ())),
     )
 
 
@@ -273,6 +275,7 @@ def _describe_export(folder: Path) -> Description:
             name=folder.absolute().name,
             read=lambda: _with_volumes(read(folder / "model.safetensors", config, objective), folder, objective),
             origin=ours["origin"],
+            shown=tuple(ours.get("shown_channels", ())),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(

@@ -257,18 +257,18 @@ def compared(
 
 
 def write(comparison: Comparison, out: Path) -> None:
-    files = {"comparison.json": to_json(comparison), "table.md": markdown(comparison), "report.html": page(comparison)}
+    contents = {"comparison.json": to_json, "table.md": markdown, "report.html": page}  # the numbers first
     if not comparison.evaluators and (out / "comparison.json").exists():
         print_comparison(comparison)
         print(f"none was judged, so the earlier comparison in {out} is kept", file=sys.stderr)
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            write_whole(out / name, text)
+        for name, content_of in contents.items():
+            write_whole(out / name, content_of(comparison))
     except OSError as error:
         raise UserError(
             f"--out {out} cannot be written ({reason(error)}); {remedy(error, 'choose another folder')}."
         ) from None
     print_comparison(comparison)
-    print(f"written to {', '.join(str(out / name) for name in files)}", file=sys.stderr)
+    print(f"written to {', '.join(str(out / name) for name in contents)}", file=sys.stderr)

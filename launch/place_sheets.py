@@ -44,7 +44,7 @@ class DrawnJudging(DenseJudging):
 
     def images(self, plan: ViewPlan, sample_ids: Tensor) -> tuple[Tensor, Row]:
         """Test images as an encoder sees them, (N, 3, H, W) uint8, and their row."""
-        found = shown(read_samples(self.indexes[1], plan, sample_ids.tolist()), plan)
+        found = shown(read_samples(self.indexes[1], plan, sample_ids.tolist()), plan.shown)
         return found, ("images", [tile(image) for image in found])
 
     def in_columns(self, sample_ids: Tensor, rows: list[Row]) -> list[Row]:

@@ -25,10 +25,9 @@ def normalise(pixels: Tensor, plan: ViewPlan) -> Tensor:
 def denormalise(images: Tensor, plan: ViewPlan) -> Tensor:
     """The inverse of `normalise` for pictures: (B, C, H, W) to (B, 3, H, W) uint8, rounded and clamped.
 
-    Red, green and blue are the first three channels, or those of `plan.shown`; one alone is grey, and of two the blue
-    is black.
+    Its colours are as `shown` says, of `plan.shown`.
     """
-    return shown(unit_pixels(images.float(), plan) * 255, plan)
+    return shown(unit_pixels(images.float(), plan) * 255, plan.shown)
 
 
 def unit_pixels(images: Tensor, plan: ViewPlan) -> Tensor:
@@ -37,9 +36,13 @@ def unit_pixels(images: Tensor, plan: ViewPlan) -> Tensor:
     return images * std + mean
 
 
-def shown(pixels: Tensor, plan: ViewPlan) -> Tensor:
-    """(B, C, H, W) in 0..255, of any type, to (B, 3, H, W) uint8."""
-    chosen = plan.shown or tuple(range(min(plan.channels, 3)))
+def shown(pixels: Tensor, channels: tuple[int, ...] = ()) -> Tensor:
+    """(B, C, H, W) in 0..255, of any type, to (B, 3, H, W) uint8.
+
+    Red, green and blue are the first three channels, or those of `channels`; one alone is grey, and of two the blue is
+    black.
+    """
+    chosen = channels or tuple(range(min(pixels.shape[1], 3)))
     pixels = pixels[:, list(chosen)] if chosen != tuple(range(pixels.shape[1])) else pixels
     if len(chosen) == 1:
         pixels = pixels.expand(-1, 3, -1, -1)

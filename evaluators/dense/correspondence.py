@@ -91,7 +91,7 @@ def similarity(features: Tensor, place: tuple[int, int]) -> Tensor:
 
 def rows_of(pixels: Tensor, plan: ViewPlan, seen: Seen, *, with_attention: bool) -> list[tuple[str, list[Image.Image]]]:
     """(what it is, a tile for each image) from top to bottom."""
-    images = shown(pixels, plan).cpu()
+    images = shown(pixels, plan.shown).cpu()
     size = tuple(images.shape[2:])
     plain = [tile(image) for image in images]
     mark(plain[0], size, seen.place, seen.grid)

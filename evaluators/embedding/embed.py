@@ -163,6 +163,7 @@ def data_of(index: ShardIndex, encoder: OpenedEncoder, select: Selection | None 
         "value_range": index.value_range,
         "max_pixels": index.max_pixels,
         "channels": encoder.config.in_chans,
+        **({"shown_channels": list(encoder.shown)} if encoder.shown else {}),
         "shards": places_of(index),
     }
 

@@ -77,7 +77,8 @@ def evaluation_plan(encoder) -> ViewPlan:
     """The one deterministic view of an image that an encoder is judged on."""
     size = encoder.config.size
     share = 1.0 if min(size) < FULL_FRAME_BELOW else 0.875
-    return ViewPlan((View(size, crop="center", crop_share=share, flip=0.0),), tuple(encoder.mean), tuple(encoder.std))
+    view = View(size, crop="center", crop_share=share, flip=0.0)
+    return ViewPlan((view,), tuple(encoder.mean), tuple(encoder.std), tuple(encoder.shown))
 
 
 def crops_plan(encoder, count: int) -> ViewPlan:

@@ -32,10 +32,10 @@ def open_pixels(source: str, beside: OpenedEncoder | None = None, largest: int =
             raise UserError(f"{source!r} is no source; write pixels:32, with the side of the view in pixels.")
         other = beside is not None and beside.config.in_chans != 3
         statistics = (beside.mean, beside.std) if other else (IMAGENET_MEAN, IMAGENET_STD)
-        return _opened((int(text), int(text)), *statistics)
+        return _opened((int(text), int(text)), *statistics, beside.shown if beside else ())
     if beside is None:
         raise UserError("pixels alone has no image size; write pixels:32, or name an encoder beside it.")
-    return _opened(pixel_size(beside.config.size, largest), beside.mean, beside.std)
+    return _opened(pixel_size(beside.config.size, largest), beside.mean, beside.std, beside.shown)
 
 
 def pixel_size(size: tuple[int, int], largest: int = LARGEST) -> tuple[int, int]:
@@ -45,6 +45,6 @@ def pixel_size(size: tuple[int, int], largest: int = LARGEST) -> tuple[int, int]
     return height, width
 
 
-def _opened(size: tuple[int, int], mean, std) -> OpenedEncoder:
+def _opened(size: tuple[int, int], mean, std, shown: tuple[int, ...] = ()) -> OpenedEncoder:
     config = EncoderConfig(name="pixels", image_size=size, in_chans=len(mean))
-    return OpenedEncoder(Pixels(), config, mean, std, f"pixels {size[0]}x{size[1]}", "no weights")
+    return OpenedEncoder(Pixels(), config, mean, std, f"pixels {size[0]}x{size[1]}", "no weights", shown=shown)

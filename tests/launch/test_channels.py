@@ -13,11 +13,14 @@ import several_starts
 import timm
 import torch
 import yaml
+from PIL import Image
 
 from prelude.checkpoints.export import export_encoder
 from prelude.checkpoints.sources import open_encoder
+from prelude.evaluators.dense.drawing import GAP, TILE
 from prelude.evaluators.frozen.knn import knn
-from prelude.evaluators.judging import evaluate, labelled_shards
+from prelude.evaluators.judging import evaluate, labelled_shards, open_source
+from prelude.launch import prelude
 from prelude.launch.inspection import info
 from prelude.launch.shards_arguments import shards_parser
 from prelude.objectives import check_objective, options_for
@@ -32,6 +35,7 @@ SETS = {  # channels, the range, the format
     "stains": (5, None, "npy"),
 }
 TRAINED = ("satellite", "xray")
+SHOWN = {"satellite": [3, 1, 0], "xray": []}  # as red, green and blue
 
 
 TINY_VIT = ["encoder.image_size=32", "encoder.patch_size=8", "objective.decoder_depth=1", "objective.decoder_dim=16",
@@ -86,6 +90,7 @@ def folder(tmp_path_factory) -> Path:
             "data": {
                 "shards": str(folder / kind / "train-0.tar"), "num_workers": 1, "shuffle": {"window": 16},
                 "channels": channels, "range": value_range, "mean": [0.1] * channels, "std": [0.1] * channels,
+                "shown_channels": SHOWN[kind],
             },
             "encoder": VIT,
             "objective": {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2, "flip": 0.0},
@@ -132,6 +137,23 @@ def test_evaluators_read_the_channel_that_tells_the_classes(folder, kind):
     results = evaluate([run, "pixels:8", "pixels"], [knn], labelled)
     tops = [result.outcome.numbers["top1"].value for result in results]
     assert min(tops[1:]) == 100 and tops[0] > 90
+
+
+def test_pictures_show_the_channels_that_the_run_says(folder, tmp_path):
+    """The last channel, where the blobs are, is red in all of them."""
+    run, shards = folder / "run_satellite", folder / "satellite" / "test-0.tar"
+    export_encoder(str(run), tmp_path / "export")
+    for source in (str(run), str(tmp_path / "export"), f"random:{run}", "pixels"):
+        assert open_source(source, [str(run)], 0).shown == (3, 1, 0)
+    maps, near, features = (str(tmp_path / name) for name in ("maps.png", "near.png", "features.npz"))
+    assert prelude.main(["maps", str(run), "--images", str(shards), "--to", maps]) == 0
+    assert prelude.main(["embed", str(run), str(shards), "--to", features, "--num-workers", "0"]) == 0
+    (tmp_path / "photo.npy").write_bytes(array(picture(61, "satellite")[0]))
+    assert prelude.main(["neighbours", features, "--of", f"{tmp_path}/photo.npy", "060", "--sheet", near]) == 0
+    for png, rows in ((maps, slice(GAP, GAP + TILE)), (near, slice(None))):
+        values = np.asarray(Image.open(png).convert("RGB"))[rows].reshape(-1, 3).astype(int)
+        coloured = values[np.ptp(values, axis=1) > 20]
+        assert len(coloured) > 1000 and (coloured.argmax(1) == 0).all()
 
 
 def test_info_says_what_is_to_be_pasted(folder, capsys):

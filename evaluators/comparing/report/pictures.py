@@ -54,8 +54,8 @@ def neighbours(
     plan = evaluation_plan(opened)
     near = nearest(train.values, test.values[rows], NUM_NEIGHBOURS)  # (Q, k)
     seen = read_samples(index, plan, train.sample_ids[near.flatten()].tolist())
-    found = shown(seen, plan).unflatten(0, near.shape)
-    queries = shown(queries, plan)
+    found = shown(seen, plan.shown).unflatten(0, near.shape)
+    queries = shown(queries, plan.shown)
     same = same_label(train.labels[near], test.labels[rows][:, None])
     side = TILE + 2 * GAP
     page = Image.new("RGB", (side * (1 + near.shape[1]) + 2 * GAP, side * len(rows)), PAPER)
@@ -83,7 +83,7 @@ def heat_maps(opened: OpenedEncoder, queries: Tensor) -> Picture | None:
         return None
     side = TILE + 2 * GAP
     page = Image.new("RGB", (side * len(queries), 2 * side - GAP), PAPER)
-    for column, (pixels, values) in enumerate(zip(shown(queries, plan), found.values.float().cpu(), strict=True)):
+    for column, (pixels, values) in enumerate(zip(shown(queries, plan.shown), found.values.float().cpu(), strict=True)):
         place = column * side + GAP
         page.paste(tile(pixels), (place, GAP))
         page.paste(heat(pixels, values), (place, side))

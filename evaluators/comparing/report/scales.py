@@ -32,13 +32,13 @@ def linear(
     low, high = min(values, default=0.0), max(values, default=1.0)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if low == high:  # a constant, or nothing but zeros
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant, up to the rounding of means, or nothing but zeros
         low, high = (low - abs(low) / 2, high + abs(low) / 2) if low else (0.0, 1.0)
     step = round_step((high - low) / count)
     inner, outer = (math.ceil, math.floor) if tight else (math.floor, math.ceil)
     slack = -1e-9 if tight else 1e-9
     first, last = inner(low / step + slack), outer(high / step - slack)
-    ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
+    ticks = tuple(_rounded(i * step) for i in range(first, last + 1))
     return Scale(low, high, start, end, ticks) if tight else Scale(ticks[0], ticks[-1], start, end, ticks)
 
 
@@ -51,7 +51,7 @@ def logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
     decades = [float(f"1e{e}") for e in range(first, last + 1)]
     ticks = [d for d in decades if low <= d <= high]
     if len(ticks) < 3:
-        ticks = [round(d * m, 12) for d in decades for m in (1, 2, 5) if low <= d * m * (1 + 1e-9) and d * m <= high]
+        ticks = [_rounded(d * m) for d in decades for m in (1, 2, 5) if low <= d * m * (1 + 1e-9) and d * m <= high]
     return Scale(low, high, start, end, tuple(ticks), log=True)
 
 
@@ -66,6 +66,10 @@ def round_step(step: float) -> float:
     """The smallest of 1, 2, 5 times a power of ten that is no smaller."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
+
+
+def _rounded(tick: float) -> float:
+    return float(f"{tick:.12g}")
 
 
 def texts(ticks: Sequence[float]) -> list[str]:

@@ -306,6 +306,19 @@ def test_ticks_are_round_and_hold_all_values():
         assert len(linear(flat, 0, 100).ticks) >= 2
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.07, 0.996, 2.3, 1e-13, -0.7])
+@pytest.mark.parametrize("length", [30, 36, 100, 240])
+def test_a_constant_is_a_line_however_its_means_are_rounded(value, length):
+    line = figures._line("a", Curve("temperature", list(range(length)), [value] * length), Style(0))
+    assert len(drawn(charts.lines([line], "temperature", "step", "")))
+
+
+@pytest.mark.parametrize("low, high", [(1e-13, 3e-13), (1.0, 1.0 + 1e-12), (2e-14, 9e-13)])
+def test_a_small_span_has_ticks_that_differ(low, high):
+    for scale in (linear([low, high], 0, 100), logarithmic([low, high], 0, 100)):
+        assert len(set(scale.ticks)) == len(scale.ticks) > 0 and scale(low) < 100
+
+
 def test_there_is_no_colour_outside_of_the_style():
     assert not re.search(r'(fill|stroke)="#', page(comparison()))
 
