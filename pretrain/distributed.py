@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from prelude.data.errors import UserError
 from prelude.data.host import num_cores
+from prelude.data.limits import raise_files, refuse_few_files
 from prelude.pretrain import attendance, launchers, stopping
 from prelude.pretrain.meeting import meet
 
@@ -75,6 +76,7 @@ def start(rank_timeout: float = RANK_TIMEOUT) -> torch.device:
     work, RunStopped when ranks do not come.
     """
     launchers.complete()
+    raise_files()
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -121,6 +123,7 @@ def _join(backend: str, rank_timeout: float) -> None:
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
+    refuse_few_files(world)
     warn_after = min(_WARN_AFTER, rank_timeout / 2)
     meeting = meet(mine, world, limit=rank_timeout, warn_after=warn_after, holds={"cores": _cores(), **_Given.holds})
     _Given.sharing = meeting.sharing
