@@ -94,6 +94,11 @@ def moved() -> None:
         _own_moves[0] = _moves
 
 
+def moves() -> int:
+    """How often something has come to this process. Told to those who wait for it."""
+    return _moves
+
+
 @contextlib.contextmanager
 def while_it_moves(tell: Callable[[], None]) -> Iterator[None]:
     """Within it `tell` is called about once a second, from a thread, as long as something comes to this process."""

@@ -22,7 +22,7 @@ from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
-from prelude.pretrain import compiling, deepspeed_config, distributed
+from prelude.pretrain import attendance, compiling, deepspeed_config, distributed
 from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config, DataConfig
@@ -72,6 +72,7 @@ def train(config: Config) -> int:
     config = start.config
     with run_folder(config) as folder:
         objective = build_objective(config, start.warm)
+        attendance.reach("indexing shards")
         loader = loader_of(config, objective.views)
         config = with_found_range(config, images_of(loader).value_range)
         folder.record(config)

@@ -158,6 +158,7 @@ class _Given:
 class _Watching:
     watch: attendance.Watch | None = None
     ended_by_a_thread = False  # which tells the others so first
+    gathered = 0  # times
 
 
 def stop() -> None:
@@ -217,6 +218,16 @@ def _cores() -> str:
 def default_num_workers() -> int:
     """Loader workers of a rank: its share of the cores beside a GPU; one where the cores do the training."""
     return cores_per_rank() if torch.cuda.is_available() else 1
+
+
+def gather() -> None:
+    """Returns once all ranks have come, however long one takes whose data keep coming: a collective has torch's own
+    limit, after which nobody is named."""
+    if _Watching.watch is None:
+        return
+    _Watching.gathered += 1
+    with explained(), attendance.collective():
+        _Watching.watch.meeting.gather(_Watching.gathered)
 
 
 def barrier() -> None:
