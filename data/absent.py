@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from prelude.data.errors import RunStopped, UserError, cause_of
-from prelude.data.limits import own_fault
+from prelude.data.host import own_fault
 
 _KEY = re.compile(r"\bdata\.shards\b(=)?")
 _IMAGE = re.compile(r"\bdata\.image\b(=)?")

@@ -16,9 +16,9 @@ import numpy as np
 
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError, cause_of
+from prelude.data.host import own_fault
 from prelude.data.image_files import folders_of, list_images
 from prelude.data.labels import FOLDERS
-from prelude.data.limits import own_fault
 from prelude.data.tar_index import Problem, TarIndex
 
 LABEL = "cls"

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from prelude.data.decode import BadImage
 from prelude.data.errors import cause_of
+from prelude.data.host import NoMoreFiles
 from prelude.data.image_folder import ImageFolder
-from prelude.data.limits import NoMoreFiles
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.waiting import doing, moved, open_file
 

@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 from prelude.data import stores
 from prelude.data.checksums import computable
 from prelude.data.errors import RunStopped, UserError, cause_of
-from prelude.data.host import cache_folder
-from prelude.data.limits import own_fault
+from prelude.data.host import cache_folder, own_fault
 from prelude.data.node_cache import GIB, NodeCache, Writer
 from prelude.data.waiting import doing, in_threads, moved, open_file
 

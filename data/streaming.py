@@ -24,7 +24,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from prelude.data.batch import ViewPlan
 from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
 from prelude.data.errors import UserError
-from prelude.data.limits import NoMoreFiles, own_fault
+from prelude.data.host import NoMoreFiles, own_fault
 from prelude.data.order import sample_seed, sample_seeds
 from prelude.data.pipeline import EndlessLoader
 from prelude.data.shards import is_stream

@@ -30,7 +30,7 @@ import torch
 
 from prelude.data import host
 from prelude.data.errors import RunStopped, Stopped
-from prelude.data.limits import own_fault
+from prelude.data.host import own_fault
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from prelude.data import host
 from prelude.data.counting import counted, size
 from prelude.data.errors import UserError, cause_of
-from prelude.data.limits import ENOUGH_FILES, attainable_files, files_of_a_rank, raised
+from prelude.data.host import ENOUGH_FILES, attainable_files, files_of_a_rank, raised
 from prelude.launch.finding import Finding, looked_at
 from prelude.pretrain import launchers
 

@@ -13,7 +13,7 @@ from prelude.data.loader import AlternatingLoader, Loader, alternating_loader, b
 from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import indexable_shards
-from prelude.data.waiting import stop_when, wait_at_most
+from prelude.data.waiting import moves, stop_when, wait_at_most
 from prelude.data.workers import start_workers_by
 from prelude.evaluators.labelled import selection
 from prelude.evaluators.online import monitor as online
@@ -72,6 +72,7 @@ def train(config: Config) -> int:
     config = start.config
     with run_folder(config) as folder:
         objective = build_objective(config, start.warm)
+        attendance.goes_by(moves)
         attendance.reach("indexing shards")
         loader = loader_of(config, objective.views)
         config = with_found_range(config, images_of(loader).value_range)

@@ -17,14 +17,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from prelude.data.errors import RunStopped
-from prelude.data.waiting import moves
 from prelude.pretrain import stopping
 from prelude.pretrain.meeting import Meeting, first_line, named
 
@@ -41,6 +40,7 @@ class _Here:
     doing = "starting"
     step: int | None = None
     in_collective = False
+    moves: Callable[[], int] = staticmethod(lambda: 0)  # how often something has come from its data
     checkpoint: str | None = None  # the last one, as a person would name it
 
 
@@ -55,7 +55,7 @@ class Note:
     lost: bool = False  # a collective failed under it
     left: int | None = None  # the exit code of a rank that has ended
     why: str = ""
-    moves: int = 0  # how often something has come to it from its data
+    moves: int = 0
     heard: float = 0.0
     since: float = 0.0  # at this place
     moved: float = 0.0  # when something had come last
@@ -76,6 +76,11 @@ def reach(doing: str, step: int | None = None) -> None:
     """Called on every rank, at the same places in the same order; `doing` completes "Rank 1 is …"."""
     _Here.place += 1
     _Here.doing, _Here.step = doing, step
+
+
+def goes_by(moves: Callable[[], int]) -> None:
+    """moves: grows while something comes to this rank, which for so long is not given up."""
+    _Here.moves = staticmethod(moves)
 
 
 def saved(checkpoint: str | None) -> None:
@@ -156,7 +161,7 @@ class Watch:
         step = "" if _Here.step is None else f" of step {_Here.step}"
         return {
             "number": self.number, "place": _Here.place, "doing": f"{_Here.doing}{step}{where}", "waits": waits,
-            "moves": moves(), "lost": self.lost, "left": self.left, "why": self.why,
+            "moves": _Here.moves(), "lost": self.lost, "left": self.left, "why": self.why,
         }  # fmt: skip
 
     def _look_at_main(self) -> tuple[bool, str]:

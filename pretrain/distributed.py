@@ -24,8 +24,7 @@ import torch
 import torch.distributed as dist
 
 from prelude.data.errors import UserError
-from prelude.data.host import num_cores
-from prelude.data.limits import raise_files, refuse_few_files
+from prelude.data.host import num_cores, raise_files, refuse_few_files
 from prelude.pretrain import attendance, launchers, stopping
 from prelude.pretrain.meeting import meet
 

@@ -5,10 +5,10 @@ import resource
 
 import pytest
 
-from prelude.data import limits
+from prelude.data import host
 from prelude.data.errors import UserError
+from prelude.data.host import NoMoreFiles, raise_files, refuse_few_files
 from prelude.data.image_folder import open_folder
-from prelude.data.limits import NoMoreFiles, raise_files, refuse_few_files
 from prelude.data.open_files import OpenFiles
 
 
@@ -68,8 +68,8 @@ def test_a_process_that_can_open_nothing_blames_no_shard_and_no_image(shards, no
 
 def test_a_run_raises_its_limit_and_is_refused_where_its_connections_do_not_fit(monkeypatch):
     allowed = [1024, 4096]
-    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: tuple(allowed))
-    monkeypatch.setattr(limits.resource, "setrlimit", lambda _, both: allowed.__setitem__(slice(None), both))
+    monkeypatch.setattr(host.resource, "getrlimit", lambda _: tuple(allowed))
+    monkeypatch.setattr(host.resource, "setrlimit", lambda _, both: allowed.__setitem__(slice(None), both))
     raise_files()
     assert allowed == [4096, 4096]
     for world_size in (1, 8, 512):
