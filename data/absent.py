@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from prelude.data.errors import RunStopped, UserError, cause_of
+from prelude.data.host import own_fault
 
 _KEY = re.compile(r"\bdata\.shards\b(=)?")
 _IMAGE = re.compile(r"\bdata\.image\b(=)?")
@@ -78,6 +79,8 @@ def no_match(path: str, pattern: str, name: str = "data.shards=") -> UserError:
 
 
 def unreadable(path: str, error: OSError) -> UserError:
+    """Raises NoMoreFiles where that is why."""
+    own_fault(error)
     return UserError(
         f"{path} cannot be read on {socket.gethostname()} ({cause_of(error)}); mend it, or leave it out of data.shards."
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from prelude.data.decode import BadImage
 from prelude.data.errors import UserError, cause_of
+from prelude.data.host import own_fault
 from prelude.data.image_files import folders_of, list_images
 from prelude.data.labels import FOLDERS
 from prelude.data.tar_index import Problem, TarIndex
@@ -53,14 +54,18 @@ class ImageFolder(str):
         return TarIndex(images, labels, tuple(self.problems), True, self._content(), label_content)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Raises BadImage where the file is no longer what was listed."""
+        """Raises BadImage where the file is no longer what was listed, OSError, and NoMoreFiles."""
         end = int(self.ends[-1])
         if offset >= end:
             name, begin = divmod(offset - end, _LABELS)
             return self.label_texts[name][begin : begin + size]
         name = self.names[int(np.searchsorted(self.ends, offset, side="right"))]
-        with open(os.path.join(self, name), "rb") as file:
-            content = file.read(size + 1)
+        try:
+            with open(os.path.join(self, name), "rb") as file:
+                content = file.read(size + 1)
+        except OSError as error:
+            own_fault(error)
+            raise
         if len(content) != size:
             raise BadImage("the file has changed since it was listed")
         return content
@@ -120,7 +125,8 @@ class ImageFolder(str):
             try:
                 with open(os.path.join(self, beside), "rb") if beside else io.BytesIO() as file:
                     found.append(file.read(_LARGEST_LABEL))
-            except OSError:
+            except OSError as error:
+                own_fault(error)
                 found.append(b"")
         return found
 
@@ -141,6 +147,7 @@ def open_folder(path: str) -> ImageFolder:
             )
         folder = ImageFolder(path)
     except OSError as error:
+        own_fault(error)
         reason = cause_of(error)
         raise UserError(f"{path} in data.shards cannot be read ({reason}); correct data.shards.") from None
     if not folder.names:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from prelude.data.decode import BadImage
 from prelude.data.errors import cause_of
+from prelude.data.host import NoMoreFiles
 from prelude.data.image_folder import ImageFolder
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.waiting import doing, moved, open_file
@@ -33,7 +34,8 @@ class OpenFiles:
         self.opened: OrderedDict[int, _File] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Raises BadImage when fewer bytes than `size` can be had, RunStopped where a remote shard cannot."""
+        """Raises BadImage when fewer bytes than `size` can be had, RunStopped where a remote shard cannot, and where no
+        more files can be opened."""
         path = self.paths[shard]
         try:
             if self.whole[shard]:
@@ -69,19 +71,35 @@ class OpenFiles:
             try:
                 file = self._file(shard)
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
-            except OSError:
+            except (OSError, NoMoreFiles):
                 pass  # advice only: the read itself reports what is wrong
 
     def _file(self, shard: int) -> "_File":
         doing(self.words[shard])
-        file = self.opened.pop(shard, None) or _File(self.paths[shard])
+        file = self.opened.pop(shard, None) or self._newly_opened(shard)
         self.opened[shard] = file  # the newest is last
-        while len(self.opened) > self.limit:
+        self._close_beyond(self.limit)
+        return file
+
+    def _newly_opened(self, shard: int) -> "_File":
+        """Where the process can open no more, because others have what was left to them, half of these files make room.
+        Raises OSError and NoMoreFiles."""
+        while True:
+            try:
+                return _File(self.paths[shard])
+            except NoMoreFiles:
+                if not self.opened:
+                    raise
+                kept = len(self.opened) // 2
+                self.limit = max(min(self.limit, kept), 1)
+                self._close_beyond(kept)
+
+    def _close_beyond(self, most: int) -> None:
+        while len(self.opened) > most:
             try:
                 self.opened.popitem(last=False)
             except KeyError:
                 break  # another thread was faster
-        return file
 
     def __getstate__(self):
         return {

@@ -24,6 +24,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from prelude.data.batch import ViewPlan
 from prelude.data.decode import MAX_PIXELS, BadImage, ValueRange
 from prelude.data.errors import UserError
+from prelude.data.host import NoMoreFiles, own_fault
 from prelude.data.order import sample_seed, sample_seeds
 from prelude.data.pipeline import EndlessLoader
 from prelude.data.shards import is_stream
@@ -142,9 +143,12 @@ class StreamSource(IterableDataset):
         self.shards_failed, self.ever_come = 0, False
         samples = self._stream(sample_seed(self.seed, self.start + self.rank + self.world_size * nth_worker))
         for nth in count(nth_worker, workers):
-            yield self._micro_batch(
-                rank_positions(self.start, nth, self.micro_batch, self.rank, self.world_size), samples
-            )
+            positions = rank_positions(self.start, nth, self.micro_batch, self.rank, self.world_size)
+            try:
+                arrays = self._micro_batch(positions, samples)
+            except NoMoreFiles as error:  # it would come out of a worker as a traceback
+                arrays = {"stopped": str(error)}
+            yield arrays
 
     def _stream(self, seed: int):
         return iter(
@@ -167,6 +171,8 @@ class StreamSource(IterableDataset):
             try:
                 self.open = open_url(self.url, self.stall_seconds)
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError):
+                    own_fault(error)
                 self._shard_failed(error)
                 continue
             with contextlib.closing(self.open):

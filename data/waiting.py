@@ -30,6 +30,7 @@ import torch
 
 from prelude.data import host
 from prelude.data.errors import RunStopped, Stopped
+from prelude.data.host import own_fault
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,11 @@ def moved() -> None:
     _moves += 1
     if _own_moves is not None:
         _own_moves[0] = _moves
+
+
+def moves() -> int:
+    """How often something has come to this process. Told to those who wait for it."""
+    return _moves
 
 
 @contextlib.contextmanager
@@ -190,8 +196,12 @@ def in_threads(function: Callable, items: Iterable, what: Callable[[object], str
 
 def open_file(path: str) -> int:
     """A descriptor to read a file by offset. Raises OSError where it cannot be opened, or is a pipe or a device, which
-    have no offsets; the open of a pipe would wait for somebody to write."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    have no offsets; the open of a pipe would wait for somebody to write. Raises NoMoreFiles."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        own_fault(error)
+        raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "a pipe or a device, and not a file")

@@ -8,7 +8,7 @@ from prelude.checkpoints.saved import open_tensors
 from prelude.checkpoints.store import Store
 from prelude.data.counting import counted
 from prelude.data.loader import Loader
-from prelude.data.waiting import stop_when
+from prelude.data.waiting import moves, stop_when
 from prelude.evaluators.comparing.label_table import print_labels
 from prelude.evaluators.finetuning import finetune
 from prelude.evaluators.finetuning.classifier import Classifier
@@ -20,7 +20,7 @@ from prelude.launch.outlook import print_with_outlook
 from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.launch.training import introduce, loader_settings, logs_of, tell_weights
-from prelude.pretrain import deepspeed_config, distributed
+from prelude.pretrain import attendance, deepspeed_config, distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.devices import peak_flops
 from prelude.pretrain.engine import Engine
@@ -38,6 +38,8 @@ def run(task: finetune.Task, command: str) -> int:
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)
         loaded: list[str] = []
         classifier = finetune.build(task, loaded.append)
+        attendance.goes_by(moves)
+        attendance.reach("indexing shards")
         loader = _loader_of(task, classifier, config)
         test = _testing(task, classifier, task.samples.test, loader.num_workers)
         curves = _curves(task, classifier, test, folder.path)

@@ -9,14 +9,14 @@ from pathlib import Path
 from prelude.data.errors import UserError
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.select import Selection
-from prelude.data.waiting import wait_at_most
+from prelude.data.waiting import moves, wait_at_most
 from prelude.data.whole_files import write_whole
 from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.judging import Evaluator, Judging, judge_all, labelled_shards
 from prelude.evaluators.labelled import Labelled, selection
 from prelude.evaluators.results import Result, print_table
 from prelude.launch.arguments import chosen, select_section
-from prelude.pretrain import distributed
+from prelude.pretrain import attendance, distributed
 from prelude.pretrain.environment import describe_code
 from prelude.pretrain.files import reason
 from prelude.pretrain.sameness import refuse_differences
@@ -87,6 +87,7 @@ def reading(args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
     keep_remote_shards(args.cache_dir, args.cache_gib)
     if distributed.launched_world_size() > 1:
         distributed.start()
+        attendance.goes_by(moves)
         refuse_differences({"arguments": given_words(argv), "code": describe_code()})
     return {
         "batch_size": args.batch_size,

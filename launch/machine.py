@@ -13,6 +13,7 @@ from pathlib import Path
 from prelude.data import host
 from prelude.data.counting import counted, size
 from prelude.data.errors import UserError, cause_of
+from prelude.data.host import ENOUGH_FILES, attainable_files, files_of_a_rank, raised
 from prelude.launch.finding import Finding, looked_at
 from prelude.pretrain import launchers
 
@@ -29,7 +30,7 @@ _OF_A_WORKER = 2 * 256 * 3 * 224 * 224  # bytes of the two micro-batches that it
 GIB = 2**30
 _ENOUGH_SHARED = GIB  # for any number of workers: they wait for one another where more would be used
 _LEAST_FREE = GIB
-_LEAST_FILES, _ENOUGH_FILES = 1024, 65536
+_LEAST_FILES = 1024
 _LIBRARIES = 0.75 * GIB  # of Python, torch and DeepSpeed in a rank's memory
 
 
@@ -152,33 +153,26 @@ def limits() -> Finding:
     locked, hard_locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     found = [f"open files {_limit(soft)} (at most {_limit(hard)}), locked memory {_limit(locked, size)}"]
     finding = Finding("limits", found)
-    if soft != resource.RLIM_INFINITY and soft < _LEAST_FILES:
+    least, attainable = max(_LEAST_FILES, files_of_a_rank(_num_ranks())), attainable_files()
+    if attainable < min(least, ENOUGH_FILES):  # a run raises its soft limit
         finding.wrong.append(
-            f"A process may open {soft} files, and a rank and its workers open shards, batches and connections, up to "
-            f"{_LEAST_FILES}; {_raised('-n', hard, _LEAST_FILES, _ENOUGH_FILES, 'nofile')}."
+            f"A process may open {attainable} files, and a rank and its workers open shards, batches and connections, "
+            f"up to {least}; {raised('-n', hard, least, ENOUGH_FILES, 'nofile')}."
         )
     if _has_infiniband() and locked != resource.RLIM_INFINITY:
         finding.wrong.append(
             f"There is InfiniBand here, for which NCCL locks memory, and a process may lock {_limit(locked, size)}; "
-            f"{_raised('-l', hard_locked, resource.RLIM_INFINITY, resource.RLIM_INFINITY, 'memlock')}."
+            f"{raised('-l', hard_locked, resource.RLIM_INFINITY, resource.RLIM_INFINITY, 'memlock')}."
         )
     return finding
 
 
-def _raised(flag: str, hard: int, least: int, enough: int, name: str) -> str:
-    """How a soft limit is raised: by anybody up to the hard one, and that by an administrator alone."""
-    wanted = "unlimited" if enough == resource.RLIM_INFINITY else str(enough)
-    in_docker = f"docker run --ulimit {name}={'-1' if wanted == 'unlimited' else wanted}"
-    if hard == resource.RLIM_INFINITY or (enough != resource.RLIM_INFINITY and hard >= enough):
-        return f"write `ulimit {flag} {wanted}` before the command, or {in_docker}"
-    if least != resource.RLIM_INFINITY and hard >= least:
-        return f"write `ulimit {flag} {hard}` before the command, the most that the hard limit allows, or {in_docker}"
-    service = {"nofile": "LimitNOFILE", "memlock": "LimitMEMLOCK"}[name]
-    return (
-        f"the hard limit is {hard}, which only an administrator can raise: `* - {name} {wanted}` in "
-        f"/etc/security/limits.conf and a new login, {service}= of the service (slurmd's, in a job), or {in_docker}; "
-        f"where `ulimit {flag}` of this shell has lowered it, a new shell is enough"
-    )
+def _num_ranks() -> int:
+    """As the variables have it; what is wrong with them is told of itself."""
+    try:
+        return launchers.world_size()
+    except UserError:
+        return 1
 
 
 def _has_infiniband() -> bool:

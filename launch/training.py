@@ -13,7 +13,7 @@ from prelude.data.loader import AlternatingLoader, Loader, alternating_loader, b
 from prelude.data.order import Shuffle
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.shards import indexable_shards
-from prelude.data.waiting import stop_when, wait_at_most
+from prelude.data.waiting import moves, stop_when, wait_at_most
 from prelude.data.workers import start_workers_by
 from prelude.evaluators.labelled import selection
 from prelude.evaluators.online import monitor as online
@@ -22,7 +22,7 @@ from prelude.launch.planning import Asked, plan, tell_measured
 from prelude.launch.run_folder import run_folder
 from prelude.objectives import check_objective, objective_class
 from prelude.objectives.building import build_objective
-from prelude.pretrain import compiling, deepspeed_config, distributed
+from prelude.pretrain import attendance, compiling, deepspeed_config, distributed
 from prelude.pretrain.batch_norm import has_batch_norms
 from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.config import Config, DataConfig
@@ -72,6 +72,8 @@ def train(config: Config) -> int:
     config = start.config
     with run_folder(config) as folder:
         objective = build_objective(config, start.warm)
+        attendance.goes_by(moves)
+        attendance.reach("indexing shards")
         loader = loader_of(config, objective.views)
         config = with_found_range(config, images_of(loader).value_range)
         folder.record(config)

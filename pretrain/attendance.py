@@ -6,6 +6,7 @@
 - Rank 0 reads all notes, the others read rank 0's and its verdict, so that a thousand ranks are a thousand small
   messages a second. After a minute of waiting rank 0 warns; after the limit every rank leaves with exit code 3 and one
   sentence that names rank, host and last checkpoint.
+- A rank whose data keep coming (an index of many shards takes longer than any limit) is warned of, and not given up.
 - It costs the step nothing: the main thread sets a few attributes (`reach`), threads do the rest, and none of them
   touches the device. They are daemons, and keep no process alive.
 """
@@ -16,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class _Here:
     doing = "starting"
     step: int | None = None
     in_collective = False
+    moves: Callable[[], int] = staticmethod(lambda: 0)  # how often something has come from its data
     checkpoint: str | None = None  # the last one, as a person would name it
 
 
@@ -53,8 +55,10 @@ class Note:
     lost: bool = False  # a collective failed under it
     left: int | None = None  # the exit code of a rank that has ended
     why: str = ""
+    moves: int = 0
     heard: float = 0.0
     since: float = 0.0  # at this place
+    moved: float = 0.0  # when something had come last
 
     def take(self, text: bytes, now: float) -> None:
         said = json.loads(text)
@@ -62,6 +66,8 @@ class Note:
             self.heard = now
         if said["place"] != self.place:
             self.since = now
+        if said.get("moves", 0) != self.moves:
+            self.moved = now
         for name, value in said.items():
             setattr(self, name, value)
 
@@ -70,6 +76,11 @@ def reach(doing: str, step: int | None = None) -> None:
     """Called on every rank, at the same places in the same order; `doing` completes "Rank 1 is …"."""
     _Here.place += 1
     _Here.doing, _Here.step = doing, step
+
+
+def goes_by(moves: Callable[[], int]) -> None:
+    """moves: grows while something comes to this rank, which for so long is not given up."""
+    _Here.moves = staticmethod(moves)
 
 
 def saved(checkpoint: str | None) -> None:
@@ -150,7 +161,7 @@ class Watch:
         step = "" if _Here.step is None else f" of step {_Here.step}"
         return {
             "number": self.number, "place": _Here.place, "doing": f"{_Here.doing}{step}{where}", "waits": waits,
-            "lost": self.lost, "left": self.left, "why": self.why,
+            "moves": _Here.moves(), "lost": self.lost, "left": self.left, "why": self.why,
         }  # fmt: skip
 
     def _look_at_main(self) -> tuple[bool, str]:
@@ -190,6 +201,8 @@ class Watch:
         if self.waiting_since is None or self.waiting_since[0] != (behind, awaited):
             self.waiting_since, self.warned = ((behind, awaited), now), False
         seconds = now - self.waiting_since[1]
+        moved = max((present[rank].moved for rank in awaited if not self._waits(present[rank], now)), default=0.0)
+        without = min(seconds, now - moved)
         for rank in awaited:
             note = present[rank]
             if note.left is not None:  # and so says nothing more
@@ -199,14 +212,14 @@ class Watch:
                 return self._sentence(
                     f"Rank {rank} on {self._host(rank)} has died; when last heard of it was {note.doing}"
                 )
-        if seconds > self.limit:
+        if without > self.limit:
             awaited = self._awaited(awaited, now)
-            return self._sentence(f"{awaited} for {seconds:.0f} s (train.rank_timeout_seconds)")
+            return self._sentence(f"{awaited} for {without:.0f} s (train.rank_timeout_seconds)")
         if seconds > self.warn_after and not self.warned:
             self.warned = True
             _print(
-                f"warning: {len(waiting)} of {self.meeting.world_size} ranks wait: {self._awaited(awaited, now)} for "
-                f"{seconds:.0f} s; the run ends after {self.limit:.0f} s of this."
+                f"warning: {len(waiting)} of {self.meeting.world_size} ranks wait: {self._awaited(awaited, now)} "
+                f"for {seconds:.0f} s; the run ends after {self.limit:.0f} s of this in which it reads nothing."
             )
         return None
 

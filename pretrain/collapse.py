@@ -16,6 +16,8 @@ evaluations:
 - What is judged is the median of each number over a window, the last twentieth of the run (`sustained`; a quarter of a
   short one), and over its newest third: the majority of the records decides, a single one neither accuses nor acquits,
   and what is passing already is not told. The loss is judged by its mean. A cause is told once, with what to change.
+- A window of more than 300 records is judged by 300 of them, evenly spaced: a judgement costs the same however long
+  the run is.
 - Steps of volumes are judged apart from those of images, by numbers whose names begin with `volume_`: an encoder may
   see one kind and be blind to the other.
 - A teacher that is an average over many steps lags behind, the more the faster the encoder learns. It is lost only if
@@ -23,9 +25,10 @@ evaluations:
 - From the first doubt on, the newest checkpoint from before it is kept; once a window without any lets it go again.
 - The run goes on, unless `collapse.stop` asks for its end, and then for that of every start that finds a sign standing.
   At its end a line says "healthy", "collapsed", or "too short to be judged". A resumed run remembers what was logged
-  before.
+  before: it takes in every record, and judges where it begins.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +57,7 @@ FEWEST = {"step": 3, "volumes": 3, "evaluation": 2}  # observations in a window,
 _GRACE, _SUSTAINED = (0.5, 500), (0.25, 100)  # at least: this share of the run, or so many steps where that is fewer
 _ON_VOLUMES = "on volumes, "
 _FAMILY = {"few_dimensions": "same_features"}  # of which `signs` names one at a time
+_MOST = 300  # records of a window that are looked at
 _TEACHER_SPANS = 3  # how often the steps that a teacher averages over
 
 
@@ -112,7 +116,7 @@ class CollapseWatch(Monitor):
         self.config, self.store, self.remedies = config, store, REMEDIES | dict(remedies or {})
         self.teacher_patience, self.run_dir = _TEACHER_SPANS * teacher_steps, run_dir
         self.num_steps = 0
-        self.seen: dict[str, list[_Seen]] = {source: [] for source in FEWEST}  # after the grace, of the window
+        self.seen = {source: _Window(fewest) for source, fewest in FEWEST.items()}  # after the grace
         self.standing: dict[str, dict[str, Sign]] = {source: {} for source in FEWEST}  # by source, then cause
         self.told: dict[tuple[bool, str], int] = {}  # (of volumes, cause): the step at which it was told
         self.raised: set[tuple[bool, str]] = set()  # the same, of this start
@@ -127,15 +131,22 @@ class CollapseWatch(Monitor):
         if not (self.run_dir and progress.step):
             return
         store, self.store = self.store, _Nobody()  # what was kept then is kept still
-        for line in self._lines("metrics.jsonl", progress.step):
-            self._observe_step(line["step"], line["parts"] | {"loss": line["loss"]})
+        logged = [
+            (line["step"], *_of_step(line["parts"] | {"loss": line["loss"]}))
+            for line in self._lines("metrics.jsonl", progress.step)
+        ]
         for line in self._lines("online.jsonl", progress.step):
             if line["kind"] == "evaluation":
-                self._observe("evaluation", line["step"], line["numbers"])
+                logged.append((line["step"], "evaluation", line["numbers"]))
             elif line["kind"] == "collapse":
                 self.told.setdefault((_ON_VOLUMES in line["text"], line["cause"]), line["step"])
             elif line["kind"] == "verdict":
                 self.concluded = line["step"] == progress.step == progress.num_steps
+        for step, source, numbers in sorted(logged, key=lambda one: one[0]):
+            self._take_in(source, step, numbers)
+        for source, seen in self.seen.items():
+            if seen:
+                self._judge(source)
         self.store, self.reports, self.raised = store, [], set()
 
     def _lines(self, log: str, step: int) -> list[dict]:
@@ -147,7 +158,8 @@ class CollapseWatch(Monitor):
 
     def record(self, record: StepRecord) -> None:
         self.num_steps = record.num_steps or self.num_steps
-        self._observe_step(record.step, record.parts | {"loss": record.loss})
+        source, numbers = _of_step(record.parts | {"loss": record.loss})
+        self._observe(source, record.step, numbers)
 
     def report(self, report: Report) -> None:
         if report.kind == "evaluation":
@@ -162,7 +174,7 @@ class CollapseWatch(Monitor):
         if self.concluded:
             return
         standing = [sign for signs_of in self.standing.values() for sign in signs_of.values()]
-        step = max((seen[-1].step for seen in self.seen.values() if seen), default=self.num_steps)
+        step = max((seen.newest.step for seen in self.seen.values() if seen), default=self.num_steps)
         if standing:
             verdict, text = "collapsed", f"the run has ended collapsed: {'; '.join(sign.found for sign in standing)}"
         elif self.judged:
@@ -190,41 +202,46 @@ class CollapseWatch(Monitor):
         share, steps = _SUSTAINED
         return max(self.config.sustained * self.num_steps, min(share * self.num_steps, steps))
 
-    def _observe_step(self, step: int, numbers: Mapping[str, float]) -> None:
-        if any(OF_VOLUMES + name in numbers for name in WATCHED):
-            self._observe("volumes", step, {name.removeprefix(OF_VOLUMES): value for name, value in numbers.items()})
-        else:
-            self._observe("step", step, numbers)
+    @property
+    def _longest(self) -> float:
+        return max(self._sustained, self.teacher_patience)
 
     def _observe(self, source: str, step: int, numbers: Mapping[str, float]) -> None:
+        self._take_in(source, step, numbers)
+        if step > self._grace:
+            self._judge(source)
+        self._keep_the_healthy()
+
+    def _take_in(self, source: str, step: int, numbers: Mapping[str, float]) -> None:
+        """All that an observation changes but for what is found by judging it."""
         numbers = {name: numbers[name] for name in WATCHED if name in numbers}
         self.watched |= bool(numbers.keys() - {"loss"})
+        doubtful = bool(signs(numbers, self.config))
         if step > self._grace:
-            self.seen[source].append(_Seen(step, numbers, bool(signs(numbers, self.config))))
-            self._judge(source, step)
-        elif not self._doubted and source != "evaluation" and not signs(numbers, self.config):
+            self.seen[source].append(_Seen(step, numbers, doubtful), self._longest)
+            if self._is_judged(source) and numbers.keys() - {"loss"}:
+                self.judged.add(source)
+        if source != "evaluation" and not doubtful and not self._doubted:
             self.healthy_step = step
-        self._keep_the_healthy(source, step)
 
-    def _judge(self, source: str, step: int) -> None:
+    def _is_judged(self, source: str) -> bool:
+        seen = self.seen[source]
+        began = self._grace + self._sustained
+        return self.num_steps >= SHORTEST and len(seen) >= FEWEST[source] and seen.newest.step >= began
+
+    def _judge(self, source: str) -> None:
         """Takes the medians over the window, and tells of a sign that is new."""
-        seen, first = self.seen[source], self.seen[source][0].step
-        longest = max(self._sustained, self.teacher_patience)
-        while len(seen) > FEWEST[source] and seen[1].step <= step - longest:
-            seen.pop(0)
-        recent = [each for each in seen if each.step > step - self._sustained]
-        recent = recent if len(recent) >= FEWEST[source] else seen[-FEWEST[source] :]
-        if self.num_steps < SHORTEST or len(recent) < FEWEST[source] or step < self._grace + self._sustained:
+        if not self._is_judged(source):
             return
-        if recent[-1].numbers.keys() - {"loss"}:
-            self.judged.add(source)
+        seen, step = self.seen[source], self.seen[source].newest.step
+        recent = seen.since(step - self._sustained)
         found = {sign.cause: sign for sign in signs(_typical(recent), self.config)}
         newest = recent[-max(len(recent) // 3, FEWEST[source]) :]
         still = {_FAMILY.get(sign.cause, sign.cause) for sign in signs(_typical(newest), self.config)}
         found = {cause: sign for cause, sign in found.items() if _FAMILY.get(cause, cause) in still}
         if "lost_teacher" in found and self.teacher_patience > self._sustained:
-            lagging = signs(_typical(seen), self.config)
-            if step - first < self.teacher_patience or "lost_teacher" not in {sign.cause for sign in lagging}:
+            lagging = signs(_typical(seen.all()), self.config)
+            if step - seen.reaches_to < self.teacher_patience or "lost_teacher" not in {sign.cause for sign in lagging}:
                 del found["lost_teacher"]
         if source == "volumes":
             found = {cause: replace(sign, found=_ON_VOLUMES + sign.found) for cause, sign in found.items()}
@@ -240,12 +257,10 @@ class CollapseWatch(Monitor):
 
     @property
     def _doubted(self) -> bool:
-        return any(each.doubtful for seen in self.seen.values() for each in seen)
+        return any(seen.num_doubtful for seen in self.seen.values())
 
-    def _keep_the_healthy(self, source: str, step: int) -> None:
+    def _keep_the_healthy(self) -> None:
         if not self._doubted:
-            if source != "evaluation" and step > self._grace:
-                self.healthy_step = step
             if not self.told:
                 self.store.release()
         elif self.healthy_step is not None and not self.told:
@@ -271,6 +286,44 @@ class _Seen:
     doubtful: bool  # whether it shows a sign by itself
 
 
+class _Window:
+    """The observations of one source that can still decide something. Costs the same at any length."""
+
+    def __init__(self, fewest: int):
+        self.fewest = fewest
+        self.num_doubtful = 0
+        self._seen: list[_Seen] = []
+        self._first = 0  # those before it are past, and dropped when they are the most
+        self.reaches_to = 0  # the oldest step before the newest observation
+
+    def __len__(self) -> int:
+        return len(self._seen) - self._first
+
+    @property
+    def newest(self) -> _Seen:
+        return self._seen[-1]
+
+    def append(self, one: _Seen, longest: float) -> None:
+        """longest: steps that the window goes back, and one observation further."""
+        self._seen.append(one)
+        self.num_doubtful += one.doubtful
+        self.reaches_to = self._seen[self._first].step
+        while len(self) > self.fewest and self._seen[self._first + 1].step <= one.step - longest:
+            self.num_doubtful -= self._seen[self._first].doubtful
+            self._first += 1
+        if self._first > len(self):
+            del self._seen[: self._first]
+            self._first = 0
+
+    def all(self) -> list[_Seen]:
+        return self._seen[self._first :]
+
+    def since(self, step: float) -> list[_Seen]:
+        """After this step, or else the fewest."""
+        begin = bisect_right(self._seen, step, lo=self._first, key=lambda each: each.step)
+        return self._seen[min(begin, len(self._seen) - self.fewest) :]
+
+
 class _Nobody:
     def hold(self, step: int) -> None:
         return None
@@ -279,9 +332,19 @@ class _Nobody:
 
 
 def _typical(seen: list[_Seen]) -> dict[str, float]:
-    """Of each number the median over the observations that have it; of the loss the mean, as batches differ in luck."""
+    """Of each number the median over the observations that have it; of the loss the mean, as batches differ in luck.
+    Of very many, over some."""
+    if len(seen) > _MOST:
+        seen = [seen[place * (len(seen) - 1) // (_MOST - 1)] for place in range(_MOST)]
     found = {}
     for name in dict.fromkeys(name for each in seen for name in each.numbers):
         of = mean if name in ("loss", TRIVIAL_LOSS) else median
         found[name] = of(each.numbers[name] for each in seen if name in each.numbers)
     return found
+
+
+def _of_step(numbers: Mapping[str, float]) -> tuple[str, Mapping[str, float]]:
+    """(source, numbers by their plain names) of a logged step."""
+    if any(OF_VOLUMES + name in numbers for name in WATCHED):
+        return "volumes", {name.removeprefix(OF_VOLUMES): value for name, value in numbers.items()}
+    return "step", numbers

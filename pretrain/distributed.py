@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from prelude.data.errors import UserError
-from prelude.data.host import num_cores
+from prelude.data.host import num_cores, raise_files, refuse_few_files
 from prelude.pretrain import attendance, launchers, stopping
 from prelude.pretrain.meeting import meet
 
@@ -75,6 +75,7 @@ def start(rank_timeout: float = RANK_TIMEOUT) -> torch.device:
     work, RunStopped when ranks do not come.
     """
     launchers.complete()
+    raise_files()
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -121,6 +122,7 @@ def _join(backend: str, rank_timeout: float) -> None:
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
+    refuse_few_files(world)
     warn_after = min(_WARN_AFTER, rank_timeout / 2)
     meeting = meet(mine, world, limit=rank_timeout, warn_after=warn_after, holds={"cores": _cores(), **_Given.holds})
     _Given.sharing = meeting.sharing
@@ -155,6 +157,7 @@ class _Given:
 class _Watching:
     watch: attendance.Watch | None = None
     ended_by_a_thread = False  # which tells the others so first
+    gathered = 0  # times
 
 
 def stop() -> None:
@@ -214,6 +217,16 @@ def _cores() -> str:
 def default_num_workers() -> int:
     """Loader workers of a rank: its share of the cores beside a GPU; one where the cores do the training."""
     return cores_per_rank() if torch.cuda.is_available() else 1
+
+
+def gather() -> None:
+    """Returns once all ranks have come, however long one takes whose data keep coming: a collective has torch's own
+    limit, after which nobody is named."""
+    if _Watching.watch is None:
+        return
+    _Watching.gathered += 1
+    with explained(), attendance.collective():
+        _Watching.watch.meeting.gather(_Watching.gathered)
 
 
 def barrier() -> None:

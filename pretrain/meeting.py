@@ -19,6 +19,7 @@ from prelude.data.counting import shortened
 from prelude.data.errors import RunStopped, UserError, cause_of
 
 _LOOK_EVERY = 0.2  # seconds
+_LOOKS_A_SECOND = 256  # of all ranks together, at rank 0's store
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Meeting:
     def connect(self) -> dist.Store:
         """A connection of its own: one that waits keeps nobody else waiting."""
         return _prefixed(dist.TCPStore(*self.address, is_master=False, wait_for_workers=False))
+
+    def gather(self, nth: int) -> None:
+        """Returns once all ranks have come to this place, which is the nth. Raises dist.DistError."""
+        place = f"gathered/{nth}"
+        self.store.add(place, 1)
+        while self.store.add(place, 0) < self.world_size:
+            time.sleep(max(_LOOK_EVERY, self.world_size / _LOOKS_A_SECOND))
 
 
 def meet(

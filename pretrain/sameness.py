@@ -13,6 +13,7 @@ from prelude.pretrain.resume import flat
 def refuse_differences(facts: dict) -> None:
     """facts: names and plain values, nested or not. Collective. Raises UserError, the same on every rank, naming the
     first rank that differs from rank 0, and in what."""
+    distributed.gather()  # one may have had its shards to index
     mine = {name: str(value) for name, value in flat(facts).items()}
     (host, first), *others = distributed.of_all((distributed.host(), mine))
     different = [
