@@ -4,10 +4,13 @@
   first at first. Processes of a node share the work: a shard that another one is fetching is passed over.
 - No further ahead than the cache has room for; what will be needed soon is not removed. Those that read side by side,
   images and volumes, have a part of the room each.
+- A look into the order ends at a few dozen shards that are missing, or where the next hundreds of thousands of samples
+  are here, and comes again when these are fetched, or the reader has moved on. Where all are here to stay, no more.
 - A fetch ahead that fails is no end of the run: whoever needs the shard tries again, and tells.
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -30,7 +33,10 @@ log = logging.getLogger(__name__)
 AT_ONCE = 8  # shards that a node fetches
 _LOOK_SECONDS = 0.2
 _REST_SECONDS = 1.0  # when all that has room is there, and after a failure
-_PLAN_SECONDS = 2.0  # for which a plan is good
+_PLAN_SECONDS = 2.0  # for which a plan is good, at least; a longer look is good for longer
+_PLANNING = 1 / 20  # of the time, at most
+_MOST_MISSING = 4 * AT_ONCE  # shards of a plan that are to be fetched
+_MOST_SAMPLES = 2**18  # that a plan looks through, a quarter of a second's work and many seconds' reading
 
 
 def fetch_ahead(steps, source, index: ShardIndex, room: float = 1.0):
@@ -61,9 +67,15 @@ class _Ahead:
     """The shards that come next, and the threads that fetch them."""
 
     def __init__(self, index: ShardIndex, samples_from: Callable[[int], Iterator[np.ndarray]], room: float):
-        self.paths, self.ends, self.samples_from, self.room = index.paths, index.ends, samples_from, room
+        self.paths, self.ends, self.samples_from = index.paths, index.ends, samples_from
+        self.remote = {path for path in self.paths if isinstance(path, RemoteShard)}
+        limit = room * next(iter(self.remote)).cache.limit
+        self.holds_all = _bytes(self.remote) <= limit
+        self.room = math.inf if self.holds_all else limit - max(shard.size for shard in self.remote)
         self.nth, self.left = 0, threading.Event()
-        self.lock, self.plan, self.planned_for, self.planned_at = threading.Lock(), [], -1, -_PLAN_SECONDS
+        self.lock, self.plan, self.planned_for, self.due_at = threading.Lock(), [], -1, 0.0
+        self.continues = False  # once its shards are here
+        self.plans = 0
         self.failed_at: dict[str, float] = {}
 
     def run(self) -> None:
@@ -78,7 +90,7 @@ class _Ahead:
     def _fetch_next(self) -> bool:
         """Whether there is nothing to be done for a while."""
         missing = [shard for shard in self._next_shards() if not shard.is_here()]
-        planned_at = self.planned_at
+        plans = self.plans
         for shard in missing:
             if time.monotonic() - self.failed_at.get(shard, -_REST_SECONDS) < _REST_SECONDS:
                 continue
@@ -88,39 +100,54 @@ class _Ahead:
             except RunStopped as error:
                 self.failed_at[shard] = time.monotonic()
                 log.debug("%s", error)
-            if self.planned_at != planned_at:
+            if self.plans != plans:
                 break
         return not missing
 
     def _next_shards(self) -> list[RemoteShard]:
         with self.lock:
-            if self.planned_for != self.nth and time.monotonic() - self.planned_at > _PLAN_SECONDS:
-                self.planned_for = self.nth
+            if self._is_due():
+                self.planned_for, began = self.nth, time.monotonic()
                 self.plan = self._planned(self.planned_for)
-                self.planned_at = time.monotonic()
+                took = time.monotonic() - began
+                self.due_at = began + max(_PLAN_SECONDS, took / _PLANNING)
+                self.plans += 1
         for shard in self.plan:
             shard.will_be_needed()
         return self.plan
 
+    def _is_due(self) -> bool:
+        if self.continues and all(shard.is_here() for shard in self.plan):
+            return True
+        return self.planned_for != self.nth and time.monotonic() >= self.due_at
+
     def _planned(self, nth: int) -> list[RemoteShard]:
-        """Those of the next positions, as many as have room beside one that is being fetched for a reader."""
+        """Those of the next positions, as many as have room beside one that is being fetched for a reader, and no more
+        than `_MOST_MISSING` that are not here. Ends the threads where all are here, and the cache holds them all."""
         found: dict[int, RemoteShard] = {}
-        num_remote = sum(isinstance(path, RemoteShard) for path in self.paths)
-        largest = max((path.size for path in self.paths if isinstance(path, RemoteShard)), default=0)
-        room = None
+        room, num_missing, num_looked_at = self.room, 0, 0
+        self.continues = False
         for samples in self.samples_from(nth):
             numbers, first = np.unique(np.searchsorted(self.ends, samples, side="right"), return_index=True)
             for number in numbers[np.argsort(first)].tolist():
                 shard = self.paths[number]
                 if number in found or not isinstance(shard, RemoteShard):
                     continue
-                room = self.room * shard.cache.limit - largest if room is None else room
                 room -= shard.size
                 if room < 0 and found:
                     return list(found.values())
                 found[number] = shard
-            if len(found) == num_remote or self.left.is_set():
+                num_missing += not shard.is_here()
+                if num_missing == _MOST_MISSING:
+                    self.continues = True
+                    return list(found.values())
+            num_looked_at += len(samples)
+            if num_looked_at >= _MOST_SAMPLES or len(found) == len(self.remote) or self.left.is_set():
                 break
+        if self.holds_all:
+            self.continues = num_missing > 0  # to see whether that was all
+            if not num_missing and all(shard.is_here() for shard in self.remote):
+                self.left.set()
         return list(found.values())
 
 

@@ -26,6 +26,7 @@ from prelude.data.whole_files import own_draft, write_whole
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 4
+_SILENT_SECONDS = 86400  # after which nobody is writing a draft any more
 
 
 def folder() -> Path:
@@ -35,6 +36,15 @@ def folder() -> Path:
 def keep(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content, own_draft(path), synced=False)
+
+
+def remove_left_drafts() -> None:
+    """Those of processes that were killed: every draft has a name of its own, and nobody would write over it."""
+    for pattern in ("*.tmp", ".tmp-*", "shards/.tmp-*"):  # of `places`, and of `own_draft`
+        for path in folder().glob(pattern):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _SILENT_SECONDS:
+                    path.unlink()
 
 
 def hash_of(content) -> str:
@@ -76,6 +86,7 @@ def kept_numbers(
         if (table := _mapped(path)) is None:
             with alone(f"{path}.lock"):
                 if (table := _mapped(path)) is None:
+                    remove_left_drafts()
                     computed, about = compute()
                     write_images(path, lambda: [computed], lambda: about)
                     table = Mapped(path)

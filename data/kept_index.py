@@ -4,13 +4,15 @@
   mapped: opening it takes the same time and memory whatever lies in the shards. See `places`.
 - Both are kept under the paths, sizes and times of change of the tars: one that has changed is read again, and none
   else. Other sets of the same shards, and other labels, need no look at the tars.
-- One process of a node makes what is missing, and the others wait for it. Files are written to the side and renamed.
+- One process of a node makes what is missing, and the others wait for it. Where locks do not keep them apart they share
+  the shards, each passing over what is known by then. Files are written to the side and renamed.
 - Where nothing can be kept, each process makes an index in its memory; so it does of a folder of images.
 """
 
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,16 @@ from prelude.data.errors import RunStopped, cause_of
 from prelude.data.image_files import ARRAY_EXTENSION
 from prelude.data.image_folder import ImageFolder
 from prelude.data.index_file import Entry
-from prelude.data.kept_files import CACHE_VERSION, folder, hash_of, keep, mark_used, used_at, warn_unkept
+from prelude.data.kept_files import (
+    CACHE_VERSION,
+    folder,
+    hash_of,
+    keep,
+    mark_used,
+    remove_left_drafts,
+    used_at,
+    warn_unkept,
+)
 from prelude.data.locks import alone
 from prelude.data.places import Chained, Mapped, Places, write_images, write_labels
 from prelude.data.remote_shards import RemoteShard, named, shard_name
@@ -164,6 +175,7 @@ def _made(sought: _Sought) -> Kept:
         if sought.label:
             _write_labels(sought)
         _remove_superseded(sought)
+        remove_left_drafts()
         kept = _opened(sought)
     if kept is None:
         raise OSError(f"what was written to {sought.path()} is not there")
@@ -174,11 +186,18 @@ def _know_each(sought: _Sought) -> None:
     """Keeps what is in each shard, as far as that is not known yet."""
     remote_index.read_index_files([path for path, image in zip(sought.paths, sought.images, strict=True) if not image])
     shards = sought.shards()
+    begin = _own_place(len(shards))
+    shards = [*shards[begin:], *shards[:begin]]
     local = [shard for shard in shards if not isinstance(shard[0], RemoteShard) and not _kept_file(*shard).exists()]
-    walk_all(local, _know_local, sought.walks)
+    walk_all(local, _know_unless_kept, sought.walks)
     remote = [shard for shard in shards if isinstance(shard[0], RemoteShard)]
     for _ in in_threads(_entry, remote, lambda shard: f"the headers of {shard[0]}"):
         moved()
+
+
+def _own_place(count: int) -> int:
+    """Where this process begins: others may be walking the same shards, where locks do not keep them apart."""
+    return int(hash_of([socket.gethostname(), os.getpid()]), 16) % max(count, 1)
 
 
 def _write_images(sought: _Sought) -> None:
@@ -243,6 +262,11 @@ def _entry(shard: tuple) -> Entry:
         return index_file.read(_kept_file(path, state, image).read_bytes())[shard_name(path)]
     except (OSError, ValueError, KeyError):  # not there yet, or spoilt
         return _know_local(shard)
+
+
+def _know_unless_kept(shard: tuple) -> None:
+    if not _kept_file(*shard).exists():  # by now
+        _know_local(shard)
 
 
 def _know_local(shard: tuple) -> Entry:

@@ -3,11 +3,15 @@
 import contextlib
 import errno
 import fcntl
+import functools
+import logging
 import os
 import time
 from collections.abc import Iterator
 
 from prelude.data.waiting import moved, while_it_moves
+
+log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.05
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -33,7 +37,7 @@ def is_at(fd: int, path: str) -> bool:
 @contextlib.contextmanager
 def alone(path: str) -> Iterator[None]:
     """Nobody else is within the same `path`, which is a file as long as somebody is. Progress of who is within is
-    progress of those who wait. A file system without locks lets everybody in.
+    progress of those who wait. A file system without locks lets everybody in, which is told once.
 
     Raises OSError where the file cannot be written.
     """
@@ -48,6 +52,15 @@ def alone(path: str) -> Iterator[None]:
         os.close(fd)
 
 
+@functools.cache  # once for a folder
+def _warn_unlocked(folder: str) -> None:
+    log.warning(
+        "%s lies on a file system without locks (flock), so processes may do the same work there side by side; set "
+        "PRELUDE_CACHE to a folder on a disk of the node",
+        folder,
+    )
+
+
 def _locked(path: str) -> int:
     before = 0
     while True:
@@ -57,6 +70,7 @@ def _locked(path: str) -> int:
                 return fd
         except OSError as error:
             if error.errno in _NO_LOCKS:
+                _warn_unlocked(os.path.dirname(path))
                 return fd
             os.close(fd)
             raise

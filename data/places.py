@@ -144,10 +144,23 @@ class Chained(Places):
         return found
 
 
+class Column:
+    """(N,) int64: the first numbers of a table, which stay where they are."""
+
+    def __init__(self, table: Places):
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        return self.table[rows, 0]
+
+
 class Taken(Places):
     """Some rows of a table. rows: (n,) int64."""
 
-    def __init__(self, table: Places | np.ndarray, rows: np.ndarray):
+    def __init__(self, table: Places | np.ndarray, rows: np.ndarray | Column):
         self.table, self.rows = table, rows
 
     def __len__(self) -> int:

@@ -31,12 +31,13 @@ from prelude.data.kept_files import remembered
 from prelude.data.kept_index import Shard, load_all
 from prelude.data.labels import extension_of, label_name
 from prelude.data.patterns import expand, is_remote
-from prelude.data.places import Chained, Places, Taken
+from prelude.data.places import Chained, Column, Places, Taken
 from prelude.data.remote_shards import RemoteShard, named, remote_shards, shard_name
 from prelude.data.tar_index import SEVERAL, keys_by_offset
 from prelude.data.value_range import resolved
 from prelude.data.waiting import called, moved
 
+_TAKEN_AT_ONCE = 2**20  # samples of a subset whose shards are looked up
 _COMMAND = re.compile(r"\s*pipe:", re.IGNORECASE)
 
 
@@ -84,7 +85,7 @@ class ShardIndex:
         self.paths = tuple(indexable_shards(shards))
         self.images_named = (image.lower().removeprefix("."),) * len(self.paths)  # by shard
         self.parts: tuple[Part, ...] = ()  # of several data sets, see `joined`
-        self._taken: np.ndarray | None = None  # of a subset: its samples' places among all of these shards
+        self._taken: np.ndarray | Column | None = None  # of a subset: its samples' places among all of these shards
         self._joined: Sequence[ShardIndex] = ()  # of several data sets: their indexes
         self.classes: tuple[str, ...] = ()  # names in the order of their numbers, where labels are text
         self._read(label_name(label))
@@ -126,8 +127,11 @@ class ShardIndex:
         known = all(index._identity for index in indexes)
         self._identity = " ".join(index._identity for index in indexes) if known else ""
 
-    def _take(self, sample_ids: np.ndarray) -> None:
-        self.counts = np.bincount(np.searchsorted(self.ends, sample_ids, side="right"), minlength=self.num_shards)
+    def _take(self, sample_ids: np.ndarray | Column) -> None:
+        self.counts = np.zeros(self.num_shards, np.int64)
+        for begin in range(0, len(sample_ids), _TAKEN_AT_ONCE):
+            shards = np.searchsorted(self.ends, sample_ids[begin : begin + _TAKEN_AT_ONCE], side="right")
+            self.counts += np.bincount(shards, minlength=self.num_shards)
         self.images = Taken(self.images, sample_ids)
         self.labels = Taken(self.labels, sample_ids) if len(self.labels) else self.labels
         self.ends = np.cumsum(self.counts)
@@ -209,7 +213,7 @@ class ShardIndex:
         other.fingerprint = other._fingerprint()
         return other
 
-    def subset(self, sample_ids: np.ndarray) -> "ShardIndex":
+    def subset(self, sample_ids: np.ndarray | Column) -> "ShardIndex":
         """The data set of these samples alone, numbered anew from 0 in the order of the tar, with a fingerprint of
         its own. sample_ids: (n,) int64, growing, at least one.
         """

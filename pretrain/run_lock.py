@@ -60,9 +60,28 @@ class RunLock:
             holder, touched = _read(descriptor), os.fstat(descriptor).st_mtime
         finally:
             os.close(descriptor)
-        here = holder.get("boot") == _boot()
-        if holder and (self._runs(holder) if here else time.time() - touched < PATIENCE):
+        if holder and self._may_live(holder, touched):
             raise UserError(self._refusal(holder))
+
+    def is_held(self) -> bool | None:
+        """Whether a holder lives, found out without waiting; one on another machine does if its last heartbeat is
+        recent. None where nothing says who holds the folder."""
+        if _identity(self.path) in _held:
+            return True
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            holder, touched = _read(descriptor), os.fstat(descriptor).st_mtime
+            if not holder:  # maybe one that has not written yet, and must find the lock free
+                return None
+            locked = _locked(descriptor)
+            if locked and holder.get("boot") == _boot():
+                return False
+            return locked is False or self._may_live(holder, touched)
+        finally:
+            os.close(descriptor)
 
     def release(self) -> None:
         """Leaves the folder as it would be without the lock; what cannot be undone is left to the next start."""
@@ -125,6 +144,10 @@ class RunLock:
             if os.fstat(descriptor).st_mtime_ns != seen:
                 return True
         return False
+
+    def _may_live(self, holder: dict, touched: float) -> bool:
+        """By what it wrote and when it last did."""
+        return self._runs(holder) if holder.get("boot") == _boot() else time.time() - touched < PATIENCE
 
     def _runs(self, holder: dict) -> bool:
         return holder.get("started", "") == _started(holder.get("process"))

@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -42,13 +41,13 @@ from prelude.data.shards import ShardIndex
 from prelude.data.whole_files import sync_to_disk
 from prelude.evaluators.features.extraction import Extractor, NothingReadable
 from prelude.evaluators.features.snapshot import snapshot
+from prelude.evaluators.features.unfinished import UNFINISHED, unfinished_folder
 from prelude.pretrain import distributed
 from prelude.pretrain.collectives import row_counts
 from prelude.pretrain.sameness import refuse_differences
 
 FORMAT = 3
 VALUES, SAMPLE_IDS, ABOUT = "values.f32", "sample_ids.i64", "about.json"
-UNFINISHED = ".unfinished-"
 FITS = "fits"  # folder of what was found on them, see `evaluators.kept_fits`
 COPY_BYTES = 2**24
 _ENTRY = re.compile(rf"[0-9a-f]{{24}}|{re.escape(UNFINISHED)}[0-9a-f]+")  # nothing else is ours
@@ -140,27 +139,24 @@ class Bank:
 
     def _fill(self, extractor: Extractor, index: ShardIndex, identities: dict, batch_size, num_workers, told) -> None:
         refuse_differences({"features": identities})
-        unfinished = distributed.from_main(self._new_folder() if distributed.is_main() else None)
         try:
-            self._refuse_unless_shared(unfinished)
-            part = _Part(unfinished, index, distributed.rank(), distributed.world_size())
-            with encoding(index.num_samples, told) as heard:
-                part.write(extractor, batch_size, num_workers, heard)
-            counts = row_counts(part.count)  # every rank has written when this returns
-            if not sum(counts):
-                raise NothingReadable(index.named)
-            if distributed.is_main():
-                for kind, identity in identities.items():
-                    self._finish(unfinished / kind, part.starts, counts, identity)
-            distributed.barrier()
+            with unfinished_folder(self.folder) as unfinished:
+                self._refuse_unless_shared(unfinished)
+                part = _Part(unfinished, index, distributed.rank(), distributed.world_size())
+                with encoding(index.num_samples, told) as heard:
+                    part.write(extractor, batch_size, num_workers, heard)
+                counts = row_counts(part.count)  # every rank has written when this returns
+                if not sum(counts):
+                    raise NothingReadable(index.named)
+                if distributed.is_main():
+                    for kind, identity in identities.items():
+                        self._finish(unfinished / kind, part.starts, counts, identity)
+                distributed.barrier()
         except OSError as error:
             raise UserError(
                 f"Features cannot be kept in {self.folder} ({cause_of(error)}); write --bank with a folder "
                 f"that has room."
             ) from error
-        finally:
-            if distributed.is_main():
-                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _read(self, folder: Path, recipe: dict) -> Rows:
         about = _about(folder)
@@ -184,16 +180,6 @@ class Bank:
                 f"command again, or write --bank with a folder that has room."
             ) from None
         return Rows(torch.from_numpy(values), torch.from_numpy(ids), recipe)
-
-    def _new_folder(self) -> Path:
-        unfinished = self.folder / f"{UNFINISHED}{secrets.token_hex(4)}"
-        try:
-            unfinished.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"Features cannot be kept in {self.folder} ({cause_of(error)}); write --bank DIR."
-            ) from None
-        return unfinished
 
     def _refuse_unless_shared(self, unfinished: Path) -> None:
         (blind,) = distributed.total(not unfinished.is_dir())

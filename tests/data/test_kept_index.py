@@ -1,5 +1,6 @@
 """The index of a data set on the disk: small, mapped, made once, and the same whoever opens it and however."""
 
+import errno
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from prelude.data import index_file, kept_index, waiting, walking
+from prelude.data import index_file, kept_index, locks, waiting, walking
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.index_file import Entry
@@ -163,12 +164,57 @@ def test_who_comes_later_waits_for_who_is_at_it(tmp_path):
     assert order == ["first", "second"] and not os.listdir(tmp_path)
 
 
+def test_where_there_are_no_locks_processes_share_the_walk_and_it_is_told(write_shards, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    monkeypatch.setattr(walking, "num_cores", lambda: 1)
+    paths, walked, numbers = write_shards([2] * 6), [], iter(range(2))
+    monkeypatch.setattr(kept_index, "_own_place", lambda count: 3 * next(numbers))  # as two processes would begin
+    meeting = threading.Barrier(2)
+
+    def walk(path, image):
+        walked.append(path)
+        if path in (paths[0], paths[3]) and walked.count(path) == 1:
+            meeting.wait(20)  # both are at it
+        return index_every_label(path, image)
+
+    monkeypatch.setattr(kept_index, "index_every_label", walk)
+    with ThreadPoolExecutor(2) as threads:
+        built = list(threads.map(lambda _: ShardIndex(paths).num_samples, range(2)))
+    assert built == [12, 12] and sorted(set(walked)) == paths
+    assert len(walked) <= 7  # the last one may be under way there
+    assert sum("without locks" in record.message for record in caplog.records) == 1
+
+
+def test_processes_begin_at_places_of_their_own(monkeypatch):
+    begun = set()
+    for pid in range(8):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        begun.add(kept_index._own_place(10_000))
+    assert len(begun) == 8 and max(begun) < 10_000 and kept_index._own_place(0) == 0
+
+
+def test_drafts_that_killed_processes_left_are_removed_from_the_cache(write_shards, cache):
+    folder = cache / "index"
+    old, young = [[folder / name.format(age) for name in ("{}.tmp", "shards/.tmp-{}")] for age in ("old", "young")]
+    (folder / "shards").mkdir(parents=True)
+    for path in (*old, *young):
+        path.write_bytes(b"1")
+    for path in old:
+        os.utime(path, (1e9, 1e9))
+    ShardIndex(write_shards([2]))
+    assert all(path.exists() for path in young) and not any(path.exists() for path in old)
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_many_processes_walk_and_one_that_dies_costs_time_alone(write_shards, monkeypatch, dies):
     paths, parent = write_shards([2] * 6), os.getpid()
     expected = [index_every_label(path)[""].images.tolist() for path in paths]
     monkeypatch.setattr(walking, "ALONE_SECONDS", -1)
     monkeypatch.setattr(walking, "num_cores", lambda: 3)
+    monkeypatch.setattr(kept_index, "_own_place", lambda count: 0)  # the one that dies is the last of its process
     here = []
 
     def walk(path, image):

@@ -2,14 +2,16 @@
 
 import errno
 import json
+import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from prelude.data import select
 from prelude.data.batch import View, ViewPlan
-from prelude.data.errors import UserError
+from prelude.data.errors import RunStopped, UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.select import Selection, selected
@@ -167,6 +169,59 @@ def test_keys_that_cannot_be_read_are_told_why_whatever_the_error_says(index, wr
     selection = write_keys("000001")
     monkeypatch.setattr(select, "called", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match=rf"cannot be read \({told}.*\); write a file that can"):
+        selected(index, selection, "data.select")
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """What is read of the shards for a selection."""
+    found = []
+    for name in ("keys_in", "label_members"):
+        read = getattr(select, name)
+        monkeypatch.setattr(select, name, lambda *of, name=name, read=read: found.append(name) or read(*of))
+    return found
+
+
+def test_keys_and_labels_are_read_once_on_a_node(kinds, write_keys, reads, monkeypatch):
+    keys = write_keys(*"0124567").keys
+    selection = Selection(keys, "txt", ("cat", "dog"), 0.5)
+    first = selected(ShardIndex(kinds), selection, "data.select")
+    assert reads == ["keys_in", "label_members"]
+    again = selected(ShardIndex(kinds), selection, "data.select")
+    assert len(reads) == 2 and again.fingerprint == first.fingerprint and keys_of(again) == keys_of(first)
+    assert np.array_equal(again.with_label("txt").labels[:], first.with_label("txt").labels[:])
+    sent = pickle.loads(pickle.dumps(again))
+    assert np.array_equal(sent.images[:], first.images[:]) and sent.counts.tolist() == first.counts.tolist()
+    part = again.subset(np.array([1]))
+    assert keys_of(part) == keys_of(first)[1:2] and part.with_label("txt").num_samples == 1
+
+
+def test_another_list_selection_or_shard_is_read_anew(tmp_path, kinds, write_keys, write_tar, image, reads):
+    assert keys_of(selected(ShardIndex(kinds), write_keys("0", "1"), "data.select")) == ["0", "1"]
+    assert keys_of(selected(ShardIndex(kinds), write_keys("0", "2"), "data.select")) == ["0", "2"]
+    assert keys_of(selected(ShardIndex(kinds), replace(write_keys("0", "2"), share=0.5), "data.select")) != ["0", "2"]
+    for values, taken in (("dog",), ["1"]), (("emu",), ["4"]):
+        assert keys_of(selected(ShardIndex(kinds), Selection(label="txt", values=values), "data.select")) == taken
+    assert len(reads) == 5
+    write_tar(tmp_path / "kinds.tar", [("2.ppm", image(1)), ("0.ppm", image(2)), ("1.ppm", image(3))])
+    assert keys_of(selected(ShardIndex(kinds), write_keys("0", "2"), "data.select")) == ["2", "0"] and len(reads) == 6
+    (tmp_path / "keys.txt").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        selected(ShardIndex(kinds), Selection(keys=str(tmp_path / "keys.txt")), "data.select")
+
+
+def test_a_list_that_names_a_shard_by_its_path_is_not_that_of_other_spellings(kinds, write_keys, monkeypatch, tmp_path):
+    selection = write_keys(f"{kinds}:1")
+    assert selected(ShardIndex(kinds), selection, "data.select").num_samples == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not found"):
+        selected(ShardIndex("kinds.tar"), selection, "data.select")
+
+
+def test_a_list_that_changes_while_it_is_read_is_not_kept(index, write_keys, monkeypatch):
+    selection, read = write_keys("000001"), select.keys_in
+    monkeypatch.setattr(select, "keys_in", lambda path: write_keys("000002") and read(path))
+    with pytest.raises(RunStopped, match="was changed while it was read"):
         selected(index, selection, "data.select")
 
 

@@ -109,6 +109,27 @@ def test_where_locks_do_not_reach_another_host_a_heartbeat_tells(tmp_path, holde
     assert "was held by process" in said[0] and "on node7" in said[0]
 
 
+def test_whether_a_folder_is_held_is_found_out_without_waiting(tmp_path, holder, monkeypatch):
+    folder = tmp_path / "run"
+    asked = RunLock(folder)
+    assert asked.is_held() is True and RunLock(tmp_path / "none").is_held() is None
+    without_locks(monkeypatch)
+    assert asked.is_held() is True  # looked up among the processes
+    monkeypatch.undo()
+    holder.kill()
+    holder.wait()
+    assert asked.is_held() is False and (folder / NAME).exists()
+    without_locks(monkeypatch)
+    assert asked.is_held() is False
+    monkeypatch.undo()
+    on_another_host(folder)
+    assert asked.is_held() is True  # it was touched a moment ago
+    os.utime(folder / NAME, (1e9, 1e9))
+    assert asked.is_held() is False
+    (folder / NAME).write_text("")
+    assert asked.is_held() is None
+
+
 def test_without_locks_a_holder_on_this_host_is_looked_up_among_its_processes(tmp_path, holder, monkeypatch):
     without_locks(monkeypatch, errno.EOPNOTSUPP)
     with pytest.raises(UserError, match=f"process {holder.pid}"):

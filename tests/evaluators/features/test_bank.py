@@ -214,10 +214,41 @@ def test_a_crash_while_writing_leaves_nothing(index, encoder, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     bank = Bank(tmp_path / "bank")
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(module, "_write_at", full)
     with pytest.raises(UserError, match="No space left"):
         bank.rows(encoder, index)
     assert bank.entries() == [] and list((tmp_path / "bank").iterdir()) == []
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from prelude.evaluators.features.unfinished import unfinished_folder
+with unfinished_folder(Path(sys.argv[1])) as folder:
+    (folder / "pixels").mkdir()
+    (folder / "pixels" / "values.f32").write_bytes(b"1234")
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_evaluation_left_is_removed_by_the_next_and_nothing_of_one_that_lives(index, tmp_path):
+    folder, pipes = tmp_path / "bank", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], **pipes, text=True)
+    held = folder / process.stdout.readline().strip()
+    young, old = (folder / f".unfinished-{name}" for name in ("0123", "4567"))  # of an earlier version, which held none
+    try:
+        young.mkdir()
+        old.mkdir()
+        os.utime(old, (1e9, 1e9))
+        Bank(folder).rows(open_pixels("pixels:4"), index)
+        assert (held / "pixels" / "values.f32").exists() and young.exists() and not old.exists()
+    finally:
+        process.kill()
+        process.communicate()
+    assert held.exists()
+    Bank(folder).rows(open_pixels("pixels:5"), index)
+    assert not held.exists() and len([entry for entry in Bank(folder).entries() if entry.about]) == 2
 
 
 @pytest.mark.parametrize("name, content", [("values.f32", b"1234"), ("about.json", b"{"), ("sample_ids.i64", b"")])
