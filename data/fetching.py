@@ -5,7 +5,7 @@
 - No further ahead than the cache has room for; what will be needed soon is not removed. Those that read side by side,
   images and volumes, have a part of the room each.
 - A look into the order ends at a few dozen shards that are missing, or where the next hundreds of thousands of samples
-  are here, and comes again when these are fetched, or the reader has moved on. Where all are here to stay, no more.
+  are here, and comes again when these are fetched, or the reader has moved on; where all are here to stay, seldom.
 - A fetch ahead that fails is no end of the run: whoever needs the shard tries again, and tells.
 """
 
@@ -34,6 +34,7 @@ AT_ONCE = 8  # shards that a node fetches
 _LOOK_SECONDS = 0.2
 _REST_SECONDS = 1.0  # when all that has room is there, and after a failure
 _PLAN_SECONDS = 2.0  # for which a plan is good, at least; a longer look is good for longer
+_STAYING_SECONDS = 60.0  # where all are here, and only another job on the node can remove one
 _PLANNING = 1 / 20  # of the time, at most
 _MOST_MISSING = 4 * AT_ONCE  # shards of a plan that are to be fetched
 _MOST_SAMPLES = 2**18  # that a plan looks through, a quarter of a second's work and many seconds' reading
@@ -75,6 +76,7 @@ class _Ahead:
         self.nth, self.left = 0, threading.Event()
         self.lock, self.plan, self.planned_for, self.due_at = threading.Lock(), [], -1, 0.0
         self.continues = False  # once its shards are here
+        self.has_all = False
         self.plans = 0
         self.failed_at: dict[str, float] = {}
 
@@ -110,7 +112,7 @@ class _Ahead:
                 self.planned_for, began = self.nth, time.monotonic()
                 self.plan = self._planned(self.planned_for)
                 took = time.monotonic() - began
-                self.due_at = began + max(_PLAN_SECONDS, took / _PLANNING)
+                self.due_at = began + (_STAYING_SECONDS if self.has_all else max(_PLAN_SECONDS, took / _PLANNING))
                 self.plans += 1
         for shard in self.plan:
             shard.will_be_needed()
@@ -123,10 +125,10 @@ class _Ahead:
 
     def _planned(self, nth: int) -> list[RemoteShard]:
         """Those of the next positions, as many as have room beside one that is being fetched for a reader, and no more
-        than `_MOST_MISSING` that are not here. Ends the threads where all are here, and the cache holds them all."""
+        than `_MOST_MISSING` that are not here. Notes whether all are here, and the cache holds them all."""
         found: dict[int, RemoteShard] = {}
         room, num_missing, num_looked_at = self.room, 0, 0
-        self.continues = False
+        self.continues = self.has_all = False
         for samples in self.samples_from(nth):
             numbers, first = np.unique(np.searchsorted(self.ends, samples, side="right"), return_index=True)
             for number in numbers[np.argsort(first)].tolist():
@@ -146,8 +148,7 @@ class _Ahead:
                 break
         if self.holds_all:
             self.continues = num_missing > 0  # to see whether that was all
-            if not num_missing and all(shard.is_here() for shard in self.remote):
-                self.left.set()
+            self.has_all = not num_missing and all(shard.is_here() for shard in self.remote)
         return list(found.values())
 
 
