@@ -11,7 +11,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
-from prelude.data import index_file, stores
+from prelude.data import index_file
 from prelude.data.absent import unreadable
 from prelude.data.checksums import Digests
 from prelude.data.counting import counted
@@ -20,6 +20,7 @@ from prelude.data.host import cache_folder
 from prelude.data.index_file import Entry
 from prelude.data.kept_files import keep, warn_unkept
 from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
+from prelude.data.signed_urls import shown
 from prelude.data.tar_index import index_every_label
 from prelude.data.waiting import in_threads, moved
 from prelude.data.whole_files import own_draft, write_whole
@@ -43,7 +44,7 @@ def read_index_files(paths: list[str]) -> None:
             gib = sum(shard.size for shard in shards) / 2**30
             log.warning(
                 "there is no index file %s, so %d shards (%.3g GiB) are fetched to be indexed, once",
-                stores.without_signature(url), len(shards), gib,
+                shown(url), len(shards), gib,
             )  # fmt: skip
 
 
@@ -148,12 +149,12 @@ def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:
     try:
         entries = index_file.read(content)
     except ValueError as error:
-        log.warning("the index file %s is not used (%s)", url, error)
+        log.warning("the index file %s is not used (%s)", shown(url), error)
         return
     for shard in shards:
         entry = entries.get(shard.name)
         if entry is None or entry.size != shard.size:
-            log.warning("%s is not as the index file %s says, so it is fetched to be indexed", shard, url)
+            log.warning("%s is not as the index file %s says, so it is fetched to be indexed", shown(shard), shown(url))
         else:
             _write(shard, entry)
 

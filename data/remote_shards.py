@@ -21,6 +21,7 @@ from prelude.data.checksums import computable
 from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.host import cache_folder
 from prelude.data.node_cache import GIB, NodeCache, Writer
+from prelude.data.signed_urls import shown, without_signature
 from prelude.data.waiting import doing, in_threads, moved, open_file
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,10 @@ class RemoteShard(str):
     version: str
     cache: NodeCache
 
+    def __format__(self, spec: str) -> str:
+        """In a sentence it is `shown`; `str()` has all of it."""
+        return format(shown(str(self)), spec)
+
     @property
     def name(self) -> str:
         return os.path.basename(urlsplit(self).path)
@@ -63,7 +68,7 @@ class RemoteShard(str):
     @property
     def identity(self) -> str:
         """Changes with the content, as far as the store tells, and not with a signature."""
-        return f"{stores.without_signature(self)} {self.size} {self.version}"
+        return f"{without_signature(self)} {self.size} {self.version}"
 
     @functools.cached_property
     def cache_name(self) -> str:
@@ -191,7 +196,7 @@ def _tried(function: Callable, url: str, progress=lambda: 0, should_leave: Calla
                     f"{url} cannot be fetched, after {failed} attempts: {error}; look at what serves it, and run again."
                 ) from error
             if should_leave is None:
-                doing(f"it tries {url} again: {error}".encode())
+                doing(f"it tries {shown(url)} again: {error}".encode())
         _pause(pause * random.SystemRandom().uniform(0.5, 1), should_leave)
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
 

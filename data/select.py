@@ -95,7 +95,7 @@ def _with_keys(index: ShardIndex, wanted: Sequence[str], where: str) -> np.ndarr
         keys = keys_of[path]
         for sample, offset in enumerate(index.images[begin:end, 0].tolist(), start=begin):
             key = keys.get(offset, "?")
-            for name in {key, f"{shard_name(path)}:{key}", f"{path}:{key}"}:
+            for name in {key, f"{shard_name(path)}:{key}", f"{path}:{key}", f"{path!s}:{key}"}:
                 if name in wanted_keys:
                     places[name].append(sample)
         begin = end

@@ -13,7 +13,6 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 import fsspec
 
@@ -22,7 +21,6 @@ from prelude.data.waiting import patience
 
 CHUNK = 2**23  # bytes of a request, where a store is asked for ranges
 _PROTOCOL = re.compile(r"(https?|s3|gs|gcs|hf)://", re.IGNORECASE)
-_SIGNATURES = re.compile(r"(?i)(X-(Amz|Goog)-|(Signature|Expires|AWSAccessKeyId|GoogleAccessId|Policy|Key-Pair-Id)=)")
 _EXTRAS = {"http": "http", "s3": "s3", "gs": "gcs", "hf": "hf"}  # of this package, with the libraries of a scheme
 _TRY_AGAIN = (408, 425, 429)  # of those below 500
 _FAILURES = {  # what libraries raise beside OSError
@@ -58,11 +56,6 @@ class Described:
 def is_stored(url: str) -> bool:
     """Whether a URL is a file in a store."""
     return bool(_PROTOCOL.match(url))
-
-
-def without_signature(url: str) -> str:
-    """The URL of the same file, however it was signed."""
-    return url.partition("?")[0] if _SIGNATURES.search(urlsplit(url).query) else url
 
 
 def prepare(url: str) -> None:

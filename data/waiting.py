@@ -30,6 +30,7 @@ import torch
 
 from prelude.data import host
 from prelude.data.errors import RunStopped, Stopped
+from prelude.data.signed_urls import shown
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Wait:
     """One wait, from its construction on. what: of it, in words; asked when it is told."""
 
     def __init__(self, what: Callable[[], str]):
-        self.what = what
+        self.what = lambda: shown(what())
         self.began = time.monotonic()
         self.tell_after = min(TELL_AFTER_SECONDS, patience.timeout_seconds / 3)
         self.moves = _moves
@@ -212,7 +213,7 @@ class Board:
         self.counts = torch.zeros(num_processes, dtype=torch.int64).share_memory_()
 
     def line(self, process: int) -> str:
-        return bytes(self.lines[process].numpy()).partition(b"\0")[0].decode(errors="ignore")
+        return _words(self.lines[process].numpy())
 
     def moves(self) -> int:
         """How often something has come to any of them."""
@@ -234,7 +235,11 @@ def doing(words: bytes) -> None:
 
 def doing_now() -> str:
     """What this process noted last."""
-    return bytes(_line).partition(b"\0")[0].decode(errors="ignore")
+    return _words(_line)
+
+
+def _words(line: np.ndarray | memoryview) -> str:
+    return shown(bytes(line).partition(b"\0")[0].decode(errors="ignore"))
 
 
 _line = memoryview(bytearray(Board.SIZE))

@@ -24,6 +24,7 @@ class Server:
     faults: dict[str, list[str]] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # sent with every file
     ranges: bool = True
+    by_query: tuple[str, ...] = ()  # the parameters that name a file, with its path
     checksums: bool = True  # whether Content-MD5 is sent
     pause: float = 0.0  # seconds, between two pieces of a file
     asked: Counter = field(default_factory=Counter)  # GETs by name
@@ -41,7 +42,9 @@ def serving(server: Server):
             self.answer(with_body=True)
 
         def answer(self, with_body: bool):
-            name = self.path[1:].partition("?")[0]
+            name, _, query = self.path[1:].partition("?")
+            named = [part for part in query.split("&") if part.partition("=")[0] in server.by_query]
+            name = "?".join([name, *named])
             content = server.files.get(name, server.default)
             way = self.way(name, with_body)
             if way.isdigit() or content is None:
