@@ -1,8 +1,9 @@
 """Shards behind a URL, read as local ones: each is brought once to a node, whole, and then read by offset.
 
 - A `RemoteShard` is its URL, with what the store said of it at the start. It can be handed wherever a path can.
-- What was brought is compared with size and checksum; a transfer that breaks off, stalls or brings something else is
-  tried again, with growing pauses. What no attempt can change ends the run at once, in the words of the store.
+- What was brought is compared with size and checksum. A transfer that breaks off or stalls is tried again, with growing
+  pauses, for as long as the run waits for anything; one that brings something else, some times. What no attempt can
+  change ends the run at once, in the words of the store.
 - The cache is a setting of the process, as is its patience.
 """
 
@@ -18,16 +19,17 @@ from urllib.parse import urlsplit
 
 from prelude.data import stores
 from prelude.data.checksums import computable
+from prelude.data.counting import counted
 from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.host import cache_folder
 from prelude.data.node_cache import GIB, NodeCache, Writer
 from prelude.data.signed_urls import shown, without_signature
-from prelude.data.waiting import doing, in_threads, moved, open_file
+from prelude.data.waiting import doing, in_threads, moved, open_file, patience
 
 log = logging.getLogger(__name__)
 
 CACHE_GIB = 64.0
-ATTEMPTS = 6  # in a row that bring nothing
+ATTEMPTS = 6  # in a row that bring something else than what was promised
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 15.0
 _ASKED_AT_ONCE = 16
@@ -143,7 +145,7 @@ class _Transfer:
                     writer.begin_again(tuple(self.expected))
                 start = 0
             if offset + len(chunk) > shard.size:
-                raise stores.Failed(f"more than the {shard.size} bytes come that were promised")
+                raise stores.Wrong(f"more than the {shard.size} bytes come that were promised")
             writer.write(chunk)
             self._tell()
         if writer.at < shard.size:
@@ -167,7 +169,7 @@ class _Transfer:
         said = f"its {wrong[0]} is {found[wrong[0]]} and not {self.expected[wrong[0]]}"
         if before != found:  # at the first time it may be the way here
             self.writer.begin_again(())
-            raise stores.Failed(said)
+            raise stores.Wrong(said)
         if wrong != ["etag"]:
             raise stores.Refused(f"{said}, twice")
         _tell_of_etags()  # whole it is, as it came twice
@@ -179,26 +181,43 @@ def _tell_of_etags() -> None:
 
 
 def _tried(function: Callable, url: str, progress=lambda: 0, should_leave: Callable[[], bool] | None = None):
-    """`function()`, again and again while it fails and might not. Raises RunStopped with the URL and the reason."""
-    failed, pause = 0, FIRST_PAUSE_SECONDS
+    """`function()`, again and again while it fails and might not, until nothing has come for as long as a wait may
+    last. Raises RunStopped with the URL and the reason."""
+    failed, pause, since = 0, FIRST_PAUSE_SECONDS, time.monotonic()
     while True:
         before = progress()
         try:
-            return function()
+            found = function()
         except stores.Refused as error:
             raise RunStopped(
                 f"{url} cannot be fetched: {error}; correct the URL, or look at what serves it."
             ) from error
         except stores.Failed as error:
-            failed, pause = (1, FIRST_PAUSE_SECONDS) if progress() > before else (failed + 1, pause)
-            if failed >= ATTEMPTS:
+            if progress() > before:
+                failed, pause, since = 0, FIRST_PAUSE_SECONDS, time.monotonic()
+            failed, left = failed + 1, since + patience.timeout_seconds - time.monotonic()
+            if left <= pause or (failed >= ATTEMPTS and isinstance(error, stores.Wrong)):
                 raise RunStopped(
-                    f"{url} cannot be fetched, after {failed} attempts: {error}; look at what serves it, and run again."
+                    f"{url} cannot be fetched, after {counted(failed, 'attempt')}: {error}; look at what serves it, "
+                    f"and run again."
                 ) from error
+            _failures[url] = str(error)
             if should_leave is None:
                 doing(f"it tries {shown(url)} again: {error}".encode())
-        _pause(pause * random.SystemRandom().uniform(0.5, 1), should_leave)
-        pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            own = pause * random.SystemRandom().uniform(0.5, 1)
+            _pause(min(max(own, error.pause), 0.9 * left), should_leave)  # the last attempt is before the wait ends
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+        else:
+            _failures.pop(url, None)
+            return found
+
+
+_failures: dict[str, str] = {}  # why what is asked of a URL is being tried again, by URL
+
+
+def _why_again(url: str) -> str:
+    """For the sentence of a wait; "" where nothing has failed."""
+    return f" ({why})" if (why := _failures.get(url)) else ""
 
 
 def _pause(seconds: float, should_leave: Callable[[], bool] | None) -> None:
@@ -229,7 +248,7 @@ def remote_shards(urls: list[str]) -> list[str]:
     for _ in in_threads(stores.list_folder, listed, lambda url: f"the files beside {url}"):
         pass
     describe = lambda url: _tried(lambda: stores.describe(url), url)  # noqa: E731
-    said = in_threads(describe, new, lambda url: f"the size of {url}", _ASKED_AT_ONCE)
+    said = in_threads(describe, new, lambda url: f"the size of {url}{_why_again(url)}", _ASKED_AT_ONCE)
     shards = {url: _shard(url, described, cache) for url, described in zip(new, said, strict=True)}
     return [url if isinstance(url, RemoteShard) else shards.get(url, url) for url in urls]
 

@@ -11,8 +11,10 @@ import binascii
 import http.client
 import importlib
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 
 import fsspec
 
@@ -41,7 +43,15 @@ class Refused(Exception):
 
 
 class Failed(Exception):
-    """What another attempt may change."""
+    """What another attempt may change. pause: seconds that the store asks for until then."""
+
+    def __init__(self, why: str, pause: float = 0.0):
+        super().__init__(why)
+        self.pause = pause
+
+
+class Wrong(Failed):
+    """A store that is there, and brings something else than what was promised."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def _streamed(url: str, size: int, start: int) -> Iterator[tuple[int, bytes, dic
         start = start if answer.status == 206 else 0
         promised = answer.headers.get("Content-Length")
         if promised is not None and int(promised) != size - start:
-            raise Failed(f"{promised} bytes are sent where {size - start} were promised")
+            raise Wrong(f"{promised} bytes are sent where {size - start} were promised")
         checksums = of_headers(answer.headers) if not start else {}
         while chunk := file.read(CHUNK):
             yield start, chunk, checksums
@@ -219,6 +229,8 @@ class _told:
         status = next((code for one in chain if (code := _status_of(one))), None)
         if status is None and isinstance(error, PermissionError | FileNotFoundError) and len(chain) == 1:
             status = 403 if isinstance(error, PermissionError) else 404
+        if status is None and str(error).startswith("Forbidden: "):  # gcsfs
+            status = 403
         served = [text for one in chain if (text := getattr(one, "server_message", None))]  # the hub's own words
         words = next((text for one in reversed(chain) if (text := _words(one, self.url))), _phrase(status, error))
         words = " ".join(served[0].split()).rstrip(".") if served else words
@@ -228,7 +240,7 @@ class _told:
             raise Refused(f"{words}; give credentials where {_scheme(self.url)} looks for them") from error
         if status is not None and 400 <= status < 500 and status not in _TRY_AGAIN:
             raise Refused(told) from error
-        raise Failed(told) from error
+        raise Failed(told, next((seconds for one in chain if (seconds := _asked_pause(one))), 0.0)) from error
 
 
 def _failures(url: str) -> tuple[type[Exception], ...]:
@@ -255,6 +267,21 @@ def _status_of(error: BaseException) -> int | None:
             if isinstance(code, int | str) and str(code).isdigit() and 300 <= int(code) < 600:
                 return int(code)
     return None
+
+
+def _asked_pause(error: BaseException) -> float:
+    """Seconds that an answer asks to wait, as a number or until a date; 0 where it asks for none."""
+    answer = getattr(error, "response", None)
+    headers = getattr(error, "headers", None) or getattr(answer, "headers", None)
+    if isinstance(answer, dict):  # botocore
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders")
+    asked = str(next((headers[name] for name in ("Retry-After", "retry-after") if name in (headers or {})), "")).strip()
+    if asked.isdigit():
+        return float(asked)
+    try:
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _phrase(status: int | None, error: BaseException) -> str:

@@ -23,6 +23,7 @@ class Server:
     default: bytes | None = None
     faults: dict[str, list[str]] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # sent with every file
+    refusing: dict[str, str] = field(default_factory=dict)  # headers sent with every status in place of a file
     ranges: bool = True
     by_query: tuple[str, ...] = ()  # the parameters that name a file, with its path
     checksums: bool = True  # whether Content-MD5 is sent
@@ -35,6 +36,13 @@ class Server:
 @contextlib.contextmanager
 def serving(server: Server):
     class Handler(http.server.BaseHTTPRequestHandler):
+        def end_headers(self):
+            for header, value in server.refusing.items() if self.refusing else ():
+                self.send_header(header, value)
+            super().end_headers()
+
+        refusing = False
+
         def do_HEAD(self):
             self.answer(with_body=False)
 
@@ -48,6 +56,7 @@ def serving(server: Server):
             content = server.files.get(name, server.default)
             way = self.way(name, with_body)
             if way.isdigit() or content is None:
+                self.refusing = True
                 return self.send_error(int(way or 404))
             if way == "silent":
                 return server.over.wait(100)
