@@ -11,7 +11,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
-from prelude.data import index_file
+from prelude.data import index_file, stores
 from prelude.data.absent import unreadable
 from prelude.data.checksums import Digests
 from prelude.data.counting import counted
@@ -33,9 +33,7 @@ def read_index_files(paths: list[str]) -> None:
     wanted: dict[str, list[RemoteShard]] = {}
     for shard in paths:
         if isinstance(shard, RemoteShard) and not _kept(shard).exists():
-            plain, signature = shard.partition("?")[::2]
-            beside = f"{plain.rpartition('/')[0]}/{index_file.name_for(shard.name)}"
-            wanted.setdefault(beside if not signature else f"{beside}?{signature}", []).append(shard)
+            wanted.setdefault(stores.beside(str(shard), index_file.name_for(shard.name)), []).append(shard)
     reading = in_threads(read_beside, list(wanted), lambda url: f"the index {url}")
     for (url, shards), content in zip(wanted.items(), reading, strict=True):
         if content is not None:
@@ -152,7 +150,7 @@ def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:
         log.warning("the index file %s is not used (%s)", shown(url), error)
         return
     for shard in shards:
-        entry = entries.get(shard.name)
+        entry = _entry_in(entries, shard)
         if entry is None or entry.size != shard.size:
             log.warning("%s is not as the index file %s says, so it is fetched to be indexed", shown(shard), shown(url))
         else:
@@ -166,9 +164,14 @@ def _kept(shard: RemoteShard, image: str = "") -> Path:
 
 def _read(shard: RemoteShard, image: str = "") -> Entry | None:
     try:
-        return index_file.read(_kept(shard, image).read_bytes())[shard.name]
+        entry = _entry_in(index_file.read(_kept(shard, image).read_bytes()), shard)
     except (OSError, ValueError, KeyError):
-        return _made_here.get((shard.cache_name, image))
+        entry = None
+    return entry or _made_here.get((shard.cache_name, image))
+
+
+def _entry_in(entries: Mapping[str, Entry], shard: RemoteShard) -> Entry | None:
+    return entries.get(shard.name) or entries.get(shard.first_name)
 
 
 def _write(shard: RemoteShard, entry: Entry, image: str = "") -> None:

@@ -52,7 +52,7 @@ def keep_remote_shards(folder: str | None, gib: float | None) -> None:
 
 
 class RemoteShard(str):
-    """A URL. size: bytes. checksums: by name, of the store and of an index. name: of the file, in fingerprints."""
+    """A URL. size: bytes. checksums: by name, of the store and of an index."""
 
     size: int
     checksums: dict[str, str]
@@ -65,6 +65,12 @@ class RemoteShard(str):
 
     @property
     def name(self) -> str:
+        """Of the file, as a local copy is called, in fingerprints."""
+        return stores.name_of(str(self))
+
+    @property
+    def first_name(self) -> str:
+        """Which it had at first: of what was taken for a path, in which `%20` was no space."""
         return os.path.basename(urlsplit(self).path)
 
     @property

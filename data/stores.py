@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 
@@ -22,6 +23,7 @@ from prelude.data.errors import UserError
 from prelude.data.waiting import patience
 
 CHUNK = 2**23  # bytes of a request, where a store is asked for ranges
+_PLAIN_IN_PATHS = "!$&'()*+,;=:@"  # as they are in one part of a path
 _PROTOCOL = re.compile(r"(https?|s3|gs|gcs|hf)://", re.IGNORECASE)
 _EXTRAS = {"http": "http", "s3": "s3", "gs": "gcs", "hf": "hf"}  # of this package, with the libraries of a scheme
 _TRY_AGAIN = (408, 425, 429)  # of those below 500
@@ -66,6 +68,22 @@ class Described:
 def is_stored(url: str) -> bool:
     """Whether a URL is a file in a store."""
     return bool(_PROTOCOL.match(url))
+
+
+def name_of(url: str) -> str:
+    """Of a file, as a copy on a disk is called: only a server has queries, and what is escaped."""
+    path = unquote(urlsplit(url).path) if _scheme(url) == "http" else url
+    return path.rpartition("/")[2]
+
+
+def beside(url: str, name: str) -> str:
+    """The URL of another file of that name in the same folder."""
+    if _scheme(url) != "http":
+        return f"{url.rpartition('/')[0]}/{name}"
+    plain, _, query = url.partition("#")[0].partition("?")
+    folder, _, last = plain.rpartition("/")
+    inner, slash, _ = unquote(last).rpartition("/")  # of an escaped path, as some stores have it
+    return f"{folder}/{quote(inner + slash + name, safe=_PLAIN_IN_PATHS)}" + (f"?{query}" if query else "")
 
 
 def prepare(url: str) -> None:
