@@ -140,9 +140,18 @@ class _Transfer:
         self.wrong: dict[str, str] | None = None  # checksums of a whole transfer that were not those expected
 
     def run(self) -> None:
-        """One attempt; it goes on where the last one broke off, if a checksum will tell whether that was right."""
+        """One attempt; it goes on where the last one broke off, if a checksum will tell whether that was right, and if
+        the store, which may refuse a part of what it gives whole, lets it."""
+        start = self.writer.at if self.expected and self.writer.at < self.shard.size else 0
+        try:
+            self._run(start)
+        except stores.Refused as error:
+            if not start or error.status in (None, 404):
+                raise
+            self._run(0)
+
+    def _run(self, start: int) -> None:
         shard, writer = self.shard, self.writer
-        start = writer.at if self.expected and writer.at < shard.size else 0
         writer.at = start
         for offset, chunk, told in stores.stream(shard, shard.size, start):
             if not offset:

@@ -41,7 +41,11 @@ _FAILURES = {  # what libraries raise beside OSError
 
 
 class Refused(Exception):
-    """What no further attempt changes; the message has the status."""
+    """What no further attempt changes; the message has the status, if an answer had one."""
+
+    def __init__(self, why: str, status: int | None = None):
+        super().__init__(why)
+        self.status = status
 
 
 class Failed(Exception):
@@ -141,17 +145,22 @@ def stream(url: str, size: int, start: int = 0) -> Iterator[tuple[int, bytes, di
 
 
 def read_range(url: str, size: int, offset: int, length: int) -> bytes | None:
-    """A few bytes of a file of `size`; None where the server knows no ranges. Raises Refused and Failed."""
+    """A few bytes of a file of `size`; None where the server knows or gives no ranges. Raises Refused and Failed."""
     content = bytearray()
     if _scheme(url) != "http":
         with _told(url):
             return _file_system(url).cat_file(_path(url), start=offset, end=offset + length)
-    for place, chunk, _ in stream(url, size, offset):
-        if place != offset + len(content):
+    try:
+        for place, chunk, _ in stream(url, size, offset):
+            if place != offset + len(content):
+                return None
+            content += chunk
+            if len(content) >= length:
+                break
+    except Refused as error:
+        if offset and error.status != 404:
             return None
-        content += chunk
-        if len(content) >= length:
-            break
+        raise
     return bytes(content[:length])
 
 
@@ -257,7 +266,7 @@ class _told:
         if lacks is not None:
             raise Refused(f"{words}; give credentials where {_scheme(self.url)} looks for them") from error
         if status is not None and 400 <= status < 500 and status not in _TRY_AGAIN:
-            raise Refused(told) from error
+            raise Refused(told, status) from error
         raise Failed(told, next((seconds for one in chain if (seconds := _asked_pause(one))), 0.0)) from error
 
 

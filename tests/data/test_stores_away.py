@@ -2,6 +2,7 @@
 
 import time
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 from servers import Server, serving
@@ -71,6 +72,19 @@ def test_a_wait_says_why_it_lasts(clock, monkeypatch):
     monkeypatch.setattr(remote_shards, "_pause", pause)
     remote_shards._tried(away_until(clock, 10), "u")
     assert set(told) == {" (503 Service Unavailable)"} and remote_shards._why_again("u") == ""
+
+
+def test_a_server_that_refuses_ranges_is_asked_for_the_whole(write_shards):
+    with open(write_shards([12])[0], "rb") as file:
+        content = file.read()
+    with serving(Server(files={"000.tar": content}, refused_ranges=True, pause=0.05)) as server:
+        (shard,) = remote_shards.remote_shards([f"{server.url}/000.tar"])
+        assert shard.peek(700, 50) == content[700:750] and server.asked["000.tar"] == 2
+        for path in Path(shard.cache.folder).glob("*.tar"):
+            path.unlink()
+        server.faults["000.tar"] = ["hangs-up"]
+        assert shard.read(0, len(content)) == content and server.asked["000.tar"] == 5
+        assert not server.parts
 
 
 @pytest.mark.parametrize("asked", ["7", "date", "soon"])

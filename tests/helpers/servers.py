@@ -25,6 +25,7 @@ class Server:
     headers: dict[str, str] = field(default_factory=dict)  # sent with every file
     refusing: dict[str, str] = field(default_factory=dict)  # headers sent with every status in place of a file
     ranges: bool = True
+    refused_ranges: bool = False  # with 403
     by_query: tuple[str, ...] = ()  # the parameters that name a file, with its path
     checksums: bool = True  # whether Content-MD5 is sent
     pause: float = 0.0  # seconds, between two pieces of a file
@@ -60,6 +61,8 @@ def serving(server: Server):
                 return self.send_error(int(way or 404))
             if way == "silent":
                 return server.over.wait(100)
+            if server.refused_ranges and self.headers.get("Range"):
+                return self.send_error(403)
             begin, status = 0, 200
             if with_body and server.ranges and self.headers.get("Range"):
                 server.parts.append(self.headers["Range"])
