@@ -212,7 +212,7 @@ def same_images(first: ShardIndex, second: ShardIndex) -> np.ndarray:
 
 def _by_file(index: ShardIndex) -> dict[str, int]:
     """The numbers of its shards, but for folders, of which one may lie in another."""
-    real = lambda path: path if isinstance(path, RemoteShard) else os.path.realpath(path)  # noqa: E731
+    real = lambda path: path.identity if isinstance(path, RemoteShard) else os.path.realpath(path)  # noqa: E731
     return {real(path): number for number, path in enumerate(index.paths) if not isinstance(path, ImageFolder)}
 
 

@@ -12,7 +12,7 @@ from prelude.data.errors import RunStopped, UserError
 from prelude.data.remote_shards import open_shard
 from prelude.data.shards import ShardIndex
 from prelude.data.signed_urls import shown, shown_in, without_signature
-from prelude.evaluators.labelled import Labelled
+from prelude.evaluators.labelled import Labelled, num_in_both
 from prelude.pretrain.environment import describe_environment
 
 H = "https://h/p-000.tar"
@@ -74,11 +74,13 @@ def test_another_signature_fetches_nothing_again(query, server):
 
 
 def test_another_signature_is_the_same_evaluation(server):
-    told = []
+    told, indexes = [], []
     for signature in "ab":
         url = f"{server.url}/000.tar?X-Amz-Signature={signature}"
-        told.append(Labelled(url, [url], "cls").described("train", ShardIndex(url)))
+        indexes.append(ShardIndex(url))
+        told.append(Labelled(url, [url], "cls").described("train", indexes[-1]))
     assert told[0] == told[1] and told[0]["shards"] == f"{server.url}/000.tar"
+    assert num_in_both(*indexes) == 5  # and the same images
 
 
 def test_messages_show_no_signature(server, caplog):
