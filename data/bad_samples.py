@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prelude.data.counting import counted
 from prelude.data.errors import cause_of
+from prelude.data.signed_urls import shown
 from prelude.data.tar_index import Problem
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,13 @@ class BadSamples:
         self.num_read += 1
         if shard not in self._named:
             self._named.add(shard)
-            log.warning("%s: a sample cannot be read (%s); further ones of this shard are only counted", shard, reason)
+            log.warning(
+                "%s: a sample cannot be read (%s); further ones of this shard are only counted", shown(shard), reason
+            )
         self.counts[shard, reason] += 1
         if self.path and self._listed < MAX_LISTED:
             self._listed += 1
-            self._append([{"shard": shard, "key": find_key(), "reason": reason, "position": position}])
+            self._append([{"shard": shown(shard), "key": find_key(), "reason": reason, "position": position}])
 
     def add_read(self, count: int) -> None:
         """Samples that were read and delivered."""
@@ -62,9 +65,9 @@ class BadSamples:
             lost = sum(problem.lost for problem in found)
             about = f" (about {counted(lost, 'sample')})" if lost != len(found) else ""
             listed = ", ".join(f"{n} x {reason}" for reason, n in reasons.items())
-            log.warning("%s: left out: %s%s", shard, listed, about)
+            log.warning("%s: left out: %s%s", shown(shard), listed, about)
         every = ((shard, problem) for shard, found in problems.items() for problem in found)
-        lines = [{"shard": shard, "key": p.where, "reason": p.reason, "position": None} for shard, p in every]
+        lines = [{"shard": shown(shard), "key": p.where, "reason": p.reason, "position": None} for shard, p in every]
         self._unindexed = lines[:MAX_LISTED]
 
     def _list_unindexed(self) -> None:
@@ -76,7 +79,7 @@ class BadSamples:
         """Shards without their end marker, of which nobody can know whether they are whole."""
         if shards:
             what = "end without an end marker, as after a copy that was cut off between two members"
-            log.warning("%d shards %s (the first: %s)", len(shards), what, shards[0])
+            log.warning("%d shards %s (the first: %s)", len(shards), what, shown(shards[0]))
 
     def _append(self, lines: list[dict]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -6,20 +6,29 @@ sentence without a traceback and leave with the exit code of the class.
 
 import os
 
+from prelude.data.signed_urls import shown
 
-class UserError(Exception):
+
+class _Told(Exception):
+    """What it says goes to logs and records, so that URLs in it are `shown`."""
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
+
+class UserError(_Told):
     """A mistake that the user can mend. The message says what is wrong, where, and what to write instead."""
 
     exit_code = 2
 
 
-class RunStopped(Exception):
+class RunStopped(_Told):
     """A run that cannot go on (too many bad samples, a loss that stays non-finite); says what to look at."""
 
     exit_code = 3
 
 
-class Stopped(Exception):
+class Stopped(_Told):
     """A wait that ended because the process was asked to end; says what was waited for. Run again, it goes on."""
 
     exit_code = 75

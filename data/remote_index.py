@@ -20,6 +20,7 @@ from prelude.data.host import cache_folder
 from prelude.data.index_file import Entry
 from prelude.data.kept_files import keep, warn_unkept
 from prelude.data.remote_shards import RemoteShard, open_shard, read_beside, shard_name
+from prelude.data.signed_urls import shown
 from prelude.data.tar_index import index_every_label
 from prelude.data.waiting import in_threads, moved
 from prelude.data.whole_files import own_draft, write_whole
@@ -32,9 +33,7 @@ def read_index_files(paths: list[str]) -> None:
     wanted: dict[str, list[RemoteShard]] = {}
     for shard in paths:
         if isinstance(shard, RemoteShard) and not _kept(shard).exists():
-            plain, signature = shard.partition("?")[::2]
-            beside = f"{plain.rpartition('/')[0]}/{index_file.name_for(shard.name)}"
-            wanted.setdefault(beside if not signature else f"{beside}?{signature}", []).append(shard)
+            wanted.setdefault(stores.beside(str(shard), index_file.name_for(shard.name)), []).append(shard)
     reading = in_threads(read_beside, list(wanted), lambda url: f"the index {url}")
     for (url, shards), content in zip(wanted.items(), reading, strict=True):
         if content is not None:
@@ -43,7 +42,7 @@ def read_index_files(paths: list[str]) -> None:
             gib = sum(shard.size for shard in shards) / 2**30
             log.warning(
                 "there is no index file %s, so %d shards (%.3g GiB) are fetched to be indexed, once",
-                stores.without_signature(url), len(shards), gib,
+                shown(url), len(shards), gib,
             )  # fmt: skip
 
 
@@ -148,12 +147,12 @@ def _keep_all(url: str, shards: list[RemoteShard], content: bytes) -> None:
     try:
         entries = index_file.read(content)
     except ValueError as error:
-        log.warning("the index file %s is not used (%s)", url, error)
+        log.warning("the index file %s is not used (%s)", shown(url), error)
         return
     for shard in shards:
-        entry = entries.get(shard.name)
+        entry = _entry_in(entries, shard)
         if entry is None or entry.size != shard.size:
-            log.warning("%s is not as the index file %s says, so it is fetched to be indexed", shard, url)
+            log.warning("%s is not as the index file %s says, so it is fetched to be indexed", shown(shard), shown(url))
         else:
             _write(shard, entry)
 
@@ -165,9 +164,14 @@ def _kept(shard: RemoteShard, image: str = "") -> Path:
 
 def _read(shard: RemoteShard, image: str = "") -> Entry | None:
     try:
-        return index_file.read(_kept(shard, image).read_bytes())[shard.name]
+        entry = _entry_in(index_file.read(_kept(shard, image).read_bytes()), shard)
     except (OSError, ValueError, KeyError):
-        return _made_here.get((shard.cache_name, image))
+        entry = None
+    return entry or _made_here.get((shard.cache_name, image))
+
+
+def _entry_in(entries: Mapping[str, Entry], shard: RemoteShard) -> Entry | None:
+    return entries.get(shard.name) or entries.get(shard.first_name)
 
 
 def _write(shard: RemoteShard, entry: Entry, image: str = "") -> None:

@@ -1,8 +1,9 @@
 """Shards behind a URL, read as local ones: each is brought once to a node, whole, and then read by offset.
 
 - A `RemoteShard` is its URL, with what the store said of it at the start. It can be handed wherever a path can.
-- What was brought is compared with size and checksum; a transfer that breaks off, stalls or brings something else is
-  tried again, with growing pauses. What no attempt can change ends the run at once, in the words of the store.
+- What was brought is compared with size and checksum. A transfer that breaks off or stalls is tried again, with growing
+  pauses, for as long as the run waits for anything; one that brings something else, some times. What no attempt can
+  change ends the run at once, in the words of the store.
 - The cache is a setting of the process, as is its patience.
 """
 
@@ -18,15 +19,17 @@ from urllib.parse import urlsplit
 
 from prelude.data import stores
 from prelude.data.checksums import computable
+from prelude.data.counting import counted
 from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.host import cache_folder, own_fault
 from prelude.data.node_cache import GIB, NodeCache, Writer
-from prelude.data.waiting import doing, in_threads, moved, open_file
+from prelude.data.signed_urls import shown, without_signature
+from prelude.data.waiting import doing, in_threads, moved, open_file, patience
 
 log = logging.getLogger(__name__)
 
 CACHE_GIB = 64.0
-ATTEMPTS = 6  # in a row that bring nothing
+ATTEMPTS = 6  # in a row at what time alone seldom mends
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 15.0
 _ASKED_AT_ONCE = 16
@@ -49,21 +52,31 @@ def keep_remote_shards(folder: str | None, gib: float | None) -> None:
 
 
 class RemoteShard(str):
-    """A URL. size: bytes. checksums: by name, of the store and of an index. name: of the file, in fingerprints."""
+    """A URL. size: bytes. checksums: by name, of the store and of an index."""
 
     size: int
     checksums: dict[str, str]
     version: str
     cache: NodeCache
 
+    def __format__(self, spec: str) -> str:
+        """In a sentence it is `shown`; `str()` has all of it."""
+        return format(shown(str(self)), spec)
+
     @property
     def name(self) -> str:
+        """Of the file, as a local copy is called, in fingerprints."""
+        return stores.name_of(str(self))
+
+    @property
+    def first_name(self) -> str:
+        """Which it had at first: of what was taken for a path, in which `%20` was no space."""
         return os.path.basename(urlsplit(self).path)
 
     @property
     def identity(self) -> str:
         """Changes with the content, as far as the store tells, and not with a signature."""
-        return f"{stores.without_signature(self)} {self.size} {self.version}"
+        return f"{without_signature(self)} {self.size} {self.version}"
 
     @functools.cached_property
     def cache_name(self) -> str:
@@ -128,9 +141,18 @@ class _Transfer:
         self.wrong: dict[str, str] | None = None  # checksums of a whole transfer that were not those expected
 
     def run(self) -> None:
-        """One attempt; it goes on where the last one broke off, if a checksum will tell whether that was right."""
+        """One attempt; it goes on where the last one broke off, if a checksum will tell whether that was right, and if
+        the store, which may refuse a part of what it gives whole, lets it."""
+        start = self.writer.at if self.expected and self.writer.at < self.shard.size else 0
+        try:
+            self._run(start)
+        except stores.Refused as error:
+            if not start or error.status in (None, 404):
+                raise
+            self._run(0)
+
+    def _run(self, start: int) -> None:
         shard, writer = self.shard, self.writer
-        start = writer.at if self.expected and writer.at < shard.size else 0
         writer.at = start
         for offset, chunk, told in stores.stream(shard, shard.size, start):
             if not offset:
@@ -139,7 +161,7 @@ class _Transfer:
                     writer.begin_again(tuple(self.expected))
                 start = 0
             if offset + len(chunk) > shard.size:
-                raise stores.Failed(f"more than the {shard.size} bytes come that were promised")
+                raise stores.Wrong(f"more than the {shard.size} bytes come that were promised")
             writer.write(chunk)
             self._tell()
         if writer.at < shard.size:
@@ -163,7 +185,7 @@ class _Transfer:
         said = f"its {wrong[0]} is {found[wrong[0]]} and not {self.expected[wrong[0]]}"
         if before != found:  # at the first time it may be the way here
             self.writer.begin_again(())
-            raise stores.Failed(said)
+            raise stores.Wrong(said)
         if wrong != ["etag"]:
             raise stores.Refused(f"{said}, twice")
         _tell_of_etags()  # whole it is, as it came twice
@@ -175,26 +197,43 @@ def _tell_of_etags() -> None:
 
 
 def _tried(function: Callable, url: str, progress=lambda: 0, should_leave: Callable[[], bool] | None = None):
-    """`function()`, again and again while it fails and might not. Raises RunStopped with the URL and the reason."""
-    failed, pause = 0, FIRST_PAUSE_SECONDS
+    """`function()`, again and again while it fails and might not, until nothing has come for as long as a wait may
+    last. Raises RunStopped with the URL and the reason."""
+    failed, pause, since = 0, FIRST_PAUSE_SECONDS, time.monotonic()
     while True:
         before = progress()
         try:
-            return function()
+            found = function()
         except stores.Refused as error:
             raise RunStopped(
                 f"{url} cannot be fetched: {error}; correct the URL, or look at what serves it."
             ) from error
         except stores.Failed as error:
-            failed, pause = (1, FIRST_PAUSE_SECONDS) if progress() > before else (failed + 1, pause)
-            if failed >= ATTEMPTS:
+            if progress() > before:
+                failed, pause, since = 0, FIRST_PAUSE_SECONDS, time.monotonic()
+            failed, left = failed + 1, since + patience.timeout_seconds - time.monotonic()
+            if left <= pause or (failed >= ATTEMPTS and isinstance(error, stores.Wrong)):
                 raise RunStopped(
-                    f"{url} cannot be fetched, after {failed} attempts: {error}; look at what serves it, and run again."
+                    f"{url} cannot be fetched, after {counted(failed, 'attempt')}: {error}; look at what serves it, "
+                    f"and run again."
                 ) from error
+            _failures[url] = str(error)
             if should_leave is None:
-                doing(f"it tries {url} again: {error}".encode())
-        _pause(pause * random.SystemRandom().uniform(0.5, 1), should_leave)
-        pause = min(2 * pause, MAX_PAUSE_SECONDS)
+                doing(f"it tries {shown(url)} again: {error}".encode())
+            own = pause * random.SystemRandom().uniform(0.5, 1)
+            _pause(min(max(own, error.pause), 0.9 * left), should_leave)  # the last attempt is before the wait ends
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+        else:
+            _failures.pop(url, None)
+            return found
+
+
+_failures: dict[str, str] = {}  # why what is asked of a URL is being tried again, by URL
+
+
+def _why_again(url: str) -> str:
+    """For the sentence of a wait; "" where nothing has failed."""
+    return f" ({why})" if (why := _failures.get(url)) else ""
 
 
 def _pause(seconds: float, should_leave: Callable[[], bool] | None) -> None:
@@ -225,7 +264,7 @@ def remote_shards(urls: list[str]) -> list[str]:
     for _ in in_threads(stores.list_folder, listed, lambda url: f"the files beside {url}"):
         pass
     describe = lambda url: _tried(lambda: stores.describe(url), url)  # noqa: E731
-    said = in_threads(describe, new, lambda url: f"the size of {url}", _ASKED_AT_ONCE)
+    said = in_threads(describe, new, lambda url: f"the size of {url}{_why_again(url)}", _ASKED_AT_ONCE)
     shards = {url: _shard(url, described, cache) for url, described in zip(new, said, strict=True)}
     return [url if isinstance(url, RemoteShard) else shards.get(url, url) for url in urls]
 

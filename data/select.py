@@ -27,7 +27,7 @@ from prelude.data.order import permutation
 from prelude.data.places import Column, Places
 from prelude.data.remote_shards import shard_name
 from prelude.data.shards import ShardIndex, keys_in
-from prelude.data.stores import without_signature
+from prelude.data.signed_urls import without_signature
 from prelude.data.waiting import called, in_threads
 
 _AT_ONCE = 2**20  # samples whose labels may be waiting to be looked at
@@ -127,12 +127,11 @@ def _with_keys(index: ShardIndex, places: dict[str, int], where: str) -> np.ndar
     def found_in(path: str) -> list[tuple[str, int]]:
         """Lines that name samples of a shard, and these. Nothing else is left of it, whatever it holds."""
         keys, found = keys_in(path), []
+        before = {"", f"{shard_name(path)}:", f"{path}:", f"{path!s}:"}  # in names that a sample goes by
         for begin, end in spans[path]:
             for sample, offset in enumerate(index.images[begin:end, 0].tolist(), start=begin):
                 key = keys.get(offset, "?")
-                for name in {key, f"{shard_name(path)}:{key}", f"{path}:{key}"}:
-                    if name in places:
-                        found.append((name, sample))
+                found += [(name, sample) for one in before if (name := f"{one}{key}") in places]
         return found
 
     several: dict[str, list[int]] = defaultdict(list)

@@ -264,8 +264,8 @@ class ShardIndex:
 
     def as_written(self) -> "ShardIndex":
         """The same with the fingerprints that there were first, by which a folder has the name that its path ends with
-        as it is written: `photos/` none at all."""
-        if not any(isinstance(path, ImageFolder) for path in self.paths):
+        as it is written (`photos/` none at all), and a remote shard that of its URL (`a%20b.tar`)."""
+        if all(_end_of(path) == shard_name(path) for path in self.paths):
             return self
         other = copy.copy(self)
         other._name_of = _end_of
@@ -281,6 +281,8 @@ class ShardIndex:
     def _digest(self, what: str, places: Places | np.ndarray, contents: list[str] | None) -> str:
         """what: a name for it."""
         names = [self._name_of(path) for path in self.paths]
+        if names != [_end_of(path) for path in self.paths]:
+            what += " by names of files"  # what is remembered without that is by those of `as_written`
         return remembered(self._identity, what, lambda: _digest(names, places, self.counts, contents))
 
     def _read_as(self) -> str:
@@ -352,6 +354,9 @@ def is_command(url: str) -> bool:
 
 
 def _end_of(path: str) -> str:
+    """The name that a shard had at first."""
+    if isinstance(path, RemoteShard):
+        return path.first_name
     return os.path.basename(path) if isinstance(path, ImageFolder) else shard_name(path)
 
 

@@ -11,9 +11,12 @@ import binascii
 import http.client
 import importlib
 import re
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from email.utils import parsedate_to_datetime
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 
@@ -21,8 +24,8 @@ from prelude.data.errors import UserError
 from prelude.data.waiting import patience
 
 CHUNK = 2**23  # bytes of a request, where a store is asked for ranges
+_PLAIN_IN_PATHS = "!$&'()*+,;=:@"  # as they are in one part of a path
 _PROTOCOL = re.compile(r"(https?|s3|gs|gcs|hf)://", re.IGNORECASE)
-_SIGNATURES = re.compile(r"(?i)(X-(Amz|Goog)-|(Signature|Expires|AWSAccessKeyId|GoogleAccessId|Policy|Key-Pair-Id)=)")
 _EXTRAS = {"http": "http", "s3": "s3", "gs": "gcs", "hf": "hf"}  # of this package, with the libraries of a scheme
 _TRY_AGAIN = (408, 425, 429)  # of those below 500
 _FAILURES = {  # what libraries raise beside OSError
@@ -39,11 +42,24 @@ _FAILURES = {  # what libraries raise beside OSError
 
 
 class Refused(Exception):
-    """What no further attempt changes; the message has the status."""
+    """What no further attempt changes; the message has the status, if an answer had one."""
+
+    def __init__(self, why: str, status: int | None = None):
+        super().__init__(why)
+        self.status = status
 
 
 class Failed(Exception):
-    """What another attempt may change."""
+    """What another attempt may change. pause: seconds that the store asks for until then."""
+
+    def __init__(self, why: str, pause: float = 0.0):
+        super().__init__(why)
+        self.pause = pause
+
+
+class Wrong(Failed):
+    """A store that is there and brings something else than what was promised, or a host that there is not: what time
+    alone seldom mends."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,20 @@ def is_stored(url: str) -> bool:
     return bool(_PROTOCOL.match(url))
 
 
-def without_signature(url: str) -> str:
-    """The URL of the same file, however it was signed."""
-    return url.partition("?")[0] if _SIGNATURES.search(urlsplit(url).query) else url
+def name_of(url: str) -> str:
+    """Of a file, as a copy on a disk is called: only a server has queries, and what is escaped."""
+    path = unquote(urlsplit(url).path) if _scheme(url) == "http" else url
+    return path.rpartition("/")[2]
+
+
+def beside(url: str, name: str) -> str:
+    """The URL of another file of that name in the same folder."""
+    if _scheme(url) != "http":
+        return f"{url.rpartition('/')[0]}/{name}"
+    plain, _, query = url.partition("#")[0].partition("?")
+    folder, _, last = plain.rpartition("/")
+    inner, slash, _ = unquote(last).rpartition("/")  # of an escaped path, as some stores have it
+    return f"{folder}/{quote(inner + slash + name, safe=_PLAIN_IN_PATHS)}" + (f"?{query}" if query else "")
 
 
 def prepare(url: str) -> None:
@@ -120,17 +147,22 @@ def stream(url: str, size: int, start: int = 0) -> Iterator[tuple[int, bytes, di
 
 
 def read_range(url: str, size: int, offset: int, length: int) -> bytes | None:
-    """A few bytes of a file of `size`; None where the server knows no ranges. Raises Refused and Failed."""
+    """A few bytes of a file of `size`; None where the server knows or gives no ranges. Raises Refused and Failed."""
     content = bytearray()
     if _scheme(url) != "http":
         with _told(url):
             return _file_system(url).cat_file(_path(url), start=offset, end=offset + length)
-    for place, chunk, _ in stream(url, size, offset):
-        if place != offset + len(content):
+    try:
+        for place, chunk, _ in stream(url, size, offset):
+            if place != offset + len(content):
+                return None
+            content += chunk
+            if len(content) >= length:
+                break
+    except Refused as error:
+        if offset and error.status != 404:
             return None
-        content += chunk
-        if len(content) >= length:
-            break
+        raise
     return bytes(content[:length])
 
 
@@ -166,7 +198,7 @@ def _streamed(url: str, size: int, start: int) -> Iterator[tuple[int, bytes, dic
         start = start if answer.status == 206 else 0
         promised = answer.headers.get("Content-Length")
         if promised is not None and int(promised) != size - start:
-            raise Failed(f"{promised} bytes are sent where {size - start} were promised")
+            raise Wrong(f"{promised} bytes are sent where {size - start} were promised")
         checksums = of_headers(answer.headers) if not start else {}
         while chunk := file.read(CHUNK):
             yield start, chunk, checksums
@@ -226,6 +258,8 @@ class _told:
         status = next((code for one in chain if (code := _status_of(one))), None)
         if status is None and isinstance(error, PermissionError | FileNotFoundError) and len(chain) == 1:
             status = 403 if isinstance(error, PermissionError) else 404
+        if status is None and str(error).startswith("Forbidden: "):  # gcsfs
+            status = 403
         served = [text for one in chain if (text := getattr(one, "server_message", None))]  # the hub's own words
         words = next((text for one in reversed(chain) if (text := _words(one, self.url))), _phrase(status, error))
         words = " ".join(served[0].split()).rstrip(".") if served else words
@@ -234,8 +268,10 @@ class _told:
         if lacks is not None:
             raise Refused(f"{words}; give credentials where {_scheme(self.url)} looks for them") from error
         if status is not None and 400 <= status < 500 and status not in _TRY_AGAIN:
-            raise Refused(told) from error
-        raise Failed(told) from error
+            raise Refused(told, status) from error
+        if any(isinstance(one, socket.gaierror) and one.errno == socket.EAI_NONAME for one in chain):
+            raise Wrong(told) from error
+        raise Failed(told, next((seconds for one in chain if (seconds := _asked_pause(one))), 0.0)) from error
 
 
 def _failures(url: str) -> tuple[type[Exception], ...]:
@@ -262,6 +298,21 @@ def _status_of(error: BaseException) -> int | None:
             if isinstance(code, int | str) and str(code).isdigit() and 300 <= int(code) < 600:
                 return int(code)
     return None
+
+
+def _asked_pause(error: BaseException) -> float:
+    """Seconds that an answer asks to wait, as a number or until a date; 0 where it asks for none."""
+    answer = getattr(error, "response", None)
+    headers = getattr(error, "headers", None) or getattr(answer, "headers", None)
+    if isinstance(answer, dict):  # botocore
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders")
+    asked = str(next((headers[name] for name in ("Retry-After", "retry-after") if name in (headers or {})), "")).strip()
+    if asked.isdigit():
+        return float(asked)
+    try:
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _phrase(status: int | None, error: BaseException) -> str:

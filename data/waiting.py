@@ -31,6 +31,7 @@ import torch
 from prelude.data import host
 from prelude.data.errors import RunStopped, Stopped
 from prelude.data.host import own_fault
+from prelude.data.signed_urls import shown
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Wait:
     """One wait, from its construction on. what: of it, in words; asked when it is told."""
 
     def __init__(self, what: Callable[[], str]):
-        self.what = what
+        self.what = lambda: shown(what())
         self.began = time.monotonic()
         self.tell_after = min(TELL_AFTER_SECONDS, patience.timeout_seconds / 3)
         self.moves = _moves
@@ -222,7 +223,7 @@ class Board:
         self.counts = torch.zeros(num_processes, dtype=torch.int64).share_memory_()
 
     def line(self, process: int) -> str:
-        return bytes(self.lines[process].numpy()).partition(b"\0")[0].decode(errors="ignore")
+        return _words(self.lines[process].numpy())
 
     def moves(self) -> int:
         """How often something has come to any of them."""
@@ -244,7 +245,11 @@ def doing(words: bytes) -> None:
 
 def doing_now() -> str:
     """What this process noted last."""
-    return bytes(_line).partition(b"\0")[0].decode(errors="ignore")
+    return _words(_line)
+
+
+def _words(line: np.ndarray | memoryview) -> str:
+    return shown(bytes(line).partition(b"\0")[0].decode(errors="ignore"))
 
 
 _line = memoryview(bytearray(Board.SIZE))

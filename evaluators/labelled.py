@@ -18,6 +18,7 @@ from prelude.data.labels import in_words
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.select import Selection, selected
 from prelude.data.shards import ShardIndex
+from prelude.data.signed_urls import shown_in
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.features.labels import Labels, VectorFormat
 from prelude.pretrain.config import EvaluateConfig, SelectConfig
@@ -83,7 +84,7 @@ class Labelled:
         """Of train or test, for the record."""
         select = getattr(self, f"{name}_select")
         chosen = {"select": select.said()} if select else {}
-        return {"shards": getattr(self, name), **chosen, "fingerprint": index.fingerprint}
+        return {"shards": shown_in(getattr(self, name)), **chosen, "fingerprint": index.fingerprint}
 
     def described_labels(self, index: ShardIndex) -> dict:
         """What labels are, for the record: names of classes in the order of their numbers, where they have any."""
@@ -211,7 +212,7 @@ def same_images(first: ShardIndex, second: ShardIndex) -> np.ndarray:
 
 def _by_file(index: ShardIndex) -> dict[str, int]:
     """The numbers of its shards, but for folders, of which one may lie in another."""
-    real = lambda path: path if isinstance(path, RemoteShard) else os.path.realpath(path)  # noqa: E731
+    real = lambda path: path.identity if isinstance(path, RemoteShard) else os.path.realpath(path)  # noqa: E731
     return {real(path): number for number, path in enumerate(index.paths) if not isinstance(path, ImageFolder)}
 
 

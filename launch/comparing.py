@@ -15,6 +15,7 @@ from prelude.data.absent import told_as
 from prelude.data.counting import counted, listed
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
+from prelude.data.signed_urls import shown_in
 from prelude.data.whole_files import write_whole
 from prelude.evaluators.comparing import gathering
 from prelude.evaluators.comparing.comparison import Comparison, Entry
@@ -236,8 +237,9 @@ def compared(
     measured = [result for entry in entries for result in entry.results.values()]
     objectives = list(dict.fromkeys(entry.objective or entry.name for entry in entries if entry.kind == "pretrained"))
     old = [result for entry in entries for result in entry.kept.values()]
-    unknown = {"label": labelled.label, "train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
-    shards = args.shards or labelled.train
+    sides = {"train": {"shards": labelled.train}, "test": {"shards": labelled.test}}
+    unknown = {"label": labelled.label, **shown_in(sides)}
+    shards = shown_in(args.shards or labelled.train)
     budget = f"{counted(f'{args.images:,}', 'image')} each" if args.images else "each recipe's own number of images"
     budget += f" with {args.pretraining_seeds} seeds" if args.pretraining_seeds > 1 else ""
     what = "without labels" if args.shards else "the labelled train shards, without their labels"

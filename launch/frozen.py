@@ -9,6 +9,7 @@ from pathlib import Path
 from prelude.data.errors import UserError
 from prelude.data.remote_shards import keep_remote_shards
 from prelude.data.select import Selection
+from prelude.data.signed_urls import shown
 from prelude.data.waiting import moves, wait_at_most
 from prelude.data.whole_files import write_whole
 from prelude.evaluators.features.pixels import is_pixels
@@ -75,7 +76,7 @@ def common(args: argparse.Namespace, name: str, argv: Sequence[str] | None) -> d
         "seed": args.seed,
         "num_seeds": args.seeds,
         "out": args.out,
-        "command": f"prelude {name} {given_words(argv)}",
+        "command": shown(f"prelude {name} {given_words(argv)}"),
         "say": say,
     }
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from prelude.checkpoints.source_names import path_of
 from prelude.data.errors import UserError
+from prelude.data.signed_urls import shown
 from prelude.launch.arguments import parse
 from prelude.launch.children import Preempted, run_door
 from prelude.launch.export import destination
@@ -161,7 +162,8 @@ class Run:
         _ask(door or command, words, ranks, lambda sentence: of_options(sentence, parser))
         written = [path for path, stamp in _stamps(folders).items() if before.get(path) != stamp]
         results = [json.loads(path.read_text()) for path in sorted(written)]
-        ours = [result for result in results if result.get("command") == f"prelude {command} {shlex.join(words)}"]
+        asked = shown(f"prelude {command} {shlex.join(words)}")  # as it is recorded
+        ours = [result for result in results if result.get("command") == asked]
         return sorted(ours, key=lambda result: sources.index(result["source"]))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from prelude.data.host import num_cores
+from prelude.data.signed_urls import shown_in
 from prelude.pretrain import distributed
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "simplejpeg", "numpy")
@@ -26,7 +27,7 @@ def describe_environment() -> dict:
         "cores": num_cores(),
         "host": platform.node(),
         "commit": _commit(),
-        "command": sys.argv,
+        "command": shown_in(sys.argv),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # all of it that those above may know
-SEAMS = {"data.batch", "data.errors", "data.counting", "data.host", "data.whole_files"}
+SEAMS = {"data.batch", "data.errors", "data.counting", "data.host", "data.signed_urls", "data.whole_files"}
 ALLOWED = {
     "data": set(),
     "pretrain": {"data"},

@@ -35,6 +35,12 @@ def open_arrow(path: str, options: SourceOptions) -> Source:
     for table in tables:
         if table.schema.names != schema.names:
             raise UserError(f"{table.path} has other columns than {tables[0].path}; pack them one by one.")
+        for name in schema.names:
+            if _holds_bytes(table.schema.field(name).type) != _holds_bytes(schema.field(name).type):
+                raise UserError(
+                    f"Column {name!r} holds image bytes in one of {tables[0].path} and {table.path} only; pack them "
+                    f"one by one."
+                )
     with_bytes = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
     if options.image and options.image in schema.names:
         with_bytes = [name for name in with_bytes if name == options.image]
@@ -225,14 +231,35 @@ def _holds_bytes(kind) -> bool:
 
 def _columns(path: str, tables: list, schema, with_bytes: list[str]) -> Columns:
     """Everything but the images: lists that are filled when they are asked for."""
+    names = [name for name in schema.names if name not in with_bytes]
+    return Columns(path, _Lazy(tables, names, with_bytes), (), _class_names(tables))
+
+
+def _class_names(tables: list) -> dict[str, list[str]]:
+    """Of columns of class numbers, which must mean the same in every file; one that names fewer has those of others."""
+    found: dict[str, tuple[list[str], str]] = {}
+    for table in tables:
+        for name, names in _told_names(table.schema).items():
+            known, path = found.get(name, ([], ""))
+            for number, (one, other) in enumerate(zip(known, names, strict=False)):
+                if one != other:
+                    raise UserError(
+                        f"Class {number} of column {name!r} is {one!r} in {path} and {other!r} in {table.path}; pack "
+                        f"them one by one, or number the classes alike."
+                    )
+            if len(names) > len(known):
+                found[name] = names, table.path
+    return {name: names for name, (names, _) in found.items()}
+
+
+def _told_names(schema) -> dict[str, list[str]]:
     told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    class_names = {}
+    found = {}
     for name, feature in told.items():
         inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
         if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-            class_names[name] = inner["names"]
-    names = [name for name in schema.names if name not in with_bytes]
-    return Columns(path, _Lazy(tables, names, with_bytes), (), class_names)
+            found[name] = inner["names"]
+    return found
 
 
 class _Lazy(dict):

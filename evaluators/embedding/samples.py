@@ -9,7 +9,7 @@ from prelude.data.decode import BadImage, decode
 from prelude.data.open_files import OpenFiles
 from prelude.data.remote_shards import RemoteShard
 from prelude.data.shards import ShardIndex, keys_in
-from prelude.data.stores import without_signature
+from prelude.data.signed_urls import without_signature
 from prelude.data.waiting import called
 
 

@@ -9,6 +9,7 @@ from prelude.data.absent import told_as
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.shards import ShardIndex
+from prelude.data.signed_urls import shown_in
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.features.labels import Labels, class_numbers
 from prelude.evaluators.frozen.outliers import OTHER
@@ -84,7 +85,7 @@ class OutlierJudging(Judging):
         if self._others.num_lost:
             warnings.append(f"Damage in --others has cost about {counted(self._others.num_lost, 'image')}, left out.")
         about = {"fingerprint": self._others.fingerprint, "num_samples": found, "num_unreadable": unreadable}
-        return {**data, "others": {"shards": self.others, **about}}, warnings
+        return {**data, "others": {"shards": shown_in(self.others), **about}}, warnings
 
 
 def _counted(features: Features, of_others: bool, first: int) -> Features:

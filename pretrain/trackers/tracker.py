@@ -26,6 +26,7 @@ from PIL import Image
 
 import prelude
 from prelude.data.errors import UserError
+from prelude.data.signed_urls import shown, shown_in
 from prelude.pretrain import stopping
 from prelude.pretrain.config import Config
 from prelude.pretrain.files import make_folder, reason
@@ -147,8 +148,8 @@ class Tracker:
             "folder": str(self.folder.parent.absolute()),
             "name": name_of(self.config.run_dir),
             "id": secrets.token_hex(8),
-            "config": self.config.model_dump(mode="json"),
-            "yaml": self.config.to_yaml(),
+            "config": shown_in(self.config.model_dump(mode="json")),
+            "yaml": shown(self.config.to_yaml()),
         }
 
     def _tell(self, why: str) -> None:

@@ -23,7 +23,10 @@ class Server:
     default: bytes | None = None
     faults: dict[str, list[str]] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # sent with every file
+    refusing: dict[str, str] = field(default_factory=dict)  # headers sent with every status in place of a file
     ranges: bool = True
+    refused_ranges: bool = False  # with 403
+    by_query: tuple[str, ...] = ()  # the parameters that name a file, with its path
     checksums: bool = True  # whether Content-MD5 is sent
     pause: float = 0.0  # seconds, between two pieces of a file
     asked: Counter = field(default_factory=Counter)  # GETs by name
@@ -34,6 +37,13 @@ class Server:
 @contextlib.contextmanager
 def serving(server: Server):
     class Handler(http.server.BaseHTTPRequestHandler):
+        def end_headers(self):
+            for header, value in server.refusing.items() if self.refusing else ():
+                self.send_header(header, value)
+            super().end_headers()
+
+        refusing = False
+
         def do_HEAD(self):
             self.answer(with_body=False)
 
@@ -41,13 +51,18 @@ def serving(server: Server):
             self.answer(with_body=True)
 
         def answer(self, with_body: bool):
-            name = self.path[1:].partition("?")[0]
+            name, _, query = self.path[1:].partition("?")
+            named = [part for part in query.split("&") if part.partition("=")[0] in server.by_query]
+            name = "?".join([name, *named])
             content = server.files.get(name, server.default)
             way = self.way(name, with_body)
             if way.isdigit() or content is None:
+                self.refusing = True
                 return self.send_error(int(way or 404))
             if way == "silent":
                 return server.over.wait(100)
+            if server.refused_ranges and self.headers.get("Range"):
+                return self.send_error(403)
             begin, status = 0, 200
             if with_body and server.ranges and self.headers.get("Range"):
                 server.parts.append(self.headers["Range"])

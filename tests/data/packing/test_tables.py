@@ -222,6 +222,21 @@ def test_parquet_with_image_bytes(images, packed, tmp_path):
     }
 
 
+def test_class_numbers_that_mean_different_things_are_refused(images, packed, tmp_path):
+    (tmp_path / "pq").mkdir()
+    table = image_table(images).rename_columns(["image", "species", "patient"])
+    for file, names in (("a", ["dog", "cat", "emu"]), ("b", ["cat", "dog", "emu"])):
+        pq.write_table(with_class_names(table, names), tmp_path / "pq" / f"{file}.parquet")
+    with pytest.raises(
+        UserError, match=r"Class 0 of column 'species' is 'dog' in .*a.parquet and 'cat' in .*b.parquet"
+    ):
+        packed(tmp_path / "pq")
+    paths = table.set_column(0, "image", pa.array([name for name, _, _ in ROWS]))
+    pq.write_table(with_class_names(paths, ["dog", "cat", "emu"]), tmp_path / "pq" / "b.parquet")
+    with pytest.raises(UserError, match="'image' holds image bytes in one of .* only; pack them one by one"):
+        packed(tmp_path / "pq")
+
+
 def tagged(images, tags, path):
     """A Parquet file with a Hugging Face `Sequence(ClassLabel)`."""
     table = pa.table({"image": [(images / name).read_bytes() for name, _, _ in ROWS], "tags": tags})
