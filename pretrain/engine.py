@@ -81,7 +81,7 @@ class Engine:
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
         self.progress = beginning(config, loader.num_samples)
-        self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
+        self.own_code = named_code.digests(config.encoder.name, config.objective["name"], cls=type(objective))
         self._refuse_other_ranks()
         optimizers.refuse_never_moving(config, self.progress.num_steps)
         with distributed.explained():
