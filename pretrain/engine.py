@@ -343,7 +343,7 @@ class Engine:
             "std": list(self.config.data.std),
             "loader": self.data_position,
             "own_code": self.own_code,
-        }
+        } | ({"ended": True} if self.has_ended else {})  # before its last step, and for whoever asks later
         for monitor in self.monitors:
             monitor.saving(self.progress.step)
         self.store.save(self.progress.step, self.deepspeed, meta)
