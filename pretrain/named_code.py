@@ -16,12 +16,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prelude.data.errors import UserError
 from prelude.pretrain.code_files import files_behind
+
+Found = TypeVar("Found")
 
 # What timm, torch and code that somebody else wrote raise for settings that do not suit them; the last three where a
 # module is imported for it.
@@ -36,6 +38,7 @@ REFUSALS = (
     NameError,
 )
 RAISED = (*REFUSALS, ImportError, SyntaxError, OSError)
+_loaded: dict[str, dict[str, str]] = {}  # name -> digests, see `as_it_is_now`
 _LONGEST_REASON = 200  # characters
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -66,6 +69,19 @@ def load(key: str, name: str, what: str) -> Any:
                 f"{what}."
             )
         found = getattr(found, attribute)
+    return found
+
+
+def as_it_is_now(name: str, find: Callable[[str], Found]) -> Found:
+    """`find(name)`, which loads the name's module: from its files as they are now, also where this process has loaded
+    others. For a notebook's kernel, which outlives edits; a run keeps the code that it began with."""
+    module = name.partition(":")[0]
+    if module in sys.modules and _loaded.get(name) != digests(name):
+        importlib.invalidate_caches()
+        for each in (module, *files_behind(module)):
+            sys.modules.pop(each, None)
+    found = find(name)
+    _loaded[name] = digests(name)
     return found
 
 
