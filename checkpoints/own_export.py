@@ -14,7 +14,7 @@ from torch import nn
 from prelude.checkpoints.sources import EXPORT_SECTION, OpenedEncoder
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder, pooled_width
-from prelude.pretrain.own_encoder import arguments
+from prelude.pretrain.own_encoder import arguments, had_expanded
 
 
 def own_config(encoder: OpenedEncoder) -> dict:
@@ -40,6 +40,8 @@ def own_card(encoder: OpenedEncoder) -> str:
     """How to load it, as a part of README.md."""
     module, _, function = encoder.config.name.partition(":")
     height, width = encoder.config.size
+    width = pooled_width(encoder.model)
+    assigned, cast = (", assign=True", ".float()") if had_expanded(encoder.model) else ("", "")
     return f"""
 timm has no such architecture, and does not open this folder. The function that builds it does, where `{module}` is on
 the import path:
@@ -49,7 +51,7 @@ import json
 from {module} import {function.partition(".")[0]}
 from safetensors.torch import load_file
 encoder = {function}(**json.load(open("config.json"))["arguments"])
-encoder.load_state_dict(load_file("model.safetensors"))
-features = encoder.eval()(images)  # (B, {len(encoder.mean)}, {height}, {width}) to (B, {pooled_width(encoder.model)})
+encoder.load_state_dict(load_file("model.safetensors"){assigned})
+features = encoder{cast}.eval()(images)  # (B, {len(encoder.mean)}, {height}, {width}) to (B, {width})
 ```
 """

@@ -69,7 +69,8 @@ class OpenedEncoder:
         """A hash of what no weight says and features depend on: each layer's kind and its plain settings (heads, ε,
         pooling), and the source of code of the user's own."""
         settings = [(name, type(layer).__qualname__, _settings(layer)) for name, layer in self.model.named_modules()]
-        said = json.dumps([settings, digests(self.config.name)], sort_keys=True)
+        code = digests(self.config.name, layers={type(layer) for layer in self.model.modules()})
+        said = json.dumps([settings, code], sort_keys=True)
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 

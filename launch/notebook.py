@@ -1,7 +1,8 @@
 """Runs from Python: `prelude.pretrain(...)`, and what can be asked of the run that it returns.
 
-- Everything is done by the doors, each in a process of its own: a notebook's kernel imports no torch and holds no
-  device, and what a door keeps, writes and refuses is the same as from a command line.
+- Everything is done by the doors, each in a process of its own: a notebook's kernel holds no device, and imports torch
+  only for an objective of the user's own, whose class says its settings. What a door keeps, writes and refuses is the
+  same as from a command line.
 - An interrupt (the stop button, Ctrl-C) asks the door to end: the step under way is finished and saved, then
   KeyboardInterrupt is raised. The same call goes on from there. So does a kernel that is gone.
 - What a door refuses is a `RunError` with its sentence.

@@ -30,13 +30,12 @@ def print_with_outlook(planned: Planned, *run) -> None:
     planned.print()
 
 
-def outlook(
-    config: Config, loader, options: type[BaseModel], has_ended: Callable[[Path], bool] = lambda checkpoint: False
-) -> str:
+def outlook(config: Config, loader, options: type[BaseModel], has_ended: Callable[[Path], bool] | None = None) -> str:
     """Whether a start would begin anew or go on, and from where. `loader` is moved there.
 
     options: what the objective's own settings are read by. has_ended: whether the run of a checkpoint is over before
-    its last step. Raises UserError, in the words of the start, where it would be refused.
+    its last step; by default, whether it was when it was saved. Raises UserError, in the words of the start, where it
+    would be refused.
     """
     path = Path(config.run_dir)
     RunLock(path).refuse_held()
@@ -53,7 +52,11 @@ def outlook(
     progress, notices = progress_after(meta, config, beginning(config, loader.num_samples), checkpoint)
     if progress.step == progress.num_steps:
         return f"finished at step {progress.step}: a start would train nothing"
-    if has_ended(checkpoint):
+    if has_ended is None:
+        ended = meta.get("ended", False) and not changed_settings(meta["config"], config, options)
+    else:
+        ended = has_ended(checkpoint)
+    if ended:
         return f"ended early, at step {progress.step} of {progress.num_steps}: a start would train nothing"
     place = checkpoint.name if is_own(checkpoint, config) else checkpoint
     _, otherwise = precision.resolve(config, distributed.device(), meta)

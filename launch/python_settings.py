@@ -21,6 +21,7 @@ from prelude.objectives import options_for
 from prelude.pretrain.annotations import takes, takes_texts
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.config_words import shown, wanted
+from prelude.pretrain.named_code import as_it_is_now, is_named
 from prelude.pretrain.overrides import is_another_kind, value_of
 from prelude.pretrain.recipe_yaml import written
 from prelude.pretrain.recipes import objective_named, read_recipe
@@ -78,6 +79,8 @@ def keys_of(recipe: str | Path, settings: Mapping[str, Any]) -> Keys:
     section = settings.get("objective")
     told = settings.get("objective.name") or (section.get("name") if isinstance(section, Mapping) else None)
     name = told or objective_named(read_recipe(recipe))
+    if isinstance(name, str) and is_named(name):
+        return Keys(as_it_is_now(name, options_for))
     return Keys(options_for(name) if isinstance(name, str) else None)
 
 

@@ -115,7 +115,7 @@ class CollapseWatch(Monitor):
     ):
         self.config, self.store, self.remedies = config, store, REMEDIES | dict(remedies or {})
         self.teacher_patience, self.run_dir = _TEACHER_SPANS * teacher_steps, run_dir
-        self.num_steps = 0
+        self.num_steps = self.last_step = 0
         self.seen = {source: _Window(fewest) for source, fewest in FEWEST.items()}  # after the grace
         self.standing: dict[str, dict[str, Sign]] = {source: {} for source in FEWEST}  # by source, then cause
         self.told: dict[tuple[bool, str], int] = {}  # (of volumes, cause): the step at which it was told
@@ -127,7 +127,7 @@ class CollapseWatch(Monitor):
         self.reports: list[Report] = []
 
     def start(self, progress: Progress) -> None:
-        self.num_steps = progress.num_steps
+        self.num_steps, self.last_step = progress.num_steps, progress.step
         if not (self.run_dir and progress.step):
             return
         store, self.store = self.store, _Nobody()  # what was kept then is kept still
@@ -157,7 +157,7 @@ class CollapseWatch(Monitor):
             return []
 
     def record(self, record: StepRecord) -> None:
-        self.num_steps = record.num_steps or self.num_steps
+        self.num_steps, self.last_step = record.num_steps or self.num_steps, record.step
         source, numbers = _of_step(record.parts | {"loss": record.loss})
         self._observe(source, record.step, numbers)
 
@@ -174,7 +174,7 @@ class CollapseWatch(Monitor):
         if self.concluded:
             return
         standing = [sign for signs_of in self.standing.values() for sign in signs_of.values()]
-        step = max((seen.newest.step for seen in self.seen.values() if seen), default=self.num_steps)
+        step = max((seen.newest.step for seen in self.seen.values() if seen), default=0)
         if standing:
             verdict, text = "collapsed", f"the run has ended collapsed: {'; '.join(sign.found for sign in standing)}"
         elif self.judged:
@@ -190,7 +190,7 @@ class CollapseWatch(Monitor):
                 f"the run is too short to be judged for collapse: that takes {SHORTEST} steps, and {FEWEST['step']} "
                 f"logged ones after step {self._grace:.0f}"
             )
-        self.reports.append(Report(max(step, self.num_steps), "verdict", text, cause=verdict))
+        self.reports.append(Report(max(step, self.last_step), "verdict", text, cause=verdict))
 
     @property
     def _grace(self) -> float:

@@ -81,7 +81,7 @@ class Engine:
                 f"{self.accumulation} micro-batches would change; write train.micro_batch=auto."
             )
         self.progress = beginning(config, loader.num_samples)
-        self.own_code = named_code.digests(config.encoder.name, config.objective["name"])
+        self.own_code = named_code.digests(config.encoder.name, config.objective["name"], cls=type(objective))
         self._refuse_other_ranks()
         optimizers.refuse_never_moving(config, self.progress.num_steps)
         with distributed.explained():
@@ -343,7 +343,7 @@ class Engine:
             "std": list(self.config.data.std),
             "loader": self.data_position,
             "own_code": self.own_code,
-        }
+        } | ({"ended": True} if self.has_ended else {})  # before its last step, and for whoever asks later
         for monitor in self.monitors:
             monitor.saving(self.progress.step)
         self.store.save(self.progress.step, self.deepspeed, meta)

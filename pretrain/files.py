@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +25,18 @@ log = logging.getLogger(__name__)
 
 
 def save_file(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' own, whose files only their owner may read, with the permissions that `open` gives a new file."""
+    """safetensors' own, whose files only their owner may read, with the permissions that `open` gives a new file.
+
+    Tensors that share memory, which it refuses, are written one by one.
+    """
     import safetensors.torch  # here, so that who writes no tensors starts without torch
 
     remove(path)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OURS_ALONE, 0o666))
     permissions = stat.S_IMODE(path.stat().st_mode)
-    safetensors.torch.save_file(tensors, path, metadata)
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    alone = {n: t if places[t.untyped_storage().data_ptr()] == 1 else t.clone() for n, t in tensors.items()}
+    safetensors.torch.save_file(alone, path, metadata)
     path.chmod(permissions)
 
 

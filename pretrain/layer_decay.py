@@ -25,18 +25,19 @@ from prelude.pretrain.kept_patches import is_transformer
 _HEAD = "\0"  # a name that no pattern of timm's matches: it falls into the group of the head
 
 
-def lr_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
+def lr_scales(encoder: nn.Module, decay: float, key: str = "optimizer.layer_decay") -> dict[str, float]:
     """The learning rate's multiplier of each of the encoder's parameters; the head's would be 1.
 
-    Raises UserError for a network that does not say what its layers are.
+    key: of the config that says `decay`, for messages. Raises UserError for a network that does not say what its layers
+    are.
     """
     if decay == 1:
         return {name: 1.0 for name, _ in encoder.named_parameters()}
-    layers, head = layer_numbers(encoder)
+    layers, head = layer_numbers(encoder, key)
     return {name: decay ** (head - layer) for name, layer in layers.items()}
 
 
-def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
+def layer_numbers(encoder: nn.Module, key: str = "optimizer.layer_decay") -> tuple[dict[str, int], int]:
     """The layer of each parameter, from 0 at the image, and that of the head."""
     names = [name for name, _ in encoder.named_parameters()]
     if is_transformer(encoder):
@@ -48,7 +49,7 @@ def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
     if not hasattr(encoder, "group_matcher"):
         raise UserError(
             f"A learning rate by layers needs a {type(encoder).__name__} that says what its layers are, by timm's "
-            "group_matcher(coarse); write one, or layer_decay=1."
+            f"group_matcher(coarse); write one, or {key}=1."
         )
     matcher = encoder.group_matcher(coarse=False)
     groups = group_with_matcher(chain(((name, name) for name in names), [(_HEAD, _HEAD)]), matcher, reverse=True)

@@ -3,7 +3,8 @@
 - A module is looked for on the import path, as any import is (installed packages, PYTHONPATH), and after everything
   else in the current folder. Nothing there can hide a module that is found elsewhere.
 - A name is imported as it stands, and nothing else of it is run here.
-- `digest` is of the module's source file, so that ranks can compare what they run, and a run can say that it changed.
+- `digests` are of the module's source file and of the user's files that it imports, so that ranks can compare what they
+  run, and a run can say that it changed.
 
 Nothing here needs torch.
 """
@@ -15,10 +16,14 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prelude.data.errors import UserError
+from prelude.pretrain.code_files import files_behind
+
+Found = TypeVar("Found")
 
 # What timm, torch and code that somebody else wrote raise for settings that do not suit them; the last three where a
 # module is imported for it.
@@ -33,6 +38,7 @@ REFUSALS = (
     NameError,
 )
 RAISED = (*REFUSALS, ImportError, SyntaxError, OSError)
+_loaded: dict[str, dict[str, str]] = {}  # name -> digests, see `as_it_is_now`
 _LONGEST_REASON = 200  # characters
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -66,6 +72,19 @@ def load(key: str, name: str, what: str) -> Any:
     return found
 
 
+def as_it_is_now(name: str, find: Callable[[str], Found]) -> Found:
+    """`find(name)`, which loads the name's module: from its files as they are now, also where this process has loaded
+    others. For a notebook's kernel, which outlives edits; a run keeps the code that it began with."""
+    module = name.partition(":")[0]
+    if module in sys.modules and _loaded.get(name) != digests(name):
+        importlib.invalidate_caches()
+        for each in (module, *files_behind(module)):
+            sys.modules.pop(each, None)
+    found = find(name)
+    _loaded[name] = digests(name)
+    return found
+
+
 def reason(error: Exception, name: str) -> str:
     """Why the code behind `name` failed, and in which line of it."""
     file = _file_of(name.partition(":")[0])
@@ -75,14 +94,30 @@ def reason(error: Exception, name: str) -> str:
     return f"{type(error).__name__}{where}{': ' if text else ''}{text}"
 
 
-def digests(*names: str) -> dict[str, str]:
-    """A short hash of the source file of each name that is code of the user's, by that name."""
-    found = {}
-    for name in filter(is_named, names):
-        file = _file_of(name.partition(":")[0])
+def digests(*names: str, cls: type | None = None, layers: Iterable[type] = ()) -> dict[str, str]:
+    """A short hash of the source file of each name that is code of the user's, by that name, and one of all files of
+    the user's that it imports, where there are any.
+
+    cls: what the last name led to, where that is no name of code: the entry point of an installed package. layers:
+    classes that the names' code is known to use, from wherever they are.
+    """
+    paths = {name: name for name in filter(is_named, names)}
+    if cls is not None and not is_named(names[-1]) and cls.__module__.partition(".")[0] != "prelude":
+        paths[names[-1]] = cls.__module__
+    also, found = {base.__module__ for layer in layers for base in layer.__mro__}, {}
+    for name, path in paths.items():
+        module = path.partition(":")[0]
+        file = _file_of(module)
         if file and os.path.isfile(file):
-            found[name] = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+            found[name] = _hashed(Path(file).read_bytes())
+            if behind := files_behind(module, also=also):
+                listed = [f"{each} {_hashed(behind[each].read_bytes())}" for each in sorted(behind)]
+                found[f"what {name} imports"] = _hashed("\n".join(listed).encode())
     return found
+
+
+def _hashed(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def changes(then: dict[str, str], now: dict[str, str]) -> list[str]:

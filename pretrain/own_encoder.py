@@ -33,6 +33,7 @@ from prelude.pretrain import named_code, warm_start
 from prelude.pretrain.config import Config, EncoderConfig
 
 _GIVES = "_gives"  # of a network that is not timm's
+_EXPANDED = "_had_expanded"  # see `had_expanded`
 _FORM = "module:function"
 _TOLERANCE = 1e-4  # of the largest feature: the same numbers, summed in another order
 _CHANNELS = 3  # unless images have others
@@ -87,6 +88,8 @@ def create(config: EncoderConfig) -> nn.Module:
         )
     if not any(parameter.numel() for parameter in model.parameters()):
         raise UserError(f"{_called(config)} returns a {type(model).__name__} without a weight; return the network.")
+    _refuse_unsaved(model, config)
+    _spread_out(model)
     warm_start.keep(model)  # its weights are the function's affair
     return model
 
@@ -203,6 +206,46 @@ def _function(config: EncoderConfig) -> Callable:
 def _called(config: EncoderConfig) -> str:
     given = ", ".join(f"{key}={value}" for key, value in arguments(config).items())
     return f"encoder.name={config.name}, called with {given},"
+
+
+def _refuse_unsaved(model: nn.Module, config: EncoderConfig) -> None:
+    """What no checkpoint can hold, and every reader of one would miss."""
+    held = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    for name, value in model.state_dict().items():
+        if name in held and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            continue
+        raise UserError(
+            f"{_called(config)} returns a network with {name} in its state_dict, which is no plain parameter or buffer "
+            "and which no checkpoint can hold; write register_buffer(NAME, tensor, persistent=False) for what its "
+            "settings tell, and no get_extra_state."
+        )
+
+
+def _spread_out(model: nn.Module) -> None:
+    """Gives expanded tensors memory of their own for every element: nothing can be written into them otherwise."""
+    for parameter in filter(_is_expanded, model.parameters()):
+        parameter.data = _copied(parameter)
+        setattr(model, _EXPANDED, True)
+    copies = {}  # by the buffer, which may have several names
+    for part in model.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is None or name in part._non_persistent_buffers_set or not _is_expanded(buffer):
+                continue
+            part._buffers[name] = copies.setdefault(buffer, _copied(buffer))
+            setattr(model, _EXPANDED, True)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def had_expanded(model: nn.Module) -> bool:
+    """Whether the function's own network has tensors that torch cannot copy into."""
+    return getattr(model, _EXPANDED, False)
 
 
 # ---- what the network gives

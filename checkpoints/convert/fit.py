@@ -54,6 +54,7 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
     wanted, changes = model.state_dict(), list(weights.notes)
     found = dict(weights.tensors)
     _refuse_other_kinds(wanted, found, weights, name)
+    found |= _under_other_names(wanted, found)
     filled = _filled(wanted, found, weights)
     found |= filled
     for adapt in (_channels, _patches, _table, _last_norm):
@@ -76,7 +77,7 @@ def fit(model: nn.Module, weights: Weights, name: str, *, may_differ: Sequence[s
             "encoder that they were trained with."
         )
     _refuse_other_layers(model, weights, name)
-    damaged = [n for n, tensor in found.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    damaged = [n for n in found if _is_damaged(found[n], wanted.get(n))]
     if damaged:
         raise UserError(f"{weights.where} has numbers that are not finite in {shortened(damaged)}; fetch it again.")
     if not any(found[n].any() for n in wanted if n in found and found[n].ndim > 1):
@@ -100,6 +101,20 @@ def _refuse_other_kinds(wanted: dict, found: dict, weights: Weights, name: str) 
             f"{weights.where} ({weights.format}) has numbers of another kind than {name}: {shortened(wrong)}; write "
             "weights in floating point."
         )
+
+
+def _under_other_names(wanted: dict, found: dict) -> dict[str, Tensor]:
+    """What lacks a name that is another's in the model too, as of tied weights: a checkpoint has such a tensor once."""
+    places = {n: (t.data_ptr(), t.dtype, t.shape, t.stride()) for n, t in wanted.items() if t.numel()}
+    known = {places[n]: found[n] for n in places if n in found}
+    return {n: known[place] for n, place in places.items() if n not in found and place in known}
+
+
+def _is_damaged(tensor: Tensor, fresh: Tensor | None) -> bool:
+    """Whether it has numbers that are not finite, and the model's own has none of that kind, as a mask of -inf has."""
+    if not tensor.is_floating_point() or tensor.isfinite().all():
+        return False
+    return any(odd(tensor).any() and (fresh is None or not odd(fresh).any()) for odd in (torch.isnan, torch.isinf))
 
 
 def facts(model: nn.Module) -> dict:

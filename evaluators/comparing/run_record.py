@@ -140,7 +140,8 @@ def _has_ended(saved: dict | None, config: Config, options: type[BaseModel]) -> 
         return False
     meta = saved["meta"]
     changed = changed_settings(meta["config"], as_recorded(config, meta), options)
-    return saved["step"] == meta["num_steps"] and not changed
+    ended = saved["step"] == meta["num_steps"] or meta.get("ended", False)  # by the objective's own word
+    return ended and not changed
 
 
 def _records(path: Path, step: int | None, kind: str | None = None) -> list[dict]:

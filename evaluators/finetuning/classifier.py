@@ -127,7 +127,7 @@ class Classifier(Objective):
         return self.held_out is not None and self.held_out.has_ended(progress, self._current)
 
     def lr_scales(self) -> dict[str, float]:
-        scales = layer_decay.lr_scales(self.encoder, self.options.layer_decay)
+        scales = layer_decay.lr_scales(self.encoder, self.options.layer_decay, "objective.layer_decay")
         head = {f"head.{name}": self.options.head_lr_ratio for name, _ in self.head.named_parameters()}
         return {f"encoder.{name}": scale for name, scale in scales.items()} | head
 

@@ -191,12 +191,27 @@ def encoder_config(opened: OpenedEncoder, options: FineTuneOptions) -> EncoderCo
     if isinstance(getattr(model, "pos_embed", None), Tensor) and not is_own(config):
         changes["pos_embed"] = "learned"
     config = config.model_copy(update=changes)
+    _refuse_drop_path(config, options)
     architecture, instead = lay_out_encoder(config), {}
     if by_mean and isinstance(architecture.fc_norm, nn.Identity):
         instead |= {"fc_norm": True, "final_norm": True}
     if not options.drop_path and drops_paths(architecture):
         instead["drop_path_rate"] = 0.0
     return _with(config, instead) if instead and _takes(config, instead) else config
+
+
+def _refuse_drop_path(config: EncoderConfig, options: FineTuneOptions) -> None:
+    """Of an encoder that has none; what a recipe says of it nobody has written as a setting of the encoder."""
+    if not options.drop_path or _takes(config, {}):
+        return
+    without = {key: value for key, value in config.kwargs.items() if key != "drop_path_rate"}
+    if not _takes(config.model_copy(update={"kwargs": without}), {}):
+        return
+    own = ", or give its function a parameter drop_path_rate" if is_own(config) else ""
+    raise UserError(
+        f"objective.drop_path={options.drop_path:g} is handed to encoder.name={config.name} as drop_path_rate, which "
+        f"it does not take; write objective.drop_path=0{own}."
+    )
 
 
 def _with(config: EncoderConfig, kwargs: dict) -> EncoderConfig:

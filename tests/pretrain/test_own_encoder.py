@@ -211,3 +211,55 @@ def test_a_change_of_the_source_is_seen(elsewhere):
     assert named_code.changes(then, named_code.digests(name)) == [
         f"the source of {name} has changed since the checkpoint was saved"
     ]
+
+
+LAYERS = "from torch import nn\nclass Net(nn.Linear):\n    def forward(self, images):\n        return {}\n"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"{}/__init__.py": "from .parts.layers import Net", "{}/parts/__init__.py": "", "{}/parts/layers.py": LAYERS},
+        {"{}.py": "from {}_layers import Net", "{}_layers.py": LAYERS},
+        {
+            "{}.py": "from {}_parts import Net",
+            "{}_parts.py": "import {}_layers\nNet = {}_layers.Net",
+            "{}_layers.py": LAYERS,
+        },
+        {"{}.py": "import importlib\nNet = importlib.import_module('{}_' + 'layers').Net", "{}_layers.py": LAYERS},
+    ],
+    ids=["package", "sibling", "chain", "by its layers"],
+)
+def test_a_change_in_a_file_that_the_source_imports_is_seen(elsewhere, files, request):
+    """By the bank, which is told of the network's layers, and by a resume and the ranks, where an import says so."""
+    top = f"split_{abs(hash(request.node.callspec.id))}"
+    for name, text in files.items():
+        path = elsewhere / name.replace("{}", top)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("{}", top) if text != LAYERS else LAYERS.format("images"))
+    layers = next(elsewhere.rglob("*layers.py"))
+    net = named_code.load("encoder.name", f"{top}:Net", "module:function")
+    name, told = f"{top}:build", {"layers": [net]}
+    then, alone = named_code.digests(name, **told), named_code.digests(name)
+    assert set(then) == {name, f"what {name} imports"}
+    layers.write_text(LAYERS.format("2 * images"))
+    now = named_code.digests(name, **told)
+    assert named_code.changes(then, now) == [
+        f"the source of what {name} imports has changed since the checkpoint was saved"
+    ]
+    assert named_code.changes({name: then[name]}, now) == []  # a checkpoint of before knew of no other file
+    assert bool(named_code.changes(alone, named_code.digests(name))) == ("importlib" not in files.get("{}.py", ""))
+
+
+def test_a_source_that_imports_nothing_of_the_users_has_one_digest():
+    """So that banks and checkpoints of before stay what they are: torch, timm and Prelude are no code of the user's."""
+    layers = [type(layer) for layer in build_encoder(config("small_transformer"), seed=0).modules()]
+    assert set(named_code.digests("own_networks:small_transformer", layers=layers)) == {
+        "own_networks:small_transformer"
+    }
+    assert named_code.digests("vit_tiny_patch16_224", "mae", cls=objective_class("mae"), layers=layers) == {}
+
+
+def test_the_class_of_an_entry_point_has_a_digest():
+    cls = own_networks.SmallConvNet  # of any module that is not ours
+    assert "offered" in named_code.digests("vit_tiny_patch16_224", "offered", cls=cls)

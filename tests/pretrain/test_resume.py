@@ -5,15 +5,19 @@ from pathlib import Path
 
 import engine_cases
 import pytest
+from collapse_cases import a_watch
 from in_memory import MemoryLoader
 
 from prelude.checkpoints.store import Store
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
+from prelude.evaluators.comparing import run_record
+from prelude.evaluators.comparing.run_record import is_finished_as
+from prelude.launch.outlook import outlook
 from prelude.pretrain import distributed
 from prelude.pretrain.config import ResumeConfig
 from prelude.pretrain.engine import Engine
-from prelude.pretrain.monitors import JsonlMonitor
+from prelude.pretrain.monitors import JsonlMonitor, Monitor
 from prelude.pretrain.recipes import validate_config
 from prelude.pretrain.resume import progress_after, starting_point
 from prelude.pretrain.schedules import Progress, beginning
@@ -136,3 +140,37 @@ def test_a_named_checkpoint_is_where_a_run_without_its_own_begins():
     assert starting_point(Has(OWN), config_of()) == OWN and starting_point(Has(None), config_of()) is None
     with pytest.raises(UserError, match="goes on from step-00000010; leave it out, or .* in another run_dir"):
         starting_point(Has(OWN), config_of(checkpoint="runs/x/checkpoints/step-00000005"))
+
+
+class EndsAtTwo(engine_cases.Regression):
+    def has_ended(self, progress):
+        return progress.step == 2
+
+
+def test_a_run_that_its_objective_has_ended_is_finished(tmp_path, monkeypatch):
+    """To a sweep, a comparison and `--dry-run`; and the verdict is of the last step that was taken."""
+    distributed.start()
+    config = engine_cases.config_of({"train": {"epochs": 1}, "saves_every": 100}, tmp_path)
+    objective, loader = EndsAtTwo(), MemoryLoader(8, engine_cases.NUM_SAMPLES, engine_cases.batch_at)
+    heard, options = [], type(objective.options)
+    watch = a_watch()
+    Engine(config, objective, loader, Store(tmp_path / "checkpoints"), [watch, _Listener(heard)]).run()
+    told = outlook(config, loader, options)
+    distributed.stop()
+    (newest,) = (tmp_path / "checkpoints").glob("step-*")
+    assert newest.name == "step-00000002" and [step for kind, step in heard if kind == "verdict"] == [2]
+    assert is_finished_as(config, options) and told == "ended early, at step 2 of 5: a start would train nothing"
+    other = config.model_copy(update={"seed": 7})
+    assert not is_finished_as(other, options)
+    saved = json.loads((newest / "state.json").read_text())
+    assert saved["meta"].pop("ended") is True
+    monkeypatch.setattr(run_record, "_saved", lambda _: saved)
+    assert not is_finished_as(config, options)  # one of before, of which nobody can tell
+
+
+class _Listener(Monitor):
+    def __init__(self, heard):
+        self.heard = heard
+
+    def report(self, report):
+        self.heard.append((report.kind, report.step))

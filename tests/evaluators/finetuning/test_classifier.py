@@ -6,7 +6,10 @@ from scipy import stats
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
+from prelude.checkpoints.sources import OpenedEncoder
+from prelude.data.errors import UserError
 from prelude.evaluators.finetuning.classifier import Classifier
+from prelude.evaluators.finetuning.finetune import encoder_config
 from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.finetuning.targets import class_targets
 from prelude.evaluators.finetuning.testing import Found
@@ -265,3 +268,13 @@ def test_under_lamb_a_head_of_almost_nothing_stands_still():
             optimizer.step()
         moved[std] = (model.head.weight.detach() - before).norm().item()
     assert moved[2e-5] < 1e-6 and moved["uniform"] > 1e-3
+
+
+def test_what_an_encoder_lacks_is_told_by_the_keys_of_the_recipe():
+    own = EncoderConfig(name="own_networks:small_transformer", image_size=16)
+    opened = OpenedEncoder(build_encoder(own, seed=0), own, (0.5,) * 3, (0.2,) * 3, "mine", "weights")
+    with pytest.raises(UserError, match=r"^objective.drop_path=0.1 is handed to .* objective.drop_path=0, or give"):
+        encoder_config(opened, FineTuneOptions(drop_path=0.1))
+    assert encoder_config(opened, FineTuneOptions(drop_path=0)).kwargs == {}
+    with pytest.raises(UserError, match=r"write one, or objective.layer_decay=1\.$"):
+        classifier(own, pooling="own", layer_decay=0.75).lr_scales()
