@@ -101,7 +101,8 @@ def export_formats(
 
 
 def _report(encoder: OpenedEncoder, path: Path, proof: Proof) -> ExportReport:
-    numel = sum(tensor.numel() for tensor in encoder.model.parameters())
+    fixed = [tensor for name, tensor in encoder.model.named_buffers() if name == "pos_embed"]  # a parameter of timm's
+    numel = sum(tensor.numel() for tensor in [*encoder.model.parameters(), *fixed])
     name, fingerprint = encoder.config.name, encoder.fingerprint
     return ExportReport(path, name, fingerprint, proof.difference, numel, proof.reader, proof.note)
 

@@ -40,7 +40,7 @@ def own_card(encoder: OpenedEncoder) -> str:
     """How to load it, as a part of README.md."""
     module, _, function = encoder.config.name.partition(":")
     height, width = encoder.config.size
-    width = pooled_width(encoder.model)
+    features = pooled_width(encoder.model)
     assigned, cast = (", assign=True", ".float()") if had_expanded(encoder.model) else ("", "")
     return f"""
 timm has no such architecture, and does not open this folder. The function that builds it does, where `{module}` is on
@@ -52,6 +52,6 @@ from {module} import {function.partition(".")[0]}
 from safetensors.torch import load_file
 encoder = {function}(**json.load(open("config.json"))["arguments"])
 encoder.load_state_dict(load_file("model.safetensors"){assigned})
-features = encoder{cast}.eval()(images)  # (B, {len(encoder.mean)}, {height}, {width}) to (B, {width})
+features = encoder{cast}.eval()(images)  # (B, {len(encoder.mean)}, {height}, {width}) to (B, {features})
 ```
 """

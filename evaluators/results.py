@@ -29,6 +29,7 @@ from rich.text import Text
 from torch import Tensor
 
 from prelude.data.errors import UserError
+from prelude.data.signed_urls import shown, shown_in
 from prelude.data.whole_files import write_whole
 from prelude.evaluators.table_text import folded, print_plain, print_whole
 from prelude.pretrain.files import reason
@@ -78,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result:
-    """An outcome and where it came from."""
+    """An outcome and where it came from, with URLs as they may be shown."""
 
     source: str  # as it was named on the command line
     encoder: dict  # name, fingerprint
@@ -88,6 +89,10 @@ class Result:
     command: str
     seconds: float  # this evaluator's own time, without the features
     versions: dict
+
+    def __post_init__(self):
+        for name, clean in (("command", shown), ("data", shown_in)):
+            object.__setattr__(self, name, clean(getattr(self, name)))
 
     def to_json(self) -> dict:
         """A flat dictionary, the outcome's fields first."""

@@ -1,7 +1,7 @@
 """Which runs a sweep is made of: every combination of the values that its settings go through.
 
 - `key=[a, b]` is two values; where a key takes a list, `key=[[a, b], [c, d]]` is, and `key=[a, b]` is one. Where it
-  takes a number as well, `key=[a, b]` may be either, and is refused with both.
+  takes a number as well, `key=[a, [b, c]]` is two, and `key=[a, b]` may be either, and is refused with both.
 - A run's folder is named by its own values, so that a sweep can be widened and keeps what it has.
 - Every run's config is read before any is started. Nothing here imports torch.
 """
@@ -80,7 +80,7 @@ def _values(key: str, text: str, recipe: Path) -> list | None:
     if not isinstance(values, list):
         return None
     field = _field(key, recipe)
-    if field is not None and takes(field.annotation, list) and not (values and all(map(_is_list, values))):
+    if field is not None and takes(field.annotation, list) and not any(map(_is_list, values)):
         _refuse_sizes(key, text, values, field)
         return None
     if not values:

@@ -141,7 +141,7 @@ class CollapseWatch(Monitor):
             elif line["kind"] == "collapse":
                 self.told.setdefault((_ON_VOLUMES in line["text"], line["cause"]), line["step"])
             elif line["kind"] == "verdict":
-                self.concluded = line["step"] == progress.step == progress.num_steps
+                self.concluded = line["step"] == progress.step  # of one that was made longer, until it goes on
         for step, source, numbers in sorted(logged, key=lambda one: one[0]):
             self._take_in(source, step, numbers)
         for source, seen in self.seen.items():
@@ -157,6 +157,7 @@ class CollapseWatch(Monitor):
             return []
 
     def record(self, record: StepRecord) -> None:
+        self.concluded = False
         self.num_steps, self.last_step = record.num_steps or self.num_steps, record.step
         source, numbers = _of_step(record.parts | {"loss": record.loss})
         self._observe(source, record.step, numbers)

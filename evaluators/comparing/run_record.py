@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from prelude.checkpoints.manifest import STATE
 from prelude.checkpoints.starting import as_recorded
 from prelude.checkpoints.store import Store, recorded_config
+from prelude.data.signed_urls import shown_in
 from prelude.data.value_range import may_be_found
 from prelude.evaluators.comparing.comparison import Cost, Curve, Picture
 from prelude.pretrain.config import Config
@@ -101,8 +102,9 @@ def pictures_of_run(run: Path) -> list[Picture]:
 
 
 def recipe_of(run: Path) -> str | None:
+    """For a page that is handed on."""
     settings = recorded_config(run)
-    return yaml.safe_dump(settings, sort_keys=False) if settings else None
+    return yaml.safe_dump(shown_in(settings), sort_keys=False) if settings else None
 
 
 def is_finished(config: Config, options: type[BaseModel], data: Collection[str]) -> bool:

@@ -36,6 +36,15 @@ def result():
     )
 
 
+def test_what_signs_a_url_is_in_no_record_and_makes_no_other_evaluation(result):
+    url = "https://h/t.tar"
+    plain, signed = (
+        replace(result, data={"test": {"shards": [f"{url}{query}"]}}, command=f"prelude knn --test '{url}{query}'")
+        for query in ("", "?X-Amz-Signature=secret")
+    )
+    assert signed == plain and signed.file_name == plain.file_name and "secret" not in json.dumps(signed.to_json())
+
+
 def test_uncertainty_is_binomial():
     number = percent(30, 100)
     assert number.value == pytest.approx(30) and number.se == pytest.approx(4.5826, abs=1e-3)

@@ -114,7 +114,7 @@ def folder(tmp_path_factory) -> Path:
 def test_what_was_trained_opens_in_plain_timm_with_its_channels(folder, kind):
     channels = SETS[kind][0]
     run, to = folder / f"run_{kind}", folder / f"export_{kind}"
-    export_encoder(str(run), to)
+    report = export_encoder(str(run), to)
     config = json.loads((to / "config.json").read_text())
     assert config["pretrained_cfg"]["input_size"] == [channels, 16, 16]
     assert len(config["pretrained_cfg"]["mean"]) == channels and config["model_args"]["in_chans"] == channels
@@ -123,6 +123,7 @@ def test_what_was_trained_opens_in_plain_timm_with_its_channels(folder, kind):
     for arguments in ({}, {"in_chans": channels}):
         plain = timm.create_model(f"local-dir:{to}", pretrained=True, num_classes=0, **arguments).eval()
         assert torch.equal(plain(images), ours(images))
+        assert sum(tensor.numel() for tensor in plain.parameters()) == report.num_parameters
     again = open_encoder(f"local-dir:{to}")
     assert again.config.in_chans == open_encoder(str(to)).config.in_chans == channels
     assert torch.equal(again.model(images), ours(images))

@@ -87,6 +87,7 @@ def test_the_card_of_an_export_says_how_to_load_it_without_our_packages(runs, tm
     plain.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"))
     expected = plain.eval()(torch.ones(2, 3, 16, 16))
     torch.testing.assert_close(torch.load(tmp_path / "export" / "features.pt"), expected)
+    assert f"(B, 3, 16, 16) to (B, {expected.shape[1]})" in code
 
 
 def test_it_is_judged_and_compared(runs, labelled, tmp_path):

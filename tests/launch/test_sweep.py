@@ -147,6 +147,7 @@ def test_a_list_is_what_a_setting_goes_through_unless_the_setting_is_one(small):
     names = [each.name for each in combinations_of(recipe, ["train.epochs=[1, 2e-1]", "seed=[0]"], None)]
     assert names == ["epochs=1,seed=0", "epochs=0.2,seed=0"]
     assert values("encoder.image_size=[[16, 32]]") == [{"encoder.image_size": [16, 32]}]
+    assert values("encoder.image_size=[16, [32, 32]]") == [{"encoder.image_size": one} for one in (16, [32, 32])]
     config = combinations_of(recipe, [betas], "there")[1].config
     assert config.optimizer.betas == (0.9, 0.999) and config.run_dir.startswith("there/betas=_0.9")
 

@@ -273,13 +273,14 @@ def test_a_run_that_is_to_stop_is_stopped_in_every_start_that_finds_it_collapsed
     assert verdict(recovered).text.endswith("though same_features was told of at step 600")
 
 
-def test_a_finished_run_that_is_started_again_has_one_verdict_unless_it_is_judged_anew(tmp_path):
+@pytest.mark.parametrize("num_steps", [2000, 4000])  # the other one was ended by its objective
+def test_a_finished_run_that_is_started_again_has_one_verdict_unless_it_is_judged_anew(num_steps, tmp_path):
     logged = [asdict(a_record(step)) for step in range(10, 2001, 10)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
     for evaluations, expected in ((0, 1), (0, 1), (1, 2)):
         watch, kept = a_watch(run_dir=tmp_path), ReportsMonitor(tmp_path / "online.jsonl")
         for monitor in (watch, kept):
-            monitor.start(Progress(2000, 2000, 10.0))
+            monitor.start(Progress(2000, num_steps, 10.0))
         for _ in range(evaluations):
             watch.report(an_evaluation(2000))
         watch.finish()
