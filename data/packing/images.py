@@ -4,6 +4,7 @@
   byte for byte, and told of; so is one that needs a package which is not installed.
 - Re-coding makes JPEGs of what JPEG can hold: 8 bits, grey or colour, one frame, nothing transparent. Everything else
   is kept as it is and told of. Nothing is enlarged: what is small enough is not touched.
+- Nothing is turned, as nothing is in training; a photograph that its EXIF tag would have turned is told of.
 """
 
 import io
@@ -19,15 +20,19 @@ from prelude.data.packing.source import LeftOut
 from prelude.data.stored import (
     BITS_PER_SAMPLE,
     HEIGHT,
+    JPEG,
     NPY,
     SAMPLES_PER_PIXEL,
     TIFF,
     WIDTH,
     open_header,
+    pil_errors,
     stored_values,
 )
 
 QUALITY = 90
+_EXIF, _FIRST_SEGMENTS = b"Exif\0\0", 2**17
+_ORIENTATION, _UPRIGHT = 274, 1
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif",
                "PPM": "ppm", "JPEG2000": "jp2", "AVIF": "avif"}  # fmt: skip
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "LA": 2, "PA": 4, "RGB": 3, "RGBA": 4, "CMYK": 4, "YCbCr": 3, "LAB": 3, "HSV": 3}
@@ -49,7 +54,7 @@ class Form(NamedTuple):
 class Prepared(NamedTuple):
     content: bytes
     extension: str
-    remark: str | None  # why it was kept as it is, where something else was to be expected
+    remark: str | None  # what was not done to it, where that was to be expected, and why
 
 
 def prepare(content: bytes, extension: str, short_side: int | None, quality: int) -> Prepared:
@@ -66,7 +71,7 @@ def prepare(content: bytes, extension: str, short_side: int | None, quality: int
     if remark:
         return Prepared(content, extension, remark)
     if short_side is None or min(pixels.shape[:2]) <= short_side:
-        return Prepared(content, extension, None)
+        return Prepared(content, extension, _unturned(content))
     try:
         form = form_of(content)
     except BadImage as error:
@@ -74,7 +79,19 @@ def prepare(content: bytes, extension: str, short_side: int | None, quality: int
     unfit = _unfit_for_jpeg(form)
     if unfit:
         return Prepared(content, extension, f"not re-coded: {unfit}")
-    return Prepared(_as_jpeg(pixels, form, short_side, quality), "jpg", None)
+    return Prepared(_as_jpeg(pixels, form, short_side, quality), "jpg", _unturned(content))
+
+
+def _unturned(content: bytes) -> str | None:
+    """Of a JPEG whose tag would have it turned; a damaged tag says nothing."""
+    if not content.startswith(JPEG) or _EXIF not in content[:_FIRST_SEGMENTS]:
+        return None
+    try:
+        with pil_errors():
+            orientation = open_header(content).getexif().get(_ORIENTATION, _UPRIGHT)
+    except BadImage:
+        return None
+    return None if orientation == _UPRIGHT else "packed as it is stored; its EXIF orientation would have it turned"
 
 
 def _decoded(content: bytes) -> tuple[np.ndarray | None, str | None]:

@@ -78,11 +78,26 @@ def test_larger_images_become_jpegs_of_the_short_side(folder_of, name):
     content, mode = FIT[name]
     (sample,), noted = folder_of(content, "jpg" if content[:2] == b"\xff\xd8" else "png", short_side=45, quality=95)
     image = Image.open(io.BytesIO(sample["jpg"]))
-    assert (image.format, image.mode, image.size) == ("JPEG", mode, (60, 45)) and not noted
+    assert (image.format, image.mode, image.size) == ("JPEG", mode, (60, 45))
+    assert bool(noted) == (name == "turned by EXIF")
     exact = Image.fromarray(decode(content)).resize((60, 45), Image.Resampling.BOX)
     assert np.abs(np.asarray(exact, int) - np.asarray(image.convert("RGB"), int)).mean() < (
         25 if name == "one bit" else 4
     )
+
+
+@pytest.mark.parametrize("short_side", [None, 45, 500])
+@pytest.mark.parametrize("orientation", [1, 6, None, b"damaged"])
+def test_a_photograph_that_its_tag_would_have_turned_is_told_of(orientation, short_side, folder_of):
+    exif = Image.Exif()
+    if isinstance(orientation, int):
+        exif[274] = orientation
+    tag = b"Exif\0\0" + orientation if isinstance(orientation, bytes) else exif
+    (sample,), noted = folder_of(saved(RGB, "JPEG", exif=tag), "jpg", short_side=short_side)
+    assert decode(sample["jpg"]).shape[0] < decode(sample["jpg"]).shape[1]  # as it is stored
+    reasons = [reason for reason, is_image in noted.values()]
+    told = ["packed as it is stored; its EXIF orientation would have it turned"]
+    assert reasons == (told if orientation == 6 else [])
 
 
 def test_jpegs_above_the_limit_of_pil_are_as_good_as_others(folder_of, write_files, monkeypatch):
