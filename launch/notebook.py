@@ -25,9 +25,16 @@ from prelude.launch.arguments import parse
 from prelude.launch.children import Preempted, run_door
 from prelude.launch.export import destination
 from prelude.launch.progress_line import ProgressLine, is_live
-from prelude.launch.python_settings import as_count, as_path, keys_of, option_words, overrides_of, source_words
+from prelude.launch.python_settings import (
+    as_count,
+    as_path,
+    keys_of,
+    option_words,
+    options_now,
+    overrides_of,
+    source_words,
+)
 from prelude.launch.python_words import of_options, of_settings
-from prelude.objectives import options_for
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.files import read_lines
 from prelude.pretrain.log_config import EVERY_STEP
@@ -61,7 +68,7 @@ def pretrain(recipe: str | Path, *, ranks: int = 1, **settings: Any) -> "Run":
         recipe, ranks = as_path(recipe, "recipe", "the name of a recipe, or its file"), as_count(ranks, "ranks")
         keys = keys_of(recipe, settings)
         overrides, followed = overrides_of(recipe, settings)
-        config = load_config(recipe, [*overrides, *followed], options_for)
+        config = load_config(recipe, [*overrides, *followed], options_now)
     except UserError as error:
         raise RunError(of_settings(str(error), keys)) from None
     if followed:

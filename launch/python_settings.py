@@ -22,6 +22,7 @@ from prelude.pretrain.annotations import takes, takes_texts
 from prelude.pretrain.config_keys import Keys
 from prelude.pretrain.config_words import shown, wanted
 from prelude.pretrain.named_code import as_it_is_now, is_named
+from prelude.pretrain.options import Options
 from prelude.pretrain.overrides import is_another_kind, value_of
 from prelude.pretrain.recipe_yaml import written
 from prelude.pretrain.recipes import objective_named, read_recipe
@@ -79,9 +80,18 @@ def keys_of(recipe: str | Path, settings: Mapping[str, Any]) -> Keys:
     section = settings.get("objective")
     told = settings.get("objective.name") or (section.get("name") if isinstance(section, Mapping) else None)
     name = told or objective_named(read_recipe(recipe))
-    if isinstance(name, str) and is_named(name):
-        return Keys(as_it_is_now(name, options_for))
-    return Keys(options_for(name) if isinstance(name, str) else None)
+    return Keys(options_now(name) if isinstance(name, str) else None)
+
+
+def options_now(name: str) -> type[Options]:
+    """The model of an objective's settings, of one's own class from its files as they are. Raises UserError."""
+    return as_it_is_now(name, _options_complete) if is_named(name) else options_for(name)
+
+
+def _options_complete(name: str) -> type[Options]:
+    found = options_for(name)
+    found.model_rebuild(raise_errors=False)  # later its module's names may no longer be found, or be others
+    return found
 
 
 def _in_full(name: str, keys: Keys) -> str:

@@ -18,27 +18,24 @@ from pathlib import Path
 
 MOST = 300
 _INSTALLED = {"site-packages", "dist-packages"}
-_KNOWN = {"torch", "timm", "prelude", *sys.stdlib_module_names}
+KNOWN = {"torch", "timm", "prelude", *sys.stdlib_module_names}
 
 
 def files_behind(module: str, *, also: Iterable[str] = ()) -> dict[str, Path]:
     """The files that `module` imports, by module name, without its own and empty ones.
 
-    also: modules that are known to belong to it, whether or not an import says so; of one that is installed its file
-    alone, of one of `_KNOWN` nothing.
+    also: modules that are known to belong to it, whether or not an import says so.
     """
     own = module.partition(".")[0]
-    named = [name for name in sorted(also) if name.partition(".")[0] not in _KNOWN]
+    named = [name for name in sorted(also) if name.partition(".")[0] not in KNOWN]
     found, waiting = {}, deque([module, *_with_packages(module), *named])
     while waiting and len(found) <= MOST:
         name = waiting.popleft()
-        file = None if name in found else _locate(name)
-        installed = file is not None and name.partition(".")[0] != own and not _INSTALLED.isdisjoint(file.parts)
-        if file is None or (installed and name not in named):
+        file = None if name in found else locate(name)
+        if file is None or (name.partition(".")[0] != own and not _INSTALLED.isdisjoint(file.parts)):
             continue
         found[name] = file
-        if not installed:
-            waiting.extend(_imported(name, file))
+        waiting.extend(_imported(name, file))
     itself = found.pop(module, None)
     return {name: file for name, file in found.items() if file != itself and file.stat().st_size}
 
@@ -54,7 +51,7 @@ def _imported(name: str, file: Path) -> Iterator[str]:
         if level:
             above = package.split(".")[: len(package.split(".")) - level + 1]
             base = ".".join([*filter(None, above), *filter(None, [base])])
-        if not base or base.partition(".")[0] in _KNOWN:
+        if not base or base.partition(".")[0] in KNOWN:
             continue
         yield from _with_packages(base)
         yield from (f"{base}.{each}" for each in names)
@@ -83,7 +80,7 @@ def _statements(source: bytes) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
     return tuple(found)
 
 
-def _locate(name: str) -> Path | None:
+def locate(name: str) -> Path | None:
     """The Python file of a module, as an import would find it; None where there is none."""
     top, *parts = name.split(".")
     file, folders = _top(top)

@@ -11,17 +11,18 @@ Nothing here needs torch.
 
 import hashlib
 import importlib
-import importlib.util
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from prelude.data.errors import UserError
-from prelude.pretrain.code_files import files_behind
+from prelude.pretrain.code_files import KNOWN, files_behind, locate
 
 Found = TypeVar("Found")
 
@@ -38,7 +39,7 @@ REFUSALS = (
     NameError,
 )
 RAISED = (*REFUSALS, ImportError, SyntaxError, OSError)
-_loaded: dict[str, dict[str, str]] = {}  # name -> digests, see `as_it_is_now`
+_copies: dict[str, tuple[dict[str, str], Any]] = {}  # name -> its digests and what was found, see `as_it_is_now`
 _LONGEST_REASON = 200  # characters
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -56,8 +57,7 @@ def load(key: str, name: str, what: str) -> Any:
     if not _NAME.fullmatch(name):
         raise UserError(f"{key}={name} is no name of code; write {what}, such as my_code:Mine for Mine of my_code.py.")
     module, _, path = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _look_here_too()
     try:
         found = importlib.import_module(module)
     except RAISED as error:
@@ -72,17 +72,46 @@ def load(key: str, name: str, what: str) -> Any:
     return found
 
 
+def _look_here_too() -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def as_it_is_now(name: str, find: Callable[[str], Found]) -> Found:
-    """`find(name)`, which loads the name's module: from its files as they are now, also where this process has loaded
-    others. For a notebook's kernel, which outlives edits; a run keeps the code that it began with."""
+    """`find(name)`, which loads the name's module: a copy of it from the files as they are now, and of the user's
+    modules that it imports, which nobody else sees. For a notebook's kernel, which outlives edits and whose own modules
+    and objects stay what they are; a run keeps the code that it began with."""
     module = name.partition(":")[0]
-    if module in sys.modules and _loaded.get(name) != digests(name):
-        importlib.invalidate_caches()
-        for each in (module, *files_behind(module)):
-            sys.modules.pop(each, None)
-    found = find(name)
-    _loaded[name] = digests(name)
-    return found
+    if not _NAME.fullmatch(name) or not _may_be_copied(module):
+        return find(name)
+    _look_here_too()
+    importlib.invalidate_caches()
+    with _set_aside({module}), _set_aside({module, *filter(_may_be_copied, files_behind(module))}):
+        now = digests(name)
+        if name not in _copies or _copies[name][0] != now:
+            _copies[name] = now, find(name)
+        return _copies[name][1]
+
+
+def _may_be_copied(module: str) -> bool:
+    return module.partition(".")[0] not in {*KNOWN, "__main__"}
+
+
+@contextmanager
+def _set_aside(modules: set[str]) -> Iterator[None]:
+    """Imports inside find no module of these top packages, and leave none. Whole packages, since a module is also an
+    attribute of the package that it lies in."""
+    tops = {module.partition(".")[0] for module in modules}
+    kept = _taken(tops)
+    try:
+        yield
+    finally:
+        _taken(tops)
+        sys.modules.update(kept)
+
+
+def _taken(tops: set[str]) -> dict[str, ModuleType]:
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in tops}
 
 
 def reason(error: Exception, name: str) -> str:
@@ -139,8 +168,5 @@ def _file_of(module: str) -> str | None:
     loaded = sys.modules.get(module)
     if loaded is not None:
         return getattr(loaded, "__file__", None)
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    return spec.origin if spec else None
+    found = locate(module)
+    return str(found) if found else None

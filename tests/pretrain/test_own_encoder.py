@@ -260,6 +260,19 @@ def test_a_source_that_imports_nothing_of_the_users_has_one_digest():
     assert named_code.digests("vit_tiny_patch16_224", "mae", cls=objective_class("mae"), layers=layers) == {}
 
 
+def test_layers_of_an_installed_package_are_no_code_of_the_users(elsewhere, monkeypatch):
+    """Unless the config names the package, so that banks and results outlive its upgrades."""
+    installed = elsewhere / "site-packages"
+    (installed / "vision_of_this_test").mkdir(parents=True)
+    (installed / "vision_of_this_test" / "__init__.py").write_text("from .layers import Net")
+    (installed / "vision_of_this_test" / "layers.py").write_text(LAYERS.format("images"))
+    monkeypatch.syspath_prepend(installed)
+    (elsewhere / "one_file_of_this_test.py").write_text("from vision_of_this_test.layers import Net")
+    net = named_code.load("encoder.name", "one_file_of_this_test:Net", "module:function")
+    for name, others in (("one_file_of_this_test:build", False), ("vision_of_this_test:build", True)):
+        assert set(named_code.digests(name, layers=[net])) == {name, *[f"what {name} imports"] * others}
+
+
 def test_the_class_of_an_entry_point_has_a_digest():
     cls = own_networks.SmallConvNet  # of any module that is not ours
     assert "offered" in named_code.digests("vit_tiny_patch16_224", "offered", cls=cls)
