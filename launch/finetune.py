@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         test=args.test,
         label=args.label,
         from_scratch=args.from_scratch,
+        **({} if args.dry_run else {"before_indexing": finetuning.join}),
     )
     finetune.check(task, args.ranks or distributed.launched_world_size())
     tracker.check(task.config.log)

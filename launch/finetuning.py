@@ -30,9 +30,18 @@ from prelude.pretrain.objective import Objective
 from prelude.pretrain.stopping import PREEMPTED
 
 
+def join(config: Config) -> None:
+    """Joins the other ranks, if there are any, before shards are indexed: a meeting has a limit, and indexing none."""
+    if distributed.launched_world_size() > 1:
+        distributed.start(config.train.rank_timeout_seconds)
+        attendance.goes_by(moves)
+        attendance.reach("indexing shards")
+
+
 def run(task: finetune.Task, command: str) -> int:
     started, config = time.monotonic(), task.config
     device = distributed.start(config.train.rank_timeout_seconds)
+    distributed.gather()  # one may have had its shards to index
     deepspeed_config.check(config)
     with run_folder(config) as folder:
         store = Store(folder.path / "checkpoints", keep=config.checkpoint.keep)

@@ -6,7 +6,9 @@
 - Rank 0 reads all notes, the others read rank 0's and its verdict, so that a thousand ranks are a thousand small
   messages a second. After a minute of waiting rank 0 warns; after the limit every rank leaves with exit code 3 and one
   sentence that names rank, host and last checkpoint.
-- A rank whose data keep coming (an index of many shards takes longer than any limit) is warned of, and not given up.
+- Where the others wait in `distributed.gather`, which has no limit of torch's, a rank whose data keep coming (an index
+  of many shards takes longer than any limit) is warned of, and not given up. No connection breaks there either: a rank
+  that says nothing for a minute has died.
 - It costs the step nothing: the main thread sets a few attributes (`reach`), threads do the rest, and none of them
   touches the device. They are daemons, and keep no process alive.
 """
@@ -29,6 +31,8 @@ from prelude.pretrain.meeting import Meeting, first_line, named
 
 _MESSAGES_A_SECOND = 256  # that the store of rank 0 is given at most
 _COMMUNICATION = re.compile(r"gloo|nccl|ucc|connection (closed|reset)|broken pipe|socket|store", re.IGNORECASE)
+_SILENCE = 60.0  # seconds without a note, of which there is one a second, in a gathering
+_COLLECTIVE_CALL, _GATHERING = "a collective", "a gathering"
 _NO_STORE = "its store does not answer"
 _COLLECTIVE = re.compile(r"torch.distributed|deepspeed.comm")
 
@@ -39,7 +43,7 @@ class _Here:
     place = 0  # how many places that all ranks pass
     doing = "starting"
     step: int | None = None
-    in_collective = False
+    within = ""  # what returns only when all ranks have come
     moves: Callable[[], int] = staticmethod(lambda: 0)  # how often something has come from its data
     checkpoint: str | None = None  # the last one, as a person would name it
 
@@ -52,6 +56,7 @@ class Note:
     place: int = 0
     doing: str = "starting"
     waits: bool = False
+    gathers: bool = False  # waits, and has no limit of torch's
     lost: bool = False  # a collective failed under it
     left: int | None = None  # the exit code of a rank that has ended
     why: str = ""
@@ -79,7 +84,7 @@ def reach(doing: str, step: int | None = None) -> None:
 
 
 def goes_by(moves: Callable[[], int]) -> None:
-    """moves: grows while something comes to this rank, which for so long is not given up."""
+    """moves: grows while something comes to this rank, which for so long is not given up by those who gather."""
     _Here.moves = staticmethod(moves)
 
 
@@ -88,15 +93,15 @@ def saved(checkpoint: str | None) -> None:
 
 
 @contextmanager
-def collective() -> Iterator[None]:
-    """Around what returns only when all ranks have come."""
+def collective(gathers: bool = False) -> Iterator[None]:
+    """Around what returns only when all ranks have come. gathers: however long that takes."""
     doing, step = _Here.doing, _Here.step
     _Here.place += 1
-    _Here.in_collective = True
+    _Here.within = _GATHERING if gathers else _COLLECTIVE_CALL
     try:
         yield
     finally:
-        _Here.in_collective = False
+        _Here.within = ""
     reach(doing, step)
 
 
@@ -107,7 +112,9 @@ class Watch:
         self.meeting, self.limit, self.warn_after = meeting, limit, warn_after
         self.interval = max(min(1.0, limit / 20), meeting.world_size / _MESSAGES_A_SECOND)
         self.patience = max(5 * self.interval, 3.0)  # until silence is an end, where a collective has failed too
-        now = time.monotonic()
+        self.silence = max(self.patience, min(limit, _SILENCE))  # until it is an end where others gather
+        self.read = now = time.monotonic()  # the notes, last
+        self.excused = 0.0  # until when those who gathered saw something come
         heard = range(meeting.world_size) if meeting.rank == 0 else (0,)
         self.notes = {rank: Note(heard=now, since=now) for rank in heard}
         self.main = threading.main_thread().ident
@@ -149,6 +156,7 @@ class Watch:
         if not last and store.check(keys):
             for note, text in zip(self.notes.values(), store.multi_get(keys), strict=True):
                 note.take(text, time.monotonic())
+            self.read = time.monotonic()
         if self.meeting.rank == 0 and self.verdict:
             store.set("verdict", json.dumps(self.verdict))
         elif self.meeting.rank and store.check(["verdict"]):
@@ -157,24 +165,25 @@ class Watch:
             self.stopped.set()
 
     def _own_note(self) -> dict:
-        waits, where = self._look_at_main()
+        within, where = self._look_at_main()
         step = "" if _Here.step is None else f" of step {_Here.step}"
         return {
-            "number": self.number, "place": _Here.place, "doing": f"{_Here.doing}{step}{where}", "waits": waits,
-            "moves": _Here.moves(), "lost": self.lost, "left": self.left, "why": self.why,
+            "number": self.number, "place": _Here.place, "doing": f"{_Here.doing}{step}{where}",
+            "waits": bool(within), "gathers": within == _GATHERING, "moves": _Here.moves(),
+            "lost": self.lost, "left": self.left, "why": self.why,
         }  # fmt: skip
 
-    def _look_at_main(self) -> tuple[bool, str]:
-        """(whether it waits inside a collective, where it is)."""
+    def _look_at_main(self) -> tuple[str, str]:
+        """(what it is within that returns only when all ranks have come, where it is)."""
         frame = sys._current_frames().get(self.main)
         if frame is None:
-            return False, ""
+            return "", ""
         where = f" (in {frame.f_code.co_name}, {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
-        waits = _Here.in_collective
-        while frame and not waits:
-            waits = bool(_COLLECTIVE.search(frame.f_code.co_filename))
+        within = _Here.within
+        while frame and not within:
+            within = _COLLECTIVE_CALL if _COLLECTIVE.search(frame.f_code.co_filename) else ""
             frame = frame.f_back
-        return waits, where
+        return within, where
 
     # ---- the other thread: only clocks
 
@@ -194,21 +203,24 @@ class Watch:
         behind = min(note.place for note in present.values())
         awaited = [rank for rank, note in present.items() if note.place == behind]
         awaited = [rank for rank in awaited if not self._waits(present[rank], now)] or awaited
-        waiting = [rank for rank, note in present.items() if rank not in awaited or self._waits(note, now)]
+        waiting = {rank: note for rank, note in present.items() if rank not in awaited or self._waits(note, now)}
         if not waiting:
             self.waiting_since = None
             return None
         if self.waiting_since is None or self.waiting_since[0] != (behind, awaited):
             self.waiting_since, self.warned = ((behind, awaited), now), False
         seconds = now - self.waiting_since[1]
-        moved = max((present[rank].moved for rank in awaited if not self._waits(present[rank], now)), default=0.0)
-        without = min(seconds, now - moved)
-        for rank in awaited:
+        gathering = all(note.gathers for note in waiting.values())
+        if gathering:  # kept: who gathered is in the next collective before the last to come has said that it came
+            moving = (present[rank] for rank in awaited if not self._waits(present[rank], now))
+            self.excused = max((note.moved for note in moving), default=0.0)
+        without = min(seconds, now - self.excused)
+        for rank in present if gathering else awaited:
             note = present[rank]
             if note.left is not None:  # and so says nothing more
                 if seconds > self.patience:
                     return self._sentence(f"Rank {rank} on {self._host(rank)} has ended with {_ended(note)}", note.left)
-            elif self._is_silent(note, now) and any(other.lost for other in present.values()):
+            elif self._has_died(note, now, gathering):
                 return self._sentence(
                     f"Rank {rank} on {self._host(rank)} has died; when last heard of it was {note.doing}"
                 )
@@ -217,9 +229,10 @@ class Watch:
             return self._sentence(f"{awaited} for {without:.0f} s (train.rank_timeout_seconds)")
         if seconds > self.warn_after and not self.warned:
             self.warned = True
+            reading = " in which it reads nothing" if gathering else ""
             _print(
                 f"warning: {len(waiting)} of {self.meeting.world_size} ranks wait: {self._awaited(awaited, now)} "
-                f"for {seconds:.0f} s; the run ends after {self.limit:.0f} s of this in which it reads nothing."
+                f"for {seconds:.0f} s; the run ends after {self.limit:.0f} s of this{reading}."
             )
         return None
 
@@ -227,16 +240,24 @@ class Watch:
         """On the others: rank 0 itself, which keeps the store or at least has to be heard in it."""
         note, now = self.notes[0], time.monotonic()
         silent = now - note.heard
-        stuck = self._look_at_main()[0] or self.lost or silent > self.limit
+        within = self._look_at_main()[0]
+        stuck = within or self.lost or silent > self.limit
         if note.left and stuck:
             ended = "has died" if note.why == _NO_STORE else f"has ended with {_ended(note)}"
             return self._sentence(f"Rank 0 on {self._host(0)} {ended}", note.left)
-        if silent > (self.patience if self.lost else self.limit):
+        gone = within == _GATHERING and self.read - note.heard > self.silence
+        if gone or silent > (self.patience if self.lost else self.limit):
             return self._sentence(f"Rank 0 on {self._host(0)} has not been heard of for {silent:.0f} s")
         if silent > self.warn_after and not self.warned:
             self.warned = True
             _print(f"warning: rank 0 on {self._host(0)} has not been heard of for {silent:.0f} s.")
         return None
+
+    def _has_died(self, note: Note, now: float, gathering: bool) -> bool:
+        """In a gathering no collective fails, and silence is counted only while this rank does read notes."""
+        if self._is_silent(note, now) and any(other.lost for other in self.notes.values() if other.left != 0):
+            return True
+        return gathering and self.read - note.heard > self.silence
 
     def _waits(self, note: Note, now: float) -> bool:
         return (note.waits or note.lost) and note.left is None and not self._is_silent(note, now)

@@ -225,7 +225,7 @@ def gather() -> None:
     if _Watching.watch is None:
         return
     _Watching.gathered += 1
-    with explained(), attendance.collective():
+    with explained(), attendance.collective(gathers=True):
         _Watching.watch.meeting.gather(_Watching.gathered)
 
 

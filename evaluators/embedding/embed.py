@@ -194,6 +194,7 @@ def _held(embedding: Embedding) -> Iterator[int]:
                     f"Nothing can be kept in {embedding.kept} ({reason(error)}); write --bank with a folder that has "
                     f"room."
                 ) from None
+        distributed.gather()  # one may have had its shards to index
         yield distributed.from_main(size)
     finally:
         lock.release()

@@ -109,6 +109,7 @@ class Bank:
         if distributed.is_main():
             lacking = {kind: _lacking(folders[kind], identities[kind], index.num_samples) for kind in folders}
             missing = _to_be_made(lacking, index, extractor.plan, batch_size)
+        distributed.gather()  # one may have had its shards to index
         if missing := distributed.from_main(missing):
             extractor.kinds = tuple(missing)
             identities_of_missing = {kind: identities[kind] for kind in missing}

@@ -78,9 +78,11 @@ def prepare(
     test: str | list[str] | None = None,
     label: str | None = None,
     from_scratch: bool = False,
+    before_indexing: Callable[[Config], None] = lambda config: None,
 ) -> Task:
     """Reads the recipe, opens the source and finds the labels. train, test, label: override the recipe's `evaluate`
-    section, which overrides that of the source's run. Raises UserError.
+    section, which overrides that of the source's run. before_indexing: called when only the shards are left to read,
+    with the config but for what they tell. Raises UserError.
     """
     check_recipe(recipe, overrides)
     values = read_recipe(recipe, overrides, options_for)
@@ -115,6 +117,7 @@ def prepare(
     start_workers_by(config.data.start_method)
     seen = {"value_range": config.data.range, "max_pixels": config.data.max_pixels, "channels": config.data.channels}
     labelled = replace(labelled, **seen)
+    before_indexing(config)
     samples = labelled_samples(labelled, config.evaluate, task_options(config), config.seed)
     config = with_found_range(config, samples.train.value_range)
     return Task(source, config, opened, samples)

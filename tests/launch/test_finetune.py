@@ -21,7 +21,7 @@ from prelude.data.shapes import write_shards
 from prelude.evaluators.finetuning import finetune
 from prelude.launch import exit_codes
 from prelude.launch import finetune as door
-from prelude.pretrain import distributed
+from prelude.pretrain import attendance, distributed
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.optimizers import apply_schedule, build_optimizer
@@ -162,6 +162,28 @@ def test_the_tuned_encoder_is_a_source_again(uninterrupted):
     encoder = open_encoder(str(uninterrupted.run_dir))
     average = uninterrupted.weights(NUM_STEPS)["average.module.encoder.fc_norm.weight"]
     assert torch.equal(encoder.model.state_dict()["fc_norm.weight"], average)
+
+
+def test_ranks_meet_before_they_index_and_gather_after(folder, tmp_path, monkeypatch):
+    """Who meets, or is in a collective, has a limit; who gathers waits for a rank that indexes its shards."""
+    happened, index = [], finetune.labelled_samples
+
+    class Gathered(Exception):
+        pass
+
+    def gather():
+        raise Gathered
+
+    monkeypatch.setattr(distributed, "launched_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "start", lambda rank_timeout: happened.append(f"met, for {rank_timeout:g} s"))
+    monkeypatch.setattr(finetune, "labelled_samples", lambda *given: (happened.append("indexed"), index(*given))[1])
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(distributed, "from_main", lambda value: happened.append("a collective"))
+    monkeypatch.setattr(attendance._Here, "moves", attendance._Here.moves)
+    argv = [str(folder / "encoder"), "--config", str(folder / "recipe.yaml"), f"run_dir={tmp_path}"]
+    with pytest.raises(Gathered):
+        door.main([*argv, "train.rank_timeout_seconds=7"])
+    assert happened[:2] == ["met, for 7 s", "indexed"] and "a collective" not in happened
 
 
 def test_two_ranks_train_what_plain_torch_trains(folder, whole):

@@ -29,16 +29,22 @@ def test_a_rank_that_said_that_it_ends_has_not_died_and_its_reason_is_that_of_al
     assert str(stopped).startswith(f"Rank 1 on there has ended with exit code {left} (its own reason), and the others")
 
 
-def test_a_rank_whose_data_keep_coming_is_not_given_up_before_they_stop():
-    """It indexes its shards, which takes longer than the others wait for a rank that does nothing."""
+def two_ranks(limit, **said):
+    """(the store of both, the watch of the first, whose verdict does not end this process, what the second says)."""
     store = dist.HashStore()
     meeting = SimpleNamespace(rank=0, world_size=2, hosts=("here", "there"), keeps_store=True, store=store)
     meeting.connect = lambda: store
-    note = {"place": -1, "doing": "indexing shards", "waits": False, "lost": False, "left": None, "why": ""}
+    note = {"place": -1, "doing": "indexing shards", "waits": False, "lost": False, "left": None, "why": ""} | said
     store.set("note/1", json.dumps(note | {"number": 0, "moves": 0}))
-    watch = Watch(meeting, limit=0.8, warn_after=0.4)
-    watch.explains = True  # its verdict does not end this process
-    with attendance.collective():
+    watch = Watch(meeting, limit=limit, warn_after=limit / 2)
+    watch.explains = True
+    return store, watch, note
+
+
+def test_a_rank_whose_data_keep_coming_is_not_given_up_before_they_stop():
+    """It indexes its shards, which takes longer than the others wait for a rank that does nothing."""
+    store, watch, note = two_ranks(limit=0.8)
+    with attendance.collective(gathers=True):
         for number in range(1, 30):
             store.set("note/1", json.dumps(note | {"number": number, "moves": min(number, 18)}))
             if number == 18:
@@ -47,6 +53,45 @@ def test_a_rank_whose_data_keep_coming_is_not_given_up_before_they_stop():
         watch.decided.wait(3.0)
     watch.leave(0, "")
     assert watch.verdict["text"].startswith("Rank 1 on there has been indexing shards for ")
+
+
+def test_data_that_come_excuse_nobody_whom_a_collective_waits_for():
+    """It has torch's own limit, after which nobody is named."""
+    store, watch, note = two_ranks(limit=0.8, doing="waiting for data of step 5")
+    with attendance.collective():
+        for number in range(1, 20):
+            store.set("note/1", json.dumps(note | {"number": number, "moves": number}))
+            if watch.decided.wait(0.1):
+                break
+    watch.leave(0, "")
+    assert watch.verdict["text"].startswith("Rank 1 on there has been waiting for data of step 5 for 1 s")
+
+
+def test_a_rank_that_has_just_come_is_not_given_up_for_the_time_that_it_was_excused():
+    """The others are in the next collective before its own note says that it came."""
+    store, watch, note = two_ranks(limit=0.8)
+    with attendance.collective(gathers=True):
+        for number in range(1, 15):
+            store.set("note/1", json.dumps(note | {"number": number, "moves": number}))
+            time.sleep(0.1)
+    with attendance.collective():
+        watch.decided.wait(0.4)
+        assert watch.verdict is None
+    watch.leave(0, "")
+
+
+def test_a_rank_that_is_killed_while_others_gather_has_died_long_before_the_limit():
+    """No connection breaks there: its notes stop."""
+    store, watch, note = two_ranks(limit=8)
+    watch.patience = watch.silence = 1.2
+    with attendance.collective(gathers=True):
+        for number in range(1, 8):
+            store.set("note/1", json.dumps(note | {"number": number, "moves": number}))
+            time.sleep(0.2)
+        assert watch.verdict is None
+        watch.decided.wait(4.0)
+    watch.leave(0, "")
+    assert watch.verdict["text"].startswith("Rank 1 on there has died; when last heard of it was indexing shards")
 
 
 def test_ranks_gather_without_a_limit_as_often_as_they_like():

@@ -30,6 +30,7 @@ from prelude.evaluators.features.extraction import Extractor
 from prelude.launch import prelude
 from prelude.launch.exit_codes import door
 from prelude.launch.neighbours import show
+from prelude.pretrain import distributed
 
 FORMATS = ["parquet", "npz", "npy", "safetensors"]
 BAD = [3, 7, 41]
@@ -199,6 +200,16 @@ def test_float16_is_the_rounded_float32(shards, tmp_path, capsys):
     embedded(capsys, "pixels:4", shards, "--to", narrow, "--dtype", "float16", code=4)
     full, half = read(wide).values, read(narrow).values
     assert half.dtype == torch.float16 and half.equal(full.half())
+
+
+def test_ranks_gather_before_the_first_collective_as_one_may_have_had_its_shards_to_index(
+    shards, tmp_path, capsys, monkeypatch
+):
+    met, from_main = [], distributed.from_main
+    monkeypatch.setattr(distributed, "gather", lambda: met.append("gather"))
+    monkeypatch.setattr(distributed, "from_main", lambda value: (met.append("from_main"), from_main(value))[1])
+    embedded(capsys, "pixels:4", shards, "--to", tmp_path / "pixels.npz", code=4)
+    assert met[:2] == ["gather", "from_main"]
 
 
 def test_a_killed_start_goes_on_where_it_was(shards, tmp_path, capsys, monkeypatch):

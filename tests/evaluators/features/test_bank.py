@@ -26,6 +26,7 @@ from prelude.evaluators.features.bank import Bank
 from prelude.evaluators.features.extraction import Extractor
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.launch.bank import main
+from prelude.pretrain import distributed
 from prelude.pretrain.config import EncoderConfig
 
 
@@ -86,6 +87,15 @@ def test_features_from_the_bank_are_those_without_it_first_and_later(index, enco
         for rows in (first[kind], again[kind]):
             assert rows.values.equal(features.values) and rows.sample_ids.equal(features.sample_ids)
             assert rows.recipe == features.recipe
+
+
+def test_ranks_gather_before_the_first_collective_as_one_may_have_had_its_shards_to_index(index, tmp_path, monkeypatch):
+    """Who gathers waits for it however long its data keep coming; a collective has a limit."""
+    met, from_main = [], distributed.from_main
+    monkeypatch.setattr(distributed, "gather", lambda: met.append("gather"))
+    monkeypatch.setattr(distributed, "from_main", lambda value: (met.append("from_main"), from_main(value))[1])
+    Bank(tmp_path / "bank").rows(open_pixels("pixels:4"), index)
+    assert met[:2] == ["gather", "from_main"]
 
 
 def test_an_entry_is_read_by_numpy_alone_as_the_documentation_says(index, encoder, tmp_path):
