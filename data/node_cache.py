@@ -24,6 +24,7 @@ from pathlib import Path
 
 from prelude.data.checksums import Digests
 from prelude.data.errors import RunStopped, UserError, cause_of
+from prelude.data.host import own_fault
 from prelude.data.locks import is_at, lock
 from prelude.data.waiting import moved
 from prelude.data.whole_files import own_draft, write_whole
@@ -89,6 +90,7 @@ class NodeCache:
         except OSError as error:
             if error.errno in _FULL:
                 raise _unwritable(self.folder, error) from None
+            own_fault(error)
             raise UserError(
                 f"data.cache_dir={self.folder} cannot be written or locked ({cause_of(error)}), and remote "
                 f"shards are kept there; write a folder on a disk of this node."
@@ -344,6 +346,7 @@ def _warn_full(folder: str) -> None:
 
 
 def _unwritable(folder: str, error: OSError) -> RunStopped:
+    own_fault(error)
     return RunStopped(
         f"A remote shard cannot be kept in data.cache_dir={folder} ({cause_of(error)}); make room there, or "
         f"write a folder on another disk."

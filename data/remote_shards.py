@@ -2,8 +2,8 @@
 
 - A `RemoteShard` is its URL, with what the store said of it at the start. It can be handed wherever a path can.
 - What was brought is compared with size and checksum. A transfer that breaks off or stalls is tried again, with growing
-  pauses, for as long as the run waits for anything; one that brings something else, some times. What no attempt can
-  change ends the run at once, in the words of the store.
+  pauses, until nothing has come for as long as the run waits for anything; one that brings something else, or gets no
+  further, some times. What no attempt can change ends the run at once, in the words of the store.
 - The cache is a setting of the process, as is its patience.
 """
 
@@ -125,7 +125,7 @@ class RemoteShard(str):
 
     def _bring(self, writer: Writer, should_leave: Callable[[], bool] | None = None) -> None:
         transfer = _Transfer(self, writer, should_leave)
-        _tried(transfer.run, self, lambda: writer.at, should_leave)
+        _tried(transfer.run, self, lambda: (writer.at, transfer.came_at), should_leave)
 
 
 class Left(Exception):
@@ -139,6 +139,7 @@ class _Transfer:
         self.shard, self.writer, self.should_leave = shard, writer, should_leave
         self.expected = computable(shard.checksums)
         self.wrong: dict[str, str] | None = None  # checksums of a whole transfer that were not those expected
+        self.came_at = 0.0  # when something came last
 
     def run(self) -> None:
         """One attempt; it goes on where the last one broke off, if a checksum will tell whether that was right, and if
@@ -163,6 +164,7 @@ class _Transfer:
             if offset + len(chunk) > shard.size:
                 raise stores.Wrong(f"more than the {shard.size} bytes come that were promised")
             writer.write(chunk)
+            self.came_at = time.monotonic()
             self._tell()
         if writer.at < shard.size:
             raise stores.Failed(f"the transfer ended after {writer.at} of {shard.size} bytes")
@@ -196,12 +198,15 @@ def _tell_of_etags() -> None:
     log.warning("the ETags of this store are no MD5 (as with KMS keys), so each shard is fetched twice to compare")
 
 
-def _tried(function: Callable, url: str, progress=lambda: 0, should_leave: Callable[[], bool] | None = None):
+def _tried(function: Callable, url: str, progress=lambda: (0, 0.0), should_leave: Callable[[], bool] | None = None):
     """`function()`, again and again while it fails and might not, until nothing has come for as long as a wait may
-    last. Raises RunStopped with the URL and the reason."""
-    failed, pause, since = 0, FIRST_PAUSE_SECONDS, time.monotonic()
+    last. What brings something and gets nowhere, and what nobody waits for yet, is tried `ATTEMPTS` times.
+
+    progress: (bytes that are here, when the last of them came). Raises RunStopped with the URL and the reason.
+    """
+    failed = num_wrong = num_vain = furthest = 0
+    pause, since = FIRST_PAUSE_SECONDS, time.monotonic()
     while True:
-        before = progress()
         try:
             found = function()
         except stores.Refused as error:
@@ -209,10 +214,14 @@ def _tried(function: Callable, url: str, progress=lambda: 0, should_leave: Calla
                 f"{url} cannot be fetched: {error}; correct the URL, or look at what serves it."
             ) from error
         except stores.Failed as error:
-            if progress() > before:
-                failed, pause, since = 0, FIRST_PAUSE_SECONDS, time.monotonic()
-            failed, left = failed + 1, since + patience.timeout_seconds - time.monotonic()
-            if left <= pause or (failed >= ATTEMPTS and isinstance(error, stores.Wrong)):
+            (here, came_at), is_wrong = progress(), isinstance(error, stores.Wrong)
+            if here > furthest:
+                furthest, failed, num_vain, pause = here, 0, 0, FIRST_PAUSE_SECONDS
+            failed, num_wrong, num_vain = failed + 1, num_wrong + is_wrong, num_vain + (came_at > since)
+            furthest, since = 0 if is_wrong else furthest, max(since, came_at)
+            left = since + patience.timeout_seconds - time.monotonic()
+            num_counted = max(num_wrong, num_vain, failed if should_leave is not None else 0)
+            if left <= pause or num_counted >= ATTEMPTS:
                 raise RunStopped(
                     f"{url} cannot be fetched, after {counted(failed, 'attempt')}: {error}; look at what serves it, "
                     f"and run again."

@@ -9,12 +9,15 @@ from urllib.parse import unquote_plus
 _SIGNING = re.compile(  # parameters that stores add to a URL of a whole name: S3, Google, CloudFront, others alike
     r"x-(amz|goog|oss|cos)-.+|x-id|response-(content-.+|cache-control|expires)|expires|signature|awsaccesskeyid|googleaccessid|ossaccesskeyid|policy|key-pair-id"
     r"|q-(sign-algorithm|ak|sign-time|key-time|header-list|url-param-list|signature)"
+    r"|x-[a-z]+-(signature|expires|date|credential|algorithm|signedheaders|security-token)|temp_url_.+|accesskeyid"
 )
 _OF_AZURE = re.compile(  # short enough to mean something else elsewhere, so only where there is a `sig`
     r"sig|sv|ss|srt|sr|sp|st|se|sip|spr|si|sdd|scid|skoid|sktid|skt|ske|sks|skv|saoid|suoid|ses|rsc[cdelt]"
 )
-_TOKENS = re.compile(r"(access|auth|security|session)?[-_]?token|authorization|auth|api[-_]?key|password")
-_URL = re.compile(r"https?://(?:(?!::)[^\s'\"<>])+", re.IGNORECASE)  # `::` joins several
+_TOKENS = re.compile(r"(access|auth|security|session|private|job)?[-_]?token|authorization|auth|api[-_]?key|password")
+_URL = re.compile(  # `::` joins several, and is in addresses too; quotes end one, and an apostrophe in a name does not
+    r"https?://(?:\[[\w:.%]+\]|'(?=[.(]?[\w%-])|(?!::(?:\w+:|[/.~]))[^\s'\"<>])+", re.IGNORECASE
+)
 _ENDS_SENTENCE = re.compile(r"[.,:;)\]]*$")
 
 

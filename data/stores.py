@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote, urlsplit
 import fsspec
 
 from prelude.data.errors import UserError
+from prelude.data.host import own_fault
 from prelude.data.waiting import patience
 
 CHUNK = 2**23  # bytes of a request, where a store is asked for ranges
@@ -241,7 +242,7 @@ def stall_seconds() -> float:
 
 
 class _told:
-    """Turns what a library raises into Refused and Failed."""
+    """Turns what a library raises into Refused and Failed, and NoMoreFiles where it is no fault of the store."""
 
     def __init__(self, url: str):
         self.url = url
@@ -255,6 +256,9 @@ class _told:
         chain = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
             chain.append(cause)
+        for one in chain:
+            if isinstance(one, OSError):
+                own_fault(one)
         status = next((code for one in chain if (code := _status_of(one))), None)
         if status is None and isinstance(error, PermissionError | FileNotFoundError) and len(chain) == 1:
             status = 403 if isinstance(error, PermissionError) else 404

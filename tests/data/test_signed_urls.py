@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 from servers import Server, serving
@@ -42,7 +43,11 @@ def server(write_shards):
         (f"{H}?X-Goog-Signature=a&X-Goog-Date=1", H),
         (f"{H}?q-sign-algorithm=sha1&q-signature=a", H),
         (f"{H}?sv=2022&se=2026&sr=b&sp=r&st=1&spr=https&sig=A", H),
+        (f"{H}?temp_url_sig=a&temp_url_expires=17", H),
+        (f"{H}?X-Tos-Algorithm=a&X-Tos-Signature=b&X-Tos-Expires=3", H),
+        (f"{H}?AccessKeyId=k&Expires=1&x-obs-security-token=a&Signature=b", H),
         (f"{H}?access_token=a", H),
+        (f"{H}?private_token=a", H),
         (f"{H}?Authorization=3_2", H),
         ("https://user:word@h/p-000.tar", H),
         ("https://h/d?file=p-000.tar&Expires=1&Signature=x", "https://h/d?file=p-000.tar"),
@@ -108,3 +113,12 @@ def test_records_have_no_signature(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bad.jsonl").read_text())["shard"] == H
     assert shown_in({"a": [f"{H}?token=secret", 1, None]}) == {"a": [H, 1, None]}
     assert shown(f"see ({H}?token=secret); or '{H}?sig=a'.") == f"see ({H}); or '{H}'."
+
+
+@pytest.mark.parametrize(
+    "plain",
+    ["http://[fd00::1]:9000/b/p.tar", "https://h/it's.tar", "https://h/a::b.tar", f"{H}::/data/a.tar::http://[::1]/a"],
+)
+def test_colons_and_an_apostrophe_hide_no_signature(plain):
+    signed = "::".join(f"{one}?sig=secret" if "://" in one else one for one in re.split(r"::(?=http|/)", plain))
+    assert "secret" in signed and shown(f"see '{signed}', or {signed}.") == f"see '{plain}', or {plain}."

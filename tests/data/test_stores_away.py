@@ -1,5 +1,9 @@
 """A store that is away is asked again for as long as the run waits for anything, and as late as it says."""
 
+import contextlib
+import hashlib
+import os
+import resource
 import socket
 import time
 from email.utils import formatdate
@@ -10,7 +14,9 @@ from servers import Server, serving
 
 from prelude.data import remote_shards, waiting
 from prelude.data.errors import RunStopped
-from prelude.data.stores import Failed, Wrong, describe
+from prelude.data.host import NoMoreFiles
+from prelude.data.node_cache import NodeCache
+from prelude.data.stores import Described, Failed, Wrong, describe
 
 
 class Clock:
@@ -107,3 +113,101 @@ def test_retry_after_is_read(asked, write_shards):
         with pytest.raises(Failed, match="^503 Service Unavailable$") as failed:
             describe(f"{server.url}/503.tar")
     assert (4 < failed.value.pause <= 7) if asked != "soon" else failed.value.pause == 0
+
+
+class Scripted:
+    """A store of one shard, every fetch of which takes minutes and goes as told: "" for well, "away", "damaged", or the
+    share after which it breaks off."""
+
+    content = bytes(range(256)) * 40
+
+    def __init__(self, clock, monkeypatch, checksums: dict[str, str]):
+        self.clock, self.ways, self.fetches = clock, [], 0
+        said = Described(len(self.content), checksums, f"{time.time_ns()}")
+        monkeypatch.setattr(remote_shards.stores, "describe", lambda _: said)
+        monkeypatch.setattr(remote_shards.stores, "stream", self.stream)
+        (self.shard,) = remote_shards.remote_shards(["http://h/000.tar"])
+
+    def stream(self, _, size: int, start: int):
+        self.fetches += 1
+        way = self.ways.pop(0) if self.ways else ""
+        if way == "away":
+            raise Failed("503 Service Unavailable")
+        body = bytes([self.fetches]) * size if way == "damaged" else self.content
+        end = int(size * float(way)) if way.startswith("0.") else size
+        for at in range(start, end, 1280):
+            self.clock.now += 100
+            yield at, body[at : min(at + 1280, end)], {}
+        if end < size:
+            raise Failed("it broke off")
+
+
+MD5 = {"md5": hashlib.md5(Scripted.content).hexdigest()}
+OF_KMS = {"etag": "0" * 32}
+
+
+@pytest.mark.parametrize(
+    "checksums, ways, fetches",
+    [
+        (MD5, ["damaged"], 2),
+        (MD5, ["damaged"] * 5, 6),
+        (MD5, ["away"] * 7 + ["damaged", "away"], 10),
+        (MD5, ["0.2", "damaged", *(f"0.{n}" for n in range(1, 10))], 12),
+        (OF_KMS, [], 2),
+        ({}, ["0.5", "0.4", "0.5", "0.1", "0.5"], 6),
+        ({}, ["0.5", *["away"] * 9, "0.4"], 12),
+    ],
+)
+def test_what_takes_minutes_is_tried_as_often_as_what_is_quick(checksums, ways, fetches, clock, monkeypatch):
+    store = Scripted(clock, monkeypatch, checksums)
+    store.ways = ways
+    assert store.shard.read(0, 10**6) == store.content and store.fetches == fetches
+
+
+@pytest.mark.parametrize("checksums, way", [(MD5, "damaged"), ({}, "0.5")])
+def test_what_gets_nowhere_is_tried_six_times(checksums, way, clock, monkeypatch):
+    store = Scripted(clock, monkeypatch, checksums)
+    store.ways = [way] * 100
+    with pytest.raises(RunStopped, match="cannot be fetched, after 6 attempts"):
+        store.shard.read(0, 1)
+
+
+def test_a_fetch_ahead_is_soon_left_to_the_reader(clock, monkeypatch):
+    store = Scripted(clock, monkeypatch, MD5)
+    store.ways = ["away"] * 100
+    with pytest.raises(RunStopped, match="after 6 attempts: 503"):
+        store.shard.bring_ahead(lambda: False)
+    assert clock.now < 20
+    with pytest.raises(RunStopped, match="503"):
+        store.shard.read(0, 1)
+    assert clock.now > 270
+
+
+def test_a_store_is_not_blamed_for_a_want_of_descriptors():
+    with serving(Server(default=b"x" * 10_000)) as server:
+        describe(f"{server.url}/a.tar")  # what it needs once is open
+        with no_descriptor(), pytest.raises(NoMoreFiles, match="files open that it may"):
+            describe(f"{server.url}/a.tar")
+
+
+def test_nor_is_the_disk_of_the_cache(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def bring(writer):
+            writer.write(bytes(1000))
+            stack.enter_context(no_descriptor())
+
+        with pytest.raises(NoMoreFiles, match="files open that it may"):
+            NodeCache(str(tmp_path), 10**6).open("a" * 32, 1000, bring)
+
+
+@contextlib.contextmanager
+def no_descriptor():
+    """None is free meanwhile."""
+    before, first = resource.getrlimit(resource.RLIMIT_NOFILE), os.open(os.devnull, os.O_RDONLY)
+    os.close(first)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
