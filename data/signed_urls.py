@@ -39,7 +39,9 @@ def shown_in(values):
         return shown(values)
     if isinstance(values, dict):
         return {key: shown_in(value) for key, value in values.items()}
-    return [shown_in(value) for value in values] if isinstance(values, list | tuple) else values
+    if isinstance(values, tuple):
+        return tuple(map(shown_in, values))
+    return list(map(shown_in, values)) if isinstance(values, list) else values
 
 
 def _shown(found: re.Match) -> str:
