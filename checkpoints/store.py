@@ -185,11 +185,13 @@ class Store:
         """What a checkpoint was saved with; its tensors stay on disk. Not collective."""
         return read_meta(path)
 
-    def load(self, path: str | Path, engine) -> dict:
+    def load(self, path: str | Path, engine, accept: Callable[[dict], None] = lambda meta: None) -> dict:
         """Puts a checkpoint into the engine on every rank, whatever its stage and world size. Collective.
 
-        Returns the `meta` it was saved with. Raises UserError on every rank, before anything is changed, when
-        there is no complete checkpoint at `path` or it does not fit the engine.
+        accept: is told the `meta` that it was saved with, on every rank and before the tensors are looked at, and
+        refuses it on all ranks alike by a UserError: a setting says more than the tensors that follow from it. Returns
+        the `meta`. Raises UserError on every rank, before the engine is changed, when there is no complete checkpoint
+        at `path` or it does not fit the engine.
         """
         saved, answer, fault = None, None, None
         if not distributed.from_main(Path(path) == self.checked):
@@ -205,10 +207,11 @@ class Store:
         answer = distributed.from_main(answer)
         if "refusal" in answer:
             raise UserError(answer["refusal"])
+        accept(answer["meta"])
         saved = saved or seen_here(path, answer["manifest"])
         shared = min(distributed.of_all(saved is not None))
         inventory = saved.inventory() if distributed.is_main() else None
-        restore_state(engine, inventory, saved and saved.tensors, saved and saved.moments, shared)
+        restore_state(engine, path, inventory, saved and saved.tensors, saved and saved.moments, shared)
         return answer["meta"]
 
     # ---- on rank 0

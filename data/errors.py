@@ -8,6 +8,8 @@ import os
 
 from prelude.data.signed_urls import shown
 
+OTHER_FOLDER = "PRELUDE_OTHER_FOLDER"  # in the environment of runs whose `run_dir` is not the user's to write
+
 
 class _Told(Exception):
     """What it says goes to logs and records, so that URLs in it are `shown`."""
@@ -32,6 +34,11 @@ class Stopped(_Told):
     """A wait that ended because the process was asked to end; says what was waited for. Run again, it goes on."""
 
     exit_code = 75
+
+
+def another_folder() -> str:
+    """What the user writes for a run that is to lie elsewhere."""
+    return os.environ.get(OTHER_FOLDER) or "another run_dir"
 
 
 def in_one_line(error: BaseException, longest: int | None = None, *, typed: bool = False) -> str:

@@ -13,7 +13,7 @@ import webdataset as wds
 
 from prelude.data.bad_samples import BadSamples
 from prelude.data.batch import Batch, ViewPlan
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, UserError, another_folder
 from prelude.data.source import MAX_ATTEMPTS
 from prelude.data.waiting import Caller, doing_now
 from prelude.data.workers import Workers
@@ -79,7 +79,7 @@ class EndlessLoader(ABC):
         if {"label", "classes", "findings"} & set(changed):
             raise UserError(
                 f"The labels are not those that the checkpoint learned ({listed}), and its outputs would be taken for "
-                f"others; restore them, or write another run_dir."
+                f"others; restore them, or write {another_folder()}."
             )
         if changed and (not allow_changed_data or "version" in changed):
             raise UserError(

@@ -15,12 +15,14 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from prelude.data.errors import OTHER_FOLDER
 from prelude.launch.exit_codes import PREEMPTED
 from prelude.pretrain import stopping
 from prelude.pretrain.launchers import without_rank
 
 DOORS = Path(__file__).resolve().parent
 _OF_A_CHILD = {"FORCE_COLOR": ""}  # a notebook's kernel sets it, and would have a bar drawn into our pipe
+IN_OUT = {OTHER_FOLDER: "another --out"}  # environment of a run whose folder follows from --out
 _ERROR = re.compile(r"(?:\w+\.py: )?error: ")  # a door's own, or that of its arguments
 
 # of DeepSpeed's launcher: which commands it ran, which accelerator it did not find

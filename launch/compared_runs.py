@@ -23,7 +23,7 @@ from prelude.evaluators.comparing.run_record import is_finished
 from prelude.evaluators.features.pixels import is_pixels
 from prelude.evaluators.finetuning.recipe import NAME as FINE_TUNE
 from prelude.evaluators.judging import Labelled, is_recipe
-from prelude.launch.children import run_door
+from prelude.launch.children import IN_OUT, run_door
 from prelude.launch.combinations import LONGEST_NAME
 from prelude.launch.training import data_of, seen_as, volumes_of
 from prelude.objectives import options_for
@@ -101,7 +101,8 @@ def pretrained(args: argparse.Namespace, recipe: Path, run_dir: Path, labelled: 
     if is_finished(config, options_for(config.objective["name"]), list(map("_".join, known_by))):
         print(f"{run_dir} is finished", file=sys.stderr)
         return None
-    return run_door("pretrain", ["--config", str(recipe), *overrides], num_ranks=num_ranks(args), name=run_dir.name)
+    arguments = ["--config", str(recipe), *overrides]
+    return run_door("pretrain", arguments, num_ranks=num_ranks(args), name=run_dir.name, environment=IN_OUT)
 
 
 def learned_from(config: Config) -> list[ShardIndex]:
@@ -172,7 +173,8 @@ def fine_tuned(args: argparse.Namespace, entry: Entry, labelled: Labelled) -> tu
         shared = [*shared_settings(labelled), *reading_settings(args)]
         settings = last_of_each([f"run_dir={run_dir}", *shared, *overrides])
         arguments = [entry.source, "--config", recipe, *settings]
-        problem = run_door("finetune", arguments, num_ranks=num_ranks(args), name=f"fine-tuning {entry.name}")
+        name = f"fine-tuning {entry.name}"
+        problem = run_door("finetune", arguments, num_ranks=num_ranks(args), name=name, environment=IN_OUT)
         if problem is None:
             newest = max((run_dir / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime)
             return json.loads(newest.read_text()), None

@@ -1,13 +1,18 @@
 """Fine-tuning from its task to its result: the parts are built, handed to each other, and told on the console."""
 
+import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prelude.checkpoints.saved import open_tensors
 from prelude.checkpoints.store import Store
 from prelude.data.counting import counted
+from prelude.data.errors import UserError, another_folder
 from prelude.data.loader import Loader
+from prelude.data.signed_urls import shown_in
 from prelude.data.waiting import moves, stop_when
 from prelude.evaluators.comparing.label_table import print_labels
 from prelude.evaluators.finetuning import finetune
@@ -27,6 +32,7 @@ from prelude.pretrain.engine import Engine
 from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor
 from prelude.pretrain.objective import Objective
+from prelude.pretrain.resume import OtherSettings, is_own
 from prelude.pretrain.stopping import PREEMPTED
 
 
@@ -57,10 +63,11 @@ def run(task: finetune.Task, command: str) -> int:
         if classifier.held_out is not None:  # now that the engine has copied the objective, to see what a step costs
             classifier.held_out.test = _testing(task, classifier, task.samples.held_out, loader.num_workers)
         stop_when(engine.stop_wanted)
-        folder.note(precision=str(engine.precision))
+        folder.note(precision=str(engine.precision), source=shown_in(task.source))
         introduce(config, engine, loader, device)
         tell_weights(loaded[0])
-        outcome = engine.run()
+        with told_by_source(task):
+            outcome = engine.run()
         loader.close()
         if outcome.reason != "finished":
             distributed.stop()
@@ -93,13 +100,40 @@ def dry_run(task: finetune.Task, asked: Asked) -> int:
         planned.add_row("held out", counted(samples.held_out.index.num_samples, "image"))
     planned.add_row("test", counted(samples.test.index.num_samples, "image"))
     loader = _loader_of(task, classifier, config, asked.world_size)
-    print_with_outlook(
-        planned, config, loader, type(classifier.options), lambda checkpoint: _ended_early(classifier, checkpoint)
-    )
+    with told_by_source(task):
+        print_with_outlook(
+            planned, config, loader, type(classifier.options), lambda checkpoint: _ended_early(classifier, checkpoint)
+        )
     if asked.measure:
         classifier.held_out = None  # steps are measured, and no validation after them
         tell_measured(config, classifier, lambda config: _loader_of(task, classifier, config), planned)
     return 0
+
+
+@contextmanager
+def told_by_source(task: finetune.Task) -> Iterator[None]:
+    """A folder that fine-tunes another encoder is refused by the names of the two, and not by their fingerprints. The
+    folder is named after the recipe, so that a second run that is tuned by it comes to that of the first."""
+    try:
+        yield
+    except OtherSettings as error:
+        other = any(change.startswith("objective.weights: ") for change in error.changes)
+        if not other or not is_own(error.checkpoint, task.config):
+            raise
+        run, source = task.config.run_dir, task.source
+        held = recorded_source(Path(run)) or "another encoder"
+        of_then = f"{source} with weights that it has no more" if held == shown_in(source) else held
+        write = "run_dir=..." if another_folder() == "another run_dir" else another_folder()
+        raise UserError(f"{run} holds the fine-tuning of {of_then}; write {write} for that of {source}.") from None
+
+
+def recorded_source(run: Path) -> str | None:
+    """What a fine-tuning run began from, as its user named it; None where neither it nor a result of it says so."""
+    results = sorted((run / "evaluations").glob("fine_tune-*.json"), key=lambda path: path.stat().st_mtime)
+    for path in (run / "environment.json", *reversed(results)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads(path.read_text())["source"]
+    return None
 
 
 def _ended_early(classifier: Classifier, checkpoint: Path) -> bool:

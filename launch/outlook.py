@@ -14,7 +14,7 @@ from prelude.launch.planning import Planned
 from prelude.launch.run_folder import not_written, through_a_link
 from prelude.pretrain import distributed, precision
 from prelude.pretrain.config import Config
-from prelude.pretrain.resume import changed_settings, is_own, progress_after, refuse_changed_config, starting_point
+from prelude.pretrain.resume import accept, changed_settings, is_own, progress_after, starting_point
 from prelude.pretrain.run_lock import RunLock
 from prelude.pretrain.schedules import beginning
 
@@ -46,9 +46,7 @@ def outlook(config: Config, loader, options: type[BaseModel], has_ended: Callabl
         return f"a start would begin anew: {path} {'has no checkpoint' if path.exists() else 'would be made'}"
     refuse_incomplete(checkpoint)
     meta = read_meta(checkpoint)
-    if not config.resume.allow_changed_config:
-        refuse_changed_config(changed_settings(meta["config"], config, options), checkpoint)
-    loader.load_state_dict(meta["loader"], allow_changed_data=config.resume.allow_changed_data)
+    accept(meta, checkpoint, config, options, loader)
     progress, notices = progress_after(meta, config, beginning(config, loader.num_samples), checkpoint)
     if progress.step == progress.num_steps:
         return f"finished at step {progress.step}: a start would train nothing"

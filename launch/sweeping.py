@@ -24,7 +24,7 @@ from prelude.evaluators.comparing.run_record import curves_of, is_finished_as
 from prelude.evaluators.comparing.table import NOTHING, plain
 from prelude.evaluators.table_text import PlainTable, print_plain
 from prelude.launch import training
-from prelude.launch.children import DOORS, Preempted, run_door
+from prelude.launch.children import DOORS, IN_OUT, Preempted, run_door
 from prelude.launch.combinations import Combination
 from prelude.launch.exit_codes import INCOMPLETE, PREEMPTED
 from prelude.objectives import options_for
@@ -87,7 +87,7 @@ def trained(combination: Combination, num_ranks: int) -> str | None:
     if done or problem:
         return problem
     arguments = ["--config", str(combination.recipe), *combination.overrides]
-    return run_door("pretrain", arguments, num_ranks=num_ranks, name=combination.name)
+    return run_door("pretrain", arguments, num_ranks=num_ranks, name=combination.name, environment=IN_OUT)
 
 
 def is_done(combination: Combination) -> tuple[bool, str | None]:

@@ -44,7 +44,7 @@ from prelude.pretrain.meter import Meter
 from prelude.pretrain.monitors import Monitor, Report, StepRecord
 from prelude.pretrain.objective import Objective
 from prelude.pretrain.profiling import StepProfile
-from prelude.pretrain.resume import changed_settings, found_checkpoint, is_own, progress_after, refuse_changed_config
+from prelude.pretrain.resume import accept, found_checkpoint, is_own, progress_after
 from prelude.pretrain.sameness import refuse_differences
 from prelude.pretrain.schedules import Progress, beginning
 from prelude.pretrain.transfers import Later, on_host
@@ -360,10 +360,8 @@ class Engine:
         if path is None:
             return []
         attendance.reach("loading a checkpoint")
-        meta = self.store.load(path, self.deepspeed)
-        if not self.config.resume.allow_changed_config:
-            refuse_changed_config(changed_settings(meta["config"], self.config, type(self.objective.options)), path)
-        self.loader.load_state_dict(meta["loader"], allow_changed_data=self.config.resume.allow_changed_data)
+        options = type(self.objective.options)
+        meta = self.store.load(path, self.deepspeed, lambda meta: accept(meta, path, self.config, options, self.loader))
         self.progress, notices = progress_after(meta, self.config, self.progress, path)
         if is_own(path, self.config):  # what is logged is by steps of that batch
             for monitor in self.monitors:

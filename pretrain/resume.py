@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, another_folder
 from prelude.pretrain import attendance, distributed
 from prelude.pretrain.config import Config
 from prelude.pretrain.optimizers import scheduled
@@ -60,6 +60,17 @@ _FREE = (
 )
 
 
+class OtherSettings(UserError):
+    """changes: as `changed_settings` tells them, of the run that has saved `checkpoint`."""
+
+    def __init__(self, changes: list[str], checkpoint: Path):
+        super().__init__(
+            f"{checkpoint} belongs to a run with other settings ({'; '.join(changes)}); write {another_folder()}, "
+            f"restore the settings, or write resume.allow_changed_config=true."
+        )
+        self.changes, self.checkpoint = changes, checkpoint
+
+
 def found_checkpoint(store, config: Config) -> tuple[Path | None, dict]:
     """(`starting_point`, the meta that was saved there). Collective; what was saved is read on rank 0 alone."""
     attendance.reach("looking for a checkpoint")
@@ -93,7 +104,7 @@ def _starting_point(newest: Path | None, config: Config) -> Path | None:
     if newest and is_own(named, config) and Path(named).resolve() != newest.resolve():
         raise UserError(
             f"resume.checkpoint={named} is an earlier checkpoint of this run, which goes on from {newest.name}; leave "
-            f"it out, or go back to it in another run_dir."
+            f"it out, or go back to it in {another_folder()}."
         )
     return newest or Path(named)
 
@@ -122,7 +133,7 @@ def progress_after(meta: dict, config: Config, start: Progress, checkpoint: Path
     if step >= start.num_steps and not finished_before:
         raise UserError(
             f"Nothing is left to train: {checkpoint} has done {counted(step, 'step')}, and this run ends at step "
-            f"{start.num_steps}; write a larger train.epochs, or name an earlier checkpoint in another run_dir."
+            f"{start.num_steps}; write a larger train.epochs, or name an earlier checkpoint in {another_folder()}."
         )
     progress = Progress(step, start.num_steps, start.steps_per_epoch)
     if step < start.num_steps and (jump := _jump_of_learning_rate(meta, config, progress)):
@@ -187,12 +198,12 @@ def _may_change(key: str) -> bool:
     return any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in _FREE)
 
 
-def refuse_changed_config(changes: list[str], checkpoint: Path) -> None:
-    if changes:
-        raise UserError(
-            f"{checkpoint} belongs to a run with other settings ({'; '.join(changes)}); choose another run_dir, "
-            f"restore the settings, or write resume.allow_changed_config=true."
-        )
+def accept(meta: dict, checkpoint: Path, config: Config, options: type[BaseModel], loader) -> None:
+    """Moves `loader` to where `checkpoint` was saved. Raises UserError where its run had other settings or data, but
+    for those that may have changed."""
+    if not config.resume.allow_changed_config and (changes := changed_settings(meta["config"], config, options)):
+        raise OtherSettings(changes, checkpoint)
+    loader.load_state_dict(meta["loader"], allow_changed_data=config.resume.allow_changed_data)
 
 
 def _with_defaults(settings: dict, options: type[BaseModel]) -> dict:

@@ -1,11 +1,13 @@
 """What keeps a state from being saved, or from being taken up by an engine, in one sentence each."""
 
+from pathlib import Path
+
 import torch
 
 from prelude.checkpoints.state.holders import Holder, holders_of, named_tensors, optimizer_of, shape_of
 from prelude.checkpoints.state.inventory import Inventory
 from prelude.data.counting import shortened
-from prelude.data.errors import UserError
+from prelude.data.errors import UserError, another_folder
 
 
 def refuse_half_precision(engine) -> None:
@@ -21,8 +23,8 @@ def refuse_half_precision(engine) -> None:
         )
 
 
-def misfit(engine, state: Inventory) -> str | None:
-    """Why `state` cannot be put into `engine`, in one sentence."""
+def misfit(engine, path: str | Path, state: Inventory) -> str | None:
+    """Why `state`, which lies at `path`, cannot be put into `engine`, in one sentence."""
     shapes = {name: tuple(shape_of(tensor)) for name, tensor in named_tensors(engine.module)}
     saved = {name: spec.shape for name, spec in state.tensors.items()}
     differing = [f"{n} {saved[n]} against {shapes[n]}" for n in shapes if n in saved and saved[n] != shapes[n]]
@@ -33,17 +35,26 @@ def misfit(engine, state: Inventory) -> str | None:
     ]
     if any(names for _, names in parts):
         what = "; ".join(f"{label}: {shortened(names)}" for label, names in parts if names)
-        return f"The checkpoint belongs to another model: {what}; build the model that it was saved from."
+        return (
+            f"{path} belongs to another model: {what}; build the model that it was saved from, by the settings and the "
+            f"code of then, or write {another_folder()}."
+        )
     name = type(optimizer_of(engine)).__name__
     if state.optimizer != name and state.moments:
-        return f"The checkpoint holds the state of {state.optimizer}, this run uses {name}; keep optimizer.name."
-    return _optimizer_misfit(holders_of(engine), state)
+        return (
+            f"{path} holds the state of {state.optimizer}, this run uses {name}; keep optimizer.name, or write "
+            f"{another_folder()}."
+        )
+    return _optimizer_misfit(holders_of(engine), path, state)
 
 
-def _optimizer_misfit(holders: list[Holder], state: Inventory) -> str | None:
+def _optimizer_misfit(holders: list[Holder], path: str | Path, state: Inventory) -> str | None:
     trained = {name for holder in holders for name in holder.members}
     if strangers := [name for name in state.moments if name not in trained]:
-        return f"The checkpoint trained parameters that are frozen here: {shortened(strangers)}; train the same ones."
+        return (
+            f"{path} trained parameters that are frozen here: {shortened(strangers)}; train the same ones, or write "
+            f"{another_folder()}."
+        )
     for holder in (holder for holder in holders if holder.partitioned):
         # What all members of a holder share is kept once there, so they have to agree.
         described = {name: (_kinds(state, name), state.scalars.get(name)) for name in holder.members}

@@ -10,6 +10,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,15 +28,15 @@ _READ_AT_ONCE = 2**28  # bytes, before ranks agree that they could be read
 
 
 @torch.no_grad()
-def restore_state(engine, inventory: Inventory | None, tensors, moments, shared: bool) -> None:
+def restore_state(engine, path: str | Path, inventory: Inventory | None, tensors, moments, shared: bool) -> None:
     """Puts a state into `engine` on every rank. Collective.
 
-    inventory: what there is, on rank 0. tensors, moments: `TensorFiles`, by name and by PARAMETER/NAME; on rank 0, and
-    on all ranks where `shared`. Raises UserError on every rank, before anything is changed, where the state does not
-    fit the engine; and where it cannot be read.
+    path: of the checkpoint. inventory: what there is, on rank 0. tensors, moments: `TensorFiles`, by name and by
+    PARAMETER/NAME; on rank 0, and on all ranks where `shared`. Raises UserError on every rank, before anything is
+    changed, where the state does not fit the engine; and where it cannot be read.
     """
     refuse_half_precision(engine)
-    refusal = distributed.from_main(misfit(engine, inventory) if distributed.is_main() else None)
+    refusal = distributed.from_main(misfit(engine, path, inventory) if distributed.is_main() else None)
     if refusal:
         raise UserError(refusal)
     inventory = distributed.from_main(inventory)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from runs import BIN, ROOT, deepspeed
 
-from prelude.data.errors import UserError
+from prelude.data.errors import OTHER_FOLDER, UserError
 from prelude.data.select import Selection
 from prelude.data.shape_volumes import write_volumes
 from prelude.data.shapes import write_shards
@@ -171,7 +171,8 @@ def test_the_same_command_trains_nothing_and_finds_the_same_numbers(first, comma
 def test_another_budget_is_not_mistaken_for_the_finished_run(first, command, folder, monkeypatch):
     asked = []
 
-    def fail(door, arguments, *, num_ranks, name):
+    def fail(door, arguments, *, num_ranks, name, environment):
+        assert environment == {OTHER_FOLDER: "another --out"}
         asked.append((door, name, num_ranks, "seed=5" in arguments))
         return "it has other settings."
 
@@ -347,8 +348,9 @@ def test_a_source_that_is_gone_leaves_a_gap_and_one_that_was_moved_is_found_by_i
 def test_fine_tuning_takes_the_first_recipe_that_suits_an_encoder(first, folder, monkeypatch):
     for_vits, for_convnets = "finetune_vit_cifar10", "finetune_convnet_cifar10"
 
-    def tune(door, arguments, *, num_ranks, name):
+    def tune(door, arguments, *, num_ranks, name, environment):
         source, _, recipe, run_dir, *overrides = arguments
+        assert environment == {OTHER_FOLDER: "another --out"}
         assert door == "finetune" and f'evaluate.train_shards="{folder}/train-*.tar"' in overrides
         assert ("seed=3" in overrides) == (recipe == for_vits)
         if recipe == for_vits and "turning" in source:

@@ -2,6 +2,7 @@
 image, stopped early: two ranks, one rank, and what goes on from them."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import yaml
 from findings import NAMES, write_findings
 from runs import Run, RunDir, deepspeed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader
@@ -21,6 +22,7 @@ from prelude.data.shapes import write_shards
 from prelude.evaluators.finetuning import finetune
 from prelude.launch import exit_codes
 from prelude.launch import finetune as door
+from prelude.launch.finetuning import recorded_source
 from prelude.pretrain import attendance, distributed
 from prelude.pretrain.config import EncoderConfig
 from prelude.pretrain.encoders import build_encoder
@@ -286,6 +288,27 @@ def test_a_run_that_has_ended_early_trains_no_more(one, arguments):
     before = result_of(one)
     run_here(arguments, one.run_dir)
     assert result_of(one)["numbers"] == before["numbers"] and last_step(one) < FINDINGS_STEPS
+
+
+def test_a_folder_that_fine_tunes_another_encoder_is_told_by_the_names_of_both(one, arguments, tmp_path):
+    held, source = arguments[0], str(tmp_path / "other")
+    shutil.copytree(held, source)
+    weights = load_file(f"{held}/model.safetensors")
+    save_file(weights | {"norm.bias": weights["norm.bias"] + 1}, f"{source}/model.safetensors")
+    asked = [source, *arguments[1:], f"run_dir={one.run_dir}"]
+    told = re.escape(f"{one.run_dir} holds the fine-tuning of {held}; write run_dir=... for that of {source}.")
+    with pytest.raises(UserError, match=told):
+        door.main(asked)
+    with pytest.raises(UserError, match=told):
+        door.main([*asked, "--dry-run"])
+    (one.run_dir / "environment.json").rename(tmp_path / "away")
+    try:
+        assert recorded_source(one.run_dir) == held  # by its result, as in runs of before
+    finally:
+        (tmp_path / "away").rename(one.run_dir / "environment.json")
+    shutil.copytree(one.run_dir / "checkpoints", tmp_path / "bare" / "checkpoints")
+    with pytest.raises(UserError, match="bare holds the fine-tuning of another encoder; write run_dir="):
+        door.main([*asked[:-1], f"run_dir={tmp_path / 'bare'}"])
 
 
 def test_a_curve_that_cannot_be_read_is_missing_in_the_result_and_ends_no_run(one, arguments, tmp_path, monkeypatch):

@@ -68,6 +68,12 @@ def folder(start, tmp_path_factory) -> Path:
 
 REFUSED = {
     "another seed": ("run", ["seed=1"], "seed: 0 -> 1"),
+    "another depth": ("run", ["encoder.kwargs.depth=1"], r"depth: \d -> 1\); write another run_dir, .*allow_changed"),
+    "another model": (
+        "run",
+        ["encoder.kwargs.depth=1", "resume.allow_changed_config=true"],
+        "run/checkpoints/step-00000007 belongs to another model: .* write another run_dir",
+    ),
     "past its end": ("run", ["train.epochs=0.25", "resume.allow_changed_config=true"], "done 7 steps, .* at step 4"),
     "back to its own": ("run", ["resume.checkpoint=RUN/checkpoints/step-00000006"], "goes on from step-00000007"),
     "of another format": ("foreign", [], "step-00000007: it is of format 4.*step-00000006"),

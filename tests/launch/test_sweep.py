@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import yaml
 
+from prelude.data.errors import OTHER_FOLDER
 from prelude.data.shapes import write_shards
 from prelude.evaluators.comparing import run_record
 from prelude.launch import prelude, sweeping
@@ -38,7 +39,8 @@ def trained(monkeypatch):
     """The names of runs that the door of pretraining is asked for, which it then fakes: fails, stops or does."""
     asked, answers = [], {}
 
-    def fake(door, arguments, *, num_ranks, name):
+    def fake(door, arguments, *, num_ranks, name, environment):
+        assert environment == {OTHER_FOLDER: "another --out"}
         asked.append(name)
         answer = answers.get(name)
         if isinstance(answer, Exception):

@@ -10,7 +10,7 @@ from in_memory import MemoryLoader
 
 from prelude.checkpoints.store import Store
 from prelude.data.counting import counted
-from prelude.data.errors import UserError
+from prelude.data.errors import OTHER_FOLDER, UserError
 from prelude.evaluators.comparing import run_record
 from prelude.evaluators.comparing.run_record import is_finished_as
 from prelude.launch.outlook import outlook
@@ -18,8 +18,9 @@ from prelude.pretrain import distributed
 from prelude.pretrain.config import ResumeConfig
 from prelude.pretrain.engine import Engine
 from prelude.pretrain.monitors import JsonlMonitor, Monitor
+from prelude.pretrain.options import Strict
 from prelude.pretrain.recipes import validate_config
-from prelude.pretrain.resume import progress_after, starting_point
+from prelude.pretrain.resume import accept, progress_after, starting_point
 from prelude.pretrain.schedules import Progress, beginning
 
 NUM_SAMPLES = 1600
@@ -174,3 +175,12 @@ class _Listener(Monitor):
 
     def report(self, report):
         self.heard.append((report.kind, report.step))
+
+
+def test_where_no_run_dir_is_the_users_to_choose_another_out_is_named(monkeypatch):
+    meta = meta_of(config_of(), 10)
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.1 -> 0.2\); write another run_dir, restore"):
+        accept(meta, OWN, config_of(lr=0.2), Strict, loader=None)
+    monkeypatch.setenv(OTHER_FOLDER, "another --out")
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.1 -> 0.2\); write another --out, restore"):
+        accept(meta, OWN, config_of(lr=0.2), Strict, loader=None)
