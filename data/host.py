@@ -88,19 +88,21 @@ def raise_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (attainable_files(), hard))
 
 
-def files_of_a_rank(world_size: int) -> int:
+def files_of_a_rank(world_size: int, rank: int = 0) -> int:
     """That it may have open in a run: two groups of all ranks, each with a connection to each other rank and three
     files more; on rank 0 two connections of each rank to the store that it keeps, too."""
-    return _OF_ITSELF + (2 * (world_size + 3) + 2 * world_size if world_size > 1 else 0)
+    if world_size == 1:
+        return _OF_ITSELF
+    return _OF_ITSELF + 2 * (world_size + 3) + (0 if rank else 2 * world_size)
 
 
-def refuse_few_files(world_size: int) -> None:
-    """Raises UserError, of a process that is one of so many ranks."""
-    needed, (_, hard) = files_of_a_rank(world_size), resource.getrlimit(resource.RLIMIT_NOFILE)
+def refuse_few_files(world_size: int, rank: int) -> None:
+    """Raises UserError, of the process that is this rank of so many."""
+    needed, (_, hard) = files_of_a_rank(world_size, rank), resource.getrlimit(resource.RLIMIT_NOFILE)
     if attainable_files() < min(needed, ENOUGH_FILES):
         how = raised("-n", hard, needed, ENOUGH_FILES, "nofile")
         raise UserError(
-            f"One of {world_size} ranks has up to {needed} files and connections open, and a process on "
+            f"Rank {rank} of {world_size} has up to {needed} files and connections open, and a process on "
             f"{socket.gethostname()} may have {attainable_files()}; {how}."
         )
 

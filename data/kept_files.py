@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,9 +56,9 @@ def warn_unkept(place: str, reason: str) -> None:
     log.warning("indexes of shards are not kept, because %s cannot be written: %s", place, reason)
 
 
-def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
+def remembered(identity: str, what: str, compute: Callable[[], str], words: str) -> str:
     """`compute()`, a hash over all of an index; `what` says over which part. Computed once on a node; each time if
-    the identity is ""."""
+    the identity is "". words: those who wait for another process to compute it wait for. Raises as `Wait.look` does."""
     if not identity:
         return compute()
     of = hash_of([CACHE_VERSION, identity, what])
@@ -66,7 +66,7 @@ def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
     if known := _signed(path, of):
         return known
     try:
-        with alone(f"{path}.lock"):
+        with alone(f"{path}.lock", words):
             found = _signed(path, of) or compute()
             keep(path, f"{found} {hash_of([of, found])}".encode())
             return found
@@ -75,25 +75,33 @@ def remembered(identity: str, what: str, compute: Callable[[], str]) -> str:
         return compute()
 
 
+class Computed(NamedTuple):
+    table: np.ndarray  # (N, 2) whole numbers of 0 or more
+    about: Any  # JSON
+    lasting: bool = True  # False where a read failed, which may not at the next start: it is not kept
+
+
 def kept_numbers(
-    identity: str, what: str, compute: Callable[[], tuple[np.ndarray, Any]]
+    identity: str, what: str, compute: Callable[[], Computed], words: str
 ) -> tuple[Places | np.ndarray, Any]:
-    """As `remembered`, an (N, 2) table of whole numbers of 0 or more, which is mapped, and what is said of it, JSON."""
+    """As `remembered`, a table, which is mapped, and what is said of it."""
     if not identity:
-        return compute()
+        return compute()[:2]
     path = str(folder() / f"{identity.partition(' ')[0]}.{hash_of([CACHE_VERSION, identity, what])}.numbers")
     try:
         if (table := _mapped(path)) is None:
-            with alone(f"{path}.lock"):
+            with alone(f"{path}.lock", words):
                 if (table := _mapped(path)) is None:
                     remove_left_drafts()
-                    computed, about = compute()
-                    write_images(path, lambda: [computed], lambda: about)
+                    computed = compute()
+                    if not computed.lasting:
+                        return computed[:2]
+                    write_images(path, lambda: [computed.table], lambda: computed.about)
                     table = Mapped(path)
         return table, table.about
     except OSError as error:
         warn_unkept(str(folder()), cause_of(error))
-        return compute()
+        return compute()[:2]
 
 
 def _mapped(path: str) -> Mapped | None:

@@ -165,11 +165,11 @@ def _opened(sought: _Sought, labels_too: bool = True) -> Kept | None:
 def _made(sought: _Sought) -> Kept:
     """By one process of a node. Raises OSError where it cannot be kept."""
     folder().mkdir(parents=True, exist_ok=True)
-    with alone(f"{folder() / sought.name}.lock"):
+    with alone(f"{folder() / sought.name}.lock") as locked:
         kept = _opened(sought)
         if kept is not None:
             return kept
-        _know_each(sought)
+        _know_each(sought, locked)
         if _opened(sought, labels_too=False) is None:
             _write_images(sought)
         if sought.label:
@@ -182,11 +182,11 @@ def _made(sought: _Sought) -> Kept:
     return kept
 
 
-def _know_each(sought: _Sought) -> None:
+def _know_each(sought: _Sought, locked: bool) -> None:
     """Keeps what is in each shard, as far as that is not known yet."""
     remote_index.read_index_files([path for path, image in zip(sought.paths, sought.images, strict=True) if not image])
     shards = sought.shards()
-    begin = _own_place(len(shards))
+    begin = _own_place(len(shards), locked)
     shards = [*shards[begin:], *shards[:begin]]
     local = [shard for shard in shards if not isinstance(shard[0], RemoteShard) and not _kept_file(*shard).exists()]
     walk_all(local, _know_unless_kept, sought.walks)
@@ -195,9 +195,11 @@ def _know_each(sought: _Sought) -> None:
         moved()
 
 
-def _own_place(count: int) -> int:
-    """Where this process begins: others may be walking the same shards, where locks do not keep them apart."""
-    return int(hash_of([socket.gethostname(), os.getpid()]), 16) % max(count, 1)
+def _own_place(count: int, locked: bool) -> int:
+    """Where this process begins: others may be walking the same shards, where locks do not keep them apart. Some hold
+    within a host alone, on which each start begins at the same shard then, and names the same damaged one first."""
+    of_process = [] if locked else [os.getpid()]
+    return int(hash_of([socket.gethostname(), *of_process]), 16) % max(count, 1)
 
 
 def _write_images(sought: _Sought) -> None:

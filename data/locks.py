@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from prelude.data.waiting import moved, while_it_moves
+from prelude.data.waiting import Wait, moved, while_it_moves
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +35,17 @@ def is_at(fd: int, path: str) -> bool:
 
 
 @contextlib.contextmanager
-def alone(path: str) -> Iterator[None]:
+def alone(path: str, what: str = "") -> Iterator[bool]:
     """Nobody else is within the same `path`, which is a file as long as somebody is. Progress of who is within is
-    progress of those who wait. A file system without locks lets everybody in, which is told once.
+    progress of those who wait. A file system without locks lets everybody in, which is told once; False, then.
 
-    Raises OSError where the file cannot be written.
+    what: the wait to get in is for; "" where whoever called is waited for already, in a thread of its own. Raises
+    OSError where the file cannot be written, and as `Wait.look` does.
     """
-    fd = _locked(path)
+    fd, locked = _locked(path, what)
     try:
         with while_it_moves(lambda: os.utime(fd)):
-            yield
+            yield locked
     finally:
         with contextlib.suppress(OSError):
             if is_at(fd, path):
@@ -61,17 +62,18 @@ def _warn_unlocked(folder: str) -> None:
     )
 
 
-def _locked(path: str) -> int:
-    before = 0
+def _locked(path: str, what: str) -> tuple[int, bool]:
+    """The open file, and whether it is locked."""
+    before, waiting = 0, Wait(lambda: what)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if lock(fd) and is_at(fd, path):
-                return fd
+                return fd, True
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 _warn_unlocked(os.path.dirname(path))
-                return fd
+                return fd, False
             os.close(fd)
             raise
         now = os.fstat(fd).st_mtime_ns
@@ -79,4 +81,6 @@ def _locked(path: str) -> int:
         if now != before:
             moved()
         before = now
+        if what:
+            waiting.look()
         time.sleep(_LOOK_SECONDS)

@@ -1,14 +1,18 @@
 """The label members of an index, read without their images."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from prelude.data.counting import counted
 from prelude.data.decode import BadImage
 from prelude.data.open_files import OpenFiles
 from prelude.data.remote_shards import read_some
 from prelude.data.shards import ShardIndex
-from prelude.data.waiting import in_threads
+from prelude.data.waiting import in_threads, moved
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 256  # that a thread reads
 
@@ -38,3 +42,12 @@ def label_members(
     starts = range(0, len(samples), _AT_ONCE)
     for found in in_threads(contents, starts, lambda start: f"the labels in {index.shard_of(samples[start])}"):
         yield from found
+        moved()  # what is made of them may take longer than to read them
+
+
+def warn_unread(index: ShardIndex, unread: int, then: str) -> None:
+    """Of samples that have a label member, whose bytes could not be had."""
+    if unread:
+        log.warning(
+            "%s of %s cannot be read: %s, and the next start looks again", counted(unread, "label"), index.named, then
+        )

@@ -18,12 +18,13 @@ import numpy as np
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.groups import group_reader
-from prelude.data.kept_files import kept_numbers
+from prelude.data.kept_files import Computed, kept_numbers
 from prelude.data.labels import in_words, label_name, no_label
-from prelude.data.members import label_members
+from prelude.data.members import label_members, warn_unread
 from prelude.data.order import hashed
 from prelude.data.remote_shards import named
 from prelude.data.shards import ShardIndex
+from prelude.data.waiting import moved
 
 MOST_TRIED = 16  # partners that cannot be read, before a sample is its own
 _SIZES = 2**31  # a row's first number is (where the group begins) * _SIZES + (how many it has)
@@ -40,7 +41,9 @@ class Partners:
         labelled = index.with_label(self.group)
         parts = [[part.begin, part.end] for part in index.parts]
         what = f"groups {self.group} {parts}"
-        self.table, about = kept_numbers(labelled.identity, what, lambda: _table(labelled, self.group, parts))
+        self.table, about = kept_numbers(
+            labelled.identity, what, lambda: _table(labelled, self.group, parts), f"the groups by {self.group}"
+        )
         self.fingerprint, self.num_groups, self.num_alone, self.num_without, self.largest = about
         if not self.num_groups:
             raise UserError(
@@ -81,30 +84,34 @@ class Partners:
         return np.where(sizes == 1, own, np.where(found < own, found, self.table[after, 1]))
 
 
-def _table(index: ShardIndex, group: str, parts: list[list[int]]) -> tuple[np.ndarray, list]:
+def _table(index: ShardIndex, group: str, parts: list[list[int]]) -> Computed:
     """((N, 2) int64: of each sample its group's place and size, and the members of all groups, one after the other;
     what `Partners` tells of them)."""
-    numbers, without = _group_numbers(index, group, parts)
+    numbers, without, unread = _group_numbers(index, group, parts)
     members = np.argsort(numbers, kind="stable")  # growing within a group
+    moved()  # to put many in order takes a while
     sizes = np.bincount(numbers)
     begins = np.cumsum(sizes) - sizes
     table = np.stack([(begins * _SIZES + sizes)[numbers], members], axis=1)
     digest = hashlib.blake2b(np.ascontiguousarray(table, "<i8"), digest_size=16).hexdigest()
-    return table, [digest, int((sizes > 1).sum()), int((sizes == 1).sum()), without, int(sizes.max())]
+    about = [digest, int((sizes > 1).sum()), int((sizes == 1).sum()), without, int(sizes.max())]
+    return Computed(table, about, lasting=not unread)
 
 
-def _group_numbers(index: ShardIndex, group: str, parts: list[list[int]]) -> tuple[np.ndarray, int]:
-    """((N,) int64: which group each sample is in, in the order in which they first come; how many have none)."""
+def _group_numbers(index: ShardIndex, group: str, parts: list[list[int]]) -> tuple[np.ndarray, int, int]:
+    """((N,) int64: which group each sample is in, in the order in which they first come; how many have none; of these,
+    those whose label could not be read)."""
     if not len(index.labels):
         raise no_label(index)
     value_of = _reader(group)
     part_of = np.searchsorted([end for _, end in parts], np.arange(index.num_samples), side="right")
     known: dict = defaultdict(lambda: len(known))
-    without, example, numbers = 0, None, np.empty(index.num_samples, np.int64)
+    without, unread, example, numbers = 0, 0, None, np.empty(index.num_samples, np.int64)
     for sample, content in enumerate(label_members(index)):
         value = None if content is None else value_of(content)
         example = content if example is None else example
         without += value is None
+        unread += content is None and int(index.labels[sample, 0]) >= 0
         numbers[sample] = known[sample if value is None else (int(part_of[sample]), value)]
     if example is None:
         raise no_label(index)
@@ -113,7 +120,8 @@ def _group_numbers(index: ShardIndex, group: str, parts: list[list[int]]) -> tup
             f"{named(index.paths)} have no {in_words(group)} with text or a number in it (the first: "
             f"{example[:60]!r}); write another objective.pair_by, such as json:FIELD."
         )
-    return numbers, without
+    warn_unread(index, unread, "each of these samples is its own partner")
+    return numbers, without, unread
 
 
 def _reader(group: str):

@@ -20,15 +20,15 @@ from prelude.data.class_names import plain_reader
 from prelude.data.counting import counted
 from prelude.data.decode import BadImage
 from prelude.data.errors import RunStopped, UserError, cause_of
-from prelude.data.kept_files import kept_numbers
+from prelude.data.kept_files import Computed, kept_numbers
 from prelude.data.labels import no_label
-from prelude.data.members import label_members
+from prelude.data.members import label_members, warn_unread
 from prelude.data.order import permutation
 from prelude.data.places import Column, Places
 from prelude.data.remote_shards import shard_name
 from prelude.data.shards import ShardIndex, keys_in
 from prelude.data.signed_urls import without_signature
-from prelude.data.waiting import called, in_threads
+from prelude.data.waiting import called, in_threads, moved
 
 _AT_ONCE = 2**20  # samples whose labels may be waiting to be looked at
 
@@ -58,27 +58,31 @@ def selected(index: ShardIndex, selection: Selection | None, where: str) -> Shar
     if selection.keys is not None:  # samples go by their shards' paths, too, as they are spelled
         said["keys"] = [_hash_of(selection.keys, where), [without_signature(path) for path in index.paths]]
 
-    def taken() -> tuple[np.ndarray, None]:
-        ids = _samples(index, selection, where)
+    def taken() -> Computed:
+        ids, unread = _samples(index, selection, where)
         if selection.keys is not None and _hash_of(selection.keys, where) != said["keys"][0]:
             raise RunStopped(f"{where}.keys={selection.keys} was changed while it was read; start again.")
-        return np.stack([ids, np.zeros_like(ids)], 1), None
+        return Computed(np.stack([ids, np.zeros_like(ids)], 1), None, lasting=not unread)
 
-    table, _ = kept_numbers(index.identity, f"selected {json.dumps(said, sort_keys=True)}", taken)
+    what = f"selected {json.dumps(said, sort_keys=True)}"
+    table, _ = kept_numbers(index.identity, what, taken, f"the samples of {where}")
     return index.subset(Column(table) if isinstance(table, Places) else table[:, 0].copy())
 
 
-def _samples(index: ShardIndex, selection: Selection, where: str) -> np.ndarray:
-    """(n,) int64, growing."""
+def _samples(index: ShardIndex, selection: Selection, where: str) -> tuple[np.ndarray, int]:
+    """((n,) int64, growing; how many are left out because their label could not be read)."""
+    unread = 0
     if selection.keys is None:
         ids = np.arange(index.num_samples)
     else:
         ids = _with_keys(index, _lines(selection.keys, where), f"{where}.keys={selection.keys}")
     if selection.label is not None:
-        ids = _with_label(index, ids, selection, where)
+        ids, unread = _with_label(index, ids, selection, where)
     if selection.share is not None:
+        moved()  # to put many in order takes a while
         ids = _share(ids, selection, where)
-    return ids
+        moved()
+    return ids, unread
 
 
 def _share(ids: np.ndarray, selection: Selection, where: str) -> np.ndarray:
@@ -91,7 +95,7 @@ def _share(ids: np.ndarray, selection: Selection, where: str) -> np.ndarray:
     return ids[np.sort(permutation(len(ids), selection.seed, use=b"share")[:count])]
 
 
-def _with_label(index: ShardIndex, ids: np.ndarray, selection: Selection, where: str) -> np.ndarray:
+def _with_label(index: ShardIndex, ids: np.ndarray, selection: Selection, where: str) -> tuple[np.ndarray, int]:
     labelled = index.with_label(selection.label)
     there = ids[labelled.labels[ids, 0] >= 0]
     if not len(there):
@@ -100,7 +104,9 @@ def _with_label(index: ShardIndex, ids: np.ndarray, selection: Selection, where:
     if reader.shape:
         raise UserError(f"{where}.label={selection.label} holds several numbers a sample, and no class; write another.")
     wanted, found, taken = {str(value) for value in selection.values}, set(), np.zeros(len(there), bool)
+    unread = 0
     for i, content in enumerate(_contents(labelled, there)):
+        unread += content is None
         try:
             value = str(reader.plain(content)) if content is not None else None
         except BadImage:
@@ -109,7 +115,8 @@ def _with_label(index: ShardIndex, ids: np.ndarray, selection: Selection, where:
         found |= {value} if taken[i] else set()
     if missing := sorted(wanted - found):
         raise UserError(f"No sample of {index.named} has the label {', '.join(missing)} of {where}.values; correct it.")
-    return there[taken]
+    warn_unread(labelled, unread, f"{where} leaves out their samples")
+    return there[taken], unread
 
 
 def _contents(labelled: ShardIndex, ids: np.ndarray) -> Iterator[bytes | None]:

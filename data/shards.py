@@ -283,7 +283,8 @@ class ShardIndex:
         names = [self._name_of(path) for path in self.paths]
         if names != [_end_of(path) for path in self.paths]:
             what += " by names of files"  # what is remembered without that is by those of `as_written`
-        return remembered(self._identity, what, lambda: _digest(names, places, self.counts, contents))
+        words = f"the index of {self.named}"
+        return remembered(self._identity, what, lambda: _digest(names, places, self.counts, contents), words)
 
     def _read_as(self) -> str:
         """What decides pixels beside the images; "" where nothing was said."""

@@ -122,7 +122,7 @@ def _join(backend: str, rank_timeout: float) -> None:
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    refuse_few_files(world)
+    refuse_few_files(world, mine)
     warn_after = min(_WARN_AFTER, rank_timeout / 2)
     meeting = meet(mine, world, limit=rank_timeout, warn_after=warn_after, holds={"cores": _cores(), **_Given.holds})
     _Given.sharing = meeting.sharing

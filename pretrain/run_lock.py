@@ -64,8 +64,8 @@ class RunLock:
             raise UserError(self._refusal(holder))
 
     def is_held(self) -> bool | None:
-        """Whether a holder lives, found out without waiting; one on another machine does if its last heartbeat is
-        recent. None where nothing says who holds the folder."""
+        """Whether a holder lives, found out without waiting. None where nothing says who holds the folder, or that one
+        is of another machine or boot and no heartbeat is recent: their clocks may differ, and locks not reach there."""
         if _identity(self.path) in _held:
             return True
         try:
@@ -77,9 +77,11 @@ class RunLock:
             if not holder:  # maybe one that has not written yet, and must find the lock free
                 return None
             locked = _locked(descriptor)
-            if locked and holder.get("boot") == _boot():
-                return False
-            return locked is False or self._may_live(holder, touched)
+            if locked is False:
+                return True
+            if holder.get("boot") == _boot():
+                return not locked and self._runs(holder)
+            return True if self._may_live(holder, touched) else None
         finally:
             os.close(descriptor)
 

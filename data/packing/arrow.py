@@ -33,15 +33,11 @@ def open_arrow(path: str, options: SourceOptions) -> Source:
     for table in tables:
         if table.schema.names != schema.names:
             raise UserError(f"{table.path} has other columns than {tables[0].path}; pack them one by one.")
-        for name in schema.names:
-            if _holds_bytes(table.schema.field(name).type) != _holds_bytes(schema.field(name).type):
-                raise UserError(
-                    f"Column {name!r} holds image bytes in one of {tables[0].path} and {table.path} only; pack them "
-                    f"one by one."
-                )
-    with_bytes = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
-    if options.image and options.image in schema.names:
-        with_bytes = [name for name in with_bytes if name == options.image]
+    names = [options.image] if options.image in schema.names else schema.names  # of what may be the image
+    held = {name: _holding(name, tables) for name in names}
+    with_bytes = [name for name in names if held[name]]
+    if len(with_bytes) > 1:  # one that some file leaves empty is not the image where another is everywhere
+        with_bytes = [name for name in with_bytes if len(held[name]) == len(tables)] or with_bytes
     if len(with_bytes) > 1:
         raise UserError(f"{path} has images in the columns {', '.join(with_bytes)}; write --image COLUMN.")
     columns = _columns(path, tables, schema, with_bytes)
@@ -196,6 +192,21 @@ def _holds_bytes(kind) -> bool:
         names = [kind.field(n).name for n in range(kind.num_fields)]
         return "bytes" in names
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _holding(name: str, tables: list) -> list:
+    """Those in which a column holds bytes. Raises UserError where it holds something else in another; a file that knows
+    no type, because all is null, holds neither."""
+    import pyarrow as pa
+
+    typed = [table for table in tables if not pa.types.is_null(table.schema.field(name).type)]
+    found = [table for table in typed if _holds_bytes(table.schema.field(name).type)]
+    if found and len(found) < len(typed):
+        other = next(table for table in typed if table not in found)
+        raise UserError(
+            f"Column {name!r} holds image bytes in one of {found[0].path} and {other.path} only; pack them one by one."
+        )
+    return found
 
 
 def _columns(path: str, tables: list, schema, with_bytes: list[str]) -> Columns:

@@ -16,7 +16,7 @@ from prelude.pretrain import distributed
 from prelude.pretrain.run_lock import RunLock
 
 UNFINISHED = ".unfinished-"
-_SILENT_SECONDS = 86400  # without a word of who holds it: an earlier version's, which wrote none
+_SILENT_SECONDS = 86400  # of one whose holder is on another machine, or not told: an earlier version wrote none
 
 
 @contextmanager
@@ -46,11 +46,11 @@ def _held(bank: Path) -> RunLock:
 
 
 def _is_left_behind(folder: Path) -> bool:
-    held = RunLock(folder).is_held()
-    return _is_silent(folder) if held is None else not held
+    with suppress(OSError):  # its owner moves and removes what is in it, on another host maybe
+        held = RunLock(folder).is_held()
+        return _is_silent(folder) if held is None else not held
+    return False
 
 
 def _is_silent(folder: Path) -> bool:
-    with suppress(OSError):  # its owner moves and removes what is in it
-        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > _SILENT_SECONDS
-    return False
+    return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > _SILENT_SECONDS

@@ -1,17 +1,19 @@
 """Small data sets in tar shards; every image is 10 x 12 pixels of noise that its number decides."""
 
+import errno
 import io
 import os
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import LAUNCHED
 
-from prelude.data import waiting
+from prelude.data import open_files, waiting
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +21,20 @@ def cache(tmp_path, monkeypatch):
     """No test reads an index that another one, or the user, has left behind."""
     monkeypatch.setenv("PRELUDE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def failing_reads(monkeypatch):
+    """Called, so many reads of samples fail from now on, and those after them do not."""
+    left = []
+
+    def pread(*of) -> bytes:
+        if left:
+            raise left.pop()
+        return os.pread(*of)
+
+    monkeypatch.setattr(open_files, "os", SimpleNamespace(**vars(os) | {"pread": pread}))
+    return lambda count: left.extend([OSError(errno.EIO, "Input/output error")] * count)
 
 
 @pytest.fixture(autouse=True)

@@ -73,12 +73,13 @@ def test_a_run_raises_its_limit_and_is_refused_where_its_connections_do_not_fit(
     raise_files()
     assert allowed == [4096, 4096]
     for world_size in (1, 8, 512):
-        refuse_few_files(world_size)
-    with pytest.raises(
-        UserError, match="One of 1024 ranks has up to 4230 files.*may have 4096; the hard limit is 4096"
-    ):
-        refuse_few_files(1024)
+        refuse_few_files(world_size, 0)
+    with pytest.raises(UserError, match="Rank 0 of 1024 has up to 4230 files.*may have 4096; the hard limit is 4096"):
+        refuse_few_files(1024, 0)
+    refuse_few_files(1024, 1)  # which keeps no store
+    with pytest.raises(UserError, match="Rank 1 of 2048 has up to 4230 files"):
+        refuse_few_files(2048, 1)
     allowed[:] = 1024, resource.RLIM_INFINITY
-    refuse_few_files(8192)
+    refuse_few_files(8192, 0)
     raise_files()
     assert allowed == [65536, resource.RLIM_INFINITY]

@@ -171,7 +171,7 @@ def test_where_there_are_no_locks_processes_share_the_walk_and_it_is_told(write_
     monkeypatch.setattr(locks.fcntl, "flock", flock)
     monkeypatch.setattr(walking, "num_cores", lambda: 1)
     paths, walked, numbers = write_shards([2] * 6), [], iter(range(2))
-    monkeypatch.setattr(kept_index, "_own_place", lambda count: 3 * next(numbers))  # as two processes would begin
+    monkeypatch.setattr(kept_index, "_own_place", lambda *_: 3 * next(numbers))  # as two processes would begin
     meeting = threading.Barrier(2)
 
     def walk(path, image):
@@ -188,12 +188,13 @@ def test_where_there_are_no_locks_processes_share_the_walk_and_it_is_told(write_
     assert sum("without locks" in record.message for record in caplog.records) == 1
 
 
-def test_processes_begin_at_places_of_their_own(monkeypatch):
+def test_processes_begin_at_places_of_their_own_where_locks_do_not_keep_them_apart(monkeypatch):
     begun = set()
     for pid in range(8):
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
-        begun.add(kept_index._own_place(10_000))
-    assert len(begun) == 8 and max(begun) < 10_000 and kept_index._own_place(0) == 0
+        begun.add((kept_index._own_place(10_000, False), kept_index._own_place(10_000, True)))
+    apart, alike = map(set, zip(*begun, strict=True))
+    assert len(apart) == 8 and len(alike) == 1 and max(apart | alike) < 10_000 and kept_index._own_place(0, True) == 0
 
 
 def test_drafts_that_killed_processes_left_are_removed_from_the_cache(write_shards, cache):
@@ -214,7 +215,7 @@ def test_many_processes_walk_and_one_that_dies_costs_time_alone(write_shards, mo
     expected = [index_every_label(path)[""].images.tolist() for path in paths]
     monkeypatch.setattr(walking, "ALONE_SECONDS", -1)
     monkeypatch.setattr(walking, "num_cores", lambda: 3)
-    monkeypatch.setattr(kept_index, "_own_place", lambda count: 0)  # the one that dies is the last of its process
+    monkeypatch.setattr(kept_index, "_own_place", lambda *_: 0)  # the one that dies is the last of its process
     here = []
 
     def walk(path, image):

@@ -318,6 +318,14 @@ def test_groups_whose_file_is_spoilt_are_found_again(shards, cache):
     assert again.first(np.arange(30), range(30)).tolist() == wanted and again.fingerprint == first.fingerprint
 
 
+def test_groups_of_a_start_whose_reads_failed_are_not_kept(shards, failing_reads, caplog):
+    paths = shards()
+    failing_reads(1)
+    without = Partners(ShardIndex(paths), "json:who.patient", SEED).num_without
+    assert "1 label of" in caplog.text and "each of these samples is its own partner" in caplog.text
+    assert Partners(ShardIndex(paths), "json:who.patient", SEED).num_without == without - 1
+
+
 def test_a_loader_with_pairs_reads_one_image_more_a_sample(shards, monkeypatch):
     loader, reads = loader_of(shards(["x", "y"] * 15)), []
     read = loader.reader.files.read

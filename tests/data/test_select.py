@@ -1,6 +1,7 @@
 """A part of a data set, by a list, a label or a share; what is named and is not there is refused."""
 
 import errno
+import fcntl
 import json
 import pickle
 import re
@@ -11,7 +12,7 @@ import pytest
 
 from prelude.data import select
 from prelude.data.batch import View, ViewPlan
-from prelude.data.errors import RunStopped, UserError
+from prelude.data.errors import RunStopped, Stopped, UserError
 from prelude.data.loader import build_loader
 from prelude.data.order import Shuffle
 from prelude.data.select import Selection, selected
@@ -240,3 +241,28 @@ def test_a_stream_has_no_part():
 
 
 GOLDEN = ["000003", "000006", "000008", "000009", "000012", "000016"]
+
+
+def test_a_read_that_fails_once_leaves_out_samples_of_this_start_alone(kinds, failing_reads, caplog):
+    cats = Selection(label="txt", values=("cat",))
+    failing_reads(1)
+    assert keys_of(selected(ShardIndex(kinds), cats, "data.select")) == ["2", "5"]
+    assert "1 label of" in caplog.text and "cannot be read: data.select leaves out their samples" in caplog.text
+    assert keys_of(selected(ShardIndex(kinds), cats, "data.select")) == ["0", "2", "5"]
+
+
+def test_who_waits_for_another_process_selection_says_so_and_obeys_a_stop(
+    index, write_keys, cache, patience, monkeypatch, caplog
+):
+    selected(index, write_keys("000003"), "data.select")
+    (kept,) = (cache / "index").glob("*.numbers")
+    kept.unlink()
+    patience.timeout_seconds = 0.6
+    with open(f"{kept}.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunStopped, match="waiting for the samples of data.select"):
+            selected(index, write_keys("000003"), "data.select")
+        assert "waiting for the samples of data.select" in caplog.text
+        monkeypatch.setattr(patience, "should_stop", lambda: True)
+        with pytest.raises(Stopped, match="waiting for the samples of data.select"):
+            selected(index, write_keys("000003"), "data.select")

@@ -222,6 +222,24 @@ def test_parquet_with_image_bytes(images, packed, tmp_path):
     }
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_column_of_bytes_that_is_not_the_image_may_be_empty_or_a_path_elsewhere(images, packed, tmp_path, first):
+    (tmp_path / "pq").mkdir()
+    table = image_table(images).rename_columns(["image", "species", "patient"])
+    masks = {"a": table["image"], "b": pa.nulls(len(ROWS)), "c": pa.array(["mask.png"] * len(ROWS))}
+
+    def write(*files):
+        for name, of in zip("xy", files, strict=True):
+            pq.write_table(table.append_column("mask", masks[of]), tmp_path / "pq" / f"{name}.parquet")
+
+    write(*(first, "b" if first == "a" else "a"))
+    assert len(read_shards(packed(tmp_path / "pq")[0])) == 2 * len(ROWS)
+    folder, _ = packed(tmp_path / "pq", "masks", options={"image": "mask"})
+    assert len(read_shards(folder)) == len(ROWS) and len(left_out(folder)) == len(ROWS)
+    write(first, "c")
+    assert len(read_shards(packed(tmp_path / "pq", "images", options={"image": "image"})[0])) == 2 * len(ROWS)
+
+
 def test_class_numbers_that_mean_different_things_are_refused(images, packed, tmp_path):
     (tmp_path / "pq").mkdir()
     table = image_table(images).rename_columns(["image", "species", "patient"])

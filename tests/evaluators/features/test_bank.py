@@ -26,7 +26,7 @@ from prelude.evaluators.features.bank import Bank
 from prelude.evaluators.features.extraction import Extractor
 from prelude.evaluators.features.pixels import open_pixels
 from prelude.launch.bank import main
-from prelude.pretrain import distributed
+from prelude.pretrain import distributed, run_lock
 from prelude.pretrain.config import EncoderConfig
 
 
@@ -259,6 +259,36 @@ def test_what_a_killed_evaluation_left_is_removed_by_the_next_and_nothing_of_one
     assert held.exists()
     Bank(folder).rows(open_pixels("pixels:5"), index)
     assert not held.exists() and len([entry for entry in Bank(folder).entries() if entry.about]) == 2
+
+
+@pytest.mark.parametrize("hours, stays", [(1, True), (30, False)])
+def test_a_folder_that_another_host_holds_is_removed_after_a_day_of_silence_by_whatever_clock(
+    index, tmp_path, hours, stays
+):
+    folder = tmp_path / "bank" / ".unfinished-0123"
+    folder.mkdir(parents=True)
+    lock = folder / "run.lock"
+    lock.write_text(json.dumps({"host": "node7", "process": 1, "boot": "another", "started": "1"}))
+    for path in (lock, folder):
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
+    Bank(tmp_path / "bank").rows(open_pixels("pixels:4"), index)
+    assert folder.exists() is stays
+
+
+def test_a_folder_that_another_host_removes_while_it_is_looked_at_stops_nobody(index, tmp_path, monkeypatch):
+    read, stale = run_lock._read, [OSError(errno.ESTALE, os.strerror(errno.ESTALE))]
+
+    def read_once_gone(*of):
+        if stale:
+            raise stale.pop()
+        return read(*of)
+
+    folder = tmp_path / "bank" / ".unfinished-0123"
+    folder.mkdir(parents=True)
+    (folder / "run.lock").write_text("{")
+    monkeypatch.setattr(run_lock, "_read", read_once_gone)
+    Bank(tmp_path / "bank").rows(open_pixels("pixels:4"), index)
+    assert folder.exists() and not stale
 
 
 @pytest.mark.parametrize("name, content", [("values.f32", b"1234"), ("about.json", b"{"), ("sample_ids.i64", b"")])
