@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-from dataclasses import replace
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError, cause_of
@@ -12,7 +11,6 @@ from prelude.data.packing.arrow import ArrowSource, open_arrow
 from prelude.data.packing.binaries import is_binary, open_binary
 from prelude.data.packing.folder import FolderSource
 from prelude.data.packing.source import Source, SourceOptions
-from prelude.data.packing.splits import one_split, split_folders
 from prelude.data.packing.stacks import open_npy, open_zarr
 from prelude.data.packing.table import TableSource, read_table
 from prelude.data.packing.tars import TarSource
@@ -71,9 +69,8 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
             f"{source} holds CIFAR as pickles, whose reading can run code; load its binary version (cifar-10-binary)."
         )
     tables = glob.iglob("**/*.parquet", root_dir=source, recursive=True)
-    below = next((below for below in ("*.tar", "*/*.tar") if glob.glob(below, root_dir=source)), None)
-    if below:
-        shards = os.path.join(source, below)
+    if any(name.endswith(".tar") for name in names):
+        shards = os.path.join(source, "*.tar")
         if beside := next(tables, None) or next(iter(_image_files(source)), None):
             raise UserError(
                 f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
@@ -83,9 +80,6 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
     if any(tables):
         opened = open_arrow(source, options)
         return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
-    if (folders := split_folders(source)) and (options.split or not options.unlabelled):
-        chosen = one_split(source, folders, options, "--label none")
-        return FolderSource(os.path.join(source, folders[chosen]), replace(options, split=""))
     return FolderSource(source, options)
 
 

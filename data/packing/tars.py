@@ -14,7 +14,6 @@ from prelude.data.image_files import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PassedOv
 from prelude.data.labels import field_of
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
-from prelude.data.packing.splits import by_split, one_split
 from prelude.data.remote_shards import named
 from prelude.data.shards import expand_shards, is_remote
 from prelude.data.tar_index import SEVERAL, image_extension, samples_of
@@ -25,8 +24,8 @@ class TarSource(Source):
 
     def __init__(self, shards: str, options: SourceOptions):
         super().__init__()
-        options.allow(self.what, "image", "label", "group", "split")
-        self.paths = _of_split(shards, expand_shards(shards), options)
+        options.allow(self.what, "image", "label", "group")
+        self.paths = expand_shards(shards)
         remote = next(filter(is_remote, self.paths), None)
         if remote:
             raise UserError(f"{remote} is no local file and cannot be packed; copy it to a disk.")
@@ -118,15 +117,3 @@ class TarSource(Source):
         if len(content) < size:
             raise RunStopped(f"{path} has become shorter while it was packed; pack again when it is whole.")
         return content
-
-
-def _of_split(pattern: str, paths: list[str], options: SourceOptions) -> list[str]:
-    """Of a pattern that holds several splits one, which has to be said; shards that are named by braces, or by several
-    patterns, are taken as they are."""
-    splits = by_split(pattern, paths)
-    named_each = "::" in pattern or "{" in pattern
-    if options.split or (len([split for split in splits if split]) > 1 and not named_each):
-        each = "::".join(os.path.join(os.path.dirname(pattern), f"{split}-*.tar") for split in splits)
-        apart = all(os.path.basename(path).startswith(f"{split}-") for split in splits for path in splits[split])
-        return splits[one_split(pattern, splits, options, repr(each) if apart else "")]
-    return paths

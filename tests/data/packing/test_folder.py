@@ -129,20 +129,6 @@ def test_what_is_not_clear_is_asked(write_files, picture, packed):
         packed(beside)
 
 
-def test_of_folders_of_several_splits_one_is_taken(write_files, picture, packed):
-    names = ["train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png"]
-    source = write_files("photos", {name: picture(n) for n, name in enumerate(names)})
-    for label in ((), ("parent",), ("top",)):
-        with pytest.raises(UserError, match="splits train, val; write --split with one of them, or --label none for"):
-            packed(source, options={"label": label})
-    folder, _ = packed(source, name="val", options={"split": "val"})
-    assert {s["source"]: s["cls"] for s in read_shards(folder, "val")} == {"cat/3.png": b"0", "dog/4.png": b"1"}
-    folder, _ = packed(source, name="all", options={"label": ("none",)})
-    assert len(read_shards(folder, "all")) == 4
-    classes = write_files("classes", {"train/1.png": picture(1), "plane/2.png": picture(2)})
-    packed(classes, "other")  # one of them is no split
-
-
 def test_train_and_val_from_two_folders_number_classes_alike(write_files, picture, packed):
     train = write_files("t", {f"{c}/1.png": picture(n) for n, c in enumerate("abc")})
     val = write_files("v", {"c/1.png": picture(9)})

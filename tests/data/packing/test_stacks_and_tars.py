@@ -4,7 +4,6 @@ import errno
 import gzip
 import io
 import json
-import re
 
 import numpy as np
 import pytest
@@ -224,24 +223,6 @@ def test_what_lies_beside_shards_and_is_no_image_is_nothing_to_ask(shards, packe
     for name in ("classes.txt", "train.pack.json", "train.index.npz", "features.npy", "README.md"):
         (shards / name).write_bytes(b"x")
     assert len(read_shards(packed(shards)[0])) == 12
-
-
-@pytest.mark.parametrize("name", ["{}-000000.tar", "{}/0.tar", "{}.tar", "part_of_{}/{}-0.tar"])
-def test_of_shards_of_several_splits_one_is_taken(name, tmp_path, write_tar, picture, packed):
-    for split in ("train", "test"):
-        path = tmp_path / "source" / name.replace("{}", split)
-        write_tar(path, [(f"{split}.png", picture(1)), (f"{split}.cls", b"3")])
-    source = tmp_path / "source"
-    with pytest.raises(UserError, match="holds the splits .*; write --split with one of them") as refused:
-        packed(source)
-    folder, _ = packed(source, name="test", options={"split": "test"})
-    assert [s["key"] for s in read_shards(folder, "test")] == ["test"]
-    if name == "{}-000000.tar":
-        together = re.search(r"or '(.*)' for all", str(refused.value))[1]
-        folder, _ = packed(together, name="both")
-        assert {s["key"] for s in read_shards(folder, "both")} == {"train", "test"}
-    with pytest.raises(UserError, match="holds the splits .*; write --split with one of them"):
-        packed(source, name="other", options={"split": "dev"})
 
 
 @pytest.mark.parametrize("label, field", [("txt", "txt"), ("json:patient", "json")])
