@@ -11,7 +11,6 @@ import glob
 import itertools
 import json
 import os
-import re
 from collections import Counter
 from dataclasses import replace
 
@@ -21,9 +20,8 @@ from prelude.data.packing.columns import Columns, apply_columns
 from prelude.data.packing.extras import needed
 from prelude.data.packing.images import extension_of
 from prelude.data.packing.source import LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
+from prelude.data.packing.splits import by_split, one_split
 from prelude.data.packing.table import TableSource
-
-_SPLIT = re.compile(r"(?:split=)?(train|test|val|valid|validation|dev)(?=[^a-z]|$)")
 
 
 def open_arrow(path: str, options: SourceOptions) -> Source:
@@ -168,12 +166,12 @@ def _files(path: str, options: SourceOptions) -> list[str]:
         with open(os.path.join(path, "dataset_dict.json")) as file:
             splits = json.load(file)["splits"]
         # A split that was made of another one is saved under the name of that one.
-        return _files(os.path.join(path, _one_split(path, splits, options)), replace(options, split=""))
+        return _files(os.path.join(path, one_split(path, splits, options.split)), replace(options, split=""))
     if os.path.isfile(os.path.join(path, "state.json")):
         with open(os.path.join(path, "state.json")) as file:
             state = json.load(file)
         if options.split:
-            _one_split(path, [state.get("_split") or ""], options)
+            one_split(path, [state.get("_split") or ""], options.split)
         return [os.path.join(path, part["filename"]) for part in state["_data_files"]]
     if os.path.isdir(path):
         found = glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)
@@ -183,37 +181,8 @@ def _files(path: str, options: SourceOptions) -> list[str]:
     if not found:
         raise UserError(f"No file matches {path!r}; correct the name of the source.")
     found.sort()
-    by_split: dict[str, list[str]] = {}
-    for file in found:
-        by_split.setdefault(_split_of(os.path.relpath(file, _plain_folder(path))), []).append(file)
-    return by_split[_one_split(path, list(by_split), options)] if len(by_split) > 1 or options.split else found
-
-
-def _plain_folder(path: str) -> str:
-    """The folder, or that of a pattern before its first wildcard; of a file, the one that it lies in."""
-    if os.path.isdir(path):
-        return path
-    folder = path if glob.has_magic(path) and not os.path.exists(path) else os.path.dirname(path)
-    while glob.has_magic(folder):
-        folder = os.path.dirname(folder)
-    return folder or "."
-
-
-def _split_of(file: str) -> str:
-    """As the file's name tells, or else the folder that is next to it; "" where none does."""
-    told = map(_SPLIT.match, reversed(file.lower().split(os.sep)))
-    return next((found[1] for found in told if found), "")
-
-
-def _one_split(path: str, splits: list[str], options: SourceOptions) -> str:
-    if options.split in splits and options.split:
-        return options.split
-    if not any(splits):
-        raise UserError(
-            f"--split {options.split} has no effect on {path}, which names no split; leave it out, or write --name "
-            f"{options.split}."
-        )
-    raise UserError(f"{path} holds the splits {', '.join(filter(None, splits))}; write --split with one of them.")
+    splits = by_split(path, found)
+    return splits[one_split(path, list(splits), options.split)] if len(splits) > 1 or options.split else found
 
 
 def _holds_bytes(kind) -> bool:

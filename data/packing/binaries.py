@@ -14,6 +14,7 @@ from prelude.data.errors import UserError
 from prelude.data.packing.images import as_png
 from prelude.data.packing.labels import class_labels, named_numbers
 from prelude.data.packing.source import Source, SourceOptions, stamp_of
+from prelude.data.packing.splits import one_split
 
 _PIXELS = 32 * 32 * 3
 _CIFAR_NAMES = {1: "batches.meta.txt", 2: "fine_label_names.txt"}  # by the number of label bytes
@@ -46,14 +47,12 @@ def open_binary(path: str, options: SourceOptions) -> Source:
     options.allow("a binary data set", "split", "label")
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else [os.path.basename(path)]
-    by_split: dict[str, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for name in names:
         if _CIFAR.fullmatch(name) or _IDX.fullmatch(name):
-            by_split.setdefault("test" if name.startswith(("test", "t10k")) else "train", []).append(name)
-    split = options.split or next(iter(by_split))
-    if split not in by_split or (len(by_split) > 1 and not options.split):
-        raise UserError(f"{path} holds the splits {', '.join(sorted(by_split))}; write --split with one of them.")
-    files = by_split[split]
+            splits.setdefault("test" if name.startswith(("test", "t10k")) else "train", []).append(name)
+    chosen = len(splits) == 1 and not options.split
+    files = splits[next(iter(splits)) if chosen else one_split(path, sorted(splits), options.split)]
     read = _cifar if files[0].endswith(".bin") else _mnist
     source, labels, class_names = read(folder, files)
     source.stamps = [stamp_of(os.path.join(folder, name)) for name in files]

@@ -76,10 +76,13 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
                 f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
                 f"out."
             )
-        return TarSource(shards, options)
+        return TarSource(source, options, [shards])
     if any(tables):
         opened = open_arrow(source, options)
         return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
+    shards = sorted(glob.iglob("**/*.tar", root_dir=source, recursive=True))
+    if shards and not _image_files(source):
+        return TarSource(source, options, [os.path.join(source, name) for name in shards])
     return FolderSource(source, options)
 
 

@@ -99,7 +99,7 @@ def pack(
             f"--classes numbers the classes otherwise than {os.path.join(packing.to, CLASSES)}, by which other shards "
             f"of the folder have their labels; leave it out, begin with those names, or write another --to."
         )
-    source = open_source(name, replace(options, classes=options.classes or written))
+    source = open_source(name, replace(options, classes=options.classes or written, whole=_is_of_before(packing)))
     _check_classes(source)
     plan = deal(
         len(source.names), name=packing.name, per_shard=packing.per_shard, seed=packing.seed,
@@ -107,7 +107,7 @@ def pack(
     )  # fmt: skip
     try:
         with _alone(packing):
-            summary = _begin(name, source, plan, packing) or _write(source, plan, packing, progress)
+            summary = _begin(name, options.split, source, plan, packing) or _write(source, plan, packing, progress)
             shutil.rmtree(packing.records, ignore_errors=True)
             return summary, source.notes
     except OSError as error:
@@ -121,7 +121,13 @@ def _refuse_inside(name: str, packing: Packing) -> None:
         raise UserError(f"--to {packing.to} lies in the source {name}; write a folder beside it.")
 
 
-def _begin(name: str, source: Source, plan: list[Shard], packing: Packing) -> dict | None:
+def _is_of_before(packing: Packing) -> bool:
+    """Whether it was begun when shards and folders of several splits were packed as one; it ends as it began."""
+    record = _read_json(packing.path(".pack.json"))
+    return record is not None and "split" not in record
+
+
+def _begin(name: str, split: str, source: Source, plan: list[Shard], packing: Packing) -> dict | None:
     """Notes what is packed; returns the summary where that is done already. Raises UserError where another one is."""
     order = hashlib.blake2b(digest_size=16)
     for shard in plan:
@@ -140,7 +146,7 @@ def _begin(name: str, source: Source, plan: list[Shard], packing: Packing) -> di
         for split in packing.splits:
             for found in sorted(glob.glob(os.path.join(glob.escape(packing.to), f"{split}-*.tar"))):
                 raise UserError(f"{found} is there already and is not of this packing; write another --to or --name.")
-        write_json(path, {"source": name, "packing": wanted})
+        write_json(path, {"source": name, "split": split, "packing": wanted})
         return None
     was = record.get("packing", {})
     changed = [key for key in {**was, **wanted} if was.get(key) != wanted.get(key)]

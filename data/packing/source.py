@@ -36,11 +36,12 @@ class SourceOptions:
     split: str = ""  # of a source that has several
     root: str = ""  # of relative paths
     classes: tuple[str, ...] | None = None  # names in the order of their numbers, where they are given
+    whole: bool = False  # with all splits, as one that was begun when these were not told apart
 
     def allow(self, what: str, *names: str) -> None:
         """Raises UserError where another option was given: it would have no effect on `what`."""
         for option in fields(self):
-            if option.name not in (*names, "classes") and getattr(self, option.name) != option.default:
+            if option.name not in (*names, "classes", "whole") and getattr(self, option.name) != option.default:
                 flag = option.name.replace("_", "-")
                 raise UserError(f"--{flag} has no effect on {what}; leave it out.")
 

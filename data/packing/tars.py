@@ -14,6 +14,7 @@ from prelude.data.image_files import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PassedOv
 from prelude.data.labels import field_of
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
+from prelude.data.packing.splits import are_several, as_one, by_split, one_split
 from prelude.data.remote_shards import named
 from prelude.data.shards import expand_shards, is_remote
 from prelude.data.tar_index import SEVERAL, image_extension, samples_of
@@ -22,16 +23,19 @@ from prelude.data.tar_index import SEVERAL, image_extension, samples_of
 class TarSource(Source):
     what = "shards"
 
-    def __init__(self, shards: str, options: SourceOptions):
+    def __init__(self, source: str, options: SourceOptions, shards: list[str] | None = None):
+        """shards: those of `source` where that is a folder; else it is their name, a pattern, or several with `::`."""
         super().__init__()
-        options.allow(self.what, "image", "label", "group")
-        self.paths = expand_shards(shards)
+        options.allow(self.what, "image", "label", "group", "split")
+        self.paths = expand_shards(source if shards is None else shards)
         remote = next(filter(is_remote, self.paths), None)
         if remote:
             raise UserError(f"{remote} is no local file and cannot be packed; copy it to a disk.")
         self.places: list[tuple[int, str, dict]] = []  # shard, extension of the image, {extension: (offset, size)}
+        shorts = dict(zip(self.paths, short_names(self.paths), strict=True))  # of all, so that no splits share a key
+        self.paths = self._of_one_split(source, options)
         keys = []
-        for shard, short in enumerate(short_names(self.paths)):
+        for shard, short in enumerate(map(shorts.__getitem__, self.paths)):
             keys += self._add_shard(shard, short, options.image.lower().removeprefix("."))
         self.keys = kept_keys(keys, self.names)
         self.stamps = [stamp_of(path) for path in self.paths]
@@ -55,6 +59,16 @@ class TarSource(Source):
             if renamed not in left_out:
                 found[renamed] = self._content(shard, *files[ext])
         return found
+
+    def _of_one_split(self, source: str, options: SourceOptions) -> list[str]:
+        splits = by_split(source, self.paths)
+        if options.split:
+            return splits[one_split(source, list(splits), options.split)]
+        if are_several(list(splits)) and "::" not in source:  # by which they are joined on purpose
+            if not options.whole:
+                one_split(source, list(splits), "")
+            self.notes.append(as_one(list(splits)))
+        return self.paths
 
     def _add_shard(self, shard: int, short: str, image: str) -> list[str]:
         keys, problems = [], []

@@ -152,7 +152,7 @@ def test_what_has_no_index_file_is_told_by_its_own_name(photos, tmp_path, capsys
         (["--split", ""], "--split is empty"),
         (["--name", ""], "--name '' cannot be"),
         (["--root", "x"], "--root has no effect on a folder"),
-        (["--split", "test"], "--split has no effect on a folder"),
+        (["--split", "test"], "--split test has no effect on"),
         (["--label", "species"], "write one of parent, top, none"),
         (["--classes", "nowhere.txt"], "nowhere.txt cannot be read"),
     ],

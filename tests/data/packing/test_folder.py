@@ -1,11 +1,13 @@
 """Folders of images, packed and read in place."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
 import tarfile
 
+import numpy as np
 import pytest
 from packed_shards import image_of, left_out, read_shards
 
@@ -14,6 +16,8 @@ from prelude.data.class_names import label_reader
 from prelude.data.errors import UserError
 from prelude.data.loader import Loader, one_pass
 from prelude.data.open_files import OpenFiles
+from prelude.data.packing.folder import FolderSource
+from prelude.data.packing.source import SourceOptions
 from prelude.data.shards import ShardIndex, expand_shards
 
 PLAN = ViewPlan((View((8, 8)),))
@@ -149,6 +153,52 @@ def test_given_classes_that_number_others_than_the_folder_has_are_refused(write_
     packed(more, name="val", options={"classes": ("a", "b", "c")})
     assert {s["cls"] for s in read_shards(folder, "val")} == {b"0", b"1", b"2"}
     assert (folder / "classes.txt").read_text().split() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("pattern", ["{split}/{name}/1.png", "{name}/{split}2017/1.png", "{name}/{split}_1.png"])
+def test_one_split_of_images_is_taken_and_several_are_asked_for(write_files, picture, packed, pattern):
+    splits, classes = ("train", "test"), ("a", "b")
+    names = [pattern.format(split=split, name=name) for split in splits for name in classes]
+    source = write_files("tiny", {name: picture(n) for n, name in enumerate(names)} | {f"{names[0]}.jpg": b""})
+    for label in ((), ("parent",), ("top",), ("none",)):
+        with pytest.raises(UserError, match="tiny holds the splits test, train; write --split with one of them"):
+            packed(source, options={"label": label})
+    for split in splits:
+        folder, summary = packed(source, name=split, options={"split": split})
+        found = {s["source"]: (folder / "classes.txt").read_text().split()[int(s["cls"])]
+                 for s in read_shards(folder, split)}  # fmt: skip
+        assert found == {pattern.format(split=split, name=name): name for name in classes}
+        assert sum(summary["lost"].values()) == (split == "train")
+    with pytest.raises(UserError, match="holds the splits test, train; write"):
+        packed(source, to="no", options={"split": "val"})
+
+
+def test_classes_may_be_called_like_splits(write_files, picture, packed):
+    source = write_files("tests", {f"{c}/{c}_{n}.png": picture(n) for n, c in enumerate(("test", "train", "cat"))})
+    folder, _ = packed(source)
+    assert (folder / "classes.txt").read_text().split() == ["cat", "test", "train"]
+    one = write_files("one", {"train/a/1.png": picture(1), "train/b/1.png": picture(2)})
+    folder, _ = packed(one, to="of one", options={"split": "train"})  # one split is all that there is
+    assert (folder / "classes.txt").read_text().split() == ["a", "b"]
+    with pytest.raises(UserError, match="--split test has no effect on .*tests, which names no split; .*--name test"):
+        packed(source, options={"split": "test"})
+
+
+def test_a_packing_of_several_splits_that_was_begun_before_goes_on(write_files, picture, packed, tmp_path):
+    source = write_files("tiny", {f"{split}/1.png": picture(n) for n, split in enumerate(("train", "test"))})
+    write_files("shards", {"train.pack.json": b"{}"})
+    with pytest.raises(UserError, match="of another packing .*another source"):  # and no word of splits
+        packed(source)
+    wanted = {
+        "version": 1, "images": 2, "source": FolderSource(str(source), SourceOptions(whole=True)).stamp(),
+        "order": hashlib.blake2b(np.random.default_rng(0).permutation(2).astype("<i8").tobytes(), digest_size=16)
+        .hexdigest(), "per-shard": 1000, "seed": 0, "val-share": 0.0,
+    }  # fmt: skip
+    record = {"source": str(source), "packing": wanted}
+    (tmp_path / "shards" / "train.pack.json").write_text(json.dumps(record))
+    for _ in range(2):
+        folder, summary = packed(source)
+        assert summary["splits"]["train"]["images"] == 2 and summary["classes"] == 2
 
 
 # ---- in place

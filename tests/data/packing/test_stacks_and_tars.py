@@ -225,6 +225,31 @@ def test_what_lies_beside_shards_and_is_no_image_is_nothing_to_ask(shards, packe
     assert len(read_shards(packed(shards)[0])) == 12
 
 
+@pytest.mark.parametrize("pattern", ["{}-000000.tar", "{}/000.tar", "deep/{}/000.tar"])
+def test_one_split_of_shards_is_taken_and_several_are_asked_for(tmp_path, write_tar, picture, packed, pattern):
+    for n, split in enumerate(("train", "val")):
+        write_tar(tmp_path / "tt" / pattern.format(split), [("a b.png", picture(n)), ("c.png", picture(8 + n))])
+    for source in (tmp_path / "tt", tmp_path / "tt" / pattern.format("*")):
+        with pytest.raises(UserError, match=r"tt\S* holds the splits train, val; write --split with one of them"):
+            packed(source)
+    keys = set()
+    for n, split in enumerate(("train", "val")):
+        folder, _ = packed(tmp_path / "tt", name=split, options={"split": split})
+        samples = read_shards(folder, split)
+        assert {s["png"] for s in samples} == {picture(n), picture(8 + n)}
+        keys.update(s["key"] for s in samples if s["key"] != "c")
+    assert len(keys) == 2  # made of whole paths
+    joined = "::".join(str(tmp_path / "tt" / pattern.format(split)) for split in ("train", "val"))
+    assert len(read_shards(packed(joined, to="joined")[0])) == 4  # on purpose
+
+
+def test_shards_of_which_one_is_called_like_a_split_are_packed_as_they_are(tmp_path, write_tar, picture, packed):
+    for n, name in enumerate(("test", "train", "cats")):
+        write_tar(tmp_path / "old" / f"{name}.tar", [(f"{n}.png", picture(n))])
+    assert len(read_shards(packed(tmp_path / "old")[0])) == 3
+    assert len(read_shards(packed(tmp_path / "old", to="one", options={"split": "test"})[0])) == 1
+
+
 @pytest.mark.parametrize("label, field", [("txt", "txt"), ("json:patient", "json")])
 def test_texts_and_json_fields_become_classes(shards, packed, label, field):
     folder, summary = packed(shards, options={"label": (label,), "group": "patient"}, val_share=0.3)
