@@ -184,8 +184,8 @@ def test_where_there_are_no_locks_processes_share_the_walk_and_it_is_told(write_
     with ThreadPoolExecutor(2) as threads:
         built = list(threads.map(lambda _: ShardIndex(paths).num_samples, range(2)))
     assert built == [12, 12] and sorted(set(walked)) == paths
-    assert len(walked) <= 7  # the last one may be under way there
-    assert sum("without locks" in record.message for record in caplog.records) == 1
+    assert len(walked) <= 9  # of 12 that two would walk apart; one that is under way there is not known yet
+    assert sum("without locks" in record.message for record in caplog.records) in (1, 2)  # threads may both be first
 
 
 def test_processes_begin_at_places_of_their_own_where_locks_do_not_keep_them_apart(monkeypatch):
