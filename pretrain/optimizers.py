@@ -18,7 +18,7 @@ from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.pretrain import layer_decay
 from prelude.pretrain.config import Config
-from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine
+from prelude.pretrain.schedules import Progress, cosine, linear, warmup_cosine, whole_intervals
 
 TOKENS = ("cls_token", "mask_token", "reg_token", "dist_token", "pos_embed")
 # Biases and frequencies of positions and temperatures of attention, whose authors do not mean to decay them: at 0 they
@@ -133,7 +133,7 @@ def scheduled(config: Config, progress: Progress) -> tuple[float, float]:
     step, total = progress.step + o.first_step, max(progress.num_steps - o.reach_end, 1)
     warmup, start = o.warmup_epochs * progress.steps_per_epoch, o.warmup_lr * config.lr_factor
     if o.milestones:
-        passed = sum(step / progress.steps_per_epoch >= epoch for epoch in o.milestones)
+        passed = sum(whole_intervals(step / progress.steps_per_epoch, epoch) > 0 for epoch in o.milestones)
         peak = config.peak_lr * o.milestone_factor**passed
         lr = linear(start, peak, step / warmup) if step < warmup else peak
     else:

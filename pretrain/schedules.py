@@ -33,6 +33,15 @@ def beginning(config, num_samples: int) -> Progress:
     return Progress(0, max(math.ceil(steps), 1), steps_per_epoch)
 
 
+def whole_intervals(epoch: float, every: float) -> int:
+    """How many intervals of `every` epochs are over at `epoch`.
+
+    An end that is reached counts although the quotient of floating point may lie below it: 15,625 steps of 50,000 / 96
+    an epoch are 29.999999999999996 epochs. A step is a far larger part of any run than what is forgiven here.
+    """
+    return math.floor(epoch / every * (1 + 1e-12))
+
+
 def cosine(start: float, end: float, fraction: float) -> float:
     """Half a cosine from `start` to `end`; flat outside [0, 1], so a run that goes on too long never climbs."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))

@@ -20,7 +20,7 @@ from prelude.evaluators.finetuning.recipe import FineTuneOptions
 from prelude.evaluators.results import TITLES
 from prelude.pretrain import attendance, distributed
 from prelude.pretrain.monitors import LinesMonitor, Report
-from prelude.pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress, whole_intervals
 
 _PREFERENCE = ("auc", "balanced", "top1")
 
@@ -38,6 +38,7 @@ class HeldOut(nn.Module):
         self.register_buffer("best_step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("in_a_row", torch.zeros((), dtype=torch.int64))  # validations that were not better
         self.kept = copy.deepcopy(trained).requires_grad_(False) if self.patience else None
+        self.ended: bool | None = None  # not asked yet; between validations the device is not waited for
         self.news: list[dict] = []  # of validations that nobody has been told of
 
     @property
@@ -48,18 +49,17 @@ class HeldOut(nn.Module):
     def has_ended(self, progress: Progress, current: Callable[[], Mapping[str, nn.Module]]) -> bool:
         """Validates where that is due; `current` gives what is then scored. Collective there; raises Stopped on all
         ranks."""
-        if not self.is_due(progress):
-            return False
-        if self.validated.item() != progress.step:
+        due = self.is_due(progress)
+        if due and self.validated.item() != progress.step:
             attendance.reach("validating", progress.step)
             self._take(progress, self.test(current=True).values, current())
-        return self.patience is not None and self.in_a_row.item() >= self.patience
+        if due or self.ended is None:  # a run may have ended by a validation that was due a step later in its time
+            self.ended = self.patience is not None and self.in_a_row.item() >= self.patience
+        return self.ended
 
     def is_due(self, progress: Progress) -> bool:
-        done, before = (
-            math.floor(step / progress.steps_per_epoch / self.every_epochs)
-            for step in (progress.step, progress.step - 1)
-        )
+        epochs = (step / progress.steps_per_epoch for step in (progress.step, progress.step - 1))
+        done, before = (whole_intervals(epoch, self.every_epochs) for epoch in epochs)
         return progress.step > 0 and (done > before or progress.step == progress.num_steps)
 
     def told(self) -> dict:

@@ -27,7 +27,7 @@ from prelude.evaluators.results import TOP5_FROM, Percent, hits, percent
 from prelude.pretrain import distributed
 from prelude.pretrain.files import Lines
 from prelude.pretrain.monitors import Monitor, StepRecord
-from prelude.pretrain.schedules import Progress
+from prelude.pretrain.schedules import Progress, whole_intervals
 
 log = logging.getLogger(__name__)
 
@@ -153,10 +153,10 @@ class TestCurve(Monitor):
         if distributed.is_main():
             self.lines.start(progress.step)
             tested += [record["epoch"] for record in self.lines.read()]
-        self.done = math.floor(distributed.from_main(tested[-1]) / self.every_epochs)
+        self.done = whole_intervals(distributed.from_main(tested[-1]), self.every_epochs)
 
     def record(self, record: StepRecord) -> None:
-        due = math.floor(record.epoch / self.every_epochs)
+        due = whole_intervals(record.epoch, self.every_epochs)
         if due <= self.done:
             return
         self.done = due

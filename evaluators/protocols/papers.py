@@ -18,6 +18,7 @@ from typing import Literal
 from prelude.data.batch import View, ViewPlan
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import suited_kinds
+from prelude.pretrain.schedules import whole_intervals
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Protocol:
         if self.milestones:
             return 0.1 ** sum(done >= milestone for milestone in self.milestones)
         if self.by_epoch:
-            done = math.floor(done * self.epochs + 1e-9) / self.epochs
+            done = whole_intervals(done * self.epochs, 1) / self.epochs
         return 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
 
 

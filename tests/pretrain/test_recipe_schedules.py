@@ -108,6 +108,13 @@ def test_milestones_have_the_published_values_of_rotation_prediction():
     assert rates == pytest.approx([0.1, 0.02])
 
 
+def test_a_milestone_that_ends_with_a_step_is_not_a_step_late_by_floating_point():
+    settings = config({"epochs": 200}, **ROTATION, milestones=[30, 60, 120])  # each of them at a whole step
+    steps = [milestone + off for milestone in (15_625, 31_250, 62_500) for off in (-1, 0)]
+    rates = [scheduled(settings, Progress(step, 104_167, 50_000 / 96))[0] for step in steps]
+    assert rates == pytest.approx([0.1, 1e-2, 1e-2, 1e-3, 1e-3, 1e-4])
+
+
 def test_a_warm_up_leads_to_the_first_plateau():
     settings = config({"epochs": 10}, lr=1.0, lr_rule="absolute", warmup_epochs=4, warmup_lr=0.2, milestones=[2, 6])
     rates = [scheduled(settings, Progress(epoch, 10, 1.0))[0] for epoch in (0, 2, 4, 6, 9)]

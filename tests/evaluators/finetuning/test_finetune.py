@@ -308,6 +308,17 @@ def test_the_curve_is_tested_once_an_epoch_and_forgets_what_a_checkpoint_does_no
     assert [line["step"] for line in curve.lines.read()] == [4, 8, 12, 18]
 
 
+def test_the_curve_of_a_run_whose_end_is_a_whole_epoch_has_its_end(tmp_path):
+    curve = TestCurve(lambda current: Found({}, total=10, unreadable=0), 1.0, tmp_path / "test.jsonl")
+    an_epoch = 50_000 / 96  # 15,625 steps of it are 29.999999999999996 epochs
+    curve.start(Progress(0, 15_625, an_epoch))
+    for step in (15_620, 15_625):
+        curve.record(StepRecord(step, 15_625, step / an_epoch, 0, {}, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+    assert [line["step"] for line in curve.lines.read()] == [15_620, 15_625]
+    curve.start(Progress(15_625, 15_625, an_epoch))
+    assert curve.done == 30
+
+
 def test_a_curve_that_cannot_be_read_is_not_known_and_ends_no_start(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")

@@ -123,6 +123,21 @@ def test_how_often_is_validated_is_the_recipes(every):
     assert due == expected
 
 
+def test_a_part_of_an_epoch_that_ends_with_a_step_is_not_a_step_late_by_floating_point():
+    module = held_out({"head": Weights()}, [], validate_every_epochs=0.1)
+    due = [step for step in range(301) if module.is_due(Progress(step, 300, 100.0))]
+    assert due == list(range(10, 301, 10))
+
+
+def test_a_run_that_a_validation_of_before_has_ended_a_step_late_has_ended():
+    trained = {"head": Weights()}
+    before = held_out(trained, [10, 9, 8], patience=2)
+    trained_until(before, trained, 0)
+    after = held_out({"head": Weights()}, [], patience=2)
+    after.load_state_dict(before.state_dict() | {"validated": torch.tensor(7)})
+    assert after.has_ended(Progress(7, NUM_STEPS, A_EPOCH), lambda: trained)
+
+
 @pytest.mark.parametrize("interrupted", [1, 6, 8, 11, 13])
 def test_a_run_that_goes_on_decides_as_one_that_was_never_interrupted(interrupted):
     scores = [10, 30, 20, 40, 40, 39, 12, 99]
