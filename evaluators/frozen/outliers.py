@@ -191,7 +191,8 @@ def _numbers(scores: Tensor, other: Tensor, seed: int) -> dict[str, Percent]:
 
 
 def fpr_at_95(scores: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(B,) the share of others below the least score under which 95 % of the known lie. weights: (B, N)."""
+    """(B,) the share of others below the least score under which 95 % of the known lie, NaN where a row has no
+    known or no others. weights: (B, N)."""
     ordered, order = scores.sort()
     weights = torch.ones(1, len(scores), dtype=torch.float64) if weights is None else weights
     weights, is_other = weights[:, order], other[order].double()
@@ -201,7 +202,8 @@ def fpr_at_95(scores: Tensor, other: Tensor, weights: Tensor | None = None) -> T
     known, passed = known[:, last], passed[:, last]
     enough = known >= PASS * known[:, -1:] - 1e-9
     place = enough.int().argmax(1, keepdim=True)
-    return (passed.gather(1, place) / passed[:, -1:])[:, 0]
+    share = (passed.gather(1, place) / passed[:, -1:])[:, 0]
+    return share.where(known[:, -1] > 0, torch.nan)
 
 
 def _refuse(train: Features, test: Features, known: Features, other: Tensor, unknown: Sequence[int]) -> None:

@@ -119,6 +119,12 @@ def test_equal_scores_pass_together():
     assert fpr_at_95(scores, other).item() == 0.5
 
 
+def test_a_draw_without_known_images_or_without_others_is_no_number():
+    scores, other = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
+    weights = torch.tensor([[1, 1, 1], [2, 0, 1], [0, 3, 0]], dtype=torch.float64)
+    assert fpr_at_95(scores, other, weights).nan_to_num(-1).tolist() == [0.5, -1, -1]
+
+
 def test_classes_that_are_taken_out_of_train_are_others(parts):
     train, test = parts
     known = dataclasses.replace(test, values=test.values[:150], labels=test.labels[:150])
