@@ -3,8 +3,9 @@
 - Of few-shot it is that of `headline_amount`. Of any other evaluator it is the first.
 - What a number is given with is its deviation over seeds or draws where there are several, else its 95 % interval
   where it has one, else the standard error of the test sample. The deviation over pretraining seeds stands behind that.
-- `low` and `high` know of all of these: seeds that agree say nothing of another test sample. Where nothing is known of
-  that (`ranking.FEWEST_DRAWS`), they are infinite, so that nothing is told apart by such a number.
+- `low` and `high` are of the mean over these, and know of all of them: seeds that agree say nothing of another test
+  sample. Where nothing is known of that (`ranking.FEWEST_DRAWS`), they are infinite, so that nothing is told apart by
+  such a number.
 - A gain is over the same architecture untrained, by the same kind of feature: the one that the pretrained encoder's
   number is of, whatever kind the untrained encoder chose for its own.
 """
@@ -33,7 +34,7 @@ class Headline:
 
     number: str  # its key among the result's numbers
     value: float
-    low: float  # ends of the 95 % interval; over several pretraining seeds, of their mean too; infinite if not known
+    low: float  # ends of the 95 % interval; over several draws or seeds, of their mean; infinite if not known
     high: float
     text: str  # 63.1 ± 0.7, or 63.1 [61.7, 64.4]
     seeds: str = ""  # seeds ± 1.2: the deviation over pretrainings, where there are several
@@ -51,29 +52,35 @@ def headline(entry: Entry, evaluator: str) -> Headline | None:
     if not numbers:
         return None
     name = _headline_name(evaluator, list(numbers))
-    return replace(number(name, numbers[name]), kind=_kind(entry.results[evaluator], name))
+    return replace(number(name, entry.results[evaluator]), kind=_kind(entry.results[evaluator], name))
 
 
-def number(name: str, found: dict) -> Headline:
-    """found: a number as results hold it: value, and se, interval and spread where known; seeds and num_seeds where it
-    is a mean over pretrainings."""
+def number(name: str, result: dict, kind: str | None = None) -> Headline:
+    """result: as its file holds it. kind: of feature, by default the one that was chosen. A number has value, and se,
+    interval and spread where known; seeds and num_seeds where it is a mean over pretrainings."""
+    found = (result["numbers"] if kind is None else result["by_kind"][kind])[name]
     value, se, spread, interval = (found.get(key) for key in ("value", "se", "spread", "interval"))
     half = math.inf if se is None else Z95 * se
     low, high = interval or (value - half, value + half)
-    more, seeds = Z95 * (spread or 0), ""
+    more, seeds = _half_of_mean(spread, _num_draws(result)) if spread else 0.0, ""
     if "seeds" in found:
         seeds = f"seeds ± {found['seeds']:.1f}"
-        of_mean = _quantile(found["num_seeds"] - 1) * found["seeds"] / math.sqrt(found["num_seeds"])
-        more = math.hypot(more, of_mean)
+        more = math.hypot(more, _half_of_mean(found["seeds"], found["num_seeds"]))
     low, high = value - math.hypot(value - low, more), value + math.hypot(high - value, more)
     return Headline(name, value, low, high, with_doubt(Percent(value, se, spread, interval)), seeds)
 
 
-def _quantile(freedom: int) -> float:
-    """Of Student's t, for a 95 % interval."""
+def _half_of_mean(deviation: float, count: int) -> float:
+    """Half of the 95 % interval (Student's) of a mean over so many that differ by this deviation."""
     from scipy import stats  # here, as it takes a second that no other command needs
 
-    return float(stats.t.ppf(0.975, freedom))
+    return float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+
+
+def _num_draws(result: dict) -> int:
+    """What a spread is over: seeds, whose numbers may themselves be means over draws, or the draws of few labels."""
+    recipe = result["recipe"]
+    return len(recipe["seeds"]) if "seeds" in recipe else recipe["draws"]
 
 
 def gain(entry: Entry, evaluator: str, comparison: Comparison) -> float | None:
@@ -95,7 +102,8 @@ def alike(entry: Entry, other: Entry | None, evaluator: str) -> tuple[Headline, 
         return None
     both = [each.results[evaluator].get("by_kind", {}).get(mine.kind, {}).get(mine.number) for each in (entry, other)]
     if None not in both:
-        first, second = (replace(number(mine.number, found), kind=mine.kind) for found in both)
+        results = (each.results[evaluator] for each in (entry, other))
+        first, second = (replace(number(mine.number, result, mine.kind), kind=mine.kind) for result in results)
         return first, second
     return (mine, theirs) if mine.kind == theirs.kind else None
 

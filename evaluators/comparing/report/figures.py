@@ -154,7 +154,7 @@ def few_labels(comparison: Comparison) -> Figure | None:
         result = entry.results.get("fewshot") or {}
         amounts = (result.get("details") or {}).get("by_amount") or {}
         places = [
-            (amount["num_labels"], number(name, result["numbers"][name]))
+            (amount["num_labels"], number(name, result))
             for name, amount in amounts.items()
             if name in result.get("numbers", {}) and "num_labels" in amount
         ]

@@ -124,12 +124,12 @@ def _all_numbers(comparison: Comparison) -> list[tuple[str, list[str], list[tupl
     """(evaluator, what its numbers are, rows of an encoder's name and each number or None)."""
     tables = []
     for evaluator in comparison.evaluators:
-        found = {entry.name: (entry.results.get(evaluator) or {}).get("numbers") or {} for entry in comparison.entries}
-        keys = list(dict.fromkeys(key for numbers in found.values() for key in numbers))
+        found = {entry.name: entry.results.get(evaluator) or {} for entry in comparison.entries}
+        found = {name: result for name, result in found.items() if result.get("numbers")}
+        keys = list(dict.fromkeys(key for result in found.values() for key in result["numbers"]))
         rows = [
-            (name, [number(key, numbers[key]) if key in numbers else None for key in keys])
-            for name, numbers in found.items()
-            if numbers
+            (name, [number(key, result) if key in result["numbers"] else None for key in keys])
+            for name, result in found.items()
         ]
         if rows:
             titles = [number_name(evaluator, key) for key in keys]

@@ -321,7 +321,7 @@ def test_json_holds_all_but_the_pictures(comparison):
 
 def test_the_headline_of_few_labels_is_a_percent_of_them():
     numbers = {f"{n} a class": {"value": n, "se": 1, "spread": 2} for n in (1, 10, 5)}
-    few = an_entry("mae", results={"fewshot": result("fewshot") | {"numbers": numbers}})
+    few = an_entry("mae", results={"fewshot": result("fewshot") | {"numbers": numbers, "recipe": {"draws": 5}}})
     assert (headline(few, "fewshot").number, headline(few, "fewshot").text) == ("10 a class", "10.0 ± 2.0")
     numbers["1 %"] = {"value": 3, "se": 1}
     assert (headline(few, "fewshot").number, headline(few, "fewshot").text) == ("1 %", "3.0 ± 1.0")

@@ -33,7 +33,7 @@ def fewshot(*values):
     counts = {"1 a class": 10, "10 a class": 100, "10 %": 2000}
     numbers = {name: {"value": v, "se": 0.6, "spread": 2.4} for name, v in zip(counts, values, strict=True)}
     amounts = {name: {"num_labels": count} for name, count in counts.items()}
-    return result("fewshot", 0) | {"numbers": numbers, "details": {"by_amount": amounts}}
+    return result("fewshot", 0, recipe={"draws": 5}) | {"numbers": numbers, "details": {"by_amount": amounts}}
 
 
 def interval(value, low, high):

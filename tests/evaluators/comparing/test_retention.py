@@ -12,6 +12,7 @@ from prelude.data.errors import UserError
 from prelude.evaluators.comparing import gathering
 from prelude.evaluators.comparing.comparison import Comparison, Entry
 from prelude.evaluators.comparing.gathering import Named, line_up
+from prelude.evaluators.comparing.headline import headline
 from prelude.evaluators.comparing.report import words
 from prelude.evaluators.comparing.report.page import page
 from prelude.evaluators.comparing.retention import changes, gone_on
@@ -19,10 +20,10 @@ from prelude.evaluators.comparing.table import markdown, notes, print_comparison
 from prelude.pretrain.config import EncoderConfig
 
 
-def judged(evaluator: str, chosen: str, by_kind: dict[str, dict]) -> dict[str, dict]:
+def judged(evaluator: str, chosen: str, by_kind: dict[str, dict], recipe: dict | None = None) -> dict[str, dict]:
     by_kind = {kind: {"top1": found} for kind, found in by_kind.items()}
     numbers = {"evaluator": evaluator, "numbers": by_kind[chosen], "chosen": {"features": chosen}}
-    return {evaluator: numbers | {"by_kind": by_kind, "recipe": {}, "warnings": []}}
+    return {evaluator: numbers | {"by_kind": by_kind, "recipe": recipe or {}, "warnings": []}}
 
 
 def number(value: float, se: float = 1.0, **more) -> dict:
@@ -35,14 +36,23 @@ def entry(name: str, new: dict, old: dict, **more) -> Entry:
 
 
 def comparison(
-    after: dict[str, dict], before: dict[str, dict], *, chosen: str = "cls", knn: float = 50.0
+    after: dict[str, dict],
+    before: dict[str, dict],
+    *,
+    chosen: str = "cls",
+    knn: float = 50.0,
+    recipe: dict | None = None,
 ) -> Comparison:
     """`further` has gone on from `start`. after, before: a probe's numbers of each side by kind of feature."""
     sides = ("new", "old")
     further = [
-        judged("linear_probe", chosen, after[side]) | judged("knn", "cls", {"cls": number(knn)}) for side in sides
+        judged("linear_probe", chosen, after[side], recipe) | judged("knn", "cls", {"cls": number(knn)})
+        for side in sides
     ]
-    start = [judged("linear_probe", "cls", before[side]) | judged("knn", "cls", {"cls": number(50)}) for side in sides]
+    start = [
+        judged("linear_probe", "cls", before[side], recipe) | judged("knn", "cls", {"cls": number(50)})
+        for side in sides
+    ]
     entries = [
         entry("further", *further, started="start"),
         entry("start", *start, kind="untouched", objective=None),
@@ -58,6 +68,7 @@ def one_kind(value: float, se: float = 1.0, **more) -> dict[str, dict]:
     return {side: {"cls": number(value, se, **more)} for side in ("new", "old")}
 
 
+SEEDS = {"seeds": [0, 1, 2, 3, 4]}
 JUST = 1.96 * math.hypot(1.0, 0.5)  # half of the interval of a difference with these two standard errors
 
 
@@ -239,10 +250,26 @@ def test_the_untouched_stands_beside_the_same_floors(recorded):
 
 def test_seeds_that_agree_say_nothing_of_another_test_sample():
     """k-NN finds the same with every seed; what one test sample leaves open is left open all the same."""
-    both = comparison(one_kind(60.1, 1.4, spread=0.0), one_kind(60, 1.4, spread=0.0))
+    both = comparison(one_kind(60.1, 1.4, spread=0.0), one_kind(60, 1.4, spread=0.0), recipe=SEEDS)
     (found,) = changes(both, ["further"], "new", "linear_probe")
     assert found.verdict == "level" and found.high - found.points == pytest.approx(1.96 * math.hypot(1.4, 1.4))
-    spread = comparison(one_kind(64.5, 1.0, spread=2.0), one_kind(60, 1.0, spread=0.0))
+    spread = comparison(one_kind(63.0, 1.0, spread=2.0), one_kind(60, 1.0, spread=0.0), recipe=SEEDS)
     (found,) = changes(spread, ["further"], "new", "linear_probe")
-    assert found.verdict == "level" and found.high - found.points == pytest.approx(1.96 * math.sqrt(1 + 4 + 1))
-    assert found.after.text == "64.5 ± 2.0"  # what is told beside a number stays the deviation over seeds
+    assert found.verdict == "level" and found.after.text == "63.0 ± 2.0"  # beside a number is the deviation over seeds
+
+
+@pytest.mark.parametrize(
+    ("recipe", "t_over_root"),
+    [
+        ({"draws": 5}, 2.776445 / math.sqrt(5)),
+        ({"seeds": [0, 1, 2]}, 4.302653 / math.sqrt(3)),
+        ({"draws": 5, "seeds": [0, 1, 2]}, 4.302653 / math.sqrt(3)),
+    ],
+)
+def test_a_verdict_is_of_the_mean_over_draws_or_seeds_and_not_of_a_single_one(recipe, t_over_root):
+    both = comparison(one_kind(65.0, 1.0, spread=1.5), one_kind(60, 1.0, spread=0.5), recipe=recipe)
+    (found,) = changes(both, ["further"], "new", "linear_probe")
+    sample, draws = 1.96 * math.sqrt(2), t_over_root * math.hypot(1.5, 0.5)
+    assert found.high - found.points == pytest.approx(math.hypot(sample, draws), abs=1e-4)
+    few = headline(both.entries[0], "linear_probe")
+    assert few.high - few.value == pytest.approx(math.hypot(1.96, t_over_root * 1.5), abs=1e-4)
