@@ -141,7 +141,7 @@ def digests(*names: str, cls: type | None = None, layers: Iterable[type] = ()) -
             found[name] = _hashed(Path(file).read_bytes())
             if behind := files_behind(module, also=also):
                 listed = [f"{each} {_hashed(behind[each].read_bytes())}" for each in sorted(behind)]
-                found[f"what {name} imports"] = _hashed("\n".join(listed).encode())
+                found[_what_imports(name)] = _hashed("\n".join(listed).encode())
     return found
 
 
@@ -150,12 +150,17 @@ def _hashed(content: bytes) -> str:
 
 
 def changes(then: dict[str, str], now: dict[str, str]) -> list[str]:
-    """A sentence for each name whose source file is not what it was."""
+    """A sentence for each name whose source file is not what it was, or which imports files that are gone or empty."""
+    imported = then.keys() & {_what_imports(name) for name in now}
     return [
         f"the source of {name} has changed since the checkpoint was saved"
-        for name in sorted(then.keys() & now.keys())
-        if then[name] != now[name]
+        for name in sorted((then.keys() & now.keys()) | imported)
+        if then[name] != now.get(name)
     ]
+
+
+def _what_imports(name: str) -> str:
+    return f"what {name} imports"
 
 
 def _why(error: Exception, module: str) -> str:
