@@ -80,7 +80,8 @@ def _look_here_too() -> None:
 def as_it_is_now(name: str, find: Callable[[str], Found]) -> Found:
     """`find(name)`, which loads the name's module: a copy of it from the files as they are now, and of the user's
     modules that it imports, which nobody else sees. For a notebook's kernel, which outlives edits and whose own modules
-    and objects stay what they are; a run keeps the code that it began with."""
+    and objects stay what they are; a run keeps the code that it began with. An import in a function of the copy that is
+    called after `find` has returned is any import: it finds, or becomes, the kernel's own module."""
     module = name.partition(":")[0]
     if not _NAME.fullmatch(name) or not _may_be_copied(module):
         return find(name)
