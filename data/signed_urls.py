@@ -10,11 +10,16 @@ _SIGNING = re.compile(  # parameters that stores add to a URL of a whole name: S
     r"x-(amz|goog|oss|cos)-.+|x-id|response-(content-.+|cache-control|expires)|expires|signature|awsaccesskeyid|googleaccessid|ossaccesskeyid|policy|key-pair-id"
     r"|q-(sign-algorithm|ak|sign-time|key-time|header-list|url-param-list|signature)"
     r"|x-[a-z]+-(signature|expires|date|credential|algorithm|signedheaders|security-token)|temp_url_.+|accesskeyid"
+    r"|hdn(ea|tl|ts)|tempauth"
 )
 _OF_AZURE = re.compile(  # short enough to mean something else elsewhere, so only where there is a `sig`
     r"sig|sv|ss|srt|sr|sp|st|se|sip|spr|si|sdd|scid|skoid|sktid|skt|ske|sks|skv|saoid|suoid|ses|rsc[cdelt]"
 )
-_TOKENS = re.compile(r"(access|auth|security|session|private|job)?[-_]?token|authorization|auth|api[-_]?key|password")
+_TOKENS = re.compile(
+    r"(access|auth|security|session|private|job)?[-_]?token|__token__|authorization|auth|(api|auth|access)[-_]?key|password"
+    r"|jwt|sas|(client[-_]?)?secret([-_]?key)?"
+)
+_OF_NGINX = re.compile("md5")  # what names a file elsewhere, so only where there is an `expires`, and as a token
 _URL = re.compile(  # `::` joins several, and is in addresses too; quotes end one, and an apostrophe in a name does not
     r"https?://(?:\[[\w:.%]+\]|'(?=[.(]?[\w%-])|(?!::(?:\w+:|[/.~]))[^\s'\"<>])+", re.IGNORECASE
 )
@@ -24,8 +29,8 @@ _ENDS_SENTENCE = re.compile(r"[.,:;)\]]*$")
 def without_signature(url: str) -> str:
     """The URL of the same file, whoever asks for it and however it was signed. A token is dropped only where a tar is
     named without it: elsewhere it may be what names the file."""
-    bare = _without(url, _SIGNING, _TOKENS)
-    return bare if ".tar" in bare.lower() else _without(url, _SIGNING)
+    bare = _without(url)
+    return bare if ".tar" in bare.lower() else _without(url, tokens=False)
 
 
 def shown(text: str) -> str:
@@ -46,10 +51,13 @@ def shown_in(values):
 
 def _shown(found: re.Match) -> str:
     end = _ENDS_SENTENCE.search(found[0])[0]
-    return _without(found[0].removesuffix(end), _SIGNING, _TOKENS) + end
+    bare = _without(found[0].removesuffix(end))
+    plain, _, fragment = bare.partition("#")
+    parts = [part for part in re.split("[&;?]", fragment) if "=" in part]  # `#policy` is a heading
+    return (plain if any(_let_in(parts)) else bare) + end
 
 
-def _without(url: str, *dropped: re.Pattern) -> str:
+def _without(url: str, tokens: bool = True) -> str:
     if not _URL.match(url):
         return url
     plain, _, query = url.partition("?")
@@ -57,10 +65,16 @@ def _without(url: str, *dropped: re.Pattern) -> str:
     host, slash, path = rest.partition("/")
     plain = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
     parts = query.partition("#")[0].split("&")
-    names = [unquote_plus(part.partition("=")[0]).lower() for part in parts]
-    if "sig" in names:
-        dropped = (*dropped, _OF_AZURE)
-    kept = [part for part, name in zip(parts, names, strict=True) if not any(one.fullmatch(name) for one in dropped)]
+    kept = [part for part, lets_in in zip(parts, _let_in(parts, tokens), strict=True) if not lets_in]
     if len(kept) == len(parts):
         return f"{plain}?{query}" if query else plain
-    return f"{plain}?{'&'.join(kept)}" if kept else plain
+    return f"{plain}?{'&'.join(kept).removeprefix('amp;')}" if kept else plain
+
+
+def _let_in(parts: list[str], tokens: bool = True) -> list[bool]:
+    """Whether each `name=value` is what lets in; as an error page has them, all but the first begin with `amp;`."""
+    names = [unquote_plus(part.partition("=")[0]).lower().removeprefix("amp;") for part in parts]
+    dropped = [_SIGNING, *[_OF_AZURE] * ("sig" in names)]
+    if tokens:
+        dropped += [_TOKENS, *[_OF_NGINX] * ("expires" in names)]
+    return [any(one.fullmatch(name) for one in dropped) for name in names]

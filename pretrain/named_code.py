@@ -80,7 +80,8 @@ def _look_here_too() -> None:
 def as_it_is_now(name: str, find: Callable[[str], Found]) -> Found:
     """`find(name)`, which loads the name's module: a copy of it from the files as they are now, and of the user's
     modules that it imports, which nobody else sees. For a notebook's kernel, which outlives edits and whose own modules
-    and objects stay what they are; a run keeps the code that it began with."""
+    and objects stay what they are; a run keeps the code that it began with. An import in a function of the copy that is
+    called after `find` has returned is any import: it finds, or becomes, the kernel's own module."""
     module = name.partition(":")[0]
     if not _NAME.fullmatch(name) or not _may_be_copied(module):
         return find(name)
@@ -141,7 +142,7 @@ def digests(*names: str, cls: type | None = None, layers: Iterable[type] = ()) -
             found[name] = _hashed(Path(file).read_bytes())
             if behind := files_behind(module, also=also):
                 listed = [f"{each} {_hashed(behind[each].read_bytes())}" for each in sorted(behind)]
-                found[f"what {name} imports"] = _hashed("\n".join(listed).encode())
+                found[_what_imports(name)] = _hashed("\n".join(listed).encode())
     return found
 
 
@@ -150,12 +151,17 @@ def _hashed(content: bytes) -> str:
 
 
 def changes(then: dict[str, str], now: dict[str, str]) -> list[str]:
-    """A sentence for each name whose source file is not what it was."""
+    """A sentence for each name whose source file is not what it was, or which imports files that are gone or empty."""
+    imported = then.keys() & {_what_imports(name) for name in now}
     return [
         f"the source of {name} has changed since the checkpoint was saved"
-        for name in sorted(then.keys() & now.keys())
-        if then[name] != now[name]
+        for name in sorted((then.keys() & now.keys()) | imported)
+        if then[name] != now.get(name)
     ]
+
+
+def _what_imports(name: str) -> str:
+    return f"what {name} imports"
 
 
 def _why(error: Exception, module: str) -> str:

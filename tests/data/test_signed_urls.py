@@ -49,11 +49,24 @@ def server(write_shards):
         (f"{H}?access_token=a", H),
         (f"{H}?private_token=a", H),
         (f"{H}?Authorization=3_2", H),
+        (f"{H}?md5=a&expires=1", H),  # nginx
+        (f"{H}?auth_key=1-0-0-a", H),  # Alibaba's CDN
+        (f"{H}?hdnts=exp=1~acl=/*~hmac=a", H),  # Akamai
+        (f"{H}?__token__=exp=1~hmac=a", H),
+        ("https://h/download.aspx?UniqueId=1&tempauth=a", "https://h/download.aspx?UniqueId=1"),  # SharePoint
+        (f"{H}?jwt=a", H),
+        (f"{H}?access_key=a&secret=b", H),
+        (f"{H}?sas=a", H),
+        ("https://h/d?file=p.tar&amp;Expires=1&amp;Signature=x&amp;n=1", "https://h/d?file=p.tar&amp;n=1"),
         ("https://user:word@h/p-000.tar", H),
         ("https://h/d?file=p-000.tar&Expires=1&Signature=x", "https://h/d?file=p-000.tar"),
         (f"{H}?versionId=3&X-Amz-Signature=a", f"{H}?versionId=3"),
         (f"{H}?myPolicy=a&noExpires=1&sp=2&se=3", f"{H}?myPolicy=a&noExpires=1&sp=2&se=3"),  # names of something else
         ("https://h/d?token=a", "https://h/d?token=a"),  # it may be the file
+        ("https://h/d?md5=a&expires=1", "https://h/d?md5=a"),
+        (f"{H}?md5=a", f"{H}?md5=a"),
+        (f"{H}?secretary=a&sass=1&keys=b", f"{H}?secretary=a&sass=1&keys=b"),
+        ("https://h/a#auth=1.tar", "https://h/a#auth=1.tar"),  # a name
         ("s3://b/a?Signature=x#1.tar", "s3://b/a?Signature=x#1.tar"),
         ("/data/a?Signature=x.tar", "/data/a?Signature=x.tar"),
     ],
@@ -112,6 +125,10 @@ def test_records_have_no_signature(tmp_path, monkeypatch):
     bad.add(f"{H}?token=secret", "odd", 3, lambda: "key")
     assert json.loads((tmp_path / "bad.jsonl").read_text())["shard"] == H
     assert shown_in({"a": [f"{H}?token=secret", 1, None]}) == {"a": [H, 1, None]}
+    assert shown(f"<a href='{H}?n=1&amp;Signature=secret'>") == f"<a href='{H}?n=1'>"
+    for fragment in ("access_token=secret&n=1", "/p?sig=secret", "n=1;jwt=secret", "38;Signature=secret"):
+        assert shown(f"see {H}?n=1#{fragment}.") == f"see {H}?n=1." and "secret" not in shown(f"{H}#{fragment}")
+    assert shown(f"{H}#secret=secret") == H and shown(f"see {H}#policy.") == f"see {H}#policy."
     assert shown(f"see ({H}?token=secret); or '{H}?sig=a'.") == f"see ({H}); or '{H}'."
 
 

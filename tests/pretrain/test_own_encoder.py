@@ -249,6 +249,9 @@ def test_a_change_in_a_file_that_the_source_imports_is_seen(elsewhere, files, re
     ]
     assert named_code.changes({name: then[name]}, now) == []  # a checkpoint of before knew of no other file
     assert bool(named_code.changes(alone, named_code.digests(name))) == ("importlib" not in files.get("{}.py", ""))
+    layers.write_text("")  # and so no file any more
+    assert bool(named_code.changes(alone, named_code.digests(name))) == ("importlib" not in files.get("{}.py", ""))
+    assert named_code.changes(then, {f"other_{name}": "1"}) == []
 
 
 def test_a_source_that_imports_nothing_of_the_users_has_one_digest():
