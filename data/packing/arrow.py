@@ -20,7 +20,7 @@ from prelude.data.packing.columns import Columns, apply_columns
 from prelude.data.packing.extras import needed
 from prelude.data.packing.images import extension_of
 from prelude.data.packing.source import LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
-from prelude.data.packing.splits import by_split, one_split
+from prelude.data.packing.splits import are_several, by_split, one_split
 from prelude.data.packing.table import TableSource
 
 
@@ -182,7 +182,10 @@ def _files(path: str, options: SourceOptions) -> list[str]:
         raise UserError(f"No file matches {path!r}; correct the name of the source.")
     found.sort()
     splits = by_split(path, found)
-    return splits[one_split(path, list(splits), options.split)] if len(splits) > 1 or options.split else found
+    several = len(by_split(path, found, within=False)) > 1 or are_several(splits)
+    if not options.split and (options.whole or not several):
+        return found
+    return splits[one_split(path, list(splits), options.split)]
 
 
 def _holds_bytes(kind) -> bool:

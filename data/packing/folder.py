@@ -7,7 +7,14 @@ from prelude.data.errors import UserError
 from prelude.data.image_files import folders_of, image_extension_of, list_images
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, read_file, strings
-from prelude.data.packing.splits import as_one, one_split, place_of_split, split_in
+from prelude.data.packing.splits import (
+    as_one,
+    one_split,
+    place_of_split,
+    split_in,
+    splits_at,
+    without_split,
+)
 
 _WHICH = ("parent", "top", "none")
 
@@ -33,7 +40,7 @@ class FolderSource(Source):
         told, inside = root, self.names  # what messages call the folder, and the names without one of a split
         place = place_of_split(self.names, asked=bool(options.split))
         if place is not None or options.split:
-            splits = [] if place is None else [split_in(name.split("/")[place]) for name in self.names]
+            splits = [] if place is None else splits_at(place, self.names)
             if options.whole and not options.split:
                 self.notes.append(as_one(sorted(set(splits))))
             else:
@@ -52,9 +59,11 @@ class FolderSource(Source):
     def _take(self, split: str, splits: list[str], place: int) -> None:
         """Leaves the images of one split, and of what was passed over all that is not of another one."""
         of_split = [number for number, told in enumerate(splits) if told == split]
+        if untold := [name for name, told in zip(self.names, splits, strict=True) if not told]:
+            self.notes.append(without_split(untold, "image"))
         self.names = [self.names[number] for number in of_split]
         self.stamps = [self.stamps[number] for number in of_split]
-        others = set(splits) - {split}
+        others = set(splits) - {split, ""}
         self.passed_over = [
             passed
             for passed in self.passed_over

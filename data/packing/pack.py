@@ -99,7 +99,9 @@ def pack(
             f"--classes numbers the classes otherwise than {os.path.join(packing.to, CLASSES)}, by which other shards "
             f"of the folder have their labels; leave it out, begin with those names, or write another --to."
         )
-    source = open_source(name, replace(options, classes=options.classes or written, whole=_is_of_before(packing)))
+    source = open_source(
+        name, replace(options, classes=options.classes or written, whole=_is_of_before(options.split, packing))
+    )
     _check_classes(source)
     plan = deal(
         len(source.names), name=packing.name, per_shard=packing.per_shard, seed=packing.seed,
@@ -121,10 +123,11 @@ def _refuse_inside(name: str, packing: Packing) -> None:
         raise UserError(f"--to {packing.to} lies in the source {name}; write a folder beside it.")
 
 
-def _is_of_before(packing: Packing) -> bool:
-    """Whether it was begun when shards and folders of several splits were packed as one; it ends as it began."""
+def _is_of_before(split: str, packing: Packing) -> bool:
+    """Whether it was begun when some sources of several splits were packed as one; it ends as it began. Such a packing
+    has no word of the split, or notes the start of its shards' names as one."""
     record = _read_json(packing.path(".pack.json"))
-    return record is not None and "split" not in record
+    return record is not None and record.get("split") != split
 
 
 def _begin(name: str, split: str, source: Source, plan: list[Shard], packing: Packing) -> dict | None:
@@ -143,8 +146,8 @@ def _begin(name: str, split: str, source: Source, plan: list[Shard], packing: Pa
     path = packing.path(".pack.json")
     record = _read_json(path)
     if record is None:
-        for split in packing.splits:
-            for found in sorted(glob.glob(os.path.join(glob.escape(packing.to), f"{split}-*.tar"))):
+        for start in packing.splits:
+            for found in sorted(glob.glob(os.path.join(glob.escape(packing.to), f"{start}-*.tar"))):
                 raise UserError(f"{found} is there already and is not of this packing; write another --to or --name.")
         write_json(path, {"source": name, "split": split, "packing": wanted})
         return None

@@ -1,59 +1,91 @@
 """Which split (train, test, …) a file of a source is of, as names of files and folders tell, and the choice of one."""
 
+import functools
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from prelude.data.counting import counted
 from prelude.data.errors import UserError
 
-_SPLIT = re.compile(r"(?:split=)?(train|test|val|valid|validation|dev)(?=[^a-z]|$)")
+_WORD = r"(training|train|testing|test|val|valid|validation|dev)(?=[^a-z]|$)"
+_FIRST, _WITHIN = re.compile(r"(?:split=)?" + _WORD), re.compile(r"[-_.]" + _WORD)
 
 
-def split_of(file: str) -> str:
-    """As the file's name tells, or else the folder that is next to it; "" where none does."""
-    return next(filter(None, map(split_in, reversed(file.split(os.sep)))), "")
+def split_of(file: str, within: bool = True) -> str:
+    """As the file's name tells, or else the folder that is next to it; "" where none does.
+
+    within: whether a word in the midst of a name tells, where none begins with one, as of `imagenet1k-train-0000.tar`.
+    """
+    parts = file.split(os.sep)[::-1]
+    return next(filter(None, [*map(split_in, parts), *(map(_split_within, parts) if within else ())]), "")
 
 
 def split_in(part: str) -> str:
     """The split that one name tells, as `train2017` does; "" where it tells none."""
-    found = _SPLIT.match(part.lower())
+    found = _FIRST.match(part.lower())
     return found[1] if found else ""
 
 
-def by_split(path: str, files: Sequence[str]) -> dict[str, list[str]]:
-    """The files of the source `path` (a folder, a file or a pattern), in their order; "" has those that tell none."""
+def _split_within(part: str) -> str:
+    found = _WITHIN.search(part.lower())
+    return found[1] if found else ""
+
+
+def by_split(path: str, files: Sequence[str], within: bool = True) -> dict[str, list[str]]:
+    """The files of the source `path` (a folder, a file or a pattern), in their order; "" has those that tell none.
+
+    within: as of `split_of`.
+    """
     found: dict[str, list[str]] = {}
     for file in files:
-        found.setdefault(split_of(os.path.relpath(file, _plain_folder(path))), []).append(file)
+        found.setdefault(split_of(os.path.relpath(file, _plain_folder(path)), within), []).append(file)
     return found
 
 
-def are_several(splits: Sequence[str]) -> bool:
-    """Whether all have a name, and not the same: a class may be called `test`, too, beside others."""
-    return len(set(splits)) > 1 and all(splits)
+def are_several(splits: Iterable[str]) -> bool:
+    """Whether two have a name, and not the same, whatever lies beside; one alone may be a class that is called `test`."""
+    return len(set(splits) - {""}) > 1
 
 
 def place_of_split(names: Sequence[str], asked: bool) -> int | None:
-    """Which part of all paths tells their split: the number of a folder from the top, or -1 for the file.
+    """Which part of the paths tells their split: the number of a folder from the top, or -1 for the file.
 
-    names: relative paths with `/`. asked: whether one that all of them share counts, too. None where no part does.
+    Several splits are told where all names tell one, or where folders of one level are called like train and like
+    another one, whatever lies beside: test images must not become training's over a stray file.
+    names: relative paths with `/`. asked: whether a part that tells a single one counts, too. None where none does.
     """
-    depth = min((name.count("/") for name in names), default=0)
-    told = {place: found for place in (*range(depth), -1) if (found := _told_at(place, names))}
-    several = next((place for place, found in told.items() if len(found) > 1), None)
-    return next(iter(told), None) if several is None and asked else several
+    told = {place: set(splits_at(place, names)) for place in (*range(_depth(names)), -1)}
+    told = {place: found for place, found in told.items() if any(found)}
+    ways = [
+        lambda place: all(told[place]) and are_several(told[place]),
+        lambda place: place >= 0 and _are_train_and_other(told[place]),
+        *((lambda place: all(told[place]), lambda place: True) if asked else ()),
+    ]
+    return next((place for way in ways for place in told if way(place)), None)
 
 
-def _told_at(place: int, names: Sequence[str]) -> set[str]:
-    """Empty where one name tells none there; most folders end at their first one."""
-    found = set()
-    for name in names:
-        split = split_in(name.split("/")[place])
-        if not split:
-            return set()
-        found.add(split)
-    return found
+def splits_at(place: int, names: Sequence[str]) -> list[str]:
+    """The split of each name as this part of it tells; "" where it tells none, or where the name has no folder there."""
+    split = functools.cache(split_in)  # folders are few
+    if place < 0:
+        return [split_in(name.rpartition("/")[2]) for name in names]
+    return [split(name.split("/", place + 1)[place]) if name.count("/") > place else "" for name in names]
+
+
+def _depth(names: Sequence[str]) -> int:
+    return max((name.count("/") for name in names), default=0)
+
+
+def _are_train_and_other(splits: Iterable[str]) -> bool:
+    """Classes may be called `test` and `dev`; without the one that is trained on nothing can go into it."""
+    return len({split.startswith("train") for split in splits if split}) > 1
+
+
+def without_split(names: Sequence[str], what: str) -> str:
+    """What is noted of those that tell no split and are left out where one was asked for."""
+    return f"without {counted(len(names), what)} that {'tells' if len(names) == 1 else 'tell'} no split, such as {names[0]}"
 
 
 def one_split(path: str, splits: Sequence[str], asked: str) -> str:
@@ -69,7 +101,7 @@ def one_split(path: str, splits: Sequence[str], asked: str) -> str:
 
 def as_one(splits: Sequence[str]) -> str:
     """What is noted of several that a packing goes on with, which was begun when they were not told apart."""
-    return f"the splits {', '.join(splits)} are packed as one, as this packing was begun"
+    return f"the splits {', '.join(filter(None, splits))} are packed as one, as this packing was begun"
 
 
 def _plain_folder(path: str) -> str:

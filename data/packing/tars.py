@@ -14,7 +14,7 @@ from prelude.data.image_files import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PassedOv
 from prelude.data.labels import field_of
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
-from prelude.data.packing.splits import are_several, as_one, by_split, one_split
+from prelude.data.packing.splits import are_several, as_one, by_split, one_split, without_split
 from prelude.data.remote_shards import named
 from prelude.data.shards import expand_shards, is_remote
 from prelude.data.tar_index import SEVERAL, image_extension, samples_of
@@ -63,8 +63,10 @@ class TarSource(Source):
     def _of_one_split(self, source: str, options: SourceOptions) -> list[str]:
         splits = by_split(source, self.paths)
         if options.split:
+            if untold := splits.get(""):
+                self.notes.append(without_split(untold, "shard"))
             return splits[one_split(source, list(splits), options.split)]
-        if are_several(list(splits)) and "::" not in source:  # by which they are joined on purpose
+        if are_several(splits) and "::" not in source:  # by which they are joined on purpose
             if not options.whole:
                 one_split(source, list(splits), "")
             self.notes.append(as_one(list(splits)))

@@ -17,6 +17,7 @@ from prelude.data.errors import UserError
 from prelude.data.loader import Loader, one_pass
 from prelude.data.open_files import OpenFiles
 from prelude.data.packing.folder import FolderSource
+from prelude.data.packing.open import open_source
 from prelude.data.packing.source import SourceOptions
 from prelude.data.shards import ShardIndex, expand_shards
 
@@ -174,14 +175,43 @@ def test_one_split_of_images_is_taken_and_several_are_asked_for(write_files, pic
 
 
 def test_classes_may_be_called_like_splits(write_files, picture, packed):
-    source = write_files("tests", {f"{c}/{c}_{n}.png": picture(n) for n, c in enumerate(("test", "train", "cat"))})
+    source = write_files("tests", {f"{c}/{c}_{n}.png": picture(n) for n, c in enumerate(("test", "val", "cat"))})
     folder, _ = packed(source)
-    assert (folder / "classes.txt").read_text().split() == ["cat", "test", "train"]
+    assert (folder / "classes.txt").read_text().split() == ["cat", "test", "val"]
     one = write_files("one", {"train/a/1.png": picture(1), "train/b/1.png": picture(2)})
     folder, _ = packed(one, to="of one", options={"split": "train"})  # one split is all that there is
     assert (folder / "classes.txt").read_text().split() == ["a", "b"]
-    with pytest.raises(UserError, match="--split test has no effect on .*tests, which names no split; .*--name test"):
-        packed(source, options={"split": "test"})
+    with pytest.raises(UserError, match="--split test has no effect on .*/a, which names no split; .*--name test"):
+        packed(one / "train" / "a", options={"split": "test"})
+
+
+@pytest.mark.parametrize(
+    "train, test, beside",
+    [
+        ("train", "test", ("unlabeled/a/1.png",)), ("train", "test", ("sample.png",)), ("Training", "Testing", ()),
+        ("Training", "Test", ()), ("deep/train", "deep/val", ("deep/sample.png", "other/a/b/1.png")),
+    ],
+)  # fmt: skip
+def test_what_lies_beside_train_and_test_makes_them_no_one_split(write_files, picture, packed, train, test, beside):
+    names = [*(f"{split}/{name}/1.png" for split in (train, test) for name in "ab"), *beside]
+    source = write_files("tiny", {name: picture(n) for n, name in enumerate(names)})
+    for label in ((), ("parent",), ("none",)):
+        with pytest.raises(UserError, match="tiny holds the splits .*, .*; write --split with one of them"):
+            packed(source, options={"label": label})
+    split = train.rpartition("/")[2].lower()
+    opened = open_source(str(source), SourceOptions(split=split, label=("parent",)))
+    assert opened.names == names[:2] and opened.labels.classes == ("a", "b")
+    told = f"without {len(beside)} image{'s' * (len(beside) > 1)} that tell"
+    assert any(note.startswith(told) for note in opened.notes) == bool(beside)
+
+
+def test_what_is_noted_as_the_split_is_what_was_asked_for(write_files, picture, packed):
+    source = write_files("tiny", {f"{split}/{n}.png": picture(n) for n, split in enumerate(("train", "train", "test"))})
+    for name, settings in (("train", {"options": {"split": "train"}, "val_share": 0.5}), ("all", {})):
+        folder, _ = packed(source if settings else source / "test", name=name, **settings)
+        record = json.loads((folder / f"{name}.pack.json").read_text())
+        assert record["split"] == settings.get("options", {}).get("split", "")
+        packed(source if settings else source / "test", name=name, **settings)
 
 
 def test_a_packing_of_several_splits_that_was_begun_before_goes_on(write_files, picture, packed, tmp_path):
@@ -195,8 +225,10 @@ def test_a_packing_of_several_splits_that_was_begun_before_goes_on(write_files, 
         .hexdigest(), "per-shard": 1000, "seed": 0, "val-share": 0.0,
     }  # fmt: skip
     record = {"source": str(source), "packing": wanted}
-    (tmp_path / "shards" / "train.pack.json").write_text(json.dumps(record))
-    for _ in range(2):
+    for noted in ({}, {"split": "train"}):  # the start of the shards' names, which was noted in the split's place
+        (tmp_path / "shards" / "train-000000.tar").unlink(missing_ok=True)
+        (tmp_path / "shards" / "train.pack.json").write_text(json.dumps(record | noted))
+        packed(source)
         folder, summary = packed(source)
         assert summary["splits"]["train"]["images"] == 2 and summary["classes"] == 2
 

@@ -12,6 +12,8 @@ from PIL import Image
 
 from prelude.data.errors import RunStopped, UserError
 from prelude.data.packing import stacks
+from prelude.data.packing.open import open_source
+from prelude.data.packing.source import SourceOptions
 from prelude.data.packing.stacks import StackSource
 from prelude.data.shapes import write_shards
 from prelude.data.shards import ShardIndex
@@ -225,7 +227,7 @@ def test_what_lies_beside_shards_and_is_no_image_is_nothing_to_ask(shards, packe
     assert len(read_shards(packed(shards)[0])) == 12
 
 
-@pytest.mark.parametrize("pattern", ["{}-000000.tar", "{}/000.tar", "deep/{}/000.tar"])
+@pytest.mark.parametrize("pattern", ["{}-000000.tar", "{}/000.tar", "deep/{}/000.tar", "imagenet1k-{}-0000.tar"])
 def test_one_split_of_shards_is_taken_and_several_are_asked_for(tmp_path, write_tar, picture, packed, pattern):
     for n, split in enumerate(("train", "val")):
         write_tar(tmp_path / "tt" / pattern.format(split), [("a b.png", picture(n)), ("c.png", picture(8 + n))])
@@ -244,10 +246,21 @@ def test_one_split_of_shards_is_taken_and_several_are_asked_for(tmp_path, write_
 
 
 def test_shards_of_which_one_is_called_like_a_split_are_packed_as_they_are(tmp_path, write_tar, picture, packed):
-    for n, name in enumerate(("test", "train", "cats")):
+    for n, name in enumerate(("test", "dogs", "cats")):
         write_tar(tmp_path / "old" / f"{name}.tar", [(f"{n}.png", picture(n))])
     assert len(read_shards(packed(tmp_path / "old")[0])) == 3
     assert len(read_shards(packed(tmp_path / "old", to="one", options={"split": "test"})[0])) == 1
+
+
+def test_shards_of_no_split_do_not_hide_those_of_two(tmp_path, write_tar, picture, packed):
+    for n, name in enumerate(("train-0", "test-0", "unlabeled-0")):
+        write_tar(tmp_path / "stl" / f"{name}.tar", [(f"{n}.png", picture(n))])
+    with pytest.raises(UserError, match="stl holds the splits test, train; write --split with one of them"):
+        packed(tmp_path / "stl")
+    opened = open_source(str(tmp_path / "stl"), SourceOptions(split="train"))
+    assert opened.names == ["train-0.tar/0"]
+    assert "without 1 shard that tells no split, such as" in opened.notes[0]
+    assert len(open_source(str(tmp_path / "stl"), SourceOptions(whole=True)).names) == 3
 
 
 @pytest.mark.parametrize("label, field", [("txt", "txt"), ("json:patient", "json")])
