@@ -20,12 +20,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import torch
+from league_peer import POSITIONS
+
 from prelude.data.host import num_cores
 from prelude.data.patterns import expand
 from prelude.data.shards import ShardIndex
 from prelude.launch.children import free_port
 from prelude.objectives import options_for
 from prelude.pretrain.config import Config
+from prelude.pretrain.encoders import build_encoder
 from prelude.pretrain.recipes import load_config
 
 HERE = Path(__file__).resolve().parent
@@ -142,6 +146,9 @@ def _peer(training: Training) -> Trained:
         **training.way,
     }
     (training.folder / "spec.json").write_text(json.dumps(spec, indent=1))
+    fixed = dict(build_encoder(config.encoder, seed=0).named_buffers()).get("pos_embed")  # (1, prefix + L, D)
+    if fixed is not None:
+        torch.save(fixed, training.folder / POSITIONS)
     script = [str(HERE / PEERS[training.arm]), str(training.folder / "spec.json")]
     others = _finished([training.python, *script], training, threads=num_cores())
     found = json.loads((training.folder / "result.json").read_text())

@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import nn
 
+POSITIONS = "positions.pt"  # beside SPEC, where our recipe has a fixed table
 LOGGED = 40  # points of the loss curve that a record keeps
 
 
@@ -33,8 +34,13 @@ def told() -> SimpleNamespace:
 
 
 def encoder_of(spec: SimpleNamespace) -> nn.Module:
-    """The encoder of our recipe, built by timm alone."""
-    return timm.create_model(spec.encoder["name"], num_classes=0, **spec.encoder["arguments"])
+    """The encoder of our recipe, built by timm alone; at the setting `ours` with the recipe's fixed table of positions,
+    where timm's learned one is as small as its weights."""
+    encoder = timm.create_model(spec.encoder["name"], num_classes=0, **spec.encoder["arguments"])
+    positions = spec.folder / POSITIONS
+    if spec.setting == "ours" and positions.is_file():
+        encoder.pos_embed = nn.Parameter(torch.load(positions, weights_only=True), requires_grad=False)
+    return encoder
 
 
 def batch_of(spec: SimpleNamespace, their: int) -> int:

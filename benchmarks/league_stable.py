@@ -191,6 +191,7 @@ def main() -> None:
     teachers = [spt.callbacks.TeacherStudentCallback(update_frequency=1, update_after_backward=True)]
     trainer = pl.Trainer(
         max_steps=spec.steps,
+        max_epochs=-(-spec.steps // len(loader)),  # by which the teacher's momentum rises: without it, -1
         precision="bf16-mixed" if spec.precision == "bf16" else 32,
         callbacks=[*(teachers if spec.method == "ijepa" else []), Timed(clock)],
         accelerator="cpu",
