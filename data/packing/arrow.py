@@ -27,7 +27,7 @@ from prelude.data.packing.table import TableSource
 def open_arrow(path: str, options: SourceOptions) -> Source:
     """A source of Parquet or Arrow files: their image bytes where a column has some, else the paths in them."""
     needed("pyarrow", "parquet", path)
-    files = _files(path, options)
+    files, told = _files(path, options)
     tables = [_ArrowFile(file) if file.endswith(".arrow") else _ParquetFile(file) for file in files]
     schema = tables[0].schema
     for table in tables:
@@ -43,7 +43,9 @@ def open_arrow(path: str, options: SourceOptions) -> Source:
     columns = _columns(path, tables, schema, with_bytes)
     if not with_bytes:
         table = os.path.join(path, "") if os.path.isdir(path) else path  # whose folder the paths are relative to
-        return TableSource(table, columns, replace(options, split=""))
+        return TableSource(table, columns, replace(options, split="") if told else options, is_one_split=told)
+    if options.split and not told:
+        one_split(path, [], options.split)
     return ArrowSource(path, tables, columns, with_bytes[0], options)
 
 
@@ -160,19 +162,20 @@ class _ArrowFile:
         return {key: value for key, value in self.__dict__.items() if key != "_table"}
 
 
-def _files(path: str, options: SourceOptions) -> list[str]:
-    """The files of a pattern, a folder, or a saved dataset; of one split where they are of several."""
+def _files(path: str, options: SourceOptions) -> tuple[list[str], bool]:
+    """(the files of a pattern, a folder, or a saved dataset, of one split where they are of several; whether they are
+    of the split that was asked for)."""
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         with open(os.path.join(path, "dataset_dict.json")) as file:
             splits = json.load(file)["splits"]
         # A split that was made of another one is saved under the name of that one.
-        return _files(os.path.join(path, one_split(path, splits, options.split)), replace(options, split=""))
+        return _files(os.path.join(path, one_split(path, splits, options.split)), replace(options, split=""))[0], True
     if os.path.isfile(os.path.join(path, "state.json")):
         with open(os.path.join(path, "state.json")) as file:
             state = json.load(file)
-        if options.split:
-            one_split(path, [state.get("_split") or ""], options.split)
-        return [os.path.join(path, part["filename"]) for part in state["_data_files"]]
+        if told := bool(options.split and state.get("_split")):
+            one_split(path, [state["_split"]], options.split)
+        return [os.path.join(path, part["filename"]) for part in state["_data_files"]], told
     if os.path.isdir(path):
         found = glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)
         found = found or glob.glob(os.path.join(glob.escape(path), "**", "*.arrow"), recursive=True)
@@ -183,9 +186,9 @@ def _files(path: str, options: SourceOptions) -> list[str]:
     found.sort()
     splits = by_split(path, found)
     several = len(by_split(path, found, within=False)) > 1 or are_several(splits)
-    if not options.split and (options.whole or not several):
-        return found
-    return splits[one_split(path, list(splits), options.split)]
+    if (options.whole or not several) if not options.split else not any(splits):
+        return found, False
+    return splits[one_split(path, list(splits), options.split)], True
 
 
 def _holds_bytes(kind) -> bool:

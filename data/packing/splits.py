@@ -45,7 +45,7 @@ def by_split(path: str, files: Sequence[str], within: bool = True) -> dict[str, 
 
 
 def are_several(splits: Iterable[str]) -> bool:
-    """Whether two have a name, and not the same, whatever lies beside; one alone may be a class that is called `test`."""
+    """Whether two have a name, and not the same, whatever lies beside; one alone may be a class called `test`."""
     return len(set(splits) - {""}) > 1
 
 
@@ -67,7 +67,7 @@ def place_of_split(names: Sequence[str], asked: bool) -> int | None:
 
 
 def splits_at(place: int, names: Sequence[str]) -> list[str]:
-    """The split of each name as this part of it tells; "" where it tells none, or where the name has no folder there."""
+    """The split of each name as this part of it tells; "" where it tells none, or the name has no folder there."""
     split = functools.cache(split_in)  # folders are few
     if place < 0:
         return [split_in(name.rpartition("/")[2]) for name in names]
@@ -85,7 +85,8 @@ def _are_train_and_other(splits: Iterable[str]) -> bool:
 
 def without_split(names: Sequence[str], what: str) -> str:
     """What is noted of those that tell no split and are left out where one was asked for."""
-    return f"without {counted(len(names), what)} that {'tells' if len(names) == 1 else 'tell'} no split, such as {names[0]}"
+    tell = "tells" if len(names) == 1 else "tell"
+    return f"without {counted(len(names), what)} that {tell} no split, such as {names[0]}"
 
 
 def one_split(path: str, splits: Sequence[str], asked: str) -> str:

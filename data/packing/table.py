@@ -11,12 +11,22 @@ import json
 import os
 import re
 import stat
+from collections.abc import Sequence
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.image_files import MAX_IMAGE_BYTES, OF_THE_FILE, PassedOver, image_extension_of
 from prelude.data.packing.columns import Columns, apply_columns, image_column
 from prelude.data.packing.source import Source, SourceOptions, read_file, stamp_of
+from prelude.data.packing.splits import (
+    are_several,
+    as_one,
+    one_split,
+    place_of_split,
+    split_in,
+    splits_at,
+    without_split,
+)
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DELIMITERS = ",;\t|"
@@ -25,28 +35,54 @@ _DELIMITERS = ",;\t|"
 class TableSource(Source):
     what = "a table of paths"
 
-    def __init__(self, table: str, columns: Columns, options: SourceOptions):
+    def __init__(self, table: str, columns: Columns, options: SourceOptions, is_one_split: bool = False):
+        """is_one_split: whether the table was chosen as that of a split, whatever its rows tell."""
         super().__init__()
-        options.allow(self.what, "image", "label", "label_separator", "group", "fields", "root")
+        options.allow(self.what, "image", "label", "label_separator", "group", "fields", "root", "split")
         self.root = options.root or os.path.dirname(table)
         column = image_column(columns, options.image)
         rows, self.paths = [], []
         seen: dict[str, int] = {}
-        for row, value in enumerate(columns.values[column]):
-            path = "" if value is None else str(value).strip()
+        listed = ["" if value is None else str(value).strip() for value in columns.values[column]]
+        every = range(len(listed))
+        for row in every if is_one_split else self._of_one_split(table, columns, listed, options):
+            path = listed[row]
             reason = self._add(path, row, seen, columns)
             if reason:
                 where = path or columns.place(row)
                 self.passed_over.append(PassedOver(where, reason, reason != "listed twice"))
             else:
                 rows.append(row)
-        self._refuse_empty(table, columns.values[column])
+        self._refuse_empty(table)
         self.notes.append(f"images from the paths of column {column!r}")
         apply_columns(self, columns.taken(rows), column, options)
 
     def read(self, number: int) -> tuple[bytes, str]:
         path = self.paths[number]
         return read_file(path), image_extension_of(path)
+
+    def _of_one_split(self, table: str, columns: Columns, listed: list[str], options: SourceOptions) -> Sequence[int]:
+        """The rows of the split that is asked for; all where the table names no several."""
+        splits = _column_of_splits(columns, options) or self._splits_of_paths(listed, bool(options.split))
+        if not options.split and not are_several(splits):
+            return range(len(listed))
+        named = sorted(set(splits))
+        if options.whole and not options.split:
+            self.notes.append(as_one(named))
+            return range(len(listed))
+        split = one_split(table, named, options.split)
+        if untold := [listed[row] or columns.place(row) for row, told in enumerate(splits) if not told]:
+            self.notes.append(without_split(untold, "row"))
+        return [row for row, told in enumerate(splits) if told == split]
+
+    def _splits_of_paths(self, listed: list[str], asked: bool) -> list[str]:
+        """As folders of one level tell, or all files, as they do of a folder of images; [] where none does."""
+        names = [os.path.normpath(path.replace("\\", "/")) if path else "" for path in listed]
+        if any(map(os.path.isabs, names)):
+            base = os.path.abspath(self.root)
+            names = [name.removeprefix(f"{base}/") for name in names]
+        place = place_of_split([name for name in names if name], asked)
+        return [] if place is None else splits_at(place, names)
 
     def _add(self, path: str, row: int, seen: dict, columns: Columns) -> str | None:
         """The reason why this row's image is left out, if it is."""
@@ -82,15 +118,22 @@ class TableSource(Source):
             return os.path.normpath(os.path.join(self.root, path.replace("\\", "/")))
         return found
 
-    def _refuse_empty(self, table: str, values) -> None:
+    def _refuse_empty(self, table: str) -> None:
         if not self.names and self.passed_over:
             where, reason, _ = self.passed_over[0]
+            images = counted(len(self.passed_over), "image")
             raise UserError(
-                f"None of the {counted(len(values), 'image')} of {table} can be had (the first: {where}, {reason}, "
-                f"looked for in "
+                f"None of the {images} of {table} can be had (the first: {where}, {reason}, looked for in "
                 f"{self.root or '.'}); write --root with the folder that the paths are relative to, or --image with "
                 f"another column."
             )
+
+
+def _column_of_splits(columns: Columns, options: SourceOptions) -> list[str]:
+    """What a column called `split` tells of each row; [] where it tells something else, or is the label."""
+    name = next((name for name in columns.values if name.lower() == "split" and name not in options.label), None)
+    splits = [split_in(str(value).strip()) for value in columns.values[name]] if name else []
+    return splits if are_several(splits) or all(splits) else []
 
 
 def read_table(path: str) -> Columns:

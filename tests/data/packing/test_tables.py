@@ -159,7 +159,7 @@ def test_a_column_that_would_take_the_place_of_several_labels_is_refused(images,
         ({"label": ("specie",)}, "did you mean species"),
         ({"image": "patients"}, "did you mean patient"),
         ({"label": ("species", "patient")}, "'species' .*holds 'cat'; write 1, 0, -1 or nothing"),
-        ({"split": "test"}, "--split has no effect on a table"),
+        ({"split": "test"}, "--split test has no effect on .*, which names no split"),
         ({"label": ("species",), "classes": ("cat", "dog")}, "the class 'emu'"),
         (
             {"label": ("species",), "classes": ("cat", "dog", "cat", "emu")},
@@ -337,6 +337,37 @@ def test_splits_are_asked_for_and_name_the_shards(images, packed, tmp_path):
         packed(tmp_path / "hub")
     folder, _ = packed(tmp_path / "hub", options={"split": "train"})
     assert len(read_shards(folder)) == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_of_paths_have_splits_in_a_column_or_in_their_paths(write_files, picture, tmp_path, kind):
+    names = [f"{split}/{name}/1.png" for split in ("train", "test") for name in ("cat", "dog")]
+    folder = write_files("t", {name: picture(n) for n, name in enumerate(names)})
+
+    def opened(rows: list[tuple], split: str = "", **options):
+        columns = dict(zip(("path", "label", "Split"), zip(*rows, strict=True), strict=False))
+        if kind == "csv":
+            table = write_csv(folder, rows, header=columns)
+        else:
+            table = folder / "t.parquet"
+            pq.write_table(pa.table(columns), table)
+        return open_source(str(table), SourceOptions(split=split, **options))
+
+    by_path = [(name, name.split("/")[1]) for name in names]
+    by_column = [(*row, split) for row, split in zip(by_path, ("test", "Train", "train", "test"), strict=True)]
+    absolute = [(str(folder / name), label) for name, label in by_path]
+    for rows, of_train in ((by_path, [0, 1]), (by_column, [1, 2]), (absolute, [0, 1])):
+        with pytest.raises(UserError, match=r"holds the splits test, train; write --split with one of them"):
+            opened([*rows, ("lost.png", *rows[0][1:])])
+        missing = ("test/gone.png", "cat", "test")[: len(rows[0])]
+        source = opened([*rows, missing], "train")
+        assert source.names == [rows[n][0] for n in of_train] and not source.passed_over
+        assert opened(rows, whole=True).names == [row[0] for row in rows]
+    beside = opened([(*by_path[0], "train"), (*by_path[1], "unlabeled"), (*by_path[2], "test")], "train")
+    assert beside.names == names[:1] and any("without 1 row that tells no split" in note for note in beside.notes)
+    assert len(opened([(*row, "train") for row in by_path]).names) == 4  # the column decides
+    with pytest.raises(UserError, match="--split val has no effect on .*, which names no split"):
+        opened([("a.png", "cat")], "val")
 
 
 @pytest.mark.parametrize("train, test", [("train", "test"), ("split=train", "split=test"), ("Train", "Test")])
