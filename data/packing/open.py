@@ -76,14 +76,22 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
                 f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
                 f"out."
             )
-        return TarSource(source, options, [shards])
+        nested = [] if options.whole else _tars_within(source)
+        return TarSource(
+            source, options, nested if any(os.path.dirname(name) != source for name in nested) else [shards]
+        )
     if any(tables):
         opened = open_arrow(source, options)
         return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
-    shards = sorted(glob.iglob("**/*.tar", root_dir=source, recursive=True))
-    if shards and not _image_files(source):
-        return TarSource(source, options, [os.path.join(source, name) for name in shards])
+    nested = _tars_within(source)
+    if nested and not _image_files(source):
+        return TarSource(source, options, nested)
     return FolderSource(source, options)
+
+
+def _tars_within(folder: str) -> list[str]:
+    """At any depth."""
+    return sorted(os.path.join(folder, name) for name in glob.iglob("**/*.tar", root_dir=folder, recursive=True))
 
 
 def _beside_images(opened: Source, folder: str) -> Source:
