@@ -76,10 +76,8 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
                 f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
                 f"out."
             )
-        nested = [] if options.whole else _tars_within(source)
-        return TarSource(
-            source, options, nested if any(os.path.dirname(name) != source for name in nested) else [shards]
-        )
+        deeper = not options.whole and any(glob.iglob("*/**/*.tar", root_dir=source, recursive=True))
+        return TarSource(source, options, _tars_within(source) if deeper else [shards])
     if any(tables):
         opened = open_arrow(source, options)
         return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
