@@ -32,7 +32,8 @@ from prelude.data.stored import (
 
 QUALITY = 90
 _EXIF, _FIRST_SEGMENTS = b"Exif\0\0", 2**17
-_ORIENTATION, _UPRIGHT = 274, 1
+_ORIENTATION, _TURNS = 274, range(2, 9)  # 1 is upright, and other numbers mean nothing
+_CHUNKS = ((b"\x89PNG", b"eXIf"), (b"RIFF", b"EXIF"))  # start of a PNG or WebP, chunk of the tag
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif",
                "PPM": "ppm", "JPEG2000": "jp2", "AVIF": "avif"}  # fmt: skip
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "LA": 2, "PA": 4, "RGB": 3, "RGBA": 4, "CMYK": 4, "YCbCr": 3, "LAB": 3, "HSV": 3}
@@ -83,15 +84,22 @@ def prepare(content: bytes, extension: str, short_side: int | None, quality: int
 
 
 def _unturned(content: bytes) -> str | None:
-    """Of a JPEG whose tag would have it turned; a damaged tag says nothing."""
-    if not content.startswith(JPEG) or _EXIF not in content[:_FIRST_SEGMENTS]:
+    """Of a JPEG, PNG or WebP whose tag would have it turned; a damaged tag says nothing."""
+    if not _may_be_turned(content):
         return None
     try:
         with pil_errors():
-            orientation = open_header(content).getexif().get(_ORIENTATION, _UPRIGHT)
+            orientation = open_header(content).getexif().get(_ORIENTATION)
     except BadImage:
         return None
-    return None if orientation == _UPRIGHT else "packed as it is stored; its EXIF orientation would have it turned"
+    return "packed as it is stored; its EXIF orientation would have it turned" if orientation in _TURNS else None
+
+
+def _may_be_turned(content: bytes) -> bool:
+    """Whether it is worth opening a second time: few have a tag."""
+    if content.startswith(JPEG):
+        return _EXIF in content[:_FIRST_SEGMENTS]
+    return any(content.startswith(start) and chunk in content for start, chunk in _CHUNKS)
 
 
 def _decoded(content: bytes) -> tuple[np.ndarray | None, str | None]:

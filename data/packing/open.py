@@ -76,14 +76,20 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
                 f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
                 f"out."
             )
-        return TarSource(source, options, [shards])
+        deeper = not options.whole and any(glob.iglob("*/**/*.tar", root_dir=source, recursive=True))
+        return TarSource(source, options, _tars_within(source) if deeper else [shards])
     if any(tables):
         opened = open_arrow(source, options)
         return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
-    shards = sorted(glob.iglob("**/*.tar", root_dir=source, recursive=True))
-    if shards and not _image_files(source):
-        return TarSource(source, options, [os.path.join(source, name) for name in shards])
+    nested = _tars_within(source)
+    if nested and not _image_files(source):
+        return TarSource(source, options, nested)
     return FolderSource(source, options)
+
+
+def _tars_within(folder: str) -> list[str]:
+    """At any depth."""
+    return sorted(os.path.join(folder, name) for name in glob.iglob("**/*.tar", root_dir=folder, recursive=True))
 
 
 def _beside_images(opened: Source, folder: str) -> Source:

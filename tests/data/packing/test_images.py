@@ -87,14 +87,16 @@ def test_larger_images_become_jpegs_of_the_short_side(folder_of, name):
 
 
 @pytest.mark.parametrize("short_side", [None, 45, 500])
-@pytest.mark.parametrize("orientation", [1, 6, None, b"damaged"])
-def test_a_photograph_that_its_tag_would_have_turned_is_told_of(orientation, short_side, folder_of):
+@pytest.mark.parametrize("format, extension", [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+@pytest.mark.parametrize("orientation", [0, 1, 6, 9, None, b"damaged"])
+def test_a_photograph_that_its_tag_would_have_turned_is_told_of(orientation, short_side, format, extension, folder_of):
     exif = Image.Exif()
     if isinstance(orientation, int):
         exif[274] = orientation
     tag = b"Exif\0\0" + orientation if isinstance(orientation, bytes) else exif
-    (sample,), noted = folder_of(saved(RGB, "JPEG", exif=tag), "jpg", short_side=short_side)
-    assert decode(sample["jpg"]).shape[0] < decode(sample["jpg"]).shape[1]  # as it is stored
+    (sample,), noted = folder_of(saved(RGB, format, exif=tag), extension, short_side=short_side)
+    height, width, _ = decode(sample["jpg" if short_side == 45 else extension]).shape
+    assert height < width  # as it is stored
     reasons = [reason for reason, is_image in noted.values()]
     told = ["packed as it is stored; its EXIF orientation would have it turned"]
     assert reasons == (told if orientation == 6 else [])

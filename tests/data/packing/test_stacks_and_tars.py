@@ -263,6 +263,13 @@ def test_shards_of_no_split_do_not_hide_those_of_two(tmp_path, write_tar, pictur
     assert len(open_source(str(tmp_path / "stl"), SourceOptions(whole=True)).names) == 3
 
 
+def test_shards_in_folders_beside_others_are_found(tmp_path, write_tar, picture):
+    for n, name in enumerate(("a.tar", "more/b.tar")):
+        write_tar(tmp_path / "mixed" / name, [(f"{n}.png", picture(n))])
+    assert open_source(str(tmp_path / "mixed"), SourceOptions()).names == ["a.tar/0", "more/b.tar/1"]
+    assert open_source(str(tmp_path / "mixed"), SourceOptions(whole=True)).names == ["a.tar/0"]
+
+
 @pytest.mark.parametrize("label, field", [("txt", "txt"), ("json:patient", "json")])
 def test_texts_and_json_fields_become_classes(shards, packed, label, field):
     folder, summary = packed(shards, options={"label": (label,), "group": "patient"}, val_share=0.3)
