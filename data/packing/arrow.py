@@ -20,7 +20,7 @@ from prelude.data.packing.columns import Columns, apply_columns
 from prelude.data.packing.extras import needed
 from prelude.data.packing.images import extension_of
 from prelude.data.packing.source import LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
-from prelude.data.packing.splits import are_several, by_split, one_split
+from prelude.data.packing.splits import are_several, one_split, splits_of
 from prelude.data.packing.table import TableSource
 
 
@@ -184,11 +184,12 @@ def _files(path: str, options: SourceOptions) -> tuple[list[str], bool]:
     if not found:
         raise UserError(f"No file matches {path!r}; correct the name of the source.")
     found.sort()
-    splits = by_split(path, found)
-    several = len(by_split(path, found, within=False)) > 1 or are_several(splits)
+    splits = splits_of(path, found)
+    several = len(set(splits_of(path, found, within=False))) > 1 or are_several(splits)
     if (options.whole or not several) if not options.split else not any(splits):
         return found, False
-    return splits[one_split(path, list(splits), options.split)], True
+    split = one_split(path, splits, options.split)
+    return [file for file, told in zip(found, splits, strict=True) if told == split], True
 
 
 def _holds_bytes(kind) -> bool:

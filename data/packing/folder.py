@@ -1,20 +1,14 @@
 """Images in a folder, at any depth, with class folders as labels."""
 
 import os
+from collections.abc import Sequence
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.image_files import folders_of, image_extension_of, list_images
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, read_file, strings
-from prelude.data.packing.splits import (
-    as_one,
-    one_split,
-    place_of_split,
-    split_in,
-    splits_at,
-    without_split,
-)
+from prelude.data.packing.splits import of_one_split, place_of_split, split_in, splits_at
 
 _WHICH = ("parent", "top", "none")
 
@@ -39,14 +33,12 @@ class FolderSource(Source):
         self.stamps = [f"{size} {time}" for size, time in zip(listing.sizes, listing.times, strict=True)]
         told, inside = root, self.names  # what messages call the folder, and the names without one of a split
         place = place_of_split(self.names, asked=bool(options.split))
-        if place is not None or options.split:
-            splits = [] if place is None else splits_at(place, self.names)
-            if options.whole and not options.split:
-                self.notes.append(as_one(sorted(set(splits))))
-            else:
-                self._take(one_split(root, sorted(set(splits)), options.split), splits, place)
-                told = f"--split {options.split} of {root}"
-                inside = [_without(name, place) for name in self.names]
+        splits = [""] * len(self.names) if place is None else splits_at(place, self.names)
+        numbers = of_one_split(root, self.names, splits, options, "image", self.notes)
+        if options.split:
+            self._take(numbers, set(splits) - {options.split, ""}, place)
+            told = f"--split {options.split} of {root}"
+            inside = [_without(name, place) for name in self.names]
         folders = None if which == "none" else folders_of(inside, which, told)
         if folders:
             self.labels = class_labels(folders, options.classes, f"The folders of {root}", folders=True)
@@ -56,14 +48,10 @@ class FolderSource(Source):
                 raise UserError(f"--group {options.group} is no group of a folder of images; write parent or top.")
             self.groups = strings(_folder(name, options.group) for name in inside)
 
-    def _take(self, split: str, splits: list[str], place: int) -> None:
-        """Leaves the images of one split, and of what was passed over all that is not of another one."""
-        of_split = [number for number, told in enumerate(splits) if told == split]
-        if untold := [name for name, told in zip(self.names, splits, strict=True) if not told]:
-            self.notes.append(without_split(untold, "image"))
-        self.names = [self.names[number] for number in of_split]
-        self.stamps = [self.stamps[number] for number in of_split]
-        others = set(splits) - {split, ""}
+    def _take(self, numbers: Sequence[int], others: set[str], place: int) -> None:
+        """Leaves the images of one split, and of what was passed over all that is not of the others."""
+        self.names = [self.names[number] for number in numbers]
+        self.stamps = [self.stamps[number] for number in numbers]
         self.passed_over = [
             passed
             for passed in self.passed_over

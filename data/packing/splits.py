@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
+from prelude.data.packing.source import SourceOptions
 
 _WORD = r"(training|train|testing|test|val|valid|validation|dev)(?=[^a-z]|$)"
 _FIRST, _WITHIN = re.compile(r"(?:split=)?" + _WORD), re.compile(r"[-_.]" + _WORD)
@@ -33,15 +34,11 @@ def _split_within(part: str) -> str:
     return found[1] if found else ""
 
 
-def by_split(path: str, files: Sequence[str], within: bool = True) -> dict[str, list[str]]:
-    """The files of the source `path` (a folder, a file or a pattern), in their order; "" has those that tell none.
-
-    within: as of `split_of`.
-    """
-    found: dict[str, list[str]] = {}
-    for file in files:
-        found.setdefault(split_of(os.path.relpath(file, _plain_folder(path)), within), []).append(file)
-    return found
+def splits_of(path: str, files: Sequence[str], within: bool = True) -> list[str]:
+    """Of each file of the source `path` (a folder, a file or a pattern); "" where it tells none. within: as of
+    `split_of`."""
+    folder = _plain_folder(path)
+    return [split_of(os.path.relpath(file, folder), within) for file in files]
 
 
 def are_several(splits: Iterable[str]) -> bool:
@@ -83,26 +80,41 @@ def _are_train_and_other(splits: Iterable[str]) -> bool:
     return len({split.startswith("train") for split in splits if split}) > 1
 
 
-def without_split(names: Sequence[str], what: str) -> str:
-    """What is noted of those that tell no split and are left out where one was asked for."""
-    tell = "tells" if len(names) == 1 else "tell"
-    return f"without {counted(len(names), what)} that {tell} no split, such as {names[0]}"
+def of_one_split(
+    path: str, names: Sequence[str], splits: Sequence[str], options: SourceOptions, what: str, notes: list[str]
+) -> Sequence[int]:
+    """The numbers of those of the source `path` that are of the split asked for; all where none is and they are not of
+    several, or where a packing goes on that was begun with all.
+
+    names: of images, shards or rows (`what` in a word), and `splits` of each. What is to be told is added to `notes`.
+    Raises UserError where a split is to be asked for, or another one.
+    """
+    several = are_several(splits)
+    if not options.split and (options.whole or not several):
+        if several:
+            notes.append(f"the splits {', '.join(_named(splits))} are packed as one, as this packing was begun")
+        return range(len(names))
+    split = one_split(path, splits, options.split)
+    if untold := [name for name, told in zip(names, splits, strict=True) if not told]:
+        tell = "tells" if len(untold) == 1 else "tell"
+        notes.append(f"without {counted(len(untold), what)} that {tell} no split, such as {untold[0]}")
+    return [number for number, told in enumerate(splits) if told == split]
 
 
-def one_split(path: str, splits: Sequence[str], asked: str) -> str:
+def one_split(path: str, splits: Iterable[str], asked: str) -> str:
     """The one that was asked for. Raises UserError where it is not among `splits`, those of the source `path`."""
-    if asked in splits and asked:
+    named = _named(splits)
+    if asked in named:
         return asked
-    if not any(splits):
+    if not named:
         raise UserError(
             f"--split {asked} has no effect on {path}, which names no split; leave it out, or write --name {asked}."
         )
-    raise UserError(f"{path} holds the splits {', '.join(filter(None, splits))}; write --split with one of them.")
+    raise UserError(f"{path} holds the splits {', '.join(named)}; write --split with one of them.")
 
 
-def as_one(splits: Sequence[str]) -> str:
-    """What is noted of several that a packing goes on with, which was begun when they were not told apart."""
-    return f"the splits {', '.join(filter(None, splits))} are packed as one, as this packing was begun"
+def _named(splits: Iterable[str]) -> list[str]:
+    return sorted(set(splits) - {""})
 
 
 def _plain_folder(path: str) -> str:

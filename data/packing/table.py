@@ -18,15 +18,7 @@ from prelude.data.errors import UserError
 from prelude.data.image_files import MAX_IMAGE_BYTES, OF_THE_FILE, PassedOver, image_extension_of
 from prelude.data.packing.columns import Columns, apply_columns, image_column
 from prelude.data.packing.source import Source, SourceOptions, read_file, stamp_of
-from prelude.data.packing.splits import (
-    are_several,
-    as_one,
-    one_split,
-    place_of_split,
-    split_in,
-    splits_at,
-    without_split,
-)
+from prelude.data.packing.splits import are_several, of_one_split, place_of_split, split_in, splits_at
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DELIMITERS = ",;\t|"
@@ -64,25 +56,17 @@ class TableSource(Source):
     def _of_one_split(self, table: str, columns: Columns, listed: list[str], options: SourceOptions) -> Sequence[int]:
         """The rows of the split that is asked for; all where the table names no several."""
         splits = _column_of_splits(columns, options) or self._splits_of_paths(listed, bool(options.split))
-        if not options.split and not are_several(splits):
-            return range(len(listed))
-        named = sorted(set(splits))
-        if options.whole and not options.split:
-            self.notes.append(as_one(named))
-            return range(len(listed))
-        split = one_split(table, named, options.split)
-        if untold := [listed[row] or columns.place(row) for row, told in enumerate(splits) if not told]:
-            self.notes.append(without_split(untold, "row"))
-        return [row for row, told in enumerate(splits) if told == split]
+        told = [path or columns.place(row) for row, path in enumerate(listed)]
+        return of_one_split(table, told, splits, options, "row", self.notes)
 
     def _splits_of_paths(self, listed: list[str], asked: bool) -> list[str]:
-        """As folders of one level tell, or all files, as they do of a folder of images; [] where none does."""
+        """As folders of one level tell, or all files, as they do of a folder of images."""
         names = [os.path.normpath(path.replace("\\", "/")) if path else "" for path in listed]
         if any(map(os.path.isabs, names)):
             base = os.path.abspath(self.root)
             names = [name.removeprefix(f"{base}/") for name in names]
         place = place_of_split([name for name in names if name], asked)
-        return [] if place is None else splits_at(place, names)
+        return [""] * len(names) if place is None else splits_at(place, names)
 
     def _add(self, path: str, row: int, seen: dict, columns: Columns) -> str | None:
         """The reason why this row's image is left out, if it is."""

@@ -14,7 +14,7 @@ from prelude.data.image_files import ARRAY_EXTENSION, IMAGE_EXTENSIONS, PassedOv
 from prelude.data.labels import field_of
 from prelude.data.packing.labels import class_labels
 from prelude.data.packing.source import Source, SourceOptions, kept_keys, short_names, stamp_of, strings, unreadable
-from prelude.data.packing.splits import are_several, as_one, by_split, one_split, without_split
+from prelude.data.packing.splits import of_one_split, splits_of
 from prelude.data.remote_shards import named
 from prelude.data.shards import expand_shards, is_remote
 from prelude.data.tar_index import SEVERAL, image_extension, samples_of
@@ -61,16 +61,10 @@ class TarSource(Source):
         return found
 
     def _of_one_split(self, source: str, options: SourceOptions) -> list[str]:
-        splits = by_split(source, self.paths)
-        if options.split:
-            if untold := splits.get(""):
-                self.notes.append(without_split(untold, "shard"))
-            return splits[one_split(source, list(splits), options.split)]
-        if are_several(splits) and "::" not in source:  # by which they are joined on purpose
-            if not options.whole:
-                one_split(source, list(splits), "")
-            self.notes.append(as_one(list(splits)))
-        return self.paths
+        if "::" in source and not options.split:  # by which they are joined on purpose
+            return self.paths
+        splits = splits_of(source, self.paths)
+        return [self.paths[n] for n in of_one_split(source, self.paths, splits, options, "shard", self.notes)]
 
     def _add_shard(self, shard: int, short: str, image: str) -> list[str]:
         keys, problems = [], []
