@@ -82,11 +82,12 @@ def main() -> int:
     for method, arm, setting, seed, minutes in plan(args, record["versions"]):
         key = key_of(method, arm, setting, seed, minutes)
         found = record["entries"].get(key, {"failed": ""})
-        if not ("failed" in found or (is_unjudged(found) and not args.train_only)):
+        is_due = "failed" in found or "anew" in found
+        if not (is_due or (is_unjudged(found) and not args.train_only)):
             continue
         of = {"method": method, "arm": arm, "setting": setting, "seed": seed, "data": args.data, "pictures": pictures}
         of |= {"python": args.peers_python, "changes": args.set}
-        if "failed" in found:
+        if is_due:
             wait_for_cores(args.busy)
             record["entries"][key] = found = measured(args, record, of, minutes)
             keep(record, args.out)

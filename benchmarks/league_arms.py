@@ -146,9 +146,8 @@ def _peer(training: Training) -> Trained:
         **training.way,
     }
     (training.folder / "spec.json").write_text(json.dumps(spec, indent=1))
-    fixed = dict(build_encoder(config.encoder, seed=0).named_buffers()).get("pos_embed")  # (1, prefix + L, D)
-    if fixed is not None:
-        torch.save(fixed, training.folder / POSITIONS)
+    if (positions := positions_of(config)) is not None:
+        torch.save(positions, training.folder / POSITIONS)
     script = [str(HERE / PEERS[training.arm]), str(training.folder / "spec.json")]
     others = _finished([training.python, *script], training, threads=num_cores())
     found = json.loads((training.folder / "result.json").read_text())
@@ -167,6 +166,11 @@ def timm_arguments(config: Config) -> dict:
     if "resnet" not in encoder.name:
         arguments["img_size"] = list(encoder.size)
     return {"name": encoder.name, "arguments": arguments}
+
+
+def positions_of(config: Config) -> torch.Tensor | None:
+    """The fixed table of our recipe's encoder, (1, prefix + L, D), where it has one."""
+    return dict(build_encoder(config.encoder, seed=0).named_buffers()).get("pos_embed")
 
 
 def ours(config: Config) -> dict:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from scipy import stats
+
 OFFERED = {  # by the peers' packages, of what we have; what is run here, or why not
     "barlow_twins": ("loss, head, CIFAR-10 benchmark", "loss, class, CIFAR-10 script"),
     "vicreg": ("loss, head, Imagenette benchmark", "loss, class, CIFAR-10 script"),
@@ -82,13 +84,16 @@ def cell(row: list[dict], name: str, untrained: dict, *, bold: bool) -> str:
 
 def marks(row: list[dict]) -> str:
     found = [f"{len(row)} seeds"] if len(row) > 1 else []
+    found += ["to be measured anew"] if any("anew" in each for each in row) else []
     found += [f"busy {max(each['others'] for each in row):.0%}"] if any(each["others"] > BUSY for each in row) else []
     off = max((abs(each["seconds"] / 60 / each["minutes"] - 1) for each in row), default=0)
     return ", ".join(found + ([f"off by {off:.0%}"] if off > OFF else []))
 
 
 def ahead(entries: list[dict]) -> str:
-    """Our arm against the better setting of each peer, over the seeds that both have."""
+    """Our arm against the better setting of each peer, over the seeds that both have, but for what is to be measured
+    anew."""
+    entries = [each for each in entries if "anew" not in each]
     lines = ["| method | minutes | against | its settings | linear probe | k-NN |", "|---|---:|---|---|---|---|"]
     for (method, minutes), group in grouped(entries, "method", "minutes").items():
         arms = grouped(group, "arm")
@@ -101,13 +106,15 @@ def ahead(entries: list[dict]) -> str:
 
 
 def difference(us: list[dict], them: list[dict], name: str) -> str:
-    """Of the means; its 95 % interval from the test sample and, with several seeds, from these."""
-    found, variance = mean(us, name) - mean(them, name), 0.0
+    """Of the means; its 95 % interval from the test sample and, with several seeds, from these: Student's t at the
+    degrees of freedom of Welch and Satterthwaite, where those of a test sample are beyond counting."""
+    found, variance, by_freedom = mean(us, name) - mean(them, name), 0.0, 0.0
     for row in (us, them):
         values = [each[name]["top1"] for each in row]
-        variance += row[0][name]["se"] ** 2
-        variance += statistics.variance(values) / len(values) if len(values) > 1 else 0.0
-    half = 1.96 * math.sqrt(variance)
+        of_mean = statistics.variance(values) / len(values) if len(values) > 1 else 0.0
+        variance += row[0][name]["se"] ** 2 + of_mean
+        by_freedom += of_mean**2 / max(len(values) - 1, 1)
+    half = float(stats.t.ppf(0.975, variance**2 / by_freedom if by_freedom else math.inf)) * math.sqrt(variance)
     return f"{found:+.1f} ± {half:.1f}, {'level' if abs(found) <= half else 'ahead' if found > 0 else 'behind'}"
 
 

@@ -87,10 +87,41 @@ def test_ahead_level_and_behind_are_told_by_the_interval(league_table):
     def row(*values):
         return [{"linear": {"top1": value, "se": 1.0}} for value in values]
 
-    # 1.96 sqrt(1 + 1) = 2.77; with the seeds' variances of 2 and 2 over 2 seeds: 1.96 sqrt(2 + 1 + 1) = 3.92
+    # 1.96 sqrt(1 + 1) = 2.77; with the seeds' variances of 2 and 2 over 2 seeds: 2.306 sqrt(2 + 1 + 1) = 4.61, of
+    # Student's t at (2 + 1 + 1)² / (1² / 1 + 1² / 1) = 8 degrees of freedom
     assert league_table.difference(row(60.0), row(57.0), "linear") == "+3.0 ± 2.8, ahead"
-    assert league_table.difference(row(59.0, 61.0), row(56.0, 58.0), "linear") == "+3.0 ± 3.9, level"
+    assert league_table.difference(row(59.0, 61.0), row(56.0, 58.0), "linear") == "+3.0 ± 4.6, level"
     assert league_table.difference(row(50.0), row(57.0), "linear") == "-7.0 ± 2.8, behind"
+
+
+def test_what_is_to_be_measured_anew_is_marked_and_no_lead(league_table):
+    def entry(arm, **more):
+        number = {"top1": 50.0 + (arm == "prelude"), "se": 0.1}
+        about = {"method": "mae", "minutes": 5, "arm": arm, "setting": "ours", "others": 0.0, "seconds": 300.0}
+        return about | {"linear": number, "knn": number} | more
+
+    us, them, old = entry("prelude"), entry("lightly"), entry("lightly", anew="another encoder")
+    assert "+1.0 ± 0.3, ahead" in league_table.ahead([us, them])
+    assert league_table.ahead([us, old]) == ""
+    assert league_table.marks([them, old]) == "2 seeds, to be measured anew"
+
+
+def test_a_peer_has_our_positions_at_our_settings_and_its_own_at_its_own(tmp_path, league_table):
+    from types import SimpleNamespace
+
+    import torch
+    from league_arms import positions_of, recipe, timm_arguments
+    from league_peer import POSITIONS, encoder_of
+
+    config = recipe("ijepa", [])
+    table = positions_of(config)  # (1, L, D)
+    torch.save(table, tmp_path / POSITIONS)
+    spec = SimpleNamespace(encoder=timm_arguments(config), folder=tmp_path, setting="ours")
+    ours = encoder_of(spec)
+    assert torch.equal(ours.pos_embed, table) and not ours.pos_embed.requires_grad and table.std() > 0.5
+    spec.setting = "their"
+    assert encoder_of(spec).pos_embed.requires_grad and encoder_of(spec).pos_embed.std() < 0.1
+    assert positions_of(recipe("vicreg", [])) is None
 
 
 def test_what_was_measured_beside_others_or_off_its_budget_is_marked(league_table):

@@ -38,7 +38,7 @@ class HeldOut(nn.Module):
         self.register_buffer("best_step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("in_a_row", torch.zeros((), dtype=torch.int64))  # validations that were not better
         self.kept = copy.deepcopy(trained).requires_grad_(False) if self.patience else None
-        self.ended: bool | None = None  # not asked yet; between validations the device is not waited for
+        self.ended: bool | None = None  # None at the start; between validations the device is not waited for
         self.news: list[dict] = []  # of validations that nobody has been told of
 
     @property
@@ -53,9 +53,11 @@ class HeldOut(nn.Module):
         if due and self.validated.item() != progress.step:
             attendance.reach("validating", progress.step)
             self._take(progress, self.test(current=True).values, current())
-        if due or self.ended is None:  # a run may have ended by a validation that was due a step later in its time
+        if (
+            due or self.ended is None and self.validated.item() == progress.step
+        ):  # made here when it was due a step later
             self.ended = self.patience is not None and self.in_a_row.item() >= self.patience
-        return self.ended
+        return bool(self.ended)
 
     def is_due(self, progress: Progress) -> bool:
         epochs = (step / progress.steps_per_epoch for step in (progress.step, progress.step - 1))
