@@ -43,7 +43,7 @@ def open_arrow(path: str, options: SourceOptions) -> Source:
     columns = _columns(path, tables, schema, with_bytes)
     if not with_bytes:
         table = os.path.join(path, "") if os.path.isdir(path) else path  # whose folder the paths are relative to
-        return TableSource(table, columns, replace(options, split="") if told else options, is_one_split=told)
+        return TableSource(table, columns, options, is_one_split=told)
     if options.split and not told:
         one_split(path, [], options.split)
     return ArrowSource(path, tables, columns, with_bytes[0], options)

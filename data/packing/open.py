@@ -76,8 +76,8 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
                 f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
                 f"out."
             )
-        deeper = not options.whole and any(glob.iglob("*/**/*.tar", root_dir=source, recursive=True))
-        return TarSource(source, options, _tars_within(source) if deeper else [shards])
+        top = sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))  # all that was looked for once
+        return TarSource(source, options, top if options.whole else _tars_within(source))
     if any(tables):
         opened = open_arrow(source, options)
         return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
@@ -88,8 +88,13 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
 
 
 def _tars_within(folder: str) -> list[str]:
-    """At any depth."""
-    return sorted(os.path.join(folder, name) for name in glob.iglob("**/*.tar", root_dir=folder, recursive=True))
+    """At any depth, and once each, by its own name before one through a link: `latest` may lead to another of them."""
+    names = sorted(glob.iglob("**/*.tar", root_dir=folder, recursive=True))
+    real = {name: os.path.realpath(os.path.join(folder, name)) for name in names}
+    own = os.path.realpath(folder)
+    names.sort(key=lambda name: real[name] != os.path.join(own, name))
+    first = {real[name]: name for name in reversed(names)}
+    return sorted(os.path.join(folder, name) for name in first.values())
 
 
 def _beside_images(opened: Source, folder: str) -> Source:

@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -12,25 +13,23 @@ from prelude.data.packing.source import SourceOptions
 
 _WORD = r"(training|train|testing|test|val|valid|validation|dev)(?=[^a-z]|$)"
 _FIRST, _WITHIN = re.compile(r"(?:split=)?" + _WORD), re.compile(r"[-_.]" + _WORD)
+_ALONE = re.compile(r"(?:split=)?" + _WORD + "[^a-z]*")  # `train2017`, and no `test tube`
 
 
 def split_of(file: str, within: bool = True) -> str:
     """As the file's name tells, or else the folder that is next to it; "" where none does.
 
-    within: whether a word in the midst of a name tells, where none begins with one, as of `imagenet1k-train-0000.tar`.
+    within: whether a word in the midst of the file's name tells, where it begins with none, as of
+    `imagenet1k-train-0000.tar`.
     """
-    parts = file.split(os.sep)[::-1]
-    return next(filter(None, [*map(split_in, parts), *(map(_split_within, parts) if within else ())]), "")
+    *folders, name = file.split(os.sep)
+    inside = _WITHIN.search(name.lower()) if within and not split_in(name) else None
+    return inside[1] if inside else next(filter(None, map(split_in, [name, *reversed(folders)])), "")
 
 
 def split_in(part: str) -> str:
     """The split that one name tells, as `train2017` does; "" where it tells none."""
     found = _FIRST.match(part.lower())
-    return found[1] if found else ""
-
-
-def _split_within(part: str) -> str:
-    found = _WITHIN.search(part.lower())
     return found[1] if found else ""
 
 
@@ -46,21 +45,37 @@ def are_several(splits: Iterable[str]) -> bool:
     return len(set(splits) - {""}) > 1
 
 
-def place_of_split(names: Sequence[str], asked: bool) -> int | None:
+def place_of_split(names: Sequence[str], asked: str) -> int | None:
     """Which part of the paths tells their split: the number of a folder from the top, or -1 for the file.
 
-    Several splits are told where all names tell one, or where folders of one level are called like train and like
-    another one, whatever lies beside: test images must not become training's over a stray file.
-    names: relative paths with `/`. asked: whether a part that tells a single one counts, too. None where none does.
+    Several splits are told where all names tell one, or where folders of one level are called `train` and like another
+    one, whatever lies beside: test images must not become training's over a stray file.
+    names: relative paths with `/`. asked: a split, for which a part that tells it alone counts, too. None where none
+    tells any.
     """
-    told = {place: set(splits_at(place, names)) for place in (*range(_depth(names)), -1)}
-    told = {place: found for place, found in told.items() if any(found)}
-    ways = [
-        lambda place: all(told[place]) and are_several(told[place]),
-        lambda place: place >= 0 and _are_train_and_other(told[place]),
-        *((lambda place: all(told[place]), lambda place: True) if asked else ()),
-    ]
-    return next((place for way in ways for place in told if way(place)), None)
+    parts = _folders_by_place(names)
+    told = {place: set(map(split_in, found)) for place, found in parts.items()}
+    told[-1] = {split_in(name.rpartition("/")[2]) for name in names}
+    by_all = [place for place, found in told.items() if found and "" not in found]
+    several = [place for place in by_all if are_several(told[place])]
+    beside = [place for place, found in parts.items() if _are_train_and_other(found)]
+    groups = [several, beside]
+    if asked:
+        some = [place for place, found in told.items() if any(found)]
+        groups = [[place for place in group if asked in told[place]] for group in (several, by_all, beside, some)]
+        groups += [several, by_all, beside, some]
+    return next(itertools.chain.from_iterable(groups), None)
+
+
+def _folders_by_place(names: Sequence[str]) -> dict[int, set[str]]:
+    """What folders are called at each place from the top; with "" where a name has none there."""
+    found: dict[int, set[str]] = {}
+    paths = [folder.split("/") if folder else [] for folder in {name.rpartition("/")[0] for name in names}]
+    for path in paths:
+        for place, folder in enumerate(path):
+            found.setdefault(place, set()).add(folder)
+    least = min(map(len, paths), default=0)
+    return {place: called if place < least else called | {""} for place, called in found.items()}
 
 
 def splits_at(place: int, names: Sequence[str]) -> list[str]:
@@ -71,13 +86,10 @@ def splits_at(place: int, names: Sequence[str]) -> list[str]:
     return [split(name.split("/", place + 1)[place]) if name.count("/") > place else "" for name in names]
 
 
-def _depth(names: Sequence[str]) -> int:
-    return max((name.count("/") for name in names), default=0)
-
-
-def _are_train_and_other(splits: Iterable[str]) -> bool:
+def _are_train_and_other(folders: Iterable[str]) -> bool:
     """Classes may be called `test` and `dev`; without the one that is trained on nothing can go into it."""
-    return len({split.startswith("train") for split in splits if split}) > 1
+    alone = {found[1] for folder in folders if (found := _ALONE.fullmatch(folder.lower()))}
+    return len({split.startswith("train") for split in alone}) > 1
 
 
 def of_one_split(

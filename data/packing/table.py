@@ -18,7 +18,7 @@ from prelude.data.errors import UserError
 from prelude.data.image_files import MAX_IMAGE_BYTES, OF_THE_FILE, PassedOver, image_extension_of
 from prelude.data.packing.columns import Columns, apply_columns, image_column
 from prelude.data.packing.source import Source, SourceOptions, read_file, stamp_of
-from prelude.data.packing.splits import are_several, of_one_split, place_of_split, split_in, splits_at
+from prelude.data.packing.splits import of_one_split, place_of_split, split_in, splits_at
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DELIMITERS = ",;\t|"
@@ -28,7 +28,7 @@ class TableSource(Source):
     what = "a table of paths"
 
     def __init__(self, table: str, columns: Columns, options: SourceOptions, is_one_split: bool = False):
-        """is_one_split: whether the table was chosen as that of a split, whatever its rows tell."""
+        """is_one_split: whether the table was chosen as that of the split asked for; then its paths tell nothing."""
         super().__init__()
         options.allow(self.what, "image", "label", "label_separator", "group", "fields", "root", "split")
         self.root = options.root or os.path.dirname(table)
@@ -36,8 +36,7 @@ class TableSource(Source):
         rows, self.paths = [], []
         seen: dict[str, int] = {}
         listed = ["" if value is None else str(value).strip() for value in columns.values[column]]
-        every = range(len(listed))
-        for row in every if is_one_split else self._of_one_split(table, columns, listed, options):
+        for row in self._of_one_split(table, columns, listed, options, is_one_split):
             path = listed[row]
             reason = self._add(path, row, seen, columns)
             if reason:
@@ -53,13 +52,19 @@ class TableSource(Source):
         path = self.paths[number]
         return read_file(path), image_extension_of(path)
 
-    def _of_one_split(self, table: str, columns: Columns, listed: list[str], options: SourceOptions) -> Sequence[int]:
+    def _of_one_split(
+        self, table: str, columns: Columns, listed: list[str], options: SourceOptions, is_one_split: bool
+    ) -> Sequence[int]:
         """The rows of the split that is asked for; all where the table names no several."""
-        splits = _column_of_splits(columns, options) or self._splits_of_paths(listed, bool(options.split))
+        splits = _column_of_splits(columns, options)
+        if is_one_split and options.split not in splits:
+            return range(len(listed))
         told = [path or columns.place(row) for row, path in enumerate(listed)]
-        return of_one_split(table, told, splits, options, "row", self.notes)
+        return of_one_split(
+            table, told, splits or self._splits_of_paths(listed, options.split), options, "row", self.notes
+        )
 
-    def _splits_of_paths(self, listed: list[str], asked: bool) -> list[str]:
+    def _splits_of_paths(self, listed: list[str], asked: str) -> list[str]:
         """As folders of one level tell, or all files, as they do of a folder of images."""
         names = [os.path.normpath(path.replace("\\", "/")) if path else "" for path in listed]
         if any(map(os.path.isabs, names)):
@@ -107,17 +112,18 @@ class TableSource(Source):
             where, reason, _ = self.passed_over[0]
             images = counted(len(self.passed_over), "image")
             raise UserError(
-                f"None of the {images} of {table} can be had (the first: {where}, {reason}, looked for in "
+                f"None of the {images} of {table} can be had (the first: {where[:200]}, {reason}, looked for in "
                 f"{self.root or '.'}); write --root with the folder that the paths are relative to, or --image with "
                 f"another column."
             )
 
 
 def _column_of_splits(columns: Columns, options: SourceOptions) -> list[str]:
-    """What a column called `split` tells of each row; [] where it tells something else, or is the label."""
+    """What a column called `split` tells of each row, where one of its values is a split; [] else, or as the label."""
     name = next((name for name in columns.values if name.lower() == "split" and name not in options.label), None)
-    splits = [split_in(str(value).strip()) for value in columns.values[name]] if name else []
-    return splits if are_several(splits) or all(splits) else []
+    values = ["" if value is None else str(value).strip().lower() for value in columns.values[name]] if name else []
+    splits = [split_in(value) for value in values]
+    return [split or value for split, value in zip(splits, values, strict=True)] if any(splits) else []
 
 
 def read_table(path: str) -> Columns:

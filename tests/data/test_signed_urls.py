@@ -56,6 +56,7 @@ def server(write_shards):
         ("https://h/download.aspx?UniqueId=1&tempauth=a", "https://h/download.aspx?UniqueId=1"),  # SharePoint
         (f"{H}?jwt=a", H),
         (f"{H}?access_key=a&secret=b", H),
+        (f"{H}?aws_secret_access_key=a&refresh_token=b&id_token=c&pwd=d&n=1", f"{H}?n=1"),
         (f"{H}?sas=a", H),
         ("https://h/d?file=p.tar&amp;Expires=1&amp;Signature=x&amp;n=1", "https://h/d?file=p.tar&amp;n=1"),
         ("https://user:word@h/p-000.tar", H),

@@ -185,6 +185,20 @@ def test_classes_may_be_called_like_splits(write_files, picture, packed):
         packed(one / "train" / "a", options={"split": "test"})
 
 
+@pytest.mark.parametrize("names", [("train", "test tube", "cat"), ("Train ride 2019", "Dev meetup", "Rome")])
+def test_folders_that_only_begin_like_splits_are_no_splits(write_files, picture, packed, names):
+    source = write_files("albums", {f"{name}/{n}.png": picture(n) for n, name in enumerate(names)})
+    folder, _ = packed(source)
+    assert (folder / "classes.txt").read_text().splitlines() == sorted(names)
+
+
+def test_the_split_that_is_asked_for_is_looked_for_where_all_tell_it(write_files, picture):
+    names = [f"train/{name}/1.png" for name in ("train", "test", "cat")]
+    source = write_files("one", {name: picture(n) for n, name in enumerate(names)})
+    opened = open_source(str(source), SourceOptions(split="train", label=("parent",)))
+    assert sorted(opened.names) == sorted(names) and opened.labels.classes == ("cat", "test", "train")
+
+
 @pytest.mark.parametrize(
     "train, test, beside",
     [

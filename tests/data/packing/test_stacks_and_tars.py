@@ -227,7 +227,7 @@ def test_what_lies_beside_shards_and_is_no_image_is_nothing_to_ask(shards, packe
     assert len(read_shards(packed(shards)[0])) == 12
 
 
-@pytest.mark.parametrize("pattern", ["{}-000000.tar", "{}/000.tar", "deep/{}/000.tar", "imagenet1k-{}-0000.tar"])
+@pytest.mark.parametrize("pattern", ["{}-000000.tar", "{}/000.tar", "deep/{}/000.tar", "dev/imagenet1k-{}-0000.tar"])
 def test_one_split_of_shards_is_taken_and_several_are_asked_for(tmp_path, write_tar, picture, packed, pattern):
     for n, split in enumerate(("train", "val")):
         write_tar(tmp_path / "tt" / pattern.format(split), [("a b.png", picture(n)), ("c.png", picture(8 + n))])
@@ -268,6 +268,14 @@ def test_shards_in_folders_beside_others_are_found(tmp_path, write_tar, picture)
         write_tar(tmp_path / "mixed" / name, [(f"{n}.png", picture(n))])
     assert open_source(str(tmp_path / "mixed"), SourceOptions()).names == ["a.tar/0", "more/b.tar/1"]
     assert open_source(str(tmp_path / "mixed"), SourceOptions(whole=True)).names == ["a.tar/0"]
+    for link, to in (("latest", "."), ("current", "more"), ("more/first.tar", "../a.tar")):
+        (tmp_path / "mixed" / link).symlink_to(to)
+    assert open_source(str(tmp_path / "mixed"), SourceOptions()).names == ["a.tar/0", "more/b.tar/1"]  # once each
+
+
+def test_a_folder_of_shards_may_have_any_name(tmp_path, write_tar, picture):
+    write_tar(tmp_path / "v{1,2}[3]*" / "a.tar", [("0.png", picture(0))])
+    assert open_source(str(tmp_path / "v{1,2}[3]*"), SourceOptions()).names == ["a.tar/0"]
 
 
 @pytest.mark.parametrize("label, field", [("txt", "txt"), ("json:patient", "json")])

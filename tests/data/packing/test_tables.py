@@ -363,11 +363,33 @@ def test_tables_of_paths_have_splits_in_a_column_or_in_their_paths(write_files, 
         source = opened([*rows, missing], "train")
         assert source.names == [rows[n][0] for n in of_train] and not source.passed_over
         assert opened(rows, whole=True).names == [row[0] for row in rows]
-    beside = opened([(*by_path[0], "train"), (*by_path[1], "unlabeled"), (*by_path[2], "test")], "train")
-    assert beside.names == names[:1] and any("without 1 row that tells no split" in note for note in beside.notes)
+    beside = [(*by_path[0], "train"), (*by_path[1], "holdout"), (*by_path[2], "")]
+    assert opened(beside, "holdout").names == names[1:2]
+    source = opened(beside, "train")
+    assert source.names == names[:1] and any("without 1 row that tells no split" in note for note in source.notes)
+    with pytest.raises(UserError, match="holds the splits holdout, train; write --split"):
+        opened(beside)
     assert len(opened([(*row, "train") for row in by_path]).names) == 4  # the column decides
     with pytest.raises(UserError, match="--split val has no effect on .*, which names no split"):
         opened([("a.png", "cat")], "val")
+
+
+def test_a_table_of_one_split_by_its_name_has_those_of_its_column_too(write_files, picture):
+    names = ["i/0.png", "i/1.png", "i/2.png"]
+    folder = write_files("t", {name: picture(n) for n, name in enumerate(names)})
+    for split, taken in ((["train", "val", "train"], [0, 2]), (["a", "b", "c"], [0, 1, 2]), (["val"] * 3, [0, 1, 2])):
+        pq.write_table(pa.table({"path": names, "split": split}), folder / "train.parquet")
+        opened = open_source(str(folder / "train.parquet"), SourceOptions(split="train"))
+        assert opened.names == [names[n] for n in taken]
+
+
+def test_a_folder_of_the_machine_called_like_a_split_does_not_hide_the_one_that_is_asked_for(write_files, picture):
+    names = ["dev/x/train/0.png", "dev/x/extra/1.png", "dev/x/train/2.png"]
+    folder = write_files("m", {name: picture(n) for n, name in enumerate(names)})
+    table = write_csv(folder, [(name,) for name in names], header=("path",))
+    assert open_source(str(table), SourceOptions(split="train")).names == [names[0], names[2]]
+    with pytest.raises(UserError, match=r"None of the 1 image of .* \(the first: data:[^ ]{195}, no such file"):
+        open_source(str(write_csv(folder, [("data:" + "ab/" * 30000,)], header=("path",))), SourceOptions(image="path"))
 
 
 @pytest.mark.parametrize("train, test", [("train", "test"), ("split=train", "split=test"), ("Train", "Test")])
