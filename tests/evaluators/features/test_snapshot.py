@@ -1,41 +1,19 @@
 """What somebody else does to a file of features in the midst of an evaluation; a signal would kill a child."""
 
 import json
-import subprocess
-import sys
+import os
 import zlib
 
 import numpy as np
 import pytest
+from forked import code_of
 
 from prelude.data.shapes import write_shards
 from prelude.evaluators.features import snapshot as module
 from prelude.evaluators.features.snapshot import snapshot
-
-EVALUATION = """
-import json, os, sys
-from pathlib import Path
-from prelude.evaluators.features import snapshot
 from prelude.evaluators.frozen.linear_probe import linear_probe
 from prelude.evaluators.judging import evaluate
 from prelude.evaluators.labelled import Labelled
-
-folder, how, memory = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-if memory == "small":
-    snapshot.fits = lambda num_bytes: False
-
-def spoiling(train, test, **settings):
-    for path in folder.glob("bank/*/values.f32"):
-        if how == "zeroed":
-            path.write_bytes(bytes(path.stat().st_size))
-        elif how == "cut":
-            os.truncate(path, 0)
-    return linear_probe(train, test, **settings)
-
-shards = [f"{folder}/shapes/{part}-*.tar" for part in ("train", "test")]
-(result,) = evaluate(["pixels:16"], [spoiling], Labelled(*shards, "cls"), bank=folder / "bank", out=folder / "out")
-print(json.dumps([result.outcome.numbers["top1"].value, result.outcome.details["grid"]]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +24,38 @@ def shapes(tmp_path_factory):
     return folder
 
 
-def evaluated(shapes, how, memory):
-    command = [sys.executable, "-c", EVALUATION, str(shapes), how, memory]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def evaluated(folder, how, memory):
+    """The outcome of a probe in a process of its own, to whose features somebody does that once they are opened."""
+    told = folder / f"{how}-{memory}.json"
+    assert code_of(lambda: told.write_text(json.dumps(_probed(folder, how, memory)))) == 0
+    return json.loads(told.read_text())
+
+
+def _probed(folder, how, memory):
+    def spoiling(train, test, **settings):
+        for path in folder.glob("bank/*/values.f32"):
+            if how == "zeroed":
+                path.write_bytes(bytes(path.stat().st_size))
+            elif how == "cut":
+                os.truncate(path, 0)
+        return linear_probe(train, test, **settings)
+
+    if memory == "small":
+        module.fits = lambda num_bytes: False
+    shards = [f"{folder}/shapes/{part}-*.tar" for part in ("train", "test")]
+    (result,) = evaluate(["pixels:16"], [spoiling], Labelled(*shards, "cls"), bank=folder / "bank", out=folder / "out")
+    return result.outcome.numbers["top1"].value, result.outcome.details["grid"]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes):
+    return evaluated(shapes, "whole", "large")
 
 
 @pytest.mark.parametrize("memory", ["large", "small"])
 @pytest.mark.parametrize("how", ["cut", "zeroed"])
-def test_a_bank_that_is_spoilt_in_mid_evaluation_changes_nothing(shapes, how, memory):
-    assert evaluated(shapes, how, memory) == evaluated(shapes, "whole", "large")
+def test_a_bank_that_is_spoilt_in_mid_evaluation_changes_nothing(shapes, whole, how, memory):
+    assert evaluated(shapes, how, memory) == whole
 
 
 def values_in(path, shape=(3000, 7)):
