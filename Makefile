@@ -1,5 +1,5 @@
 # make quickstart: from a bare machine to a probed and exported encoder. make test: the test suite. make tutorials: the
-# pages of the documentation that are run, and the plans of recipes, as a second stage. make docs: the site, in build/site.
+# pages of the documentation that are run, the plans of recipes, and benchmarks at toy size, as a second stage. make docs: the site, in build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -16,7 +16,7 @@ _OF_AZURE = re.compile(  # short enough to mean something else elsewhere, so onl
     r"sig|sv|ss|srt|sr|sp|st|se|sip|spr|si|sdd|scid|skoid|sktid|skt|ske|sks|skv|saoid|suoid|ses|rsc[cdelt]"
 )
 _TOKENS = re.compile(
-    r"(access|auth|security|session|private|job|refresh|id)?[-_]?token|__token__|authorization|auth|(api|auth|access)[-_]?key|passw(or)?d|pwd"
+    r"(aws[-_])?(access|auth|security|session|private|job|refresh|id)?[-_]?token|__token__|authorization|auth|(aws[-_])?(api|auth|access)[-_]?key([-_]?id)?|passw(or)?d|pwd"
     r"|jwt|sas|((client|aws)[-_]?)?secret([-_]?(access[-_]?)?key)?"
 )
 _OF_NGINX = re.compile("md5")  # what names a file elsewhere, so only where there is an `expires`, and as a token

@@ -12,7 +12,7 @@ from prelude.data.remote_shards import keep_remote_shards
 
 def pytest_collection_modifyitems(items):
     """The files that launch come first: they take longest, and whichever file comes last leaves other cores idle."""
-    items.sort(key=lambda item: item.path.parent.name != "launch" and item.path.name != "test_on_gpu.py")
+    items.sort(key=lambda item: item.path.parent.name != "launch")
 
 
 @pytest.fixture(autouse=True)

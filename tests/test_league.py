@@ -39,6 +39,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr
 
 
+@pytest.mark.tutorial
 def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated(tmp_path, capsys):
     words = ("--arms", "prelude", "--features", "mean", "stages")  # which a transformer does not have
     assert "mae has no features=stages" in smoke(tmp_path, "--arms", "prelude", "--features", "stages", code=2)
@@ -75,6 +76,7 @@ def test_our_arm_trains_as_told_is_judged_as_the_doors_judge_and_is_not_repeated
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.tutorial
 @pytest.mark.parametrize(("arm", "package"), [("lightly", "lightly"), ("stable-pretraining", "stable_pretraining")])
 def test_a_peers_arm_trains_and_is_judged_alike(tmp_path, arm, package):
     if importlib.util.find_spec(package) is None:

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from runs import ROOT
 
 
+@pytest.mark.tutorial
 def test_everything_on_gpu_py_does_works(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "on_gpu.py"), "--smoke", "--results", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -12,16 +12,18 @@ import itertools
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from prelude.data.errors import UserError, in_one_line
 from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
-from prelude.data.packing.columns import Columns, apply_columns
+from prelude.data.packing.columns import Columns, apply_columns, column_of_splits
 from prelude.data.packing.extras import needed
 from prelude.data.packing.images import extension_of
 from prelude.data.packing.source import LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
-from prelude.data.packing.splits import are_several, one_split, splits_of
+from prelude.data.packing.splits import are_several, of_one_split, one_split, splits_of
 from prelude.data.packing.table import TableSource
+from prelude.data.packing.within import files_within
 
 
 def open_arrow(path: str, options: SourceOptions) -> Source:
@@ -40,40 +42,48 @@ def open_arrow(path: str, options: SourceOptions) -> Source:
         with_bytes = [name for name in with_bytes if len(held[name]) == len(tables)] or with_bytes
     if len(with_bytes) > 1:
         raise UserError(f"{path} has images in the columns {', '.join(with_bytes)}; write --image COLUMN.")
-    columns = _columns(path, tables, schema, with_bytes)
+    columns = Columns(path, _Lazy(tables, schema.names, with_bytes), (), _class_names(tables))
     if not with_bytes:
         table = os.path.join(path, "") if os.path.isdir(path) else path  # whose folder the paths are relative to
         return TableSource(table, columns, options, is_one_split=told)
-    if options.split and not told:
-        one_split(path, [], options.split)
-    return ArrowSource(path, tables, columns, with_bytes[0], options)
+    return ArrowSource(path, tables, columns, with_bytes[0], options, is_one_split=told)
 
 
 class ArrowSource(Source):
     what = "a table of images"
 
-    def __init__(self, path: str, tables: list, columns: Columns, image: str, options: SourceOptions):
+    def __init__(
+        self, path: str, tables: list, columns: Columns, image: str, options: SourceOptions, is_one_split: bool
+    ):
+        """is_one_split: whether the tables were chosen as those of the split asked for."""
         super().__init__()
         options.allow(self.what, "image", "label", "label_separator", "group", "fields", "split")
         if options.image:
             columns.check(options.image, "image")
         self.tables, self.image = tables, image
         self.starts = [0]
-        blocks = []
+        blocks, names = [], []
         for table, short in zip(tables, short_names([table.path for table in tables]), strict=True):
             blocks += [self.starts[-1] + start for start in table.starts[:-1]]
             self.starts.append(self.starts[-1] + table.num_rows)
-            self.names += [f"{short}/{row:08d}" for row in range(table.num_rows)]
+            names += [f"{short}/{row:08d}" for row in range(table.num_rows)]
+        splits = column_of_splits(columns, options)
+        if is_one_split and options.split not in splits:
+            self.rows = range(len(names))
+        else:
+            self.rows = of_one_split(path, names, splits or [""] * len(names), options, "row", self.notes)
+        self.names = [names[row] for row in self.rows]
         if sum(table.image_bytes(image) for table in tables) > CACHE_BYTES:
-            self.blocks = blocks
+            self.blocks = _first_of_each(blocks, self.rows)
         self.stamps = [stamp_of(table.path) for table in tables]
         self.notes.append(f"images from column {image!r}")
-        apply_columns(self, columns, image, options)
+        apply_columns(self, replace(columns, values=columns.values.taken(self.rows)), image, options)
 
     def read(self, number: int) -> tuple[bytes, str]:
-        which = bisect.bisect_right(self.starts, number) - 1
+        row = self.rows[number]
+        which = bisect.bisect_right(self.starts, row) - 1
         try:
-            value = self.tables[which].value(self.image, number - self.starts[which])
+            value = self.tables[which].value(self.image, row - self.starts[which])
         except (ValueError, OSError) as error:  # what pyarrow raises on damaged bytes
             raise damaged(self.tables[which].path, error, "damaged row group") from error
         if isinstance(value, dict):
@@ -83,6 +93,12 @@ class ArrowSource(Source):
         if not value:
             raise LeftOut("empty image")
         return value, extension_of(value)
+
+
+def _first_of_each(blocks: list[int], rows: Sequence[int]) -> list[int]:
+    """The numbers of the first of these rows, which are in order, in each block that has one."""
+    firsts = sorted({bisect.bisect_left(rows, start) for start in blocks})
+    return [number for number in firsts if number < len(rows)]
 
 
 class _ParquetFile:
@@ -177,8 +193,7 @@ def _files(path: str, options: SourceOptions) -> tuple[list[str], bool]:
             one_split(path, [state["_split"]], options.split)
         return [os.path.join(path, part["filename"]) for part in state["_data_files"]], told
     if os.path.isdir(path):
-        found = glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)
-        found = found or glob.glob(os.path.join(glob.escape(path), "**", "*.arrow"), recursive=True)
+        found = files_within(path, ".parquet") or files_within(path, ".arrow")
     else:
         found = [path] if os.path.exists(path) else glob.glob(path)
     if not found:
@@ -216,12 +231,6 @@ def _holding(name: str, tables: list) -> list:
     return found
 
 
-def _columns(path: str, tables: list, schema, with_bytes: list[str]) -> Columns:
-    """Everything but the images: lists that are filled when they are asked for."""
-    names = [name for name in schema.names if name not in with_bytes]
-    return Columns(path, _Lazy(tables, names, with_bytes), (), _class_names(tables))
-
-
 def _class_names(tables: list) -> dict[str, list[str]]:
     """Of columns of class numbers, which must mean the same in every file; one that names fewer has those of others."""
     found: dict[str, tuple[list[str], str]] = {}
@@ -250,16 +259,21 @@ def _told_names(schema) -> dict[str, list[str]]:
 
 
 class _Lazy(dict):
-    """Columns by name, read when they are first asked for; those of images are known by name alone."""
+    """Columns by name, read when they are first asked for; those of images are known by name alone. rows: of all of
+    them, those that are meant; None: all."""
 
-    def __init__(self, tables: list, names: list[str], images: list[str]):
-        super().__init__(dict.fromkeys([*images, *names]))
-        self.tables = tables
+    def __init__(self, tables: list, names: list[str], images: list[str], rows: Sequence[int] | None = None):
+        super().__init__(dict.fromkeys([*images, *(name for name in names if name not in images)]))
+        self.tables, self.rows = tables, rows
 
     def __getitem__(self, name: str) -> list:
         if super().__getitem__(name) is None:
-            self[name] = [value for table in self.tables for value in table.column(name)]
+            column = [value for table in self.tables for value in table.column(name)]
+            self[name] = column if self.rows is None else [column[row] for row in self.rows]
         return super().__getitem__(name)
+
+    def taken(self, rows: Sequence[int]) -> "_Lazy":
+        return _Lazy(self.tables, list(self), [], rows)
 
     def items(self):
         return [(name, self[name]) for name in self]

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +19,11 @@ from prelude.data.packing.labels import (
     split_labels,
 )
 from prelude.data.packing.source import Source, SourceOptions, strings
+from prelude.data.packing.splits import split_in
 
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path")
 _LABELS = ("label", "labels", "class")
+_NOTHING = ("nan", "null", "none", "na", "n/a")  # as programs write it into a text
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,18 @@ def image_column(columns: Columns, wanted: str) -> str:
         f"It is not clear which column of {columns.path} holds the paths of images ({', '.join(columns.values)}); "
         f"write --image COLUMN."
     )
+
+
+def column_of_splits(columns: Columns, options: SourceOptions) -> list[str]:
+    """What a column called `split` tells of each row, where one of its values is a split or all are small numbers; []
+    else, and where it is the label."""
+    name = next((name for name in columns.values if name.lower() == "split" and name not in options.label), None)
+    told = [(value or "").lower() for value in strings(columns.values[name])] if name else []
+    told = ["" if value in _NOTHING else value for value in told]
+    if any(map(split_in, told)):
+        return [split_in(value) or value for value in told]
+    numbers = [value.removesuffix(".0") for value in told]
+    return numbers if any(numbers) and all(re.fullmatch(r"\d?", value) for value in numbers) else []
 
 
 def apply_columns(source: Source, columns: Columns, image: str, options: SourceOptions) -> None:

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Iterable
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError, cause_of
@@ -14,6 +15,7 @@ from prelude.data.packing.source import Source, SourceOptions
 from prelude.data.packing.stacks import open_npy, open_zarr
 from prelude.data.packing.table import TableSource, read_table
 from prelude.data.packing.tars import TarSource
+from prelude.data.packing.within import files_within
 
 KINDS = (
     "a folder of images, a .csv, .tsv or .jsonl table of paths, .parquet files, a Hugging Face dataset saved to disk, "
@@ -68,33 +70,29 @@ def _open_folder(source: str, options: SourceOptions) -> Source:
         raise UserError(
             f"{source} holds CIFAR as pickles, whose reading can run code; load its binary version (cifar-10-binary)."
         )
-    tables = glob.iglob("**/*.parquet", root_dir=source, recursive=True)
+    tables = [os.path.relpath(table, source) for table in files_within(source, ".parquet")]
     if any(name.endswith(".tar") for name in names):
         shards = os.path.join(source, "*.tar")
-        if beside := next(tables, None) or next(iter(_image_files(source)), None):
+        if beside := next(iter(tables or _image_files(source)), None):
             raise UserError(
                 f"{source} holds tar shards and, beside them, {beside}; write {shards!r} for the shards, or move them "
                 f"out."
             )
-        top = sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))  # all that was looked for once
-        return TarSource(source, options, top if options.whole else _tars_within(source))
-    if any(tables):
+        top = glob.iglob("*.tar", root_dir=source)  # all that was looked for once
+        return TarSource(source, options, _joined(source, top) if options.whole else files_within(source, ".tar"))
+    if tables:
         opened = open_arrow(source, options)
         return _beside_images(opened, source) if isinstance(opened, ArrowSource) else opened
-    nested = _tars_within(source)
+    nested = files_within(source, ".tar")
+    if nested and options.whole:
+        nested = _joined(source, glob.iglob("**/*.tar", root_dir=source, recursive=True))
     if nested and not _image_files(source):
         return TarSource(source, options, nested)
     return FolderSource(source, options)
 
 
-def _tars_within(folder: str) -> list[str]:
-    """At any depth, and once each, by its own name before one through a link: `latest` may lead to another of them."""
-    names = sorted(glob.iglob("**/*.tar", root_dir=folder, recursive=True))
-    real = {name: os.path.realpath(os.path.join(folder, name)) for name in names}
-    own = os.path.realpath(folder)
-    names.sort(key=lambda name: real[name] != os.path.join(own, name))
-    first = {real[name]: name for name in reversed(names)}
-    return sorted(os.path.join(folder, name) for name in first.values())
+def _joined(folder: str, names: Iterable[str]) -> list[str]:
+    return sorted(os.path.join(folder, name) for name in names)
 
 
 def _beside_images(opened: Source, folder: str) -> Source:

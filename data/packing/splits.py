@@ -13,23 +13,30 @@ from prelude.data.packing.source import SourceOptions
 
 _WORD = r"(training|train|testing|test|val|valid|validation|dev)(?=[^a-z]|$)"
 _FIRST, _WITHIN = re.compile(r"(?:split=)?" + _WORD), re.compile(r"[-_.]" + _WORD)
-_ALONE = re.compile(r"(?:split=)?" + _WORD + "[^a-z]*")  # `train2017`, and no `test tube`
+_COMMON = ("", "data", "dataset", "set", "image", "images", "imgs", "split")  # behind it, and no `test tube`
 
 
 def split_of(file: str, within: bool = True) -> str:
     """As the file's name tells, or else the folder that is next to it; "" where none does.
 
-    within: whether a word in the midst of the file's name tells, where it begins with none, as of
-    `imagenet1k-train-0000.tar`.
+    within: whether a word in the midst of a name tells, where the name begins with none, as of
+    `imagenet1k-train-0000.tar`; one of a folder where nothing else does.
     """
     *folders, name = file.split(os.sep)
-    inside = _WITHIN.search(name.lower()) if within and not split_in(name) else None
-    return inside[1] if inside else next(filter(None, map(split_in, [name, *reversed(folders)])), "")
+    folders.reverse()
+    inside = _split_within if within else lambda part: ""
+    told = (split_in(name), inside(name), *map(split_in, folders), *map(inside, folders))
+    return next(filter(None, told), "")
 
 
 def split_in(part: str) -> str:
     """The split that one name tells, as `train2017` does; "" where it tells none."""
     found = _FIRST.match(part.lower())
+    return found[1] if found else ""
+
+
+def _split_within(part: str) -> str:
+    found = _WITHIN.search(part.lower())
     return found[1] if found else ""
 
 
@@ -59,11 +66,9 @@ def place_of_split(names: Sequence[str], asked: str) -> int | None:
     by_all = [place for place, found in told.items() if found and "" not in found]
     several = [place for place in by_all if are_several(told[place])]
     beside = [place for place, found in parts.items() if _are_train_and_other(found)]
-    groups = [several, beside]
-    if asked:
-        some = [place for place, found in told.items() if any(found)]
-        groups = [[place for place in group if asked in told[place]] for group in (several, by_all, beside, some)]
-        groups += [several, by_all, beside, some]
+    some = [place for place, found in told.items() if any(found)]
+    of_asked = [[place for place in group if asked in told[place]] for group in (by_all, some)]
+    groups = [several, beside, *of_asked, by_all, some] if asked else [several, beside]
     return next(itertools.chain.from_iterable(groups), None)
 
 
@@ -88,8 +93,15 @@ def splits_at(place: int, names: Sequence[str]) -> list[str]:
 
 def _are_train_and_other(folders: Iterable[str]) -> bool:
     """Classes may be called `test` and `dev`; without the one that is trained on nothing can go into it."""
-    alone = {found[1] for folder in folders if (found := _ALONE.fullmatch(folder.lower()))}
-    return len({split.startswith("train") for split in alone}) > 1
+    kinds: dict[str, set[bool]] = {}  # by what follows the word: `train images` and `test images` are of one
+    for folder in folders:
+        if found := _FIRST.match(folder.lower()):
+            kinds.setdefault(_without_common_words(folder[found.end() :]), set()).add(found[1].startswith("train"))
+    return any(len(found) > 1 for found in kinds.values())
+
+
+def _without_common_words(rest: str) -> str:
+    return " ".join(word for word in re.split("[^a-z]+", rest.lower()) if word not in _COMMON)
 
 
 def of_one_split(

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
 from prelude.data.image_files import MAX_IMAGE_BYTES, OF_THE_FILE, PassedOver, image_extension_of
-from prelude.data.packing.columns import Columns, apply_columns, image_column
+from prelude.data.packing.columns import Columns, apply_columns, column_of_splits, image_column
 from prelude.data.packing.source import Source, SourceOptions, read_file, stamp_of
-from prelude.data.packing.splits import of_one_split, place_of_split, split_in, splits_at
+from prelude.data.packing.splits import of_one_split, place_of_split, splits_at
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DELIMITERS = ",;\t|"
@@ -56,13 +56,24 @@ class TableSource(Source):
         self, table: str, columns: Columns, listed: list[str], options: SourceOptions, is_one_split: bool
     ) -> Sequence[int]:
         """The rows of the split that is asked for; all where the table names no several."""
-        splits = _column_of_splits(columns, options)
+        splits = column_of_splits(columns, options)
         if is_one_split and options.split not in splits:
             return range(len(listed))
+        splits = splits or self._splits_of_paths(listed, options.split)
         told = [path or columns.place(row) for row, path in enumerate(listed)]
-        return of_one_split(
-            table, told, splits or self._splits_of_paths(listed, options.split), options, "row", self.notes
-        )
+        rows = of_one_split(table, told, splits, options, "row", self.notes)
+        self._refuse_other_splits(table, listed, splits, rows)
+        return rows
+
+    def _refuse_other_splits(self, table: str, listed: list[str], splits: list[str], rows: Sequence[int]) -> None:
+        """Raises UserError where an image of these rows is of another split too."""
+        if len(rows) == len(listed):
+            return
+        taken = {self._resolved(listed[row]): splits[row] for row in rows if listed[row]}
+        for path, split in zip(listed, splits, strict=True):
+            own = taken.get(self._resolved(path)) if path and split else None
+            if own and own != split:
+                raise UserError(f"{path} is listed in {table} as {own} and as {split}; leave one of the two out.")
 
     def _splits_of_paths(self, listed: list[str], asked: str) -> list[str]:
         """As folders of one level tell, or all files, as they do of a folder of images."""
@@ -103,7 +114,7 @@ class TableSource(Source):
 
     def _resolved(self, path: str) -> str:
         found = os.path.normpath(os.path.join(self.root, path))
-        if not os.path.exists(found) and "\\" in path:
+        if "\\" in path and not os.path.exists(found):
             return os.path.normpath(os.path.join(self.root, path.replace("\\", "/")))
         return found
 
@@ -116,14 +127,6 @@ class TableSource(Source):
                 f"{self.root or '.'}); write --root with the folder that the paths are relative to, or --image with "
                 f"another column."
             )
-
-
-def _column_of_splits(columns: Columns, options: SourceOptions) -> list[str]:
-    """What a column called `split` tells of each row, where one of its values is a split; [] else, or as the label."""
-    name = next((name for name in columns.values if name.lower() == "split" and name not in options.label), None)
-    values = ["" if value is None else str(value).strip().lower() for value in columns.values[name]] if name else []
-    splits = [split_in(value) for value in values]
-    return [split or value for split, value in zip(splits, values, strict=True)] if any(splits) else []
 
 
 def read_table(path: str) -> Columns:

@@ -19,6 +19,7 @@ from prelude.data.open_files import OpenFiles
 from prelude.data.packing.folder import FolderSource
 from prelude.data.packing.open import open_source
 from prelude.data.packing.source import SourceOptions
+from prelude.data.packing.splits import split_in
 from prelude.data.shards import ShardIndex, expand_shards
 
 PLAN = ViewPlan((View((8, 8)),))
@@ -80,7 +81,16 @@ def test_what_is_not_packed_is_told_by_name(photos, packed, write_files, picture
     assert listed <= packed_names | found.keys() | {"__MACOSX/1.png"}  # nothing is lost silently
 
 
-class _Listing(list):
+class _Listing:
+    def __init__(self, entries):
+        self.entries = iter(entries)
+
+    def __iter__(self):
+        return self.entries
+
+    def __next__(self):
+        return next(self.entries)
+
     def __enter__(self):
         return self
 
@@ -185,18 +195,32 @@ def test_classes_may_be_called_like_splits(write_files, picture, packed):
         packed(one / "train" / "a", options={"split": "test"})
 
 
-@pytest.mark.parametrize("names", [("train", "test tube", "cat"), ("Train ride 2019", "Dev meetup", "Rome")])
+@pytest.mark.parametrize("names", [("train", "test tube", "cat"), ("Train ride", "Dev meetup", "Rome")])
 def test_folders_that_only_begin_like_splits_are_no_splits(write_files, picture, packed, names):
     source = write_files("albums", {f"{name}/{n}.png": picture(n) for n, name in enumerate(names)})
     folder, _ = packed(source)
     assert (folder / "classes.txt").read_text().splitlines() == sorted(names)
 
 
-def test_the_split_that_is_asked_for_is_looked_for_where_all_tell_it(write_files, picture):
-    names = [f"train/{name}/1.png" for name in ("train", "test", "cat")]
+@pytest.mark.parametrize(
+    "pattern, folders, asked, taken",
+    [
+        ("train_data/{}/1.png", ("train", "test", "unlabeled"), "train", [0]),
+        ("train/x/{}/1.png", ("train2017", "test2017", "unlabeled2017"), "train", [0]),
+        ("{}/1.png", ("training/a", "validation/a", "training/train_interior"), "training", [0, 2]),
+        ("train/{}/1.png", ("a", "train_interior"), "train", [0, 1]),  # where all tell it, before where one does
+    ],
+)
+def test_the_folders_that_make_several_splits_decide_which_is_which(
+    write_files, picture, pattern, folders, asked, taken
+):
+    names = [pattern.format(name) for name in folders]
     source = write_files("one", {name: picture(n) for n, name in enumerate(names)})
-    opened = open_source(str(source), SourceOptions(split="train", label=("parent",)))
-    assert sorted(opened.names) == sorted(names) and opened.labels.classes == ("cat", "test", "train")
+    if len(taken) < len(names):
+        with pytest.raises(UserError, match="holds the splits .*, .*; write --split"):
+            open_source(str(source), SourceOptions())
+    opened = open_source(str(source), SourceOptions(split=asked, label=("none",)))
+    assert sorted(opened.names) == sorted(names[n] for n in taken)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +228,7 @@ def test_the_split_that_is_asked_for_is_looked_for_where_all_tell_it(write_files
     [
         ("train", "test", ("unlabeled/a/1.png",)), ("train", "test", ("sample.png",)), ("Training", "Testing", ()),
         ("Training", "Test", ()), ("deep/train", "deep/val", ("deep/sample.png", "other/a/b/1.png")),
+        ("train_images", "test_images", ("sample/1.png",)), ("training set", "test", ("misc/1.png",)),
     ],
 )  # fmt: skip
 def test_what_lies_beside_train_and_test_makes_them_no_one_split(write_files, picture, packed, train, test, beside):
@@ -212,7 +237,7 @@ def test_what_lies_beside_train_and_test_makes_them_no_one_split(write_files, pi
     for label in ((), ("parent",), ("none",)):
         with pytest.raises(UserError, match="tiny holds the splits .*, .*; write --split with one of them"):
             packed(source, options={"label": label})
-    split = train.rpartition("/")[2].lower()
+    split = split_in(train.rpartition("/")[2])
     opened = open_source(str(source), SourceOptions(split=split, label=("parent",)))
     assert opened.names == names[:2] and opened.labels.classes == ("a", "b")
     told = f"without {len(beside)} image{'s' * (len(beside) > 1)} that tell"

@@ -227,7 +227,9 @@ def test_what_lies_beside_shards_and_is_no_image_is_nothing_to_ask(shards, packe
     assert len(read_shards(packed(shards)[0])) == 12
 
 
-@pytest.mark.parametrize("pattern", ["{}-000000.tar", "{}/000.tar", "deep/{}/000.tar", "dev/imagenet1k-{}-0000.tar"])
+@pytest.mark.parametrize(
+    "pattern", ["{}-000000.tar", "{}/000.tar", "deep/{}/000.tar", "dev/imagenet1k-{}-0000.tar", "cc3m-{}/0.tar"]
+)
 def test_one_split_of_shards_is_taken_and_several_are_asked_for(tmp_path, write_tar, picture, packed, pattern):
     for n, split in enumerate(("train", "val")):
         write_tar(tmp_path / "tt" / pattern.format(split), [("a b.png", picture(n)), ("c.png", picture(8 + n))])
@@ -268,9 +270,33 @@ def test_shards_in_folders_beside_others_are_found(tmp_path, write_tar, picture)
         write_tar(tmp_path / "mixed" / name, [(f"{n}.png", picture(n))])
     assert open_source(str(tmp_path / "mixed"), SourceOptions()).names == ["a.tar/0", "more/b.tar/1"]
     assert open_source(str(tmp_path / "mixed"), SourceOptions(whole=True)).names == ["a.tar/0"]
-    for link, to in (("latest", "."), ("current", "more"), ("more/first.tar", "../a.tar")):
+    write_tar(tmp_path / "elsewhere" / "c.tar", [("2.png", picture(2))])
+    (tmp_path / "mixed" / "old.tar").mkdir()
+    (tmp_path / "mixed" / "more" / ".hidden.tar").write_bytes(b"no tar")
+    for link, to in (
+        ("latest", "."),
+        ("again", "../mixed"),
+        ("more/up", "../.."),
+        ("current", "more"),
+        ("x", "../elsewhere"),
+    ):
         (tmp_path / "mixed" / link).symlink_to(to)
-    assert open_source(str(tmp_path / "mixed"), SourceOptions()).names == ["a.tar/0", "more/b.tar/1"]  # once each
+    names = open_source(str(tmp_path / "mixed"), SourceOptions()).names
+    assert names == ["a.tar/0", "more/b.tar/1", "x/c.tar/2"]  # once each, whatever leads back
+    (tmp_path / "mixed" / "more" / "d.tar").symlink_to("nowhere")
+    with pytest.raises(UserError, match="more/d.tar is a link to nothing; remove it"):
+        open_source(str(tmp_path / "mixed"), SourceOptions())
+
+
+def test_links_that_make_splits_of_shards_are_these_splits(tmp_path, write_tar, picture):
+    for n in range(2):
+        write_tar(tmp_path / "s" / "all" / f"{n}.tar", [(f"{n}.png", picture(n))])
+    for n, split in enumerate(("train", "test")):
+        (tmp_path / "s" / split).mkdir()
+        (tmp_path / "s" / split / f"{n}.tar").symlink_to(f"../all/{n}.tar")
+    with pytest.raises(UserError, match="holds the splits test, train; write --split"):
+        open_source(str(tmp_path / "s"), SourceOptions())
+    assert open_source(str(tmp_path / "s"), SourceOptions(split="test")).names == ["test/1.tar/1"]
 
 
 def test_a_folder_of_shards_may_have_any_name(tmp_path, write_tar, picture):

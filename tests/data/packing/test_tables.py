@@ -372,6 +372,31 @@ def test_tables_of_paths_have_splits_in_a_column_or_in_their_paths(write_files, 
     assert len(opened([(*row, "train") for row in by_path]).names) == 4  # the column decides
     with pytest.raises(UserError, match="--split val has no effect on .*, which names no split"):
         opened([("a.png", "cat")], "val")
+    numbered = [(*row, split) for row, split in zip(by_path, (0.0, 1.0, float("nan"), 0.0), strict=True)]  # as WILDS'
+    source = opened(numbered, "0")
+    assert source.names == [names[0], names[3]] and "1 row that tells no split" in source.notes[0]
+    twice = [(*by_path[0], "train"), (*by_path[0], "test"), (*by_path[1], "train")]
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="train/cat/1.png is listed in .* as (train|test) and as (train|test);"):
+            opened(twice, split)
+
+
+def test_images_in_a_table_have_splits_in_a_column(tmp_path, picture, monkeypatch):
+    images = [picture(n) for n in range(6)]
+    splits = ["train", "test", "train", None, "test", "train"]
+    pq.write_table(
+        pa.table({"image": images, "label": list("abcabc"), "split": splits}), tmp_path / "t.parquet", row_group_size=2
+    )
+    source = str(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="holds the splits test, train; write --split"):
+        open_source(source, SourceOptions())
+    assert len(open_source(source, SourceOptions(whole=True)).names) == 6
+    monkeypatch.setattr(arrow, "CACHE_BYTES", 0)
+    for split, rows, firsts in (("train", [0, 2, 5], [0, 1, 2]), ("test", [1, 4], [0, 1])):
+        opened = open_source(source, SourceOptions(split=split, label=("label",)))
+        assert [opened.read(n)[0] for n in range(len(rows))] == [images[n] for n in rows]
+        assert [opened.labels.classes[n] for n in opened.labels.values] == ["abcabc"[n] for n in rows]
+        assert opened.blocks == firsts and "1 row that tells no split" in opened.notes[0]
 
 
 def test_a_table_of_one_split_by_its_name_has_those_of_its_column_too(write_files, picture):
