@@ -121,8 +121,10 @@ def versions() -> dict[str, str]:
 
 
 def percent(correct: int, total: int) -> Percent:
-    share = correct / total
-    return Percent(100 * share, 100 * math.sqrt(share * (1 - share) / total))
+    """The share of a count, with its standard error, by which a few images that are all right, or all wrong, would be
+    certain: there it is the one of two right and two wrong ones more (Agresti and Coull, 1998)."""
+    right, count = (correct + 2, total + 4) if correct in (0, total) else (correct, total)
+    return Percent(100 * correct / total, 100 * math.sqrt(right / count * (1 - right / count) / count))
 
 
 def hits(scores: Tensor, labels: Tensor) -> dict[str, int]:

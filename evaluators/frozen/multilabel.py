@@ -138,13 +138,14 @@ def judge(
         value = 100 * single[name][counted].mean().item()
         numbers[name] = Percent(value, standard_error(found), interval=interval(found))
     counts = {"num_present": (labels == 1).sum(0), "num_absent": (labels == 0).sum(0)}
-    details = {}
+    details, frequent = {}, is_frequent(labels, groups)
     for i, label in enumerate(names):
         values = {name: 100 * single[name][i].item() for name in METRICS if single[name][i].isfinite()}
         details[label] = {
             **values,
             **{key: int(count[i]) for key, count in counts.items()},
             "counted": bool(counted[i]),
+            "frequent": bool(frequent[i]),
         }
     return numbers, details
 
@@ -273,8 +274,7 @@ def label_warnings(names: Sequence[str], labels: Tensor, of_label: dict[str, dic
     if rare:
         shown = ", ".join(f"{name} ({of_label[name]['num_present']} present)" for name in rare)
         warnings.append(f"Present or absent {few}, so left out of macro AUC and mAP: {shown}.")
-    counted = [of_label[name] for name in names if of_label[name]["counted"]]
-    if all(min(found["num_present"], found["num_absent"]) < MIN_POSITIVES for found in counted):
+    if not any(of_label[name]["frequent"] for name in names):
         warnings.append(f"Every label is present or absent {few}, so macro AUC and mAP say little.")
     lacking = [name for name, there in zip(names, both_there(labels).tolist(), strict=True) if not there]
     if lacking:

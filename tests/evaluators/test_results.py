@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -19,6 +20,12 @@ from prelude.evaluators.results import (
     with_doubt,
     write,
 )
+
+
+def test_a_score_of_few_images_is_not_certain_though_all_are_right():
+    assert percent(30, 100) == Percent(30.0, pytest.approx(100 * math.sqrt(0.3 * 0.7 / 100)))
+    for right in (0, 20):
+        assert percent(right, 20) == Percent(5.0 * right, pytest.approx(100 * math.sqrt(2 * 22 / 24**3)))
 
 
 @pytest.fixture

@@ -140,6 +140,16 @@ def test_a_test_set_of_one_group_has_no_interval(parts):
     assert not any("one group" in told for told in plain.warnings)
 
 
+def test_few_groups_are_told_and_make_no_label_frequent(parts):
+    train, test = parts
+    for count, told in ((2, True), (9, True), (10, False)):
+        groups = torch.arange(400) % count
+        found = multilabel(train, {"mean": dataclasses.replace(test["mean"], groups=groups)}, names=NAMES)
+        few = f"Test images are of {count} groups only, so standard errors and intervals are too small."
+        assert (few in found.warnings) == told
+        assert any(said.startswith("Every label is present or absent") for said in found.warnings) == (count < 5)
+
+
 def test_permuting_test_labels_changes_no_choice(parts):
     train, test = parts
     mixed = {"mean": dataclasses.replace(test["mean"], labels=test["mean"].labels.roll(7, 0))}
