@@ -281,7 +281,7 @@ class EvaluateConfig(Section):
     test_select: SelectConfig | None = None  # a part of test_shards
     label_names: list[Text] = []  # findings that `prelude multilabel` reads from a JSON member
     label_field: str = ""  # field of that member that holds the findings; "": the whole member
-    label_group: str = ""  # field whose values group images, such as patient
+    label_group: str = ""  # field whose values group images, such as patient; for findings, and what is held out
     every_steps: int = Field(0, ge=0)  # steps between two evaluations (k-NN, a linear head) beside the run; 0: none
     num_train: int = Field(2000, ge=2)  # images to learn from, as many of each class as far as it goes
     num_test: int = Field(1000, ge=1)  # images to report on, drawn likewise
