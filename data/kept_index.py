@@ -10,7 +10,6 @@
 """
 
 import contextlib
-import logging
 import os
 import socket
 import time
@@ -44,8 +43,6 @@ from prelude.data.remote_shards import RemoteShard, named, shard_name
 from prelude.data.tar_index import MOST_LABELS, Problem, TarIndex, index_every_label, index_tar, is_image
 from prelude.data.waiting import called, in_threads, moved
 from prelude.data.walking import walk_all
-
-log = logging.getLogger(__name__)
 
 _STATED_AT_ONCE = 256
 _UNUSED_SECONDS = 30 * 86400  # after which the table of shards as they were before makes room

@@ -6,15 +6,12 @@
 - A sample is a function of (seed, split, index, image_size) alone, as there.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from webdataset import TarWriter
 
 from prelude.data.kept_files import keep
-from prelude.data.shapes import CLASSES, SPLITS, Draws, check, paint
+from prelude.data.shapes import CLASSES, SPLITS, Draws, check, jpeg_of, paint, png_of, tar_of
 
 KINDS = ("scratch", "blot", "turned")
 MASK = "defect.png"  # extension of a mask's member
@@ -53,14 +50,10 @@ def write_defects(folder: str | Path, split: str, num_samples: int, seed: int = 
     Raises UserError as `shapes.write_shards` does.
     """
     check(split, num_samples, seed, image_size, num_samples)
-    out, path = io.BytesIO(), Path(folder) / f"defects-{split}.tar"
+    path, samples = Path(folder) / f"defects-{split}.tar", []
     painted = paint_defects(split, np.arange(num_samples), seed, image_size)
-    with TarWriter(out, encoder=False, mtime=0, user="", mode=0o644) as tar:
-        for index, (picture, label, mask) in enumerate(zip(*painted, strict=True)):
-            jpeg, png = io.BytesIO(), io.BytesIO()
-            Image.fromarray(picture).save(jpeg, "JPEG", quality=95, subsampling=0)
-            Image.fromarray(mask).save(png, "PNG")
-            members = {"jpg": jpeg.getvalue(), "cls": b"%d" % label} | ({MASK: png.getvalue()} if mask.any() else {})
-            tar.write({"__key__": f"defects-{split}-{index:06d}", **members})
-    keep(path, out.getvalue())
+    for index, (picture, label, mask) in enumerate(zip(*painted, strict=True)):
+        members = {"jpg": jpeg_of(picture), "cls": b"%d" % label} | ({MASK: png_of(mask)} if mask.any() else {})
+        samples.append({"__key__": f"defects-{split}-{index:06d}", **members})
+    keep(path, tar_of(samples))
     return path

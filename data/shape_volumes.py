@@ -10,14 +10,14 @@ its contrast and the slope of the light are drawn independently of it, so raw vo
 """
 
 import io
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from webdataset import TarWriter
 
 from prelude.data.errors import UserError
-from prelude.data.shapes import SPLITS, Draws, check, written_once
+from prelude.data.shapes import SPLITS, Draws, check, tar_of, written_once
 
 CLASSES = ("layers", "rods", "balls", "shells", "checks", "waves")
 SOLIDS = ("ball", "box", "cylinder")
@@ -68,15 +68,15 @@ def write_volumes(
 
 
 def _shard(split: str, start: int, stop: int, seed: int, size: tuple[int, int, int]) -> bytes:
-    out = io.BytesIO()
-    with TarWriter(out, encoder=False, mtime=0, user="", mode=0o644) as tar:
+    def samples() -> Iterator[dict]:
         for first in range(start, stop, _CHUNK):
             indices = np.arange(first, min(first + _CHUNK, stop))
             for index, volume, label in zip(indices, *make(split, indices, seed, size), strict=True):
                 member = io.BytesIO()
                 np.save(member, volume)
-                tar.write({"__key__": f"{split}-{index:06d}", "npy": member.getvalue(), "cls": b"%d" % label})
-    return out.getvalue()
+                yield {"__key__": f"{split}-{index:06d}", "npy": member.getvalue(), "cls": b"%d" % label}
+
+    return tar_of(samples())
 
 
 def _solid(kind: np.ndarray, at: np.ndarray, draws: Draws, voxel: float) -> np.ndarray:

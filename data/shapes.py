@@ -15,7 +15,7 @@ pixels say little: what tells the kinds apart is how neighbouring patches contin
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -265,17 +265,35 @@ def check(split: str, num_samples: int, seed: int, image_size: int, samples_per_
 
 
 def _shard(split: str, start: int, stop: int, seed: int, image_size: int) -> bytes:
-    out = io.BytesIO()
-    with TarWriter(out, encoder=False, mtime=0, user="", mode=0o644) as tar:
+    def samples() -> Iterator[dict]:
         for first in range(start, stop, _CHUNK):
             indices = np.arange(first, min(first + _CHUNK, stop))
             painted = paint_with_masks(split, indices, seed, image_size)
             for index, picture, label, mask in zip(indices, *painted, strict=True):
-                jpeg, png = io.BytesIO(), io.BytesIO()
-                Image.fromarray(picture).save(jpeg, "JPEG", quality=95, subsampling=0)
-                Image.fromarray(mask).save(png, "PNG")
-                members = {"jpg": jpeg.getvalue(), "cls": b"%d" % label, "png": png.getvalue()}
-                tar.write({"__key__": f"{split}-{index:06d}", **members})
+                members = {"jpg": jpeg_of(picture), "cls": b"%d" % label, "png": png_of(mask)}
+                yield {"__key__": f"{split}-{index:06d}", **members}
+
+    return tar_of(samples())
+
+
+def tar_of(samples: Iterable[dict]) -> bytes:
+    """The same bytes whenever and by whomever it is made."""
+    out = io.BytesIO()
+    with TarWriter(out, encoder=False, mtime=0, user="", mode=0o644) as tar:
+        for sample in samples:
+            tar.write(sample)
+    return out.getvalue()
+
+
+def jpeg_of(picture: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
+
+
+def png_of(mask: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG")
     return out.getvalue()
 
 

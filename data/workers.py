@@ -34,14 +34,13 @@ from prelude.data.waiting import Board, Caller, doing, end_with_parent, moved, p
 
 MICRO_BATCHES_AHEAD = 2  # that each worker prepares
 SENT_BYTES = 2**20  # of views to a CPU: fewer cost less by a pipe than by a descriptor of shared memory
-START_METHODS = ("fork", "forkserver", "spawn")
 _PRELOADED = ["prelude.data.loader"]  # by the server that workers are forked from
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _CLOSING_SECONDS = 5
 
 
 def start_workers_by(method: str) -> None:
-    """From now on, in this process. method: of `START_METHODS`, or `auto`: fork on Linux, spawn elsewhere."""
+    """From now on, in this process. method: of `multiprocessing`, or `auto`: fork on Linux, spawn elsewhere."""
     global _start_method
     _start_method = method
 

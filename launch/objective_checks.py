@@ -189,9 +189,9 @@ def averages(subject: Subject) -> str:
         return "the loss is one of the whole batch, as accumulates=False says, and micro-batches are refused"
     normed = has_batch_norms(objective)
     batch = subject.batch(objective.views)
-    whole = run(_mode(subject.fresh(), not normed), batch, subject.progress())
+    whole = run(subject.fresh().train(not normed), batch, subject.progress())
     halves = [
-        run(_mode(subject.fresh(), not normed), _taken(batch, rows), subject.progress())
+        run(subject.fresh().train(not normed), _taken(batch, rows), subject.progress())
         for rows in (torch.arange(0, len(batch), 2), torch.arange(1, len(batch), 2).flip(0))
     ]
     total = sum(half.total for half in halves) / 2
@@ -344,10 +344,6 @@ def _step(objective: Objective, subject: Subject, step: int) -> None:
 
 def _changed(before: dict[str, Tensor], objective: nn.Module) -> str:
     return next((n for n, value in objective.state_dict().items() if not torch.equal(before[n], value)), "")
-
-
-def _mode(objective: Objective, training: bool) -> Objective:
-    return objective.train(training)
 
 
 def _taken(batch: Batch, rows: Tensor) -> Batch:

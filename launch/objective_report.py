@@ -205,19 +205,16 @@ class Runs:
 
     def gradients(self, world: int, case: str = ranks.PLAIN) -> dict[str, Tensor]:
         """Of the first step."""
-        return load_file(self._done(world, case) / ranks.GRADIENTS)
+        return load_file(self.folder_of(world, case) / ranks.GRADIENTS)
 
     def moved(self, world: int, case: str) -> dict[str, Tensor]:
         """By how much all steps together have moved each weight and buffer."""
         return {name: value.double() - self.start[name].double() for name, value in self.weights(world, case).items()}
 
     def weights(self, world: int, case: str) -> dict[str, Tensor]:
-        return dict(open_tensors(self._done(world, case) / "checkpoints" / f"step-{NUM_STEPS:08d}"))
+        return dict(open_tensors(self.folder_of(world, case) / "checkpoints" / f"step-{NUM_STEPS:08d}"))
 
     def folder_of(self, world: int, case: str) -> Path:
-        return self._done(world, case)
-
-    def _done(self, world: int, case: str) -> Path:
         if not self.failures:
             self._launch()
         failures = self.failures[world]

@@ -126,10 +126,10 @@ def judge(
 
     def of_draws(weights: Tensor) -> Tensor:
         """(b, 2) macro metrics of a bootstrap draw, NaN where it lacks one of the labels."""
-        of_each = [_by_label(metric, scores, labels, weights) for metric in METRICS.values()]
+        of_each = [of_each_label(metric, scores, labels, weights) for metric in METRICS.values()]
         return torch.stack([values[:, counted].mean(1) for values in of_each], 1)
 
-    single = {name: _by_label(metric, scores, labels)[0] for name, metric in METRICS.items()}
+    single = {name: of_each_label(metric, scores, labels)[0] for name, metric in METRICS.items()}
     draws = 100 * bootstrap(of_draws, len(labels), seed, groups)
     draws[~draws.isfinite().all(1)] = torch.nan  # both numbers are of the same draws
     numbers = {}
@@ -153,11 +153,11 @@ def judge(
 def macro(scores: Tensor, labels: Tensor, groups: Tensor | None = None) -> dict[str, float]:
     """The macro numbers alone, in percent."""
     counted = is_counted(labels, groups)
-    of_each = {name: _by_label(metric, scores, labels)[0] for name, metric in METRICS.items()}
+    of_each = {name: of_each_label(metric, scores, labels)[0] for name, metric in METRICS.items()}
     return {name: 100 * values[counted].mean().item() for name, values in of_each.items()}
 
 
-def _by_label(metric: Callable, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def of_each_label(metric: Callable, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """(b, L) of one row a set of weights, NaN where it is undefined."""
     columns = []
     for of_label, truth in zip(scores.unbind(1), labels.unbind(1), strict=True):

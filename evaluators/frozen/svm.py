@@ -19,7 +19,7 @@ from torch import Tensor
 from prelude.data.errors import UserError
 from prelude.evaluators.features.extraction import Features
 from prelude.evaluators.frozen.convex import MAX_PASSES, Heads, LabelLoss, Space
-from prelude.evaluators.frozen.multilabel import both_there, is_frequent
+from prelude.evaluators.frozen.multilabel import both_there, is_frequent, of_each_label
 from prelude.evaluators.frozen.ranking import MIN_POSITIVES, average_precision, bootstrapped, group_warnings
 from prelude.evaluators.frozen.splits import (
     HELD_OUT,
@@ -155,12 +155,7 @@ def _scores(head: Heads, values: Tensor, rows: Tensor | None) -> Tensor:
 
 def _average_precisions(scores: Tensor, labels: Tensor, which: Sequence[int], weights: Tensor | None) -> Tensor:
     """(B, len(which))"""
-    found = []
-    for i in which:
-        known = labels[:, i].isfinite()
-        of_known = None if weights is None else weights[:, known]
-        found.append(average_precision(scores[known, i], labels[known, i] == 1, of_known))
-    return torch.stack(found, 1)
+    return of_each_label(average_precision, scores[:, which], labels[:, which], weights)
 
 
 def _quality(scores: Tensor, labels: Tensor, classes: int) -> float:
