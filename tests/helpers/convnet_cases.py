@@ -1,11 +1,10 @@
-"""Run through the real launcher: objectives that read whole images or maps, trained by the engine for a few steps.
+"""Objectives that read whole images or maps, trained by the engine for a few steps on the ranks there are.
 
-`deepspeed ... convnet_cases.py OUT` writes OUT/CASE.pt on rank 0: the weights and buffers, and what was logged. Cases
-in `RESUMED` run a second time from a checkpoint in their middle, into OUT/CASE resumed.pt.
+`cases(OUT)` writes OUT/CASE.pt on rank 0: the weights and buffers, and what was logged. Cases in `RESUMED` run a second
+time from a checkpoint in their middle, into OUT/CASE resumed.pt.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -198,16 +197,8 @@ def distributed_buffers(objective) -> list[torch.Tensor]:
     return gathered
 
 
-def main() -> None:
-    out = Path(sys.argv[-1])
-    distributed.start()
+def cases(out: Path) -> None:
     for name in CASES:
         run_case(name, out, name)
         if name in RESUMED:
             run_case(name, out, f"{name} resumed", out / name / "checkpoints" / "step-00000002")
-    distributed.stop()
-    distributed.leave(0)
-
-
-if __name__ == "__main__":
-    main()

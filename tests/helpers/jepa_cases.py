@@ -1,19 +1,16 @@
-"""Run by test_jepa_ranks.py through the real launcher: trains small I-JEPA and DSeq-JEPA models in several ways.
+"""I-JEPA and DSeq-JEPA, small models trained by the engine in several ways on the ranks there are.
 
-`deepspeed --num_gpus 2 jepa_cases.py OUT` writes, for each case, into OUT/2, and into OUT/1 where the first rank is
-then alone: CASE.pt (weights, rank 0), CASE.json (what was logged) and CASE.rank*.jsonl (for every sample of every step,
-what was drawn and decided for it).
+`cases(OUT)` writes, for each case: CASE.pt (weights, rank 0), CASE.json (what was logged) and CASE.rank*.jsonl (for
+every sample of every step, what was drawn and decided for it). `RESUMED` is run a second time, into OUT/resumed.*.
 """
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import torch
 from in_memory import MemoryLoader, Recorder
 from jepa_models import MEAN, STD, a_batch, encoder_config
-from two_and_one import at_two_ranks_and_one
 
 from prelude.checkpoints.store import Store
 from prelude.objectives.dseqjepa import DSeqJEPA
@@ -55,7 +52,7 @@ CASES = {
         "options": {"lambda_start": 1.0, "contrastive_weight": 0.01, "contrastive_projector": [12, 10]},
     },
 }
-RESUMED = "dseq_sample_zero2"  # also stopped half-way and taken up again
+RESUMED = "dseq_sample_zero2"
 
 
 def recording(cls):
@@ -146,7 +143,3 @@ def cases(out: Path) -> None:
     half_way = out / RESUMED / "checkpoints" / f"step-{STEPS // 2:08d}"
     resume = config_of(RESUMED, out).resume.model_copy(update={"checkpoint": str(half_way)})
     run_case(RESUMED, out, "resumed", resume=resume)
-
-
-if __name__ == "__main__":
-    at_two_ranks_and_one(cases, Path(sys.argv[-1]))

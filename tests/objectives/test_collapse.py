@@ -21,7 +21,7 @@ from prelude.pretrain.collapse import CollapseWatch
 from prelude.pretrain.encoders import forward_tokens
 from prelude.pretrain.schedules import Progress
 
-STEPS = 60
+STEPS = 50  # a shorter run is not judged
 
 
 def batch_for(objective, step: int) -> Batch:
@@ -36,7 +36,7 @@ def batch_for(objective, step: int) -> Batch:
 def causes(name: str, objective, lr: float = 2e-3, change=lambda batch: batch) -> set[str]:
     """What the watch says of a training run while it goes on; its verdict at the end must agree."""
     watch = a_watch(objective_class(name).remedies)
-    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr, fused=True)
     found = set()
     for step in range(STEPS):
         loss = objective(change(batch_for(objective, step)), Progress(step, STEPS, 10.0))
@@ -91,8 +91,8 @@ def test_a_teacher_has_three_times_the_steps_that_it_averages_over_to_follow(nam
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_healthy_run_is_left_in_peace(name):
-    # So slow that a teacher keeps up in so few steps; so fast that SimMIM leaves its small initial weights
-    lr = {"ijepa": 5e-4, "dseqjepa": 5e-4, "simmim": 5e-3}.get(name, 2e-3)
+    # So slow that a teacher keeps up in so few steps; so fast that pixels are learned, from small initial weights
+    lr = {"ijepa": 5e-4, "dseqjepa": 5e-4, "mae": 5e-3, "simmim": 5e-3}.get(name, 2e-3)
     changes = {"uni4eye": in_turn_with_volumes(bright_and_dark), "simmim": bright_and_dark}  # whose targets are pixels
     change = {"change": changes[name]} if name in changes else {}
     assert causes(name, built(name), lr, **change) == set(), numbers[-1]
@@ -157,7 +157,8 @@ def test_a_teacher_that_does_not_follow(name):
 
 
 def test_barlow_twins_without_the_off_diagonal():
-    objective = built("barlow_twins", off_diagonal_weight=0.0)
+    coloured = {"blur": 0.0}  # views that differ in their colours have less in common that could be learned
+    objective = built("barlow_twins", off_diagonal_weight=0.0, view_1=coloured, view_2=coloured)
     assert "redundant_embedding" in causes("barlow_twins", objective, lr=1e-2), numbers[-1]
 
 
@@ -174,7 +175,7 @@ def test_vicreg_without_variance_and_covariance():
 def test_msbreg_without_its_singular_values_or_a_teacher_of_its_own():
     objective = built("msbreg", singular_value_weight=0.0, brownian_weight=0.0, momentum=0.0, momentum_end=0.0)
     objective.predictor = torch.nn.Identity()  # what keeps BYOL from a constant is gone too
-    assert causes("msbreg", objective, lr=1e-2) & {"redundant_embedding", "few_dimensions"}, numbers[-1]
+    assert causes("msbreg", objective, lr=3e-2) & {"redundant_embedding", "few_dimensions"}, numbers[-1]
 
 
 def test_lejepa_without_its_regulariser():

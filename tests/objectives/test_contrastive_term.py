@@ -1,4 +1,4 @@
-"""VICReg as a second term, against its formula in numpy, and beside DSeq-JEPA. Two ranks: see test_jepa_ranks.py."""
+"""VICReg as a second term, against its formula in numpy, and beside DSeq-JEPA. Two ranks: see test_at_two_ranks.py."""
 
 import numpy as np
 import pytest
