@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     )
     packing = Packing(
         to=args.to,
-        name=args.split or "train" if args.name is None else args.name,
+        name=(options.one_split or "train") if args.name is None else args.name,
         per_shard=args.per_shard,
         seed=args.seed,
         val_share=args.val_share,
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         quality=QUALITY if args.quality is None else args.quality,
         workers=cores_per_rank() if args.workers is None else args.workers,
     )
-    packing.check("--split" if args.split and args.name is None else "--name")
+    packing.check("--split" if options.one_split and args.name is None else "--name")
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None, visible=False)  # what is refused has no bar

@@ -73,7 +73,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     split = parser.add_argument_group("train and val")
     split.add_argument("--val-share", type=finite, default=0.0, metavar="SHARE", help="of images that go to val-*.tar")
     split.add_argument("--group", default="", metavar="FIELD", help="whose images are on one side, such as a patient")
-    split.add_argument("--split", metavar="NAME", help="of a source that has several, such as test")
+    split.add_argument("--split", metavar="NAME", help="of a source that has several, such as test; or all")
     found = parser.add_argument_group("what is where in the source")
     found.add_argument("--image", default="", metavar="NAME", help="column, array or member of the image")
     labels = "columns, array or member of the label; parent or top for folders; none for no label"

@@ -20,7 +20,7 @@ from prelude.data.packing.blocks import CACHE_BYTES, BlockCache
 from prelude.data.packing.columns import Columns, apply_columns, column_of_splits
 from prelude.data.packing.extras import needed
 from prelude.data.packing.images import extension_of
-from prelude.data.packing.source import LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
+from prelude.data.packing.source import ALL, LeftOut, Source, SourceOptions, damaged, short_names, stamp_of
 from prelude.data.packing.splits import are_several, of_one_split, one_split, splits_of
 from prelude.data.packing.table import TableSource
 from prelude.data.packing.within import files_within
@@ -68,7 +68,7 @@ class ArrowSource(Source):
             self.starts.append(self.starts[-1] + table.num_rows)
             names += [f"{short}/{row:08d}" for row in range(table.num_rows)]
         splits = column_of_splits(columns, options)
-        if is_one_split and options.split not in splits:
+        if is_one_split and (options.whole or not are_several(splits)):
             self.rows = range(len(names))
         else:
             self.rows = of_one_split(path, names, splits or [""] * len(names), options, "row", self.notes)
@@ -201,8 +201,10 @@ def _files(path: str, options: SourceOptions) -> tuple[list[str], bool]:
     found.sort()
     splits = splits_of(path, found)
     several = len(set(splits_of(path, found, within=False))) > 1 or are_several(splits)
-    if (options.whole or not several) if not options.split else not any(splits):
+    if options.split == ALL or not (options.split or several) or (options.whole and not options.split):
         return found, False
+    if not several:  # then a column of several may tell more
+        return found, options.split in splits
     split = one_split(path, splits, options.split)
     return [file for file, told in zip(found, splits, strict=True) if told == split], True
 

@@ -3,7 +3,6 @@
 import datetime
 import decimal
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +22,8 @@ from prelude.data.packing.splits import split_in
 
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path")
 _LABELS = ("label", "labels", "class")
-_NOTHING = ("nan", "null", "none", "na", "n/a")  # as programs write it into a text
+_NOTHING = ("nan", "null", "none", "na", "n/a", "<na>", "-", "?")  # as programs write it into a text
+_MOST_SPLITS = 10  # that have other names than those of splits, as folds have
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,16 @@ def image_column(columns: Columns, wanted: str) -> str:
 
 
 def column_of_splits(columns: Columns, options: SourceOptions) -> list[str]:
-    """What a column called `split` tells of each row, where one of its values is a split or all are small numbers; []
-    else, and where it is the label."""
-    name = next((name for name in columns.values if name.lower() == "split" and name not in options.label), None)
-    told = [(value or "").lower() for value in strings(columns.values[name])] if name else []
-    told = ["" if value in _NOTHING else value for value in told]
-    if any(map(split_in, told)):
-        return [split_in(value) or value for value in told]
-    numbers = [value.removesuffix(".0") for value in told]
-    return numbers if any(numbers) and all(re.fullmatch(r"\d?", value) for value in numbers) else []
+    """What a column called `split` tells of each row, where one of its values is a split, or they are few; [] else, and
+    where it is the label."""
+    name = next((name for name in columns.values if _is_split(name) and name not in options.label), None)
+    values = strings(columns.values[name]) if name else []
+    if names := columns.class_names.get(name):
+        values = [names[int(value)] if value and value.isdigit() else None for value in values]
+    told = [(value or "").lower().removesuffix(".0") for value in values]
+    told = ["" if value in _NOTHING else split_in(value) or value for value in told]
+    called = set(told) - {""}
+    return told if any(map(split_in, called)) or 1 < len(called) <= _MOST_SPLITS < len(told) else []
 
 
 def apply_columns(source: Source, columns: Columns, image: str, options: SourceOptions) -> None:
@@ -126,10 +127,14 @@ def _one_column(columns: Columns, name: str, options: SourceOptions, what: str):
     return class_labels(values, options.classes, what)
 
 
+def _is_split(name: str) -> bool:
+    return name.lower() == "split"
+
+
 def _guessed_label(columns: Columns, image: str) -> list[str]:
     if not columns.header and len(columns.values) == 2:
         return [name for name in columns.values if name != image]
-    named = [name for name in columns.class_names if name in columns.values]
+    named = [name for name in columns.class_names if name in columns.values and not _is_split(name)]
     usual = [name for name in columns.values if name.lower() in _LABELS and name != image]
     return named if len(named) == 1 else usual if len(usual) == 1 else []
 

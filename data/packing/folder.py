@@ -32,10 +32,10 @@ class FolderSource(Source):
         self.names, self.passed_over = listing.names, listing.passed_over
         self.stamps = [f"{size} {time}" for size, time in zip(listing.sizes, listing.times, strict=True)]
         told, inside = root, self.names  # what messages call the folder, and the names without one of a split
-        place = place_of_split(self.names, options.split)
+        place = place_of_split(self.names, options.one_split)
         splits = [""] * len(self.names) if place is None else splits_at(place, self.names)
         numbers = of_one_split(root, self.names, splits, options, "image", self.notes)
-        if options.split:
+        if options.one_split:
             self._take(numbers, set(splits) - {options.split, ""}, place)
             told = f"--split {options.split} of {root}"
             inside = [_without(name, place) for name in self.names]

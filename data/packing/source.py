@@ -17,6 +17,7 @@ from prelude.data.errors import RunStopped, UserError, cause_of
 from prelude.data.image_files import OF_THE_FILE, PassedOver
 from prelude.data.packing.labels import Labels, is_missing
 
+ALL = "all"  # splits of a source, as one
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,90}")
 
 
@@ -33,7 +34,7 @@ class SourceOptions:
     label_separator: str = ""  # between the labels of one column
     group: str = ""  # field whose values keep together
     fields: tuple[str, ...] = ()  # that are kept beside the labels
-    split: str = ""  # of a source that has several
+    split: str = ""  # of a source that has several; `ALL` of them
     root: str = ""  # of relative paths
     classes: tuple[str, ...] | None = None  # names in the order of their numbers, where they are given
     whole: bool = False  # with all splits, as one that was begun when these were not told apart
@@ -44,6 +45,11 @@ class SourceOptions:
             if option.name not in (*names, "classes", "whole") and getattr(self, option.name) != option.default:
                 flag = option.name.replace("_", "-")
                 raise UserError(f"--{flag} has no effect on {what}; leave it out.")
+
+    @property
+    def one_split(self) -> str:
+        """The one that was asked for, if one was."""
+        return "" if self.split == ALL else self.split
 
     @property
     def unlabelled(self) -> bool:

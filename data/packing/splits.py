@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from prelude.data.counting import counted
 from prelude.data.errors import UserError
-from prelude.data.packing.source import SourceOptions
+from prelude.data.packing.source import ALL, SourceOptions
 
 _WORD = r"(training|train|testing|test|val|valid|validation|dev)(?=[^a-z]|$)"
 _FIRST, _WITHIN = re.compile(r"(?:split=)?" + _WORD), re.compile(r"[-_.]" + _WORD)
@@ -108,15 +108,16 @@ def of_one_split(
     path: str, names: Sequence[str], splits: Sequence[str], options: SourceOptions, what: str, notes: list[str]
 ) -> Sequence[int]:
     """The numbers of those of the source `path` that are of the split asked for; all where none is and they are not of
-    several, or where a packing goes on that was begun with all.
+    several, where all are asked for, or where a packing goes on that was begun with all.
 
     names: of images, shards or rows (`what` in a word), and `splits` of each. What is to be told is added to `notes`.
     Raises UserError where a split is to be asked for, or another one.
     """
     several = are_several(splits)
-    if not options.split and (options.whole or not several):
+    if options.split == ALL or (not options.split and (options.whole or not several)):
         if several:
-            notes.append(f"the splits {', '.join(_named(splits))} are packed as one, as this packing was begun")
+            begun = "" if options.split else ", as this packing was begun"
+            notes.append(f"the splits {', '.join(_named(splits))} are packed as one{begun}")
         return range(len(names))
     split = one_split(path, splits, options.split)
     if untold := [name for name, told in zip(names, splits, strict=True) if not told]:
@@ -134,7 +135,7 @@ def one_split(path: str, splits: Iterable[str], asked: str) -> str:
         raise UserError(
             f"--split {asked} has no effect on {path}, which names no split; leave it out, or write --name {asked}."
         )
-    raise UserError(f"{path} holds the splits {', '.join(named)}; write --split with one of them.")
+    raise UserError(f"{path} holds the splits {', '.join(named)}; write --split with one of them, or {ALL}, as one.")
 
 
 def _named(splits: Iterable[str]) -> list[str]:

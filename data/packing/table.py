@@ -18,7 +18,7 @@ from prelude.data.errors import UserError
 from prelude.data.image_files import MAX_IMAGE_BYTES, OF_THE_FILE, PassedOver, image_extension_of
 from prelude.data.packing.columns import Columns, apply_columns, column_of_splits, image_column
 from prelude.data.packing.source import Source, SourceOptions, read_file, stamp_of
-from prelude.data.packing.splits import of_one_split, place_of_split, splits_at
+from prelude.data.packing.splits import are_several, of_one_split, place_of_split, splits_at
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DELIMITERS = ",;\t|"
@@ -57,9 +57,9 @@ class TableSource(Source):
     ) -> Sequence[int]:
         """The rows of the split that is asked for; all where the table names no several."""
         splits = column_of_splits(columns, options)
-        if is_one_split and options.split not in splits:
+        if is_one_split and (options.whole or not are_several(splits)):
             return range(len(listed))
-        splits = splits or self._splits_of_paths(listed, options.split)
+        splits = splits or self._splits_of_paths(listed, options.one_split)
         told = [path or columns.place(row) for row, path in enumerate(listed)]
         rows = of_one_split(table, told, splits, options, "row", self.notes)
         self._refuse_other_splits(table, listed, splits, rows)

@@ -178,10 +178,10 @@ def mean_of_classes(right: list[int], there: list[int], lacking: int = 0) -> Per
 
     lacking: how many classes more are there that cannot be answered, each with a share of 0.
     """
-    shares = [percent(hit, count) for hit, count in zip(right, there, strict=True) if count]
-    count = max(len(shares) + lacking, 1)
-    value = sum(share.value for share in shares) / count
-    return Percent(value, math.sqrt(sum(share.se**2 for share in shares)) / count)
+    shares = [(hit / count, count) for hit, count in zip(right, there, strict=True) if count]
+    num = max(len(shares) + lacking, 1)
+    variances = [share * (1 - share) / count for share, count in shares]
+    return Percent(100 * sum(share for share, _ in shares) / num, 100 * math.sqrt(sum(variances)) / num)
 
 
 def _counts(scores: Tensor, places: Tensor) -> Tensor:

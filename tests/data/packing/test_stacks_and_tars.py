@@ -273,18 +273,21 @@ def test_shards_in_folders_beside_others_are_found(tmp_path, write_tar, picture)
     write_tar(tmp_path / "elsewhere" / "c.tar", [("2.png", picture(2))])
     (tmp_path / "mixed" / "old.tar").mkdir()
     (tmp_path / "mixed" / "more" / ".hidden.tar").write_bytes(b"no tar")
-    for link, to in (
-        ("latest", "."),
-        ("again", "../mixed"),
-        ("more/up", "../.."),
-        ("current", "more"),
-        ("x", "../elsewhere"),
-    ):
+    write_tar(tmp_path / "mixed" / ".new" / "d.tar", [("3.png", picture(3))])
+    links = {
+        "latest": ".",
+        "again": "../mixed",
+        "more/up": "../..",
+        "current": "more",
+        "x": "../elsewhere",
+        "y": ".new",
+    }
+    for link, to in (links | {"z": "../elsewhere", "newest.tar": "a.tar", "../elsewhere/x": "../mixed"}).items():
         (tmp_path / "mixed" / link).symlink_to(to)
     names = open_source(str(tmp_path / "mixed"), SourceOptions()).names
-    assert names == ["a.tar/0", "more/b.tar/1", "x/c.tar/2"]  # once each, whatever leads back
+    assert names == ["a.tar/0", "more/b.tar/1", "x/c.tar/2", "y/d.tar/3"]  # once each, whatever leads back
     (tmp_path / "mixed" / "more" / "d.tar").symlink_to("nowhere")
-    with pytest.raises(UserError, match="more/d.tar is a link to nothing; remove it"):
+    with pytest.raises(UserError, match="/d.tar is a link to nothing; remove it"):
         open_source(str(tmp_path / "mixed"), SourceOptions())
 
 
@@ -297,6 +300,11 @@ def test_links_that_make_splits_of_shards_are_these_splits(tmp_path, write_tar, 
     with pytest.raises(UserError, match="holds the splits test, train; write --split"):
         open_source(str(tmp_path / "s"), SourceOptions())
     assert open_source(str(tmp_path / "s"), SourceOptions(split="test")).names == ["test/1.tar/1"]
+    assert len(open_source(str(tmp_path / "s"), SourceOptions(split="all")).names) == 2
+    for n, split in enumerate(("train", "test")):
+        write_tar(tmp_path / "f" / f"part{n}" / "0.tar", [(f"{n}.png", picture(n))])
+        (tmp_path / "f" / split).symlink_to(f"part{n}")
+    assert open_source(str(tmp_path / "f"), SourceOptions(split="test")).names == ["test/0.tar/1"]
 
 
 def test_a_folder_of_shards_may_have_any_name(tmp_path, write_tar, picture):

@@ -357,8 +357,9 @@ def test_tables_of_paths_have_splits_in_a_column_or_in_their_paths(write_files, 
     by_column = [(*row, split) for row, split in zip(by_path, ("test", "Train", "train", "test"), strict=True)]
     absolute = [(str(folder / name), label) for name, label in by_path]
     for rows, of_train in ((by_path, [0, 1]), (by_column, [1, 2]), (absolute, [0, 1])):
-        with pytest.raises(UserError, match=r"holds the splits test, train; write --split with one of them"):
+        with pytest.raises(UserError, match="holds the splits test, train; write --split with one of them, or all, as"):
             opened([*rows, ("lost.png", *rows[0][1:])])
+        assert opened(rows, "all").names == [row[0] for row in rows]
         missing = ("test/gone.png", "cat", "test")[: len(rows[0])]
         source = opened([*rows, missing], "train")
         assert source.names == [rows[n][0] for n in of_train] and not source.passed_over
@@ -372,8 +373,9 @@ def test_tables_of_paths_have_splits_in_a_column_or_in_their_paths(write_files, 
     assert len(opened([(*row, "train") for row in by_path]).names) == 4  # the column decides
     with pytest.raises(UserError, match="--split val has no effect on .*, which names no split"):
         opened([("a.png", "cat")], "val")
-    numbered = [(*row, split) for row, split in zip(by_path, (0.0, 1.0, float("nan"), 0.0), strict=True)]  # as WILDS'
-    source = opened(numbered, "0")
+    many = [*by_path, *((f"{n}.png", "cat") for n in range(8))]
+    numbered = [(*row, split) for row, split in zip(many, (0.0, 1.0, float("nan"), 0.0, *[1.0] * 8), strict=True)]
+    source = opened(numbered, "0")  # as WILDS has them
     assert source.names == [names[0], names[3]] and "1 row that tells no split" in source.notes[0]
     twice = [(*by_path[0], "train"), (*by_path[0], "test"), (*by_path[1], "train")]
     for split in ("train", "test"):
@@ -402,10 +404,15 @@ def test_images_in_a_table_have_splits_in_a_column(tmp_path, picture, monkeypatc
 def test_a_table_of_one_split_by_its_name_has_those_of_its_column_too(write_files, picture):
     names = ["i/0.png", "i/1.png", "i/2.png"]
     folder = write_files("t", {name: picture(n) for n, name in enumerate(names)})
-    for split, taken in ((["train", "val", "train"], [0, 2]), (["a", "b", "c"], [0, 1, 2]), (["val"] * 3, [0, 1, 2])):
+    whole = [0, 1, 2]
+    for split, taken in ((["train", "val", "train"], [0, 2]), (["a", "b", "c"], whole), (["val"] * 3, whole)):
         pq.write_table(pa.table({"path": names, "split": split}), folder / "train.parquet")
         opened = open_source(str(folder / "train.parquet"), SourceOptions(split="train"))
         assert opened.names == [names[n] for n in taken]
+    pq.write_table(pa.table({"path": names, "split": ["training", "validation", "training"]}), folder / "train.parquet")
+    assert open_source(str(folder / "train.parquet"), SourceOptions(split="validation")).names == names[1:2]
+    with pytest.raises(UserError, match="holds the splits training, validation; write --split"):
+        open_source(str(folder / "train.parquet"), SourceOptions(split="train"))
 
 
 def test_a_folder_of_the_machine_called_like_a_split_does_not_hide_the_one_that_is_asked_for(write_files, picture):
