@@ -365,7 +365,7 @@ def watched(model, step, count=4):
 def test_a_plan_tells_the_memory_of_the_largest_blocks_and_the_flops_of_usual_ones(options, too_much):
     """By those of the first step an H100 took half as much again as was told."""
     model = tiny(**options)
-    flops, memory = zip(*(watched(model, step) for step in range(60)), strict=True)
+    flops, memory = zip(*(watched(model, step) for step in range(0, 60, 4)), strict=True)  # the 56th has the largest
     cost = step_cost(model)
     assert max(memory) * 0.95 < cost.held.largest(4) < max(memory) * (1 + too_much)
     assert -0.06 < cost.flops.largest(4) / 4 / (sum(flops) / len(flops)) - 1 < too_much
