@@ -76,7 +76,8 @@ def column_of_splits(columns: Columns, options: SourceOptions) -> list[str]:
     name = next((name for name in columns.values if _is_split(name) and name not in options.label), None)
     values = strings(columns.values[name]) if name else []
     if names := columns.class_names.get(name):
-        values = [names[int(value)] if value and value.isdigit() else None for value in values]
+        named = {str(number): text for number, text in enumerate(names)}
+        values = [named.get(value) for value in values]
     told = [(value or "").lower().removesuffix(".0") for value in values]
     told = ["" if value in _NOTHING else split_in(value) or value for value in told]
     called = set(told) - {""}

@@ -383,6 +383,14 @@ def test_tables_of_paths_have_splits_in_a_column_or_in_their_paths(write_files, 
             opened(twice, split)
 
 
+def test_numbers_of_splits_have_the_names_that_huggingface_gives_them(tmp_path, picture):
+    told = {"info": {"features": {"split": {"_type": "ClassLabel", "names": ["train", "test"]}}}}
+    table = pa.table({"image": [picture(n) for n in range(5)], "split": [0, 1, 0, -1, 7]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(told)}), tmp_path / "t.parquet")
+    opened = open_source(str(tmp_path / "t.parquet"), SourceOptions(split="train"))
+    assert len(opened.names) == 2 and opened.labels is None and "2 rows that tell no split" in opened.notes[0]
+
+
 def test_images_in_a_table_have_splits_in_a_column(tmp_path, picture, monkeypatch):
     images = [picture(n) for n in range(6)]
     splits = ["train", "test", "train", None, "test", "train"]
